@@ -1,0 +1,5 @@
+"""`python -m clipress`."""
+
+from clipress.cli import main
+
+main()

@@ -1,0 +1,28 @@
+"""Distillation and plain training: move a student's weights with any of the loss terms.
+
+With only `contrastive` it is ordinary CLIP training and needs no teacher; after pruning it is recovery.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clipress.compress.losses import weights_of
+from clipress.compress.train import Context, Training, train
+from clipress.models.load import Clip
+
+
+class Distill(Training):
+    """Settings of `distill`."""
+
+    losses: dict[str, float] | tuple[str, ...] = ("contrastive",)
+    """Names, or names with weights."""
+
+    def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
+        weights_of(self.losses, "distill.losses")
+
+
+def run(settings: Distill, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
+    """Train the student."""
+    return clip, train(clip, settings, weights_of(settings.losses, "distill.losses"), context)

@@ -1,0 +1,14 @@
+"""Affinity mimicking (TinyCLIP, Wu et al. 2023): the student's similarity rows copy the teacher's.
+
+L = (CE(softmax(S_T), S_S) + CE(softmax(S_T'), S_S')) / 2;  S = s v t^T with each model's own scale, ' the other way.
+"""
+
+from torch import Tensor
+
+from clipress.compress.losses import Batch, soft_cross_entropy
+
+
+def affinity(batch: Batch) -> Tensor:
+    """Cross-entropy of the student's similarity rows against the teacher's."""
+    pairs = zip(batch.student.logits(), batch.teacher.logits(), strict=True)
+    return sum(soft_cross_entropy(own, wanted.softmax(-1)) for own, wanted in pairs) / 2

@@ -1,0 +1,14 @@
+"""CLIP's contrastive loss (Radford et al. 2021), with several right answers per row where groups repeat.
+
+L = (CE(s v t^T, T) + CE(s t v^T, T)) / 2;  v, t unit features, s = exp(logit_scale), T uniform over a row's positives.
+"""
+
+from torch import Tensor
+
+from clipress.compress.losses import Batch, soft_cross_entropy
+
+
+def contrastive(batch: Batch) -> Tensor:
+    """Pull pairs of one group together. The targets are the same both ways, since groups are."""
+    to_text, to_image = batch.student.logits()
+    return (soft_cross_entropy(to_text, batch.targets) + soft_cross_entropy(to_image, batch.targets)) / 2

@@ -1,0 +1,221 @@
+"""A recipe's stages, one after the other: each takes the last student and leaves an artefact in the run folder."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from clipress import __version__
+from clipress.artifact import Artifact, load_artifact, read_header, save_artifact, write_text_whole
+from clipress.compress.stage import Stage, stages_from
+from clipress.compress.train import Context, Runtime, start_fabric
+from clipress.data.evalsets import evalsets
+from clipress.data.pairs import DataSpec, fingerprint
+from clipress.errors import ArtifactError, RecipeError
+from clipress.metrics.evaluate import evaluate
+from clipress.models.load import (
+    Clip,
+    TeacherSpec,
+    artifact_from_clip,
+    clip_from_artifact,
+    clip_from_open_clip,
+    new_clip,
+    save_for_open_clip,
+)
+from clipress.recipe import Recipe, checked, digest, recipe_text
+
+RECIPE = "recipe.yaml"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe whose every section has been checked."""
+
+    recipe: Recipe
+    data: DataSpec
+    runtime: Runtime
+    teacher: TeacherSpec | None
+    stages: tuple[Stage, ...]
+
+    @property
+    def artifacts(self) -> list[str]:
+        """Names of the artefacts the run leaves, in order."""
+        return (["teacher"] if self.teacher else []) + [stage.name for stage in self.stages]
+
+
+def plan_from(recipe: Recipe) -> Plan:
+    """Check everything that compressing needs, before anything is done."""
+    teacher = checked(TeacherSpec, recipe.teacher, "teacher") if recipe.teacher is not None else None
+    stages = tuple(stages_from(recipe.stages))
+    if teacher is None and recipe.student is None:
+        raise RecipeError("Either 'teacher' or 'student' is asked for, found neither: there is no model to start from.")
+    if teacher and any(stage.name == "teacher" for stage in stages):
+        raise RecipeError("stages: 'teacher' is the name of the teacher's artefact; call the stage something else.")
+    if teacher and teacher.recipe is not None:
+        plan_from(checked(Recipe, teacher.recipe, "teacher.recipe"))
+    data = checked(DataSpec, recipe.data, "data")
+    return Plan(recipe, data, checked(Runtime, recipe.runtime, "runtime"), teacher, stages)
+
+
+def claim(run: Path, recipe: Recipe) -> None:
+    """Take a folder for a run, or refuse it when it holds something else."""
+    text, kept = recipe_text(recipe), run / RECIPE
+    if run.exists() and not run.is_dir():
+        raise ArtifactError(f"Run folder {run} was asked for; it is a file. Choose another with --out.")
+    if kept.is_file():
+        if kept.read_text(encoding="utf-8") != text:
+            raise ArtifactError(
+                f"Run folder {run} already holds a different run (its {RECIPE} differs). Nothing was changed. "
+                "Choose another folder with --out, or remove this one."
+            )
+        return
+    if run.is_dir() and any(run.iterdir()):
+        raise ArtifactError(f"Run folder {run} is not empty and holds no {RECIPE}. Choose another with --out.")
+    write_text_whole(kept, text)
+
+
+def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
+    """Run every stage of a recipe; stages whose inputs have not changed are taken as they are.
+
+    Returns the artefacts' folders, in order.
+    """
+    plan = plan_from(recipe)
+    claim(run, recipe)
+    fabric = start_fabric(plan.runtime)
+    say = say if fabric.is_global_zero else (lambda _: None)
+    context = Context(fabric, plan.data, recipe.seed)
+    data = fingerprint(plan.data.train)
+    folders: list[Path] = []
+    teacher, lineage = None, ()
+    if plan.teacher:
+        teacher, lineage = _teacher(plan, run / "teacher", context, say)
+        folders.append(run / "teacher")
+    clip = new_clip(recipe.student, recipe.seed) if recipe.student is not None else teacher.copy()
+    if recipe.student is not None:
+        lineage = ({"stage": "start", "hash": digest("start", recipe.student, recipe.seed)},)
+    for number, stage in enumerate(plan.stages):
+        folder = run / stage.name
+        record = _record(stage, recipe.seed, data, lineage)
+        done = _finished(folder, record["hash"])
+        if done:
+            say(f"{stage.name}: already there, its inputs have not changed ({folder})")
+            clip, lineage = clip_from_artifact(done), done.lineage
+        else:
+            say(f"{stage.name}: {stage.kind} {_settings(stage)}")
+            began = time.perf_counter()
+            own = replace(
+                context,
+                seed=recipe.seed * 1000 + number,
+                teacher=teacher,
+                log=run / "logs" / f"{stage.name}.jsonl",
+                title=stage.name,
+            )
+            clip, details = stage.run(clip, own)
+            record |= {"details": details, "seconds": round(time.perf_counter() - began, 1)}
+            lineage = (*lineage, record)
+            _leave(clip, lineage, folder, plan, context, say)
+        folders.append(folder)
+    return folders
+
+
+def _settings(stage: Stage) -> str:
+    """Show every setting that is in force, defaults included."""
+    shown = stage.settings.model_dump(mode="json", exclude_none=True)
+    return ", ".join(f"{key}={value}" for key, value in shown.items())
+
+
+def _record(stage: Stage, seed: int, data: str, lineage: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    settings = stage.settings.model_dump(mode="json")
+    parent = lineage[-1]["hash"] if lineage else "none"
+    teacher = lineage[0]["hash"] if lineage else "none"
+    known = versions()
+    return {
+        "stage": stage.name,
+        "kind": stage.kind,
+        "settings": settings,
+        "seed": seed,
+        "data": data,
+        "parent": parent,
+        "versions": known,
+        "machine": {"processor": platform.processor() or platform.machine(), "threads": os.cpu_count()},
+        "hash": digest(stage.kind, settings, seed, data, parent, teacher, known),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide what a stage computes."""
+    known = {"clipress": __version__}
+    for package in ("torch", "open_clip_torch", "nvidia-modelopt", "lightning-fabric", "numpy"):
+        try:
+            known[package] = version(package)
+        except PackageNotFoundError:
+            known[package] = "absent"
+    return known
+
+
+def _finished(folder: Path, wanted: str) -> Artifact | None:
+    """Return a stage's artefact when it is whole and was made from the same inputs."""
+    try:
+        if read_header(folder)["lineage"][-1]["hash"] == wanted:
+            return load_artifact(folder)
+    except (ArtifactError, LookupError, TypeError):
+        pass
+    return None
+
+
+def _leave(
+    clip: Clip, lineage: tuple[dict[str, Any], ...], folder: Path, plan: Plan, context: Context, say: Say
+) -> None:
+    """Measure a stage's result on the validation sets and write its artefact."""
+    if context.fabric.is_global_zero:
+        metrics: dict[str, Any] = {}
+        if plan.data.val:
+            encoders = clip.encoders()
+            accuracy = evaluate(*encoders, evalsets(plan.data.val), clip.preprocess, clip.tokenize())
+            conditions = {"split": "val", "backend": "torch", "precision": "fp32", "data": fingerprint(plan.data.val)}
+            metrics = {"accuracy": {key: round(value, 3) for key, value in accuracy.items()}, "conditions": conditions}
+            say(f"{folder.name}: " + "  ".join(f"{key} {value:.1f}" for key, value in accuracy.items()))
+        artifact = artifact_from_clip(clip, lineage, metrics)
+        save_artifact(artifact, folder)
+        save_for_open_clip(clip, folder / "open_clip")
+        blocks, total = artifact.counts["block_params"], artifact.counts["params"]
+        say(f"{folder.name}: {total:,} parameters, {blocks:,} of them in blocks -> {folder}")
+    context.fabric.barrier()
+
+
+def _teacher(plan: Plan, folder: Path, context: Context, say: Say) -> tuple[Clip, tuple[dict[str, Any], ...]]:
+    """Bring the teacher in, and leave a copy of it in the run folder."""
+    spec = plan.teacher
+    if spec.recipe is not None:
+        inner = checked(Recipe, spec.recipe, "teacher.recipe")
+        home = cache_folder() / "teachers" / f"{inner.name}-{digest(inner.model_dump(), versions())}"
+        say(f"teacher: from recipe '{inner.name}', kept in {home}")
+        source: Artifact | Path = compress(inner, home, say)[-1]
+    elif spec.artifact is not None:
+        source = spec.artifact
+    else:
+        clip = clip_from_open_clip(spec.model, spec.checkpoint)
+        weights = digest(*(f"{name} {tensor.double().sum().item()!r}" for name, tensor in clip.model.state_dict().items()))
+        lineage = ({"stage": "teacher", "model": spec.model, "checkpoint": spec.checkpoint, "hash": weights},)
+        if not _finished(folder, weights):
+            _leave(clip, lineage, folder, plan, context, say)
+        return clip, lineage
+    artifact = load_artifact(source)
+    clip = clip_from_artifact(artifact)
+    if not _finished(folder, artifact.hash):
+        _leave(clip, artifact.lineage, folder, plan, context, say)
+    return clip, artifact.lineage
+
+
+def cache_folder() -> Path:
+    """Return where teachers are kept between runs: $CLIPRESS_CACHE, else the user's cache folder."""
+    if own := os.environ.get("CLIPRESS_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipress"

@@ -1,0 +1,79 @@
+"""Criteria: from the gradient of the gates to a score per unit, larger meaning worth keeping.
+
+Sums are kept in float64 outside `.grad`; a sample with a non-finite gradient is left out and counted, so neither mixed
+precision nor an overflow can change what is pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clipress.compress.prune.gates import Site
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How gradients [B, groups, units] are summed, and how sums become scores."""
+
+    space: str
+    """Which gates it looks at: separate or upop."""
+    summed: Callable[[Tensor], Tensor]
+    """[B, groups, units] -> [groups, units]."""
+    per_cost: bool
+    """Rank by score per cost; else by the score, standardised per kind over both towers."""
+    decay: float
+    """What part of the sums is left after each update of the masks."""
+    reversible: bool
+    """Whether a cut unit may come back in a later update."""
+
+
+CRITERIA = {
+    # squared gradient per sample: the diagonal of the empirical Fisher matrix, no cancellation
+    "fisher": Criterion("separate", lambda g: g.square().sum(0), per_cost=True, decay=0.5, reversible=False),
+    # first-order Taylor: the size of each sample's change of loss (Molchanov et al. 2019)
+    "taylor": Criterion("separate", lambda g: g.abs().sum(0), per_cost=True, decay=0.5, reversible=False),
+    # UPop: signed sum over the whole search; the largest are cut, hence the minus
+    "upop": Criterion("upop", lambda g: -g.sum(0), per_cost=False, decay=1.0, reversible=True),
+}
+
+
+class Accumulator:
+    """Running sums of one criterion over all sites."""
+
+    def __init__(self, criterion: Criterion, sites: Sequence[Site]) -> None:
+        self.criterion, self.sites = criterion, sites
+        self.sums = [torch.zeros(s.groups, s.units, dtype=torch.float64, device=s.mask.device) for s in sites]
+        self.left_out = 0
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Take in this step's gradients."""
+        gradients = [site.gradient() for site in self.sites]
+        finite = torch.stack([g.isfinite().flatten(1).all(1) for g in gradients if g is not None and len(g)], 0)
+        # both towers see the same samples; one bad copy leaves the sample out everywhere
+        good = finite.all(0)
+        self.left_out += int((~good).sum())
+        for total, gradient in zip(self.sums, gradients, strict=True):
+            if gradient is not None:
+                total += self.criterion.summed(gradient[good].double())
+
+    def scores(self, reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Return every site's scores [groups, units], summed over processes by `reduce`; then let the sums fade."""
+        sums = [reduce(total) for total in self.sums]
+        self.sums = [total * self.criterion.decay for total in self.sums]
+        if self.criterion.per_cost:
+            return sums
+        return self._standardised(sums)
+
+    def _standardised(self, sums: list[Tensor]) -> list[Tensor]:
+        result = list(sums)
+        for kind in {site.kind for site in self.sites}:
+            members = [i for i, site in enumerate(self.sites) if site.kind == kind]
+            values = torch.cat([sums[i].flatten() for i in members])
+            for i in members:
+                result[i] = (sums[i] - values.mean()) / values.std().clamp_min(1e-30)
+        return result

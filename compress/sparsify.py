@@ -1,0 +1,68 @@
+"""2:4 sparsity: of every four weights along the input axis two are zero, chosen by nvidia-modelopt.
+
+The zeros are baked into plain weights at once; later training holds them (`train.HoldZeros`), so they survive
+fine-tuning, saving, INT8 and export with no special modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from clipress.compress.losses import weights_of
+from clipress.compress.train import Context, Training, train
+from clipress.models.load import Clip
+
+
+class Sparsify(Training):
+    """Settings of `sparsify`."""
+
+    pattern: Literal["2:4"] = "2:4"
+    losses: dict[str, float] | tuple[str, ...] = ("contrastive", "affinity", "feature", "interactive")
+    """Of the fine-tuning that follows."""
+    lr: float = Field(1e-4, ge=0)
+
+    def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
+        weights_of(self.losses, "sparsify.losses")
+
+
+def run(settings: Sparsify, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
+    """Zero two of every four weights, then fine-tune what is left."""
+    names, skipped = zero_two_of_four(clip.model)
+    sparse = Clip(**{**clip.__dict__, "sparsity": {"pattern": settings.pattern, "weights": names, "skipped": skipped}})
+    details = train(sparse, settings, weights_of(settings.losses, "sparsify.losses"), context)
+    return sparse, details | {"sparse_weights": len(names), "skipped": skipped}
+
+
+def zero_two_of_four(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """Bake 2:4 zeros into every weight whose shape allows it, in place.
+
+    Returns the weights' names, and why each other Linear or Conv was left dense.
+    """
+    import modelopt.torch.sparsity as mts
+
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    mts.export(mts.sparsify(model, "sparse_magnitude"))
+    # modelopt's record of what it did would travel with the model; the zeros are record enough
+    if hasattr(model, "_modelopt_state"):
+        del model._modelopt_state
+    names, skipped = [], {}
+    for name, layer in layers.items():
+        if is_two_of_four(layer.weight):
+            names.append(f"{name}.weight")
+        else:
+            rows, columns = layer.weight.shape[:2]
+            skipped[name] = f"{rows} x {columns}: 2:4 needs a multiple of 8 x a multiple of 16"
+    return names, skipped
+
+
+def is_two_of_four(weight: Tensor) -> bool:
+    """Tell whether each four weights in a row along the input axis have at least two zeros: [out, in, ...]."""
+    if weight.shape[1] % 4:
+        return False
+    groups = weight.detach().movedim(1, -1).reshape(-1, 4)
+    return bool(((groups == 0).sum(1) >= 2).all()) and bool(torch.isfinite(groups).all())

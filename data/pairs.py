@@ -1,0 +1,244 @@
+"""Sources of image-text pairs, and the training batches made of them.
+
+A source is anything with the five members of `Source`; one file under `formats/` reads one on-disk format, the
+embedded sets are in `scenes.py` and `digits.py`. Which item is drawn when, and how it is augmented, depends only on
+(seed, step), never on a worker or on what was drawn before: so a run can stop at any step and go on exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from clipress.data import digits, scenes
+from clipress.data.tokens import Tokenize
+from clipress.data.transforms import Augment, Preprocess, augmented, normalised
+from clipress.errors import DataError, nearest
+from clipress.recipe import Section, digest
+
+
+class Source(Protocol):
+    """Image-text pairs. Items with the same `group` are right answers to one another."""
+
+    name: str
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> Image.Image | np.ndarray: ...
+    def captions(self, index: int) -> Sequence[str]: ...
+    def group(self, index: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What zero-shot classification needs: names and prompt templates with one `{}`."""
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+class SourceSpec(Section):
+    """One source in a recipe."""
+
+    format: str
+    """scenes, digits, csv, karpathy or folder."""
+    split: Literal["train", "val", "test"] = "train"
+    """Of an embedded set."""
+    annotations: Path | None = None
+    images: Path | None = None
+    separator: str = "\t"
+    """Of a csv file."""
+    templates: tuple[str, ...] = ("a photo of a {}",)
+    """Prompts of a class folder."""
+    share: float = 1.0
+    """This source's part of each training batch, relative to the others'."""
+    name: str | None = None
+    """Used in results; default: the format."""
+    limit: int | None = None
+    """Use only the first so many images."""
+
+
+class DataSpec(Section):
+    """The `data` section: sources to train on, to validate on while compressing and to test on in bench."""
+
+    train: tuple[SourceSpec, ...]
+    val: tuple[SourceSpec, ...] = ()
+    test: tuple[SourceSpec, ...] = ()
+    augment: Augment = Augment()
+    workers: int = 0
+    """Processes that decode; 0 decodes in the training process."""
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A source held in memory, with pictures uint8 [N, S, S, 3]; classes are set for labelled pictures."""
+
+    name: str
+    fingerprint: str
+    pictures: np.ndarray
+    texts: tuple[tuple[str, ...], ...]
+    groups: np.ndarray
+    classes: Classes | None = None
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def image(self, index: int) -> np.ndarray:
+        return self.pictures[index]
+
+    def captions(self, index: int) -> Sequence[str]:
+        return self.texts[index]
+
+    def group(self, index: int) -> int:
+        return int(self.groups[index])
+
+
+def _scenes(spec: SourceSpec, seed: int) -> Arrays:
+    chosen = scenes.scenes(0)[spec.split]
+    return _arrays(spec, scenes.pictures(spec.split, 0), tuple(map(scenes.captions, chosen)), np.arange(len(chosen)))
+
+
+def _digits(spec: SourceSpec, seed: int) -> Arrays:
+    pictures, labels = digits.digits(spec.split)
+    prompts = {label: tuple(t.format(name) for t in digits.TEMPLATES) for label, name in enumerate(digits.CLASSES)}
+    texts = tuple(prompts[int(label)] for label in labels)
+    return _arrays(spec, pictures, texts, labels, Classes(digits.CLASSES, digits.TEMPLATES))
+
+
+def _arrays(spec: SourceSpec, pictures: np.ndarray, texts: tuple, groups: np.ndarray, classes: Any = None) -> Arrays:
+    stop = spec.limit
+    content = hashlib.sha256(pictures[:stop].tobytes() + repr(texts[:stop]).encode()).hexdigest()[:16]
+    return Arrays(spec.name or spec.format, content, pictures[:stop], texts[:stop], groups[:stop], classes)
+
+
+def _formats() -> dict[str, Any]:
+    from clipress.data.formats import classfolder, csv, karpathy
+
+    return {
+        "scenes": _scenes,
+        "digits": _digits,
+        "csv": csv.read,
+        "karpathy": karpathy.read,
+        "folder": classfolder.read,
+    }
+
+
+@lru_cache(maxsize=16)
+def open_source(spec: SourceSpec) -> Source:
+    """Open a source; it is an error when it holds nothing."""
+    formats = _formats()
+    if spec.format not in formats:
+        raise DataError(f"data: format '{spec.format}' is not known.{nearest(spec.format, formats)}")
+    source = formats[spec.format](spec, 0)
+    if len(source) == 0:
+        raise DataError(f"data: source '{source.name}' has no usable pairs.")
+    return source
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One item of a batch: which source, which item, which pass over the source, which row of the run."""
+
+    source: int
+    index: int
+    epoch: int
+
+
+class Batches:
+    """Yield batches of `Draw`s, step by step; batch t is a function of (seed, t) alone.
+
+    Every source fills its share of each batch and walks through its own permutations. With several processes each
+    takes every `world`-th item, so the global batch is the same for any number of processes.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        shares: Sequence[float],
+        batch: int,
+        steps: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch % world:
+            raise DataError(f"batch_size {batch} cannot be split evenly over {world} processes.")
+        self.sizes, self.steps, self.seed, self.start = list(sizes), steps, seed, start
+        self.rank, self.world = rank, world
+        exact = np.asarray(shares, float) / sum(shares) * batch
+        counts = np.floor(exact).astype(int)
+        for source in np.argsort(counts - exact, kind="stable")[: batch - counts.sum()]:
+            counts[source] += 1
+        self.counts = counts.tolist()
+        self._order = lru_cache(maxsize=2 * len(self.sizes))(self._permutation)
+
+    def _permutation(self, source: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, source, epoch]).permutation(self.sizes[source])
+
+    def at(self, step: int) -> list[Draw]:
+        """Return the global batch of a step."""
+        draws = []
+        for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
+            for position in range(step * count, (step + 1) * count):
+                epoch, place = divmod(position, size)
+                draws.append(Draw(source, int(self._order(source, epoch)[place]), epoch))
+        return draws
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for step in range(self.start, self.steps):
+            yield self.at(step)[self.rank :: self.world]
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+
+class TrainingSet:
+    """Turn lists of `Draw`s into arrays: pixels float32 [B,3,S,S], ids int64 [B,L], group int64 [B]."""
+
+    def __init__(
+        self, sources: Sequence[Source], preprocess: Preprocess, tokenize: Tokenize, augment: Augment, seed: int
+    ) -> None:
+        self.sources, self.preprocess, self.augment, self.seed = list(sources), preprocess, augment, seed
+        self._tokenize = tokenize
+        self._ids: dict[str, np.ndarray] = {}  # a caption is tokenised once
+
+    def ids(self, texts: Sequence[str]) -> np.ndarray:
+        """Tokenise texts: int64 [N, L]."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
+        if new:
+            known = self._tokenize(new).astype(np.int32)
+            if len(self._ids) > 500_000:
+                self._ids.clear()
+            self._ids.update(zip(new, known, strict=True))
+        return np.stack([self._ids[text] for text in texts]).astype(np.int64)
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, np.ndarray]:
+        pictures, texts, groups = [], [], []
+        for draw in draws:
+            source = self.sources[draw.source]
+            rng = np.random.default_rng([self.seed, draw.source, draw.epoch, draw.index])
+            pictures.append(augmented(source.image(draw.index), self.preprocess, self.augment, rng))
+            captions = source.captions(draw.index)
+            texts.append(captions[int(rng.integers(len(captions)))])
+            groups.append(draw.source << 40 | source.group(draw.index))
+        return {
+            "pixels": normalised(np.stack(pictures), self.preprocess),
+            "ids": self.ids(texts),
+            "group": np.asarray(groups, np.int64),
+        }
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+
+def fingerprint(specs: Sequence[SourceSpec]) -> str:
+    """Return one hash of what the sources hold."""
+    return digest([open_source(spec).fingerprint for spec in specs])

@@ -1,0 +1,142 @@
+"""The one preprocessing: training, calibration, evaluation, export, bench and serving all come here.
+
+Images become uint8 [S, S, 3] with Pillow (the same calls open_clip's torchvision pipeline ends in), are augmented as
+such, and are normalised at the end. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from clipress.errors import DataError
+from clipress.recipe import Section
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_PIXELS = 128_000_000  # a larger picture is refused before it is decoded
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+class Preprocess(Section):
+    """How a picture becomes a tensor; the keys are open_clip's."""
+
+    size: int
+    """Height and width in pixels."""
+    mean: tuple[float, float, float] = OPENAI_MEAN
+    std: tuple[float, float, float] = OPENAI_STD
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["shortest", "squash", "longest"] = "shortest"
+    """shortest: fill and crop the centre; squash: ignore the aspect; longest: fit and pad."""
+    fill_color: int = 0
+
+
+class Augment(Section):
+    """Training-time variation. Both drawn per picture from (seed, source, epoch, index)."""
+
+    shift: int = 0
+    """Move by up to so many pixels each way; the border is repeated."""
+    crop_scale: tuple[float, float] | None = None
+    """Crop a random part of this range of areas, aspect 3/4 to 4/3, before resizing."""
+
+
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """Open a picture from a path or bytes as RGB, upright. Raises DataError for anything that is no picture."""
+    name = "the given bytes" if isinstance(source, bytes) else str(source)
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(f"{name} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded.")
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"Image {name} was asked for, and there is no such file.") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} is not a picture that can be decoded: {error}. Give a JPEG, PNG or WebP file.") from None
+
+
+def resized(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """Resize and crop as in evaluation: uint8 [S, S, 3]."""
+    size, resample = preprocess.size, _FILTERS[preprocess.interpolation]
+    width, height = image.size
+    if preprocess.resize_mode == "squash":
+        image = image.resize((size, size), resample)
+    elif (width, height) != (size, size):
+        fit = min if preprocess.resize_mode == "shortest" else max
+        short = fit(width, height)
+        # torchvision truncates the long side; open_clip rounds when it pads
+        scaled = [size * side / short for side in (width, height)]
+        whole = int if preprocess.resize_mode == "shortest" else round
+        image = image.resize((max(whole(scaled[0]), 1), max(whole(scaled[1]), 1)), resample)
+        image = _centred(image, size, preprocess.fill_color)
+    return np.asarray(image, np.uint8)
+
+
+def _centred(image: Image.Image, size: int, fill: int) -> Image.Image:
+    left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
+    if left >= 0 and top >= 0:
+        return image.crop((left, top, left + size, top + size))
+    canvas = Image.new("RGB", (size, size), (fill,) * 3)
+    canvas.paste(image, (-left, -top))
+    return canvas
+
+
+def augmented(image: Image.Image | np.ndarray, preprocess: Preprocess, augment: Augment, rng: np.random.Generator) -> Any:
+    """Return one training view: uint8 [S, S, 3]."""
+    if augment.crop_scale is not None:
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        box = _random_box(image.size, augment.crop_scale, rng)
+        side = (preprocess.size, preprocess.size)
+        pixels = np.asarray(image.resize(side, _FILTERS[preprocess.interpolation], box=box), np.uint8)
+    else:
+        pixels = fitted(image, preprocess)
+    if augment.shift:
+        reach = augment.shift
+        down, right = rng.integers(0, 2 * reach + 1, size=2)
+        padded = np.pad(pixels, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+        pixels = padded[down : down + preprocess.size, right : right + preprocess.size]
+    return pixels
+
+
+def _random_box(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> tuple[int, ...]:
+    width, height = size
+    for _ in range(10):  # as torchvision's RandomResizedCrop
+        area = width * height * rng.uniform(*scale)
+        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    short = min(width, height)
+    left, top = (width - short) // 2, (height - short) // 2
+    return left, top, left + short, top + short
+
+
+def fitted(image: Image.Image | np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """Return the evaluation view, uint8 [S, S, 3]; pixels that have the right size already are passed through."""
+    if isinstance(image, np.ndarray):
+        if image.shape == (preprocess.size, preprocess.size, 3):
+            return image
+        image = Image.fromarray(image)
+    return resized(image, preprocess)
+
+
+def normalised(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """Turn uint8 [..., S, S, 3] into the model's input, float32 [..., 3, S, S]."""
+    mean, std = np.asarray(preprocess.mean, np.float32), np.asarray(preprocess.std, np.float32)
+    values = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+    return np.ascontiguousarray(np.moveaxis(values, -1, -3))
+
+
+def preprocess_from_open_clip(cfg: dict[str, Any]) -> Preprocess:
+    """Read open_clip's preprocess_cfg, whose size may be one number or (height, width)."""
+    size = cfg["size"]
+    if not isinstance(size, int):
+        if len(set(size)) != 1:
+            raise DataError(f"clipress works on square pictures; this model wants {tuple(size)} pixels.")
+        size = size[0]
+    known = {key: cfg[key] for key in Preprocess.model_fields.keys() & cfg.keys()}
+    return Preprocess(**{**known, "size": int(size)})

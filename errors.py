@@ -1,0 +1,55 @@
+"""The few errors a user can cause. Each says what was asked, what was found and what to do.
+
+`cli.py` shows them click's way: one message, exit code 2, no traceback. Anything else that is raised is a bug and
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ClipressError(Exception):
+    """Base of every error that is the input's fault, not the program's."""
+
+    exit_code = 2
+
+
+class RecipeError(ClipressError):
+    """A recipe that cannot be read, has unknown keys, wrong values or an order of stages that cannot work."""
+
+
+class DataError(ClipressError):
+    """Images, captions or labels that are missing, broken or empty."""
+
+
+class ArtifactError(ClipressError):
+    """A checkpoint or run folder that is missing, truncated, foreign or in the way."""
+
+
+class ExportError(ClipressError):
+    """A file that could not be exported, or that does not agree with the model it came from."""
+
+
+class MissingError(ClipressError):
+    """An optional package or device that is not there."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the closest known word, else the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known)}."
+
+
+def need(module: str, *, extra: str, to: str):
+    """Import an optional package where it is used, or say how to get it."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingError(
+            f"'{module}' is needed to {to}, and it cannot be imported here ({error}). Do: pip install 'clipress[{extra}]'"
+        ) from error

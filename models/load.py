@@ -1,0 +1,194 @@
+"""Name, checkpoint or artefact -> a CLIP ready for compression, and back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clipress.artifact import Artifact, load_artifact, write_whole
+from clipress.data.tokens import tokenizer_from_spec, tokenizer_spec
+from clipress.data.transforms import Preprocess, preprocess_from_open_clip
+from clipress.errors import ArtifactError, RecipeError, nearest
+from clipress.models import anatomy, surgery
+from clipress.recipe import Section
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A model in memory with everything that must travel with it."""
+
+    model: nn.Module
+    architecture: dict[str, Any]
+    preprocess: Preprocess
+    tokenizer: dict[str, Any]
+    sparsity: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
+
+    def copy(self) -> Clip:
+        """Return a copy whose model can be changed freely."""
+        return replace(self, model=copy.deepcopy(self.model))
+
+    def tokenize(self) -> Callable:
+        """Return this model's tokenizer: texts -> int64 ids [N, L]."""
+        return tokenizer_from_spec(self.tokenizer)
+
+    def encoders(self) -> tuple[Callable, Callable]:
+        """Return (images, texts) -> embeddings, arrays in and out, unit length, in evaluation mode."""
+        device = next(self.model.parameters()).device
+
+        def encoder(encode: Callable) -> Callable:
+            def run(batch: np.ndarray) -> np.ndarray:
+                self.model.eval()
+                with torch.inference_mode():
+                    return encode(torch.from_numpy(batch).to(device), normalize=True).float().cpu().numpy()
+
+            return run
+
+        return encoder(self.model.encode_image), encoder(self.model.encode_text)
+
+
+class TeacherSpec(Section):
+    """The `teacher` section: exactly one of artifact, model or recipe."""
+
+    artifact: Path | None = None
+    """A folder with clipress.json."""
+    model: str | None = None
+    """An open_clip model name."""
+    checkpoint: str | None = None
+    """With `model`: a weights file, or a pretrained tag of open_clip. `random` asks for random weights."""
+    recipe: dict[str, Any] | None = None
+    """A recipe that makes the teacher; its last artefact is cached and used again."""
+
+    def model_post_init(self, _: Any) -> None:
+        given = [key for key in ("artifact", "model", "recipe") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise RecipeError(f"teacher: exactly one of artifact, model, recipe is asked for, found {given or 'none'}.")
+
+
+def build(architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
+    """Build an open_clip model from its config, with our attention in every block and random weights."""
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    config = copy.deepcopy(architecture)
+    custom = config.pop("custom_text", False) or "hf_model_name" in config.get("text_cfg", {})
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if seed is not None:
+                torch.manual_seed(seed)
+            model = (CustomTextCLIP if custom else CLIP)(**config)
+    except (TypeError, ValueError, AssertionError, KeyError) as error:
+        raise RecipeError(f"open_clip cannot build a model from this config: {error}") from None
+    return surgery.use_own_attention(model)
+
+
+def new_clip(architecture: dict[str, Any], seed: int) -> Clip:
+    """Build a CLIP with random weights, to be trained from scratch."""
+    model = build(architecture, seed)
+    height, _ = anatomy.image_size(model)
+    return Clip(model, architecture, Preprocess(size=height), tokenizer_spec(architecture))
+
+
+def clip_from_open_clip(name: str, checkpoint: str | None) -> Clip:
+    """Load a model by its open_clip name with weights from a file or a pretrained tag."""
+    import open_clip
+    from open_clip.transformer import QuickGELU
+    from safetensors import SafetensorError
+
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise RecipeError(f"teacher: open_clip has no model '{name}'.{nearest(name, open_clip.list_models())}")
+    if checkpoint is None:
+        raise RecipeError(f"teacher: model '{name}' needs a checkpoint: a file, a pretrained tag, or 'random'.")
+    pretrained = None if checkpoint == "random" else checkpoint
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained and pretrained not in tags and not Path(pretrained).is_file():
+        raise ArtifactError(
+            f"Checkpoint '{checkpoint}' for {name} was asked for; it is neither a file nor a pretrained tag. "
+            f"Tags: {', '.join(tags) or 'none'}."
+        )
+    try:
+        model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=pretrained is not None)
+    except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise ArtifactError(
+            f"Checkpoint '{checkpoint}' does not load into {name}: {str(error).splitlines()[0]} "
+            "It may be truncated or belong to another model."
+        ) from None
+    if any(isinstance(module, QuickGELU) for module in model.modules()):
+        config["quick_gelu"] = True
+    preprocess = preprocess_from_open_clip(open_clip.get_model_preprocess_cfg(model))
+    return Clip(surgery.use_own_attention(model).eval(), config, preprocess, tokenizer_spec(config))
+
+
+def clip_from_artifact(source: Artifact | str | Path) -> Clip:
+    """Rebuild a model from nothing but its artefact; outputs are bitwise those it was saved with."""
+    artifact = source if isinstance(source, Artifact) else load_artifact(source)
+    model = surgery.reshape(build(artifact.architecture), artifact.shapes)
+    weights = dict(artifact.weights)
+    if artifact.quantization:
+        from clipress.models import quantizers
+
+        quantizers.restore(model, artifact.quantization, weights)
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ArtifactError(f"The artefact's weights do not fit its own shapes: {str(error).splitlines()[-1]}") from None
+    preprocess = Preprocess(**artifact.preprocess)
+    return Clip(
+        model.eval(), artifact.architecture, preprocess, artifact.tokenizer, artifact.sparsity, artifact.quantization
+    )
+
+
+def artifact_from_clip(clip: Clip, lineage: tuple[dict[str, Any], ...], metrics: dict[str, Any]) -> Artifact:
+    """Pack a model for saving."""
+    quantizer_state = ("_quantizer._amax",)
+    weights: dict[str, Tensor] = {
+        name: tensor
+        for name, tensor in clip.model.state_dict().items()
+        if "_quantizer." not in name or name.endswith(quantizer_state)
+    }
+    return Artifact(
+        architecture=clip.architecture,
+        shapes=surgery.shapes(clip.model),
+        weights=weights,
+        preprocess=clip.preprocess.model_dump(mode="json"),
+        tokenizer=clip.tokenizer,
+        sparsity=clip.sparsity,
+        quantization=clip.quantization,
+        lineage=lineage,
+        metrics=metrics,
+        counts=anatomy.counts(clip.model),
+    )
+
+
+def save_for_open_clip(clip: Clip, folder: Path) -> bool:
+    """Write an uncut, unquantised model so that plain open_clip loads it (`local-dir:FOLDER`); False if it is neither."""
+    if clip.quantization or surgery.shapes(clip.model) != surgery.shapes(build(clip.architecture)):
+        return False
+    import json
+
+    from safetensors.torch import save_file
+
+    def fill(aside: Path) -> None:
+        weights = {name: t.detach().cpu().contiguous() for name, t in surgery.stock_weights(clip.model).items()}
+        save_file(weights, aside / "open_clip_model.safetensors")
+        p = clip.preprocess
+        preprocess = {
+            "mean": p.mean,
+            "std": p.std,
+            "interpolation": p.interpolation,
+            "resize_mode": p.resize_mode,
+            "fill_color": p.fill_color,
+        }
+        text = json.dumps({"model_cfg": clip.architecture, "preprocess_cfg": preprocess}, indent=2)
+        (aside / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
+
+    write_whole(folder, fill)
+    return True

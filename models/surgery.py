@@ -1,0 +1,112 @@
+"""Cut units out of blocks, read a model's shapes and rebuild them. Pure: no scores, no budgets here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipress.errors import ArtifactError
+from clipress.models.anatomy import Block, blocks, stock_attentions
+from clipress.models.attention import Attention
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What stays of one block. Every head keeps as many dims as the others, though not the same ones.
+
+    qk: bool [heads, qk_dim]; v: bool [heads, v_dim]; ffn: bool [ffn width].
+    """
+
+    qk: Tensor
+    v: Tensor
+    ffn: Tensor
+
+
+def use_own_attention(model: nn.Module) -> nn.Module:
+    """Replace PyTorch's attention by ours in every block, in place; outputs stay the same."""
+    for module, stock in list(stock_attentions(model)):
+        module.attn = Attention.from_multihead(stock).train(stock.training)
+    return model
+
+
+def narrowed(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
+    """Return a Linear with only the chosen output rows and input columns (bool masks); biases are cut too."""
+    weight, bias = linear.weight.detach(), linear.bias
+    if rows is not None:
+        weight, bias = weight[rows], bias if bias is None else bias[rows]
+    if columns is not None:
+        weight = weight[:, columns]
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        new.weight.copy_(weight)
+        if bias is not None:
+            new.bias.copy_(bias)
+    return new.train(linear.training)
+
+
+def _per_head(mask: Tensor, block: Block, kind: str) -> int:
+    dims = mask.sum(1)
+    if not bool((dims == dims[0]).all()):
+        raise ValueError(f"{block.name}: heads keep different numbers of {kind} dims: {dims.tolist()}")
+    return int(dims[0])
+
+
+def cut(block: Block, keep: Keep) -> None:
+    """Cut one block in place. The softmax scale is left as it was, so the result equals the masked block."""
+    attn = block.attn
+    qk, v = keep.qk.flatten(), keep.v.flatten()
+    qk_dim, v_dim = _per_head(keep.qk, block, "q·k"), _per_head(keep.v, block, "v·out")
+    attn.q, attn.k, attn.v = narrowed(attn.q, qk), narrowed(attn.k, qk), narrowed(attn.v, v)
+    attn.out = narrowed(attn.out, columns=v)
+    attn.qk_dim, attn.v_dim = qk_dim, v_dim
+    block.module.mlp.c_fc = narrowed(block.ffn_in, keep.ffn)
+    block.module.mlp.c_proj = narrowed(block.ffn_out, columns=keep.ffn)
+
+
+def shapes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what cannot be told from the architecture any more once blocks have been cut."""
+    return {
+        block.name: {
+            "heads": block.attn.heads,
+            "qk_dim": block.attn.qk_dim,
+            "v_dim": block.attn.v_dim,
+            "scale": block.attn.scale,
+            "ffn": block.ffn_in.out_features,
+        }
+        for block in blocks(model)
+    }
+
+
+def reshape(model: nn.Module, wanted: dict[str, dict[str, Any]]) -> nn.Module:
+    """Give every block the shapes an artefact tells, in place; the weights are still to be loaded."""
+    for block in blocks(model):
+        try:
+            shape = wanted[block.name]
+            sizes = [int(shape[key]) for key in ("heads", "qk_dim", "v_dim", "ffn")]
+            scale = float(shape["scale"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"The artefact's shapes do not describe block {block.name}: {error!r}.") from None
+        if min(sizes) < 1 or max(sizes) > 1 << 20:
+            raise ArtifactError(f"The artefact's shapes for {block.name} make no sense: {shape}.")
+        heads, qk_dim, v_dim, ffn = sizes
+        old = block.attn
+        block.module.attn = Attention(block.width, heads, qk_dim, v_dim, scale, bias=old.q.bias is not None)
+        block.module.mlp.c_fc = nn.Linear(block.width, ffn, bias=block.ffn_in.bias is not None)
+        block.module.mlp.c_proj = nn.Linear(ffn, block.width, bias=block.ffn_out.bias is not None)
+    return model
+
+
+def stock_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return an uncut model's weights under the names that plain open_clip gives them."""
+    weights = dict(model.state_dict())
+    for block in blocks(model):
+        at = f"{block.name}.attn."
+        for kind in ("weight", "bias"):
+            parts = [weights.pop(f"{at}{part}.{kind}", None) for part in ("q", "k", "v")]
+            if parts[0] is not None:
+                weights[f"{at}in_proj_{kind}"] = torch.cat(parts)
+                weights[f"{at}out_proj.{kind}"] = weights.pop(f"{at}out.{kind}")
+    return weights
