@@ -72,7 +72,7 @@ def _told(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
         return f"{place}: unknown key '{path[-1]}'.{nearest(path[-1], cls.model_fields)}"
     if problem["type"] == "missing":
         return f"{place}: this key is needed and is not there."
-    return f"{place}: {problem['msg'].removeprefix('Value error, ')} (found {problem['input']!r})."
+    return f"{place}: {problem['msg']} (found {problem['input']!r}). Change it in the recipe, or with --set."
 
 
 def read_recipe(path: str | Path, sets: Iterable[str] = ()) -> Recipe:

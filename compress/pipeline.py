@@ -202,7 +202,9 @@ def _teacher(plan: Plan, folder: Path, context: Context, say: Say) -> tuple[Clip
         source = spec.artifact
     else:
         clip = clip_from_open_clip(spec.model, spec.checkpoint)
-        weights = digest(*(f"{name} {tensor.double().sum().item()!r}" for name, tensor in clip.model.state_dict().items()))
+        weights = digest(
+            *(f"{name} {tensor.double().sum().item()!r}" for name, tensor in clip.model.state_dict().items())
+        )
         lineage = ({"stage": "teacher", "model": spec.model, "checkpoint": spec.checkpoint, "hash": weights},)
         if not _finished(folder, weights):
             _leave(clip, lineage, folder, plan, context, say)

@@ -6,6 +6,8 @@ fine-tuning, saving, INT8 and export with no special modules.
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from typing import Any, Literal
 
 import torch
@@ -46,7 +48,8 @@ def zero_two_of_four(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     import modelopt.torch.sparsity as mts
 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    mts.export(mts.sparsify(model, "sparse_magnitude"))
+    with redirect_stdout(io.StringIO()):  # it names every layer aloud
+        mts.export(mts.sparsify(model, "sparse_magnitude"))
     # modelopt's record of what it did would travel with the model; the zeros are record enough
     if hasattr(model, "_modelopt_state"):
         del model._modelopt_state

@@ -20,8 +20,14 @@ KINDS = {
 MAKES = {"distill": "distilled", "prune": "pruned", "sparsify": "sparse", "quantize": "int8"}
 # What must not come before a kind, and why.
 NEVER_AFTER = {
-    "prune": {"sparsify": "cutting units would break the 2:4 pattern", "quantize": "INT8 scales belong to uncut layers"},
-    "sparsify": {"quantize": "INT8 scales belong to the weights as they are", "sparsify": "the pattern is there already"},
+    "prune": {
+        "sparsify": "cutting units would break the 2:4 pattern",
+        "quantize": "INT8 scales belong to uncut layers",
+    },
+    "sparsify": {
+        "quantize": "INT8 scales belong to the weights as they are",
+        "sparsify": "the pattern is there already",
+    },
     "distill": {"quantize": "training would leave the INT8 scales behind; quantize trains itself"},
     "quantize": {"quantize": "the model is INT8 already"},
 }

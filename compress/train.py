@@ -228,9 +228,7 @@ def train(
     clip.model.train()
     module = fabric.setup_module(Towers(clip.model))
     optimizer = fabric.setup_optimizers(
-        torch.optim.AdamW(
-            parameter_groups(module, config.weight_decay), lr=config.lr, betas=config.betas, fused=True
-        )
+        torch.optim.AdamW(parameter_groups(module, config.weight_decay), lr=config.lr, betas=config.betas, fused=True)
     )
     mentor = None
     if needs_teacher(weights):
@@ -308,7 +306,9 @@ def _everywhere(value: bool, fabric: Fabric) -> bool:
     """Tell whether something holds on every process; all must decide alike."""
     if fabric.world_size == 1:
         return value
-    return bool(fabric.all_reduce(torch.tensor(float(value), device=fabric.device), reduce_op="sum") == fabric.world_size)
+    return bool(
+        fabric.all_reduce(torch.tensor(float(value), device=fabric.device), reduce_op="sum") == fabric.world_size
+    )
 
 
 @torch.no_grad()

@@ -14,7 +14,11 @@ def tokenizer_spec(architecture: dict[str, Any]) -> dict[str, Any]:
     """Return what an artefact must remember of its tokenizer: name and context length."""
     text = architecture["text_cfg"]
     name = text.get("hf_tokenizer_name") or "clip-bpe"
-    return {"name": name, "context_length": int(text.get("context_length", 77)), "kwargs": text.get("tokenizer_kwargs") or {}}
+    return {
+        "name": name,
+        "context_length": int(text.get("context_length", 77)),
+        "kwargs": text.get("tokenizer_kwargs") or {},
+    }
 
 
 def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenize:

@@ -55,7 +55,9 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     except FileNotFoundError:
         raise DataError(f"Image {name} was asked for, and there is no such file.") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} is not a picture that can be decoded: {error}. Give a JPEG, PNG or WebP file.") from None
+        raise DataError(
+            f"{name} is not a picture that can be decoded: {error}. Give a JPEG, PNG or WebP file."
+        ) from None
 
 
 def resized(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
@@ -76,15 +78,19 @@ def resized(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
 
 
 def _centred(image: Image.Image, size: int, fill: int) -> Image.Image:
-    left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
-    if left >= 0 and top >= 0:
-        return image.crop((left, top, left + size, top + size))
+    """Cut what is too large and pad what is too small, around the centre, rounding as torchvision does."""
+    left, top = (max(round((side - size) / 2.0), 0) for side in image.size)
+    cut = image.crop((left, top, left + min(size, image.width), top + min(size, image.height)))
+    if cut.size == (size, size):
+        return cut
     canvas = Image.new("RGB", (size, size), (fill,) * 3)
-    canvas.paste(image, (-left, -top))
+    canvas.paste(cut, ((size - cut.width) // 2, (size - cut.height) // 2))
     return canvas
 
 
-def augmented(image: Image.Image | np.ndarray, preprocess: Preprocess, augment: Augment, rng: np.random.Generator) -> Any:
+def augmented(
+    image: Image.Image | np.ndarray, preprocess: Preprocess, augment: Augment, rng: np.random.Generator
+) -> Any:
     """Return one training view: uint8 [S, S, 3]."""
     if augment.crop_scale is not None:
         image = image if isinstance(image, Image.Image) else Image.fromarray(image)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from clipress.errors import ArtifactError
+
 CHUNK = 1024
 
 
@@ -15,7 +17,9 @@ def finite(embeddings: np.ndarray, what: str) -> np.ndarray:
     """Return the embeddings, or raise: NaN would count as a hit in most evaluators."""
     if not np.isfinite(embeddings).all():
         bad = int((~np.isfinite(embeddings)).any(1).sum())
-        raise FloatingPointError(f"{bad} of {len(embeddings)} {what} embeddings are not finite; the model is broken.")
+        raise ArtifactError(
+            f"{bad} of {len(embeddings)} {what} embeddings are not finite: the model is broken. Make it again."
+        )
     return embeddings.astype(np.float32, copy=False)
 
 
@@ -34,7 +38,9 @@ def pessimistic_ranks(queries: np.ndarray, gallery: np.ndarray, right: np.ndarra
     return ranks
 
 
-def recalls(images: np.ndarray, texts: np.ndarray, owner: np.ndarray, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+def recalls(
+    images: np.ndarray, texts: np.ndarray, owner: np.ndarray, ks: tuple[int, ...] = (1, 5, 10)
+) -> dict[str, float]:
     """Return R@K in percent both ways.
 
     images [N, D] and texts [M, D], L2-normalised; owner [M]: the image each text belongs to.

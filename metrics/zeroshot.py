@@ -17,7 +17,9 @@ def class_embeddings(prompts: np.ndarray) -> np.ndarray:
     return unit(unit(prompts).mean(axis=1))
 
 
-def topk_accuracy(images: np.ndarray, classes: np.ndarray, labels: np.ndarray, ks: tuple[int, ...] = (1, 5)) -> dict[str, float]:
+def topk_accuracy(
+    images: np.ndarray, classes: np.ndarray, labels: np.ndarray, ks: tuple[int, ...] = (1, 5)
+) -> dict[str, float]:
     """Return top-k accuracy in percent; a tie with a wrong class counts against the model.
 
     images [N, D], classes [C, D], L2-normalised; labels [N]. A k that exceeds C is left out.

@@ -94,4 +94,8 @@ def counts(model: nn.Module) -> dict[str, int]:
     """Count parameters: all, without embeddings, and inside transformer blocks."""
     total = sum(p.numel() for p in model.parameters())
     in_blocks = sum(p.numel() for block in blocks(model) for p in block.module.parameters())
-    return {"params": total, "params_without_embeddings": total - embedding_parameters(model), "block_params": in_blocks}
+    return {
+        "params": total,
+        "params_without_embeddings": total - embedding_parameters(model),
+        "block_params": in_blocks,
+    }

@@ -139,7 +139,9 @@ def clip_from_artifact(source: Artifact | str | Path) -> Clip:
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise ArtifactError(f"The artefact's weights do not fit its own shapes: {str(error).splitlines()[-1]}") from None
+        raise ArtifactError(
+            f"The artefact's weights do not fit its own shapes: {str(error).splitlines()[-1]}"
+        ) from None
     preprocess = Preprocess(**artifact.preprocess)
     return Clip(
         model.eval(), artifact.architecture, preprocess, artifact.tokenizer, artifact.sparsity, artifact.quantization

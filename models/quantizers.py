@@ -7,7 +7,9 @@ written here, and what came out is checked.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from fnmatch import fnmatch
 from typing import Any
 
@@ -35,7 +37,9 @@ def _rules(names: list[str], algorithm: str | None) -> dict[str, Any]:
     return {"quant_cfg": rules, "algorithm": algorithm}
 
 
-def attach(model: nn.Module, names: list[str], calibrate: Callable[[nn.Module], None] | None, algorithm: str = "max") -> nn.Module:
+def attach(
+    model: nn.Module, names: list[str], calibrate: Callable[[nn.Module], None] | None, algorithm: str = "max"
+) -> nn.Module:
     """Put quantisers on the named modules, in place, and calibrate them by running `calibrate(model)`.
 
     Without `calibrate` the scales are still to be loaded.
@@ -44,7 +48,8 @@ def attach(model: nn.Module, names: list[str], calibrate: Callable[[nn.Module], 
 
     if not names:
         raise RecipeError("quantize: no Linear or Conv is left to quantise; 'keep' names them all.")
-    mtq.quantize(model, _rules(names, algorithm if calibrate else None), forward_loop=calibrate)
+    with redirect_stdout(io.StringIO()):  # it counts aloud
+        mtq.quantize(model, _rules(names, algorithm if calibrate else None), forward_loop=calibrate)
     modules = dict(model.named_modules())
     if calibrate:
         dynamic = [name for name in names if getattr(modules[name].input_quantizer, "amax", None) is None]

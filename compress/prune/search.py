@@ -60,7 +60,9 @@ class Search(Hook):
         self.target = getattr(settings.budget, self.unit)
         self.total, self.fixed = total, fixed
         self.updates = 0
-        self._masks([torch.ones_like(site.mask) for site in gates.sites], self.target)  # an impossible budget says so now
+        self._masks(
+            [torch.ones_like(site.mask) for site in gates.sites], self.target
+        )  # an impossible budget says so now
 
     def before(self, step: int) -> None:
         self.gates.clear()

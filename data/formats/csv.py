@@ -19,7 +19,9 @@ def read(spec, seed: int) -> Files:
         raise DataError(f"{path} cannot be read: {error}.") from None
     header = lines[0].split(spec.separator) if lines else []
     if not {"title", "filepath"} <= set(header):
-        raise DataError(f"{path}: the first line must name 'title' and 'filepath', split by {spec.separator!r}; found {header}.")
+        raise DataError(
+            f"{path}: the first line must name 'title' and 'filepath', split by {spec.separator!r}; found {header}."
+        )
     title, file = header.index("title"), header.index("filepath")
     files = Files(spec, path)
     for number, line in enumerate(lines[1:], 2):

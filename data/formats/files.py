@@ -64,7 +64,9 @@ class Files:
         """Report the skipped records; too many are an error."""
         total = len(self.paths) + len(self.skipped)
         if self.skipped:
-            log.warning("%s: %d of %d records skipped; first: %s", self.origin, len(self.skipped), total, self.skipped[0])
+            log.warning(
+                "%s: %d of %d records skipped; first: %s", self.origin, len(self.skipped), total, self.skipped[0]
+            )
         if len(self.skipped) > MAX_SKIPPED * total:
             raise DataError(
                 f"{self.origin}: {len(self.skipped)} of {total} records cannot be used (first: {self.skipped[0]}). "

@@ -1,0 +1,349 @@
+"""The command line: parse -> settings -> one call -> where the result is. Everything heavy is imported inside commands."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from clipress import __version__
+from clipress.errors import ArtifactError, ClipressError, RecipeError, nearest
+
+if TYPE_CHECKING:
+    from clipress.compress.pipeline import Plan
+    from clipress.data.evalsets import EvalSet
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class Commands(click.Group):
+    """Commands in the order they are declared; a user's mistake is one message and exit code 2."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ClipressError as error:
+            shown = click.ClickException(str(error))
+            shown.exit_code = error.exit_code
+            raise shown from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="clipress")
+@click.option("--verbose", is_flag=True, help="Show the warnings of the libraries underneath.")
+def main(verbose: bool) -> None:
+    """Make a CLIP small, fast and servable.
+
+    `run` does everything a recipe asks for; the four verbs under it do one part each and meet in the run folder.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    if not verbose:
+        warnings.filterwarnings("ignore")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+RECIPE_ARGUMENT = click.argument("recipe", metavar="RECIPE")
+SET_OPTION = click.option(
+    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override, such as stages.0.prune.steps=10."
+)
+OUT_OPTION = click.option("--out", type=FOLDER, help="Run folder.  [default: runs/<name of the recipe>]")
+RUN_ARGUMENT = click.argument("run", type=FOLDER)
+STAGE_OPTION = click.option("--stage", help="Name of the artefact.  [default: the last one]")
+
+
+@main.command()
+@RECIPE_ARGUMENT
+@OUT_OPTION
+@SET_OPTION
+def run(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
+    """Compress, export, bench and serve, as a recipe says.
+
+    RECIPE is a YAML file, or the name of a shipped one (demo). Stages that are finished are not done again.
+    """
+    folder, plan = _compress(recipe, out, sets)
+    _export(folder, plan, plan.artifacts)
+    _bench(folder, plan, plan.artifacts)
+    _serve(folder, plan, plan.artifacts[-1], None, None)
+    click.echo(f"Try it: clipress predict {folder} IMAGE --labels cat,dog")
+
+
+@main.command()
+@RECIPE_ARGUMENT
+@OUT_OPTION
+@SET_OPTION
+def compress(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
+    """Run a recipe's stages: each leaves an artefact in the run folder."""
+    folder, plan = _compress(recipe, out, sets)
+    click.echo(f"{len(plan.artifacts)} artefacts in {folder}: {', '.join(plan.artifacts)}")
+
+
+@main.command()
+@RUN_ARGUMENT
+@click.option(
+    "--stage", "stages", multiple=True, help="Only this artefact; may be given several times.  [default: all]"
+)
+def export(run: Path, stages: tuple[str, ...]) -> None:
+    """Export a run's artefacts to ONNX, each checked against torch."""
+    plan = _plan_of(run)
+    _export(run, plan, [_chosen(plan, stage) for stage in stages] or plan.artifacts)
+
+
+@main.command()
+@RUN_ARGUMENT
+def bench(run: Path) -> None:
+    """Measure accuracy, size and latency of every artefact of a run, side by side."""
+    plan = _plan_of(run)
+    _export(run, plan, plan.artifacts)
+    _bench(run, plan, plan.artifacts)
+
+
+@main.command()
+@RUN_ARGUMENT
+@STAGE_OPTION
+@click.option(
+    "--backend", "backends", multiple=True, help="onnxruntime or python; may be given twice.  [default: the recipe's]"
+)
+@click.option("--max-batch", type=click.IntRange(1), help="Largest batch the server makes.  [default: the recipe's]")
+def serve(run: Path, stage: str | None, backends: tuple[str, ...], max_batch: int | None) -> None:
+    """Write Triton model repositories from an artefact of a run."""
+    plan = _plan_of(run)
+    name = _chosen(plan, stage)
+    _export(run, plan, [name])
+    _serve(run, plan, name, backends or None, max_batch)
+
+
+@main.command()
+@RUN_ARGUMENT
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--labels", help="Names to choose from, split by commas.")
+@click.option("--labels-file", type=FILE, help="The same from a text file, one per line.")
+@click.option(
+    "--template",
+    "templates",
+    multiple=True,
+    default=("a photo of a {}",),
+    show_default=True,
+    help="Prompt; may be given several times.",
+)
+@STAGE_OPTION
+def predict(
+    run: Path,
+    images: tuple[Path, ...],
+    labels: str | None,
+    labels_file: Path | None,
+    templates: tuple[str, ...],
+    stage: str | None,
+) -> None:
+    """Classify pictures among labels, with ONNX Runtime alone."""
+    from clipress.serve.classify import Classifier, labels_from
+
+    names = labels_from(labels, labels_file)
+    plan = _plan_of(run)
+    classifier = Classifier(_exported(run, _chosen(plan, stage)))
+    for image, row in zip(images, classifier.probabilities(list(images), names, templates), strict=True):
+        ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
+        click.echo(f"{image}: " + "  ".join(f"{name} {float(p):.1%}" for name, p in ranked[:5]))
+
+
+@main.command("eval")
+@RUN_ARGUMENT
+@STAGE_OPTION
+@click.option("--split", type=click.Choice(["val", "test"]), default="test", show_default=True)
+def evaluate_(run: Path, stage: str | None, split: str) -> None:
+    """Print an artefact's accuracy in torch, without exporting it."""
+    from clipress.data.evalsets import evalsets
+    from clipress.metrics.evaluate import evaluate
+    from clipress.models.load import clip_from_artifact
+
+    plan = _plan_of(run)
+    sets = evalsets(getattr(plan.data, split))
+    if not sets:
+        raise RecipeError(f"The recipe of {run} names no '{split}' data to evaluate on.")
+    clip = clip_from_artifact(run / _chosen(plan, stage))
+    for key, value in evaluate(*clip.encoders(), sets, clip.preprocess, clip.tokenize()).items():
+        click.echo(f"{key:<24} {value:6.2f} %")
+
+
+@main.group()
+def data() -> None:
+    """Look at the data."""
+
+
+@data.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--format", "form", type=click.Choice(["scenes", "digits"]), default="digits", show_default=True)
+@click.option("--count", type=click.IntRange(1, 500), default=10, show_default=True)
+def pictures(folder: Path, form: str, count: int) -> None:
+    """Write pictures of an embedded set's test split as PNG files, with their captions beside them."""
+    from PIL import Image
+
+    from clipress.data.pairs import SourceSpec, open_source
+
+    source = open_source(SourceSpec(format=form, split="test", limit=count))
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(len(source)):
+        Image.fromarray(source.image(index)).save(folder / f"{form}-{index:03}.png")
+        (folder / f"{form}-{index:03}.txt").write_text("\n".join(source.captions(index)) + "\n", encoding="utf-8")
+    click.echo(f"{len(source)} pictures in {folder}")
+
+
+@main.command()
+@click.argument("artifact", type=FOLDER)
+def show(artifact: Path) -> None:
+    """Print what an artefact is and what was done to it, or what a run folder holds."""
+    from clipress.artifact import read_header
+
+    if (artifact / "recipe.yaml").is_file():
+        plan = _plan_of(artifact)
+        for name in plan.artifacts:
+            there = (artifact / name / "clipress.json").is_file()
+            counts = read_header(artifact / name)["counts"] if there else {}
+            click.echo(f"{name:<12} " + (f"{counts['params']:>12,} parameters" if there else "not made yet"))
+        return
+    header = read_header(artifact)
+    counts = header["counts"]
+    click.echo(
+        f"parameters {counts['params']:,} (without embeddings {counts['params_without_embeddings']:,}, "
+        f"in blocks {counts['block_params']:,})"
+    )
+    for name, shape in header["shapes"].items():
+        click.echo(f"  {name}: {shape['heads']} heads, qk {shape['qk_dim']}, v {shape['v_dim']}, ffn {shape['ffn']}")
+    for key in ("sparsity", "quantization"):
+        if header.get(key):
+            held = header[key].get("weights") or header[key].get("modules")
+            click.echo(f"{key}: {header[key].get('pattern') or header[key].get('dtype')} on {len(held)} layers")
+    for record in header["lineage"]:
+        click.echo(f"stage {record['stage']} ({record.get('kind', 'start')}) {record['hash']}")
+    for key, value in header["metrics"].get("accuracy", {}).items():
+        click.echo(f"  {key} {value:.2f} % ({header['metrics']['conditions']['split']})")
+
+
+def _recipe_path(text: str) -> Path:
+    """A file, or the name of a recipe that is shipped."""
+    path, shipped = Path(text), Path(__file__).parent / "configs"
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    names = {file.stem: file for file in shipped.glob("*.yaml")}
+    if text not in names:
+        raise RecipeError(
+            f"Recipe '{text}' was asked for; it is neither a file nor a shipped recipe.{nearest(text, names)}"
+        )
+    return names[text]
+
+
+def _compress(recipe: str, out: Path | None, sets: tuple[str, ...]) -> tuple[Path, Plan]:
+    from clipress.recipe import read_recipe
+
+    read = read_recipe(_recipe_path(recipe), sets)
+    from clipress.compress import pipeline  # after the recipe's outline is known to be right: this import takes seconds
+
+    plan = _checked(read)
+    folder = out or Path("runs") / read.name
+    pipeline.compress(read, folder, click.echo)
+    return folder, plan
+
+
+def _checked(recipe: Any) -> Plan:
+    """Check every room's section before any work is done."""
+    from clipress.bench.settings import BenchSettings
+    from clipress.compress.pipeline import plan_from
+    from clipress.export.settings import ExportSettings
+    from clipress.recipe import checked
+    from clipress.serve.settings import ServeSettings
+
+    checked(ExportSettings, recipe.export, "export")
+    checked(BenchSettings, recipe.bench, "bench")
+    checked(ServeSettings, recipe.serve, "serve")
+    return plan_from(recipe)
+
+
+def _plan_of(run: Path) -> Plan:
+    """Read the recipe that a run folder keeps."""
+    from clipress.recipe import read_recipe
+
+    kept = run / "recipe.yaml"
+    if not kept.is_file():
+        found = "no recipe.yaml in it" if run.is_dir() else "no such folder"
+        raise ArtifactError(
+            f"A run folder was asked for at {run}; there is {found}. Make one with: clipress compress RECIPE"
+        )
+    return _checked(read_recipe(kept))
+
+
+def _chosen(plan: Plan, stage: str | None) -> str:
+    if stage is not None and stage not in plan.artifacts:
+        raise RecipeError(f"--stage {stage}: the run has no such artefact.{nearest(stage, plan.artifacts)}")
+    return stage or plan.artifacts[-1]
+
+
+def _exported(run: Path, stage: str) -> Path:
+    folder = run / "export" / stage
+    if not (folder / "export.json").is_file():
+        raise ArtifactError(f"{folder} was asked for, and {stage} is not exported yet. Do: clipress export {run}")
+    return folder
+
+
+def _test_sets(plan: Plan) -> list[EvalSet]:
+    from clipress.data.evalsets import evalsets
+
+    return evalsets(plan.data.test or plan.data.val or plan.data.train)
+
+
+def _export(run: Path, plan: Plan, stages: list[str]) -> None:
+    from clipress.export.settings import ExportSettings
+    from clipress.export.to_onnx import is_exported, onnx_from_artifact
+    from clipress.recipe import checked
+
+    settings = checked(ExportSettings, plan.recipe.export, "export").onnx
+    for stage in stages:
+        target = run / "export" / stage
+        if is_exported(run / stage, target, settings):
+            click.echo(f"{stage}: exported already ({target})")
+            continue
+        made = onnx_from_artifact(run / stage, target, settings, _test_sets(plan))
+        parity = made["parity"]
+        size = sum(file["bytes"] for file in made["files"].values()) / 1e6
+        click.echo(
+            f"{stage}: {made['precision']} ONNX, {size:.1f} MB, agrees with torch (least cosine image "
+            f"{parity['image_min_cosine']:.6f}, text {parity['text_min_cosine']:.6f}) -> {target}"
+        )
+
+
+def _bench(run: Path, plan: Plan, stages: list[str]) -> None:
+    from clipress.bench.report import table, write_report
+    from clipress.bench.run import bench, write_results
+    from clipress.bench.settings import BenchSettings
+    from clipress.recipe import checked
+
+    settings = checked(BenchSettings, plan.recipe.bench, "bench")
+    artifacts, exports = [run / s for s in stages], [run / "export" / s for s in stages]
+    results = bench(artifacts, exports, _test_sets(plan), settings, plan.recipe.name)
+    written = write_results(results, run / "bench")
+    page = write_report(results, run / "bench")
+    click.echo(table(results))
+    click.echo(f"Figures: {written}   Page to open in a browser: {page}")
+
+
+def _serve(run: Path, plan: Plan, stage: str, backends: tuple[str, ...] | None, max_batch: int | None) -> None:
+    from clipress.recipe import checked
+    from clipress.serve.settings import ServeSettings
+    from clipress.serve.triton_repo import triton_repo_from_export
+
+    asked = {"backend": backends, "max_batch": max_batch}
+    raw = {**plan.recipe.serve, **{key: value for key, value in asked.items() if value is not None}}
+    settings = checked(ServeSettings, raw, "serve")
+    for repository in triton_repo_from_export(_exported(run, stage), run / "triton", settings):
+        click.echo(f"Triton model repository of {stage}: {repository}")
+
+
+if __name__ == "__main__":
+    main()

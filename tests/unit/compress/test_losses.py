@@ -1,0 +1,111 @@
+"""Every loss against a slow double-precision reference, gradients included."""
+
+import math
+
+import pytest
+import torch
+
+from clipress.compress.losses import Batch, Features, compute, needs_teacher, weights_of
+from clipress.errors import RecipeError
+
+B, D = 5, 4
+
+
+def features(seed, requires_grad=False):
+    generator = torch.Generator().manual_seed(seed)
+    image, text = (
+        torch.nn.functional.normalize(
+            torch.randn(B, D, generator=generator, dtype=torch.float64), dim=-1
+        ).requires_grad_(requires_grad)
+        for _ in range(2)
+    )
+    return Features(image, text, image, text, torch.tensor(7.0 + seed, dtype=torch.float64))
+
+
+def targets():
+    group = torch.tensor([0, 1, 2, 1, 3])
+    same = (group[:, None] == group[None]).double()
+    return same / same.sum(1, keepdim=True)
+
+
+def cross_entropy(scores, wanted):
+    """Mean over rows of -sum wanted log softmax(scores), with Python floats and loops."""
+    total = 0
+    for row, aim in zip(scores, wanted, strict=True):
+        highest = max(float(s.detach()) for s in row)
+        norm = sum((s - highest).exp() for s in row)
+        total = total - sum(a * (s - highest - norm.log()) for s, a in zip(row, aim, strict=True))
+    return total / len(scores)
+
+
+def dots(a, b, scale):
+    return [[scale * sum(x * y for x, y in zip(u, v, strict=True)) for v in b] for u in a]
+
+
+def softmax(rows):
+    shares = []
+    for row in rows:
+        weights = [math.exp(float(s)) for s in row]
+        shares.append([w / sum(weights) for w in weights])
+    return shares
+
+
+def slow(name, s, t, aims):
+    if name == "contrastive":
+        return (
+            cross_entropy(dots(s.image, s.text, s.scale), aims) + cross_entropy(dots(s.text, s.image, s.scale), aims)
+        ) / 2
+    if name == "affinity":
+        a = cross_entropy(dots(s.image, s.text, s.scale), softmax(dots(t.image, t.text, t.scale)))
+        return (a + cross_entropy(dots(s.text, s.image, s.scale), softmax(dots(t.text, t.image, t.scale)))) / 2
+    if name == "feature":
+        squares = [
+            sum(sum((x - y) ** 2 for x, y in zip(u, v, strict=True)) for u, v in zip(a, b, strict=True)) / (B * D)
+            for a, b in ((s.image, t.image), (s.text, t.text))
+        ]
+        return sum(squares)
+    if name == "interactive":
+        return (
+            cross_entropy(dots(s.image, t.text, s.scale), aims) + cross_entropy(dots(s.text, t.image, s.scale), aims)
+        ) / 2
+    raise AssertionError(f"no reference for {name}")
+
+
+@pytest.mark.parametrize("name", ["contrastive", "affinity", "feature", "interactive"])
+def test_a_loss_and_its_gradient_equal_the_slow_reference(name):
+    found_from, wanted_from, teacher = features(0, True), features(0, True), features(1)
+    aims = targets()
+    found, parts = compute({name: 2.0}, Batch(found_from, teacher, aims))
+    wanted = 2.0 * slow(name, wanted_from, teacher, aims)
+    assert found.item() == pytest.approx(float(wanted.detach()), rel=1e-12) and set(parts) == {name}
+    found.backward()
+    wanted.backward()
+    for own, other in ((found_from.image, wanted_from.image), (found_from.text, wanted_from.text)):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_every_registered_loss_has_a_reference_here():
+    from clipress.compress.losses import _terms
+
+    for name in _terms():
+        slow(name, features(0), features(1), targets())
+
+
+def test_absent_terms_are_not_computed(monkeypatch):
+    from clipress.compress import losses
+
+    def never(batch):
+        raise AssertionError("computed though absent")
+
+    terms = {name: (never if name == "feature" else term, *rest) for name, (term, *rest) in losses._terms().items()}
+    monkeypatch.setattr(losses, "_terms", lambda: terms)
+    compute({"contrastive": 1.0}, Batch(features(0), None, targets()))
+    with pytest.raises(AssertionError, match="though absent"):
+        compute({"feature": 1.0}, Batch(features(0), features(1), targets()))
+
+
+def test_names_without_weights_get_the_published_ones():
+    assert weights_of(("contrastive", "feature"), "x") == {"contrastive": 1.0, "feature": 2000.0}
+    assert needs_teacher({"feature": 1.0}) and not needs_teacher({"contrastive": 1.0})
+    with pytest.raises(RecipeError, match="Did you mean 'affinity'"):
+        weights_of(("afinity",), "x")

@@ -1,0 +1,117 @@
+"""Loading by name and checkpoint: real files in open_clip's formats, and broken ones."""
+
+import open_clip
+import pytest
+import torch
+
+from clipress.artifact import load_artifact, save_artifact
+from clipress.errors import ArtifactError, RecipeError
+from clipress.models.load import TeacherSpec, artifact_from_clip, clip_from_artifact, clip_from_open_clip, new_clip
+from clipress.models.tiny import tiny_architecture
+
+
+@pytest.fixture
+def tiny_name(tmp_path):
+    """Register the tiny config with open_clip, as a user's own model config would be."""
+    import json
+
+    (tmp_path / "tiny-for-tests.json").write_text(json.dumps(tiny_architecture()))
+    open_clip.add_model_config(tmp_path / "tiny-for-tests.json")
+    return "tiny-for-tests"
+
+
+def test_a_checkpoint_file_gives_the_same_embeddings_as_open_clip(tiny_name, tmp_path):
+    torch.manual_seed(3)
+    stock = open_clip.create_model(tiny_name).eval()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in stock.state_dict().items()}}, tmp_path / "epoch_1.pt")
+    clip = clip_from_open_clip(tiny_name, str(tmp_path / "epoch_1.pt"))
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(clip.model.encode_image(pixels), stock.encode_image(pixels), atol=1e-5, rtol=1e-5)
+    assert clip.preprocess.size == 32 and clip.tokenizer["context_length"] == 24
+
+
+def test_a_truncated_checkpoint_is_told(tiny_name, tmp_path):
+    path = tmp_path / "cut.pt"
+    torch.save(open_clip.create_model(tiny_name).state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ArtifactError, match=r"cut\.pt.*does not load.*truncated"):
+        clip_from_open_clip(tiny_name, str(path))
+
+
+def test_a_missing_checkpoint_is_told(tiny_name):
+    with pytest.raises(ArtifactError, match=r"nowhere\.pt.*neither a file nor a pretrained tag"):
+        clip_from_open_clip(tiny_name, "nowhere.pt")
+
+
+def test_an_unknown_model_name_is_told_with_the_nearest_one():
+    with pytest.raises(RecipeError, match="Did you mean 'ViT-B-32'"):
+        clip_from_open_clip("ViT-B-3", "random")
+
+
+def test_random_weights_must_be_asked_for(tiny_name):
+    with pytest.raises(RecipeError, match="needs a checkpoint"):
+        clip_from_open_clip(tiny_name, None)
+
+
+@pytest.mark.parametrize("given", [{}, {"artifact": "a", "model": "b"}])
+def test_a_teacher_comes_from_exactly_one_place(given):
+    with pytest.raises(RecipeError, match="exactly one of artifact, model, recipe"):
+        TeacherSpec(**given)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save_artifact(artifact_from_clip(new_clip(tiny_architecture(), 0), (), {}), tmp_path / "artefact")
+
+
+def test_truncated_weights_are_told(saved):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match="truncated or changed"):
+        load_artifact(saved)
+
+
+def test_missing_weights_are_told(saved):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"no model\.safetensors"):
+        load_artifact(saved)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "not readable JSON"),
+        ("[]", "schema_version None"),
+        ('{"schema_version": 99}', "99"),
+        ('{"schema_version": 1}', "lacks"),
+    ],
+)
+def test_a_damaged_header_is_told(saved, text, told):
+    (saved / "clipress.json").write_text(text)
+    with pytest.raises(ArtifactError, match=told):
+        load_artifact(saved)
+
+
+def test_shapes_that_do_not_fit_the_weights_are_told(saved):
+    import json
+
+    header = json.loads((saved / "clipress.json").read_text())
+    next(iter(header["shapes"].values()))["ffn"] = 96
+    (saved / "clipress.json").write_text(json.dumps(header))
+    with pytest.raises(ArtifactError, match="do not fit its own shapes"):
+        clip_from_artifact(saved)
+
+
+def test_a_failed_write_keeps_what_was_there(saved, monkeypatch):
+    before = (saved / "clipress.json").read_text()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(ArtifactError, match="could not be written"):
+        save_artifact(artifact_from_clip(new_clip(tiny_architecture(), 5), (), {}), saved)
+    assert (saved / "clipress.json").read_text() == before
+    assert load_artifact(saved)
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]

@@ -1,0 +1,118 @@
+"""Cutting equals masking, and an artefact gives back what was put in."""
+
+import open_clip
+import pytest
+import torch
+
+from clipress.artifact import load_artifact, save_artifact
+from clipress.models import anatomy, surgery
+from clipress.models.load import artifact_from_clip, build, clip_from_artifact, new_clip, save_for_open_clip
+from clipress.models.tiny import tiny_architecture
+
+
+def inputs(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 400, (3, 24), generator=generator)
+    ids[:, -1] = 49407
+    return torch.randn(3, 3, 32, 32, generator=generator), ids
+
+
+def outputs(model):
+    pixels, ids = inputs()
+    with torch.no_grad():
+        return model.eval().encode_image(pixels), model.encode_text(ids)
+
+
+def random_keep(block, seed):
+    generator = torch.Generator().manual_seed(seed)
+    h, d, hidden = block.attn.heads, block.attn.qk_dim, block.ffn_in.out_features
+    qk_dim, v_dim = (int(torch.randint(1, d + 1, (), generator=generator)) for _ in range(2))
+
+    def rows(count):
+        order = torch.rand(h, d, generator=generator).argsort(1)
+        return order < count  # every head keeps `count` dims, each its own
+
+    return surgery.Keep(rows(qk_dim), rows(v_dim), torch.rand(hidden, generator=generator) < 0.4)
+
+
+@torch.no_grad()
+def mask_by_hand(block, keep):
+    """Zero the cut units' own weights and biases; this is all the removal of a unit means."""
+    attn = block.attn
+    for linear, mask in ((attn.q, keep.qk), (attn.k, keep.qk), (attn.v, keep.v), (block.ffn_in, keep.ffn)):
+        linear.weight[~mask.flatten()] = 0
+        linear.bias[~mask.flatten()] = 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_cut_model_computes_what_the_masked_model_computes(seed):
+    masked = new_clip(tiny_architecture(layers=2), seed).model
+    for parameter in masked.parameters():  # biases start at zero; give them something to lose
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 0.5, 0.5)
+    cut = new_clip(tiny_architecture(layers=2), seed).model
+    cut.load_state_dict(masked.state_dict())
+    for number, (a, b) in enumerate(zip(anatomy.blocks(masked), anatomy.blocks(cut), strict=True)):
+        keep = random_keep(a, 10 * seed + number)
+        mask_by_hand(a, keep)
+        surgery.cut(b, keep)
+    assert anatomy.counts(cut)["block_params"] < anatomy.counts(masked)["block_params"]
+    for wanted, found in zip(outputs(masked), outputs(cut), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_own_attention_computes_what_open_clip_computes(custom_text, quick_gelu):
+    config = tiny_architecture() | {"quick_gelu": quick_gelu}
+    kind = open_clip.model.CustomTextCLIP if custom_text else open_clip.model.CLIP
+    torch.manual_seed(0)
+    stock = kind(**config)
+    wanted = outputs(stock)
+    own = surgery.use_own_attention(stock)
+    assert not list(anatomy.stock_attentions(own))
+    for a, b in zip(wanted, outputs(own), strict=True):
+        torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
+
+
+def test_the_softmax_scale_is_the_original_one_after_cutting():
+    model = new_clip(tiny_architecture(), 0).model
+    block = anatomy.blocks(model)[0]
+    keep = surgery.Keep(
+        torch.arange(16).expand(2, 16) < 4, torch.ones(2, 16, dtype=torch.bool), torch.ones(128, dtype=torch.bool)
+    )
+    surgery.cut(block, keep)
+    assert block.attn.qk_dim == 4 and block.attn.scale == 16**-0.5
+
+
+def test_a_cut_artefact_is_read_back_with_bitwise_the_same_outputs(tmp_path):
+    clip = new_clip(tiny_architecture(), 1)
+    for number, block in enumerate(anatomy.blocks(clip.model)):
+        surgery.cut(block, random_keep(block, number))
+    save_artifact(artifact_from_clip(clip, (), {}), tmp_path / "a")
+    again = clip_from_artifact(load_artifact(tmp_path / "a"))
+    for wanted, found in zip(outputs(clip.model), outputs(again.model), strict=True):
+        assert torch.equal(wanted, found)
+
+
+def test_an_uncut_model_is_written_so_that_plain_open_clip_loads_it(tmp_path):
+    clip = new_clip(tiny_architecture(), 2)
+    assert save_for_open_clip(clip, tmp_path / "open_clip")
+    stock = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}", require_pretrained=True)
+    for wanted, found in zip(outputs(clip.model), outputs(stock), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cut_model_is_not_offered_to_plain_open_clip(tmp_path):
+    clip = new_clip(tiny_architecture(), 2)
+    block = anatomy.blocks(clip.model)[0]
+    surgery.cut(block, random_keep(block, 0))
+    assert not save_for_open_clip(clip, tmp_path / "open_clip")
+    assert not (tmp_path / "open_clip").exists()
+
+
+def test_embeddings_are_the_tables_and_nothing_else():
+    model = build(tiny_architecture(width=32))
+    counted = anatomy.counts(model)
+    # token table, text positions, 16 patches + class position, class embedding; all 32 wide
+    assert counted["params"] - counted["params_without_embeddings"] == 32 * (49408 + 24 + 17 + 1)
