@@ -73,7 +73,7 @@ def run(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
     _export(folder, plan, plan.artifacts)
     _bench(folder, plan, plan.artifacts)
     _serve(folder, plan, plan.artifacts[-1], None, None)
-    click.echo(f"Try it: clipress predict {folder} IMAGE --labels cat,dog")
+    click.echo(f"Try it: clipress predict {folder} IMAGE --labels NAME,NAME")
 
 
 @main.command()

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
 from clipress.data.evalsets import EvalSet
 from clipress.data.tokens import tokenizer_from_spec
-from clipress.data.transforms import Preprocess
 from clipress.metrics.evaluate import evaluate
 
 
 def accuracy(runner: OnnxRuntimeRunner, sets: Sequence[EvalSet]) -> dict[str, float]:
     """Return `{"<set>/<metric>": percent}` with the preprocessing and tokenizer the export names."""
-    preprocess = Preprocess(**runner.description["preprocess"])
-    tokenize = tokenizer_from_spec(runner.description["tokenizer"])
-    return evaluate(runner.encode("image"), runner.encode("text"), sets, preprocess, tokenize)
+    tokenize = tokenizer_from_spec(runner.exported.tokenizer.model_dump())
+    return evaluate(runner.encode("image"), runner.encode("text"), sets, runner.exported.preprocess, tokenize)
 
 
 def standard_errors(results: dict[str, float], sets: Sequence[EvalSet]) -> dict[str, float]:

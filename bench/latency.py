@@ -14,7 +14,7 @@ TURN_MS = 50.0  # how long one model runs before it is the next one's turn
 def percentile(times: Sequence[float], percent: float) -> float:
     """Return trtexec's percentile of sorted times: sorted[max(n - 1 - int((1 - p / 100) n), 0)]."""
     n = len(times)
-    return times[max(n - 1 - int((1 - percent / 100) * n), 0)]
+    return times[max(n - 1 - int((100 - percent) * n / 100), 0)]
 
 
 def summary(times_ms: Sequence[float], batch: int, wall_ms: float) -> dict[str, float]:
@@ -50,7 +50,7 @@ def measure_in_turns(
     spent = dict.fromkeys(queries, 0.0)
     while unfinished := [n for n in queries if spent[n] < duration_ms or len(times[n]) < iterations]:
         for name in unfinished:
-            taken = _run_for(queries[name], min(TURN_MS, max(duration_ms, 1)), 1)
+            taken = _run_for(queries[name], min(TURN_MS, duration_ms), 1)
             times[name] += taken
             spent[name] += sum(taken)
     return {name: (np.asarray(taken), spent[name]) for name, taken in times.items()}

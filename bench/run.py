@@ -38,13 +38,13 @@ def bench(
             {
                 "stage": artifact.name,
                 "backend": runner.backend,
-                "precision": runner.description["precision"],
+                "precision": runner.exported.precision,
                 **cost(artifact),
-                "bytes": sum(file["bytes"] for file in runner.description["files"].values()),
+                "bytes": runner.exported.bytes,
                 "accuracy": {key: round(value, 3) for key, value in found.items()},
                 "accuracy_stderr": {key: round(value, 3) for key, value in standard_errors(found, sets).items()},
                 "latency": [],
-                "parity": runner.description["parity"],
+                "parity": runner.exported.parity,
                 "lineage": header["lineage"],
             }
         )

@@ -28,7 +28,7 @@ from clipress.models.load import (
     new_clip,
     save_for_open_clip,
 )
-from clipress.recipe import Recipe, checked, digest, recipe_text
+from clipress.recipe import Recipe, checked, digest, read_recipe, recipe_text
 
 RECIPE = "recipe.yaml"
 Say = Callable[[str], None]
@@ -66,11 +66,11 @@ def plan_from(recipe: Recipe) -> Plan:
 
 def claim(run: Path, recipe: Recipe) -> None:
     """Take a folder for a run, or refuse it when it holds something else."""
-    text, kept = recipe_text(recipe), run / RECIPE
+    kept = run / RECIPE
     if run.exists() and not run.is_dir():
         raise ArtifactError(f"Run folder {run} was asked for; it is a file. Choose another with --out.")
     if kept.is_file():
-        if kept.read_text(encoding="utf-8") != text:
+        if read_recipe(kept) != recipe:
             raise ArtifactError(
                 f"Run folder {run} already holds a different run (its {RECIPE} differs). Nothing was changed. "
                 "Choose another folder with --out, or remove this one."
@@ -78,7 +78,7 @@ def claim(run: Path, recipe: Recipe) -> None:
         return
     if run.is_dir() and any(run.iterdir()):
         raise ArtifactError(f"Run folder {run} is not empty and holds no {RECIPE}. Choose another with --out.")
-    write_text_whole(kept, text)
+    write_text_whole(kept, recipe_text(recipe))
 
 
 def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
@@ -175,19 +175,27 @@ def _leave(
 ) -> None:
     """Measure a stage's result on the validation sets and write its artefact."""
     if context.fabric.is_global_zero:
-        metrics: dict[str, Any] = {}
-        if plan.data.val:
-            encoders = clip.encoders()
-            accuracy = evaluate(*encoders, evalsets(plan.data.val), clip.preprocess, clip.tokenize())
-            conditions = {"split": "val", "backend": "torch", "precision": "fp32", "data": fingerprint(plan.data.val)}
-            metrics = {"accuracy": {key: round(value, 3) for key, value in accuracy.items()}, "conditions": conditions}
-            say(f"{folder.name}: " + "  ".join(f"{key} {value:.1f}" for key, value in accuracy.items()))
-        artifact = artifact_from_clip(clip, lineage, metrics)
-        save_artifact(artifact, folder)
-        save_for_open_clip(clip, folder / "open_clip")
-        blocks, total = artifact.counts["block_params"], artifact.counts["params"]
-        say(f"{folder.name}: {total:,} parameters, {blocks:,} of them in blocks -> {folder}")
+        metrics = _measured(clip, plan)
+        if metrics:
+            say(f"{folder.name}: " + "  ".join(f"{key} {value:.1f}" for key, value in metrics["accuracy"].items()))
+        _write(clip, lineage, metrics, folder, say)
     context.fabric.barrier()
+
+
+def _measured(clip: Clip, plan: Plan) -> dict[str, Any]:
+    if not plan.data.val:
+        return {}
+    accuracy = evaluate(*clip.encoders(), evalsets(plan.data.val), clip.preprocess, clip.tokenize())
+    conditions = {"split": "val", "backend": "torch", "precision": "fp32", "data": fingerprint(plan.data.val)}
+    return {"accuracy": {key: round(value, 3) for key, value in accuracy.items()}, "conditions": conditions}
+
+
+def _write(clip: Clip, lineage: tuple[dict[str, Any], ...], metrics: dict[str, Any], folder: Path, say: Say) -> None:
+    artifact = artifact_from_clip(clip, lineage, metrics)
+    save_artifact(artifact, folder)
+    save_for_open_clip(clip, folder / "open_clip")
+    total, in_blocks = artifact.counts["params"], artifact.counts["block_params"]
+    say(f"{folder.name}: {total:,} parameters, {in_blocks:,} of them in blocks -> {folder}")
 
 
 def _teacher(plan: Plan, folder: Path, context: Context, say: Say) -> tuple[Clip, tuple[dict[str, Any], ...]]:
@@ -211,8 +219,9 @@ def _teacher(plan: Plan, folder: Path, context: Context, say: Say) -> tuple[Clip
         return clip, lineage
     artifact = load_artifact(source)
     clip = clip_from_artifact(artifact)
-    if not _finished(folder, artifact.hash):
-        _leave(clip, artifact.lineage, folder, plan, context, say)
+    if context.fabric.is_global_zero and not _finished(folder, artifact.hash):
+        _write(clip, artifact.lineage, artifact.metrics, folder, say)
+    context.fabric.barrier()
     return clip, artifact.lineage
 
 

@@ -258,7 +258,7 @@ def train(
                 for hook in hooks:
                     hook.after_update(step)
                 bad_in_a_row = 0
-                record = {"loss": total.item()} | {name: part.item() for name, part in parts.items()}
+                record = dict(zip(("loss", *parts), _mean([total, *parts.values()], fabric), strict=True))
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
             else:
                 skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
@@ -300,6 +300,12 @@ def _gathered(local: Tensor, fabric: Fabric) -> Tensor:
     if fabric.world_size == 1:
         return local
     return fabric.all_gather(local, sync_grads=local.requires_grad).flatten(0, 1)
+
+
+def _mean(values: Sequence[Tensor], fabric: Fabric) -> list[float]:
+    """Average scalars over processes: each has the loss of its own rows."""
+    stacked = torch.stack([value.detach() for value in values])
+    return (stacked if fabric.world_size == 1 else fabric.all_reduce(stacked, reduce_op="mean")).tolist()
 
 
 def _everywhere(value: bool, fabric: Fabric) -> bool:

@@ -28,6 +28,7 @@ from clipress.errors import ArtifactError, ExportError
 from clipress.export import parity
 from clipress.export.settings import OnnxSettings
 from clipress.models import anatomy
+from clipress.models.exported import read_export
 from clipress.models.load import Clip, clip_from_artifact
 
 SCHEMA_VERSION = 1
@@ -75,7 +76,7 @@ def is_exported(folder: Path, target: Path, settings: OnnxSettings) -> bool:
         made = json.loads((target / "export.json").read_text(encoding="utf-8"))
         asked = (SCHEMA_VERSION, read_header(folder)["lineage"][-1]["hash"], settings.model_dump())
         found = (made["schema_version"], made["lineage_hash"], made["settings"])
-        return asked == found and all(file == _file(target / file["file"]) for file in made["files"].values())
+        return asked == found and bool(read_export(target))
     except (OSError, ValueError, LookupError, TypeError, ArtifactError):
         return False
 

@@ -85,8 +85,9 @@ def stock_attentions(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Multihead
 def embedding_parameters(model: nn.Module) -> int:
     """Count look-up tables: token, position and class embeddings. They cost memory and no multiplication."""
     _, text = _text_root(model)
-    tables = [text.token_embedding.weight, text.positional_embedding]
-    tables += [getattr(model.visual, name, None) for name in ("positional_embedding", "class_embedding")]
+    tables = [getattr(getattr(text, "token_embedding", None), "weight", None)]
+    tables += [getattr(tower, "positional_embedding", None) for tower in (text, model.visual)]
+    tables.append(getattr(model.visual, "class_embedding", None))
     return sum(table.numel() for table in tables if table is not None)
 
 

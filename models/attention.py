@@ -56,6 +56,8 @@ class Attention(nn.Module):
         q = self.q(x).reshape(-1, tokens, self.heads, self.qk_dim).transpose(1, 2)  # [B, H, N, qk]
         k = self.k(x).reshape(-1, tokens, self.heads, self.qk_dim).transpose(1, 2)
         v = self.v(x).reshape(-1, tokens, self.heads, self.v_dim).transpose(1, 2)  # [B, H, N, v]
+        if attn_mask is not None and attn_mask.ndim == 3:  # [B * H, N, N], as open_clip masks padding
+            attn_mask = attn_mask.reshape(-1, self.heads, tokens, tokens)
         if torch.onnx.is_in_onnx_export():  # the same, in three nodes every runtime fuses
             logits = (q * self.scale) @ k.transpose(2, 3)
             y = (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v

@@ -29,6 +29,10 @@ def use_own_attention(model: nn.Module) -> nn.Module:
     """Replace PyTorch's attention by ours in every block, in place; outputs stay the same."""
     for module, stock in list(stock_attentions(model)):
         module.attn = Attention.from_multihead(stock).train(stock.training)
+    for block in blocks(model):
+        if not isinstance(block.attn, Attention):
+            kind = type(block.attn).__name__
+            raise ArtifactError(f"{block.name} has attention of type {kind}, which clipress cannot take apart.")
     return model
 
 

@@ -1,0 +1,106 @@
+"""An export folder as every room reads it: export.json with types, ONNX files checked, sessions opened alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from clipress.artifact import sha256
+from clipress.data.transforms import Preprocess
+from clipress.errors import ArtifactError, ExportError
+
+
+class Tokenizer(BaseModel):
+    """The tokenizer's name and how long a text is, in ids."""
+
+    name: str
+    context_length: int = Field(ge=1)
+    kwargs: dict[str, Any] = {}
+
+
+class OnnxFile(BaseModel):
+    """One tower's file and what it must hash to."""
+
+    file: str
+    sha256: str
+    bytes: int = 0
+
+
+class Exported(BaseModel):
+    """What bench and serving need of an export folder; its export.json holds more."""
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: Path
+    schema_version: Literal[1]
+    stage: str
+    precision: str
+    embed_dim: int = Field(ge=1)
+    logit_scale: FiniteFloat
+    """Already exponentiated."""
+    preprocess: Preprocess
+    tokenizer: Tokenizer
+    lineage_hash: str
+    parity: dict[str, Any] = {}
+    """What the comparison with torch gave."""
+    files: dict[Literal["image", "text"], OnnxFile] = Field(min_length=2)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.bytes for file in self.files.values())
+
+    def onnx(self, tower: Literal["image", "text"]) -> Path:
+        """Return where a tower's ONNX file is."""
+        return self.folder / self.files[tower].file
+
+
+def read_export(folder: str | Path) -> Exported:
+    """Read an export folder and check that its ONNX files are whole. Raises ArtifactError."""
+    path = Path(folder) / "export.json"
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        exported = Exported.model_validate({**described, "folder": folder})
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"An export was asked for at {folder}; there is no {path.name} in it. Do: clipress export RUN"
+        ) from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise ArtifactError(f"{path}, {place}: {problem['msg']}. Make it again: clipress export RUN") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not readable ({error}). Make it again: clipress export RUN") from None
+    for tower, file in exported.files.items():
+        onnx = exported.onnx(tower)
+        if not onnx.is_file():
+            raise ArtifactError(f"{folder} has a {path.name} but no {file.file}. Make it again: clipress export RUN")
+        found = sha256(onnx)
+        if found != file.sha256:
+            raise ArtifactError(
+                f"{onnx} ({onnx.stat().st_size} bytes) is truncated or changed: its sha256 starts with {found[:12]}, "
+                f"{path.name} says {file.sha256[:12]}. Make it again: clipress export RUN"
+            )
+    return exported
+
+
+def cpu_session(path: Path, threads: int = 0) -> Any:
+    """Open an ONNX file on the CPU; 0 threads leaves their number to ONNX Runtime. Raises ExportError."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if threads > 1:  # threads that spin starve their neighbours on small machines
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own errors have no common type
+        raise ExportError(
+            f"{path} cannot be opened by ONNX Runtime {onnxruntime.__version__}: {error}. "
+            "Update onnxruntime, or make the file again: clipress export RUN"
+        ) from None

@@ -1,0 +1,40 @@
+"""One process and two see the same loss, the same gradients and the same scores."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+JOB = Path(__file__).with_name("distributed_job.py")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "seen.pt"
+    subprocess.run([sys.executable, JOB, "auto", out], check=True, capture_output=True, timeout=300)
+    return torch.load(out)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_see_what_one_sees(alone, strategy, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        JOB,
+        strategy,
+        tmp_path / "seen.pt",
+    ]
+    done = subprocess.run(command, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    seen = torch.load(tmp_path / "seen.pt")
+    assert seen["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    for name, gradient in alone["gradients"].items():
+        torch.testing.assert_close(seen["gradients"][name].reshape(gradient.shape), gradient, rtol=1e-4, atol=1e-5)
+    for found, wanted in zip(seen["scores"], alone["scores"], strict=True):
+        torch.testing.assert_close(found / found.sum(), wanted / wanted.sum(), rtol=1e-4, atol=1e-9)

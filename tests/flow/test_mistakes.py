@@ -1,0 +1,118 @@
+"""A user's mistakes at the command line: one message, exit code 2, no traceback, nothing lost."""
+
+import pytest
+from helpers import clipress, write_recipe
+from PIL import Image
+
+
+def told(result, *words):
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in result.output, result.output
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_unknown_key(recipe, tmp_path):
+    recipe["stages"][1]["distill"]["loses"] = []
+    told(clipress("run", write_recipe(recipe, tmp_path), "--out", tmp_path / "run"), "'loses'", "losses")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_order_of_stages_that_cannot_work(recipe, tmp_path):
+    recipe["stages"].reverse()
+    told(
+        clipress("run", write_recipe(recipe, tmp_path), "--out", tmp_path / "run"),
+        "cannot come after",
+        "order that works",
+    )
+
+
+def test_an_error_in_a_later_room_is_told_before_any_work(recipe, tmp_path):
+    recipe["serve"]["max_batch"] = 0
+    told(clipress("run", write_recipe(recipe, tmp_path), "--out", tmp_path / "run"), "serve.max_batch")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    told(clipress("run", tmp_path / "nowhere.yaml"), "no such file")
+    told(clipress("run", "demoo"), "Did you mean 'demo'")
+
+
+def test_a_missing_or_truncated_teacher(recipe, tmp_path, tiny_run):
+    import shutil
+
+    recipe["teacher"] = {"artifact": str(tmp_path / "teacher")}
+    path = write_recipe(recipe, tmp_path)
+    told(clipress("compress", path, "--out", tmp_path / "run"), "clipress.json")
+    shutil.copytree(tiny_run[0] / "teacher", tmp_path / "teacher")
+    weights = tmp_path / "teacher" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    told(clipress("compress", path, "--out", tmp_path / "run"), "truncated")
+
+
+def test_a_folder_that_holds_a_different_run_is_left_alone(recipe, tmp_path, tiny_run):
+    run, _ = tiny_run
+    before = snapshot(run)
+    recipe["seed"] = 1
+    told(clipress("run", write_recipe(recipe, tmp_path), "--out", run), "different run", "--out")
+    assert snapshot(run) == before
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(recipe, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    told(clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "mine"), "not empty")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_an_image_that_is_no_image(tmp_path, tiny_run):
+    (tmp_path / "note.png").write_text("not a picture")
+    told(clipress("predict", tiny_run[0], tmp_path / "note.png", "--labels", "a,b"), "note.png", "not a picture")
+    told(clipress("predict", tiny_run[0], tmp_path / "gone.png", "--labels", "a,b"), "no such file")
+
+
+@pytest.mark.parametrize("content", ["", "\n  \n"])
+def test_a_label_file_that_is_empty(tmp_path, tiny_run, content):
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    (tmp_path / "labels.txt").write_text(content)
+    told(
+        clipress("predict", tiny_run[0], tmp_path / "x.png", "--labels-file", tmp_path / "labels.txt"),
+        "labels.txt",
+        "holds none",
+    )
+
+
+@pytest.mark.parametrize("command", ["export", "bench", "serve", "eval"])
+def test_a_run_folder_that_is_none(tmp_path, command):
+    told(clipress(command, tmp_path / "nowhere"), "no such folder", "clipress compress")
+
+
+def test_a_stage_the_run_does_not_have(tiny_run):
+    told(clipress("serve", tiny_run[0], "--stage", "prunned"), "Did you mean 'pruned'")
+
+
+def test_a_model_that_is_not_exported_yet(tiny_run, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_run[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "export")
+    told(clipress("predict", tmp_path / "run", "x.png", "--labels", "a,b"), "clipress export")
+
+
+def test_an_export_with_a_damaged_file_is_not_served(tiny_run, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_run[0], tmp_path / "run")
+    path = tmp_path / "run" / "export" / "int8" / "image.onnx"
+    path.write_bytes(path.read_bytes()[:-50])
+    from clipress.errors import ClipressError
+    from clipress.serve.settings import ServeSettings
+    from clipress.serve.triton_repo import triton_repo_from_export
+
+    with pytest.raises(ClipressError, match=r"image\.onnx"):
+        triton_repo_from_export(path.parent, tmp_path / "repo", ServeSettings())

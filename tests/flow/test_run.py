@@ -1,0 +1,165 @@
+"""A tiny recipe through every stage to a Triton repository, and what is left afterwards."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from helpers import clipress, write_recipe
+from onnx import numpy_helper
+from PIL import Image
+
+from clipress.artifact import load_artifact, read_header
+from clipress.compress.sparsify import is_two_of_four
+from clipress.data import digits
+from clipress.models.load import clip_from_artifact
+
+STAGES = ["teacher", "pruned", "recovered", "sparse", "int8"]
+
+
+def test_every_stage_leaves_an_artefact_a_row_and_a_repository(tiny_run):
+    run, result = tiny_run
+    assert result.exit_code == 0, result.output
+    results = json.loads((run / "bench" / "results.json").read_text())
+    assert [row["stage"] for row in results["rows"]] == STAGES
+    for row in results["rows"]:
+        assert (run / row["stage"] / "model.safetensors").is_file()
+        assert {"digits/top1", "digits/top5", "scenes/text_r1", "scenes/image_r10"} <= row["accuracy"].keys()
+        assert [(case["tower"], case["batch"]) for case in row["latency"]] == [
+            ("image", 1),
+            ("image", 2),
+            ("text", 1),
+            ("text", 2),
+        ]
+        assert row["bytes"] == sum(f.stat().st_size for f in (run / "export" / row["stage"]).glob("*.onnx"))
+    assert (run / "bench" / "report.html").stat().st_size > 1000
+    assert len(list((run / "triton").glob("*/*/config.pbtxt"))) == 4
+    for stage in STAGES:
+        assert stage in result.output
+
+
+def test_pruning_keeps_the_asked_part_and_lineage_tells_the_story(tiny_run):
+    run, _ = tiny_run
+    teacher, int8 = read_header(run / "teacher"), read_header(run / "int8")
+    kept = int8["counts"]["block_params"] / teacher["counts"]["block_params"]
+    assert 0.4 < kept <= 0.5
+    assert [r["kind"] for r in int8["lineage"] if "kind" in r] == [
+        "distill",
+        "prune",
+        "distill",
+        "sparsify",
+        "quantize",
+    ]
+    for earlier, later in zip(int8["lineage"], int8["lineage"][1:], strict=False):
+        assert later["parent"] == earlier["hash"]
+
+
+@pytest.mark.parametrize("stage", ["sparse", "int8"])
+def test_two_of_four_survives_training_saving_and_int8(tiny_run, stage):
+    run, _ = tiny_run
+    artifact = load_artifact(run / stage)
+    names, skipped = artifact.sparsity["weights"], artifact.sparsity["skipped"]
+    in_blocks = [name for name in skipped if "resblocks" in name]
+    assert len(names) + len(in_blocks) == 24  # six Linears in each of four blocks
+    assert len(names) >= 20 and all("2:4 needs" in reason for reason in skipped.values())
+    for name in names:
+        assert is_two_of_four(artifact.weights[name]), name
+    model = onnx.load(run / "export" / stage / "image.onnx")
+    matrices = [numpy_helper.to_array(i) for i in model.graph.initializer if len(i.dims) == 2]
+    sparse = [
+        m
+        for m in matrices
+        if is_two_of_four(torch.from_numpy(m.T.astype("f"))) or is_two_of_four(torch.from_numpy(m.astype("f")))
+    ]
+    assert len(sparse) >= 10
+
+
+def test_int8_runs_as_integer_kernels(tiny_run, tmp_path):
+    run, _ = tiny_run
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(str(run / "export" / "int8" / "image.onnx"), options, ["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    integer = sum(kind in ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul") for kind in kinds)
+    assert integer == 12  # every Linear of the image tower's two blocks
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_artefact_is_read_back_with_bitwise_the_same_outputs(tiny_run, stage, tmp_path):
+    from clipress.artifact import save_artifact
+    from clipress.models.load import artifact_from_clip
+
+    run, _ = tiny_run
+    first = clip_from_artifact(run / stage)
+    save_artifact(artifact_from_clip(first, (), {}), tmp_path / "again")
+    second = clip_from_artifact(tmp_path / "again")
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype("f")
+    ids = first.tokenize()(["a red circle", "two"])
+    for inputs, a, b in zip((pixels, ids), first.encoders(), second.encoders(), strict=True):
+        np.testing.assert_array_equal(a(inputs), b(inputs))
+
+
+def test_predict_names_a_picture_with_onnx_runtime(tiny_run, tmp_path):
+    run, _ = tiny_run
+    Image.fromarray(digits.digits("test")[0][0]).save(tmp_path / "digit.png")
+    result = clipress("predict", run, tmp_path / "digit.png", "--labels", "zero,one,two")
+    assert result.exit_code == 0, result.output
+    shares = [float(part.split()[-1].rstrip("%")) for part in result.output.split(": ", 1)[1].split("  ")]
+    assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2)
+
+
+def test_a_second_run_does_nothing_again_and_a_changed_stage_redoes_what_follows(tiny_run, recipe, tmp_path):
+    import shutil
+
+    run, _ = tiny_run
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    again = clipress("compress", write_recipe(recipe, tmp_path), "--out", copy)
+    assert again.output.count("already there") == 5, again.output
+    recipe["stages"][3]["quantize"]["steps"] = 1
+    (copy / "recipe.yaml").unlink()
+    from clipress.artifact import write_text_whole
+    from clipress.recipe import Recipe, recipe_text
+
+    write_text_whole(copy / "recipe.yaml", recipe_text(Recipe(**recipe)))
+    changed = clipress("compress", write_recipe(recipe, tmp_path), "--out", copy)
+    assert changed.exit_code == 0, changed.output
+    assert changed.output.count("already there") == 4 and "int8: quantize" in changed.output
+    assert read_header(copy / "sparse") == read_header(run / "sparse")
+
+
+def test_settings_in_force_are_printed_defaults_included(tiny_run):
+    _, result = tiny_run
+    line = next(line for line in result.output.splitlines() if line.startswith("pruned: prune"))
+    for shown in ("criterion=fisher", "schedule=cubic", "weight_decay=0.05", "steps=6"):
+        assert shown in line
+
+
+def test_only_stages_that_were_asked_for_run(recipe, tmp_path):
+    recipe["stages"] = recipe["stages"][:1]
+    result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"teacher", "pruned", "recipe.yaml", "logs"}
+
+
+def test_upops_criterion_runs_and_gives_all_heads_the_same_dims(recipe, tmp_path):
+    recipe["stages"] = [
+        {"prune": {**recipe["stages"][0]["prune"], "criterion": "upop", "schedule": "sine", "guide": []}}
+    ]
+    result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    shapes = read_header(tmp_path / "run" / "pruned")["shapes"].values()
+    assert all(shape["qk_dim"] == shape["v_dim"] for shape in shapes)
+    assert len({shape["ffn"] for shape in shapes} | {shape["qk_dim"] for shape in shapes}) > 1
+
+
+def test_the_same_recipe_gives_the_same_weights_bit_for_bit(recipe, tmp_path):
+    recipe["stages"] = recipe["stages"][:1]
+    path = write_recipe(recipe, tmp_path)
+    weights = []
+    for name in ("a", "b"):
+        assert clipress("compress", path, "--out", tmp_path / name).exit_code == 0
+        weights.append(load_artifact(tmp_path / name / "pruned").weights)
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

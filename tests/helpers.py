@@ -1,0 +1,58 @@
+"""What several tests share: the tiny recipe, and a way to run commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from click.testing import CliRunner, Result
+
+from clipress.models.tiny import tiny_architecture
+
+SOURCES = [{"format": "scenes", "share": 3, "limit": 96}, {"format": "digits", "limit": 96}]
+HELD_OUT = [{"format": "scenes", "split": "test", "limit": 24}, {"format": "digits", "split": "test", "limit": 48}]
+DATA = {"train": SOURCES, "val": HELD_OUT, "test": HELD_OUT, "augment": {"shift": 1}}
+SHORT = {"steps": 6, "batch_size": 32}
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "teacher": {
+        "recipe": {
+            "name": "tiny-teacher",
+            "student": tiny_architecture(),
+            "data": {"train": SOURCES},
+            "stages": [{"distill": {"name": "teacher", **SHORT, "steps": 30, "lr": 2e-3}}],
+        }
+    },
+    "data": DATA,
+    "stages": [
+        {
+            "prune": {
+                "budget": {"params": 0.5},
+                "align": {"head_dim": 4, "ffn": 16},
+                "interval": 2,
+                "guide": ["affinity"],
+                **SHORT,
+            }
+        },
+        {"distill": {"losses": ["contrastive", "feature"], **SHORT}},
+        {"sparsify": SHORT},
+        {"quantize": {"calibrate": 32, **SHORT, "steps": 2}},
+    ],
+    "export": {"onnx": {"exporter": "torchscript"}},
+    "bench": {"batch": [1, 2], "warm_up": 0, "duration": 1, "iterations": 3},
+    "serve": {"max_batch": 4},
+}
+
+
+def write_recipe(recipe: dict[str, Any], folder: Path) -> Path:
+    path = folder / "recipe-under-test.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def clipress(*arguments: object) -> Result:
+    """Run a command in this process."""
+    from clipress.cli import main
+
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])

@@ -1,0 +1,460 @@
+import copy
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from clipress.bench.report import pareto, report_page, table, write_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = '</script><script>alert(1)</script><!--<b id="in\'">&amp;'
+
+
+def timing(tower, batch, median):
+    names = {"min_ms": 0.5, "max_ms": 4, "mean_ms": 1.1, "median_ms": 1, "p90_ms": 1.5, "p95_ms": 2, "p99_ms": 3}
+    times = {name: factor * median for name, factor in names.items()}
+    return {"tower": tower, "batch": batch, "threads": 1, "throughput_qps": 1000 / median, "iterations": 50} | times
+
+
+def row(stage, precision, params, size, top1, text_r1, image_r1, medians):
+    """`medians`: of the image tower at batch 1 and 32; the text tower takes half."""
+    return {
+        "stage": stage,
+        "backend": "onnxruntime",
+        "precision": precision,
+        "params": params,
+        "params_without_embeddings": params // 2,
+        "block_params": params // 4,
+        "block_params_kept": params / 8_000_000,
+        "macs": params * 3,
+        "bytes": size,
+        "accuracy": {"digits/top1": top1, "digits/top5": 100.0, "scenes/text_r1": text_r1, "scenes/image_r1": image_r1},
+        "accuracy_stderr": {"digits/top1": 0.5, "scenes/text_r1": 1.4},
+        "latency": [
+            timing(tower, batch, median * share)
+            for tower, share in (("text", 0.5), ("image", 1))
+            for batch, median in zip((1, 32), medians, strict=True)
+        ],
+        "lineage": [
+            {"stage": "start", "hash": "0" * 16},
+            {"stage": stage, "kind": "distill", "settings": {"steps": 7, "keep": None}, "seed": 0, "hash": stage * 2},
+        ],
+    }
+
+
+@pytest.fixture
+def results():
+    """Mean accuracies: 90, 84, 88.5, 89. The front over the image tower at batch 32: int8, sparse, teacher."""
+    return {
+        "schema_version": 1,
+        "conditions": {
+            "recipe": "tiny",
+            "date": "2025-03-04T05:06:07+00:00",
+            "clipress": "9.8.7",
+            "onnxruntime": "1.2.3",
+            "processor": "Some CPU",
+            "cores": 4,
+            "isa": ["avx2"],
+            "threads": 1,
+            "warm_up_ms": 200,
+            "interleaved": True,
+            "data": {"digits": {"items": 360}},
+        },
+        "rows": [
+            row("teacher", "fp32", 8_000_000, 32_000_000, 98.0, 84.0, 80.0, (1.0, 10.0)),
+            row("pruned", "fp32", 4_000_000, 16_000_000, 92.0, 78.0, 74.0, (0.6, 6.0)),
+            row("sparse", "fp32", 4_000_000, 16_000_000, 97.5, 82.0, 80.0, (0.6, 5.0)),
+            row("int8", "int8", 4_000_000, 5_000_000, 97.0, 81.0, 79.0, (0.5, 4.0)),
+        ],
+    }
+
+
+def renamed(results, name):
+    """Put a name wherever a user's own words can get into the page."""
+    results = copy.deepcopy(results)
+    results["conditions"] |= {"recipe": name, "processor": name, name: name}
+    last = results["rows"][-1]
+    last |= {"stage": name, "precision": name, "backend": name}
+    last["accuracy"][f"{name}/top1"] = 1.0
+    last["latency"].append(timing(name, 2, 1.0))
+    last["lineage"].append({"stage": name, "kind": name, "settings": {name: [name]}, "hash": name})
+    return results
+
+
+class Read(HTMLParser):
+    """The page as a browser without JavaScript has it: the texts of tables, by id, and of scripts."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tables, self.scripts, self.ids, self.heading = {}, [], [], ""
+        self._in, self._table, self._depth = "", None, 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        known = dict(attributes)
+        self._in = tag
+        self.ids.append(known.get("id"))
+        if tag == "table":
+            self._table = self.tables.setdefault(known["id"], [])
+        elif tag == "tr":
+            self._table.append([])
+        elif tag in ("th", "td"):
+            self._table[-1].append("")
+        elif tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._table = None if tag == "table" else self._table
+
+    def handle_data(self, data):
+        if self._in == "script":
+            self.scripts[-1] += data
+        elif self._in in ("h1", "b") and not self.tables:
+            self.heading += data
+        elif self._table and self._table[-1]:
+            self._table[-1][-1] += data.strip()
+
+
+# ---- which points no other beats
+
+
+def test_the_pareto_front_is_what_one_sees_on_paper():
+    points = [(1, 1), (2, 3), (3, 2), (4, 4), (5, 4), (4, 1)]
+    assert pareto(points) == [0, 1, 3]
+
+
+def test_equal_points_are_both_on_the_front_and_an_absent_point_is_not():
+    assert pareto([(2, 5), None, (2, 5), (2, 4), (3, 5)]) == [0, 2]
+    assert pareto([None]) == pareto([]) == []
+
+
+def test_every_point_off_the_front_is_beaten_by_one_on_it_and_none_on_it_is_beaten():
+    points = [((i * 37) % 20, (i * i * 13) % 20) for i in range(60)]
+    front = pareto(points)
+
+    def better(i, j):
+        return points[i] != points[j] and points[i][0] <= points[j][0] and points[i][1] >= points[j][1]
+
+    for j in range(len(points)):
+        assert any(better(i, j) for i in front) == (j not in front)
+
+
+# ---- the terminal
+
+
+def test_the_table_tells_the_figures_given_by_hand(results):
+    groups, heads, *lines = table(results).splitlines()
+    assert heads.split() == (
+        "stage precision all no emb. kept % (M) (MB) top-1 i->t t->i mean batch 1 batch 32 speed-up".split()
+    )
+    assert [word for word in re.split(r"[ -]{2,}", groups) if word] == [
+        "params (M)", "blocks", "MACs", "size", "digits", "scenes R@1", "image (ms)",
+    ]  # fmt: skip
+    assert lines[0].split() == ("teacher fp32 8.00 4.00 100.0 24.0 32.00 98.0 84.0 80.0 82.0 1.000 10.00 1.00".split())
+    assert lines[3].split() == "int8 int8 4.00 2.00 50.0 12.0 5.00 97.0 81.0 79.0 80.0 0.500 4.00 2.50".split()
+
+
+def test_the_table_tells_what_its_figures_hold_for(results):
+    beneath = table(results).partition("\n\n")[2]
+    assert "Some CPU, 4 cores, avx2, 1 thread, onnxruntime 1.2.3, clipress 9.8.7, 2025-03-04 05:06:07 UTC." in beneath
+    assert "speed-up: against teacher at batch 32" in beneath
+
+
+def test_the_table_has_the_columns_of_the_sets_and_batches_there_are(results):
+    for given in results["rows"]:
+        given["accuracy"] = {"pets/top1": 55.5}
+        given["latency"] = [timing("image", 16, 3.0)]
+    heads, first = table(results).splitlines()[1:3]
+    assert heads.split()[-4:] == ["top-1", "batch", "16", "speed-up"]
+    assert first.split()[-3:] == ["55.5", "3.00", "1.00"]
+    assert "i->t" not in table(results)
+
+
+def test_a_table_of_many_sets_and_long_names_fits_a_terminal_and_says_what_it_left_out(results):
+    for given in results["rows"]:
+        given["stage"] += "-with-a-very-long-name-indeed"
+        given["accuracy"] |= {f"set{i}/{kind}_r1": 50.0 for i in range(9) for kind in ("text", "image")}
+    shown = table(results)
+    assert max(map(len, shown.splitlines())) <= 118
+    assert "set8 R@1 i->t" in shown.partition("Left out for width:")[2].replace("\n", " ")
+    assert "speed-up" in shown
+
+
+def test_a_figure_that_is_absent_is_a_dash(results):
+    del results["rows"][1]["params_without_embeddings"], results["rows"][1]["accuracy"]["digits/top1"]
+    results["rows"][1]["latency"] = []
+    words = table(results).splitlines()[3].split()
+    assert words == "pruned fp32 4.00 - 50.0 12.0 16.00 - 78.0 74.0 76.0 - - -".split()
+
+
+# ---- the page, without JavaScript
+
+
+def test_the_page_says_what_was_gained(results):
+    said = re.sub("<.*?>", "", re.search('<section id="headline">(.*?)</section>', report_page(results))[1])
+    assert "int8 is 2.5 times faster and 6.4 times smaller than teacher, and loses 1.5 points of accuracy." in said
+    assert "10.00 → 4.00 ms" in said and "32.00 → 5.00 MB" in said
+    assert "90.0 → 88.5 %" in said
+
+
+def test_the_headline_names_no_model_that_lost_more_than_three_per_cent(results):
+    results["rows"][3]["accuracy"]["digits/top1"] = 50.0
+    assert "<b>sparse</b> is" in report_page(results)
+    results["rows"] = results["rows"][:2]
+    assert "No other model keeps 97% of the accuracy of <b>teacher</b> (overall mean)" in report_page(results)
+
+
+def test_the_headline_does_not_call_a_slower_model_faster(results):
+    results["rows"][3]["latency"][3]["median_ms"] = 15.0
+    assert "1.5 times slower" in report_page(results)
+
+
+def test_the_page_has_every_figure_without_javascript(results):
+    read = Read(report_page(results))
+    int8 = read.tables["main"][-1]
+    assert int8[:2] == ["int8", "int8"]
+    assert int8[7:12] == ["97.0", "81.0", "79.0", "80.0", "88.5"]
+    assert int8[12:] == ["4.00", "2.50", "6.00", "8.00", "12.00", "8000"]  # 250 queries/s of 32
+    assert len(read.tables["latency"]) == 2 + 4 * 4
+    assert [
+        "int8",
+        "text",
+        "32",
+        "1.000",
+        "8.000",
+        "2.200",
+        "2.000",
+        "3.000",
+        "4.000",
+        "6.000",
+        "500",
+        "16000",
+        "50",
+    ] in (read.tables["latency"])
+    assert read.tables["accuracy"][2][1:4] == ["98.0 ± 0.5", "100.0", "84.0 ± 1.4"]
+
+
+def test_the_page_marks_the_rows_on_the_front(results):
+    marks = re.findall(r'<tr class="(\w+)" data-row="(\d)">', report_page(results))
+    assert marks == [("front", "0"), ("behind", "1"), ("front", "2"), ("front", "3")]
+
+
+def test_the_page_tells_each_stage_of_the_lineage_once_with_settings_and_hash(results):
+    page = report_page(results)
+    assert page.count("<code>0000000000000000</code>") == 1
+    assert page.count("<li>steps <b>7</b></li>") == 4 and "<li>keep" not in page
+    assert "<code>int8int8</code>" in page
+
+
+def test_the_page_tells_the_conditions(results):
+    page = report_page(results)
+    for name, value in (("warm up (ms)", "200"), ("interleaved", "yes"), ("data", "digits items 360")):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+
+
+def test_the_page_loads_nothing(results):
+    page = report_page(results)
+    assert not re.search("https?://|@import|url\\(", page)
+    assert not re.search(r"<(script|img|iframe|link)[^>]*\b(src|href)=\"(?!data:)", page)
+
+
+def test_no_name_breaks_out_of_its_place(results):
+    expected = Read(report_page(renamed(results, "plain")))
+    read = Read(report_page(renamed(results, HOSTILE)))
+    assert len(read.scripts) == 2 and read.ids == expected.ids
+    assert read.scripts[1] == expected.scripts[1]
+    assert json.loads(read.scripts[0])["rows"][-1]["name"] == HOSTILE
+    assert read.tables["main"][-1][0] == HOSTILE
+    assert HOSTILE in read.heading
+
+
+def test_a_name_that_looks_like_a_place_of_the_template_is_left_as_it_is(results):
+    page = report_page(renamed(results, "@@data@@"))
+    assert Read(page).tables["main"][-1][0] == "@@data@@"
+
+
+def test_fields_that_may_be_absent_may_be_absent(results):
+    for given in results["rows"]:
+        for name in ("accuracy_stderr", "lineage", "params_without_embeddings"):
+            del given[name]
+    results["conditions"] = {}
+    assert "The results hold no lineage." in report_page(results)
+    assert "84.0" in Read(report_page(results)).tables["accuracy"][2]
+
+
+@pytest.mark.parametrize("absent", [{"latency": []}, {"accuracy": {}}, {"latency": [], "accuracy": {}}])
+def test_results_without_latency_or_accuracy_still_make_a_table_and_a_page(results, absent):
+    for given in results["rows"]:
+        given.update(absent)
+    assert "pruned" in table(results)
+    assert Read(report_page(results)).tables["main"][-1][0] == "int8"
+
+
+def test_one_row_makes_a_table_and_a_page(results):
+    results["rows"] = results["rows"][:1]
+    assert table(results).splitlines()[2].split()[-1] == "1.00"
+    assert "nothing yet to compare" in report_page(results)
+
+
+def test_the_report_is_written_into_the_folder(results, tmp_path):
+    path = write_report(results, tmp_path / "bench")
+    assert path == tmp_path / "bench" / "report.html"
+    assert path.read_text(encoding="utf-8") == report_page(results)
+
+
+# ---- the page in a browser
+
+
+def visit(page, script, folder):
+    """Open a copy of the page with a script at its end; returns what the script answers and the console's lines."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
+    probe = f"""<script>(() => {{
+      const all = (selector) => [...document.querySelectorAll(selector)], one = (selector) => document.querySelector(selector);
+      const choose = (id, text) => {{
+        const menu = one("#" + id);
+        menu.value = [...menu.options].find((option) => option.text === text).value;
+        menu.dispatchEvent(new Event("change"));
+      }};
+      const stages = () => all("#main tbody th").map((head) => head.textContent);
+      const cells = (name) => [...all("#main tbody tr").find((row) => row.cells[0].textContent === name).cells];
+      const sort = (text) => all("#main thead button").find((button) => button.textContent === text).click();
+      const point = (i) => one(`.point[data-row="${{i}}"]`);
+      const front = () => all(".point.front").map((found) => Number(found.dataset.row)).sort();
+      const answer = (() => {{ {script} }})();
+      const told = document.createElement("pre");
+      told.id = "answer";
+      told.textContent = JSON.stringify(answer);
+      document.body.append(told);
+    }})();</script>"""
+    path = folder / "page.html"
+    path.write_text(page.replace("</body>", probe + "</body>"), encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --virtual-time-budget=3000 --enable-logging=stderr --v=0"
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", "--dump-dom", path.as_uri()]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in ran.stderr.splitlines() if ":CONSOLE" in line]
+    told = re.search('<pre id="answer">(.*?)</pre>', ran.stdout, re.DOTALL)
+    return json.loads(html.unescape(told[1])) if told else None, console
+
+
+def test_a_head_sorts_up_then_down_then_back(results, tmp_path):
+    answer, console = visit(
+        report_page(results),
+        """
+        const found = [];
+        for (let i = 0; i < 3; i++) { sort("p90"); found.push([stages(), all("[aria-sort]").map((h) => h.ariaSort)]); }
+        sort("stage");
+        found.push([stages(), all("[aria-sort]").map((h) => h.textContent)]);
+        return found;
+        """,
+        tmp_path,
+    )
+    assert console == []
+    assert answer == [
+        [["int8", "sparse", "pruned", "teacher"], ["ascending"]],
+        [["teacher", "pruned", "sparse", "int8"], ["descending"]],
+        [["teacher", "pruned", "sparse", "int8"], []],
+        [["int8", "pruned", "sparse", "teacher"], ["stage"]],
+    ]
+
+
+def test_numbers_are_sorted_as_numbers_and_absent_ones_come_last(results, tmp_path):
+    results["rows"][0]["accuracy"]["digits/top1"] = 100.0
+    del results["rows"][2]["accuracy"]["digits/top1"]
+    answer, console = visit(
+        report_page(results), 'sort("top-1"); const up = stages(); sort("top-1"); return [up, stages()];', tmp_path
+    )
+    assert console == []
+    assert answer == [["pruned", "int8", "teacher", "sparse"], ["teacher", "int8", "pruned", "sparse"]]
+
+
+def test_a_point_shows_its_figures_under_the_pointer_and_on_focus(results, tmp_path):
+    answer, console = visit(
+        report_page(results),
+        """
+        const tip = one("#tip"), before = tip.hidden;
+        point(3).dispatchEvent(new PointerEvent("pointerenter"));
+        const terms = [...tip.querySelectorAll("dd")].map((value) => [value.previousElementSibling.textContent, value.textContent]);
+        const said = tip.textContent, shown = tip.getBoundingClientRect().height > 0;
+        point(3).dispatchEvent(new PointerEvent("pointerleave"));
+        const after = tip.hidden;
+        point(1).dispatchEvent(new FocusEvent("focus"));
+        return {before, shown, said, after, terms, second: tip.hidden ? "" : tip.textContent, stop: point(1).tabIndex};
+        """,
+        tmp_path,
+    )
+    assert console == []
+    assert (answer["before"], answer["shown"], answer["after"], answer["stop"]) == (True, True, True, 0)
+    assert answer["said"].startswith("int8on the Pareto front")
+    assert answer["second"].startswith("prunedanother model is at least as fast")
+    expected = {"overall mean (%)": "88.5", "median": "4.00", "speed-up": "2.50", "p90": "6.00", "p95": "8.00"}
+    expected |= {"p99": "12.00", "items/s": "8000", "size (MB)": "5.00", "digits top-1": "97.0", "MACs (M)": "12.0"}
+    assert expected.items() <= dict(answer["terms"]).items()
+
+
+def test_picture_and_table_follow_what_is_chosen(results, tmp_path):
+    results["rows"][2]["latency"][0] |= timing("text", 1, 0.1)  # at batch 1 and text, sparse is the fastest
+    results["rows"][2]["accuracy"]["digits/top1"] = 98.5  # and the best at digits
+    answer, console = visit(
+        report_page(results),
+        """
+        const figures = () => [front(), cells("sparse").slice(-6).map((cell) => cell.textContent),
+                               all("#main tr.front th").map((head) => head.textContent), one("svg").textContent];
+        sort("median");
+        const found = [figures(), stages()];
+        choose("tower", "text"); choose("batch", "1"); choose("metric", "digits top-1");
+        return [...found, figures(), stages()];
+        """,
+        tmp_path,
+    )
+    assert console == []
+    first, order, second, order_after = answer
+    assert first[0] == [0, 2, 3] and first[1][0] == "5.00" and order[0] == "int8"
+    assert "overall mean (%)" in first[3] and "image tower, batch 32 (ms)" in first[3]
+    assert second[0] == [2] and second[1] == ["0.100", "5.00", "0.150", "0.200", "0.300", "10000"]
+    assert second[2] == ["sparse"] and order_after[0] == "sparse"
+    assert "digits top-1 (%)" in second[3] and "text tower, batch 1 (ms)" in second[3]
+
+
+def test_the_area_of_a_bubble_is_the_size_of_the_files_and_no_two_labels_overlap(results, tmp_path):
+    results["rows"] += [copy.deepcopy(results["rows"][2]) | {"stage": f"sparse-{i}"} for i in range(5)]
+    answer, console = visit(
+        report_page(results),
+        """
+        return {
+          radii: [0, 1].map((i) => point(i).querySelector(".area").r.baseVal.value),
+          labels: all("svg .label").map((label) => { const b = label.getBBox(); return [b.x, b.y, b.width, b.height]; }),
+          room: one("svg").clientWidth,
+        };
+        """,
+        tmp_path,
+    )
+    assert console == []
+    assert answer["radii"][0] ** 2 == pytest.approx(2 * answer["radii"][1] ** 2)
+    labels = answer["labels"]
+    assert len(labels) == 9
+    for i, (x, y, width, height) in enumerate(labels):
+        assert x >= 0 and x + width <= answer["room"]
+        for u, v, w, h in labels[:i]:
+            assert x >= u + w or u >= x + width or y >= v + h or v >= y + height
+
+
+def test_no_name_runs_as_code_in_a_browser(results, tmp_path):
+    hostile = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
+    answer, console = visit(
+        report_page(renamed(results, hostile)),
+        """
+        all("thead button").forEach((button) => button.click());
+        for (const menu of all("select")) for (const option of [...menu.options]) choose(menu.id, option.text);
+        all(".point").forEach((found) => found.dispatchEvent(new PointerEvent("pointerenter")));
+        return [window.broken ?? null, all("img").length, all("script:not([type])").length];
+        """,
+        tmp_path,
+    )
+    assert console == []
+    assert answer == [None, 0, 2]  # the page's own script and the one that asks

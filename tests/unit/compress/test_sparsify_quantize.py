@@ -1,0 +1,106 @@
+"""2:4 and INT8 on plain models, against what arithmetic says."""
+
+import pytest
+import torch
+from torch import nn
+
+from clipress.compress.sparsify import is_two_of_four, zero_two_of_four
+from clipress.errors import RecipeError
+from clipress.models import quantizers
+from clipress.models.load import new_clip
+from clipress.models.tiny import tiny_architecture
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+
+
+def test_the_two_smallest_of_every_four_weights_go():
+    model = new_clip(tiny_architecture(layers=1), 0).model
+    before = {name: layer.weight.detach().clone() for name, layer in layers(model).items()}
+    names, skipped = zero_two_of_four(model)
+    assert set(names) | {f"{name}.weight" for name in skipped} == {f"{name}.weight" for name in before}
+    assert "visual.conv1" in skipped  # three input channels
+    after = layers(model)
+    for name, old in before.items():
+        new = after[name].weight.detach()
+        if name in skipped:
+            assert torch.equal(new, old)
+            continue
+        groups = old.reshape(-1, 4)
+        kept = torch.zeros_like(groups).scatter(1, groups.abs().topk(2, dim=1).indices, 1.0)
+        assert torch.equal(new.reshape(-1, 4), groups * kept)
+
+
+def test_the_model_is_plain_afterwards():
+    model = new_clip(tiny_architecture(layers=1), 0).model
+    kinds = [type(module) for module in model.modules()]
+    names = list(model.state_dict())
+    zero_two_of_four(model)
+    assert [type(module) for module in model.modules()] == kinds and list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("row", "holds"),
+    [([1, 0, 0, 2], True), ([0, 0, 0, 2], True), ([1, 0, 3, 2], False), ([float("nan"), 0, 0, 1], False)],
+)
+def test_two_of_four_is_counted_along_the_input(row, holds):
+    assert is_two_of_four(torch.tensor([row, [0.0, 0, 0, 0]])) is holds
+
+
+def test_convolutions_are_counted_along_their_input_channels():
+    weight = torch.zeros(1, 4, 2, 1)
+    weight[0, :2, 0, 0] = 1
+    weight[0, 2:, 1, 0] = 1
+    assert is_two_of_four(weight)
+    weight[0, 2, 0, 0] = 1
+    assert not is_two_of_four(weight)
+
+
+def quantized(calibrate=True, keep=()):
+    clip = new_clip(tiny_architecture(layers=1), 0)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(8, 3, 32, 32, generator=generator)
+    ids = torch.randint(1, 400, (8, 24), generator=generator)
+
+    def show(model):
+        with torch.no_grad():
+            model.encode_image(pixels), model.encode_text(ids)
+
+    names = quantizers.quantizable(clip.model, keep)
+    return quantizers.attach(clip.model, names, show if calibrate else None), names, pixels
+
+
+def test_both_towers_are_quantised_and_calibrated():
+    model, names, _ = quantized()
+    towers = {name.split(".")[0] for name in names}
+    assert towers == {"visual", "transformer"} and len(names) == 1 + 2 * 6
+    modules = dict(model.named_modules())
+    for name in names:
+        assert modules[name].weight_quantizer.is_enabled and modules[name].input_quantizer.is_enabled
+        assert modules[name].input_quantizer.amax.numel() == 1 and modules[name].input_quantizer.amax > 0
+        assert modules[name].weight_quantizer.amax.numel() == modules[name].weight.shape[0]
+
+
+def test_a_quantised_linear_rounds_to_255_levels_per_channel():
+    model, _, _ = quantized()
+    linear = dict(model.named_modules())["visual.transformer.resblocks.0.mlp.c_fc"]
+    x = torch.linspace(-1, 1, 32).expand(2, -1) * float(linear.input_quantizer.amax)
+
+    def rounded(values, step):
+        return (values / step).round().clamp(-127, 127) * step
+
+    weight = rounded(linear.weight, linear.weight.abs().amax(1, keepdim=True) / 127)
+    wanted = rounded(x, linear.input_quantizer.amax / 127) @ weight.T + linear.bias
+    torch.testing.assert_close(linear(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_named_in_keep_stay_in_full_precision():
+    model, names, _ = quantized(keep=("*.attn.*", "visual.conv1"))
+    assert names and not any(".attn." in name or name == "visual.conv1" for name in names)
+    assert not dict(model.named_modules())["visual.transformer.resblocks.0.attn.q"].weight_quantizer.is_enabled
+
+
+def test_keeping_everything_is_told():
+    with pytest.raises(RecipeError, match="'keep' names them all"):
+        quantized(keep=("*",))

@@ -1,0 +1,129 @@
+"""The loop: schedule, decay, non-finite steps."""
+
+import json
+
+import pytest
+import torch
+
+from clipress.compress.train import (
+    MAX_BAD_STEPS,
+    Context,
+    Hook,
+    Runtime,
+    Training,
+    learning_rate,
+    parameter_groups,
+    start_fabric,
+    steps_of,
+    train,
+)
+from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.errors import ClipressError, RecipeError
+from clipress.models.load import new_clip
+from clipress.models.tiny import tiny_architecture
+
+
+@pytest.fixture(scope="module")
+def fabric():
+    return start_fabric(Runtime(accelerator="cpu"))
+
+
+@pytest.fixture
+def context(fabric, tmp_path):
+    return Context(
+        fabric, DataSpec(train=(SourceSpec(format="digits", limit=40),)), 0, log=tmp_path / "log.jsonl", title="t"
+    )
+
+
+def rows(context):
+    return [json.loads(line) for line in context.log.read_text().splitlines()]
+
+
+def test_the_rate_rises_then_falls_as_a_cosine_to_zero():
+    rates = [learning_rate(step, 100, Training(steps=100, lr=1.0, warmup=0.2)) for step in range(101)]
+    assert rates[:20] == pytest.approx([(i + 1) / 20 for i in range(20)])
+    assert (
+        rates[60] == pytest.approx(0.5)
+        and rates[100] == pytest.approx(0)
+        and rates[20:] == sorted(rates[20:], reverse=True)
+    )
+
+
+def test_norms_biases_and_the_scale_do_not_decay():
+    model = new_clip(tiny_architecture(), 0).model
+    decayed, others = parameter_groups(model, 0.1)
+    assert all(p.ndim >= 2 for p in decayed["params"]) and all(p.ndim < 2 for p in others["params"])
+    assert others["weight_decay"] == 0 and decayed["weight_decay"] == 0.1
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_epochs_are_passes_over_the_first_source(context):
+    assert steps_of(Training(epochs=2, batch_size=8), context) == 10
+
+
+def test_training_lowers_the_loss_and_logs_every_step(context):
+    clip = new_clip(tiny_architecture(layers=1), 0)
+    record = train(clip, Training(steps=25, batch_size=16, lr=2e-3), {"contrastive": 1.0}, context)
+    log = rows(context)
+    assert [row["step"] for row in log] == list(range(25)) and record["steps"] == 25
+    assert sum(row["loss"] for row in log[-5:]) < 0.9 * sum(row["loss"] for row in log[:5])
+    assert float(clip.model.logit_scale.detach().exp()) <= 100.001
+
+
+class Poison(Hook):
+    """Make weights NaN before chosen steps and whole again after them."""
+
+    def __init__(self, model, steps):
+        self.weight, self.steps = model.visual.proj, steps
+
+    def before(self, step):
+        self.whole = self.weight.detach().clone()
+        if step in self.steps:
+            self.weight.data.fill_(float("nan"))
+
+    def heal(self):
+        self.weight.data.copy_(self.whole)
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_named(context):
+    clip = new_clip(tiny_architecture(layers=1), 0)
+    poison = Poison(clip.model, {2})
+    before = poison.before
+
+    def before_and_heal(step):
+        if step == 3:
+            poison.heal()
+        before(step)
+
+    poison.before = before_and_heal
+    record = train(clip, Training(steps=5, batch_size=8, lr=1e-3), {"contrastive": 1.0}, context, [poison])
+    assert record["skipped_steps"] == 1
+    assert [row["skipped"] for row in rows(context) if "skipped" in row] == [["contrastive"]]
+    assert all(p.isfinite().all() for p in clip.model.parameters())
+
+
+def test_too_many_bad_steps_stop_the_run_with_the_terms_name(context):
+    clip = new_clip(tiny_architecture(layers=1), 0)
+    clip.model.visual.proj.data.fill_(float("nan"))
+    with pytest.raises(ClipressError, match=f"contrastive was not finite for {MAX_BAD_STEPS} steps"):
+        train(clip, Training(steps=50, batch_size=8), {"contrastive": 1.0}, context)
+
+
+def test_a_loss_that_needs_a_teacher_says_so(context):
+    with pytest.raises(RecipeError, match="compare with a teacher"):
+        train(new_clip(tiny_architecture(layers=1), 0), Training(steps=1), {"feature": 1.0}, context)
+
+
+def test_the_teacher_is_not_trained(fabric, context):
+    from dataclasses import replace
+
+    student, teacher = new_clip(tiny_architecture(layers=1), 0), new_clip(tiny_architecture(layers=1), 1)
+    before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+    train(
+        student,
+        Training(steps=2, batch_size=8, lr=1e-2),
+        {"feature": 1.0, "affinity": 1.0},
+        replace(context, teacher=teacher),
+    )
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.model.state_dict().items())
+    assert all(p.grad is None for p in teacher.model.parameters())

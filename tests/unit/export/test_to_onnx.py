@@ -1,0 +1,147 @@
+"""Exported files agree with torch, carry what they need, and are refused when they do not agree."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from clipress.artifact import save_artifact
+from clipress.data.evalsets import evalsets
+from clipress.data.pairs import SourceSpec
+from clipress.errors import ExportError
+from clipress.export import parity, to_onnx
+from clipress.export.settings import OnnxSettings
+from clipress.models import anatomy, surgery
+from clipress.models.load import artifact_from_clip, clip_from_artifact, new_clip
+from clipress.models.tiny import tiny_architecture
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return evalsets([SourceSpec(format="scenes", split="test", limit=10)])
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    """A cut model, saved."""
+    clip = new_clip(tiny_architecture(layers=1), 0)
+    for block in anatomy.blocks(clip.model):
+        keep = surgery.Keep(
+            torch.arange(16).expand(2, 16) < 8, torch.arange(16).expand(2, 16) < 12, torch.arange(128) % 2 == 0
+        )
+        surgery.cut(block, keep)
+    return save_artifact(
+        artifact_from_clip(clip, ({"stage": "x", "hash": "abc"},), {}), tmp_path_factory.mktemp("a") / "x"
+    )
+
+
+@pytest.mark.parametrize(("exporter", "opset"), [("torchscript", 17), ("torchscript", 20), ("dynamo", 18)])
+def test_towers_agree_with_torch_at_any_batch(artifact, sets, tmp_path, exporter, opset):
+    made = to_onnx.onnx_from_artifact(artifact, tmp_path / "e", OnnxSettings(opset=opset, exporter=exporter), sets)
+    assert made["exporter"] == {"image": exporter, "text": exporter}
+    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["export.json", "image.onnx", "text.onnx"]
+    clip = clip_from_artifact(artifact)
+    rng = np.random.default_rng(0)
+    for batch in (1, 3, 7):
+        pixels = rng.standard_normal((batch, 3, 32, 32)).astype("f")
+        ids = clip.tokenize()([f"a red circle {i}" for i in range(batch)])
+        for tower, encode, inputs in zip(("image", "text"), clip.encoders(), (pixels, ids), strict=True):
+            found = parity.runner(tmp_path / "e" / f"{tower}.onnx")(inputs)
+            np.testing.assert_allclose(found, encode(inputs), atol=2e-6)
+            np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+
+
+def test_a_file_alone_says_how_to_use_it(artifact, sets, tmp_path):
+    made = to_onnx.onnx_from_artifact(artifact, tmp_path / "e", OnnxSettings(exporter="torchscript"), sets)
+    session = onnxruntime.InferenceSession(str(tmp_path / "e" / "text.onnx"), providers=["CPUExecutionProvider"])
+    told = json.loads(session.get_modelmeta().custom_metadata_map["clipress"])
+    assert told["tower"] == "text" and told["lineage_hash"] == "abc"
+    assert told["preprocess"]["size"] == 32 and told["tokenizer"]["context_length"] == 24
+    assert told["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-5)
+    assert json.loads((tmp_path / "e" / "export.json").read_text()) == made
+
+
+def test_an_export_that_does_not_agree_is_refused_and_the_old_one_kept(artifact, sets, tmp_path, monkeypatch):
+    target = tmp_path / "e"
+    to_onnx.onnx_from_artifact(artifact, target, OnnxSettings(exporter="torchscript"), sets)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    honest = to_onnx._export_with
+
+    def damaged(module, inputs, tower, path, opset, dynamo):
+        honest(module, inputs, tower, path, opset, dynamo)
+        model = onnx.load(path)
+        weight = max(model.graph.initializer, key=lambda i: len(i.raw_data) if tower == "image" else -len(i.raw_data))
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[::-1].copy(), weight.name))
+        onnx.save(model, path)
+
+    monkeypatch.setattr(to_onnx, "_export_with", damaged)
+    with pytest.raises(ExportError, match=r"image\.onnx does not agree.*least cosine"):
+        to_onnx.onnx_from_artifact(artifact, target, OnnxSettings(exporter="torchscript"), sets)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+
+
+def test_a_different_ranking_is_refused_though_every_embedding_is_close(artifact, sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "_same_first", lambda *_: 0.9)
+    with pytest.raises(ExportError, match="rank differently"):
+        to_onnx.onnx_from_artifact(artifact, tmp_path / "e", OnnxSettings(exporter="torchscript"), sets)
+    assert not (tmp_path / "e").exists()
+
+
+def test_same_first_place_counts_queries_both_ways():
+    eye = np.eye(4)
+    swapped = eye[[1, 0, 2, 3]]
+    assert parity._same_first([eye, eye], [eye, eye], 1e-6) == 1.0
+    assert parity._same_first([eye, eye], [eye, swapped], 1e-6) == 0.5  # two of four rows, two of four columns
+    assert parity._same_first([eye, eye], [eye, swapped], 1.0) == 1.0  # scores this far apart count as equal
+
+
+def run(model, **feed):
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, feed)[0]
+
+
+def model_of(nodes, inputs, outputs, initializers):
+    graph = helper.make_graph(
+        nodes, "g", inputs, outputs, [numpy_helper.from_array(v, k) for k, v in initializers.items()]
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def test_folding_weight_quantisers_changes_no_output_and_stores_int8():
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((64, 32)).astype("f")
+    scale = (np.abs(weight).max(0) / 127).astype("f")
+    nodes = [
+        helper.make_node("QuantizeLinear", ["w", "s", "z"], ["q"], axis=1),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], axis=1),
+        helper.make_node("MatMul", ["x", "d"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", d]) for n, d in (("x", 64), ("y", 32)))
+    model = model_of(nodes, [x], [y], {"w": weight, "s": scale, "z": np.zeros(32, np.int8)})
+    values = rng.standard_normal((5, 64)).astype("f")
+    before, size = run(model, x=values), len(model.SerializeToString())
+    to_onnx.fold_weight_quantizers(model)
+    onnx.checker.check_model(model)
+    np.testing.assert_array_equal(run(model, x=values), before)
+    assert len(model.SerializeToString()) < 0.4 * size
+    assert [node.op_type for node in model.graph.node] == ["DequantizeLinear", "MatMul"]
+
+
+def test_a_shrunk_embedding_is_off_by_at_most_half_a_step_per_row():
+    rng = np.random.default_rng(0)
+    table = (rng.standard_normal((2000, 16)) * rng.uniform(0.01, 10, (2000, 1))).astype("f")
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["b", 3])
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, ["b", 3, 16])
+    model = model_of([helper.make_node("Gather", ["table", "ids"], ["out"])], [ids], [out], {"table": table})
+    size = len(model.SerializeToString())
+    to_onnx.shrink_embedding(model)
+    onnx.checker.check_model(model)
+    chosen = rng.integers(0, 2000, (7, 3))
+    step = np.abs(table[chosen]).max(-1, keepdims=True) / 127
+    assert (np.abs(run(model, ids=chosen) - table[chosen]) <= 0.5001 * step).all()
+    assert len(model.SerializeToString()) < 0.4 * size

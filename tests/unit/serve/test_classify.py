@@ -1,0 +1,314 @@
+"""Zero-shot classification from an export folder, against numpy on towers small enough to compute by hand."""
+
+import hashlib
+import io
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from clipress.errors import ArtifactError, DataError, ExportError
+from clipress.serve.classify import BATCH, Classifier, labels_from, read_export
+
+SIZE, LENGTH, DIM = 2, 3, 4
+MEAN, STD = (0.5, 0.25, 0.75), (0.5, 0.25, 1.0)
+RNG = np.random.default_rng(0)
+IMAGE_WEIGHT = RNG.standard_normal((3 * SIZE * SIZE, DIM)).astype(np.float32)
+TEXT_WEIGHT = RNG.standard_normal((LENGTH, DIM)).astype(np.float32)
+
+
+def linear_tower(path, takes, kind, shape, gives, weight):
+    """Write an ONNX tower that flattens, multiplies by `weight` and normalises."""
+    nodes = [
+        helper.make_node("Cast", [takes], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["x"], ["flat"], axis=1),
+        helper.make_node("MatMul", ["flat", "weight"], ["y"]),
+        helper.make_node("LpNormalization", ["y"], [gives], axis=1, p=2),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [helper.make_tensor_value_info(takes, kind, ["batch", *shape])],
+        [helper.make_tensor_value_info(gives, TensorProto.FLOAT, ["batch", DIM])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+
+
+@pytest.fixture
+def export(tmp_path):
+    folder = tmp_path / "run" / "export" / "int8"
+    folder.mkdir(parents=True)
+    linear_tower(
+        folder / "image.onnx", "pixel_values", TensorProto.FLOAT, [3, SIZE, SIZE], "image_embeds", IMAGE_WEIGHT
+    )
+    linear_tower(folder / "text.onnx", "input_ids", TensorProto.INT64, [LENGTH], "text_embeds", TEXT_WEIGHT)
+    describe(folder)
+    return folder
+
+
+def describe(folder, **changes):
+    files = {
+        tower: {
+            "file": path.name,
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for tower, path in {tower: folder / f"{tower}.onnx" for tower in ("image", "text")}.items()
+    }
+    described = {
+        "schema_version": 1,
+        "stage": "int8",
+        "precision": "int8",
+        "embed_dim": DIM,
+        "logit_scale": 3.0,
+        "logit_bias": None,
+        "preprocess": {"size": SIZE, "mean": MEAN, "std": STD},
+        "tokenizer": {"name": "clip-bpe", "context_length": LENGTH, "kwargs": {}},
+        "lineage_hash": "0123456789abcdef",
+        "files": files,
+    }
+    (folder / "export.json").write_text(json.dumps(described | changes), encoding="utf-8")
+
+
+def ids_of(text):
+    """A tokenizer that can be followed by hand."""
+    return [len(text), ord(text[-1]) % 17, sum(text.encode()) % 23]
+
+
+@pytest.fixture
+def texts_seen(monkeypatch):
+    """Put the tokenizer that can be followed in place of the real one; returns what it was given."""
+    seen = []
+
+    def tokenizer_from_spec(spec):
+        assert spec == {"name": "clip-bpe", "context_length": LENGTH, "kwargs": {}}
+        return lambda texts: seen.extend(texts) or np.asarray([ids_of(text) for text in texts], np.int64)
+
+    monkeypatch.setattr("clipress.serve.classify.tokenizer_from_spec", tokenizer_from_spec)
+    return seen
+
+
+@pytest.fixture
+def classifier(export, texts_seen):
+    return Classifier(export, threads=1)
+
+
+def picture(seed):
+    """Random pixels, and the same as a PNG file's bytes."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return pixels, file.getvalue()
+
+
+def by_hand(pictures, labels, templates, scale=3.0):
+    def unit(vector):
+        return vector / np.linalg.norm(vector)
+
+    rows = []
+    for pixels in pictures:
+        planes = [(pixels[:, :, c] / 255.0 - MEAN[c]) / STD[c] for c in range(3)]
+        image = unit(np.concatenate([plane.ravel() for plane in planes]) @ IMAGE_WEIGHT)
+        logits = []
+        for label in labels:
+            prompts = [unit(np.asarray(ids_of(template.format(label))) @ TEXT_WEIGHT) for template in templates]
+            logits.append(scale * image @ unit(np.mean(prompts, axis=0)))
+        weights = np.exp(np.asarray(logits))
+        rows.append(weights / weights.sum())
+    return np.asarray(rows)
+
+
+def test_probabilities_equal_those_computed_by_hand(classifier, tmp_path):
+    (first, first_file), (second, second_file) = picture(1), picture(2)
+    (tmp_path / "second.png").write_bytes(second_file)
+    labels, templates = ["cat", "dog", "red fox"], ["a photo of a {}", "{}!"]
+    found = classifier.probabilities([first_file, tmp_path / "second.png"], labels, templates)
+    np.testing.assert_allclose(found, by_hand([first, second], labels, templates), atol=1e-5)
+
+
+def test_the_usual_template_is_used_when_none_is_given(classifier, texts_seen):
+    classifier.probabilities([picture(1)[1]], ["cat", "dog"])
+    assert texts_seen == ["a photo of a cat", "a photo of a dog"]
+
+
+def test_label_embeddings_are_one_unit_vector_per_label(classifier):
+    found = classifier.label_embeddings(["cat", "dog"], ["{}", "the {}", "{}s"])
+    assert found.shape == (2, DIM)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+
+
+def test_more_pictures_than_are_held_at_once_come_back_in_order(classifier):
+    pictures = [picture(seed) for seed in range(BATCH + 3)]
+    found = classifier.probabilities([file for _, file in pictures], ["cat", "dog"])
+    expected = by_hand([pixels for pixels, _ in pictures], ["cat", "dog"], ["a photo of a {}"])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_no_picture_gives_no_row(classifier):
+    assert classifier.probabilities([], ["cat", "dog"]).shape == (0, 2)
+
+
+def test_a_sharp_model_does_not_overflow(export, texts_seen):
+    describe(export, logit_scale=1e5)
+    found = Classifier(export).probabilities([picture(1)[1]], ["cat", "dog", "fox"])
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-6)
+
+
+def test_a_label_with_braces_is_taken_as_it_is(classifier, texts_seen):
+    classifier.label_embeddings(["set {0}", "{}"], ["a {}, {x}"])
+    assert texts_seen == ["a set {0}, {x}", "a {}, {x}"]
+
+
+@pytest.mark.parametrize(
+    "labels, templates, told",
+    [
+        ([], ["{}"], "at least one name"),
+        (["cat", " "], ["{}"], "blank"),
+        (["cat", "dog", "cat"], ["{}"], "more than once: cat"),
+        (["cat"], [], "template"),
+        (["cat"], ["{}", "a photo"], r"'a photo' has no \{\}"),
+    ],
+)
+def test_labels_and_templates_of_the_wrong_form_are_refused(classifier, labels, templates, told):
+    with pytest.raises(DataError, match=told):
+        classifier.probabilities([picture(1)[1]], labels, templates)
+
+
+def test_a_file_that_is_no_picture_is_named(classifier, tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(DataError, match=r"notes\.txt"):
+        classifier.probabilities([picture(1)[1], tmp_path / "notes.txt"], ["cat", "dog"])
+
+
+def test_embeddings_that_are_not_finite_are_not_called_probabilities(export, texts_seen):
+    linear_tower(
+        export / "image.onnx",
+        "pixel_values",
+        TensorProto.FLOAT,
+        [3, SIZE, SIZE],
+        "image_embeds",
+        np.full_like(IMAGE_WEIGHT, np.nan),
+    )
+    describe(export)
+    with pytest.raises(ArtifactError, match="1 of 1 image embeddings are not finite"):
+        Classifier(export).probabilities([picture(1)[1]], ["cat"])
+
+
+def test_the_number_of_threads_reaches_the_runtime(export, texts_seen):
+    sessions = Classifier(export, threads=3)._sessions.values()
+    assert [session.get_session_options().intra_op_num_threads for session in sessions] == [3, 3]
+
+
+def test_a_folder_without_an_export_says_how_to_make_one(tmp_path):
+    with pytest.raises(ArtifactError, match=r"no export\.json in it. Do: clipress export RUN"):
+        read_export(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_missing_onnx_file_says_how_to_make_it_again(export, tower):
+    (export / f"{tower}.onnx").unlink()
+    with pytest.raises(ArtifactError, match=rf"no {tower}\.onnx. Make it again: clipress export RUN"):
+        Classifier(export)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_changed_onnx_file_is_not_opened(export, tower):
+    path = export / f"{tower}.onnx"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=rf"{tower}\.onnx .* truncated or changed.*clipress export RUN"):
+        Classifier(export)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"7", b"\xff\xfe", b"[" * 100_000, b"{}"], ids=lambda content: content[:5]
+)
+def test_a_damaged_description_is_told_from_a_good_one(export, content):
+    (export / "export.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"export\.json.*clipress export RUN"):
+        read_export(export)
+
+
+@pytest.mark.parametrize(
+    "change, place",
+    [
+        ({"schema_version": 2}, "schema_version"),
+        ({"logit_scale": float("nan")}, "logit_scale"),
+        ({"embed_dim": "wide"}, "embed_dim"),
+        ({"preprocess": {"size": 2, "colour": "grey"}}, "preprocess.colour"),
+        ({"tokenizer": {"name": "clip-bpe"}}, "tokenizer.context_length"),
+        ({"files": {"image": {"file": "image.onnx", "sha256": ""}}}, "files"),
+    ],
+)
+def test_a_description_with_a_wrong_value_names_its_place(export, change, place):
+    describe(export, **change)
+    with pytest.raises(ArtifactError, match=rf"export\.json, {place}:"):
+        read_export(export)
+
+
+def test_a_file_that_is_no_onnx_is_told_as_such(export, texts_seen):
+    (export / "text.onnx").write_bytes(b"not a graph")
+    describe(export)
+    with pytest.raises(ExportError, match=r"text\.onnx cannot be opened by ONNX Runtime"):
+        Classifier(export)
+
+
+@pytest.mark.parametrize(
+    "option, labels",
+    [("cat,dog", ["cat", "dog"]), (" red fox , dog ,", ["red fox", "dog"]), ("cat", ["cat"]), ("a,,b", ["a", "b"])],
+)
+def test_labels_are_split_at_commas_and_trimmed(option, labels):
+    assert labels_from(option, None) == labels
+
+
+@pytest.mark.parametrize(
+    "content, labels",
+    [
+        (b"cat\ndog\n", ["cat", "dog"]),
+        (b"cat\r\n\r\n  red, hot fox\r\n", ["cat", "red, hot fox"]),
+        (b"\xef\xbb\xbfcat", ["cat"]),
+        ("Käfer\nлиса".encode(), ["Käfer", "лиса"]),
+    ],
+)
+def test_a_labels_file_has_one_label_per_line(tmp_path, content, labels):
+    (tmp_path / "labels.txt").write_bytes(content)
+    assert labels_from(None, tmp_path / "labels.txt") == labels
+
+
+@pytest.mark.parametrize("option", ["", " ", ",", " , ,"])
+def test_a_list_without_labels_is_refused(option):
+    with pytest.raises(DataError, match="holds none"):
+        labels_from(option, None)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
+def test_a_file_without_labels_is_refused(tmp_path, content):
+    (tmp_path / "labels.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"labels\.txt holds none"):
+        labels_from(None, tmp_path / "labels.txt")
+
+
+def test_a_repeated_label_is_named():
+    with pytest.raises(DataError, match="more than once: cat, dog"):
+        labels_from("cat,dog, cat,fox,dog", None)
+
+
+def test_a_labels_file_that_is_missing_undecodable_or_a_folder_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("Käfer".encode("latin-1"))
+    with pytest.raises(DataError, match=r"none\.txt was asked for, and there is no such file"):
+        labels_from(None, tmp_path / "none.txt")
+    with pytest.raises(DataError, match=r"latin\.txt cannot be read.*UTF-8"):
+        labels_from(None, tmp_path / "latin.txt")
+    with pytest.raises(DataError, match="cannot be read"):
+        labels_from(None, tmp_path)
+
+
+def test_labels_come_from_one_place(tmp_path):
+    (tmp_path / "labels.txt").write_text("cat")
+    with pytest.raises(DataError, match="found none"):
+        labels_from(None, None)
+    with pytest.raises(DataError, match="found both"):
+        labels_from("cat", tmp_path / "labels.txt")

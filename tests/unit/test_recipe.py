@@ -1,0 +1,99 @@
+"""A recipe is checked at the door; what is wrong is told with what is right."""
+
+import pytest
+import yaml
+
+from clipress.compress.pipeline import plan_from
+from clipress.compress.stage import stages_from
+from clipress.errors import RecipeError
+from clipress.recipe import Recipe, checked, read_recipe, recipe_text
+
+TRAIN = {"steps": 1}
+
+
+def write(tmp_path, content):
+    path = tmp_path / "r.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def test_overrides_reach_any_place_and_are_kept(tmp_path, recipe):
+    read = read_recipe(write(tmp_path, recipe), ["seed=7", "stages.0.prune.steps=3", "bench.threads=2"])
+    assert (read.seed, read.stages[0]["prune"]["steps"], read.bench["threads"]) == (7, 3, 2)
+    again = read_recipe(write(tmp_path, recipe_text(read)))
+    assert again == read
+
+
+@pytest.mark.parametrize("override", ["seed", "stages.9.prune.steps=1", "name.x=1", "stages.x=1", "seed=[1"])
+def test_an_override_that_has_no_place_is_told(tmp_path, recipe, override):
+    with pytest.raises(RecipeError, match=r"--set "):
+        read_recipe(write(tmp_path, recipe), [override])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda r: r.update(stagse=[]), r"unknown key 'stagse'\. Did you mean 'stages'"),
+        (lambda r: r["stages"][0]["prune"].update(criterium="fisher"), r"stages\.0\.prune.*'criterium'.*'criterion'"),
+        (lambda r: r["stages"][0]["prune"]["budget"].update(param=0.5), r"unknown key 'param'\. Did you mean 'params'"),
+        (lambda r: r["stages"][0]["prune"]["budget"].update(params=1.5), r"less than 1 \(found 1\.5\)"),
+        (lambda r: r["stages"][0]["prune"].update(criterion="fischer"), r"criterion.*'fisher'"),
+        (lambda r: r["stages"][1]["distill"].update(losses=["fature"]), "Did you mean 'feature'"),
+        (lambda r: r["stages"][1]["distill"].update(steps="many"), r"valid integer.*'many'"),
+        (lambda r: r["stages"][1]["distill"].update(epochs=1), "either 'steps' or 'epochs'"),
+        (lambda r: r["stages"][1].update(prune={}), "one stage kind"),
+        (lambda r: r["stages"].append({"prun": {}}), "Did you mean 'prune'"),
+        (lambda r: r["data"].pop("train"), r"data\.train: this key is needed"),
+        (lambda r: r["data"]["train"][0].update(splitt="val"), "unknown key 'splitt'"),
+        (lambda r: r.pop("teacher"), "Either 'teacher' or 'student'"),
+        (lambda r: r["teacher"].update(model="ViT-B-32"), "exactly one of"),
+        (lambda r: r["teacher"]["recipe"]["stages"].append({"sparsfy": {}}), "Did you mean 'sparsify'"),
+    ],
+)
+def test_what_is_wrong_is_told_with_what_is_right(recipe, change, told):
+    change(recipe)
+    with pytest.raises(RecipeError, match=told):
+        plan_from(checked(Recipe, recipe, ""))
+
+
+@pytest.mark.parametrize("content", ["- a list", "text", "a: [1", "? [x]\n: 1", "\x00"])
+def test_what_is_no_recipe_is_told(tmp_path, content):
+    with pytest.raises(RecipeError, match=r"r\.yaml"):
+        read_recipe(write(tmp_path, content))
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        read_recipe(write(tmp_path, "name: !!python/object/apply:os.system ['true']"))
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("sparsify", "prune"),
+        ("quantize", "prune"),
+        ("quantize", "sparsify"),
+        ("quantize", "distill"),
+        ("quantize", "quantize"),
+    ],
+)
+def test_an_order_that_cannot_work_is_told_with_one_that_does(order):
+    settings = {"prune": {"budget": {"params": 0.5}, **TRAIN}}
+    with pytest.raises(RecipeError, match=f"{order[1]} cannot come after {order[0]}.*prune -> distill -> sparsify"):
+        stages_from([{kind: settings.get(kind, TRAIN)} for kind in order])
+
+
+def test_artefacts_are_named_after_what_they_are():
+    prune = {"prune": {"budget": {"params": 0.5}, **TRAIN}}
+    names = [
+        s.name
+        for s in stages_from(
+            [{"distill": TRAIN}, prune, {"distill": TRAIN}, prune, {"distill": TRAIN}, {"quantize": TRAIN}]
+        )
+    ]
+    assert names == ["distilled", "pruned", "recovered", "pruned-2", "recovered-2", "int8"]
+
+
+def test_a_name_that_is_no_folder_is_refused():
+    with pytest.raises(RecipeError, match="names a folder"):
+        stages_from([{"distill": {"name": "../up", **TRAIN}}])
