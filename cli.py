@@ -97,13 +97,52 @@ def export(run: Path, stages: tuple[str, ...]) -> None:
     _export(run, plan, [_chosen(plan, stage) for stage in stages] or plan.artifacts)
 
 
-@main.command()
+class Bench(click.Group):
+    """`bench RUN` measures a run; `bench costs RUN` is a command of its own."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
+        known = args and (args[0] in self.commands or args[0].startswith("-"))
+        return super().resolve_command(ctx, args if known else ["run", *args])
+
+
+@main.group(cls=Bench)
+def bench() -> None:
+    """Measure accuracy, size and latency of a run's artefacts: clipress bench RUN."""
+
+
+@bench.command("run")
 @RUN_ARGUMENT
-def bench(run: Path) -> None:
-    """Measure accuracy, size and latency of every artefact of a run, side by side."""
+def bench_run(run: Path) -> None:
+    """Measure every artefact of a run, side by side. `clipress bench RUN` is the same."""
     plan = _plan_of(run)
     _export(run, plan, plan.artifacts)
     _bench(run, plan, plan.artifacts)
+
+
+@bench.command()
+@RUN_ARGUMENT
+@click.option("--stage", help="Artefact whose blocks are measured.  [default: the first one]")
+@click.option("--out", type=FILE, required=True, help="Where the table goes.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--duration", type=click.IntRange(1), default=200, show_default=True, help="Milliseconds per width.")
+def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, duration: int) -> None:
+    """Measure what blocks cost at smaller widths here: the table that a latency budget of `prune` reads."""
+    import json
+
+    from tqdm import tqdm
+
+    from clipress.artifact import write_text_whole
+    from clipress.bench.costs import cost_table
+    from clipress.bench.run import processor
+    from clipress.models.load import clip_from_artifact
+
+    plan = _plan_of(run)
+    clip = clip_from_artifact(run / (_chosen(plan, stage) if stage else plan.artifacts[0]))
+    with tqdm(total=8, desc="costs", unit="kind") as bar:
+        table = cost_table(clip, batch, threads, duration, lambda _: bar.update())
+    write_text_whole(out, json.dumps(table | {"conditions": processor()}, indent=1) + "\n")
+    click.echo(f"Cost table: {out}. Use it: prune: {{budget: {{latency: 0.5, costs: {out}}}}}")
 
 
 @main.command()

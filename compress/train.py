@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clipress.compress.losses import Batch, Features, compute, needs_teacher
+from clipress.compress.losses import Batch, Features, Momentum, compute, needs_momentum, needs_teacher
 from clipress.data.pairs import Batches, DataSpec, TrainingSet, open_source
 from clipress.errors import ClipressError, RecipeError
 from clipress.models import anatomy
@@ -60,6 +61,8 @@ class Training(Section):
     """Part of the steps in which the rate rises; it then falls to zero as a half cosine."""
     clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
+    queue: int = Field(0, ge=0)
+    """Past pairs that losses with a momentum twin contrast with; UPop keeps 57,600."""
 
     def model_post_init(self, _: Any) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -86,8 +89,8 @@ class Context:
 class Hook:
     """What a stage may do at fixed points of a step."""
 
-    def before(self, step: int) -> None:
-        """Called before the forward pass."""
+    def before(self, step: int, arrays: Mapping[str, Tensor]) -> None:
+        """Called before the forward pass, with the batch."""
 
     def after_backward(self, step: int) -> None:
         """Called when gradients are there and the loss was finite."""
@@ -120,6 +123,53 @@ class Towers(nn.Module):
         image = self.model.encode_image(pixels, normalize=True)
         text = self.model.encode_text(ids, normalize=True)
         return image.float(), text.float(), self.model.logit_scale.exp().reshape(())
+
+
+class MomentumTwin:
+    """A slow copy of the student and a queue of past features, as ALBEF, BLIP and UPop train with.
+
+    The twin carries no gates. The queue holds online features (as UPop's code does) and starts empty.
+    """
+
+    DECAY, SHARE = 0.995, 0.4  # of the twin's weights; of the twin's opinion in the targets
+
+    def __init__(self, model: nn.Module, config: Training, context: Context) -> None:
+        self.model, self.fabric, self.size = model, context.fabric, config.queue
+        self.twin = copy.deepcopy(model).eval().requires_grad_(False)
+        for module in self.twin.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        self.towers = Towers(self.twin)
+        self.rise = steps_of(config.model_copy(update={"steps": None, "epochs": 1.0}), context)  # steps of one pass
+        self.past: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, batch: Batch, arrays: Mapping[str, Tensor], step: int) -> Momentum:
+        """Move the twin towards the student, look at the batch with it, and put the batch into the queue."""
+        for slow, fast in zip(self.twin.parameters(), self.model.parameters(), strict=True):
+            slow.lerp_(fast.to(slow.dtype), 1 - self.DECAY)
+        with self.fabric.autocast():
+            slow = _features(self.towers(arrays["pixels"], arrays["ids"]), self.fabric)
+        group, groups = arrays["group"], _gathered(arrays["group"], self.fabric)
+        teacher = batch.teacher
+        new = {"image": slow.all_image, "text": slow.all_text, "group": groups}
+        new |= {"teacher_image": teacher.all_image, "teacher_text": teacher.all_text} if teacher else {}
+        seen = {name: torch.cat([rows, self.past[name]]) if self.past else rows for name, rows in new.items()}
+        same = group[:, None] == seen["group"][None, :]
+        result = Momentum(
+            image=slow.image,
+            text=slow.text,
+            all_image=seen["image"],
+            all_text=seen["text"],
+            teacher_image=seen.get("teacher_image"),
+            teacher_text=seen.get("teacher_text"),
+            targets=same.float() / same.sum(1, keepdim=True),
+            share=self.SHARE * min(step / self.rise, 1.0),
+        )
+        online = {**new, "image": batch.student.all_image.detach(), "text": batch.student.all_text.detach()}
+        kept = {name: torch.cat([rows, self.past[name]]) if self.past else rows for name, rows in online.items()}
+        self.past = {name: rows[: self.size] for name, rows in kept.items()} if self.size else {}
+        return result
 
 
 def start_fabric(runtime: Runtime) -> Fabric:
@@ -223,16 +273,17 @@ def train(
     if needs_teacher(weights) and teacher is None:
         raise RecipeError(f"{context.title}: losses {sorted(weights)} compare with a teacher, and the recipe has none.")
     steps = steps_of(config, context)
-    if clip.sparsity:
-        hooks = [*hooks, HoldZeros(clip.model, clip.sparsity["weights"])]
     clip.model.train()
     module = fabric.setup_module(Towers(clip.model))
+    if clip.sparsity:  # only now are the weights where they stay, on a device or in shards
+        hooks = [*hooks, HoldZeros(clip.model, clip.sparsity["weights"])]
     optimizer = fabric.setup_optimizers(
         torch.optim.AdamW(parameter_groups(module, config.weight_decay), lr=config.lr, betas=config.betas, fused=True)
     )
     mentor = None
     if needs_teacher(weights):
         mentor = Towers(teacher.model).to(fabric.device).eval()
+    twin = MomentumTwin(clip.model, config, context) if needs_momentum(weights) else None
     bad_in_a_row = skipped = 0
     record: dict[str, Any] = {}
     began = time.perf_counter()
@@ -243,8 +294,11 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             for hook in hooks:
-                hook.before(step)
-            total, parts = compute(weights, _batch(module, mentor, arrays, fabric))
+                hook.before(step, arrays)
+            batch = _batch(module, mentor, arrays, fabric)
+            if twin is not None:
+                batch = replace(batch, momentum=twin.step(batch, arrays, step))
+            total, parts = compute(weights, batch)
             finite = _everywhere(bool(torch.isfinite(total)), fabric)
             if finite:
                 fabric.backward(total)

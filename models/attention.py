@@ -7,6 +7,8 @@ the new width instead is UPop's known defect.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,10 +28,12 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, qk_dim: int, v_dim: int, scale: float, bias: bool = True) -> None:
         super().__init__()
         self.heads, self.qk_dim, self.v_dim, self.scale = heads, qk_dim, v_dim, scale
-        self.q = nn.Linear(width, heads * qk_dim, bias=bias)
-        self.k = nn.Linear(width, heads * qk_dim, bias=bias)
-        self.v = nn.Linear(width, heads * v_dim, bias=bias)
-        self.out = nn.Linear(heads * v_dim, width, bias=bias)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without heads there is nothing to initialise
+            self.q = nn.Linear(width, heads * qk_dim, bias=bias)
+            self.k = nn.Linear(width, heads * qk_dim, bias=bias)
+            self.v = nn.Linear(width, heads * v_dim, bias=bias)
+            self.out = nn.Linear(heads * v_dim, width, bias=bias)
 
     @classmethod
     def from_multihead(cls, mha: nn.MultiheadAttention) -> Attention:
@@ -52,6 +56,8 @@ class Attention(nn.Module):
 
         Keys and values that open_clip passes again are the same tensor and are ignored.
         """
+        if self.heads == 0:  # every head was cut: what is left is the bias
+            return (torch.zeros_like(x) if self.out.bias is None else self.out.bias.expand_as(x)), None
         tokens = int(x.shape[1])  # an int keeps the exported graph free of shape arithmetic
         q = self.q(x).reshape(-1, tokens, self.heads, self.qk_dim).transpose(1, 2)  # [B, H, N, qk]
         k = self.k(x).reshape(-1, tokens, self.heads, self.qk_dim).transpose(1, 2)

@@ -17,12 +17,13 @@ from clipress.models.attention import Attention
 class Keep:
     """What stays of one block. Every head keeps as many dims as the others, though not the same ones.
 
-    qk: bool [heads, qk_dim]; v: bool [heads, v_dim]; ffn: bool [ffn width].
+    qk: bool [heads, qk_dim]; v: bool [heads, v_dim]; ffn: bool [ffn width]; heads: bool [heads], absent: all.
     """
 
     qk: Tensor
     v: Tensor
     ffn: Tensor
+    heads: Tensor | None = None
 
 
 def use_own_attention(model: nn.Module) -> nn.Module:
@@ -43,7 +44,8 @@ def narrowed(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | No
         weight, bias = weight[rows], bias if bias is None else bias[rows]
     if columns is not None:
         weight = weight[:, columns]
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    where = {"device": weight.device, "dtype": weight.dtype}
+    new = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, **where)
     with torch.no_grad():
         new.weight.copy_(weight)
         if bias is not None:
@@ -53,19 +55,27 @@ def narrowed(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | No
 
 def _per_head(mask: Tensor, block: Block, kind: str) -> int:
     dims = mask.sum(1)
-    if not bool((dims == dims[0]).all()):
+    if len(dims) and not bool((dims == dims[0]).all()):
         raise ValueError(f"{block.name}: heads keep different numbers of {kind} dims: {dims.tolist()}")
-    return int(dims[0])
+    return int(dims[0]) if len(dims) else 0
 
 
 def cut(block: Block, keep: Keep) -> None:
-    """Cut one block in place. The softmax scale is left as it was, so the result equals the masked block."""
+    """Cut one block in place. The softmax scale is left as it was, so the result equals the masked block.
+
+    All heads or all hidden units may go: what stays is the output bias.
+    """
     attn = block.attn
-    qk, v = keep.qk.flatten(), keep.v.flatten()
-    qk_dim, v_dim = _per_head(keep.qk, block, "q·k"), _per_head(keep.v, block, "v·out")
+    heads = torch.ones(attn.heads, dtype=torch.bool) if keep.heads is None else keep.heads.cpu()
+    qk_dim, v_dim = _per_head(keep.qk[heads], block, "q·k"), _per_head(keep.v[heads], block, "v·out")
+    if not qk_dim or not v_dim:
+        heads = torch.zeros_like(heads)
+    alive = heads[:, None].to(keep.qk.device)
+    qk, v = (keep.qk & alive).flatten(), (keep.v & alive).flatten()
     attn.q, attn.k, attn.v = narrowed(attn.q, qk), narrowed(attn.k, qk), narrowed(attn.v, v)
     attn.out = narrowed(attn.out, columns=v)
-    attn.qk_dim, attn.v_dim = qk_dim, v_dim
+    attn.heads = int(heads.sum())
+    attn.qk_dim, attn.v_dim = (qk_dim, v_dim) if attn.heads else (0, 0)
     block.module.mlp.c_fc = narrowed(block.ffn_in, keep.ffn)
     block.module.mlp.c_proj = narrowed(block.ffn_out, columns=keep.ffn)
 
@@ -93,13 +103,13 @@ def reshape(model: nn.Module, wanted: dict[str, dict[str, Any]]) -> nn.Module:
             scale = float(shape["scale"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"The artefact's shapes do not describe block {block.name}: {error!r}.") from None
-        if min(sizes) < 1 or max(sizes) > 1 << 20:
+        if min(sizes) < 0 or max(sizes) > 1 << 20:
             raise ArtifactError(f"The artefact's shapes for {block.name} make no sense: {shape}.")
         heads, qk_dim, v_dim, ffn = sizes
         old = block.attn
         block.module.attn = Attention(block.width, heads, qk_dim, v_dim, scale, bias=old.q.bias is not None)
-        block.module.mlp.c_fc = nn.Linear(block.width, ffn, bias=block.ffn_in.bias is not None)
-        block.module.mlp.c_proj = nn.Linear(ffn, block.width, bias=block.ffn_out.bias is not None)
+        for name, sizes in (("c_fc", (block.width, ffn)), ("c_proj", (ffn, block.width))):
+            setattr(block.module.mlp, name, nn.utils.skip_init(nn.Linear, *sizes, bias=block.ffn_in.bias is not None))
     return model
 
 

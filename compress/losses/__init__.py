@@ -30,29 +30,57 @@ class Features:
 
 
 @dataclass(frozen=True)
+class Momentum:
+    """What a slow copy of the student makes of a batch, and of what went before. M = N + queue. No gradients."""
+
+    image: Tensor  # [B, D]
+    text: Tensor  # [B, D]
+    all_image: Tensor  # [M, D]: the slow copy's features of this batch, then past online features
+    all_text: Tensor  # [M, D]
+    teacher_image: Tensor | None  # [M, D]: the teacher's features of the same pairs
+    teacher_text: Tensor | None
+    targets: Tensor  # [B, M], rows sum to one
+    share: float  # of the slow copy's opinion in the targets
+
+
+@dataclass(frozen=True)
 class Batch:
     """What a loss may look at."""
 
     student: Features
     teacher: Features | None  # no gradients
     targets: Tensor  # [B, N], rows sum to one; several right answers share the mass
+    momentum: Momentum | None = None
 
 
 Term = Callable[[Batch], Tensor]
 
 
-def _terms() -> dict[str, tuple[Term, bool, float]]:
+@dataclass(frozen=True)
+class TermInfo:
+    """A loss, what it needs besides the student, and its weight where a recipe gives none (the published one)."""
+
+    compute: Term
+    teacher: bool = False
+    momentum: bool = False
+    weight: float = 1.0
+
+
+def _terms() -> dict[str, TermInfo]:
     from clipress.compress.losses.affinity import affinity
     from clipress.compress.losses.contrastive import contrastive
     from clipress.compress.losses.feature import feature
     from clipress.compress.losses.interactive import interactive
+    from clipress.compress.losses.ita import ita
+    from clipress.compress.losses.upop_kd import upop_kd
 
-    # name: (function, whether it needs a teacher, weight where a recipe gives none)
     return {
-        "contrastive": (contrastive, False, 1.0),
-        "affinity": (affinity, True, 1.0),
-        "feature": (feature, True, 2000.0),
-        "interactive": (interactive, True, 1.0),
+        "contrastive": TermInfo(contrastive),
+        "affinity": TermInfo(affinity, teacher=True),
+        "feature": TermInfo(feature, teacher=True, weight=2000.0),
+        "interactive": TermInfo(interactive, teacher=True),
+        "ita": TermInfo(ita, momentum=True),
+        "upop-kd": TermInfo(upop_kd, teacher=True, momentum=True),
     }
 
 
@@ -64,19 +92,25 @@ def weights_of(losses: Mapping[str, float] | tuple[str, ...], where: str) -> dic
             raise RecipeError(f"{where}: there is no loss '{name}'.{nearest(name, terms)}")
     if isinstance(losses, Mapping):
         return {name: float(weight) for name, weight in losses.items()}
-    return {name: terms[name][2] for name in losses}
+    return {name: terms[name].weight for name in losses}
 
 
 def needs_teacher(weights: Mapping[str, float]) -> bool:
     """Tell whether any term compares with a teacher."""
     terms = _terms()
-    return any(terms[name][1] for name in weights)
+    return any(terms[name].teacher for name in weights)
+
+
+def needs_momentum(weights: Mapping[str, float]) -> bool:
+    """Tell whether any term looks at a slow copy of the student."""
+    terms = _terms()
+    return any(terms[name].momentum for name in weights)
 
 
 def compute(weights: Mapping[str, float], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the weighted sum and each weighted term."""
     terms = _terms()
-    parts = {name: weight * terms[name][0](batch) for name, weight in weights.items()}
+    parts = {name: weight * terms[name].compute(batch) for name, weight in weights.items()}
     return torch.stack(list(parts.values())).sum(), parts
 
 

@@ -6,30 +6,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from clipress.compress.losses import weights_of
-from clipress.compress.prune.budget import Align, Budget, Floor, block_cost, keep_masks
+from clipress.compress.prune.budget import Align, Budget, Floor, cost_curves, keep_masks, read_costs
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
-from clipress.compress.prune.gates import Gates
+from clipress.compress.prune.gates import Gates, Site
 from clipress.compress.prune.schedule import progress
 from clipress.compress.train import Context, Hook, Training, steps_of, train
-from clipress.errors import ClipressError
+from clipress.errors import ClipressError, RecipeError
 from clipress.models import surgery
 from clipress.models.anatomy import counts
 from clipress.models.load import Clip
+from clipress.recipe import Section
+
+Kind = Literal["heads", "qk", "v", "ffn"]
+
+
+class Sites(Section):
+    """What may be cut, per tower; an empty list leaves a tower alone."""
+
+    image: tuple[Kind, ...] = ("qk", "v", "ffn")
+    text: tuple[Kind, ...] = ("qk", "v", "ffn")
+
+    def model_post_init(self, _: Any) -> None:
+        for tower, kinds in (("image", self.image), ("text", self.text)):
+            if "heads" in kinds and {"qk", "v"} & set(kinds):
+                raise RecipeError(
+                    f"prune.sites.{tower}: heads and dims of heads cannot be searched together, for the worth and cost of "
+                    "one depend on the other. Prune heads in one stage and dims in another."
+                )
 
 
 class Prune(Training):
     """Settings of `prune`."""
 
     budget: Budget
-    criterion: Literal["fisher", "taylor", "upop"] = "fisher"
+    sites: Sites = Sites()
+    criterion: Literal["fisher", "taylor", "gauss-newton", "upop", "magnitude", "random"] = "fisher"
     losses: dict[str, float] | tuple[str, ...] = ("contrastive",)
     """The task loss; scores come from its gradient and the guide's."""
     guide: dict[str, float] | tuple[str, ...] = ()
@@ -49,25 +70,62 @@ class Prune(Training):
         weights_of(self.guide, "prune.guide")
 
 
+@dataclass(frozen=True)
+class Goal:
+    """One limit and the sites that share it; indices into all sites."""
+
+    members: list[int]
+    curves: list[np.ndarray]
+    unit: str
+    target: float  # fraction
+    total: float
+    fixed: float
+
+
+def goals_of(clip: Clip, sites: Sequence[Site], budget: Budget) -> list[Goal]:
+    """Work out what each limit means for this model. Raises RecipeError when there is nothing to cut under it."""
+    table = read_costs(budget.costs) if budget.costs is not None else None
+    goals = []
+    for towers, limit in budget.limits():
+        members = [i for i, site in enumerate(sites) if site.block.tower in towers]
+        if not members:
+            raise RecipeError(f"prune: nothing of the {' and '.join(towers)} tower may be cut; look at 'sites'.")
+        curves, total, fixed = cost_curves(clip.model, [sites[i] for i in members], limit.unit, table)
+        goals.append(Goal(members, curves, limit.unit, limit.fraction(total), total, fixed))
+    return goals
+
+
 class Search(Hook):
     """Accumulate scores, and set the masks when it is time."""
 
-    def __init__(self, gates: Gates, settings: Prune, total: int, fixed: int, steps: int, reduce: Callable) -> None:
-        self.gates, self.settings, self.steps, self.reduce = gates, settings, steps, reduce
+    def __init__(self, clip: Clip, gates: Gates, settings: Prune, steps: int, seed: int, reduce: Callable) -> None:
+        self.clip, self.gates, self.settings, self.steps, self.reduce = clip, gates, settings, steps, reduce
         self.criterion = CRITERIA[settings.criterion]
-        self.seen = Accumulator(self.criterion, gates.sites)
-        self.unit = "params" if settings.budget.params is not None else "macs"
-        self.target = getattr(settings.budget, self.unit)
-        self.total, self.fixed = total, fixed
-        self.updates = 0
-        self._masks(
-            [torch.ones_like(site.mask) for site in gates.sites], self.target
-        )  # an impossible budget says so now
+        self.seen = Accumulator(self.criterion, gates.sites, seed)
+        self.goals = goals_of(clip, gates.sites, settings.budget)
+        self.updates, self.seed = 0, seed
+        self._masks([torch.ones_like(site.mask) for site in gates.sites], 1.0)  # an impossible budget says so now
 
-    def before(self, step: int) -> None:
+    def before(self, step: int, arrays: Mapping[str, Tensor]) -> None:
+        if self.criterion.probe:
+            self._probe(step, arrays)
         self.gates.clear()
 
     def after_backward(self, step: int) -> None:
+        if not self.criterion.probe:
+            self.seen.add()
+
+    def _probe(self, step: int, arrays: Mapping[str, Tensor]) -> None:
+        """Accumulate gradients of random projections of both embeddings; the weights' own gradients are not touched."""
+        self.gates.clear()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        model = self.clip.model
+        outputs = model.encode_image(arrays["pixels"], normalize=True), model.encode_text(arrays["ids"], normalize=True)
+        signs = [(torch.randint(0, 2, y.shape, generator=generator) * 2 - 1).to(y) for y in outputs]
+        projected = sum((y * sign).sum() for y, sign in zip(outputs, signs, strict=True))
+        copies = [copy for site in self.gates.sites for copy in site.copies]
+        for copy, gradient in zip(copies, torch.autograd.grad(projected, copies), strict=True):
+            copy.grad = gradient
         self.seen.add()
 
     def after_update(self, step: int) -> None:
@@ -80,28 +138,36 @@ class Search(Hook):
     @torch.no_grad()
     def update(self, due: float) -> None:
         """Set every mask for the part of the pruning that is due."""
+        sites, reversible = self.gates.sites, self.criterion.reversible
         scores = self.seen.scores(self.reduce)
-        if not self.criterion.reversible:
-            scores = [s.masked_fill(site.mask == 0, 0.0) for s, site in zip(scores, self.gates.sites, strict=True)]
-        fraction = 1 - due * (1 - self.target)
+        if not reversible:
+            scores = [score.masked_fill(site.mask == 0, 0.0) for score, site in zip(scores, sites, strict=True)]
         # UPop's soft masks: a unit to be cut sinks from 1 to 0 as the schedule goes on
-        cut_value = 1 - due if self.criterion.reversible else 0.0
-        for site, keep in zip(self.gates.sites, self._masks(scores, fraction), strict=True):
+        cut_value = 1 - due if reversible else 0.0
+        for site, keep in zip(sites, self._masks(scores, due), strict=True):
             site.mask = torch.where(keep, 1.0, cut_value)
         self.updates += 1
 
-    def _masks(self, scores: list[Tensor], fraction: float) -> list[Tensor]:
-        return keep_masks(
-            self.gates.sites,
-            scores,
-            fraction=fraction,
-            unit=self.unit,
-            total=self.total,
-            fixed=self.fixed,
-            align=self.settings.align,
-            floor=self.settings.floor,
-            per_cost=self.criterion.per_cost,
-        )
+    def _masks(self, scores: list[Tensor], due: float) -> list[Tensor]:
+        masks: list[Tensor | None] = [None] * len(scores)
+        for goal in self.goals:
+            kept = keep_masks(
+                [self.gates.sites[i] for i in goal.members],
+                [scores[i] for i in goal.members],
+                goal.curves,
+                unit=goal.unit,
+                fraction=1 - due * (1 - goal.target),
+                total=goal.total,
+                fixed=goal.fixed,
+                align=self.settings.align,
+                floor=self.settings.floor,
+                per_cost=self.criterion.per_cost,
+            )
+            for index, mask in zip(goal.members, kept, strict=True):
+                masks[index] = mask
+        return [
+            torch.ones_like(score, dtype=torch.bool) if m is None else m for m, score in zip(masks, scores, strict=True)
+        ]
 
 
 def run(settings: Prune, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
@@ -109,19 +175,20 @@ def run(settings: Prune, clip: Clip, context: Context) -> tuple[Clip, dict[str, 
     weights = weights_of(settings.losses, "prune.losses") | weights_of(settings.guide, "prune.guide")
     fabric = context.fabric
     clip.model.to(fabric.device)
-    gates = Gates(clip.model, CRITERIA[settings.criterion].space)
-    unit = "params" if settings.budget.params is not None else "macs"
-    total, fixed = block_cost(clip.model, gates.sites, unit)
+    gates = Gates(clip.model, CRITERIA[settings.criterion].space, settings.sites.model_dump())
     before = counts(clip.model)["block_params"]
 
     def reduce(total: Tensor) -> Tensor:
         return total if fabric.world_size == 1 else fabric.all_reduce(total, reduce_op="sum")
 
-    search = Search(gates, settings, total, fixed, steps_of(settings, context), reduce)
+    search = Search(clip, gates, settings, steps_of(settings, context), context.seed, reduce)
     details = train(clip, settings, weights, context, [search])
     if not search.updates or any(((site.mask != 0) & (site.mask != 1)).any() for site in gates.sites):
-        raise ClipressError(f"prune: the search ended before its masks were final (updates: {search.updates}).")
-    for block, keep in gates.keeps().values():
+        raise ClipressError(
+            f"prune: the search ended before its masks were final ({search.updates} updates, "
+            f"{details['skipped_steps']} steps skipped). Give it more steps."
+        )
+    for block, keep in gates.keeps():
         surgery.cut(block, keep)
     gates.remove()
     kept = counts(clip.model)["block_params"] / before

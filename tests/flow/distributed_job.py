@@ -21,7 +21,7 @@ seen = {}
 
 
 class Look(Hook):
-    def before(self, step):
+    def before(self, step, arrays):
         gates.clear()
 
     def after_backward(self, step):

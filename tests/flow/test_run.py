@@ -163,3 +163,20 @@ def test_the_same_recipe_gives_the_same_weights_bit_for_bit(recipe, tmp_path):
         assert clipress("compress", path, "--out", tmp_path / name).exit_code == 0
         weights.append(load_artifact(tmp_path / name / "pruned").weights)
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_cost_table_is_measured_and_rules_a_search(tiny_run, recipe, tmp_path):
+    run, _ = tiny_run
+    made = clipress("bench", "costs", run, "--out", tmp_path / "costs.json", "--duration", 1, "--batch", 2)
+    assert made.exit_code == 0, made.output
+    table = json.loads((tmp_path / "costs.json").read_text())
+    assert table["towers"].keys() == {"image", "text"}
+    for kinds in table["towers"].values():
+        assert kinds["ffn"]["levels"][-1] == 128 and kinds["qk"]["levels"][-1] == 16
+        assert all(len(points["ms"]) == len(points["levels"]) and min(points["ms"]) >= 0 for points in kinds.values())
+    budget = {"latency": 0.8, "costs": str(tmp_path / "costs.json")}
+    recipe["stages"] = [{"prune": {**recipe["stages"][0]["prune"], "budget": budget}}]
+    pruned = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
+    assert pruned.exit_code == 0, pruned.output
+    counts = [read_header(tmp_path / "run" / stage)["counts"]["block_params"] for stage in ("teacher", "pruned")]
+    assert counts[1] < counts[0]

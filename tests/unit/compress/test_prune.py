@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipress.compress.prune.budget import Align, Floor, block_cost, keep_masks
+from clipress.compress.prune.budget import Align, Floor, cost_curves, keep_masks
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates, sites
 from clipress.compress.prune.schedule import SCHEDULES, progress
@@ -17,6 +17,7 @@ from clipress.models.load import new_clip
 from clipress.models.tiny import tiny_architecture
 
 SPACES = ["separate", "upop"]
+HEADS = {"image": ("heads", "ffn"), "text": ("heads",)}
 
 
 def tiny():
@@ -40,6 +41,9 @@ def per_sample_losses(model):
     return model.encode_image(pixels).square().sum(1) + model.encode_text(ids).pow(3).sum(1)
 
 
+CHOICES = [("separate", None), ("upop", None), ("separate", HEADS)]
+
+
 @pytest.mark.parametrize("space", SPACES)
 def test_open_gates_change_nothing(space):
     model = tiny()
@@ -50,10 +54,10 @@ def test_open_gates_change_nothing(space):
     torch.testing.assert_close(per_sample_losses(model), wanted)
 
 
-@pytest.mark.parametrize("space", SPACES)
-def test_masked_by_gates_equals_cut(space):
+@pytest.mark.parametrize(("space", "wanted"), CHOICES)
+def test_masked_by_gates_equals_cut(space, wanted):
     model = tiny()
-    gates = Gates(model, space)
+    gates = Gates(model, space, wanted)
     generator = torch.Generator().manual_seed(0)
     for site in gates.sites:
         order = torch.rand(site.groups, site.units, generator=generator).argsort(1)
@@ -63,17 +67,17 @@ def test_masked_by_gates_equals_cut(space):
         wanted = model.encode_image(pixels), model.encode_text(ids)
     keeps = gates.keeps()
     gates.remove()
-    for block, keep in keeps.values():
+    for block, keep in keeps:
         surgery.cut(block, keep)
     with torch.no_grad():
         for a, b in zip(wanted, (model.encode_image(pixels), model.encode_text(ids)), strict=True):
             torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("space", SPACES)
-def test_a_gates_gradient_per_sample_is_the_slope_of_that_samples_loss(space):
+@pytest.mark.parametrize(("space", "wanted"), CHOICES)
+def test_a_gates_gradient_per_sample_is_the_slope_of_that_samples_loss(space, wanted):
     model = tiny().double()
-    gates = Gates(model, space)
+    gates = Gates(model, space, wanted)
     for site in gates.sites:
         site.mask = site.mask.double()
     per_sample_losses(model).sum().backward()
@@ -89,8 +93,8 @@ def test_a_gates_gradient_per_sample_is_the_slope_of_that_samples_loss(space):
             np.testing.assert_allclose(found[:, group, unit], (up - down) / 2e-5, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("space", SPACES)
-def test_costs_are_what_cutting_really_saves(space):
+@pytest.mark.parametrize(("space", "wanted"), CHOICES)
+def test_costs_are_what_cutting_really_saves(space, wanted):
     from torch.utils.flop_counter import FlopCounterMode
 
     def macs(model):
@@ -100,17 +104,18 @@ def test_costs_are_what_cutting_really_saves(space):
         return counter.get_total_flops() // 2
 
     whole = tiny()
-    for index in range(len(sites(whole, space))):
+    for index in range(len(sites(whole, space, wanted))):
         model = copy.deepcopy(whole)
-        gates = Gates(model, space)
+        gates = Gates(model, space, wanted)
         site = gates.sites[index]
-        site.mask[:, -3:] = 0  # three levels
+        levels = 1 if site.kind == "heads" else 3
+        site.mask[:, -levels:] = 0
         keeps = gates.keeps()
         gates.remove()
-        for block, keep in keeps.values():
+        for block, keep in keeps:
             surgery.cut(block, keep)
         saved = anatomy.counts(whole)["params"] - anatomy.counts(model)["params"]
-        assert (saved, macs(whole) - macs(model)) == (3 * site.params, 3 * site.macs), site.name
+        assert (saved, macs(whole) - macs(model)) == (levels * site.params, levels * site.macs), site.name
 
 
 def test_criteria_sum_what_they_say():
@@ -136,11 +141,11 @@ def test_a_sample_that_is_not_finite_is_left_out_and_counted():
 
 def masks(model, scores=None, fraction=0.5, unit="params", align=(4, 16), floor=(0.2, 0.1), per_cost=True):
     found = sites(model, "separate")
-    total, fixed = block_cost(model, found, unit)
+    curves, total, fixed = cost_curves(model, found, unit)
     generator = torch.Generator().manual_seed(0)
     scores = scores or [torch.rand(s.groups, s.units, generator=generator) for s in found]
     kept = keep_masks(
-        found, scores, fraction=fraction, unit=unit, total=total, fixed=fixed, per_cost=per_cost,
+        found, scores, curves, fraction=fraction, unit=unit, total=total, fixed=fixed, per_cost=per_cost,
         align=Align(head_dim=align[0], ffn=align[1]), floor=Floor(head_dim=floor[0], ffn=floor[1]),
     )  # fmt: skip
     cost = fixed + sum(int(mask[0].sum()) * getattr(s, unit) for mask, s in zip(kept, found, strict=True))
@@ -196,3 +201,128 @@ def test_upops_schedule_is_the_published_formula():
     for t in range(steps):
         published = p * ((1 - np.cos(np.pi * (t + 1) / steps)) / 2) ** 0.5
         assert p * progress("sine", t, steps, 0.0) == pytest.approx(published)
+
+
+def test_all_heads_and_all_hidden_units_of_a_layer_may_go():
+    model = tiny()
+    block = anatomy.blocks(model)[0]
+    masked = copy.deepcopy(model)
+    twin = anatomy.blocks(masked)[0]
+    with torch.no_grad():
+        twin.attn.out.weight.zero_()
+        twin.ffn_out.weight.zero_()
+    none = torch.zeros(2, 16, dtype=torch.bool)
+    surgery.cut(block, surgery.Keep(~none, ~none, torch.zeros(128, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)))
+    pixels, _ = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(pixels), masked.encode_image(pixels), atol=1e-5, rtol=1e-5)
+    assert surgery.shapes(model)[block.name] | {"scale": 0} == {
+        "heads": 0,
+        "qk_dim": 0,
+        "v_dim": 0,
+        "ffn": 0,
+        "scale": 0,
+    }
+    rebuilt = surgery.reshape(tiny(), surgery.shapes(model))
+    rebuilt.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(rebuilt.encode_image(pixels), model.encode_image(pixels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_cutting_keeps_the_type_of_the_weights(dtype):
+    model = tiny().to(dtype)
+    block = anatomy.blocks(model)[0]
+    half = torch.arange(16).expand(2, 16) < 8
+    surgery.cut(block, surgery.Keep(half, half, torch.arange(128) < 40))
+    assert {p.dtype for p in block.module.parameters()} == {dtype}
+    assert block.attn.q.weight.shape == (16, 32)
+
+
+def test_heads_and_their_dims_are_not_searched_together():
+    from clipress.recipe import checked
+
+    with pytest.raises(RecipeError, match="heads in one stage and dims in another"):
+        checked(Prune, {"budget": {"params": 0.5}, "sites": {"image": ["heads", "qk"]}, "steps": 1}, "p")
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        ({}, "exactly one of params"),
+        ({"params": 0.5, "macs": 0.5}, "exactly one of params"),
+        ({"params": 0.5, "image": {"macs": 0.5}}, "exactly one of params"),
+        ({"latency": 0.5}, "needs 'costs'"),
+    ],
+)
+def test_a_budget_that_is_not_one_is_told(budget, told):
+    from clipress.recipe import checked
+
+    with pytest.raises(RecipeError, match=told):
+        checked(Prune, {"budget": budget, "steps": 1}, "p")
+
+
+class TestSearch:
+    """Whole searches on a tiny model."""
+
+    @staticmethod
+    def prune(**settings):
+        from clipress.compress.prune.search import run
+        from clipress.compress.train import Context, Runtime, start_fabric
+        from clipress.data.pairs import DataSpec, SourceSpec
+
+        fabric = start_fabric(Runtime(accelerator="cpu"))
+        context = Context(fabric, DataSpec(train=(SourceSpec(format="digits", limit=40),)), 0, title="t")
+        clip = new_clip(tiny_architecture(layers=1), 0)
+        before = {b.tower: sum(p.numel() for p in b.module.parameters()) for b in anatomy.blocks(clip.model)}
+        base = {"steps": 4, "interval": 2, "batch_size": 8, "align": {"head_dim": 4, "ffn": 8}}
+        clip, details = run(Prune(**{**base, **settings}), clip, context)
+        after = {b.tower: sum(p.numel() for p in b.module.parameters()) for b in anatomy.blocks(clip.model)}
+        return clip, details, {tower: after[tower] / before[tower] for tower in before}
+
+    @pytest.mark.parametrize("criterion", CRITERIA)
+    def test_every_criterion_meets_the_budget(self, criterion):
+        _, details, _ = self.prune(budget={"params": 0.6}, criterion=criterion)
+        assert 0.5 < details["block_params_kept"] <= 0.6
+
+    def test_each_tower_can_have_its_own_budget(self):
+        _, _, kept = self.prune(budget={"image": {"params": 0.4}, "text": {"params": 0.8}})
+        assert 0.3 < kept["image"] <= 0.4 and 0.7 < kept["text"] <= 0.8
+
+    def test_a_tower_can_be_left_alone(self):
+        _, _, kept = self.prune(budget={"params": 0.5}, sites={"image": ["ffn"], "text": []})
+        assert kept["text"] == 1 and kept["image"] <= 0.5
+
+    def test_a_budget_can_be_a_number_of_parameters(self):
+        clip, _, _ = self.prune(budget={"max_params": 20_000})
+        assert 17_000 < anatomy.counts(clip.model)["block_params"] <= 20_000
+
+    def test_whole_heads_go(self):
+        clip, _, _ = self.prune(
+            budget={"params": 0.75}, sites={"image": ["heads"], "text": ["heads"]}, floor={"heads": 0}
+        )
+        assert {block.attn.heads for block in anatomy.blocks(clip.model)} < {0, 1, 2}
+        assert all(block.attn.qk_dim in (0, 16) for block in anatomy.blocks(clip.model))
+
+    def test_a_cost_table_rules_a_latency_budget(self, tmp_path):
+        import json
+
+        levels = {"qk": 16, "v": 16, "ffn": 128}
+        slow_ffn = {kind: {"levels": [0, n], "ms": [0.0, 8.0 if kind == "ffn" else 1.0]} for kind, n in levels.items()}
+        table = {"schema_version": 1, "towers": {"image": slow_ffn, "text": slow_ffn}}
+        (tmp_path / "costs.json").write_text(json.dumps(table))
+        clip, _, _ = self.prune(budget={"latency": 0.5, "costs": tmp_path / "costs.json"}, criterion="random")
+        spent = sum(
+            block.attn.qk_dim / 16 + block.attn.v_dim / 16 + 8 * block.ffn_in.out_features / 128
+            for block in anatomy.blocks(clip.model)
+        )
+        assert 9 <= spent <= 10  # of twenty
+
+    def test_a_missing_cost_table_says_how_to_make_it(self, tmp_path):
+        with pytest.raises(RecipeError, match=r"no such file.*clipress bench costs"):
+            self.prune(budget={"latency": 0.5, "costs": tmp_path / "costs.json"})
+
+    def test_the_probe_leaves_the_weights_gradients_alone(self):
+        clip, _, _ = self.prune(budget={"params": 0.9}, criterion="gauss-newton", lr=0.0, weight_decay=0.0)
+        kept = new_clip(tiny_architecture(layers=1), 0).model
+        assert torch.equal(clip.model.visual.conv1.weight, kept.visual.conv1.weight)

@@ -76,7 +76,7 @@ class Poison(Hook):
     def __init__(self, model, steps):
         self.weight, self.steps = model.visual.proj, steps
 
-    def before(self, step):
+    def before(self, step, arrays):
         self.whole = self.weight.detach().clone()
         if step in self.steps:
             self.weight.data.fill_(float("nan"))
@@ -90,10 +90,10 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(context):
     poison = Poison(clip.model, {2})
     before = poison.before
 
-    def before_and_heal(step):
+    def before_and_heal(step, arrays):
         if step == 3:
             poison.heal()
-        before(step)
+        before(step, arrays)
 
     poison.before = before_and_heal
     record = train(clip, Training(steps=5, batch_size=8, lr=1e-3), {"contrastive": 1.0}, context, [poison])
