@@ -212,6 +212,70 @@ def evaluate_(run: Path, stage: str | None, split: str) -> None:
         click.echo(f"{key:<24} {value:6.2f} %")
 
 
+@main.command("import")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=FOLDER)
+@click.option(
+    "--format", "form", default="auto", show_default=True, help="openai, open_clip, clip-kd, tinyclip, upop or auto."
+)
+@click.option("--model", help="An open_clip model name, where the file cannot tell its architecture.")
+def import_(checkpoint: Path, out: Path, form: str, model: str | None) -> None:
+    """Turn a foreign CLIP checkpoint into an artefact, to be a recipe's teacher."""
+    from clipress.artifact import HEADER, save_artifact
+
+    if out.exists() and not (out / HEADER).is_file():
+        raise ArtifactError(
+            f"{out} was asked for; it is there and is no artefact. Nothing was changed: choose another."
+        )
+    from clipress.models.importers import artifact_from_checkpoint
+
+    artifact = artifact_from_checkpoint(checkpoint, form, model)
+    save_artifact(artifact, out)
+    click.echo(f"{checkpoint}: {artifact.lineage[0]['format']}, {artifact.counts['params']:,} parameters -> {out}")
+
+
+@main.command()
+@click.argument("file", type=FILE)
+@click.option("--runs", type=FOLDER, help="Where the runs go.  [default: runs/studies/<name>]")
+@click.option("--out", type=FOLDER, default=Path("bench/studies"), show_default=True, help="Where the tables go.")
+def study(file: Path, runs: Path | None, out: Path) -> None:
+    """Run methods × ratios × seeds and gather them into one table.
+
+    Each run has a process of its own, so that its memory can be measured. Finished runs are not done again.
+    """
+    import json
+    import subprocess
+    import sys
+
+    import yaml
+    from tqdm import tqdm
+
+    from clipress.artifact import write_text_whole
+    from clipress.bench.study import markdown, picture, read_study, row_of
+
+    settings, cases = read_study(file)
+    home = runs or Path("runs/studies") / settings.name
+    rows, conditions = [], {}
+    for case in tqdm(cases, desc=settings.name, unit="run"):
+        folder = home / case.name
+        if not (folder / "bench" / "results.json").is_file():
+            recipe = home / f"{case.name}.yaml"
+            write_text_whole(recipe, yaml.safe_dump(case.recipe, sort_keys=False))
+            command = [sys.executable, "-m", "clipress", "run", str(recipe), "--out", str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise ClipressError(f"{case.name} failed; what it said last: {done.stderr.strip()[-600:]}")
+        rows.append(row_of(case, folder))
+        known = json.loads((folder / "bench" / "results.json").read_text(encoding="utf-8"))["conditions"]
+        shown = ("date", "processor", "cores", "threads", "clipress", "torch", "onnxruntime")
+        conditions = {"command": f"clipress study {file}"} | {key: known[key] for key in shown}
+        content = {"schema_version": 1, "study": settings.name, "conditions": conditions, "rows": rows}
+        write_text_whole(out / f"{settings.name}.json", json.dumps(content, indent=1) + "\n")
+        write_text_whole(out / f"{settings.name}.md", markdown(settings, rows, conditions))
+        write_text_whole(out / f"{settings.name}.svg", picture(settings, rows))
+    click.echo(markdown(settings, rows, conditions))
+
+
 @main.group()
 def data() -> None:
     """Look at the data."""

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clipress import __version__
 from clipress.artifact import Artifact, load_artifact, read_header, save_artifact, write_text_whole
 from clipress.compress.stage import Stage, stages_from
@@ -118,7 +120,8 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
                 title=stage.name,
             )
             clip, details = stage.run(clip, own)
-            record |= {"details": details, "seconds": round(time.perf_counter() - began, 1)}
+            seconds = round(time.perf_counter() - began, 1)
+            record |= {"details": details, "seconds": seconds, "peak_memory_mb": peak_memory_mb()}
             lineage = (*lineage, record)
             _leave(clip, lineage, folder, plan, context, say)
         folders.append(folder)
@@ -158,6 +161,15 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             known[package] = "absent"
     return known
+
+
+def peak_memory_mb() -> int:
+    """Return the most memory the process, or its GPU, has held so far."""
+    import resource
+
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
 
 
 def _finished(folder: Path, wanted: str) -> Artifact | None:

@@ -58,7 +58,9 @@ class Training(Section):
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     warmup: float = Field(0.1, ge=0, lt=1)
-    """Part of the steps in which the rate rises; it then falls to zero as a half cosine."""
+    """Part of the steps in which the rate rises."""
+    decay: Literal["cosine", "constant"] = "cosine"
+    """Then it falls to zero as a half cosine, or stays."""
     clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
     queue: int = Field(0, ge=0)
@@ -251,10 +253,12 @@ def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def learning_rate(step: int, steps: int, config: Training) -> float:
-    """Linear warm-up, then a half cosine to zero."""
+    """Linear warm-up, then a half cosine to zero, or no change."""
     rising = max(round(config.warmup * steps), 1)
     if step < rising:
         return config.lr * (step + 1) / rising
+    if config.decay == "constant":
+        return config.lr
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
 
 

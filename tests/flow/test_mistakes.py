@@ -116,3 +116,22 @@ def test_an_export_with_a_damaged_file_is_not_served(tiny_run, tmp_path):
 
     with pytest.raises(ClipressError, match=r"image\.onnx"):
         triton_repo_from_export(path.parent, tmp_path / "repo", ServeSettings())
+
+
+def test_a_foreign_checkpoint_that_would_run_code_is_refused(tmp_path):
+    import pickle
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    (tmp_path / "model.pth").write_bytes(pickle.dumps({"model": Payload()}))
+    told(clipress("import", tmp_path / "model.pth", tmp_path / "out"), "model.pth")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def test_an_import_does_not_replace_a_folder_of_something_else(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("dear")
+    told(clipress("import", tmp_path / "model.pth", tmp_path / "out"), "is no artefact")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "dear"

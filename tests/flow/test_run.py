@@ -180,3 +180,18 @@ def test_a_cost_table_is_measured_and_rules_a_search(tiny_run, recipe, tmp_path)
     assert pruned.exit_code == 0, pruned.output
     counts = [read_header(tmp_path / "run" / stage)["counts"]["block_params"] for stage in ("teacher", "pruned")]
     assert counts[1] < counts[0]
+
+
+def test_an_imported_checkpoint_is_an_artefact_and_a_teacher(recipe, tmp_path):
+    import open_clip
+
+    from clipress.models.tiny import tiny_architecture
+
+    torch.manual_seed(0)
+    stock = open_clip.model.CLIP(**tiny_architecture(width=64, head_width=64, layers=1))
+    torch.save({"state_dict": stock.state_dict()}, tmp_path / "epoch_1.pt")
+    made = clipress("import", tmp_path / "epoch_1.pt", tmp_path / "teacher", "--format", "clip-kd")
+    assert made.exit_code == 0, made.output
+    recipe |= {"teacher": {"artifact": str(tmp_path / "teacher")}, "stages": recipe["stages"][:1]}
+    assert clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run").exit_code == 0
+    assert [record["stage"] for record in read_header(tmp_path / "run" / "pruned")["lineage"]] == ["import", "pruned"]

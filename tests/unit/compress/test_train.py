@@ -49,6 +49,11 @@ def test_the_rate_rises_then_falls_as_a_cosine_to_zero():
     )
 
 
+def test_a_constant_rate_stays_after_its_warm_up():
+    config = Training(steps=10, lr=0.5, warmup=0, decay="constant")
+    assert [learning_rate(step, 10, config) for step in range(10)] == [0.5] * 10
+
+
 def test_norms_biases_and_the_scale_do_not_decay():
     model = new_clip(tiny_architecture(), 0).model
     decayed, others = parameter_groups(model, 0.1)

@@ -1,0 +1,173 @@
+"""OpenAI's naming: the architecture is told by the shapes, heads are 64 wide, the activation is QuickGELU.
+
+The formats that keep these names build on this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipress.data.tokens import tokenizer_spec
+from clipress.data.transforms import Preprocess
+from clipress.errors import ArtifactError, RecipeError
+from clipress.models import anatomy, surgery
+from clipress.models.importers import NOTES, State
+from clipress.models.load import Clip, build
+from clipress.recipe import checked
+
+HEAD = 64
+ROOTS = {
+    *("visual", "transformer", "token_embedding", "positional_embedding"),
+    *("ln_final", "text_projection", "logit_scale"),
+}
+
+
+def recognises(state: State) -> bool:
+    """Tell by the numbers beside the weights: without them the file could as well be open_clip's."""
+    return not NOTES.isdisjoint(state) and "text_projection" in state
+
+
+def clip_from_state(state: State, model_name: str | None) -> Clip:
+    """Build the model that the shapes tell; names and shapes must fit to the last one."""
+    refuse_name(model_name)
+    weights = {name: tensor for name, tensor in state.items() if name not in NOTES}
+    return clip_from_weights(architecture_from_shapes(weights, quick_gelu=True), weights)
+
+
+def refuse_name(model_name: str | None) -> None:
+    """Raise RecipeError for a model name, where shapes tell the architecture."""
+    if model_name is not None:
+        raise RecipeError(f"model '{model_name}' was given, and this format tells its architecture: leave it out.")
+
+
+def root(name: str) -> str:
+    """Return the first part of a tensor's name."""
+    return name.partition(".")[0]
+
+
+def shape(state: State, name: str, sides: int) -> tuple[int, ...]:
+    """Return a tensor's shape; ArtifactError when it is not there or has another number of sides."""
+    if name not in state:
+        raise ArtifactError(f"tensor {name} is missing.")
+    if state[name].ndim != sides:
+        raise ArtifactError(f"tensor {name} has shape {list(state[name].shape)}; {sides} sides are asked for.")
+    return tuple(state[name].shape)
+
+
+def architecture_from_shapes(state: State, quick_gelu: bool) -> dict[str, Any]:
+    """Return the open_clip config of a CLIP with a plain ViT or OpenAI's ResNet, heads 64 wide."""
+    context, width = shape(state, "positional_embedding", 2)
+    text = {
+        "context_length": context,
+        "vocab_size": shape(state, "token_embedding.weight", 2)[0],
+        "width": width,
+        "heads": _heads("positional_embedding", width),
+        "layers": _count(state, "transformer.resblocks."),
+    }
+    vision = (_resnet if "visual.layer1.0.conv1.weight" in state else _vit)(state)
+    embed_dim = shape(state, "text_projection", 2)[1]
+    return {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": text, "quick_gelu": quick_gelu}
+
+
+def _vit(state: State) -> dict[str, Any]:
+    width, _, _, patch = shape(state, "visual.conv1.weight", 4)
+    _heads("visual.conv1.weight", width)
+    grid = _grid(state, "visual.positional_embedding")
+    layers = _count(state, "visual.transformer.resblocks.")
+    return {"image_size": grid * patch, "patch_size": patch, "width": width, "layers": layers, "head_width": HEAD}
+
+
+def _resnet(state: State) -> dict[str, Any]:
+    width = shape(state, "visual.layer1.0.conv1.weight", 4)[0]
+    _heads("visual.layer1.0.conv1.weight", 32 * width)  # of the pooling attention
+    grid = _grid(state, "visual.attnpool.positional_embedding")
+    layers = [_count(state, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)]
+    return {"image_size": 32 * grid, "width": width, "layers": layers, "head_width": HEAD}
+
+
+def _heads(name: str, width: int) -> int:
+    if width % HEAD:
+        raise ArtifactError(
+            f"tensor {name} tells a width of {width}; heads are {HEAD} wide here, a multiple is needed."
+        )
+    return width // HEAD
+
+
+def _grid(state: State, name: str) -> int:
+    """Return how many patches are in a row, of a square and one more position."""
+    positions = shape(state, name, 2)[0]
+    side = math.isqrt(positions - 1)
+    if side < 1 or side * side + 1 != positions:
+        raise ArtifactError(f"tensor {name} has {positions} positions; a square and one more are asked for.")
+    return side
+
+
+def _count(state: State, prefix: str) -> int:
+    return len({name[len(prefix) :].partition(".")[0] for name in state if name.startswith(prefix)})
+
+
+def clip_from_weights(
+    architecture: dict[str, Any],
+    weights: State,
+    preprocess: Mapping[str, Any] | None = None,
+    shapes: dict[str, dict[str, Any]] | None = None,
+) -> Clip:
+    """Put weights in stock naming into the model of an architecture, whose blocks may be narrower (`shapes`).
+
+    Every name and shape is compared before memory is taken. Raises ArtifactError naming the first tensor that is wrong.
+    """
+
+    def made() -> nn.Module:
+        model = build(architecture)
+        return surgery.reshape(model, shapes) if shapes else model
+
+    try:
+        with torch.device("meta"):
+            wanted = surgery.stock_weights(made())
+    except (RuntimeError, OSError, AttributeError, ArithmeticError) as error:
+        raise ArtifactError(f"open_clip cannot build its architecture: {str(error).splitlines()[0]}.") from None
+    _compare(wanted, weights)
+    model = made()
+    model.load_state_dict(_own(model, weights))
+    height, width = anatomy.image_size(model)
+    if height != width:
+        raise ArtifactError(f"it wants pictures of {height} x {width} pixels; clipress works on square ones.")
+    known = checked(Preprocess, {"size": height, **(preprocess or {})}, "preprocess")
+    return Clip(model.eval(), architecture, known, tokenizer_spec(architecture))
+
+
+def _compare(wanted: State, weights: State) -> None:
+    for name, tensor in wanted.items():
+        if name not in weights:
+            raise ArtifactError(f"tensor {name} is missing; its architecture asks for it.")
+        found = weights[name]
+        if found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point():
+            raise ArtifactError(
+                f"tensor {name} is {found.dtype} {list(found.shape)}; {tensor.dtype} {list(tensor.shape)} is asked for "
+                "by its architecture."
+            )
+        if not math.isfinite(found.sum(dtype=torch.float64)):
+            raise ArtifactError(f"tensor {name} has values that are not finite; its training had diverged.")
+    if unknown := sorted(weights.keys() - wanted.keys()):
+        raise ArtifactError(f"{len(unknown)} tensors have no place in its architecture: {', '.join(unknown[:5])}.")
+
+
+def _own(model: nn.Module, weights: State) -> dict[str, Tensor]:
+    """Rename stock attention weights to ours, in fp32; the counterpart of `surgery.stock_weights`.
+
+    q, k and v have equally many rows in every foreign format.
+    """
+    own = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    for block in anatomy.blocks(model):
+        at = f"{block.name}.attn."
+        for kind in ("weight", "bias"):
+            if f"{at}in_proj_{kind}" in own:
+                parts = own.pop(f"{at}in_proj_{kind}").chunk(3)
+                own |= {f"{at}{part}.{kind}": rows for part, rows in zip("qkv", parts, strict=True)}
+                own[f"{at}out.{kind}"] = own.pop(f"{at}out_proj.{kind}")
+    return own

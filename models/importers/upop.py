@@ -1,0 +1,66 @@
+"""UPop and CLIP-KDPruning: {"model": ...} in OpenAI's naming, with a momentum twin, queues and perhaps search masks.
+
+Blocks may be slimmed: every head of a layer keeps the same k dims, rows are q, k, v, each head after head. The published
+code divides the logits by sqrt(k) once k is less than 64, so its retrained weights need that; it is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from clipress.errors import ArtifactError
+from clipress.models.importers import State
+from clipress.models.importers.openai import (
+    HEAD,
+    ROOTS,
+    architecture_from_shapes,
+    clip_from_weights,
+    refuse_name,
+    root,
+    shape,
+)
+from clipress.models.load import Clip
+
+log = logging.getLogger("clipress.models")
+_IN_PROJ = re.compile(r"(visual\.)?transformer\.resblocks\.\d+\.attn\.in_proj_weight")
+
+
+def recognises(state: State) -> bool:
+    """Tell by the momentum twin, or by attention narrower than the model."""
+    twin = any(root(name) == "visual_m" for name in state)
+    return "text_projection" in state and (twin or any(_is_slim(state, name) for name in state))
+
+
+def _is_slim(state: State, name: str) -> bool:
+    sides = state[name].shape
+    return _IN_PROJ.fullmatch(name) is not None and len(sides) == 2 and sides[0] != 3 * sides[1]
+
+
+def clip_from_state(state: State, model_name: str | None) -> Clip:
+    """Build the model, slim or dense, that computes what the published code computes from this file."""
+    refuse_name(model_name)
+    masks = [tensor for name, tensor in state.items() if "alpha" in name]
+    if any(bool((mask != 1).any()) for mask in masks):
+        log.warning("The file holds search masks that are not all 1. They are ignored: the model is the unmasked one.")
+    weights = {name: tensor for name, tensor in state.items() if root(name) in ROOTS and "alpha" not in name}
+    architecture = architecture_from_shapes(weights, quick_gelu=True)
+    return clip_from_weights(architecture, weights, shapes=_shapes(weights, architecture))
+
+
+def _shapes(weights: State, architecture: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    shapes = {}
+    for prefix, tower in (("visual.", architecture["vision_cfg"]), ("", architecture["text_cfg"])):
+        heads, layers = tower["width"] // HEAD, tower["layers"]
+        for number in range(layers if isinstance(layers, int) else 0):  # a ResNet has no blocks
+            at = f"{prefix}transformer.resblocks.{number}"
+            rows = shape(weights, f"{at}.attn.in_proj_weight", 2)[0]
+            if rows % (3 * heads):
+                raise ArtifactError(
+                    f"tensor {at}.attn.in_proj_weight has {rows} rows; q, k and v of {heads} equal heads are asked for."
+                )
+            dim = rows // (3 * heads)
+            ffn = shape(weights, f"{at}.mlp.c_fc.weight", 2)[0]
+            shapes[at] = {"heads": heads, "qk_dim": dim, "v_dim": dim, "scale": dim**-0.5, "ffn": ffn}
+    return shapes

@@ -1,0 +1,87 @@
+"""A study spells out its runs and gathers seeds as statistics says."""
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+import clipress
+from clipress.bench.study import Study, lost, markdown, picture, read_study, summary
+from clipress.errors import RecipeError
+
+SHIPPED = sorted((Path(clipress.__file__).parent / "configs" / "studies").glob("*.yaml"))
+
+
+@pytest.fixture
+def study():
+    prune = {"prune": {"steps": 1}}
+    return Study(
+        name="s",
+        recipe="r.yaml",
+        methods={"a": [prune], "b": [prune]},
+        reference="a",
+        ratios={"2x": 0.5},
+        seeds={"2x": (0, 1)},
+    )
+
+
+def row(method, seed, slimmed, recovered):
+    def accuracy(r1):
+        return {"scenes/text_r1": r1 + 1, "scenes/image_r1": r1 - 1, "digits/top1": 90.0}
+
+    return {
+        "method": method, "ratio": "2x", "seed": seed, "dense": accuracy(80.0), "after_slimming": accuracy(slimmed),
+        "after_recovery": accuracy(recovered), "macs": 5e6, "latency_of_dense": 0.5, "search_seconds_per_step": 0.1,
+        "peak_memory_mb": 900,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def rows():
+    return [row("a", 0, 40, 70), row("a", 1, 44, 72), row("b", 0, 70, 78), row("b", 1, 70, 79)]
+
+
+def test_seeds_become_mean_and_standard_deviation(study, rows):
+    a, b = summary(study, rows)
+    assert a["r1_after_slimming"] == pytest.approx((42, 8**0.5)) and a["lost_after_recovery"] == pytest.approx(
+        (9, 2**0.5)
+    )
+    assert b["lost_after_slimming"] == pytest.approx((10, 0)) and b["seeds"] == 2
+    assert lost(rows[0], "after_slimming") == 40
+
+
+def test_the_table_says_what_part_of_the_references_loss_is_lost(study, rows):
+    lines = markdown(study, rows, {"device": "x"}).splitlines()
+    told = next(line for line in lines if line.startswith("| 2x | b |"))
+    assert " 70.0 ± 0.0 | 78.5 ± 0.7 | 10.0 ± 0.0 | 1.5 ± 0.7 | 26% / 17% |" in told
+    assert lines[-1] == "Conditions: device x."
+
+
+def test_the_picture_is_one_line_per_method(study, rows):
+    drawn = ElementTree.fromstring(picture(study, rows))
+    assert len(drawn.findall("{*}polyline")) == 2
+    assert {"dense teacher", "a", "b"} <= {text.text for text in drawn.findall("{*}text")}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_studies_spell_out_valid_runs(path):
+    from clipress.compress.pipeline import plan_from
+    from clipress.recipe import Recipe
+
+    study, cases = read_study(path)
+    assert len(cases) == len(study.methods) * sum(map(len, study.seeds.values()))
+    assert len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        plan = plan_from(Recipe(**case.recipe))
+        assert plan.artifacts == ["teacher", "pruned", "recovered"]
+        assert plan.stages[0].settings.budget.params == study.ratios[case.ratio]
+        assert plan.recipe.seed == case.seed
+    teachers = [case.recipe["teacher"] for case in cases]
+    assert all(teacher == teachers[0] for teacher in teachers)  # the same one for every method and seed
+
+
+def test_a_study_with_an_unknown_key_is_told(tmp_path):
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"name": "x", "methds": {}}))
+    with pytest.raises(RecipeError, match="Did you mean 'methods'"):
+        read_study(tmp_path / "s.yaml")

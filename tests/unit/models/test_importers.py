@@ -1,0 +1,607 @@
+"""Foreign checkpoints, written here in their exact layouts, against the models they came from."""
+
+import copy
+import functools
+import json
+import os
+import zipfile
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from clipress.artifact import load_artifact, save_artifact, sha256
+from clipress.errors import ArtifactError, RecipeError
+from clipress.models import surgery
+from clipress.models.importers import artifact_from_checkpoint, import_checkpoint
+from clipress.models.load import clip_from_artifact, new_clip, save_for_open_clip
+from clipress.models.tiny import tiny_architecture
+
+TEXT = {"context_length": 77, "vocab_size": 500, "width": 128, "heads": 2, "layers": 2}
+VIT = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 2, "head_width": 64}
+RESNET = {"image_size": 64, "width": 16, "layers": [1, 2, 1, 1], "head_width": 64}
+NOTES = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77), "vocab_size": torch.tensor(500)}
+
+
+@functools.cache
+def source(quick_gelu=False, resnet=False):
+    """A model of plain open_clip; every bias and norm has something to lose."""
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(64, dict(RESNET if resnet else VIT), dict(TEXT), quick_gelu=quick_gelu).eval()
+    for name, tensor in model.state_dict().items():
+        if tensor.ndim == 1:
+            tensor.copy_(torch.rand(tensor.shape) + 0.5 if "running_var" in name else tensor + 0.3 * torch.randn(()))
+    for module in model.modules():
+        if isinstance(module, torch.nn.MultiheadAttention):
+            torch.nn.init.normal_(module.in_proj_bias, std=0.5)
+            torch.nn.init.normal_(module.in_proj_weight, std=0.2)
+    return model
+
+
+def inputs(size=32):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 400, (3, 77), generator=generator)
+    ids[range(3), [5, 30, 76]] = 499
+    return torch.randn(3, 3, size, size, generator=generator), ids
+
+
+@torch.no_grad()
+def outputs(model, size=32):
+    pixels, ids = inputs(size)
+    return model.encode_image(pixels), model.encode_text(ids)
+
+
+def assert_same(clip, wanted):
+    for found, want in zip(outputs(clip.model, clip.preprocess.size), wanted, strict=True):
+        torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory):
+    """The same architecture as a named config of open_clip."""
+    path = tmp_path_factory.mktemp("configs") / "importers-test.json"
+    path.write_text(json.dumps({"embed_dim": 64, "vision_cfg": VIT, "text_cfg": TEXT}))
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+# each writer: state dict -> what the foreign code saves
+
+
+def upop(state, twin=None):
+    """The online model, its momentum twin (other weights), queues, masks of a search and the run's settings."""
+    twin = twin or state
+    renamed = {}
+    for key, tensor in twin.items():
+        first, dot, rest = key.partition(".")
+        if first != "logit_scale":
+            renamed[f"{first}_m{dot}{rest}"] = torch.randn(tensor.shape)
+    queues = {"image_queue": torch.randn(64, 96), "text_queue": torch.randn(64, 96)}
+    queues |= {"idx_queue": torch.full((1, 96), -100), "ptr_queue": torch.zeros(1, dtype=torch.long)}
+    masks = {"transformer.resblocks.0.alpha": torch.ones(1, 1, 512)}
+    masks |= {"visual.transformer.resblocks.0.attn.alpha": torch.ones(1, 1, 64)}
+    return {"model": {**state, **renamed, **queues, **masks}, "config": {"image_size": 32}, "epoch": 3}
+
+
+def training(state):
+    return {
+        "epoch": 2,
+        "name": "run",
+        "state_dict": {f"module.{k}": v for k, v in state.items()},
+        "optimizer": {"a": 1},
+    }
+
+
+def clip_kd(state):
+    extras = {"visual_proj.weight": torch.randn(96, 64), "text_proj.weight": torch.randn(96, 64)}
+    return training({**state, **extras, "cross_logit_scale": torch.ones(())})
+
+
+def tinyclip(state, image="_image_encoder.module.", text="_text_encoder.module.", scale="_logit_scale.module."):
+    def wrapped(key):
+        return (image if key.startswith("visual.") else scale if key == "logit_scale" else text) + key
+
+    return {"epoch": 6, "state_dict": {wrapped(key): tensor for key, tensor in state.items()}}
+
+
+def tinyclip_without_ddp(state):
+    return tinyclip(state, "module.image_encoder_without_ddp.", "module.text_encoder_without_ddp.", "_logit_scale.")
+
+
+def bare(state):
+    return dict(state)
+
+
+DENSE = {
+    "openai": (lambda state: {**state, **NOTES}, True, None, "auto"),
+    "openai, numbers that are no tensors": (lambda state: {**state, "vocab_size": 500}, True, None, "auto"),
+    "openai without notes": (bare, True, None, "openai"),
+    "upop": (upop, True, None, "auto"),
+    "open_clip training": (training, False, "named", "auto"),
+    "open_clip bare": (bare, False, "named", "auto"),
+    "clip-kd": (clip_kd, False, None, "auto"),
+    "clip-kd by name": (clip_kd, False, "named", "auto"),
+    "clip-kd without extras": (training, False, None, "clip-kd"),
+    "tinyclip": (tinyclip, False, None, "auto"),
+    "tinyclip by name": (tinyclip, False, "named", "auto"),
+    "tinyclip without ddp": (tinyclip_without_ddp, False, None, "auto"),
+}
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_a_checkpoint_computes_what_the_model_it_came_from_computes(case, name, tmp_path):
+    write, quick_gelu, model, form = DENSE[case]
+    stock = source(quick_gelu)
+    torch.save(write(stock.state_dict()), tmp_path / "weights.pt")
+    clip = import_checkpoint(tmp_path / "weights.pt", form, model and name)
+    assert_same(clip, outputs(stock))
+    assert clip.preprocess.size == 32 and clip.tokenizer["context_length"] == 77
+    torch.testing.assert_close(clip.model.logit_scale, stock.logit_scale)
+
+
+def test_the_activation_of_the_formats_differs_so_the_comparison_can_fail(tmp_path):
+    stock = source(quick_gelu=True)
+    torch.save(stock.state_dict(), tmp_path / "weights.pt")
+    assert_same(import_checkpoint(tmp_path / "weights.pt", "openai"), outputs(stock))
+    with pytest.raises(AssertionError):
+        assert_same(import_checkpoint(tmp_path / "weights.pt", "clip-kd"), outputs(stock))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_become_fp32(dtype, tmp_path):
+    stock = copy.deepcopy(source(quick_gelu=True)).to(dtype)
+    torch.save({**stock.state_dict(), **NOTES}, tmp_path / "weights.pt")
+    clip = import_checkpoint(tmp_path / "weights.pt")
+    assert {parameter.dtype for parameter in clip.model.parameters()} == {torch.float32}
+    assert_same(clip, outputs(stock.float()))
+
+
+def test_openais_resnet_is_read(tmp_path):
+    stock = source(quick_gelu=True, resnet=True)
+    torch.save({**stock.state_dict(), **NOTES}, tmp_path / "weights.pt")
+    clip = import_checkpoint(tmp_path / "weights.pt")
+    assert clip.architecture["vision_cfg"] == RESNET and clip.preprocess.size == 64
+    assert_same(clip, outputs(stock, 64))
+
+
+def test_safetensors_are_read(name, tmp_path):
+    stock = source()
+    save_file(stock.state_dict(), tmp_path / "weights.safetensors")
+    assert_same(import_checkpoint(tmp_path / "weights.safetensors", model=name), outputs(stock))
+
+
+def test_a_custom_text_tower_takes_weights_in_the_old_naming(tmp_path):
+    config = {"embed_dim": 64, "vision_cfg": VIT, "text_cfg": TEXT, "custom_text": True}
+    (tmp_path / "importers-custom.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "importers-custom.json")
+    stock = source()
+    torch.save(stock.state_dict(), tmp_path / "weights.pt")
+    clip = import_checkpoint(tmp_path / "weights.pt", model="importers-custom")
+    assert hasattr(clip.model, "text")
+    assert_same(clip, outputs(stock))
+
+
+# UPop, slimmed: an independent forward of the dense weights with the published code's slicing and scale
+
+KEPT = {  # block: dims per head, hidden units
+    "visual.transformer.resblocks.0": (5, 100),
+    "visual.transformer.resblocks.1": (64, 512),
+    "transformer.resblocks.0": (1, 37),
+    "transformer.resblocks.1": (33, 200),
+}
+
+
+def masks():
+    """Per block: which dims of a head stay, the same for all heads, and which hidden units."""
+    generator = torch.Generator().manual_seed(4)
+    return {
+        at: (
+            torch.rand(64, generator=generator).argsort() < dim,
+            torch.rand(512, generator=generator).argsort() < hidden,
+        )
+        for at, (dim, hidden) in KEPT.items()
+    }
+
+
+def slimmed(state):
+    state = dict(state)
+    for at, (alpha, hidden) in masks().items():
+        for key in ("attn.in_proj_weight", "attn.in_proj_bias"):
+            state[f"{at}.{key}"] = state[f"{at}.{key}"][alpha.repeat(3 * 2)]
+        state[f"{at}.attn.out_proj.weight"] = state[f"{at}.attn.out_proj.weight"][:, alpha.repeat(2)]
+        state[f"{at}.mlp.c_fc.weight"] = state[f"{at}.mlp.c_fc.weight"][hidden]
+        state[f"{at}.mlp.c_fc.bias"] = state[f"{at}.mlp.c_fc.bias"][hidden]
+        state[f"{at}.mlp.c_proj.weight"] = state[f"{at}.mlp.c_proj.weight"][:, hidden]
+    return state
+
+
+def reference_block(x, w, at, alpha, hidden, causal):
+    def norm(x, which):
+        return F.layer_norm(x, (128,), w[f"{at}.{which}.weight"], w[f"{at}.{which}.bias"])
+
+    h, heads, k = norm(x, "ln_1"), [], int(alpha.sum())
+    for head in range(2):
+        rows = [torch.arange(64)[alpha] + 128 * part + 64 * head for part in range(3)]
+        q, key, v = (h @ w[f"{at}.attn.in_proj_weight"][r].T + w[f"{at}.attn.in_proj_bias"][r] for r in rows)
+        logits = q @ key.transpose(1, 2) / k**0.5
+        if causal:
+            logits = logits.masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), float("-inf"))
+        heads.append(logits.softmax(-1) @ v @ w[f"{at}.attn.out_proj.weight"][:, rows[0]].T)
+    x = x + sum(heads) + w[f"{at}.attn.out_proj.bias"]
+    h = norm(x, "ln_2") @ w[f"{at}.mlp.c_fc.weight"].T + w[f"{at}.mlp.c_fc.bias"]
+    h = h * torch.sigmoid(1.702 * h) * hidden  # quick gelu of nothing is nothing
+    return x + h @ w[f"{at}.mlp.c_proj.weight"].T + w[f"{at}.mlp.c_proj.bias"]
+
+
+@torch.no_grad()
+def reference_outputs(w):
+    pixels, ids = inputs()
+    kept = masks()
+
+    def norm(x, at):
+        return F.layer_norm(x, (128,), w[f"{at}.weight"], w[f"{at}.bias"])
+
+    x = F.conv2d(pixels, w["visual.conv1.weight"], stride=8).flatten(2).transpose(1, 2)
+    x = torch.cat([w["visual.class_embedding"].expand(3, 1, 128), x], 1) + w["visual.positional_embedding"]
+    x = norm(x, "visual.ln_pre")
+    for n in range(2):
+        at = f"visual.transformer.resblocks.{n}"
+        x = reference_block(x, w, at, *kept[at], causal=False)
+    image = norm(x[:, 0], "visual.ln_post") @ w["visual.proj"]
+    x = w["token_embedding.weight"][ids] + w["positional_embedding"]
+    for n in range(2):
+        at = f"transformer.resblocks.{n}"
+        x = reference_block(x, w, at, *kept[at], causal=True)
+    text = norm(x, "ln_final")[range(3), ids.argmax(-1)] @ w["text_projection"]
+    return image, text
+
+
+@pytest.fixture
+def slim_file(tmp_path):
+    state = slimmed(source(quick_gelu=True).state_dict())
+    torch.save(upop(state), tmp_path / "model_base_retrieval_coco_clip_4x.pth")
+    return tmp_path / "model_base_retrieval_coco_clip_4x.pth"
+
+
+def test_a_slimmed_upop_model_computes_what_the_published_code_computes(slim_file):
+    clip = import_checkpoint(slim_file)
+    assert_same(clip, reference_outputs(source(quick_gelu=True).state_dict()))
+    found = surgery.shapes(clip.model)
+    for at, (dim, hidden) in KEPT.items():
+        assert found[at] == {"heads": 2, "qk_dim": dim, "v_dim": dim, "scale": dim**-0.5, "ffn": hidden}
+
+
+def test_the_reference_is_open_clips_when_nothing_is_cut(monkeypatch):
+    stock = source(quick_gelu=True)
+    whole = {at: (torch.ones(64, dtype=torch.bool), torch.ones(512, dtype=torch.bool)) for at in KEPT}
+    monkeypatch.setitem(globals(), "masks", lambda: whole)
+    for found, wanted in zip(reference_outputs(stock.state_dict()), outputs(stock), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_slimmed_upop_is_recognised_without_its_momentum_twin(tmp_path):
+    state = source(quick_gelu=True).state_dict()
+    torch.save({"model": slimmed(state)}, tmp_path / "slim.pth")
+    assert_same(import_checkpoint(tmp_path / "slim.pth"), reference_outputs(state))
+
+
+def test_masks_that_were_not_applied_are_told(tmp_path, caplog):
+    saved = upop(source().state_dict())
+    saved["model"]["transformer.resblocks.0.alpha"][..., 3] = 0
+    torch.save(saved, tmp_path / "search.pth")
+    import_checkpoint(tmp_path / "search.pth")
+    assert "search masks that are not all 1" in caplog.text
+
+
+def test_the_shapes_survive_saving_and_loading_the_artefact(slim_file, tmp_path):
+    artifact = artifact_from_checkpoint(slim_file)
+    save_artifact(artifact, tmp_path / "artefact")
+    read = load_artifact(tmp_path / "artefact")
+    assert read.shapes == artifact.shapes and read.counts == artifact.counts
+    wanted = outputs(import_checkpoint(slim_file).model)
+    for found, want in zip(outputs(clip_from_artifact(read).model), wanted, strict=True):
+        assert torch.equal(found, want)
+
+
+# lineage, folders, reports
+
+
+def test_the_lineage_begins_with_the_file(slim_file, tmp_path):
+    (record,) = artifact_from_checkpoint(slim_file).lineage
+    assert record["stage"] == "import" and record["format"] == "upop" and record["model"] is None
+    assert record["file"] == slim_file.name and record["sha256"] == sha256(slim_file)
+    assert record["hash"] == artifact_from_checkpoint(slim_file, "upop").hash
+    torch.save(source().state_dict(), tmp_path / "dense.pt")
+    as_openai, as_kd = (artifact_from_checkpoint(tmp_path / "dense.pt", form).hash for form in ("openai", "clip-kd"))
+    assert as_openai != as_kd  # the same weights with another activation are another model
+
+
+def test_a_folder_needs_no_name(tmp_path):
+    clip = new_clip({"embed_dim": 64, "vision_cfg": VIT, "text_cfg": TEXT, "quick_gelu": True}, 0)
+    preprocess = clip.preprocess.model_copy(update={"mean": (0.5, 0.4, 0.3), "resize_mode": "squash"})
+    save_for_open_clip(type(clip)(clip.model, clip.architecture, preprocess, clip.tokenizer), tmp_path / "hub")
+    read = import_checkpoint(tmp_path / "hub")
+    assert_same(read, outputs(clip.model.eval()))
+    assert read.preprocess == preprocess
+    (record,) = artifact_from_checkpoint(tmp_path / "hub").lineage
+    assert (record["format"], record["file"]) == ("open_clip", "open_clip_model.safetensors")
+    assert record["sha256"] == sha256(tmp_path / "hub" / "open_clip_model.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    clip = new_clip(tiny_architecture(), 0)
+    assert save_for_open_clip(clip, tmp_path / "hub")
+    return tmp_path / "hub"
+
+
+def test_a_folder_without_weights_is_refused(folder):
+    (folder / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"none of open_clip_model\.safetensors.*never made up"):
+        import_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "no open_clip_config.json"),
+        ("{", "not readable JSON"),
+        ("[]", "lacks model_cfg"),
+        ('{"model_cfg": {"vision_cfg": 3, "text_cfg": {}}}', "lacks model_cfg"),
+        ('{"model_cfg": {"vision_cfg": {"width": -4}, "text_cfg": {}, "embed_dim": 8}}', "cannot build"),
+        ('{"model_cfg": {"vision_cfg": {}, "text_cfg": {}, "embed_dim": 8}}', "is asked for by its architecture"),
+    ],
+)
+def test_a_folder_with_a_bad_config_is_told(folder, text, told):
+    config = folder / "open_clip_config.json"
+    config.unlink()
+    if text is not None:
+        config.write_text(text)
+    with pytest.raises((ArtifactError, RecipeError), match=told):
+        import_checkpoint(folder)
+
+
+def test_a_config_that_asks_for_a_download_is_not_followed(folder):
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = True
+    path.write_text(json.dumps(config))
+    assert "timm_model_pretrained" not in import_checkpoint(folder).architecture["vision_cfg"]
+    config["model_cfg"]["text_cfg"] = {"hf_model_name": "some/text-model"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="built from the hub's 'some/text-model'"):
+        import_checkpoint(folder)
+
+
+def test_a_folder_takes_no_format_and_no_name(folder, name):
+    for given in ({"form": "upop"}, {"model": name}):
+        with pytest.raises(RecipeError, match="leave format and model out"):
+            import_checkpoint(folder, **given)
+
+
+def test_what_distillation_left_in_the_file_is_reported(tmp_path, caplog):
+    torch.save(clip_kd(source().state_dict()), tmp_path / "weights.pt")
+    import_checkpoint(tmp_path / "weights.pt")
+    assert "3 tensors are not part of the CLIP and are ignored: cross_logit_scale, text_proj.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("known", "wanted"),
+    [
+        ("ViT-B-16-SigLIP", {"mean": (0.5, 0.5, 0.5), "resize_mode": "squash"}),
+        ("ViT-L-14", {"resize_mode": "shortest"}),
+    ],
+)
+def test_preprocessing_is_what_all_pretrained_weights_of_a_name_share(known, wanted):
+    from clipress.models.importers.open_clip import _agreed
+
+    tags = open_clip.list_pretrained_tags_by_model(known)
+    agreed = _agreed([open_clip.get_pretrained_cfg(known, tag) for tag in tags])
+    assert wanted.items() <= agreed.items()
+    assert ("mean" in agreed) == (known != "ViT-L-14")  # whose weights were trained with different ones
+
+
+# files that are not weights
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("form", ["auto", "upop"])
+def test_code_in_a_pickle_is_refused_and_not_run(form, zipped, tmp_path):
+    saved = {"model": {"visual.proj": torch.ones(2, 2), "visual.x": Evil(tmp_path / "ran")}}
+    torch.save(saved, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ArtifactError, match=r"evil\.pth.*more than weights \(\w+\.mkdir\).*nothing was loaded"):
+        import_checkpoint(tmp_path / "evil.pth", form)
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "evil.pth", weights_only=False)
+    assert (tmp_path / "ran").exists()  # so the file was indeed able to
+
+
+def test_a_pickled_module_is_refused(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(ArtifactError, match=r"more than weights \(torch.*Linear\).*state_dict"):
+        import_checkpoint(tmp_path / "module.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchscript_archive_is_refused_with_a_way_out(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-B-32.pt")
+    with pytest.raises(ArtifactError, match=r"TorchScript.*torch\.save\(torch\.jit\.load"):
+        import_checkpoint(tmp_path / "ViT-B-32.pt")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_told(suffix, share, tmp_path):
+    path, state = tmp_path / f"cut{suffix}", source().state_dict()
+    torch.save(state, path) if suffix == ".pt" else save_file(state, path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ArtifactError, match=r"cut.*truncated, damaged"):
+        import_checkpoint(path)
+
+
+def test_a_compressed_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save({"a": torch.zeros(1_000_000)}, tmp_path / "whole.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as old,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    with pytest.raises(ArtifactError, match=r"bomb.*claims 4,0"):
+        import_checkpoint(tmp_path / "bomb.pt")
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(ArtifactError, match=r"nowhere\.pt.*no such file"):
+        import_checkpoint(tmp_path / "nowhere.pt")
+
+
+@pytest.mark.parametrize(
+    ("saved", "told"),
+    [
+        ([1, 2], "named weights are asked for, found list"),
+        ({}, "named weights are asked for"),
+        ({"state_dict": {}}, "named weights are asked for"),
+        ({"visual.proj": "text"}, "'visual.proj' is str"),
+        ({"visual.proj": {"a": torch.ones(1)}}, "'visual.proj' is dict"),
+        ({3: torch.ones(1)}, "entry 3 is Tensor"),
+        ({"visual.proj": 3}, "'visual.proj' is int"),
+        ({"a": torch.zeros(1).expand(2**20 + 1)}, r"a has shape \[1048577\]"),
+        ({"a": torch.zeros(0, 4)}, r"a has shape \[0, 4\]"),
+        ({"a": torch.zeros(1).expand(2**20, 2**11)}, r"claim 8\.6 GB"),
+        ({"a": torch.eye(3).to_sparse()}, "not a plain tensor"),
+        ({"a": torch.empty(3, device="meta")}, "not a plain tensor"),
+        (dict.fromkeys(map(str, range(2**16 + 1)), torch.ones(1)), "65,537 entries"),
+        (
+            {"epoch": torch.ones(1), "fc.weight": torch.ones(2)},
+            "tinyclip, upop, clip-kd, openai, open_clip.*epoch, fc.weight",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_clip_is_refused_with_what_was_found(saved, told, tmp_path):
+    torch.save(saved, tmp_path / "odd.pt")
+    with pytest.raises(ArtifactError, match=told):
+        import_checkpoint(tmp_path / "odd.pt")
+
+
+def test_bytes_that_are_anything_are_told(tmp_path):
+    for seed in range(40):
+        (tmp_path / "noise.pt").write_bytes(np.random.default_rng(seed).bytes(10 * seed))
+        with pytest.raises(ArtifactError, match=r"noise\.pt"):
+            import_checkpoint(tmp_path / "noise.pt")
+
+
+# weights that do not fit
+
+AT = "visual.transformer.resblocks.1."
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"visual.ln_post.bias": None}, "visual.ln_post.bias is missing"),
+        ({"token_embedding.weight": None}, "token_embedding.weight is missing"),
+        ({f"{AT}attn.in_proj_weight": None}, "in_proj_weight is missing"),
+        (
+            {f"{AT}mlp.c_fc.weight": torch.ones(512, 64)},
+            r"1\.mlp\.c_fc\.weight is torch\.float32 \[512, 64\].*\[512, 128\]",
+        ),
+        ({f"{AT}attn.out_proj.weight": torch.ones(64, 128)}, r"out_proj\.weight is .*\[64, 128\].*\[128, 128\]"),
+        ({"visual.proj": torch.ones(128, 64).long()}, r"visual\.proj is torch\.int64"),
+        ({"visual.positional_embedding": torch.ones(16, 128)}, "16 positions; a square and one more"),
+        ({"visual.positional_embedding": torch.ones(1, 128)}, "1 positions; a square and one more"),
+        ({"visual.conv1.weight": torch.ones(100, 3, 8, 8)}, "conv1.weight tells a width of 100; heads are 64 wide"),
+        ({"visual.conv1.weight": torch.ones(128, 192)}, r"conv1\.weight has shape \[128, 192\]; 4 sides"),
+        (
+            {"positional_embedding": torch.ones(77, 2**19)},
+            r"text_projection is .*\[524288, 64\] is asked for|of 8192 equal heads",
+        ),
+        (
+            {"visual.class_embedding": torch.full((128,), float("nan"))},
+            "class_embedding has values that are not finite",
+        ),
+        ({"visual.extra": torch.ones(2)}, "1 tensors have no place.*visual.extra"),
+        ({"transformer.resblocks.7.ln_1.weight": torch.ones(128)}, r"resblocks\.2\.\S+ is missing"),
+    ],
+)
+@pytest.mark.parametrize("form", ["openai", "upop"])
+def test_the_tensor_that_does_not_fit_is_named(form, change, told, tmp_path):
+    state = {**source().state_dict(), **change}
+    torch.save({key: tensor for key, tensor in state.items() if tensor is not None}, tmp_path / "odd.pt")
+    with pytest.raises(ArtifactError, match=told):
+        import_checkpoint(tmp_path / "odd.pt", form)
+
+
+@pytest.mark.parametrize("rows", [3 * 2 * 5 + 3, 3])
+def test_upop_rows_that_are_not_equal_heads_are_named(rows, tmp_path):
+    saved = upop({**source().state_dict(), f"{AT}attn.in_proj_weight": torch.ones(rows, 128)})
+    torch.save(saved, tmp_path / "odd.pth")
+    with pytest.raises(ArtifactError, match=rf"1\.attn\.in_proj_weight has {rows} rows; q, k and v of 2 equal heads"):
+        import_checkpoint(tmp_path / "odd.pth")
+
+
+def test_a_slim_attention_whose_output_does_not_follow_is_named(tmp_path):
+    state = slimmed(source().state_dict())
+    state["visual.transformer.resblocks.0.attn.out_proj.weight"] = torch.ones(128, 12)
+    torch.save(upop(state), tmp_path / "odd.pth")
+    with pytest.raises(ArtifactError, match=r"out_proj\.weight is .*\[128, 12\].*\[128, 10\]"):
+        import_checkpoint(tmp_path / "odd.pth")
+
+
+@pytest.mark.parametrize("cut", ["masks", "heads", "width"])
+def test_auto_inherited_tinyclip_is_refused(cut, tmp_path):
+    state = source().state_dict()
+    if cut == "masks":
+        state = {**state, "visual.l0": torch.ones(1)}
+    if cut == "heads":
+        state[f"{AT}attn.in_proj_weight"] = torch.ones(3 * 64, 128)
+    if cut == "width":
+        state[f"{AT}attn.in_proj_weight"] = torch.ones(300, 100)
+    saved = tinyclip(state)
+    if cut == "masks":
+        saved["state_dict"] = {
+            k.replace("visual.l0", "l0_module.heads_loga"): v for k, v in saved["state_dict"].items()
+        }
+    torch.save(saved, tmp_path / "auto.pt")
+    with pytest.raises(ArtifactError, match="auto-inherited TinyCLIP"):
+        import_checkpoint(tmp_path / "auto.pt")
+
+
+# formats and names
+
+
+def test_names_that_fit_three_formats_are_not_guessed(tmp_path):
+    torch.save(training(source().state_dict()), tmp_path / "epoch_1.pt")
+    with pytest.raises(ArtifactError, match=r"do not tell the activation.*openai for QuickGELU, clip-kd for GELU"):
+        import_checkpoint(tmp_path / "epoch_1.pt")
+
+
+def test_an_unknown_format_is_told_with_the_nearest(tmp_path):
+    with pytest.raises(RecipeError, match="Did you mean 'open_clip'"):
+        import_checkpoint(tmp_path / "a.pt", "openclip")
+
+
+@pytest.mark.parametrize(("asked", "told"), [("importers-tset", "'importers-test'"), ("hf-hub:some/model", "no model")])
+def test_an_unknown_model_name_is_told(asked, told, name, tmp_path):
+    torch.save(source().state_dict(), tmp_path / "a.pt")
+    with pytest.raises(RecipeError, match=told):
+        import_checkpoint(tmp_path / "a.pt", model=asked)
+
+
+@pytest.mark.parametrize("form", ["openai", "upop"])
+def test_a_name_is_refused_where_shapes_tell(form, name, tmp_path):
+    torch.save(source().state_dict(), tmp_path / "a.pt")
+    with pytest.raises(RecipeError, match="leave it out"):
+        import_checkpoint(tmp_path / "a.pt", form, name)
