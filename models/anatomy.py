@@ -21,6 +21,7 @@ class Block:
     name: str
     module: nn.Module
     tokens: int
+    ffn_names: tuple[str, str] = ("c_fc", "c_proj")  # of the Linears in its mlp
 
     @property
     def attn(self) -> Attention:
@@ -28,11 +29,11 @@ class Block:
 
     @property
     def ffn_in(self) -> nn.Linear:
-        return self.module.mlp.c_fc
+        return getattr(self.module.mlp, self.ffn_names[0])
 
     @property
     def ffn_out(self) -> nn.Linear:
-        return self.module.mlp.c_proj
+        return getattr(self.module.mlp, self.ffn_names[1])
 
     @property
     def width(self) -> int:
@@ -55,8 +56,9 @@ def image_size(model: nn.Module) -> tuple[int, int]:
 
 
 def blocks(model: nn.Module) -> list[Block]:
-    """Return every transformer block, image tower first."""
+    """Return every transformer block that can be taken apart, image tower first."""
     visual = getattr(getattr(model, "visual", None), "transformer", None)
+    trunk = getattr(getattr(model, "visual", None), "trunk", None)
     prefix, text = _text_root(model)
     found = []
     if visual is not None:
@@ -64,6 +66,12 @@ def blocks(model: nn.Module) -> list[Block]:
         found += [
             Block("image", f"visual.transformer.resblocks.{i}", block, tokens)
             for i, block in enumerate(visual.resblocks)
+        ]
+    elif _is_plain_timm_vit(trunk):
+        tokens = int(trunk.patch_embed.num_patches + trunk.num_prefix_tokens)
+        found += [
+            Block("image", f"visual.trunk.blocks.{i}", block, tokens, ("fc1", "fc2"))
+            for i, block in enumerate(trunk.blocks)
         ]
     if hasattr(text, "transformer") and hasattr(text.transformer, "resblocks"):
         found += [
@@ -75,10 +83,37 @@ def blocks(model: nn.Module) -> list[Block]:
     return found
 
 
-def stock_attentions(model: nn.Module) -> Iterator[tuple[nn.Module, nn.MultiheadAttention]]:
-    """Yield (block, its attention) for blocks that still hold PyTorch's own attention."""
+def _is_plain_timm_vit(trunk: nn.Module | None) -> bool:
+    """Tell whether timm's tower is made of plain attention and plain feed-forwards: no gates, no norms inside them."""
+    parts = [(getattr(b, "attn", None), getattr(b, "mlp", None)) for b in getattr(trunk, "blocks", ())]
+    return (
+        bool(parts)
+        and hasattr(trunk, "num_prefix_tokens")
+        and hasattr(getattr(trunk, "patch_embed", None), "num_patches")
+        and all(
+            (isinstance(attn, Attention) or _is_plain_timm_attention(attn))
+            and type(mlp).__name__ == "Mlp"
+            and isinstance(mlp.fc1, nn.Linear)
+            and isinstance(mlp.norm, nn.Identity)
+            for attn, mlp in parts
+        )
+    )
+
+
+def _is_plain_timm_attention(module: nn.Module | None) -> bool:
+    names = ("q_norm", "k_norm", "norm")
+    return (
+        type(module).__name__ == "Attention"
+        and all(isinstance(getattr(module, name, None), nn.Identity) for name in names)
+        and module.gate is None
+        and module.num_heads * module.head_dim == module.qkv.in_features
+    )
+
+
+def stock_attentions(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yield (block, its attention) for blocks that still hold PyTorch's or timm's own attention."""
     for block in blocks(model):
-        if isinstance(block.module.attn, nn.MultiheadAttention):
+        if isinstance(block.module.attn, nn.MultiheadAttention) or _is_plain_timm_attention(block.module.attn):
             yield block.module, block.module.attn
 
 
@@ -88,6 +123,7 @@ def embedding_parameters(model: nn.Module) -> int:
     tables = [getattr(getattr(text, "token_embedding", None), "weight", None)]
     tables += [getattr(tower, "positional_embedding", None) for tower in (text, model.visual)]
     tables.append(getattr(model.visual, "class_embedding", None))
+    tables += [getattr(getattr(model.visual, "trunk", None), name, None) for name in ("pos_embed", "cls_token")]
     return sum(table.numel() for table in tables if table is not None)
 
 

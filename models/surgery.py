@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clipress.errors import ArtifactError
 from clipress.models.anatomy import Block, blocks, stock_attentions
-from clipress.models.attention import Attention
+from clipress.models.attention import Attention, TimmAttention
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Keep:
 def use_own_attention(model: nn.Module) -> nn.Module:
     """Replace PyTorch's attention by ours in every block, in place; outputs stay the same."""
     for module, stock in list(stock_attentions(model)):
-        module.attn = Attention.from_multihead(stock).train(stock.training)
+        own = Attention if isinstance(stock, nn.MultiheadAttention) else TimmAttention
+        module.attn = own.from_stock(stock).train(stock.training)
     for block in blocks(model):
         if not isinstance(block.attn, Attention):
             kind = type(block.attn).__name__
@@ -76,8 +77,9 @@ def cut(block: Block, keep: Keep) -> None:
     attn.out = narrowed(attn.out, columns=v)
     attn.heads = int(heads.sum())
     attn.qk_dim, attn.v_dim = (qk_dim, v_dim) if attn.heads else (0, 0)
-    block.module.mlp.c_fc = narrowed(block.ffn_in, keep.ffn)
-    block.module.mlp.c_proj = narrowed(block.ffn_out, columns=keep.ffn)
+    ffn_in, ffn_out = narrowed(block.ffn_in, keep.ffn), narrowed(block.ffn_out, columns=keep.ffn)
+    for name, linear in zip(block.ffn_names, (ffn_in, ffn_out), strict=True):
+        setattr(block.module.mlp, name, linear)
 
 
 def shapes(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -107,9 +109,12 @@ def reshape(model: nn.Module, wanted: dict[str, dict[str, Any]]) -> nn.Module:
             raise ArtifactError(f"The artefact's shapes for {block.name} make no sense: {shape}.")
         heads, qk_dim, v_dim, ffn = sizes
         old = block.attn
-        block.module.attn = Attention(block.width, heads, qk_dim, v_dim, scale, bias=old.q.bias is not None)
-        for name, sizes in (("c_fc", (block.width, ffn)), ("c_proj", (ffn, block.width))):
-            setattr(block.module.mlp, name, nn.utils.skip_init(nn.Linear, *sizes, bias=block.ffn_in.bias is not None))
+        biases = {"bias": old.q.bias is not None, "out_bias": old.out.bias is not None}
+        block.module.attn = type(old)(block.width, heads, qk_dim, v_dim, scale, **biases)
+        for linear, name, sizes in zip(
+            (block.ffn_in, block.ffn_out), block.ffn_names, ((block.width, ffn), (ffn, block.width)), strict=True
+        ):
+            setattr(block.module.mlp, name, nn.utils.skip_init(nn.Linear, *sizes, bias=linear.bias is not None))
     return model
 
 
@@ -117,10 +122,12 @@ def stock_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return an uncut model's weights under the names that plain open_clip gives them."""
     weights = dict(model.state_dict())
     for block in blocks(model):
-        at = f"{block.name}.attn."
+        at, names = f"{block.name}.attn.", block.attn.STOCK_NAMES
         for kind in ("weight", "bias"):
             parts = [weights.pop(f"{at}{part}.{kind}", None) for part in ("q", "k", "v")]
             if parts[0] is not None:
-                weights[f"{at}in_proj_{kind}"] = torch.cat(parts)
-                weights[f"{at}out_proj.{kind}"] = weights.pop(f"{at}out.{kind}")
+                weights[at + names[kind]] = torch.cat(parts)
+            out = weights.pop(f"{at}out.{kind}", None)
+            if out is not None:
+                weights[f"{at}{names['out']}.{kind}"] = out
     return weights

@@ -116,3 +116,46 @@ def test_embeddings_are_the_tables_and_nothing_else():
     counted = anatomy.counts(model)
     # token table, text positions, 16 patches + class position, class embedding; all 32 wide
     assert counted["params"] - counted["params_without_embeddings"] == 32 * (49408 + 24 + 17 + 1)
+
+
+def timm_vit():
+    """A CLIP whose image tower is one of timm's plain vision transformers."""
+    vision = {
+        "timm_model_name": "test_vit",
+        "timm_model_pretrained": False,
+        "timm_pool": "token",
+        "timm_proj": "linear",
+    }
+    config = tiny_architecture() | {"vision_cfg": vision | {"image_size": 160}}
+    return config | {"custom_text": True}
+
+
+def test_timms_vision_transformers_are_taken_apart_cut_and_read_back(tmp_path):
+    config = timm_vit()
+    torch.manual_seed(0)
+    stock = open_clip.model.CustomTextCLIP(
+        **{key: value for key, value in config.items() if key != "custom_text"}
+    ).eval()
+    pixels, ids = torch.randn(2, 3, 160, 160), inputs()[1]
+    with torch.no_grad():
+        wanted = stock.encode_image(pixels), stock.encode_text(ids)
+    names = dict(stock.state_dict())
+    own = surgery.use_own_attention(stock)
+    assert {block.tower for block in anatomy.blocks(own)} == {"image", "text"}
+    with torch.no_grad():
+        for a, b in zip(wanted, (own.encode_image(pixels), own.encode_text(ids)), strict=True):
+            torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
+    again = surgery.stock_weights(own)
+    assert again.keys() == names.keys() and all(torch.equal(again[name], names[name]) for name in names)
+
+    clip = new_clip(config, 0)
+    masked = new_clip(config, 0).model.eval()
+    for number, (a, b) in enumerate(zip(anatomy.blocks(masked), anatomy.blocks(clip.model), strict=True)):
+        keep = random_keep(a, number)
+        mask_by_hand(a, keep)
+        surgery.cut(b, keep)
+    save_artifact(artifact_from_clip(clip, (), {}), tmp_path / "a")
+    read = clip_from_artifact(tmp_path / "a").model
+    with torch.no_grad():
+        torch.testing.assert_close(read.encode_image(pixels), masked.encode_image(pixels), atol=1e-5, rtol=1e-5)
+        assert torch.equal(read.encode_image(pixels), clip.model.eval().encode_image(pixels))
