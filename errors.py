@@ -32,24 +32,9 @@ class ExportError(ClipressError):
     """A file that could not be exported, or that does not agree with the model it came from."""
 
 
-class MissingError(ClipressError):
-    """An optional package or device that is not there."""
-
-
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known word, else the list of what is known."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known)}."
 
-
-def need(module: str, *, extra: str, to: str):
-    """Import an optional package where it is used, or say how to get it."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingError(
-            f"'{module}' is needed to {to}, and it cannot be imported here ({error}). Do: pip install 'clipress[{extra}]'"
-        ) from error

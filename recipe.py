@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -65,14 +65,19 @@ def _told(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
     if problem["type"] == "extra_forbidden":
         for part in path[:-1]:
             field = cls.model_fields.get(part)
-            inner = field and field.annotation
-            if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-                return f"{place}: unknown key '{path[-1]}'."
-            cls = inner
+            cls = cls if field is None else _section_in(field.annotation)  # a number counts members of a list
         return f"{place}: unknown key '{path[-1]}'.{nearest(path[-1], cls.model_fields)}"
     if problem["type"] == "missing":
         return f"{place}: this key is needed and is not there."
     return f"{place}: {problem['msg']} (found {problem['input']!r}). Change it in the recipe, or with --set."
+
+
+def _section_in(annotation: Any) -> type[BaseModel]:
+    """Return the section a field holds: itself, in a list, or as one of several choices."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = [_section_in(part) for part in get_args(annotation)]
+    return next((section for section in inner if section is not Section), Section)
 
 
 def read_recipe(path: str | Path, sets: Iterable[str] = ()) -> Recipe:

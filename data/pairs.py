@@ -100,12 +100,12 @@ class Arrays:
         return int(self.groups[index])
 
 
-def _scenes(spec: SourceSpec, seed: int) -> Arrays:
+def _scenes(spec: SourceSpec) -> Arrays:
     chosen = scenes.scenes(0)[spec.split]
     return _arrays(spec, scenes.pictures(spec.split, 0), tuple(map(scenes.captions, chosen)), np.arange(len(chosen)))
 
 
-def _digits(spec: SourceSpec, seed: int) -> Arrays:
+def _digits(spec: SourceSpec) -> Arrays:
     pictures, labels = digits.digits(spec.split)
     prompts = {label: tuple(t.format(name) for t in digits.TEMPLATES) for label, name in enumerate(digits.CLASSES)}
     texts = tuple(prompts[int(label)] for label in labels)
@@ -136,7 +136,7 @@ def open_source(spec: SourceSpec) -> Source:
     formats = _formats()
     if spec.format not in formats:
         raise DataError(f"data: format '{spec.format}' is not known.{nearest(spec.format, formats)}")
-    source = formats[spec.format](spec, 0)
+    source = formats[spec.format](spec)
     if len(source) == 0:
         raise DataError(f"data: source '{source.name}' has no usable pairs.")
     return source
@@ -144,7 +144,7 @@ def open_source(spec: SourceSpec) -> Source:
 
 @dataclass(frozen=True)
 class Draw:
-    """One item of a batch: which source, which item, which pass over the source, which row of the run."""
+    """One item of a batch: which source, which item, which pass over the source."""
 
     source: int
     index: int

@@ -7,13 +7,13 @@ folder, one name per line in label order, gives the words for prompts.
 from __future__ import annotations
 
 from clipress.data.formats.files import Files, needed
-from clipress.data.pairs import Classes
+from clipress.data.pairs import Classes, SourceSpec
 from clipress.errors import DataError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
-def read(spec, seed: int) -> Files:
+def read(spec: SourceSpec) -> Files:
     """Read labelled pictures from `images`."""
     root = needed(spec.images, "images", "folder", folder=True)
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

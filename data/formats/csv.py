@@ -7,10 +7,11 @@ Broken rows and missing files are skipped and counted.
 from __future__ import annotations
 
 from clipress.data.formats.files import Files, needed
+from clipress.data.pairs import SourceSpec
 from clipress.errors import DataError
 
 
-def read(spec, seed: int) -> Files:
+def read(spec: SourceSpec) -> Files:
     """Read a pairs file; paths are relative to `images` when it is given."""
     path = needed(spec.annotations, "annotations", "csv")
     try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
+from clipress.data.pairs import Classes, SourceSpec
 from clipress.data.transforms import open_image
 from clipress.errors import DataError
 from clipress.recipe import digest
@@ -29,7 +29,7 @@ def needed(path: Path | None, key: str, form: str, folder: bool = False) -> Path
 class Files:
     """A source of picture files, gathered by `add`, closed by `done`."""
 
-    def __init__(self, spec: Any, origin: Path, classes: Any = None) -> None:
+    def __init__(self, spec: SourceSpec, origin: Path, classes: Classes | None = None) -> None:
         self.name, self.classes = spec.name or spec.format, classes
         self.root = (spec.images or origin.parent).resolve()
         self.origin, self.limit, self.fingerprint = origin, spec.limit, ""

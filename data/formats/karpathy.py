@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 
 from clipress.data.formats.files import Files, needed
+from clipress.data.pairs import SourceSpec
 from clipress.errors import DataError
 
 
-def read(spec, seed: int) -> Files:
+def read(spec: SourceSpec) -> Files:
     """Read a retrieval annotation file; image paths are relative to `images`."""
     path = needed(spec.annotations, "annotations", "karpathy")
     try:
