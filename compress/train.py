@@ -141,7 +141,7 @@ class MomentumTwin:
         for module in self.twin.modules():
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
-        self.towers = Towers(self.twin)
+        self.towers = Towers(self.twin).to(self.fabric.device)
         self.rise = steps_of(config.model_copy(update={"steps": None, "epochs": 1.0}), context)  # steps of one pass
         self.past: dict[str, Tensor] = {}
 
@@ -149,7 +149,7 @@ class MomentumTwin:
     def step(self, batch: Batch, arrays: Mapping[str, Tensor], step: int) -> Momentum:
         """Move the twin towards the student, look at the batch with it, and put the batch into the queue."""
         for slow, fast in zip(self.twin.parameters(), self.model.parameters(), strict=True):
-            slow.lerp_(fast.to(slow.dtype), 1 - self.DECAY)
+            slow.lerp_(_whole(fast).reshape(slow.shape).to(slow.dtype), 1 - self.DECAY)
         with self.fabric.autocast():
             slow = _features(self.towers(arrays["pixels"], arrays["ids"]), self.fabric)
         group, groups = arrays["group"], _gathered(arrays["group"], self.fabric)
@@ -211,13 +211,18 @@ def _shard(towers: Towers, mesh: Any) -> Towers:
     return fully_shard(towers, mesh=mesh)
 
 
+def _whole(parameter: Tensor) -> Tensor:
+    """Return a parameter as it is, or gathered from FSDP2's shards."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
 @torch.no_grad()
 def _gather_shards(model: nn.Module) -> None:
     """Turn FSDP2's shards back into plain parameters, in place."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if hasattr(parameter, "full_tensor"):
-                module._parameters[name] = nn.Parameter(parameter.full_tensor())
+                module._parameters[name] = nn.Parameter(_whole(parameter))
     if model.logit_scale.ndim == 1:
         model.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(()))
 
@@ -278,6 +283,7 @@ def train(
         raise RecipeError(f"{context.title}: losses {sorted(weights)} compare with a teacher, and the recipe has none.")
     steps = steps_of(config, context)
     clip.model.train()
+    twin = MomentumTwin(clip.model, config, context) if needs_momentum(weights) else None  # whole on each process
     module = fabric.setup_module(Towers(clip.model))
     if clip.sparsity:  # only now are the weights where they stay, on a device or in shards
         hooks = [*hooks, HoldZeros(clip.model, clip.sparsity["weights"])]
@@ -287,7 +293,6 @@ def train(
     mentor = None
     if needs_teacher(weights):
         mentor = Towers(teacher.model).to(fabric.device).eval()
-    twin = MomentumTwin(clip.model, config, context) if needs_momentum(weights) else None
     bad_in_a_row = skipped = 0
     record: dict[str, Any] = {}
     began = time.perf_counter()
