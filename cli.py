@@ -319,6 +319,9 @@ def show(artifact: Path) -> None:
         f"in blocks {counts['block_params']:,})"
     )
     for name, shape in header["shapes"].items():
+        if "heads" not in shape:
+            click.echo(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in shape.items()))
+            continue
         click.echo(f"  {name}: {shape['heads']} heads, qk {shape['qk_dim']}, v {shape['v_dim']}, ffn {shape['ffn']}")
     for key in ("sparsity", "quantization"):
         if header.get(key):

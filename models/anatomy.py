@@ -128,9 +128,12 @@ def embedding_parameters(model: nn.Module) -> int:
 
 
 def counts(model: nn.Module) -> dict[str, int]:
-    """Count parameters: all, without embeddings, and inside transformer blocks."""
+    """Count parameters: all, without embeddings, and inside transformer blocks; an image tower without any counts whole."""
     total = sum(p.numel() for p in model.parameters())
-    in_blocks = sum(p.numel() for block in blocks(model) for p in block.module.parameters())
+    found = blocks(model)
+    in_blocks = sum(p.numel() for block in found for p in block.module.parameters())
+    if not any(block.tower == "image" for block in found):
+        in_blocks += sum(p.numel() for p in model.visual.parameters())
     return {
         "params": total,
         "params_without_embeddings": total - embedding_parameters(model),

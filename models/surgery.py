@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clipress.errors import ArtifactError
+from clipress.models import convnets
 from clipress.models.anatomy import Block, blocks, stock_attentions
 from clipress.models.attention import Attention, TimmAttention
 
@@ -83,8 +84,9 @@ def cut(block: Block, keep: Keep) -> None:
 
 
 def shapes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return what cannot be told from the architecture any more once blocks have been cut."""
-    return {
+    """Return what cannot be told from the architecture any more once blocks, or channels, have been cut."""
+    convolutions = convnets.conv_shapes(model) if convnets.is_convnet(model) else {}
+    return convolutions | {
         block.name: {
             "heads": block.attn.heads,
             "qk_dim": block.attn.qk_dim,
@@ -97,7 +99,9 @@ def shapes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def reshape(model: nn.Module, wanted: dict[str, dict[str, Any]]) -> nn.Module:
-    """Give every block the shapes an artefact tells, in place; the weights are still to be loaded."""
+    """Give every block, or convolution, the shapes an artefact tells, in place; the weights are still to be loaded."""
+    if convnets.is_convnet(model):
+        convnets.reshape_convs(model, wanted)
     for block in blocks(model):
         try:
             shape = wanted[block.name]

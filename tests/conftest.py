@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
 from helpers import RECIPE, clipress, write_recipe
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads that wait for one another only cost time
 
 
 @pytest.fixture(scope="session", autouse=True)

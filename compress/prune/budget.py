@@ -91,6 +91,8 @@ class Align(Section):
     head_dim: int = Field(8, ge=1)
     ffn: int = Field(32, ge=1)
     heads: int = Field(1, ge=1)
+    channels: int = Field(8, ge=1)
+    """Of a convolutional image tower."""
 
 
 class Floor(Section):
@@ -99,6 +101,7 @@ class Floor(Section):
     head_dim: float = Field(0.2, ge=0, le=1)
     ffn: float = Field(0.1, ge=0, le=1)
     heads: float = Field(0.2, ge=0, le=1)
+    channels: float = Field(0.1, ge=0, le=1)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 `criterion: upop` follows UPop (Shi et al. 2023): its gates, its signed sum, standardisation per kind and soft masks;
 `criterion: fisher` is ours. `guide` adds distillation losses while searching (the knowledge-guided variant).
+
+A convolutional image tower is scored during the same search and cut at its end (`convnets.py`); a limit for both towers
+together then holds for each by itself.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ from torch import Tensor
 
 from clipress.compress.losses import weights_of
 from clipress.compress.prune.budget import Align, Budget, Floor, cost_curves, keep_masks, read_costs
+from clipress.compress.prune.convnets import ConvPruning
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates, Site
 from clipress.compress.prune.schedule import progress
 from clipress.compress.train import Context, Hook, Training, steps_of, train
 from clipress.errors import ClipressError, RecipeError
-from clipress.models import surgery
+from clipress.models import convnets, surgery
 from clipress.models.anatomy import counts
 from clipress.models.load import Clip
 from clipress.recipe import Section
@@ -88,6 +92,8 @@ def goals_of(clip: Clip, sites: Sequence[Site], budget: Budget) -> list[Goal]:
     goals = []
     for towers, limit in budget.limits():
         members = [i for i, site in enumerate(sites) if site.block.tower in towers]
+        if not members and convnets.is_convnet(clip.model) and "image" in towers:
+            continue
         if not members:
             raise RecipeError(f"prune: nothing of the {' and '.join(towers)} tower may be cut; look at 'sites'.")
         curves, total, fixed = cost_curves(clip.model, [sites[i] for i in members], limit.unit, table)
@@ -181,21 +187,40 @@ def run(settings: Prune, clip: Clip, context: Context) -> tuple[Clip, dict[str, 
     def reduce(total: Tensor) -> Tensor:
         return total if fabric.world_size == 1 else fabric.all_reduce(total, reduce_op="sum")
 
-    search = Search(clip, gates, settings, steps_of(settings, context), context.seed, reduce)
-    details = train(clip, settings, weights, context, [search])
-    if not search.updates or any(((site.mask != 0) & (site.mask != 1)).any() for site in gates.sites):
+    search = None
+    if gates.sites:
+        search = Search(clip, gates, settings, steps_of(settings, context), context.seed, reduce)
+    channels = _convolutional(settings, clip, context)
+    hooks: list[Hook] = [hook for hook in (search, channels) if hook is not None]
+    if not hooks:
+        raise RecipeError("prune: 'sites' leaves nothing that may be cut.")
+    details = train(clip, settings, weights, context, hooks)
+    if search is not None:
+        _refuse_unfinished(search, details)
+        details |= {"mask_updates": search.updates, "samples_left_out": search.seen.left_out}
+    for block, keep in gates.keeps():
+        surgery.cut(block, keep)
+    gates.remove()
+    if channels is not None:
+        details |= channels.cut()
+    kept = counts(clip.model)["block_params"] / before
+    shapes = surgery.shapes(clip.model)
+    return clip, details | {"criterion": settings.criterion, "block_params_kept": round(kept, 4), "shapes": shapes}
+
+
+def _convolutional(settings: Prune, clip: Clip, context: Context) -> ConvPruning | None:
+    """Return what scores and cuts the image tower when it is convolutional and may be cut."""
+    limit = settings.budget.image or (settings.budget if settings.budget.text is None else None)
+    if limit is None or not settings.sites.image or not convnets.is_convnet(clip.model):
+        return None
+    align, floor = settings.align.channels, settings.floor.channels
+    return ConvPruning(clip.model, settings.criterion, limit, align=align, floor=floor, seed=context.seed)
+
+
+def _refuse_unfinished(search: Search, details: dict[str, Any]) -> None:
+    between = any(((site.mask != 0) & (site.mask != 1)).any() for site in search.gates.sites)
+    if not search.updates or between:
         raise ClipressError(
             f"prune: the search ended before its masks were final ({search.updates} updates, "
             f"{details['skipped_steps']} steps skipped). Give it more steps."
         )
-    for block, keep in gates.keeps():
-        surgery.cut(block, keep)
-    gates.remove()
-    kept = counts(clip.model)["block_params"] / before
-    return clip, details | {
-        "criterion": settings.criterion,
-        "mask_updates": search.updates,
-        "samples_left_out": search.seen.left_out,
-        "block_params_kept": round(kept, 4),
-        "shapes": surgery.shapes(clip.model),
-    }

@@ -44,7 +44,10 @@ def test_an_override_that_has_no_place_is_told(tmp_path, recipe, override):
         (lambda r: r["stages"][1].update(prune={}), "one stage kind"),
         (lambda r: r["stages"].append({"prun": {}}), "Did you mean 'prune'"),
         (lambda r: r["data"].pop("train"), r"data\.train: this key is needed"),
-        (lambda r: r["data"]["train"][0].update(splitt="val"), r"data\.train\.0\.splitt: unknown key 'splitt'\. Did you mean 'split'"),
+        (
+            lambda r: r["data"]["train"][0].update(splitt="val"),
+            r"data\.train\.0\.splitt: unknown key 'splitt'\. Did you mean 'split'",
+        ),
         (lambda r: r.pop("teacher"), "Either 'teacher' or 'student'"),
         (lambda r: r["teacher"].update(model="ViT-B-32"), "exactly one of"),
         (lambda r: r["teacher"]["recipe"]["stages"].append({"sparsfy": {}}), "Did you mean 'sparsify'"),

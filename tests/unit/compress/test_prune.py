@@ -266,14 +266,14 @@ class TestSearch:
     """Whole searches on a tiny model."""
 
     @staticmethod
-    def prune(**settings):
+    def prune(architecture=None, **settings):
         from clipress.compress.prune.search import run
         from clipress.compress.train import Context, Runtime, start_fabric
         from clipress.data.pairs import DataSpec, SourceSpec
 
         fabric = start_fabric(Runtime(accelerator="cpu"))
         context = Context(fabric, DataSpec(train=(SourceSpec(format="digits", limit=40),)), 0, title="t")
-        clip = new_clip(tiny_architecture(layers=1), 0)
+        clip = new_clip(architecture or tiny_architecture(layers=1), 0)
         before = {b.tower: sum(p.numel() for p in b.module.parameters()) for b in anatomy.blocks(clip.model)}
         base = {"steps": 4, "interval": 2, "batch_size": 8, "align": {"head_dim": 4, "ffn": 8}}
         clip, details = run(Prune(**{**base, **settings}), clip, context)
@@ -326,3 +326,25 @@ class TestSearch:
         clip, _, _ = self.prune(budget={"params": 0.9}, criterion="gauss-newton", lr=0.0, weight_decay=0.0)
         kept = new_clip(tiny_architecture(layers=1), 0).model
         assert torch.equal(clip.model.visual.conv1.weight, kept.visual.conv1.weight)
+
+    def test_a_convolutional_tower_is_cut_in_the_same_stage_and_read_back(self, tmp_path):
+        from clipress.artifact import save_artifact
+        from clipress.models.load import artifact_from_clip, clip_from_artifact
+
+        vision = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64, "patch_size": None}
+        resnet = tiny_architecture(layers=1) | {"vision_cfg": vision}
+        whole = new_clip(resnet, 0).model
+        clip, details, kept = self.prune(resnet, budget={"params": 0.8}, align={"head_dim": 4, "ffn": 8, "channels": 4})
+        image = [sum(p.numel() for p in model.visual.parameters()) for model in (whole, clip.model)]
+        assert kept["text"] <= 0.8 and 0.7 < image[1] / image[0] <= 0.8
+        assert details["image_tower_kept"] == pytest.approx(image[1] / image[0], abs=1e-4)
+        save_artifact(artifact_from_clip(clip, (), {}), tmp_path / "a")
+        again = clip_from_artifact(tmp_path / "a").model
+        pixels = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            assert torch.equal(again.encode_image(pixels), clip.model.eval().encode_image(pixels))
+
+    def test_a_convolutional_tower_refuses_a_criterion_it_has_no_gates_for(self):
+        vision = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64, "patch_size": None}
+        with pytest.raises(RecipeError, match=r"upop was asked for.*convolutional"):
+            self.prune(tiny_architecture(layers=1) | {"vision_cfg": vision}, budget={"params": 0.8}, criterion="upop")

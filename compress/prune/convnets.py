@@ -1,0 +1,302 @@
+"""Pruning of convolutional image towers: whole channels, in one cut at the end of a search.
+
+torch-pruning's dependency graph finds which channels fall together: what is added or multiplied shares its channels, and
+a depthwise convolution hands them on. Such a set is a site. The sum of weight * gradient over all weights that read a
+channel is the gradient of a gate on it, so the criteria need neither gates nor a second backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from clipress.compress.prune.budget import Limit
+from clipress.compress.train import Hook
+from clipress.errors import ClipressError, RecipeError
+from clipress.models import anatomy
+from clipress.models.convnets import is_depthwise, layers
+
+if TYPE_CHECKING:
+    from torch_pruning.dependency import Group
+
+SUMMED = {"fisher": Tensor.square, "taylor": Tensor.abs}  # of one micro-batch's gate gradient
+STATIC = ("magnitude", "random")
+
+# Operations that leave every channel to itself. Channels that meet any other (a reshape, a product of matrices, a
+# concatenation, the end of the features) stay whole.
+CHANNELWISE = {
+    "Add", "Mul", "Clone", "ToCopy", "Relu", "LeakyRelu", "Silu", "Gelu", "Mish", "Hardswish", "Hardsigmoid", "Hardtanh",
+    "Sigmoid", "Mean", "AvgPool2D", "AdaptiveAvgPool2D", "MaxPool2DWithIndices", "ConstantPadNd", "NativeBatchNorm",
+    "CudnnBatchNorm", "MiopenBatchNorm",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Channels:
+    """One set of channels that fall together; `name` is one of the layers that make them."""
+
+    name: str
+    count: int
+    made_by: tuple[str, ...]
+    """Convolutions, depthwise ones too, and norms: their output rows."""
+    read_by: tuple[str, ...]
+    """Convolutions: their input columns."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a tower costs as a function of its sites' widths: fixed + sum of factor * product of widths. Exact."""
+
+    total: int
+    widths: list[int]
+    """Of the uncut sites."""
+    terms: list[tuple[int, tuple[int, ...]]]
+    """(factor, sites); a convolution from one site to another has both."""
+
+    @cached_property
+    def by_site(self) -> list[list[tuple[int, tuple[int, ...]]]]:
+        """The terms that each site has a part in."""
+        return [[term for term in self.terms if site in term[1]] for site in range(len(self.widths))]
+
+    def of(self, widths: Sequence[int]) -> int:
+        """Return the tower's cost at these widths."""
+        return self.total - _sum(self.terms, self.widths) + _sum(self.terms, widths)
+
+    def saved(self, widths: Sequence[int], site: int, step: int) -> int:
+        """Return what cutting `step` channels of one site saves while the others are this wide."""
+        after = [*widths]
+        after[site] -= step
+        return _sum(self.by_site[site], widths) - _sum(self.by_site[site], after)
+
+
+def _sum(terms: Sequence[tuple[int, tuple[int, ...]]], widths: Sequence[int]) -> int:
+    return sum(factor * math.prod(widths[site] for site in sites) for factor, sites in terms)
+
+
+class ConvPruning(Hook):
+    """Gather scores while a model trains, then cut its image tower.
+
+    `add` is called after each backward pass, by the training loop or by hand; `cut` at the end. `limit` is about the
+    whole image tower. Widths end as multiples of `align`, and at least `floor` of every site stays. Raises RecipeError at
+    once for a budget that cannot be met.
+    """
+
+    def __init__(
+        self, model: nn.Module, criterion: str, limit: Limit, *, align: int = 8, floor: float = 0.1, seed: int = 0
+    ) -> None:
+        if criterion not in (*SUMMED, *STATIC):
+            raise RecipeError(
+                f"prune.criterion: {criterion} was asked for, and the image tower is convolutional. "
+                f"Use one of {', '.join((*SUMMED, *STATIC))}."
+            )
+        if limit.unit == "latency":
+            raise RecipeError(
+                "prune.budget: latency was asked for, and the image tower is convolutional. Use params or macs."
+            )
+        self.model, self.criterion, self.align, self.seed = model, criterion, align, seed
+        self.sites = [site for site, _ in channel_groups(model)]
+        self.costs = tower_costs(model, self.sites, limit.unit)
+        self.fraction = limit.fraction(self.costs.total)
+        self.least = [_least(site.count, align, floor) for site in self.sites]
+        self._refuse_the_impossible(limit.unit)
+        device = next(model.visual.parameters()).device
+        self.sums = [torch.zeros(site.count, dtype=torch.float64, device=device) for site in self.sites]
+        self.taken_in = self.left_out = 0
+
+    def _refuse_the_impossible(self, unit: str) -> None:
+        smallest = self.costs.of(self.least) / self.costs.total
+        if self.fraction < smallest:
+            raise RecipeError(
+                f"prune.budget: {unit} {self.fraction:.3f} of the image tower was asked for; with this floor and "
+                f"alignment the smallest possible is {smallest:.3f} (the head and what it reads stay whole). "
+                "Raise the budget or lower 'floor' or 'align'."
+            )
+
+    def after_backward(self, step: int) -> None:
+        self.add()
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Take in this micro-batch's gradients; if any is not finite, the micro-batch is left out and counted."""
+        if self.criterion not in SUMMED:
+            return
+        found = layers(self.model)
+        gradients = [sum(_gate_gradient(found[name]) for name in site.read_by) for site in self.sites]
+        if not torch.cat(gradients).isfinite().all():
+            self.left_out += 1
+            return
+        self.taken_in += 1
+        for total, gradient in zip(self.sums, gradients, strict=True):
+            total += SUMMED[self.criterion](gradient)
+
+    @torch.no_grad()
+    def scores(self) -> list[Tensor]:
+        """Return a score per channel of every site, float64; larger is worth keeping."""
+        if self.criterion == "random":
+            generator = torch.Generator().manual_seed(self.seed)
+            return [torch.rand(site.count, generator=generator, dtype=torch.float64) for site in self.sites]
+        if self.criterion == "magnitude":
+            found = layers(self.model)
+            return [_magnitude(site, found) for site in self.sites]
+        if not self.taken_in:
+            raise ClipressError(
+                f"prune: criterion {self.criterion} saw no finite gradient ({self.left_out} steps left out). "
+                "Give it more steps or a lower 'lr'."
+            )
+        return self.sums
+
+    def cut(self) -> dict[str, Any]:
+        """Cut the channels worth least per cost until the budget is met; returns what was done, for the record."""
+        scores = self.scores()
+        widths = narrowed(self.costs, scores, self.fraction * self.costs.total, self.least, self.align)
+        groups = dict(channel_groups(self.model))  # traced again: training may have put new weights in place
+        for site, score, width in zip(self.sites, scores, widths, strict=True):
+            if width < site.count:
+                worst = score.argsort(stable=True)[: site.count - width]
+                groups[site].prune(sorted(worst.tolist()))
+        return {
+            "conv_channels": {site.name: [site.count, width] for site, width in zip(self.sites, widths, strict=True)},
+            "image_tower_kept": round(self.costs.of(widths) / self.costs.total, 4),
+            "micro_batches_left_out": self.left_out,
+        }
+
+
+def narrowed(costs: Costs, scores: Sequence[Tensor], target: float, least: Sequence[int], align: int) -> list[int]:
+    """Return the widths that meet `target`: aligned steps are cut, those worth least per cost first.
+
+    What a step saves depends on how wide its neighbours still are, so it is worked out anew before every cut.
+    """
+    widths = [*costs.widths]
+    worth = [[0.0, *score.sort().values.cumsum(0).tolist()] for score in scores]  # [site][n]: of the n worst channels
+
+    def price(site: int) -> float:
+        step, gone = _step(widths[site], align), costs.widths[site] - widths[site]
+        return (worth[site][gone + step] - worth[site][gone]) / costs.saved(widths, site, step)
+
+    cost = costs.of(widths)
+    while cost > target:
+        site = min((i for i in range(len(widths)) if widths[i] > least[i]), key=price)
+        step = _step(widths[site], align)
+        cost -= costs.saved(widths, site, step)
+        widths[site] -= step
+    return widths
+
+
+def _step(width: int, align: int) -> int:
+    return width % align or align
+
+
+def _least(count: int, align: int, floor: float) -> int:
+    return min(max(-(-int(floor * count + 0.5) // align), 1) * align, count)
+
+
+def _gate_gradient(conv: nn.Conv2d) -> Tensor:
+    """Sum weight * gradient per input channel, float64 [in]."""
+    if conv.weight.grad is None:
+        return torch.zeros(conv.in_channels, dtype=torch.float64, device=conv.weight.device)
+    return (_whole(conv.weight).double() * _whole(conv.weight.grad).double()).sum((0, 2, 3))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP2 keeps shards
+
+
+def _magnitude(site: Channels, found: dict[str, nn.Module]) -> Tensor:
+    """Return the L2 norm of all weights that make or read each channel."""
+    made = [p.reshape(site.count, -1) for name in site.made_by for p in found[name].parameters(recurse=False)]
+    read = [found[name].weight.transpose(0, 1).reshape(site.count, -1) for name in site.read_by]
+    return torch.cat([*made, *read], 1).double().norm(dim=1)
+
+
+def tower_costs(model: nn.Module, sites: Sequence[Channels], unit: str) -> Costs:
+    """Work out what the image tower costs; unit: params, or macs of one image."""
+    maker = {name: i for i, site in enumerate(sites) for name in site.made_by}
+    reader = {name: i for i, site in enumerate(sites) for name in site.read_by}
+    total, positions = _macs(model) if unit == "macs" else (sum(p.numel() for p in model.visual.parameters()), None)
+    terms = []
+    for name, layer in layers(model).items():
+        for parameter in layer.parameters(recurse=False):
+            is_kernel = parameter.ndim > 1
+            touched = (maker.get(name), reader.get(name) if is_kernel else None)
+            touched = tuple(site for site in touched if site is not None)
+            uses = 1 if positions is None else positions[name] if is_kernel else 0
+            if touched and uses:
+                terms.append((uses * parameter.numel() // math.prod(sites[i].count for i in touched), touched))
+    return Costs(total, [site.count for site in sites], terms)
+
+
+def _macs(model: nn.Module) -> tuple[int, dict[str, int]]:
+    """Count the image tower's multiply-accumulates on one image, and the positions each convolution works on."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    positions: dict[str, int] = {}
+    handles = [
+        layer.register_forward_hook(lambda _, __, out, name=name: positions.update({name: out.shape[2:].numel()}))
+        for name, layer in layers(model).items()
+    ]
+    with _evaluating(model.visual), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.visual(_image(model))
+    for handle in handles:
+        handle.remove()
+    return counter.get_total_flops() // 2, positions
+
+
+def channel_groups(model: nn.Module) -> Iterator[tuple[Channels, Group]]:
+    """Yield every site of the image tower with torch-pruning's group, which can cut it."""
+    from torch_pruning import DependencyGraph
+
+    names = {layer: name for name, layer in layers(model).items()}
+    image = _image(model).requires_grad_()  # so that frozen weights are traced as well
+    with _evaluating(model.visual), torch.enable_grad():
+        graph = DependencyGraph().build_dependency(model.visual, (image,), forward_fn=_features, verbose=False)
+    for group in graph.get_all_groups(root_module_types=(nn.Conv2d,)):
+        count = len(group[0].idxs)
+        if all(_may_be_cut(dep.target, len(indices), count) for dep, indices in group.items):
+            members = [dep for dep, _ in group.items if dep.layer in names]
+            made_by = tuple(names[dep.layer] for dep in members if graph.is_out_channel_pruning_fn(dep.handler))
+            read_by = tuple(names[dep.layer] for dep in members if not graph.is_out_channel_pruning_fn(dep.handler))
+            yield Channels(made_by[0], count, made_by, read_by), group
+
+
+def _may_be_cut(node: Any, indices: int, count: int) -> bool:
+    """Tell whether a member of a group can lose channels: it has exactly these, each to itself."""
+    from torch_pruning.ops import OPTYPE
+
+    layer = node.module
+    if isinstance(layer, nn.Conv2d):
+        return indices == count and (layer.groups == 1 or is_depthwise(layer))
+    if isinstance(layer, nn.BatchNorm2d):
+        return indices == count == layer.num_features
+    return node.type == OPTYPE.ELEMENTWISE and node.grad_fn.name().split("Backward")[0] in CHANNELWISE
+
+
+def _features(visual: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Run a tower up to what its head reads. As the traced graph's output it stays whole: the head relies on its width."""
+    (image,) = inputs
+    if hasattr(visual, "trunk"):
+        features = visual.trunk.forward_features(image)
+    else:
+        (features,) = visual.forward_intermediates(image, indices=1, intermediates_only=True)["image_intermediates"]
+    return features * 1  # an operation of its own, or the last layer would pass for the output
+
+
+def _image(model: nn.Module) -> Tensor:
+    weight = next(model.visual.parameters())
+    return torch.zeros(1, 3, *anatomy.image_size(model), device=weight.device, dtype=weight.dtype)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
