@@ -141,8 +141,8 @@ def keep_masks(
     steps: list[_Step] = []
     for index, (site, score, curve) in enumerate(zip(sites, scores, curves, strict=True)):
         ranked = score.double().sort(dim=1, descending=True).values.sum(0)  # [units]: score of the j-th level
-        for start in range(kept[index], site.units, _stride(site, align)):
-            count = min(_stride(site, align), site.units - start)
+        for start in range(kept[index], site.units, stride(site, align)):
+            count = min(stride(site, align), site.units - start)
             cost = float(curve[start + count] - curve[start])
             worth = float(ranked[start : start + count].sum())
             value = worth / max(cost, 1e-12) if per_cost else worth / (count * site.groups)
@@ -157,16 +157,17 @@ def keep_masks(
     return [_best(score, count) for score, count in zip(scores, kept, strict=True)]
 
 
-def _stride(site: Site, align: Align) -> int:
+def stride(site: Site, align: Align) -> int:
+    """Return in what steps a site's levels are cut."""
     return {"ffn": align.ffn, "heads": align.heads}.get(site.kind, align.head_dim)
 
 
 def _least(site: Site, align: Align, floor: Floor) -> int:
     part = {"ffn": floor.ffn, "heads": floor.heads}.get(site.kind, floor.head_dim)
-    stride = _stride(site, align)
-    wanted = -(-int(part * site.units + 0.5) // stride) * stride
+    step = stride(site, align)
+    wanted = -(-int(part * site.units + 0.5) // step) * step
     if site.kind not in ("ffn", "heads"):  # a head without dims is no head: whole heads go as heads
-        wanted = max(wanted, stride)
+        wanted = max(wanted, step)
     return min(wanted, site.units)
 
 

@@ -9,6 +9,7 @@ together then holds for each by itself.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from clipress.compress.losses import weights_of
-from clipress.compress.prune.budget import Align, Budget, Floor, cost_curves, keep_masks, read_costs
+from clipress.compress.prune.budget import Align, Budget, Floor, cost_curves, keep_masks, read_costs, stride
 from clipress.compress.prune.convnets import ConvPruning
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates, Site
@@ -31,6 +32,7 @@ from clipress.models.anatomy import counts
 from clipress.models.load import Clip
 from clipress.recipe import Section
 
+log = logging.getLogger("clipress.prune")
 Kind = Literal["heads", "qk", "v", "ffn"]
 
 
@@ -111,6 +113,13 @@ class Search(Hook):
         self.goals = goals_of(clip, gates.sites, settings.budget)
         self.updates, self.seed = 0, seed
         self._masks([torch.ones_like(site.mask) for site in gates.sites], 1.0)  # an impossible budget says so now
+        for site in gates.sites:
+            step = stride(site, settings.align)
+            if site.units % step:
+                log.warning(
+                    "%s has %d units, which is no multiple of align (%d): it keeps them all or a multiple of %d.",
+                    *(site.name, site.units, step, step),
+                )
 
     def before(self, step: int, arrays: Mapping[str, Tensor]) -> None:
         if self.criterion.probe:

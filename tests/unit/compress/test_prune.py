@@ -285,6 +285,11 @@ class TestSearch:
         _, details, _ = self.prune(budget={"params": 0.6}, criterion=criterion)
         assert 0.5 < details["block_params_kept"] <= 0.6
 
+    def test_a_site_that_cannot_be_aligned_says_why(self, caplog):
+        clip, _, _ = self.prune(budget={"params": 0.6}, align={"head_dim": 6, "ffn": 8})
+        assert "transformer.resblocks.0.qk has 16 units, which is no multiple of align (6)" in caplog.text
+        assert {block.attn.qk_dim for block in anatomy.blocks(clip.model)} <= {6, 12, 16}
+
     def test_each_tower_can_have_its_own_budget(self):
         _, _, kept = self.prune(budget={"image": {"params": 0.4}, "text": {"params": 0.8}})
         assert 0.3 < kept["image"] <= 0.4 and 0.7 < kept["text"] <= 0.8
