@@ -69,7 +69,11 @@ def run(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
 
     RECIPE is a YAML file, or the name of a shipped one (demo). Stages that are finished are not done again.
     """
+    from clipress.compress.pipeline import is_first_process
+
     folder, plan = _compress(recipe, out, sets)
+    if not is_first_process():  # the others were there to train
+        return
     _export(folder, plan, plan.artifacts)
     _bench(folder, plan, plan.artifacts)
     _serve(folder, plan, plan.artifacts[-1], None, None)
@@ -82,8 +86,11 @@ def run(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
 @SET_OPTION
 def compress(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
     """Run a recipe's stages: each leaves an artefact in the run folder."""
+    from clipress.compress.pipeline import is_first_process
+
     folder, plan = _compress(recipe, out, sets)
-    click.echo(f"{len(plan.artifacts)} artefacts in {folder}: {', '.join(plan.artifacts)}")
+    if is_first_process():
+        click.echo(f"{len(plan.artifacts)} artefacts in {folder}: {', '.join(plan.artifacts)}")
 
 
 @main.command()

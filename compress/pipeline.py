@@ -89,7 +89,8 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
     Returns the artefacts' folders, in order.
     """
     plan = plan_from(recipe)
-    claim(run, recipe)
+    if is_first_process():
+        claim(run, recipe)
     fabric = start_fabric(plan.runtime)
     say = say if fabric.is_global_zero else (lambda _: None)
     context = Context(fabric, plan.data, recipe.seed)
@@ -99,12 +100,13 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
     if plan.teacher:
         teacher, lineage = _teacher(plan, run / "teacher", context, say)
         folders.append(run / "teacher")
+    teacher_hash = lineage[-1]["hash"] if lineage else "none"
     clip = new_clip(recipe.student, recipe.seed) if recipe.student is not None else teacher.copy()
     if recipe.student is not None:
         lineage = ({"stage": "start", "hash": digest("start", recipe.student, recipe.seed)},)
     for number, stage in enumerate(plan.stages):
         folder = run / stage.name
-        record = _record(stage, recipe.seed, data, lineage)
+        record = _record(stage, recipe.seed, data, lineage, teacher_hash)
         done = _finished(folder, record["hash"])
         if done:
             say(f"{stage.name}: already there, its inputs have not changed ({folder})")
@@ -134,10 +136,14 @@ def _settings(stage: Stage) -> str:
     return ", ".join(f"{key}={value}" for key, value in shown.items())
 
 
-def _record(stage: Stage, seed: int, data: str, lineage: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+def is_first_process() -> bool:
+    """Tell whether this process is the one that writes: the only one, or torchrun's first."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _record(stage: Stage, seed: int, data: str, lineage: tuple[dict[str, Any], ...], teacher: str) -> dict[str, Any]:
     settings = stage.settings.model_dump(mode="json")
-    parent = lineage[-1]["hash"] if lineage else "none"
-    teacher = lineage[0]["hash"] if lineage else "none"
+    parent = lineage[-1]["hash"]
     known = versions()
     return {
         "stage": stage.name,
@@ -146,6 +152,7 @@ def _record(stage: Stage, seed: int, data: str, lineage: tuple[dict[str, Any], .
         "seed": seed,
         "data": data,
         "parent": parent,
+        "teacher": teacher,
         "versions": known,
         "machine": {"processor": platform.processor() or platform.machine(), "threads": os.cpu_count()},
         "hash": digest(stage.kind, settings, seed, data, parent, teacher, known),

@@ -281,6 +281,8 @@ def train(
     fabric, teacher = context.fabric, context.teacher
     if needs_teacher(weights) and teacher is None:
         raise RecipeError(f"{context.title}: losses {sorted(weights)} compare with a teacher, and the recipe has none.")
+    if needs_teacher(weights):
+        _refuse_strangers(clip, teacher, weights, context.title)
     steps = steps_of(config, context)
     clip.model.train()
     twin = MomentumTwin(clip.model, config, context) if needs_momentum(weights) else None  # whole on each process
@@ -339,6 +341,23 @@ def train(
     clip.model.eval()
     seconds = round(time.perf_counter() - began, 2)
     return {"steps": steps, "seconds": seconds, "skipped_steps": skipped, "last": record}
+
+
+def _refuse_strangers(student: Clip, teacher: Clip, weights: Mapping[str, float], title: str) -> None:
+    """Teacher and student are shown the same pixels and ids; embeddings that are compared have one width."""
+    for what, own, other in (
+        ("preprocessing", student.preprocess.model_dump(), teacher.preprocess.model_dump()),
+        ("tokenizer", student.tokenizer, teacher.tokenizer),
+    ):
+        if own != other:
+            raise RecipeError(f"{title}: teacher and student must share their {what}; found {other} and {own}.")
+    widths = [clip.architecture["embed_dim"] for clip in (teacher, student)]
+    compared = sorted({"feature", "interactive", "upop-kd"} & weights.keys())
+    if compared and widths[0] != widths[1]:
+        raise RecipeError(
+            f"{title}: losses {compared} compare embeddings; the teacher's have {widths[0]} dims, the student's {widths[1]}. "
+            "Give the student the same embed_dim, or use affinity."
+        )
 
 
 def _batch(module: nn.Module, mentor: nn.Module | None, arrays: Mapping[str, Tensor], fabric: Fabric) -> Batch:

@@ -1,5 +1,6 @@
 """One process and two see the same loss, the same gradients and the same scores."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import write_recipe
 
 JOB = Path(__file__).with_name("distributed_job.py")
 
@@ -38,3 +40,19 @@ def test_two_processes_see_what_one_sees(alone, strategy, tmp_path):
         torch.testing.assert_close(seen["gradients"][name].reshape(gradient.shape), gradient, rtol=1e-4, atol=1e-5)
     for found, wanted in zip(seen["scores"], alone["scores"], strict=True):
         torch.testing.assert_close(found / found.sum(), wanted / wanted.sum(), rtol=1e-4, atol=1e-9)
+
+
+def test_torchrun_runs_a_whole_recipe_and_one_process_writes(recipe, tmp_path):
+    recipe["stages"] = recipe["stages"][:1]
+    recipe["data"]["augment"] = {"shift": 0}
+    path = write_recipe(recipe, tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "-m", "clipress", "run", path, "--out", tmp_path / "run"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Try it: ") == 1
+    rows = json.loads((tmp_path / "run" / "bench" / "results.json").read_text())["rows"]
+    assert [row["stage"] for row in rows] == ["teacher", "pruned"]
+    steps = (tmp_path / "run" / "logs" / "pruned.jsonl").read_text().splitlines()
+    assert len(steps) == recipe["stages"][0]["prune"]["steps"]

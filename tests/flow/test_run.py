@@ -195,3 +195,19 @@ def test_an_imported_checkpoint_is_an_artefact_and_a_teacher(recipe, tmp_path):
     recipe |= {"teacher": {"artifact": str(tmp_path / "teacher")}, "stages": recipe["stages"][:1]}
     assert clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run").exit_code == 0
     assert [record["stage"] for record in read_header(tmp_path / "run" / "pruned")["lineage"]] == ["import", "pruned"]
+
+
+def test_another_teacher_makes_a_student_from_scratch_anew(recipe, tmp_path):
+    from clipress.models.tiny import tiny_architecture
+
+    recipe |= {
+        "student": tiny_architecture(layers=1),
+        "stages": [{"distill": {"losses": ["affinity"], "steps": 2, "batch_size": 8}}],
+    }
+    hashes = []
+    for seed in (0, 1):
+        recipe["teacher"]["recipe"]["seed"] = seed
+        out = tmp_path / f"run-{seed}"
+        assert clipress("compress", write_recipe(recipe, tmp_path), "--out", out).exit_code == 0
+        hashes.append(read_header(out / "distilled")["lineage"][-1]["hash"])
+    assert hashes[0] != hashes[1]

@@ -119,6 +119,18 @@ def test_a_loss_that_needs_a_teacher_says_so(context):
         train(new_clip(tiny_architecture(layers=1), 0), Training(steps=1), {"feature": 1.0}, context)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"embed_dim": 16}, "32 dims, the student's 16"), ({"image_size": 64}, "share their preprocessing")],
+)
+def test_a_teacher_that_does_not_fit_the_student_is_told(context, change, told):
+    from dataclasses import replace
+
+    student, teacher = (new_clip(tiny_architecture(layers=1, **own), 0) for own in (change, {}))
+    with pytest.raises(RecipeError, match=told):
+        train(student, Training(steps=1), {"feature": 1.0}, replace(context, teacher=teacher))
+
+
 def test_the_teacher_is_not_trained(fabric, context):
     from dataclasses import replace
 
