@@ -245,42 +245,17 @@ def import_(checkpoint: Path, out: Path, form: str, model: str | None) -> None:
 @click.argument("file", type=FILE)
 @click.option("--runs", type=FOLDER, help="Where the runs go.  [default: runs/studies/<name>]")
 @click.option("--out", type=FOLDER, default=Path("bench/studies"), show_default=True, help="Where the tables go.")
-def study(file: Path, runs: Path | None, out: Path) -> None:
-    """Run methods × ratios × seeds and gather them into one table.
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time; they share the cores."
+)
+def study(file: Path, runs: Path | None, out: Path, jobs: int) -> None:
+    """Run methods × ratios × seeds and gather them into one table; measure what a step costs where the file asks.
 
     Each run has a process of its own, so that its memory can be measured. Finished runs are not done again.
     """
-    import json
-    import subprocess
-    import sys
+    from clipress.bench.study import run_study
 
-    import yaml
-    from tqdm import tqdm
-
-    from clipress.artifact import write_text_whole
-    from clipress.bench.study import markdown, picture, read_study, row_of
-
-    settings, cases = read_study(file)
-    home = runs or Path("runs/studies") / settings.name
-    rows, conditions = [], {}
-    for case in tqdm(cases, desc=settings.name, unit="run"):
-        folder = home / case.name
-        if not (folder / "bench" / "results.json").is_file():
-            recipe = home / f"{case.name}.yaml"
-            write_text_whole(recipe, yaml.safe_dump(case.recipe, sort_keys=False))
-            command = [sys.executable, "-m", "clipress", "run", str(recipe), "--out", str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise ClipressError(f"{case.name} failed; what it said last: {done.stderr.strip()[-600:]}")
-        rows.append(row_of(case, folder))
-        known = json.loads((folder / "bench" / "results.json").read_text(encoding="utf-8"))["conditions"]
-        shown = ("date", "processor", "cores", "threads", "clipress", "torch", "onnxruntime")
-        conditions = {"command": f"clipress study {file}"} | {key: known[key] for key in shown}
-        content = {"schema_version": 1, "study": settings.name, "conditions": conditions, "rows": rows}
-        write_text_whole(out / f"{settings.name}.json", json.dumps(content, indent=1) + "\n")
-        write_text_whole(out / f"{settings.name}.md", markdown(settings, rows, conditions))
-        write_text_whole(out / f"{settings.name}.svg", picture(settings, rows))
-    click.echo(markdown(settings, rows, conditions))
+    click.echo(run_study(file, runs, out, jobs))
 
 
 @main.group()

@@ -8,18 +8,35 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import yaml
 from pydantic import Field
+from tqdm import tqdm
 
-from clipress.errors import ArtifactError, RecipeError
+from clipress.artifact import read_header, write_text_whole
+from clipress.errors import ArtifactError, ClipressError, RecipeError
 from clipress.recipe import Recipe, Section, checked, read_recipe
 
 SCHEMA_VERSION = 1
+
+
+class StepCost(Section):
+    """What one training step costs: short trainings in turns, each in a process of its own."""
+
+    reference: str
+    """The case the others are divided by."""
+    cases: dict[str, dict[str, Any]]
+    """Sections that replace the base recipe's; only the first stage is timed."""
+    rounds: int = Field(3, ge=1)
 
 
 class Study(Section):
@@ -37,6 +54,7 @@ class Study(Section):
     seeds: dict[str, tuple[int, ...]]
     """Per ratio."""
     bench: dict[str, Any] = Field(default_factory=dict)
+    step_cost: StepCost | None = None
 
 
 class Case(Section):
@@ -72,6 +90,107 @@ def read_study(path: Path) -> tuple[Study, list[Case]]:
                     Case(method=method, ratio=ratio, seed=seed, recipe=checked(Recipe, recipe, method).model_dump())
                 )
     return study, cases
+
+
+def run_study(file: Path, runs: Path | None, out: Path, jobs: int = 1) -> str:
+    """Do what is missing of a study, gather it into <out>/<name>.{json,md,svg}, and return the table.
+
+    Raises ArtifactError where a finished run was made with other settings than the file asks for now.
+    """
+    study, cases = read_study(file)
+    home = runs or Path("runs/studies") / study.name
+    done: dict[str, dict[str, Any]] = {}
+    conditions: dict[str, Any] = {}
+    cost: list[dict[str, Any]] = []
+
+    def gather() -> str:
+        rows = [done[case.name] for case in cases if case.name in done]
+        content = {"schema_version": SCHEMA_VERSION, "study": study.name, "conditions": conditions, "rows": rows}
+        text = markdown(study, rows, conditions, cost)
+        write_text_whole(out / f"{study.name}.json", json.dumps(content | {"step_cost": cost}, indent=1) + "\n")
+        write_text_whole(out / f"{study.name}.md", text)
+        write_text_whole(out / f"{study.name}.svg", picture(study, rows))
+        return text
+
+    _run(cases[0], home, 1)  # alone: it makes the teacher that all share
+    with ThreadPoolExecutor(jobs) as pool:
+        finished = [(case, pool.submit(_run, case, home, jobs)) for case in cases]
+        for case, run in tqdm(finished, desc=study.name, unit="run"):
+            try:
+                done[case.name] = row_of(case, run.result())
+            except ClipressError:
+                pool.shutdown(cancel_futures=True)
+                raise
+            conditions = _conditions(file, home / case.name)
+            gather()
+    if study.step_cost is not None:
+        cost += step_costs(study, file, home)
+    return gather()
+
+
+def _run(case: Case, home: Path, jobs: int) -> Path:
+    """Run a case unless it is there; return its folder."""
+    folder = home / case.name
+    kept = folder / "recipe.yaml"
+    if kept.is_file() and read_recipe(kept) != checked(Recipe, case.recipe, case.name):
+        raise ArtifactError(
+            f"{folder} was made with other settings than the study asks for now. Remove it, or choose another place "
+            "with --runs."
+        )
+    if not (folder / "bench" / "results.json").is_file():
+        _clipress("run", case.recipe, folder, jobs)
+    return folder
+
+
+def _clipress(verb: str, recipe: Mapping[str, Any], folder: Path, jobs: int = 1) -> None:
+    """Run a command on a recipe in a process of its own, with its part of the cores."""
+    path = folder.with_suffix(".yaml")
+    write_text_whole(path, yaml.safe_dump(dict(recipe), sort_keys=False))
+    command = [sys.executable, "-m", "clipress", verb, str(path), "--out", str(folder)]
+    threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // jobs, 1))} if jobs > 1 else {}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+    if done.returncode:
+        raise ClipressError(f"{folder.name} failed; what it said last: {done.stderr.strip()[-600:]}")
+
+
+def _conditions(file: Path, run: Path) -> dict[str, Any]:
+    known = json.loads((run / "bench" / "results.json").read_text(encoding="utf-8"))["conditions"]
+    shown = ("date", "processor", "cores", "threads", "clipress", "torch", "onnxruntime")
+    return {"command": f"clipress study {file}"} | {key: known[key] for key in shown}
+
+
+def step_costs(study: Study, file: Path, home: Path) -> list[dict[str, Any]]:
+    """Time the steps of short trainings, round by round, so that a slow minute hits every case.
+
+    Returns a row per case: seconds of a step (median per round), the ratio to the reference's of the same round, peak MB.
+    """
+    asked = study.step_cost
+    base = read_recipe(file.parent / study.recipe).model_dump(exclude_none=True)
+    base["data"] = base["data"] | {"val": [], "test": []}
+    seconds: dict[str, list[float]] = {name: [] for name in asked.cases}
+    memory: dict[str, int] = {}
+    for turn in range(asked.rounds):
+        for name, sections in tqdm(asked.cases.items(), desc=f"step cost, round {turn + 1}", unit="run"):
+            folder = home / f"cost-{name}-{turn}"
+            recipe = checked(Recipe, base | {"name": "cost", **sections}, name).model_dump()
+            if not (folder / "done").is_file():
+                _clipress("compress", recipe, folder)
+                write_text_whole(folder / "done", "")
+            log = next((folder / "logs").glob("*.jsonl"))
+            times = [json.loads(line)["seconds"] for line in log.read_text(encoding="utf-8").splitlines()]
+            steps = [after - before for before, after in pairwise(times)]
+            seconds[name].append(median(steps[len(steps) // 5 :]))  # the first ones warm up
+            peak = read_header(folder / log.stem)["lineage"][-1]["peak_memory_mb"]
+            memory[name] = max(memory.get(name, 0), peak)
+    return [
+        {
+            "case": name,
+            "seconds": [round(value, 4) for value in values],
+            "ratios": [round(a / b, 4) for a, b in zip(values, seconds[asked.reference], strict=True)],
+            "peak_memory_mb": memory[name],
+        }
+        for name, values in seconds.items()
+    ]
 
 
 def row_of(case: Case, run: Path) -> dict[str, Any]:
@@ -140,7 +259,6 @@ def summary(study: Study, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]
                 "top1_after_recovery": [_top1(row["after_recovery"]) for row in mine],
                 "macs_m": [row["macs"] / 1e6 for row in mine],
                 "latency_of_dense": [row["latency_of_dense"] for row in mine],
-                "search_seconds_per_step": [row["search_seconds_per_step"] for row in mine],
                 "peak_memory_mb": [row["peak_memory_mb"] for row in mine],
             }
             spread = {
@@ -150,8 +268,13 @@ def summary(study: Study, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     return gathered
 
 
-def markdown(study: Study, rows: Sequence[dict[str, Any]], conditions: dict[str, Any]) -> str:
-    """Write the table for people: mean ± standard deviation over seeds."""
+def markdown(
+    study: Study,
+    rows: Sequence[dict[str, Any]],
+    conditions: Mapping[str, Any],
+    cost: Sequence[dict[str, Any]] = (),
+) -> str:
+    """Write the table for people: mean ± standard deviation over seeds; below it, what a step costs."""
     dense = rows[0]["dense"]
     lines = [
         f"# Study: {study.name}",
@@ -161,8 +284,8 @@ def markdown(study: Study, rows: Sequence[dict[str, Any]], conditions: dict[str,
         "median of both towers at the largest batch, against the dense teacher measured in turns with it.",
         "",
         "| ratio | method | seeds | R@1 slimmed | R@1 recovered | lost slimmed | lost recovered | of "
-        f"{study.reference}'s loss | top-1 slimmed | top-1 recovered | MACs (M) | latency | s/step | peak MB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"{study.reference}'s loss | top-1 slimmed | top-1 recovered | MACs (M) | latency | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     table = summary(study, rows)
     reference = {row["ratio"]: row for row in table if row["method"] == study.reference}
@@ -179,12 +302,18 @@ def markdown(study: Study, rows: Sequence[dict[str, Any]], conditions: dict[str,
             for key in ("r1_after_slimming", "r1_after_recovery", "lost_after_slimming", "lost_after_recovery")
         ]
         rest = [_told(row["top1_after_slimming"], 1), _told(row["top1_after_recovery"], 1), _told(row["macs_m"], 1)]
-        rest += [
-            _told(row["latency_of_dense"], 3),
-            _told(row["search_seconds_per_step"], 3),
-            _told(row["peak_memory_mb"], 0),
-        ]
+        rest += [_told(row["latency_of_dense"], 3), _told(row["peak_memory_mb"], 0)]
         lines.append("| " + " | ".join([row["ratio"], row["method"], str(row["seeds"]), *told, share, *rest]) + " |")
+    if cost:
+        lines += ["", f"What a step costs: median of a round, {study.step_cost.rounds} rounds in turns.", ""]
+        lines += [
+            f"| training | s/step | of {study.step_cost.reference}'s: median (range) | peak MB |",
+            "|---|---|---|---|",
+        ]
+        for row in cost:
+            ratios = row["ratios"]
+            spread = f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+            lines.append(f"| {row['case']} | {median(row['seconds']):.3f} | {spread} | {row['peak_memory_mb']} |")
     lines += ["", "Conditions: " + ", ".join(f"{key} {value}" for key, value in conditions.items()) + "."]
     return "\n".join(lines) + "\n"
 

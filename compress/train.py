@@ -94,6 +94,10 @@ class Hook:
     def before(self, step: int, arrays: Mapping[str, Tensor]) -> None:
         """Called before the forward pass, with the batch."""
 
+    def moves(self, step: int) -> bool:
+        """Tell whether this hook changes masks after this step; some losses are told."""
+        return False
+
     def after_backward(self, step: int) -> None:
         """Called when gradients are there and the loss was finite."""
 
@@ -306,7 +310,7 @@ def train(
                 group["lr"] = rate
             for hook in hooks:
                 hook.before(step, arrays)
-            batch = _batch(module, mentor, arrays, fabric)
+            batch = replace(_batch(module, mentor, arrays, fabric), masks_move=any(hook.moves(step) for hook in hooks))
             if twin is not None:
                 batch = replace(batch, momentum=twin.step(batch, arrays, step))
             total, parts = compute(weights, batch)

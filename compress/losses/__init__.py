@@ -51,6 +51,8 @@ class Batch:
     teacher: Features | None  # no gradients
     targets: Tensor  # [B, N], rows sum to one; several right answers share the mass
     momentum: Momentum | None = None
+    masks_move: bool = False
+    """Whether a search changes its masks after this step."""
 
 
 Term = Callable[[Batch], Tensor]

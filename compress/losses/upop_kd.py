@@ -4,7 +4,7 @@ S = s v [t_m; Q_t]^T (B x M) and its twin the other way; S_T the same from the t
 L_rel  = mean CE(S, a softmax(S_m) + (1 - a) softmax(S_T)):  the teacher's rows replace the one-hot targets
 L_same = (MSE(v_T, v) + MSE(t_T, t)) / 2
 L_diff = (MSE(S_T, S) + MSE(S_T', S')) / 2, on scaled logits, queue columns included
-The published code leaves L_same and L_diff out on the steps that move the masks; here every step has all three.
+On the steps that move the masks only L_rel is taken, as in the published code.
 """
 
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from clipress.compress.losses import Batch, soft_cross_entropy
 def upop_kd(batch: Batch) -> Tensor:
     """Follow a frozen copy of the uncut model in ranking, features and similarities."""
     own, slow, wanted = batch.student, batch.momentum, batch.teacher
-    ranking = difference = 0.0
+    ranking = copying = 0.0
     for query, slow_query, keys, teacher_query, teacher_keys in (
         (own.image, slow.image, slow.all_text, wanted.image, slow.teacher_text),
         (own.text, slow.text, slow.all_image, wanted.text, slow.teacher_image),
@@ -25,6 +25,8 @@ def upop_kd(batch: Batch) -> Tensor:
         opinion = (own.scale.detach() * slow_query @ keys.T).softmax(-1)
         targets = slow.share * opinion + (1 - slow.share) * truth.softmax(-1)
         ranking = ranking + soft_cross_entropy(logits, targets)
-        difference = difference + F.mse_loss(logits, truth)
-    same = F.mse_loss(own.image, wanted.image) + F.mse_loss(own.text, wanted.text)
-    return (ranking + same + difference) / 2
+        if not batch.masks_move:
+            copying = copying + F.mse_loss(logits, truth)
+    if not batch.masks_move:
+        copying = copying + F.mse_loss(own.image, wanted.image) + F.mse_loss(own.text, wanted.text)
+    return (ranking + copying) / 2

@@ -22,7 +22,8 @@ from clipress.errors import RecipeError
 from clipress.models import anatomy
 from clipress.recipe import Section
 
-UNITS = ("params", "macs", "latency")
+UNITS = ("params", "macs", "latency", "upop")
+UPOP_COSTS = {"attn": 36, "ffn": 1}  # as published, for every model; true costs are 16 to 32 to 1
 
 
 class Limit(Section):
@@ -32,6 +33,8 @@ class Limit(Section):
     macs: float | None = Field(None, gt=0, lt=1)
     latency: float | None = Field(None, gt=0, lt=1)
     """Of the time a cost table says; needs `costs`."""
+    upop: float | None = Field(None, gt=0, lt=1)
+    """Of UPop's own count, 36 for a gate of attention and 1 for a hidden unit: only to repeat its published runs."""
     max_params: int | None = Field(None, ge=1)
     """Parameters inside blocks."""
     max_macs: int | None = Field(None, ge=1)
@@ -41,12 +44,12 @@ class Limit(Section):
 
     def given(self) -> list[str]:
         """Return which limits are set."""
-        names = ("params", "macs", "latency", "max_params", "max_macs", "max_ms")
+        names = (*UNITS, "max_params", "max_macs", "max_ms")
         return [name for name in names if getattr(self, name) is not None]
 
     @property
     def unit(self) -> str:
-        """Return params, macs or latency."""
+        """Return params, macs, latency or upop."""
         return {"max_params": "params", "max_macs": "macs", "max_ms": "latency"}.get(self.given()[0], self.given()[0])
 
     def fraction(self, total: float) -> float:
@@ -184,6 +187,9 @@ def cost_curves(
 
     params and macs are exact, from the shapes; latency is read from a table, between its measured points in straight lines.
     """
+    if unit == "upop":
+        curves = [np.arange(site.units + 1) * float(UPOP_COSTS[site.kind]) for site in sites]
+        return curves, sum(float(curve[-1]) for curve in curves), 0.0
     if unit == "latency":
         curves = [_measured(site, table) for site in sites]
         return curves, sum(float(curve[-1]) for curve in curves), 0.0

@@ -74,6 +74,8 @@ class Prune(Training):
         super().model_post_init(context)
         weights_of(self.losses, "prune.losses")
         weights_of(self.guide, "prune.guide")
+        if self.criterion != "upop" and any(limit.unit == "upop" for _, limit in self.budget.limits()):
+            raise RecipeError("prune.budget: 'upop' counts gates of criterion upop alone. Use params, macs or latency.")
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,18 @@ class Search(Hook):
             copy.grad = gradient
         self.seen.add()
 
+    def moves(self, step: int) -> bool:
+        due, last_due = self._due(step), self._due(step - 1) if step else 0.0
+        if due == 1.0:  # once; again only if every step before was skipped
+            return last_due < 1.0 or not self.updates
+        return (step + 1) % self.settings.interval == 0
+
     def after_update(self, step: int) -> None:
-        due = progress(self.settings.schedule, step, self.steps, self.settings.frozen)
-        last_due = progress(self.settings.schedule, step - 1, self.steps, self.settings.frozen) if step else 0.0
-        moving = due < 1.0 and (step + 1) % self.settings.interval == 0
-        if moving or (due == 1.0 and last_due < 1.0) or (due == 1.0 and not self.updates):
-            self.update(due)
+        if self.moves(step):
+            self.update(self._due(step))
+
+    def _due(self, step: int) -> float:
+        return progress(self.settings.schedule, step, self.steps, self.settings.frozen)
 
     @torch.no_grad()
     def update(self, due: float) -> None:

@@ -1,14 +1,28 @@
 """A study spells out its runs and gathers seeds as statistics says."""
 
+import json
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import yaml
+from helpers import write_recipe
 
 import clipress
-from clipress.bench.study import Study, lost, markdown, picture, read_study, summary
-from clipress.errors import RecipeError
+from clipress.bench.study import (
+    Case,
+    StepCost,
+    Study,
+    _run,
+    lost,
+    markdown,
+    picture,
+    read_study,
+    run_study,
+    summary,
+)
+from clipress.errors import ArtifactError, RecipeError
+from clipress.recipe import read_recipe
 
 SHIPPED = sorted((Path(clipress.__file__).parent / "configs" / "studies").glob("*.yaml"))
 
@@ -32,8 +46,7 @@ def row(method, seed, slimmed, recovered):
 
     return {
         "method": method, "ratio": "2x", "seed": seed, "dense": accuracy(80.0), "after_slimming": accuracy(slimmed),
-        "after_recovery": accuracy(recovered), "macs": 5e6, "latency_of_dense": 0.5, "search_seconds_per_step": 0.1,
-        "peak_memory_mb": 900,
+        "after_recovery": accuracy(recovered), "macs": 5e6, "latency_of_dense": 0.5, "peak_memory_mb": 900,
     }  # fmt: skip
 
 
@@ -56,6 +69,43 @@ def test_the_table_says_what_part_of_the_references_loss_is_lost(study, rows):
     told = next(line for line in lines if line.startswith("| 2x | b |"))
     assert " 70.0 ± 0.0 | 78.5 ± 0.7 | 10.0 ± 0.0 | 1.5 ± 0.7 | 26% / 17% |" in told
     assert lines[-1] == "Conditions: device x."
+
+
+def test_step_costs_are_told_as_ratios_of_the_same_round(study, rows):
+    study = study.model_copy(update={"step_cost": StepCost(reference="plain", cases={"plain": {}}, rounds=3)})
+    cost = [{"case": "ours", "seconds": [0.2, 0.3, 0.4], "ratios": [1.1, 1.3, 1.2], "peak_memory_mb": 7}]
+    assert "| ours | 0.300 | 1.20 (1.10–1.30) | 7 |" in markdown(study, rows, {}, cost).splitlines()
+
+
+def test_a_finished_run_made_with_other_settings_is_refused(tiny_run, tmp_path):
+    folder, _ = tiny_run
+    recipe = read_recipe(folder / "recipe.yaml")
+    (tmp_path / "m-2x-s0").symlink_to(folder)
+    same = Case(method="m", ratio="2x", seed=0, recipe=recipe.model_dump())
+    assert _run(same, tmp_path, 1) == tmp_path / "m-2x-s0"
+    other = Case(method="m", ratio="2x", seed=0, recipe=recipe.model_copy(update={"seed": 7}).model_dump())
+    with pytest.raises(ArtifactError, match="other settings"):
+        _run(other, tmp_path, 1)
+
+
+def test_a_whole_study_runs_finishes_and_times_its_steps(recipe, tmp_path):
+    write_recipe(recipe, tmp_path)
+    stages = recipe["stages"]
+    study = {
+        "name": "tiny", "recipe": "recipe-under-test.yaml", "reference": "a", "ratios": {"2x": 0.5}, "seeds": {"2x": [0]},
+        "bench": recipe["bench"], "methods": {"a": stages[:2]},
+        "step_cost": {"reference": "plain", "rounds": 1, "cases": {
+            "plain": {"stages": [{"distill": {"losses": ["contrastive"], "steps": 6, "batch_size": 32}}]},
+            "search": {"stages": stages[:1]},
+        }},
+    }  # fmt: skip
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    table = run_study(tmp_path / "study.yaml", tmp_path / "runs", tmp_path / "out")
+    assert "| 2x | a | 1 |" in table and "| plain |" in table and "1.00 (1.00–1.00)" in table
+    kept = json.loads((tmp_path / "out" / "tiny.json").read_text())
+    assert [row["case"] for row in kept["step_cost"]] == ["plain", "search"] and len(kept["rows"]) == 1
+    assert kept["rows"][0]["block_params_kept"] <= 0.5
+    assert run_study(tmp_path / "study.yaml", tmp_path / "runs", tmp_path / "out") == table  # nothing is done again
 
 
 def test_the_picture_is_one_line_per_method(study, rows):

@@ -127,6 +127,20 @@ def test_a_loss_and_its_gradient_equal_the_slow_reference(name):
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_guided_upop_only_ranks_on_the_steps_that_move_the_masks():
+    student, teacher, slow_copy = features(0), features(1), momentum()
+    _, still = compute({"upop-kd": 1.0}, Batch(student, teacher, targets(), slow_copy))
+    _, moving = compute({"upop-kd": 1.0}, Batch(student, teacher, targets(), slow_copy, masks_move=True))
+    copied = 0.0
+    for query, asked, known, keys in (
+        (student.image, teacher.image, slow_copy.teacher_text, slow_copy.all_text),
+        (student.text, teacher.text, slow_copy.teacher_image, slow_copy.all_image),
+    ):
+        copied += float(squares(dots(query, keys, student.scale), dots(asked, known, teacher.scale))) / 2
+        copied += float(squares(query, asked)) / 2
+    assert copied > 0 and (still["upop-kd"] - moving["upop-kd"]).item() == pytest.approx(copied, rel=1e-9)
+
+
 def test_absent_terms_are_not_computed(monkeypatch):
     from clipress.compress import losses
 

@@ -354,3 +354,13 @@ class TestSearch:
         vision = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64, "patch_size": None}
         with pytest.raises(RecipeError, match=r"upop was asked for.*convolutional"):
             self.prune(tiny_architecture(layers=1) | {"vision_cfg": vision}, budget={"params": 0.8}, criterion="upop")
+
+
+def test_upops_own_count_is_36_to_1_and_for_its_own_criterion_alone():
+    model = tiny()
+    found = sites(model, "upop")
+    curves, total, fixed = cost_curves(model, found, "upop")
+    assert fixed == 0 and total == sum(36 * site.units if site.kind == "attn" else site.units for site in found)
+    assert [curve[1] for curve in curves] == [36 if site.kind == "attn" else 1 for site in found]
+    with pytest.raises(RecipeError, match="criterion upop alone"):
+        Prune(budget={"upop": 0.5}, criterion="fisher", steps=1)
