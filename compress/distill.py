@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from clipress.compress.losses import weights_of
+from clipress.compress.losses import Losses, terms_from
 from clipress.compress.train import Context, Training, train
 from clipress.models.load import Clip
 
@@ -15,14 +15,14 @@ from clipress.models.load import Clip
 class Distill(Training):
     """Settings of `distill`."""
 
-    losses: dict[str, float] | tuple[str, ...] = ("contrastive",)
+    losses: Losses = ("contrastive",)
     """Names, or names with weights."""
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
-        weights_of(self.losses, "distill.losses")
+        terms_from(self.losses, "distill.losses")
 
 
 def run(settings: Distill, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
     """Train the student."""
-    return clip, train(clip, settings, weights_of(settings.losses, "distill.losses"), context)
+    return clip, train(clip, settings, terms_from(settings.losses, "distill.losses"), context)

@@ -93,7 +93,7 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
         claim(run, recipe)
     fabric = start_fabric(plan.runtime)
     say = say if fabric.is_global_zero else (lambda _: None)
-    context = Context(fabric, plan.data, recipe.seed)
+    context = Context(fabric, plan.data, recipe.seed, runtime=plan.runtime)
     data = fingerprint(plan.data.train)
     folders: list[Path] = []
     teacher, lineage = None, ()
@@ -117,7 +117,7 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
             own = replace(
                 context,
                 seed=recipe.seed * 1000 + number,
-                teacher=teacher,
+                teachers=(teacher,) if teacher else (),
                 log=run / "logs" / f"{stage.name}.jsonl",
                 title=stage.name,
             )

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from clipress.compress.losses import weights_of
+from clipress.compress.losses import Losses, terms_from
 from clipress.compress.train import Context, Training, batches, train
 from clipress.models import quantizers
 from clipress.models.load import Clip
@@ -25,14 +25,14 @@ class Quantize(Training):
     """Training pairs shown to set the activation scales."""
     keep: tuple[str, ...] = ()
     """Name patterns of modules that stay in full precision."""
-    losses: dict[str, float] | tuple[str, ...] = ("affinity", "feature")
+    losses: Losses = ("affinity", "feature")
     steps: int | None = Field(None, ge=0)
     """Of quantisation-aware training; 0 calibrates only."""
     lr: float = Field(2e-5, ge=0)
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
-        weights_of(self.losses, "quantize.losses")
+        terms_from(self.losses, "quantize.losses")
 
 
 def run(settings: Quantize, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
@@ -53,5 +53,5 @@ def run(settings: Quantize, clip: Clip, context: Context) -> tuple[Clip, dict[st
     quantized = Clip(**{**clip.__dict__, "quantization": kept})
     details = {"quantized_modules": len(names), "steps": 0}
     if settings.steps != 0:
-        details |= train(quantized, settings, weights_of(settings.losses, "quantize.losses"), context)
+        details |= train(quantized, settings, terms_from(settings.losses, "quantize.losses"), context)
     return quantized, details

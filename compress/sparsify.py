@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from clipress.compress.losses import weights_of
+from clipress.compress.losses import Losses, terms_from
 from clipress.compress.train import Context, Training, train
 from clipress.models.load import Clip
 
@@ -23,20 +23,20 @@ class Sparsify(Training):
     """Settings of `sparsify`."""
 
     pattern: Literal["2:4"] = "2:4"
-    losses: dict[str, float] | tuple[str, ...] = ("contrastive", "affinity", "feature", "interactive")
+    losses: Losses = ("contrastive", "affinity", "feature", "interactive")
     """Of the fine-tuning that follows."""
     lr: float = Field(1e-4, ge=0)
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
-        weights_of(self.losses, "sparsify.losses")
+        terms_from(self.losses, "sparsify.losses")
 
 
 def run(settings: Sparsify, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
     """Zero two of every four weights, then fine-tune what is left."""
     names, skipped = zero_two_of_four(clip.model)
     sparse = Clip(**{**clip.__dict__, "sparsity": {"pattern": settings.pattern, "weights": names, "skipped": skipped}})
-    details = train(sparse, settings, weights_of(settings.losses, "sparsify.losses"), context)
+    details = train(sparse, settings, terms_from(settings.losses, "sparsify.losses"), context)
     return sparse, details | {"sparse_weights": len(names), "skipped": skipped}
 
 

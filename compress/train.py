@@ -8,21 +8,36 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clipress.compress.losses import Batch, Features, Momentum, compute, needs_momentum, needs_teacher
+from clipress.compress.losses import (
+    SIDES,
+    Batch,
+    Features,
+    Loss,
+    Momentum,
+    Objective,
+    Sizes,
+    loss_type,
+    needs_of,
+    terms_from,
+)
 from clipress.data.pairs import Batches, DataSpec, TrainingSet, open_source
 from clipress.errors import ClipressError, RecipeError
+from clipress.metrics.evaluate import encode_texts
+from clipress.metrics.zeroshot import class_embeddings
 from clipress.models import anatomy
 from clipress.models.load import Clip
 from clipress.recipe import Section
@@ -42,6 +57,12 @@ class Runtime(Section):
     """auto: bf16 autocast on a GPU that has it, else fp32."""
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     """auto: DDP when there are several processes."""
+    accumulate: int = Field(1, ge=1)
+    """Parts a batch is worked through in; the losses still see the whole batch, so the step is the same one."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    local_loss: bool = True
+    """Each process scores its own rows against all; else every process scores all. The gradient is the same."""
 
 
 class Training(Section):
@@ -65,6 +86,8 @@ class Training(Section):
     """Largest norm of the gradient."""
     queue: int = Field(0, ge=0)
     """Past pairs that losses with a momentum twin contrast with; UPop keeps 57,600."""
+    towers: Literal["both", "image", "text"] = "both"
+    """Which towers learn; the other one is frozen, and not even run where no loss looks at it."""
 
     def model_post_init(self, _: Any) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -78,7 +101,8 @@ class Context:
     fabric: Fabric
     data: DataSpec
     seed: int
-    teacher: Clip | None = None
+    teachers: tuple[Clip, ...] = ()
+    runtime: Runtime = field(default_factory=Runtime)
     log: Path | None = None
     """JSON lines; None keeps none."""
     title: str = ""
@@ -98,8 +122,11 @@ class Hook:
         """Tell whether this hook changes masks after this step; some losses are told."""
         return False
 
+    def after_part(self, step: int) -> None:
+        """Called after each part's backward pass: once a step, unless the batch is worked through in parts."""
+
     def after_backward(self, step: int) -> None:
-        """Called when gradients are there and the loss was finite."""
+        """Called when all gradients are there and finite."""
 
     def after_update(self, step: int) -> None:
         """Called when the weights have moved."""
@@ -121,14 +148,30 @@ class HoldZeros(Hook):
 class Towers(nn.Module):
     """One forward for both towers, so that DDP and FSDP see every parameter used."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tokens: bool = False, frozen: Sequence[str] = ()) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.frozen = model, tuple(frozen)
+        self.tokens: dict[str, Tensor] = {}
+        for side in SIDES if tokens else ():
+            layer = anatomy.token_layer(model, side)
+            layer.register_forward_hook(lambda _, __, out, side=side: self.tokens.update({side: out}))
 
-    def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        image = self.model.encode_image(pixels, normalize=True)
-        text = self.model.encode_text(ids, normalize=True)
-        return image.float(), text.float(), self.model.logit_scale.exp().reshape(())
+    def forward(
+        self, pixels: Tensor | None = None, ids: Tensor | None = None, hidden: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Encode what is given. Returns raw embeddings [B, D] per side, `masked` of `hidden`, tokens if asked, `scale`."""
+        outputs = {"scale": self.model.logit_scale.exp().reshape(())}
+        encode = {"image": (self.model.encode_image, pixels), "text": (self.model.encode_text, ids)}
+        for side, (encoder, inputs) in encode.items():
+            if inputs is not None:
+                with torch.no_grad() if side in self.frozen else nullcontext():
+                    outputs[side] = encoder(inputs).float()
+        outputs |= {f"{side}_tokens": tokens.float() for side, tokens in self.tokens.items()}
+        self.tokens.clear()
+        if hidden is not None:
+            outputs["masked"] = self.model.encode_image(hidden).float()
+            self.tokens.clear()
+        return outputs
 
 
 class MomentumTwin:
@@ -153,11 +196,11 @@ class MomentumTwin:
     def step(self, batch: Batch, arrays: Mapping[str, Tensor], step: int) -> Momentum:
         """Move the twin towards the student, look at the batch with it, and put the batch into the queue."""
         for slow, fast in zip(self.twin.parameters(), self.model.parameters(), strict=True):
-            slow.lerp_(_whole(fast).reshape(slow.shape).to(slow.dtype), 1 - self.DECAY)
+            slow.lerp_(whole(fast).reshape(slow.shape).to(slow.dtype), 1 - self.DECAY)
         with self.fabric.autocast():
-            slow = _features(self.towers(arrays["pixels"], arrays["ids"]), self.fabric)
+            slow = _features(self.towers(arrays["pixels"], arrays["ids"]), self.fabric, True)
         group, groups = arrays["group"], _gathered(arrays["group"], self.fabric)
-        teacher = batch.teacher
+        teacher = batch.teachers[0] if batch.teachers else None
         new = {"image": slow.all_image, "text": slow.all_text, "group": groups}
         new |= {"teacher_image": teacher.all_image, "teacher_text": teacher.all_text} if teacher else {}
         seen = {name: torch.cat([rows, self.past[name]]) if self.past else rows for name, rows in new.items()}
@@ -215,7 +258,7 @@ def _shard(towers: Towers, mesh: Any) -> Towers:
     return fully_shard(towers, mesh=mesh)
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Tensor) -> Tensor:
     """Return a parameter as it is, or gathered from FSDP2's shards."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
@@ -226,7 +269,7 @@ def _gather_shards(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if hasattr(parameter, "full_tensor"):
-                module._parameters[name] = nn.Parameter(_whole(parameter))
+                module._parameters[name] = nn.Parameter(whole(parameter))
     if model.logit_scale.ndim == 1:
         model.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(()))
 
@@ -279,26 +322,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def train(
-    clip: Clip, config: Training, weights: Mapping[str, float], context: Context, hooks: Sequence[Hook] = ()
+    clip: Clip,
+    config: Training,
+    losses: Mapping[str, Any] | tuple[str, ...],
+    context: Context,
+    hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
     """Train `clip.model` in place with the weighted loss terms. Returns steps, seconds and the last losses."""
-    fabric, teacher = context.fabric, context.teacher
-    if needs_teacher(weights) and teacher is None:
-        raise RecipeError(f"{context.title}: losses {sorted(weights)} compare with a teacher, and the recipe has none.")
-    if needs_teacher(weights):
-        _refuse_strangers(clip, teacher, weights, context.title)
-    steps = steps_of(config, context)
-    clip.model.train()
-    twin = MomentumTwin(clip.model, config, context) if needs_momentum(weights) else None  # whole on each process
-    module = fabric.setup_module(Towers(clip.model))
+    fabric, steps = context.fabric, steps_of(config, context)
+    terms = terms_from(losses, context.title)
+    learner = Learner(clip, config, terms, context)
     if clip.sparsity:  # only now are the weights where they stay, on a device or in shards
         hooks = [*hooks, HoldZeros(clip.model, clip.sparsity["weights"])]
-    optimizer = fabric.setup_optimizers(
-        torch.optim.AdamW(parameter_groups(module, config.weight_decay), lr=config.lr, betas=config.betas, fused=True)
-    )
-    mentor = None
-    if needs_teacher(weights):
-        mentor = Towers(teacher.model).to(fabric.device).eval()
     bad_in_a_row = skipped = 0
     record: dict[str, Any] = {}
     began = time.perf_counter()
@@ -306,24 +341,13 @@ def train(
         for step, arrays in enumerate(batches(clip, config, context, steps)):
             arrays = {name: tensor.to(fabric.device, non_blocking=True) for name, tensor in arrays.items()}
             rate = learning_rate(step, steps, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             for hook in hooks:
                 hook.before(step, arrays)
-            batch = replace(_batch(module, mentor, arrays, fabric), masks_move=any(hook.moves(step) for hook in hooks))
-            if twin is not None:
-                batch = replace(batch, momentum=twin.step(batch, arrays, step))
-            total, parts = compute(weights, batch)
-            finite = _everywhere(bool(torch.isfinite(total)), fabric)
-            if finite:
-                fabric.backward(total)
-                norm = fabric.clip_gradients(module, optimizer, max_norm=config.clip, error_if_nonfinite=False)
-                finite = bool(torch.isfinite(norm))
+            total, parts, finite = learner.gradients(step, arrays, hooks)
             if finite:
                 for hook in hooks:
                     hook.after_backward(step)
-                optimizer.step()
-                _clamp_scale(clip.model)
+                learner.update(rate)
                 for hook in hooks:
                     hook.after_update(step)
                 bad_in_a_row = 0
@@ -338,17 +362,192 @@ def train(
                         f"{context.title}: {', '.join(broken)} was not finite for {MAX_BAD_STEPS} steps in a row "
                         f"(last step {step}). Lower 'lr' (now {config.lr}) or look at the data."
                     )
-            optimizer.zero_grad()
+            learner.forget_gradients()
             bar.update()
             log({"step": step, "lr": rate, "seconds": round(time.perf_counter() - began, 3), **record})
-    _gather_shards(clip.model)
-    clip.model.eval()
+    learner.finish()
     seconds = round(time.perf_counter() - began, 2)
     return {"steps": steps, "seconds": seconds, "skipped_steps": skipped, "last": record}
 
 
-def _refuse_strangers(student: Clip, teacher: Clip, weights: Mapping[str, float], title: str) -> None:
-    """Teacher and student are shown the same pixels and ids; embeddings that are compared have one width."""
+class Learner:
+    """Everything that takes part in a step: student, teachers, objective, optimisers."""
+
+    def __init__(self, clip: Clip, config: Training, terms: Mapping[str, Loss.Settings], context: Context) -> None:
+        self.clip, self.config, self.context, self.fabric = clip, config, context, context.fabric
+        needs = needs_of(terms)
+        teachers = context.teachers if "teacher" in needs else ()
+        if "teacher" in needs and not teachers:
+            raise RecipeError(
+                f"{context.title}: losses {sorted(terms)} compare with a teacher, and the recipe has none."
+            )
+        for teacher in teachers:
+            _refuse_strangers(clip, teacher, terms, context.title)
+        self.objective = Objective(terms, _sizes(clip, teachers, needs), context.seed).to(self.fabric.device)
+        self.sides = SIDES if config.towers == "both" else (config.towers,)
+        self.shown = SIDES if "pairs" in needs else self.sides
+        frozen = [side for side in SIDES if side not in self.sides]
+        self.held = [p for side in frozen for p in anatomy.tower_parameters(clip.model, side) if p.requires_grad]
+        for parameter in self.held:
+            parameter.requires_grad_(False)
+        clip.model.train()
+        if context.runtime.checkpointing:
+            clip.model.set_grad_checkpointing(True)
+        # the slow copy is whole on each process
+        self.twin = MomentumTwin(clip.model, config, context) if "momentum" in needs else None
+        self.module = self.fabric.setup_module(Towers(clip.model, "tokens" in needs, frozen))
+        groups = parameter_groups(self.module, config.weight_decay)
+        self.optimizer = self.fabric.setup_optimizers(
+            torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        )
+        learned = list(self.objective.parameters())
+        self.own = torch.optim.AdamW(learned, lr=config.lr, betas=config.betas) if learned else None
+        self.mentors = [Towers(t.model, "tokens" in needs).to(self.fabric.device).eval() for t in teachers]
+        self.classes = _classifier(teachers[0], context) if "labels" in needs else None
+
+    def gradients(
+        self, step: int, arrays: dict[str, Tensor], hooks: Sequence[Hook]
+    ) -> tuple[Tensor, dict[str, Tensor], bool]:
+        """Run forward and backward. Returns the loss, its terms, and whether all of it is finite on every process."""
+        inputs = {"pixels": arrays["pixels"]} if "image" in self.shown else {}
+        inputs |= {"ids": arrays["ids"]} if "text" in self.shown else {}
+        if "masked" in self.objective.needs:
+            inputs["hidden"] = self.objective.hide(arrays["pixels"], self._noise(step))
+        moving = any(hook.moves(step) for hook in hooks)
+        parts = self.context.runtime.accumulate
+        if parts == 1:
+            outputs = self.module(**inputs)
+        else:
+            outputs = self._without_graph(inputs, parts)
+        batch = self._batch(outputs, arrays)
+        if self.twin is not None:
+            batch = replace(batch, momentum=self.twin.step(batch, arrays, step))
+        total, terms = self.objective(replace(batch, masks_move=moving))
+        if not _everywhere(bool(torch.isfinite(total)), self.fabric):
+            return total, terms, False
+        if self.fabric.world_size > 1:  # DDP wants a gradient for every parameter, if it is zero
+            total = total + 0.0 * sum(out.sum() for out in outputs.values() if out.requires_grad)
+        self.fabric.backward(total)
+        if parts == 1:
+            for hook in hooks:
+                hook.after_part(step)
+        else:
+            self._backward_in_parts(inputs, outputs, parts, hooks, step)
+        self._share_own_gradients()
+        norm = self.fabric.clip_gradients(
+            self.module, self.optimizer, max_norm=self.config.clip, error_if_nonfinite=False
+        )
+        return total, terms, _everywhere(bool(torch.isfinite(norm)), self.fabric)
+
+    def update(self, rate: float) -> None:
+        """Take the step."""
+        for optimizer in (self.optimizer, self.own):
+            if optimizer is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+        _clamp_scale(self.clip.model)
+
+    def forget_gradients(self) -> None:
+        """Clear every gradient."""
+        self.optimizer.zero_grad()
+        self.objective.zero_grad()
+
+    def finish(self) -> None:
+        """Leave the student as a plain model in evaluation mode, nothing frozen."""
+        _gather_shards(self.clip.model)
+        for parameter in self.held:
+            parameter.requires_grad_(True)
+        if self.context.runtime.checkpointing:
+            self.clip.model.set_grad_checkpointing(False)
+        self.clip.model.eval()
+
+    def _without_graph(self, inputs: Mapping[str, Tensor], parts: int) -> dict[str, Tensor]:
+        """Encode a batch part by part, keeping outputs only: leaves [B, ...] the loss is differentiated to (GradCache).
+
+        Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup".
+        """
+        with torch.no_grad(), _still_statistics(self.clip.model):
+            seen = [self.module(**part) for part in _split(inputs, parts)]
+        outputs = {name: torch.cat([one[name] for one in seen]) for name in seen[0] if name != "scale"}
+        return {name: rows.requires_grad_() for name, rows in (outputs | {"scale": seen[0]["scale"]}).items()}
+
+    def _backward_in_parts(
+        self, inputs: Mapping[str, Tensor], leaves: Mapping[str, Tensor], parts: int, hooks: Sequence[Hook], step: int
+    ) -> None:
+        """Encode once more with a graph, part by part, and hand on the gradients the loss left on the leaves."""
+        scale = leaves["scale"].grad
+        rows = {name: leaf.grad for name, leaf in leaves.items() if name != "scale" and leaf.grad is not None}
+        pieces = list(zip(_split(inputs, parts), _split(rows, parts), strict=True))
+        for number, (part, grads) in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with self.fabric.no_backward_sync(self.module, enabled=not last):
+                outputs = self.module(**part)
+                linear = sum(
+                    (outputs[name] * grad).sum() for name, grad in grads.items() if outputs[name].requires_grad
+                )
+                # the scale's gradient is whole already: it goes in once
+                linear = linear + outputs["scale"] * (scale if last and scale is not None else 0.0)
+                self.fabric.backward(linear)
+            for hook in hooks:
+                hook.after_part(step)
+
+    def _noise(self, step: int) -> Callable[..., Tensor]:
+        """Return a source of noise that gives a pair the same values on any number of processes."""
+        generator = torch.Generator().manual_seed(self.context.seed * 1_000_003 + step)
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        rows = self.config.batch_size
+
+        def draw(*shape: int) -> Tensor:
+            return torch.rand(rows, *shape, generator=generator)[rank::world].to(self.fabric.device)
+
+        return draw
+
+    def _batch(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> Batch:
+        """Gather from the other processes what the losses need."""
+        fabric, local = self.fabric, self.context.runtime.local_loss
+        student = _features(outputs, fabric, local)
+        projected = None
+        if self.objective.projections:
+            maps = self.objective.projections
+            own = {side: maps[side](outputs[side]) for side in self.sides}
+            if "masked" in outputs:
+                own["masked"] = maps["image"](outputs["masked"])
+            projected = _features({**own, "scale": outputs["scale"]}, fabric, local)
+        wanted = tuple(
+            _features(self._taught(number, mentor, arrays), fabric, local) for number, mentor in enumerate(self.mentors)
+        )
+        groups = _gathered(arrays["group"], fabric)
+        same = (arrays["group"] if local else groups)[:, None] == groups[None, :]  # [B, N]
+        targets = same.float() / same.sum(1, keepdim=True)
+        labels = arrays["label"] if local else _gathered(arrays["label"], fabric)
+        return Batch(
+            student, wanted, targets, projected=projected, labels=labels, classes=self.classes, sides=self.sides
+        )
+
+    @torch.no_grad()
+    def _taught(self, number: int, mentor: Towers, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a teacher's raw embeddings: those the loader brought from a cache, else a forward pass."""
+        if f"teacher_image_{number}" in arrays:
+            norms = {side: arrays[f"teacher_{side}_norm_{number}"][:, None] for side in SIDES}
+            raw = {side: arrays[f"teacher_{side}_{number}"] * norms[side] for side in SIDES}
+            return raw | {"scale": mentor.model.logit_scale.exp().reshape(())}
+        shown = SIDES if {"pairs", "keys"} & self.objective.needs else self.sides
+        with self.fabric.autocast():
+            return mentor(arrays["pixels"] if "image" in shown else None, arrays["ids"] if "text" in shown else None)
+
+    def _share_own_gradients(self) -> None:
+        """Average over processes the gradients of what the losses learn, and clip them by themselves."""
+        learned = [p for p in self.objective.parameters() if p.grad is not None]
+        if self.fabric.world_size > 1:
+            for parameter in learned:
+                parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")
+        if learned:
+            nn.utils.clip_grad_norm_(learned, self.config.clip)
+
+
+def _refuse_strangers(student: Clip, teacher: Clip, terms: Mapping[str, Any], title: str) -> None:
+    """Teacher and student are shown the same pixels and ids; some losses want embeddings of one width."""
     for what, own, other in (
         ("preprocessing", student.preprocess.model_dump(), teacher.preprocess.model_dump()),
         ("tokenizer", student.tokenizer, teacher.tokenizer),
@@ -356,29 +555,75 @@ def _refuse_strangers(student: Clip, teacher: Clip, weights: Mapping[str, float]
         if own != other:
             raise RecipeError(f"{title}: teacher and student must share their {what}; found {other} and {own}.")
     widths = [clip.architecture["embed_dim"] for clip in (teacher, student)]
-    compared = sorted({"feature", "interactive", "upop-kd"} & weights.keys())
-    if compared and widths[0] != widths[1]:
+    strict = sorted(name for name in terms if "width" in loss_type(name, title).needs)
+    if strict and widths[0] != widths[1]:
         raise RecipeError(
-            f"{title}: losses {compared} compare embeddings; the teacher's have {widths[0]} dims, the student's {widths[1]}. "
-            "Give the student the same embed_dim, or use affinity."
+            f"{title}: losses {strict} compare embeddings; the teacher's have {widths[0]} dims, the student's {widths[1]}. "
+            "Give the student the same embed_dim, or use affinity or feature."
         )
 
 
-def _batch(module: nn.Module, mentor: nn.Module | None, arrays: Mapping[str, Tensor], fabric: Fabric) -> Batch:
-    """Run both models on a batch and gather what the losses need from the other processes."""
-    group, pixels, ids = arrays["group"], arrays["pixels"], arrays["ids"]
-    student = _features(module(pixels, ids), fabric)
-    wanted = None
-    if mentor is not None:
-        with torch.no_grad(), fabric.autocast():
-            wanted = _features(mentor(pixels, ids), fabric)
-    same = group[:, None] == _gathered(group, fabric)[None, :]  # [B, N]
-    return Batch(student, wanted, same.float() / same.sum(1, keepdim=True))
+def _sizes(student: Clip, teachers: Sequence[Clip], needs: frozenset[str]) -> Sizes:
+    tokens = [None, None]
+    if "tokens" in needs:
+        tokens = [{side: anatomy.token_width(clip.model, side) for side in SIDES} for clip in (student, teachers[0])]
+    return Sizes(
+        student.architecture["embed_dim"], tuple(t.architecture["embed_dim"] for t in teachers), tokens[0], tokens[1]
+    )
 
 
-def _features(outputs: tuple[Tensor, Tensor, Tensor], fabric: Fabric) -> Features:
-    image, text, scale = outputs
-    return Features(image, text, _gathered(image, fabric), _gathered(text, fabric), scale)
+def _split(rows: Mapping[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    pieces = {name: tensor.chunk(parts) for name, tensor in rows.items()}
+    count = len(next(iter(pieces.values())))
+    return [{name: chunks[number] for name, chunks in pieces.items()} for number in range(count)]
+
+
+def _classifier(teacher: Clip, context: Context) -> Tensor:
+    """Return the teacher's text classifier of all labelled sources, one after the other: unit rows [C, D]."""
+    _, encode = teacher.encoders()
+    found = []
+    for source in context.sources():
+        if classes := getattr(source, "classes", None):
+            prompts = [template.format(name) for name in classes.names for template in classes.templates]
+            texts = encode_texts(encode, teacher.tokenize(), prompts)
+            found.append(class_embeddings(texts.reshape(len(classes.names), len(classes.templates), -1)))
+    if not found:
+        raise RecipeError(f"{context.title}: a loss on labels was asked for, and no training source has classes.")
+    return torch.from_numpy(np.concatenate(found)).float().to(context.fabric.device)
+
+
+@contextmanager
+def _still_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch norms as they are: the pass that counts comes later."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    yield
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
+
+
+def _features(outputs: Mapping[str, Tensor], fabric: Fabric, local: bool) -> Features:
+    """Normalise a model's outputs and gather them; not local: every process takes all rows for its own."""
+    unit = {side: F.normalize(outputs[side], dim=-1) if side in outputs else None for side in SIDES}
+    everyone = {side: None if rows is None else _gathered(rows, fabric) for side, rows in unit.items()}
+    own = unit if local else everyone
+    aside = {name: outputs.get(name) for name in (*SIDES, "masked", "image_tokens", "text_tokens")}
+    if not local:
+        aside = {name: None if rows is None else _gathered(rows, fabric) for name, rows in aside.items()}
+    return Features(
+        own["image"],
+        own["text"],
+        everyone["image"],
+        everyone["text"],
+        outputs["scale"],
+        raw_image=aside["image"],
+        raw_text=aside["text"],
+        image_tokens=aside["image_tokens"],
+        text_tokens=aside["text_tokens"],
+        masked_image=None if aside["masked"] is None else F.normalize(aside["masked"], dim=-1),
+    )
 
 
 def _gathered(local: Tensor, fabric: Fabric) -> Tensor:

@@ -201,7 +201,10 @@ class Batches:
 
 
 class TrainingSet:
-    """Turn lists of `Draw`s into arrays: pixels float32 [B,3,S,S], ids int64 [B,L], group int64 [B]."""
+    """Turn lists of `Draw`s into arrays: pixels float32 [B,3,S,S], ids int64 [B,L], group and label int64 [B].
+
+    Labels number the classes of all labelled sources, one source after the other; -1 where a source has none.
+    """
 
     def __init__(
         self, sources: Sequence[Source], preprocess: Preprocess, tokenize: Tokenize, augment: Augment, seed: int
@@ -209,6 +212,8 @@ class TrainingSet:
         self.sources, self.preprocess, self.augment, self.seed = list(sources), preprocess, augment, seed
         self._tokenize = tokenize
         self._ids: dict[str, np.ndarray] = {}  # a caption is tokenised once
+        classes = [len(source.classes.names) if getattr(source, "classes", None) else 0 for source in self.sources]
+        self._first_label = [sum(classes[:place]) if count else None for place, count in enumerate(classes)]
 
     def ids(self, texts: Sequence[str]) -> np.ndarray:
         """Tokenise texts: int64 [N, L]."""
@@ -221,18 +226,21 @@ class TrainingSet:
         return np.stack([self._ids[text] for text in texts]).astype(np.int64)
 
     def __getitems__(self, draws: list[Draw]) -> dict[str, np.ndarray]:
-        pictures, texts, groups = [], [], []
+        pictures, texts, groups, labels = [], [], [], []
         for draw in draws:
             source = self.sources[draw.source]
             rng = np.random.default_rng([self.seed, draw.source, draw.epoch, draw.index])
             pictures.append(augmented(source.image(draw.index), self.preprocess, self.augment, rng))
             captions = source.captions(draw.index)
             texts.append(captions[int(rng.integers(len(captions)))])
-            groups.append(draw.source << 40 | source.group(draw.index))
+            group, first = source.group(draw.index), self._first_label[draw.source]
+            groups.append(draw.source << 40 | group)
+            labels.append(-1 if first is None else first + group)
         return {
             "pixels": normalised(np.stack(pictures), self.preprocess),
             "ids": self.ids(texts),
             "group": np.asarray(groups, np.int64),
+            "label": np.asarray(labels, np.int64),
         }
 
     def __len__(self) -> int:

@@ -117,6 +117,30 @@ def stock_attentions(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
             yield block.module, block.module.attn
 
 
+def tower_parameters(model: nn.Module, tower: str) -> list[nn.Parameter]:
+    """Return the parameters of one tower, its projection and embeddings included; logit_scale belongs to neither."""
+    image = list(model.visual.parameters())
+    if tower == "image":
+        return image
+    others = {id(parameter) for parameter in image} | {id(getattr(model, "logit_scale", None))}
+    others.add(id(getattr(model, "logit_bias", None)))
+    return [parameter for parameter in model.parameters() if id(parameter) not in others]
+
+
+def token_layer(model: nn.Module, tower: str) -> nn.Module:
+    """Return the last block of a tower: what it gives is the tower's token features [B, n, W]."""
+    found = [block.module for block in blocks(model) if block.tower == tower]
+    if not found:
+        raise ArtifactError(f"The {tower} tower has no transformer blocks, so it has no token features to compare.")
+    return found[-1]
+
+
+def token_width(model: nn.Module, tower: str) -> int:
+    """Return W of the token features."""
+    token_layer(model, tower)
+    return [block.width for block in blocks(model) if block.tower == tower][-1]
+
+
 def embedding_parameters(model: nn.Module) -> int:
     """Count look-up tables: token, position and class embeddings. They cost memory and no multiplication."""
     _, text = _text_root(model)

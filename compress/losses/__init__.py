@@ -1,28 +1,52 @@
-"""Loss terms, one file each. A recipe names them with weights; a term that is absent is not computed.
+"""Loss terms, one file each. A recipe names them, with weights or settings; a term that is absent is not computed.
 
-To add one: a file with a function `(Batch) -> scalar Tensor`, and a line in `TERMS`.
+To add one: a file with a `Loss`, and a line in `TERMS`.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipress.errors import RecipeError, nearest
+from clipress.recipe import Section, checked
+
+SIDES = ("image", "text")
+Losses = dict[str, float | dict[str, Any]] | tuple[str, ...]
+"""How a recipe writes losses: names; names with weights; names with settings."""
+
+TERMS = {
+    "contrastive": "contrastive.Contrastive",
+    "affinity": "affinity.Affinity",
+    "feature": "feature.Feature",
+    "interactive": "interactive.Interactive",
+    "ita": "ita.Ita",
+    "upop-kd": "upop_kd.UpopKd",
+}
 
 
 @dataclass(frozen=True)
 class Features:
-    """What one model makes of a batch. B: this process's pairs; N: all processes' pairs; D: embedding."""
+    """What one model makes of a batch. B: this process's pairs; N: all processes' pairs; D: embedding.
 
-    image: Tensor  # [B, D], L2-normalised
-    text: Tensor  # [B, D]
-    all_image: Tensor  # [N, D], gathered with gradients; row `offset + i` is image[i]
-    all_text: Tensor  # [N, D]
+    A model that was not asked for a side has None there.
+    """
+
+    image: Tensor | None  # [B, D], L2-normalised
+    text: Tensor | None  # [B, D]
+    all_image: Tensor | None  # [N, D], gathered with gradients; row `offset + i` is image[i]
+    all_text: Tensor | None  # [N, D]
     scale: Tensor  # (), exp(logit_scale)
+    raw_image: Tensor | None = None  # [B, D], before normalisation
+    raw_text: Tensor | None = None
+    image_tokens: Tensor | None = None  # [B, n, W]: the tower's last layer, before pooling and projection
+    text_tokens: Tensor | None = None  # [B, L, W]
+    masked_image: Tensor | None = None  # [B, D], L2-normalised: of the picture with most patches hidden
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """Return scaled similarities, image -> text and text -> image: [B, N] each."""
@@ -48,72 +72,121 @@ class Batch:
     """What a loss may look at."""
 
     student: Features
-    teacher: Features | None  # no gradients
+    teachers: tuple[Features, ...]  # no gradients
     targets: Tensor  # [B, N], rows sum to one; several right answers share the mass
     momentum: Momentum | None = None
+    projected: Features | None = None
+    """The student in the (first) teacher's space, where their widths differ; see `matched`."""
+    labels: Tensor | None = None  # [B], the row of `classes`; -1: none
+    classes: Tensor | None = None  # [C, D]: the first teacher's text classifier, L2-normalised
     masks_move: bool = False
     """Whether a search changes its masks after this step."""
+    sides: tuple[str, ...] = SIDES
+    """The towers that learn."""
 
+    @property
+    def teacher(self) -> Features:
+        """The first teacher."""
+        return self.teachers[0]
 
-Term = Callable[[Batch], Tensor]
+    @property
+    def matched(self) -> Features:
+        """The student's embeddings as they are compared with the teacher's: projected if their widths differ."""
+        return self.projected or self.student
 
 
 @dataclass(frozen=True)
-class TermInfo:
-    """A loss, what it needs besides the student, and its weight where a recipe gives none (the published one)."""
+class Sizes:
+    """Widths a loss may need for learnable parts."""
 
-    compute: Term
-    teacher: bool = False
-    momentum: bool = False
-    weight: float = 1.0
-
-
-def _terms() -> dict[str, TermInfo]:
-    from clipress.compress.losses.affinity import affinity
-    from clipress.compress.losses.contrastive import contrastive
-    from clipress.compress.losses.feature import feature
-    from clipress.compress.losses.interactive import interactive
-    from clipress.compress.losses.ita import ita
-    from clipress.compress.losses.upop_kd import upop_kd
-
-    return {
-        "contrastive": TermInfo(contrastive),
-        "affinity": TermInfo(affinity, teacher=True),
-        "feature": TermInfo(feature, teacher=True, weight=2000.0),
-        "interactive": TermInfo(interactive, teacher=True),
-        "ita": TermInfo(ita, momentum=True),
-        "upop-kd": TermInfo(upop_kd, teacher=True, momentum=True),
-    }
+    student: int
+    teachers: tuple[int, ...] = ()
+    student_tokens: Mapping[str, int] | None = None  # per side
+    teacher_tokens: Mapping[str, int] | None = None
 
 
-def weights_of(losses: Mapping[str, float] | tuple[str, ...], where: str) -> dict[str, float]:
-    """Check the names in a recipe and fill in the published weights for a plain list of names."""
-    terms = _terms()
-    for name in losses:
-        if name not in terms:
-            raise RecipeError(f"{where}: there is no loss '{name}'.{nearest(name, terms)}")
-    if isinstance(losses, Mapping):
-        return {name: float(weight) for name, weight in losses.items()}
-    return {name: terms[name].weight for name in losses}
+class Loss(nn.Module):
+    """One term: a scalar from a batch. What it learns itself (projections, scales) are its parameters."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Of: pairs (both towers' embeddings), teacher, space (embeddings are compared with the teacher's, projected where
+    widths differ), width (the teacher's must be the student's), keys (both of the teacher's towers), momentum, tokens,
+    masked, labels."""
+
+    class Settings(Section):
+        """What a recipe may set; `weight` is the published one."""
+
+        weight: float = 1.0
+
+    def __init__(self, settings: Settings, sizes: Sizes) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def hide(self, pixels: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+        """Return the pictures [B, 3, S, S] as a `masked` term wants them; `draw(*shape)` is uniform noise [B, *shape]."""
+        raise NotImplementedError
 
 
-def needs_teacher(weights: Mapping[str, float]) -> bool:
-    """Tell whether any term compares with a teacher."""
-    terms = _terms()
-    return any(terms[name].teacher for name in weights)
+def loss_type(name: str, where: str) -> type[Loss]:
+    """Return the class of a named term."""
+    if name not in TERMS:
+        raise RecipeError(f"{where}: there is no loss '{name}'.{nearest(name, TERMS)}")
+    module, cls = TERMS[name].split(".")
+    return getattr(importlib.import_module(f"clipress.compress.losses.{module}"), cls)
 
 
-def needs_momentum(weights: Mapping[str, float]) -> bool:
-    """Tell whether any term looks at a slow copy of the student."""
-    terms = _terms()
-    return any(terms[name].momentum for name in weights)
+def terms_from(losses: Mapping[str, Any] | tuple[str, ...], where: str) -> dict[str, Loss.Settings]:
+    """Check what a recipe says of losses and fill in published weights and settings."""
+    asked = losses.items() if isinstance(losses, Mapping) else ((name, {}) for name in losses)
+    terms = {}
+    for name, value in asked:
+        settings = loss_type(name, where).Settings
+        if isinstance(value, settings):
+            terms[name] = value
+        else:
+            given = {"weight": value} if isinstance(value, float | int) else value
+            terms[name] = checked(settings, given, f"{where}.{name}")
+    return terms
 
 
-def compute(weights: Mapping[str, float], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted sum and each weighted term."""
-    terms = _terms()
-    parts = {name: weight * terms[name].compute(batch) for name, weight in weights.items()}
-    return torch.stack(list(parts.values())).sum(), parts
+def needs_of(terms: Mapping[str, Loss.Settings]) -> frozenset[str]:
+    """Return everything the terms need."""
+    return frozenset().union(*(loss_type(name, "losses").needs for name in terms))
+
+
+class Objective(nn.Module):
+    """The weighted terms of a stage, with what they learn and the projections into the teacher's space.
+
+    Everything learnable starts the same on every process, from `seed`.
+    """
+
+    def __init__(self, terms: Mapping[str, Loss.Settings], sizes: Sizes, seed: int = 0) -> None:
+        super().__init__()
+        self.terms, self.needs = dict(terms), needs_of(terms)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.losses = nn.ModuleDict(
+                {name: loss_type(name, "losses")(settings, sizes) for name, settings in terms.items()}
+            )
+            # CLIP-KD: a linear map per tower, only where the widths differ
+            apart = "space" in self.needs and sizes.teachers and sizes.student != sizes.teachers[0]
+            maps = {side: nn.Linear(sizes.student, sizes.teachers[0]) for side in SIDES} if apart else {}
+            self.projections = nn.ModuleDict(maps)
+
+    def hide(self, pixels: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+        """Return the pictures with patches hidden, for the one term that asks for it."""
+        return next(loss for loss in self.losses.values() if "masked" in loss.needs).hide(pixels, draw)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum and each weighted term."""
+        parts = {name: settings.weight * self.losses[name](batch) for name, settings in self.terms.items()}
+        return torch.stack(list(parts.values())).sum(), parts
+
+
+def compute(losses: Mapping[str, Any] | tuple[str, ...], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute terms that learn nothing on one batch."""
+    teachers = tuple(teacher.image.shape[1] for teacher in batch.teachers)
+    return Objective(terms_from(losses, "losses"), Sizes(batch.student.image.shape[1], teachers))(batch)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -6,10 +6,17 @@ L = MSE(v, V) + MSE(t, T), mean over pairs and dims; hence the published weight 
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipress.compress.losses import Batch
+from clipress.compress.losses import Batch, Loss
 
 
-def feature(batch: Batch) -> Tensor:
+class Feature(Loss):
     """Mean squared difference of unit embeddings, image plus text."""
-    own, wanted = batch.student, batch.teacher
-    return F.mse_loss(own.image, wanted.image) + F.mse_loss(own.text, wanted.text)
+
+    needs = frozenset({"teacher", "space"})
+
+    class Settings(Loss.Settings):
+        weight: float = 2000.0
+
+    def forward(self, batch: Batch) -> Tensor:
+        own, wanted = batch.matched, batch.teacher
+        return sum(F.mse_loss(getattr(own, side), getattr(wanted, side)) for side in batch.sides)

@@ -10,23 +10,27 @@ On the steps that move the masks only L_rel is taken, as in the published code.
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipress.compress.losses import Batch, soft_cross_entropy
+from clipress.compress.losses import Batch, Loss, soft_cross_entropy
 
 
-def upop_kd(batch: Batch) -> Tensor:
+class UpopKd(Loss):
     """Follow a frozen copy of the uncut model in ranking, features and similarities."""
-    own, slow, wanted = batch.student, batch.momentum, batch.teacher
-    ranking = copying = 0.0
-    for query, slow_query, keys, teacher_query, teacher_keys in (
-        (own.image, slow.image, slow.all_text, wanted.image, slow.teacher_text),
-        (own.text, slow.text, slow.all_image, wanted.text, slow.teacher_image),
-    ):
-        logits, truth = own.scale * query @ keys.T, wanted.scale * teacher_query @ teacher_keys.T
-        opinion = (own.scale.detach() * slow_query @ keys.T).softmax(-1)
-        targets = slow.share * opinion + (1 - slow.share) * truth.softmax(-1)
-        ranking = ranking + soft_cross_entropy(logits, targets)
+
+    needs = frozenset({"pairs", "teacher", "width", "momentum"})
+
+    def forward(self, batch: Batch) -> Tensor:
+        own, slow, wanted = batch.student, batch.momentum, batch.teacher
+        ranking = copying = 0.0
+        for query, slow_query, keys, teacher_query, teacher_keys in (
+            (own.image, slow.image, slow.all_text, wanted.image, slow.teacher_text),
+            (own.text, slow.text, slow.all_image, wanted.text, slow.teacher_image),
+        ):
+            logits, truth = own.scale * query @ keys.T, wanted.scale * teacher_query @ teacher_keys.T
+            opinion = (own.scale.detach() * slow_query @ keys.T).softmax(-1)
+            targets = slow.share * opinion + (1 - slow.share) * truth.softmax(-1)
+            ranking = ranking + soft_cross_entropy(logits, targets)
+            if not batch.masks_move:
+                copying = copying + F.mse_loss(logits, truth)
         if not batch.masks_move:
-            copying = copying + F.mse_loss(logits, truth)
-    if not batch.masks_move:
-        copying = copying + F.mse_loss(own.image, wanted.image) + F.mse_loss(own.text, wanted.text)
-    return (ranking + copying) / 2
+            copying = copying + F.mse_loss(own.image, wanted.image) + F.mse_loss(own.text, wanted.text)
+        return (ranking + copying) / 2

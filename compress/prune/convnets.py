@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clipress.compress.prune.budget import Limit
-from clipress.compress.train import Hook
+from clipress.compress.train import Hook, whole
 from clipress.errors import ClipressError, RecipeError
 from clipress.models import anatomy
 from clipress.models.convnets import is_depthwise, layers
@@ -201,11 +201,7 @@ def _gate_gradient(conv: nn.Conv2d) -> Tensor:
     """Sum weight * gradient per input channel, float64 [in]."""
     if conv.weight.grad is None:
         return torch.zeros(conv.in_channels, dtype=torch.float64, device=conv.weight.device)
-    return (_whole(conv.weight).double() * _whole(conv.weight.grad).double()).sum((0, 2, 3))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP2 keeps shards
+    return (whole(conv.weight).double() * whole(conv.weight.grad).double()).sum((0, 2, 3))
 
 
 def _magnitude(site: Channels, found: dict[str, nn.Module]) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from clipress.compress.losses import weights_of
+from clipress.compress.losses import Losses, terms_from
 from clipress.compress.prune.budget import Align, Budget, Floor, cost_curves, keep_masks, read_costs, stride
 from clipress.compress.prune.convnets import ConvPruning
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
@@ -57,9 +57,9 @@ class Prune(Training):
     budget: Budget
     sites: Sites = Sites()
     criterion: Literal["fisher", "taylor", "gauss-newton", "upop", "magnitude", "random"] = "fisher"
-    losses: dict[str, float] | tuple[str, ...] = ("contrastive",)
+    losses: Losses = ("contrastive",)
     """The task loss; scores come from its gradient and the guide's."""
-    guide: dict[str, float] | tuple[str, ...] = ()
+    guide: Losses = ()
     """Distillation losses during the search."""
     schedule: Literal["sine", "cubic", "one-shot"] = "cubic"
     interval: int = Field(10, ge=1)
@@ -72,8 +72,8 @@ class Prune(Training):
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
-        weights_of(self.losses, "prune.losses")
-        weights_of(self.guide, "prune.guide")
+        terms_from(self.losses, "prune.losses")
+        terms_from(self.guide, "prune.guide")
         if self.criterion != "upop" and any(limit.unit == "upop" for _, limit in self.budget.limits()):
             raise RecipeError("prune.budget: 'upop' counts gates of criterion upop alone. Use params, macs or latency.")
 
@@ -128,9 +128,10 @@ class Search(Hook):
             self._probe(step, arrays)
         self.gates.clear()
 
-    def after_backward(self, step: int) -> None:
+    def after_part(self, step: int) -> None:
         if not self.criterion.probe:
             self.seen.add()
+            self.gates.clear()
 
     def _probe(self, step: int, arrays: Mapping[str, Tensor]) -> None:
         """Accumulate gradients of random projections of both embeddings; the weights' own gradients are not touched."""
@@ -195,7 +196,7 @@ class Search(Hook):
 
 def run(settings: Prune, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
     """Search and cut. The result computes what the masked model computed."""
-    weights = weights_of(settings.losses, "prune.losses") | weights_of(settings.guide, "prune.guide")
+    terms = terms_from(settings.losses, "prune.losses") | terms_from(settings.guide, "prune.guide")
     fabric = context.fabric
     clip.model.to(fabric.device)
     gates = Gates(clip.model, CRITERIA[settings.criterion].space, settings.sites.model_dump())
@@ -211,7 +212,7 @@ def run(settings: Prune, clip: Clip, context: Context) -> tuple[Clip, dict[str, 
     hooks: list[Hook] = [hook for hook in (search, channels) if hook is not None]
     if not hooks:
         raise RecipeError("prune: 'sites' leaves nothing that may be cut.")
-    details = train(clip, settings, weights, context, hooks)
+    details = train(clip, settings, terms, context, hooks)
     if search is not None:
         _refuse_unfinished(search, details)
         details |= {"mask_updates": search.updates, "samples_left_out": search.seen.left_out}

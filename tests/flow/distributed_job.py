@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from clipress.compress.losses import _terms
+from clipress.compress.losses import TERMS
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates
 from clipress.compress.train import Context, Hook, Runtime, Training, start_fabric, train
@@ -36,12 +36,12 @@ class Look(Hook):
         seen["scores"] = [fabric.all_reduce(s, reduce_op="sum") if several else s for s in sums.sums]
 
 
-weights = dict.fromkeys(_terms(), 1.0)
+weights = dict.fromkeys(TERMS, 1.0)
 record = train(
     student,
     Training(steps=1, batch_size=16, lr=1e-3, clip=1e9),
     weights,
-    Context(fabric, data, 0, teacher, title="job"),
+    Context(fabric, data, 0, (teacher,), title="job"),
     [Look()],
 )
 if fabric.is_global_zero:

@@ -1,20 +1,18 @@
 """Every loss against a slow double-precision reference, gradients included."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from clipress.compress.losses import (
+    TERMS,
     Batch,
     Features,
     Momentum,
-    _terms,
     compute,
-    needs_momentum,
-    needs_teacher,
-    weights_of,
+    needs_of,
+    terms_from,
 )
 from clipress.errors import RecipeError
 
@@ -114,11 +112,11 @@ def slow(name, s, t, aims):
     return total
 
 
-@pytest.mark.parametrize("name", _terms())
+@pytest.mark.parametrize("name", TERMS)
 def test_a_loss_and_its_gradient_equal_the_slow_reference(name):
     found_from, wanted_from, teacher = features(0, True), features(0, True), features(1)
     aims = targets()
-    found, parts = compute({name: 2.0}, Batch(found_from, teacher, aims, momentum()))
+    found, parts = compute({name: 2.0}, Batch(found_from, (teacher,), aims, momentum()))
     wanted = 2.0 * slow(name, wanted_from, teacher, aims)
     assert found.item() == pytest.approx(float(wanted.detach()), rel=1e-12) and set(parts) == {name}
     found.backward()
@@ -129,8 +127,8 @@ def test_a_loss_and_its_gradient_equal_the_slow_reference(name):
 
 def test_guided_upop_only_ranks_on_the_steps_that_move_the_masks():
     student, teacher, slow_copy = features(0), features(1), momentum()
-    _, still = compute({"upop-kd": 1.0}, Batch(student, teacher, targets(), slow_copy))
-    _, moving = compute({"upop-kd": 1.0}, Batch(student, teacher, targets(), slow_copy, masks_move=True))
+    _, still = compute({"upop-kd": 1.0}, Batch(student, (teacher,), targets(), slow_copy))
+    _, moving = compute({"upop-kd": 1.0}, Batch(student, (teacher,), targets(), slow_copy, masks_move=True))
     copied = 0.0
     for query, asked, known, keys in (
         (student.image, teacher.image, slow_copy.teacher_text, slow_copy.all_text),
@@ -142,22 +140,24 @@ def test_guided_upop_only_ranks_on_the_steps_that_move_the_masks():
 
 
 def test_absent_terms_are_not_computed(monkeypatch):
-    from clipress.compress import losses
+    from clipress.compress.losses.feature import Feature
 
-    def never(batch):
+    def never(self, batch):
         raise AssertionError("computed though absent")
 
-    terms = losses._terms()
-    terms["feature"] = replace(terms["feature"], compute=never)
-    monkeypatch.setattr(losses, "_terms", lambda: terms)
-    compute({"contrastive": 1.0}, Batch(features(0), None, targets()))
+    monkeypatch.setattr(Feature, "forward", never)
+    compute({"contrastive": 1.0}, Batch(features(0), (), targets()))
     with pytest.raises(AssertionError, match="though absent"):
-        compute({"feature": 1.0}, Batch(features(0), features(1), targets()))
+        compute({"feature": 1.0}, Batch(features(0), (features(1),), targets()))
 
 
 def test_names_without_weights_get_the_published_ones():
-    assert weights_of(("contrastive", "feature"), "x") == {"contrastive": 1.0, "feature": 2000.0}
-    assert needs_teacher({"feature": 1.0}) and not needs_teacher({"contrastive": 1.0, "ita": 1.0})
-    assert needs_momentum({"ita": 1.0}) and not needs_momentum({"contrastive": 1.0, "feature": 1.0})
+    terms = terms_from(("contrastive", "feature"), "x")
+    assert {name: settings.weight for name, settings in terms.items()} == {"contrastive": 1.0, "feature": 2000.0}
+    assert terms_from({"feature": 3}, "x")["feature"].weight == 3.0
+    assert "teacher" in needs_of(terms) and "teacher" not in needs_of(terms_from(("contrastive", "ita"), "x"))
+    assert "momentum" in needs_of(terms_from(("ita",), "x"))
     with pytest.raises(RecipeError, match="Did you mean 'affinity'"):
-        weights_of(("afinity",), "x")
+        terms_from(("afinity",), "x")
+    with pytest.raises(RecipeError, match=r"unknown key 'wieght'\. Did you mean 'weight'"):
+        terms_from({"feature": {"wieght": 1}}, "x")

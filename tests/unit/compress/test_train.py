@@ -1,6 +1,7 @@
 """The loop: schedule, decay, non-finite steps."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,27 +121,99 @@ def test_a_loss_that_needs_a_teacher_says_so(context):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
-    [({"embed_dim": 16}, "32 dims, the student's 16"), ({"image_size": 64}, "share their preprocessing")],
+    ("change", "loss", "told"),
+    [
+        ({"embed_dim": 16}, "upop-kd", "32 dims, the student's 16"),
+        ({"image_size": 64}, "feature", "share their preprocessing"),
+    ],
 )
-def test_a_teacher_that_does_not_fit_the_student_is_told(context, change, told):
-    from dataclasses import replace
-
+def test_a_teacher_that_does_not_fit_the_student_is_told(context, change, loss, told):
     student, teacher = (new_clip(tiny_architecture(layers=1, **own), 0) for own in (change, {}))
     with pytest.raises(RecipeError, match=told):
-        train(student, Training(steps=1), {"feature": 1.0}, replace(context, teacher=teacher))
+        train(student, Training(steps=1), {loss: 1.0}, replace(context, teachers=(teacher,)))
 
 
 def test_the_teacher_is_not_trained(fabric, context):
-    from dataclasses import replace
-
     student, teacher = new_clip(tiny_architecture(layers=1), 0), new_clip(tiny_architecture(layers=1), 1)
     before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
     train(
         student,
         Training(steps=2, batch_size=8, lr=1e-2),
         {"feature": 1.0, "affinity": 1.0},
-        replace(context, teacher=teacher),
+        replace(context, teachers=(teacher,)),
     )
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.model.state_dict().items())
     assert all(p.grad is None for p in teacher.model.parameters())
+
+
+def student_and_teacher(**own):
+    return new_clip(tiny_architecture(layers=1, **own), 0), new_clip(tiny_architecture(layers=1), 1)
+
+
+class Gradients(Hook):
+    """Keep the gradients of a step, and how often parts of it came by."""
+
+    def __init__(self, model):
+        self.model, self.parts, self.seen = model, 0, {}
+
+    def after_part(self, step):
+        self.parts += 1
+
+    def after_backward(self, step):
+        self.seen = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("change", [{"accumulate": 4}, {"checkpointing": True}, {"local_loss": False}])
+def test_how_a_step_is_worked_through_does_not_change_its_gradient(context, change):
+    seen, last = [], []
+    for runtime in (Runtime(), Runtime(**change)):
+        student, teacher = student_and_teacher(embed_dim=16)
+        look = Gradients(student.model)
+        own = replace(context, teachers=(teacher,), runtime=runtime)
+        losses = {"contrastive": 1.0, "affinity": 1.0, "feature": 10.0, "ita": 1.0}
+        record = train(student, Training(steps=1, batch_size=16, clip=1e9), losses, own, [look])
+        seen.append(look.seen)
+        last.append(record["last"])
+        assert look.parts == change.get("accumulate", 1) or runtime == Runtime()
+    assert last[0] == pytest.approx(last[1], rel=1e-5)
+    assert seen[0].keys() == seen[1].keys() and len(seen[0]) > 20
+    for name, gradient in seen[0].items():
+        torch.testing.assert_close(seen[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_batch_norms_count_a_batch_once_however_many_parts_it_has():
+    from clipress.compress.train import _still_statistics
+
+    norm = torch.nn.BatchNorm1d(3)
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    with _still_statistics(norm):
+        norm(torch.randn(8, 3) + 5)
+    assert torch.equal(norm.running_mean, before[0]) and torch.equal(norm.running_var, before[1])
+    norm(torch.randn(8, 3) + 5)
+    assert not torch.equal(norm.running_mean, before[0])
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_frozen_tower_keeps_its_weights_and_is_not_run_for_nothing(context, tower):
+    student, teacher = student_and_teacher()
+    before = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
+    runs = []
+    other = {"image": student.model.transformer, "text": student.model.visual}[tower]
+    handle = other.register_forward_hook(lambda *_: runs.append(1))
+    config = Training(steps=2, batch_size=8, lr=1e-2, towers=tower)
+    train(student, config, {"feature": 1.0}, replace(context, teachers=(teacher,)))
+    handle.remove()
+    moved = {name for name, tensor in student.model.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert runs == [] and moved
+    assert {name.startswith("visual.") for name in moved} == {tower == "image"}
+    assert all(parameter.requires_grad for parameter in student.model.parameters())
+
+
+def test_widths_that_differ_are_bridged_by_maps_that_learn_and_stay_out_of_the_student(context):
+    student, teacher = student_and_teacher(embed_dim=16)
+    names = set(student.model.state_dict())
+    record = train(
+        student, Training(steps=30, batch_size=16, lr=5e-3), {"feature": 100.0}, replace(context, teachers=(teacher,))
+    )
+    log = rows(context)
+    assert record["last"]["feature"] < 0.5 * log[0]["feature"] and set(student.model.state_dict()) == names
