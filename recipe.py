@@ -34,8 +34,8 @@ class Recipe(Section):
     """Names the run folder."""
     seed: int = 0
     """Decides initial weights, order of the data and augmentation."""
-    teacher: dict[str, Any] | None = None
-    """Where the teacher comes from: models.load.TeacherSpec."""
+    teacher: dict[str, Any] | list[dict[str, Any]] | None = None
+    """Where the teacher comes from: models.load.TeacherSpec. Of several, the first is the one students start from."""
     student: dict[str, Any] | None = None
     """An open_clip model config to start from; absent: the student starts as a copy of the teacher."""
     data: dict[str, Any]
@@ -89,10 +89,11 @@ def read_recipe(path: str | Path, sets: Iterable[str] = ()) -> Recipe:
     raw = _mapping_from(path)
     for override in sets:
         _override(raw, override)
-    teacher = raw.get("teacher")
-    if isinstance(teacher, dict) and isinstance(teacher.get("recipe"), str):
-        inner = path.parent / teacher["recipe"]
-        teacher["recipe"] = _mapping_from(inner)
+    teachers = raw.get("teacher")
+    for teacher in teachers if isinstance(teachers, list) else [teachers]:
+        if isinstance(teacher, dict) and isinstance(teacher.get("recipe"), str):
+            inner = path.parent / teacher["recipe"]
+            teacher["recipe"] = _mapping_from(inner)
     return checked(Recipe, raw, "")
 
 

@@ -43,27 +43,29 @@ class Plan:
     recipe: Recipe
     data: DataSpec
     runtime: Runtime
-    teacher: TeacherSpec | None
+    teachers: tuple[TeacherSpec, ...]
     stages: tuple[Stage, ...]
 
     @property
     def artifacts(self) -> list[str]:
         """Names of the artefacts the run leaves, in order."""
-        return (["teacher"] if self.teacher else []) + [stage.name for stage in self.stages]
+        return (["teacher"] if self.teachers else []) + [stage.name for stage in self.stages]
 
 
 def plan_from(recipe: Recipe) -> Plan:
     """Check everything that compressing needs, before anything is done."""
-    teacher = checked(TeacherSpec, recipe.teacher, "teacher") if recipe.teacher is not None else None
+    asked = recipe.teacher if isinstance(recipe.teacher, list) else [recipe.teacher]
+    teachers = tuple(checked(TeacherSpec, one, "teacher") for one in asked if one is not None)
     stages = tuple(stages_from(recipe.stages))
-    if teacher is None and recipe.student is None:
+    if not teachers and recipe.student is None:
         raise RecipeError("Either 'teacher' or 'student' is asked for, found neither: there is no model to start from.")
-    if teacher and any(stage.name == "teacher" for stage in stages):
+    if teachers and any(stage.name == "teacher" for stage in stages):
         raise RecipeError("stages: 'teacher' is the name of the teacher's artefact; call the stage something else.")
-    if teacher and teacher.recipe is not None:
-        plan_from(checked(Recipe, teacher.recipe, "teacher.recipe"))
+    for teacher in teachers:
+        if teacher.recipe is not None:
+            plan_from(checked(Recipe, teacher.recipe, "teacher.recipe"))
     data = checked(DataSpec, recipe.data, "data")
-    return Plan(recipe, data, checked(Runtime, recipe.runtime, "runtime"), teacher, stages)
+    return Plan(recipe, data, checked(Runtime, recipe.runtime, "runtime"), teachers, stages)
 
 
 def claim(run: Path, recipe: Recipe) -> None:
@@ -96,17 +98,20 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
     context = Context(fabric, plan.data, recipe.seed, runtime=plan.runtime)
     data = fingerprint(plan.data.train)
     folders: list[Path] = []
-    teacher, lineage = None, ()
-    if plan.teacher:
-        teacher, lineage = _teacher(plan, run / "teacher", context, say)
+    brought = [_bring(spec, say) for spec in plan.teachers]
+    teachers = tuple(teacher.clip for teacher in brought)
+    lineage: tuple[dict[str, Any], ...] = ()
+    if brought:
         folders.append(run / "teacher")
-    teacher_hash = lineage[-1]["hash"] if lineage else "none"
-    clip = new_clip(recipe.student, recipe.seed) if recipe.student is not None else teacher.copy()
+        lineage = brought[0].lineage
+        _keep(brought[0], folders[0], plan, context, say)
+    taught_by = "+".join(teacher.lineage[-1]["hash"] for teacher in brought) or "none"
+    clip = new_clip(recipe.student, recipe.seed) if recipe.student is not None else teachers[0].copy()
     if recipe.student is not None:
         lineage = ({"stage": "start", "hash": digest("start", recipe.student, recipe.seed)},)
     for number, stage in enumerate(plan.stages):
         folder = run / stage.name
-        record = _record(stage, recipe.seed, data, lineage, teacher_hash)
+        record = _record(stage, recipe.seed, data, lineage, taught_by)
         done = _finished(folder, record["hash"])
         if done:
             say(f"{stage.name}: already there, its inputs have not changed ({folder})")
@@ -117,7 +122,7 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
             own = replace(
                 context,
                 seed=recipe.seed * 1000 + number,
-                teachers=(teacher,) if teacher else (),
+                teachers=teachers,
                 log=run / "logs" / f"{stage.name}.jsonl",
                 title=stage.name,
             )
@@ -217,31 +222,42 @@ def _write(clip: Clip, lineage: tuple[dict[str, Any], ...], metrics: dict[str, A
     say(f"{folder.name}: {total:,} parameters, {in_blocks:,} of them in blocks -> {folder}")
 
 
-def _teacher(plan: Plan, folder: Path, context: Context, say: Say) -> tuple[Clip, tuple[dict[str, Any], ...]]:
-    """Bring the teacher in, and leave a copy of it in the run folder."""
-    spec = plan.teacher
-    if spec.recipe is not None:
-        inner = checked(Recipe, spec.recipe, "teacher.recipe")
-        home = cache_folder() / "teachers" / f"{inner.name}-{digest(inner.model_dump(), versions())}"
-        say(f"teacher: from recipe '{inner.name}', kept in {home}")
-        source: Artifact | Path = compress(inner, home, say)[-1]
-    elif spec.artifact is not None:
-        source = spec.artifact
-    else:
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher that was brought in: the model, what made it, and what it was measured at if it was."""
+
+    clip: Clip
+    lineage: tuple[dict[str, Any], ...]
+    metrics: dict[str, Any] | None
+
+
+def _bring(spec: TeacherSpec, say: Say) -> Teacher:
+    """Load a teacher, or make it by its recipe."""
+    if spec.model is not None:
         clip = clip_from_open_clip(spec.model, spec.checkpoint)
         weights = digest(
             *(f"{name} {tensor.double().sum().item()!r}" for name, tensor in clip.model.state_dict().items())
         )
-        lineage = ({"stage": "teacher", "model": spec.model, "checkpoint": spec.checkpoint, "hash": weights},)
-        if not _finished(folder, weights):
-            _leave(clip, lineage, folder, plan, context, say)
-        return clip, lineage
+        known = {"stage": "teacher", "model": spec.model, "checkpoint": spec.checkpoint, "hash": weights}
+        return Teacher(clip, (known,), None)
+    source: Artifact | Path = spec.artifact
+    if spec.recipe is not None:
+        inner = checked(Recipe, spec.recipe, "teacher.recipe")
+        home = cache_folder() / "teachers" / f"{inner.name}-{digest(inner.model_dump(), versions())}"
+        say(f"teacher: from recipe '{inner.name}', kept in {home}")
+        source = compress(inner, home, say)[-1]
     artifact = load_artifact(source)
-    clip = clip_from_artifact(artifact)
-    if context.fabric.is_global_zero and not _finished(folder, artifact.hash):
-        _write(clip, artifact.lineage, artifact.metrics, folder, say)
+    return Teacher(clip_from_artifact(artifact), artifact.lineage, artifact.metrics)
+
+
+def _keep(teacher: Teacher, folder: Path, plan: Plan, context: Context, say: Say) -> None:
+    """Leave a copy of the teacher in the run folder."""
+    if not _finished(folder, teacher.lineage[-1]["hash"]):
+        if teacher.metrics is None:
+            _leave(teacher.clip, teacher.lineage, folder, plan, context, say)
+        elif context.fabric.is_global_zero:
+            _write(teacher.clip, teacher.lineage, teacher.metrics, folder, say)
     context.fabric.barrier()
-    return clip, artifact.lineage
 
 
 def cache_folder() -> Path:
