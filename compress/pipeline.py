@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -118,12 +119,14 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
             clip, lineage = clip_from_artifact(done), done.lineage
         else:
             say(f"{stage.name}: {stage.kind} {_settings(stage)}")
+            checkpoints = run / "checkpoints" / f"{stage.name}-{record['hash']}"
             began = time.perf_counter()
             own = replace(
                 context,
                 seed=recipe.seed * 1000 + number,
                 teachers=teachers,
                 log=run / "logs" / f"{stage.name}.jsonl",
+                checkpoints=checkpoints,
                 title=stage.name,
             )
             clip, details = stage.run(clip, own)
@@ -131,6 +134,8 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
             record |= {"details": details, "seconds": seconds, "peak_memory_mb": peak_memory_mb()}
             lineage = (*lineage, record)
             _leave(clip, lineage, folder, plan, context, say)
+            if fabric.is_global_zero:
+                shutil.rmtree(checkpoints.parent, ignore_errors=True)
         folders.append(folder)
     return folders
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
 from clipress.compress.losses import (
     SIDES,
     Batch,
@@ -61,6 +62,8 @@ class Runtime(Section):
     """Parts a batch is worked through in; the losses still see the whole batch, so the step is the same one."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint: int = Field(200, ge=0)
+    """Steps between checkpoints, from which a stopped stage is continued; 0 writes none, and so does fsdp2."""
     local_loss: bool = True
     """Each process scores its own rows against all; else every process scores all. The gradient is the same."""
 
@@ -105,6 +108,8 @@ class Context:
     runtime: Runtime = field(default_factory=Runtime)
     log: Path | None = None
     """JSON lines; None keeps none."""
+    checkpoints: Path | None = None
+    """Folder of this stage's checkpoints; None writes and reads none."""
     title: str = ""
 
     def sources(self) -> list[Any]:
@@ -131,6 +136,13 @@ class Hook:
     def after_update(self, step: int) -> None:
         """Called when the weights have moved."""
 
+    def state(self) -> dict[str, Any]:
+        """Return what the next step depends on, for a checkpoint."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+
 
 class HoldZeros(Hook):
     """Keep the zeros of the named weights: this is how 2:4 survives any later training."""
@@ -152,9 +164,12 @@ class Towers(nn.Module):
         super().__init__()
         self.model, self.frozen = model, tuple(frozen)
         self.tokens: dict[str, Tensor] = {}
-        for side in SIDES if tokens else ():
-            layer = anatomy.token_layer(model, side)
-            layer.register_forward_hook(lambda _, __, out, side=side: self.tokens.update({side: out}))
+        self.handles = [
+            anatomy.token_layer(model, side).register_forward_hook(
+                lambda _, __, out, side=side: self.tokens.update({side: out})
+            )
+            for side in (SIDES if tokens else ())
+        ]
 
     def forward(
         self, pixels: Tensor | None = None, ids: Tensor | None = None, hidden: Tensor | None = None
@@ -191,6 +206,13 @@ class MomentumTwin:
         self.towers = Towers(self.twin).to(self.fabric.device)
         self.rise = steps_of(config.model_copy(update={"steps": None, "epochs": 1.0}), context)  # steps of one pass
         self.past: dict[str, Tensor] = {}
+
+    def state(self) -> dict[str, Any]:
+        return {"twin": self.twin.state_dict(), "past": self.past}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.twin.load_state_dict(state["twin"])
+        self.past = {name: rows.to(self.fabric.device) for name, rows in state["past"].items()}
 
     @torch.no_grad()
     def step(self, batch: Batch, arrays: Mapping[str, Tensor], step: int) -> Momentum:
@@ -334,11 +356,19 @@ def train(
     learner = Learner(clip, config, terms, context)
     if clip.sparsity:  # only now are the weights where they stay, on a device or in shards
         hooks = [*hooks, HoldZeros(clip.model, clip.sparsity["weights"])]
-    bad_in_a_row = skipped = 0
-    record: dict[str, Any] = {}
-    began = time.perf_counter()
-    with _log_to(context.log, fabric) as log, _bar(steps, context.title, fabric) as bar:
-        for step, arrays in enumerate(batches(clip, config, context, steps)):
+    progress = _continued(learner, hooks, context) or {
+        "step": 0,
+        "bad_in_a_row": 0,
+        "skipped": 0,
+        "record": {},
+        "seconds": 0,
+    }
+    every = context.runtime.checkpoint if context.checkpoints and context.runtime.strategy != "fsdp2" else 0
+    start, bad_in_a_row, skipped = progress["step"], progress["bad_in_a_row"], progress["skipped"]
+    record: dict[str, Any] = progress["record"]
+    began = time.perf_counter() - progress["seconds"]
+    with _log_to(context.log, fabric, start) as log, _bar(steps, context.title, fabric, start) as bar:
+        for step, arrays in enumerate(batches(clip, config, context, steps, start), start):
             arrays = {name: tensor.to(fabric.device, non_blocking=True) for name, tensor in arrays.items()}
             rate = learning_rate(step, steps, config)
             for hook in hooks:
@@ -364,10 +394,31 @@ def train(
                     )
             learner.forget_gradients()
             bar.update()
-            log({"step": step, "lr": rate, "seconds": round(time.perf_counter() - began, 3), **record})
+            seconds = round(time.perf_counter() - began, 3)
+            log({"step": step, "lr": rate, "seconds": seconds, **record})
+            if every and (step + 1) % every == 0 and step + 1 < steps:
+                progress = {"step": step + 1, "bad_in_a_row": bad_in_a_row, "skipped": skipped, "record": record}
+                state = {"progress": progress | {"seconds": seconds}, "learner": learner.state()}
+                state["hooks"] = [hook.state() for hook in hooks]
+                save_checkpoint(context.checkpoints, step + 1, state, fabric.global_rank)
     learner.finish()
     seconds = round(time.perf_counter() - began, 2)
     return {"steps": steps, "seconds": seconds, "skipped_steps": skipped, "last": record}
+
+
+def _continued(learner: Learner, hooks: Sequence[Hook], context: Context) -> dict[str, Any] | None:
+    """Put everything back to the newest checkpoint that every process can read. Returns how far the training was."""
+    if context.checkpoints is None:
+        return None
+    fabric = context.fabric
+    for step in reversed(steps_saved(context.checkpoints, 0)):
+        state = load_checkpoint(context.checkpoints, step, fabric.global_rank)
+        if _everywhere(state is not None, fabric):
+            learner.load_state(state["learner"])
+            for hook, kept in zip(hooks, state["hooks"], strict=True):
+                hook.load_state(kept)
+            return state["progress"]
+    return None
 
 
 class Learner:
@@ -395,7 +446,8 @@ class Learner:
             clip.model.set_grad_checkpointing(True)
         # the slow copy is whole on each process
         self.twin = MomentumTwin(clip.model, config, context) if "momentum" in needs else None
-        self.module = self.fabric.setup_module(Towers(clip.model, "tokens" in needs, frozen))
+        self.towers = Towers(clip.model, "tokens" in needs, frozen)
+        self.module = self.fabric.setup_module(self.towers)
         groups = parameter_groups(self.module, config.weight_decay)
         self.optimizer = self.fabric.setup_optimizers(
             torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
@@ -453,8 +505,40 @@ class Learner:
         self.optimizer.zero_grad()
         self.objective.zero_grad()
 
+    def state(self) -> dict[str, Any]:
+        """Return what the next step depends on."""
+        state = {
+            "student": self.clip.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "objective": self.objective.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        if self.own is not None:
+            state["own"] = self.own.state_dict()
+        if self.twin is not None:
+            state["twin"] = self.twin.state()
+        if torch.cuda.is_available():
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.clip.model.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.objective.load_state_dict(state["objective"])
+        if self.own is not None:
+            self.own.load_state_dict(state["own"])
+        if self.twin is not None:
+            self.twin.load_state(state["twin"])
+        torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda_rng"])
+
     def finish(self) -> None:
         """Leave the student as a plain model in evaluation mode, nothing frozen."""
+        for towers in (self.towers, *self.mentors):
+            for handle in towers.handles:
+                handle.remove()
         _gather_shards(self.clip.model)
         for parameter in self.held:
             parameter.requires_grad_(True)
@@ -654,19 +738,21 @@ def _clamp_scale(model: nn.Module) -> None:
 
 
 @contextmanager
-def _bar(steps: int, title: str, fabric: Fabric) -> Iterator[tqdm]:
+def _bar(steps: int, title: str, fabric: Fabric, start: int) -> Iterator[tqdm]:
     """A progress bar with an ETA; one line now and then where nobody watches."""
-    interval = 0.2 if sys.stderr.isatty() else 15.0
-    with tqdm(total=steps, desc=title, unit="step", mininterval=interval, disable=not fabric.is_global_zero) as bar:
+    shown = {"mininterval": 0.2 if sys.stderr.isatty() else 15.0, "disable": not fabric.is_global_zero}
+    with tqdm(total=steps, initial=start, desc=title, unit="step", **shown) as bar:
         yield bar
 
 
 @contextmanager
-def _log_to(path: Path | None, fabric: Fabric) -> Iterator[Any]:
-    """Open the machine-readable log of a stage: one JSON object per line."""
+def _log_to(path: Path | None, fabric: Fabric, start: int) -> Iterator[Any]:
+    """Open the machine-readable log of a stage, one JSON object per line; what `start` steps wrote is kept."""
     if path is None or not fabric.is_global_zero:
         yield lambda row: None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    kept = path.read_text(encoding="utf-8").splitlines(True) if start and path.is_file() else []
     with path.open("w", encoding="utf-8") as file:
+        file.writelines(line for line in kept if line.endswith("\n") and json.loads(line)["step"] < start)
         yield lambda row: print(json.dumps(row), file=file, flush=True)

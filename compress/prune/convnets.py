@@ -119,6 +119,12 @@ class ConvPruning(Hook):
                 "Raise the budget or lower 'floor' or 'align'."
             )
 
+    def state(self) -> dict[str, Any]:
+        return {"sums": self.sums}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.sums = [kept.to(total.device) for kept, total in zip(state["sums"], self.sums, strict=True)]
+
     def after_backward(self, step: int) -> None:
         self.add()
 

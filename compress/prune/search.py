@@ -146,6 +146,18 @@ class Search(Hook):
             copy.grad = gradient
         self.seen.add()
 
+    def state(self) -> dict[str, Any]:
+        masks = [site.mask for site in self.gates.sites]
+        return {"masks": masks, "sums": self.seen.sums, "left_out": self.seen.left_out, "updates": self.updates}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for site, mask in zip(self.gates.sites, state["masks"], strict=True):
+            site.mask = mask.to(site.mask)
+        self.seen.sums = [
+            total.to(site.mask.device) for total, site in zip(state["sums"], self.gates.sites, strict=True)
+        ]
+        self.seen.left_out, self.updates = state["left_out"], state["updates"]
+
     def moves(self, step: int) -> bool:
         due, last_due = self._due(step), self._due(step - 1) if step else 0.0
         if due == 1.0:  # once; again only if every step before was skipped

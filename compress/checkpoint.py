@@ -1,0 +1,63 @@
+"""Checkpoints of a training in progress: written whole, the last two kept, an unreadable one passed over.
+
+A file holds everything a step depends on, so a training that is continued ends bit for bit where an uninterrupted one
+does (on a CPU). Every process writes its own, since each has its own share of a search's scores.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipress.errors import ArtifactError
+
+log = logging.getLogger("clipress.checkpoint")
+KEPT = 2
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], rank: int = 0) -> None:
+    """Write the state after `step` steps: aside, flushed, then renamed into place."""
+    target = folder / f"rank{rank}-{step:08}.pt"
+    aside = target.with_suffix(".tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(target)
+        for _, old in _there(folder, rank)[:-KEPT]:
+            old.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise ArtifactError(
+            f"Checkpoint {target} could not be written: {error}. The one before it is whole; free some space and start "
+            "the same command again."
+        ) from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def steps_saved(folder: Path, rank: int = 0) -> list[int]:
+    """Return after how many steps there are checkpoints of this process, oldest first."""
+    return [step for step, _ in _there(folder, rank)]
+
+
+def load_checkpoint(folder: Path, step: int, rank: int = 0) -> dict[str, Any] | None:
+    """Read a checkpoint, tensors and plain values only; None, with a warning, when it cannot be read."""
+    path = folder / f"rank{rank}-{step:08}.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        log.warning("%s cannot be read (%s); the one before it is used.", path, str(error).splitlines()[0])
+        return None
+
+
+def _there(folder: Path, rank: int) -> list[tuple[int, Path]]:
+    found = [(re.fullmatch(rf"rank{rank}-(\d+)\.pt", path.name), path) for path in folder.glob(f"rank{rank}-*.pt")]
+    return sorted((int(match.group(1)), path) for match, path in found if match)

@@ -1,0 +1,127 @@
+"""A training that was stopped goes on from its last checkpoint and ends bit for bit where it would have ended."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
+from clipress.compress.prune.search import Prune
+from clipress.compress.prune.search import run as prune
+from clipress.compress.train import Context, Hook, Runtime, Training, start_fabric, train
+from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.data.transforms import Augment
+from clipress.errors import ArtifactError
+from clipress.models.load import new_clip
+from clipress.models.tiny import tiny_architecture
+
+LOSSES = {"contrastive": 1.0, "feature": 10.0, "ita": 1.0}  # a projection that learns, a slow copy, a queue
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAt(Hook):
+    def __init__(self, step):
+        self.step = step
+
+    def before(self, step, arrays):
+        if step == self.step:
+            raise Stopped
+
+
+@pytest.fixture(scope="module")
+def fabric():
+    return start_fabric(Runtime(accelerator="cpu"))
+
+
+def context(fabric, folder, every=2):
+    data = DataSpec(train=(SourceSpec(format="digits", limit=40),), augment=Augment(shift=2))
+    teacher = new_clip(tiny_architecture(layers=1), 1)
+    return Context(
+        fabric, data, 0, (teacher,), Runtime(checkpoint=every), folder / "log.jsonl", folder / "kept", title="t"
+    )
+
+
+def trained(own, hooks=()):
+    torch.manual_seed(0)
+    student = new_clip(tiny_architecture(layers=1, embed_dim=16), 0)
+    record = train(student, Training(steps=7, batch_size=8, lr=1e-3, queue=16), LOSSES, own, hooks)
+    return student.model.state_dict(), record["last"]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 6])
+def test_a_stopped_training_ends_where_an_uninterrupted_one_does(fabric, tmp_path, stop):
+    wanted, last = trained(context(fabric, tmp_path / "a"))
+    own = context(fabric, tmp_path / "b")
+    with pytest.raises(Stopped):
+        trained(own, [StopAt(stop)])
+    assert steps_saved(own.checkpoints) == [step for step in (2, 4, 6) if step <= stop][-2:]
+    found, again = trained(own, [StopAt(99)])
+    assert all(torch.equal(wanted[name], tensor) for name, tensor in found.items()) and again == last
+    assert len(own.log.read_text().splitlines()) == 7
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "upop"])
+def test_a_stopped_search_cuts_what_an_uninterrupted_one_cuts(fabric, tmp_path, monkeypatch, criterion):
+    settings = Prune(
+        budget={"params": 0.6}, criterion=criterion, steps=8, batch_size=8, interval=2, lr=1e-3,
+        align={"head_dim": 1, "ffn": 1}, floor={"head_dim": 0, "ffn": 0.1},
+    )  # fmt: skip
+
+    def cut(own):
+        clip, details = prune(settings, new_clip(tiny_architecture(layers=1), 0), own)
+        return clip.model.state_dict(), details["shapes"]
+
+    wanted, shapes = cut(context(fabric, tmp_path / "a", every=3))
+    own = context(fabric, tmp_path / "b", every=3)
+    from clipress.compress.prune.search import Search
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        before = Search.before
+        patch.setattr(
+            Search, "before", lambda self, step, arrays: StopAt(5).before(step, arrays) or before(self, step, arrays)
+        )
+        cut(own)
+    assert steps_saved(own.checkpoints) == [3]
+    found, again = cut(own)
+    assert again == shapes and all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(fabric, tmp_path, caplog):
+    wanted, _ = trained(context(fabric, tmp_path / "a"))
+    own = context(fabric, tmp_path / "b")
+    with pytest.raises(Stopped):
+        trained(own, [StopAt(6)])
+    newest = own.checkpoints / "rank0-00000006.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    found, _ = trained(own, [StopAt(99)])
+    assert "cannot be read" in caplog.text and all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("owned",))
+
+    (tmp_path / "rank0-00000001.pt").write_bytes(pickle.dumps(Evil()))
+    assert load_checkpoint(tmp_path, 1) is None
+
+
+def test_only_the_last_two_are_kept_and_a_place_that_cannot_be_written_is_told(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path / "kept", step, {"x": torch.zeros(2)})
+    assert steps_saved(tmp_path / "kept") == [2, 3]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="could not be written"):
+        save_checkpoint(tmp_path / "file" / "kept", 1, {})
+
+
+def test_no_checkpoints_where_none_are_asked_for(fabric, tmp_path):
+    own = context(fabric, tmp_path, every=0)
+    trained(own)
+    assert not own.checkpoints.exists()
+    trained(replace(own, checkpoints=None))
