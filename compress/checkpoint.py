@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], rank: int = 
             "the same command again."
         ) from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def steps_saved(folder: Path, rank: int = 0) -> list[int]:
