@@ -439,7 +439,7 @@ def _bench(run: Path, plan: Plan, stages: list[str]) -> None:
 
     settings = checked(BenchSettings, plan.recipe.bench, "bench")
     artifacts, exports = [run / s for s in stages], [run / "export" / s for s in stages]
-    results = bench(artifacts, exports, _test_sets(plan), settings, plan.recipe.name)
+    results = bench(artifacts, exports, _test_sets(plan), settings, plan.recipe.name, run / "bench" / "items")
     written = write_results(results, run / "bench")
     page = write_report(results, run / "bench")
     click.echo(table(results))
