@@ -16,6 +16,7 @@ from clipress.errors import ArtifactError, ClipressError, RecipeError, nearest
 if TYPE_CHECKING:
     from clipress.compress.pipeline import Plan
     from clipress.data.evalsets import EvalSet
+    from clipress.metrics.outcomes import Outcomes
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -204,19 +205,66 @@ def predict(
 @RUN_ARGUMENT
 @STAGE_OPTION
 @click.option("--split", type=click.Choice(["val", "test"]), default="test", show_default=True)
-def evaluate_(run: Path, stage: str | None, split: str) -> None:
-    """Print an artefact's accuracy in torch, without exporting it."""
-    from clipress.data.evalsets import evalsets
-    from clipress.metrics.evaluate import evaluate
-    from clipress.models.load import clip_from_artifact
+@click.option("--compare", metavar="STAGE", help="Another artefact: print the difference to it, item by item.")
+@click.option("--linear-probe", is_flag=True, help="Also fit a linear classifier to image embeddings of training data.")
+@click.option("--json", "out", type=FILE, help="Write the figures to a file too.")
+def evaluate_(
+    run: Path, stage: str | None, split: str, compare: str | None, linear_probe: bool, out: Path | None
+) -> None:
+    """Print an artefact's accuracy in torch, without exporting it.
+
+    Each figure has its standard error. A difference has the 95 % interval of a paired bootstrap: both artefacts answer
+    the same items.
+    """
+    from clipress.data.evalsets import evalsets, probe_sets
+    from clipress.data.pairs import fingerprint
+    from clipress.metrics.outcomes import paired_difference, percent, standard_error
 
     plan = _plan_of(run)
-    sets = evalsets(getattr(plan.data, split))
-    if not sets:
+    specs = getattr(plan.data, split)
+    if not specs:
         raise RecipeError(f"The recipe of {run} names no '{split}' data to evaluate on.")
-    clip = clip_from_artifact(run / _chosen(plan, stage))
-    for key, value in evaluate(*clip.encoders(), sets, clip.preprocess, clip.tokenize()).items():
-        click.echo(f"{key:<24} {value:6.2f} %")
+    name, other = _chosen(plan, stage), _chosen(plan, compare, "--compare") if compare else None
+    sets, probes = evalsets(specs), probe_sets(specs, plan.data.train) if linear_probe else []
+    items = _items(run / name, sets, probes)
+    others = _items(run / other, sets, probes) if other else {}
+    if other:
+        click.echo(f"{name} minus {other}, with the 95 % interval of a paired bootstrap, on the right")
+    metrics: dict[str, dict[str, Any]] = {}
+    for key, outcomes in items.items():
+        value, error = percent(outcomes), standard_error(outcomes)
+        metrics[key] = {"percent": value, "se": error, "items": len(outcomes.values), "tied": outcomes.tied}
+        line = f"{key:<32} {value:6.2f} ± {error:4.2f} %"
+        if other:
+            found = paired_difference(outcomes, others[key])
+            metrics[key] |= {"difference": found.value, "interval": [found.low, found.high]}
+            line += f"   {found.value:+6.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+        click.echo(line)
+    if out:
+        import json
+
+        from clipress.artifact import write_text_whole
+
+        conditions = {"clipress": __version__, "backend": "torch", "split": split, "data": fingerprint(specs)}
+        content = {"schema_version": 1, "stage": name, "compare": other, "conditions": conditions, "metrics": metrics}
+        write_text_whole(out, json.dumps(content, indent=1) + "\n")
+        click.echo(f"Figures: {out}")
+
+
+def _items(artifact: Path, sets: list[EvalSet], probes: list[tuple[EvalSet, EvalSet]]) -> dict[str, Outcomes]:
+    """Evaluate an artefact in torch; on pairs of a training and a test set, by linear probe."""
+    from clipress.metrics.evaluate import encode_all, evaluate_items
+    from clipress.metrics.probe import linear_probe
+    from clipress.models.load import clip_from_artifact
+
+    clip = clip_from_artifact(artifact)
+    encode_image, encode_text = clip.encoders()
+    items = evaluate_items(encode_image, encode_text, sets, clip.preprocess, clip.tokenize())
+    for train, test in probes:
+        features = [encode_all(encode_image, part.pixel_batches(clip.preprocess)) for part in (train, test)]
+        found = linear_probe(features[0], train.labels(), features[1], test.labels())
+        items |= {f"{test.name}/{metric}": outcomes for metric, outcomes in found.items()}
+    return items
 
 
 @main.command("import")
@@ -367,9 +415,9 @@ def _plan_of(run: Path) -> Plan:
     return _checked(read_recipe(kept))
 
 
-def _chosen(plan: Plan, stage: str | None) -> str:
+def _chosen(plan: Plan, stage: str | None, option: str = "--stage") -> str:
     if stage is not None and stage not in plan.artifacts:
-        raise RecipeError(f"--stage {stage}: the run has no such artefact.{nearest(stage, plan.artifacts)}")
+        raise RecipeError(f"{option} {stage}: the run has no such artefact.{nearest(stage, plan.artifacts)}")
     return stage or plan.artifacts[-1]
 
 
@@ -414,7 +462,7 @@ def _bench(run: Path, plan: Plan, stages: list[str]) -> None:
 
     settings = checked(BenchSettings, plan.recipe.bench, "bench")
     artifacts, exports = [run / s for s in stages], [run / "export" / s for s in stages]
-    results = bench(artifacts, exports, _test_sets(plan), settings, plan.recipe.name)
+    results = bench(artifacts, exports, _test_sets(plan), settings, plan.recipe.name, run / "bench" / "items")
     written = write_results(results, run / "bench")
     page = write_report(results, run / "bench")
     click.echo(table(results))

@@ -281,7 +281,7 @@ def _accuracy_columns(rows: Rows) -> list[Column]:
 
 
 def _errors(rows: Rows, key: str) -> list[float | None]:
-    return [row.get("accuracy_stderr", {}).get(key) for row in rows]
+    return [row.get("accuracy_se", {}).get(key) for row in rows]
 
 
 # Terminal.

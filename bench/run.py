@@ -15,24 +15,33 @@ from tqdm import tqdm
 
 from clipress import __version__
 from clipress.artifact import read_header, write_text_whole
-from clipress.bench.accuracy import accuracy, standard_errors
+from clipress.bench.accuracy import accuracy, write_items
 from clipress.bench.cost import cost
 from clipress.bench.latency import measure_in_turns, summary
 from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
 from clipress.bench.settings import BenchSettings
 from clipress.data.evalsets import EvalSet
+from clipress.metrics.outcomes import percents, standard_errors
 
 SCHEMA_VERSION = 1
 
 
 def bench(
-    artifacts: Sequence[Path], exports: Sequence[Path], sets: Sequence[EvalSet], settings: BenchSettings, title: str
+    artifacts: Sequence[Path],
+    exports: Sequence[Path],
+    sets: Sequence[EvalSet],
+    settings: BenchSettings,
+    title: str,
+    items: Path,
 ) -> dict[str, Any]:
-    """Measure accuracy, cost and latency of exported artefacts, first one the reference. Returns results.json's content."""
+    """Measure accuracy, cost and latency of exported artefacts, first one the reference. Returns results.json's content.
+
+    What each model made of each item goes to `<items>/<stage>.npz`, so that models can be compared item by item.
+    """
     runners = {folder.name: OnnxRuntimeRunner(folder, settings.threads) for folder in exports}
-    rows = []
+    rows, outcomes = [], {}
     for artifact, runner in zip(tqdm(artifacts, desc="accuracy", unit="model"), runners.values(), strict=True):
-        found = accuracy(runner, sets)
+        found = outcomes[artifact.name] = accuracy(runner, sets)
         header = read_header(artifact)
         rows.append(
             {
@@ -41,13 +50,14 @@ def bench(
                 "precision": runner.exported.precision,
                 **cost(artifact),
                 "bytes": runner.exported.bytes,
-                "accuracy": {key: round(value, 3) for key, value in found.items()},
-                "accuracy_stderr": {key: round(value, 3) for key, value in standard_errors(found, sets).items()},
+                "accuracy": {key: round(value, 3) for key, value in percents(found).items()},
+                "accuracy_se": {key: round(value, 3) for key, value in standard_errors(found).items()},
                 "latency": [],
                 "parity": runner.exported.parity,
                 "lineage": header["lineage"],
             }
         )
+    write_items(outcomes, items)
     for row in rows:
         row["block_params_kept"] = round(row["block_params"] / rows[0]["block_params"], 4)
     _measure(rows, runners, settings)
@@ -90,7 +100,8 @@ def conditions(settings: BenchSettings, sets: Sequence[EvalSet], title: str) -> 
         "interleaved": True,
         "transfers": "none (CPU)",
         "data": {s.name: {"items": len(s.source), "fingerprint": s.source.fingerprint} for s in sets},
-        "protocol": "text_rK: text for an image, any own caption counts; image_rK: image for a text; ties count as wrong",
+        "protocol": "text_rK: text for an image, any own caption counts; image_rK: image for a text; ties count as wrong; "
+        "standard errors count an image and its captions as one",
     }
 
 

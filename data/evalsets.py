@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ import numpy as np
 
 from clipress.data.pairs import Classes, Source, SourceSpec, open_source
 from clipress.data.transforms import Preprocess, fitted, normalised
+from clipress.errors import DataError, nearest
+
+log = logging.getLogger("clipress.data")
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,8 @@ class EvalSet:
 
     source: Source
     classes: Classes | None
+    seen: frozenset[int] = frozenset()
+    """Classes that training saw, for generalised zero-shot."""
 
     @property
     def name(self) -> str:
@@ -47,4 +53,42 @@ class EvalSet:
 def evalsets(specs: Sequence[SourceSpec]) -> list[EvalSet]:
     """Open the evaluation sets of a recipe."""
     sources = [open_source(spec) for spec in specs]
-    return [EvalSet(source, getattr(source, "classes", None)) for source in sources]
+    return [
+        EvalSet(source, classes := getattr(source, "classes", None), _seen(spec, classes))
+        for spec, source in zip(specs, sources, strict=True)
+    ]
+
+
+def _seen(spec: SourceSpec, classes: Classes | None) -> frozenset[int]:
+    """Return the labels of the classes a recipe calls seen; a name that two classes share stands for both."""
+    names = classes.names if classes else ()
+    for name in spec.seen:
+        if name not in names:
+            hint = nearest(name, names) if names else " It has no classes."
+            raise DataError(f"data: '{spec.name or spec.format}' was asked for the seen class '{name}'.{hint}")
+    return frozenset(label for label, name in enumerate(names) if name in spec.seen)
+
+
+def probe_sets(tests: Sequence[SourceSpec], trains: Sequence[SourceSpec]) -> list[tuple[EvalSet, EvalSet]]:
+    """Return (training set, test set) of every evaluation set that a linear probe can be fitted for.
+
+    That is a training source of the same name, or else of the same format, with the same classes. A set without one is
+    left out with a warning; DataError when none is left.
+    """
+    pairs = []
+    for test_spec, test in zip(tests, evalsets(tests), strict=True):
+        if test.classes is None:
+            continue
+        alike = [spec for spec in trains if spec.format == test_spec.format]
+        alike.sort(key=lambda spec, name=test_spec.name: spec.name != name)
+        found = (train for train in evalsets(alike) if train.classes and train.classes.names == test.classes.names)
+        if train := next(found, None):
+            pairs.append((train, test))
+        else:
+            log.warning("%s: no linear probe; no training source has its format and its classes.", test.name)
+    if not pairs:
+        raise DataError(
+            "A linear probe was asked for; no evaluation set with classes has a training source of the same format and "
+            "classes. Name one under data.train."
+        )
+    return pairs

@@ -63,6 +63,8 @@ class SourceSpec(Section):
     """Used in results; default: the format."""
     limit: int | None = None
     """Use only the first so many images."""
+    seen: tuple[str, ...] = ()
+    """Of a set with classes: names of those that training saw. Accuracy is then also told for seen and unseen ones."""
 
 
 class DataSpec(Section):

@@ -1,4 +1,4 @@
-"""Retrieval recall on embeddings: any number of captions per image, ties counted against the model.
+"""Ranks of right answers, and retrieval recall: any number of captions per image, ties counted against the model.
 
 The protocol is CLIP_benchmark's and UPop's: all captions are used; an image's query is right when one of its own
 captions is among the first K. Names follow UPop: `text_r1` retrieves text for an image, `image_r1` an image for a text.
@@ -6,11 +6,29 @@ captions is among the first K. Names follow UPop: `text_r1` retrieves text for a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from clipress.errors import ArtifactError
+from clipress.errors import ArtifactError, DataError
+from clipress.metrics.outcomes import Outcomes
 
-CHUNK = 1024
+SCORES = 1 << 23  # held at a time: 32 MB
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank of the best right answer of each query, int64 [Q], 0 the best."""
+
+    pessimistic: np.ndarray
+    """Wrong answers of the same score come first. This is the one that counts."""
+    optimistic: np.ndarray
+    """Wrong answers of the same score come last."""
+
+    @property
+    def tied(self) -> int:
+        """Queries whose rank hangs on how ties are broken."""
+        return int((self.pessimistic != self.optimistic).sum())
 
 
 def finite(embeddings: np.ndarray, what: str) -> np.ndarray:
@@ -23,31 +41,68 @@ def finite(embeddings: np.ndarray, what: str) -> np.ndarray:
     return embeddings.astype(np.float32, copy=False)
 
 
-def pessimistic_ranks(queries: np.ndarray, gallery: np.ndarray, right: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Return the rank of the best right answer of each query, int64 [Q], counting equal wrong ones before it.
+def ranks(queries: np.ndarray, gallery: np.ndarray, right: np.ndarray, own: np.ndarray) -> Ranks:
+    """Rank the best right answer of each query by inner product, a block of queries at a time.
 
-    queries [Q, D], gallery [G, D]; query q and item g belong together when right[q] == own[g].
+    queries [Q, D], gallery [G, D], finite; query q and item g belong together when right[q] == own[g].
+    Raises DataError when a query has no right answer.
     """
-    ranks = np.empty(len(queries), np.int64)
-    for start in range(0, len(queries), CHUNK):
-        rows = slice(start, start + CHUNK)
+    order = np.argsort(own, kind="stable")
+    first, stop = (np.searchsorted(own[order], right, side) for side in ("left", "right"))
+    if (first == stop).any():
+        lacking = right[first == stop]
+        raise DataError(f"{len(lacking)} of {len(right)} queries have no right answer; the first is of {lacking[0]}.")
+    copies, originals = _copies(gallery)
+    pessimistic, optimistic = np.empty(len(queries), np.int64), np.empty(len(queries), np.int64)
+    step = max(1, SCORES // len(gallery))
+    for start in range(0, len(queries), step):
+        rows = slice(start, start + step)
         scores = queries[rows] @ gallery.T  # [q, G]
-        positive = right[rows, None] == own[None, :]
-        best = np.where(positive, scores, -np.inf).max(1, keepdims=True)
-        ranks[rows] = ((scores >= best) & ~positive).sum(1)
-    return ranks
+        # a matrix product may round equal columns differently: without this, a tie is decided by where it stands
+        scores[:, copies] = scores[:, originals]
+        counts = stop[rows] - first[rows]
+        ends = np.cumsum(counts)
+        query = np.repeat(np.arange(len(scores)), counts)
+        item = order[np.arange(ends[-1]) + np.repeat(first[rows] - (ends - counts), counts)]
+        of_own = scores[query, item]
+        best = np.maximum.reduceat(of_own, ends - counts)
+        own_best = np.bincount(query, of_own == best[query]).astype(np.int64)
+        pessimistic[rows] = np.count_nonzero(scores >= best[:, None], axis=1) - own_best
+        optimistic[rows] = np.count_nonzero(scores > best[:, None], axis=1)
+    return Ranks(pessimistic, optimistic)
 
 
-def recalls(
+def _copies(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of rows that an earlier row equals, and the place of the first such row."""
+    first: dict[bytes, int] = {}
+    originals = np.asarray([first.setdefault(row.tobytes(), place) for place, row in enumerate(rows)], np.int64)
+    copies = np.flatnonzero(originals != np.arange(len(rows)))
+    return copies, originals[copies]
+
+
+def retrieval(
     images: np.ndarray, texts: np.ndarray, owner: np.ndarray, ks: tuple[int, ...] = (1, 5, 10)
-) -> dict[str, float]:
-    """Return R@K in percent both ways.
+) -> dict[str, Outcomes]:
+    """Return R@K both ways, the mean of R@1 both ways, and rsum: the sum of all of them (VSE++'s habit).
 
-    images [N, D] and texts [M, D], L2-normalised; owner [M]: the image each text belongs to.
+    images [N, D] and texts [M, D], L2-normalised; owner [M]: the image each text belongs to. An image and all its
+    captions are one unit. Raises DataError for an image without a caption.
     """
     images, texts = finite(images, "image"), finite(texts, "text")
     index = np.arange(len(images))
-    to_text = pessimistic_ranks(images, texts, index, owner)
-    to_image = pessimistic_ranks(texts, images, owner, index)
-    result = {f"text_r{k}": 100.0 * float((to_text < k).mean()) for k in ks}
-    return result | {f"image_r{k}": 100.0 * float((to_image < k).mean()) for k in ks}
+    if len(owner) and not 0 <= owner.min() <= owner.max() < len(images):
+        raise DataError(
+            f"Captions of images {owner.min()} to {owner.max()} were given; there are {len(images)} images."
+        )
+    to_text, to_image = ranks(images, texts, index, owner), ranks(texts, images, owner, index)
+    found = {f"text_r{k}": Outcomes(to_text.pessimistic < k, units=index, tied=to_text.tied) for k in ks}
+    found |= {f"image_r{k}": Outcomes(to_image.pessimistic < k, units=owner, tied=to_image.tied) for k in ks}
+    both = [found[f"{way}_r{ks[0]}"] for way in ("text", "image")]
+    return found | {f"mean_r{ks[0]}": _together(both, "mean"), "rsum": _together(list(found.values()), "sum")}
+
+
+def _together(parts: list[Outcomes], combine: str) -> Outcomes:
+    """Make one figure of several: each part is a stratum."""
+    strata = np.repeat(np.arange(len(parts)), [len(part.values) for part in parts])
+    values, units = (np.concatenate([getattr(part, name) for part in parts]) for name in ("values", "units"))
+    return Outcomes(values, strata, units, combine, max(part.tied for part in parts))

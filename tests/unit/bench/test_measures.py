@@ -1,15 +1,9 @@
 """Latency figures are trtexec's; costs are what arithmetic says."""
 
-import math
-
-import numpy as np
 import pytest
 
-from clipress.bench.accuracy import standard_errors
 from clipress.bench.cost import macs
 from clipress.bench.latency import measure_in_turns, percentile, summary
-from clipress.data.evalsets import evalsets
-from clipress.data.pairs import SourceSpec
 from clipress.models.load import new_clip
 from clipress.models.tiny import tiny_architecture
 
@@ -49,12 +43,3 @@ def test_multiply_accumulates_are_what_arithmetic_says():
 
     image = patches * 3 * 8 * 8 * width + blocks(n) + width * embed
     assert macs(clip) == {"image": image, "text": blocks(length) + width * embed}
-
-
-def test_standard_errors_are_binomial():
-    sets = evalsets(
-        [SourceSpec(format="scenes", split="test", limit=20), SourceSpec(format="digits", split="test", limit=30)]
-    )
-    found = standard_errors({"scenes/text_r1": 25.0, "scenes/image_r10": 50.0, "digits/top1": 90.0}, sets)
-    wanted = [100 * math.sqrt(p * (1 - p) / n) for p, n in ((0.25, 20), (0.5, 100), (0.9, 30))]
-    assert np.allclose(list(found.values()), wanted)

@@ -33,7 +33,7 @@ def row(stage, precision, params, size, top1, text_r1, image_r1, medians):
         "macs": params * 3,
         "bytes": size,
         "accuracy": {"digits/top1": top1, "digits/top5": 100.0, "scenes/text_r1": text_r1, "scenes/image_r1": image_r1},
-        "accuracy_stderr": {"digits/top1": 0.5, "scenes/text_r1": 1.4},
+        "accuracy_se": {"digits/top1": 0.5, "scenes/text_r1": 1.4},
         "latency": [
             timing(tower, batch, median * share)
             for tower, share in (("text", 0.5), ("image", 1))
@@ -279,7 +279,7 @@ def test_a_name_that_looks_like_a_place_of_the_template_is_left_as_it_is(results
 
 def test_fields_that_may_be_absent_may_be_absent(results):
     for given in results["rows"]:
-        for name in ("accuracy_stderr", "lineage", "params_without_embeddings"):
+        for name in ("accuracy_se", "lineage", "params_without_embeddings"):
             del given[name]
     results["conditions"] = {}
     assert "The results hold no lineage." in report_page(results)

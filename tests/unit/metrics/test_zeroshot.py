@@ -1,0 +1,99 @@
+"""Zero-shot figures against scikit-learn on the same scores."""
+
+from statistics import harmonic_mean
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
+
+from clipress.errors import ArtifactError, DataError
+from clipress.metrics.outcomes import percents
+from clipress.metrics.zeroshot import class_embeddings, classification, unit
+
+
+def problem(classes=7, items=200, width=8, used=None):
+    rng = np.random.default_rng(0)
+    columns = unit(rng.standard_normal((classes, width))).astype(np.float32)
+    labels = rng.choice(used if used is not None else classes, items)
+    images = unit(columns[labels] + 0.6 * rng.standard_normal((items, width))).astype(np.float32)
+    return images, columns, labels
+
+
+def test_top_k_and_mean_per_class_recall_equal_scikit_learn():
+    images, classes, labels = problem()
+    found, scores = percents(classification(images, classes, labels)), images @ classes.T
+    for k in (1, 5):
+        assert found[f"top{k}"] == pytest.approx(100 * top_k_accuracy_score(labels, scores, k=k, labels=range(7)))
+    assert found["mean_per_class_recall"] == pytest.approx(100 * balanced_accuracy_score(labels, scores.argmax(1)))
+    assert found["mean_per_class_recall"] != pytest.approx(found["top1"])
+
+
+def test_labels_need_not_fill_the_classes_and_an_empty_class_has_no_part_in_the_mean():
+    images, classes, labels = problem(classes=30, used=[2, 10, 29])
+    found, guessed = percents(classification(images, classes, labels)), (images @ classes.T).argmax(1)
+    assert not np.isin(guessed, [2, 10, 29]).all()  # all 30 classes are there to be chosen
+    recalls = [np.mean(guessed[labels == label] == label) for label in (2, 10, 29)]
+    assert found["mean_per_class_recall"] == pytest.approx(100 * np.mean(recalls))
+    assert found["top1"] == pytest.approx(100 * np.mean(guessed == labels))
+
+
+def test_a_label_that_is_no_class_is_an_error():
+    images, classes, labels = problem()
+    for wrong in (7, -1):
+        labels[3] = wrong
+        with pytest.raises(DataError, match="there are 7 classes"):
+            classification(images, classes, labels)
+
+
+def test_more_places_than_classes_are_left_out():
+    images, classes, labels = problem(classes=4)
+    assert set(classification(images, classes, labels)) == {"top1", "mean_per_class_recall"}
+
+
+def test_seen_and_unseen_classes_are_told_apart_among_all_classes():
+    images, classes, labels = problem(classes=10)
+    seen, guessed = np.isin(labels, [0, 1, 2]), (images @ classes.T).argmax(1)
+    found = percents(classification(images, classes, labels, seen={0, 1, 2}))
+    wanted = [100 * accuracy_score(labels[part], guessed[part]) for part in (seen, ~seen)]
+    assert [found["seen_top1"], found["unseen_top1"]] == pytest.approx(wanted)
+    assert found["harmonic_top1"] == pytest.approx(harmonic_mean(wanted))
+    assert wanted[0] != pytest.approx(wanted[1])
+
+
+def test_a_model_that_knows_no_unseen_class_has_a_harmonic_mean_of_zero():
+    classes, labels = np.eye(3, dtype=np.float32), np.array([0, 1, 2])
+    found = percents(classification(classes[[0, 1, 0]], classes, labels, seen={0, 1}))
+    assert (found["seen_top1"], found["unseen_top1"], found["harmonic_top1"]) == (100.0, 0.0, 0.0)
+
+
+def test_without_images_of_unseen_classes_there_is_no_harmonic_mean():
+    images, classes, labels = problem(used=[0, 1])
+    found = classification(images, classes, labels, seen={0, 1})
+    assert "seen_top1" in found and not {"unseen_top1", "harmonic_top1"} & set(found)
+
+
+@pytest.mark.parametrize(("classes", "width"), [(7, 5), (30, 64), (101, 129)])
+def test_two_classes_of_one_name_tie_so_neither_is_found_and_the_ties_are_told(classes, width):
+    images, columns, labels = problem(classes, 300, width)
+    columns[-1] = columns[1]  # ImageNet has two such pairs: missile and sunglasses
+    found, twins = classification(images, columns, labels, ks=(1, 2)), np.isin(labels, [1, classes - 1])
+    assert twins.any() and not found["top1"].values[twins].any()
+    assert found["top1"].tied == twins.sum()
+    np.testing.assert_array_equal(
+        found["top2"].values[twins], (images @ columns.T).argmax(1)[twins] % (classes - 2) == 1
+    )
+
+
+def test_templates_are_averaged_on_the_sphere():
+    prompts = np.array([[[3.0, 0.0], [0.0, 0.1]], [[-1.0, 0.0], [-5.0, 0.0]]])
+    np.testing.assert_allclose(class_embeddings(prompts), [[2**-0.5, 2**-0.5], [-1, 0]])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_embeddings_that_are_not_finite_are_an_error_never_a_hit(bad):
+    for side, what in enumerate(("image", "class")):
+        parts = list(problem())
+        parts[side] = parts[side].copy()
+        parts[side][2, 1] = bad
+        with pytest.raises(ArtifactError, match=f"1 of .* {what} embeddings are not finite"):
+            classification(*parts)
