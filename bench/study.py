@@ -1,13 +1,14 @@
-"""A study: methods × ratios × seeds from one recipe, each run in a process of its own, gathered into one table.
+"""A study: methods (× ratios) × seeds from one recipe, each run in a process of its own, gathered into one table.
 
-The file names a base recipe, the methods' stages and where the ratio goes; see configs/studies/. Every run is an ordinary
-run folder; a study that was stopped goes on where it was.
+The file names a base recipe and the methods' stages; of pruning also the ratios, which go into the first stage's budget.
+See configs/studies/. Every run is an ordinary run folder; a study that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -45,14 +46,15 @@ class Study(Section):
     name: str
     recipe: str
     """The base, relative to the study file; its stages are replaced."""
+    sections: dict[str, Any] = Field(default_factory=dict)
+    """Of the recipe, instead of the base's: `student`, for one."""
     methods: dict[str, list[dict[str, Any]]]
-    """Stages of each method, the first one a prune."""
+    """Stages of each method; with ratios the first one is a prune."""
     reference: str
-    """The method whose losses the others' are compared with."""
-    ratios: dict[str, float]
+    """The method the others are compared with."""
+    ratios: dict[str, float] = Field(default_factory=dict)
     """Name and what is kept, put into the first stage's budget."""
-    seeds: dict[str, tuple[int, ...]]
-    """Per ratio."""
+    seeds: tuple[int, ...]
     bench: dict[str, Any] = Field(default_factory=dict)
     step_cost: StepCost | None = None
 
@@ -61,14 +63,14 @@ class Case(Section):
     """One run of a study."""
 
     method: str
-    ratio: str
+    ratio: str | None
     seed: int
     recipe: dict[str, Any]
 
     @property
     def name(self) -> str:
         """Name of the run folder."""
-        return f"{self.method}-{self.ratio}-s{self.seed}"
+        return "-".join(part for part in (self.method, self.ratio, f"s{self.seed}") if part)
 
 
 def read_study(path: Path) -> tuple[Study, list[Case]]:
@@ -80,12 +82,13 @@ def read_study(path: Path) -> tuple[Study, list[Case]]:
     study = checked(Study, raw, "study")
     base = read_recipe(path.parent / study.recipe).model_dump(exclude_none=True)
     cases = []
-    for ratio, kept in study.ratios.items():
-        for seed in study.seeds[ratio]:  # methods side by side, so that a slow hour hits all of them
+    for ratio, kept in (study.ratios or {None: None}).items():
+        for seed in study.seeds:  # methods side by side, so that a slow hour hits all of them
             for method, stages in study.methods.items():
                 recipe = copy.deepcopy(base) | {"name": f"{study.name}-{method}", "seed": seed, "bench": study.bench}
-                recipe["stages"] = copy.deepcopy(stages)
-                recipe["stages"][0]["prune"]["budget"] = {"params": kept}
+                recipe |= copy.deepcopy(study.sections) | {"stages": copy.deepcopy(stages)}
+                if ratio is not None:
+                    recipe["stages"][0]["prune"]["budget"] = {"params": kept}
                 cases.append(
                     Case(method=method, ratio=ratio, seed=seed, recipe=checked(Recipe, recipe, method).model_dump())
                 )
@@ -109,7 +112,8 @@ def run_study(file: Path, runs: Path | None, out: Path, jobs: int = 1) -> str:
         text = markdown(study, rows, conditions, cost)
         write_text_whole(out / f"{study.name}.json", json.dumps(content | {"step_cost": cost}, indent=1) + "\n")
         write_text_whole(out / f"{study.name}.md", text)
-        write_text_whole(out / f"{study.name}.svg", picture(study, rows))
+        if study.ratios:
+            write_text_whole(out / f"{study.name}.svg", picture(study, rows))
         return text
 
     _run(cases[0], home, 1)  # alone: it makes the teacher that all share
@@ -194,32 +198,35 @@ def step_costs(study: Study, file: Path, home: Path) -> list[dict[str, Any]]:
 
 
 def row_of(case: Case, run: Path) -> dict[str, Any]:
-    """Read what a finished run measured: accuracy after each stage, cost, latency against the dense teacher."""
+    """Read what a finished run measured: accuracy, cost, latency against the dense teacher, and what pruning did."""
     try:
         results = json.loads((run / "bench" / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{run} holds no readable results ({error}); run the study again.") from None
-    teacher, pruned, recovered = results["rows"][:3]
-    search = next(record for record in pruned["lineage"] if record["stage"] == pruned["stage"])
-    details = search["details"]
-    speed = _milliseconds(recovered) / _milliseconds(teacher)
-    return {
+    teacher, first, last = results["rows"][0], results["rows"][1], results["rows"][-1]
+    row = {
         "method": case.method,
         "ratio": case.ratio,
         "seed": case.seed,
         "dense": teacher["accuracy"],
-        "after_slimming": pruned["accuracy"],
-        "after_recovery": recovered["accuracy"],
-        "block_params_kept": pruned["block_params_kept"],
-        "macs": pruned["macs"],
+        "final": last["accuracy"],
+        "macs": last["macs"],
         "dense_macs": teacher["macs"],
-        "latency_ms": round(_milliseconds(recovered), 4),
-        "latency_of_dense": round(speed, 4),
-        "search_seconds_per_step": round(details["seconds"] / details["steps"], 4),
-        "peak_memory_mb": search["peak_memory_mb"],
-        "shapes": details["shapes"],
+        "latency_ms": round(_milliseconds(last), 4),
+        "latency_of_dense": round(_milliseconds(last) / _milliseconds(teacher), 4),
         "date": results["conditions"]["date"],
     }
+    made = {record["stage"]: record for record in last["lineage"]}
+    row["peak_memory_mb"] = made[first["stage"]]["peak_memory_mb"]
+    if case.ratio is not None:
+        details = made[first["stage"]]["details"]
+        row |= {
+            "slimmed": first["accuracy"],
+            "block_params_kept": first["block_params_kept"],
+            "search_seconds_per_step": round(details["seconds"] / details["steps"], 4),
+            "shapes": details["shapes"],
+        }
+    return row
 
 
 def _milliseconds(row: dict[str, Any]) -> float:
@@ -238,29 +245,29 @@ def _top1(accuracy: dict[str, float]) -> float:
 
 
 def lost(row: dict[str, Any], when: str) -> float:
-    """Points of mean R@1 lost against the dense teacher."""
+    """Points of mean R@1 lost against the dense teacher, `slimmed` or `final`."""
     return recall(row["dense"]) - recall(row[when])
 
 
 def summary(study: Study, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Gather seeds: mean and standard deviation of what people compare, per ratio and method."""
     gathered = []
-    for ratio in study.ratios:
+    for ratio in study.ratios or [None]:
         for method in study.methods:
             mine = [row for row in rows if (row["ratio"], row["method"]) == (ratio, method)]
             if not mine:
                 continue
             columns = {
-                "r1_after_slimming": [recall(row["after_slimming"]) for row in mine],
-                "r1_after_recovery": [recall(row["after_recovery"]) for row in mine],
-                "lost_after_slimming": [lost(row, "after_slimming") for row in mine],
-                "lost_after_recovery": [lost(row, "after_recovery") for row in mine],
-                "top1_after_slimming": [_top1(row["after_slimming"]) for row in mine],
-                "top1_after_recovery": [_top1(row["after_recovery"]) for row in mine],
                 "macs_m": [row["macs"] / 1e6 for row in mine],
                 "latency_of_dense": [row["latency_of_dense"] for row in mine],
                 "peak_memory_mb": [row["peak_memory_mb"] for row in mine],
             }
+            for when in ("slimmed", "final") if ratio else ("final",):
+                columns |= {
+                    f"r1_{when}": [recall(row[when]) for row in mine],
+                    f"lost_{when}": [lost(row, when) for row in mine],
+                    f"top1_{when}": [_top1(row[when]) for row in mine],
+                }
             spread = {
                 key: (mean(values), stdev(values) if len(values) > 1 else None) for key, values in columns.items()
             }
@@ -280,30 +287,10 @@ def markdown(
         f"# Study: {study.name}",
         "",
         f"Dense teacher: mean R@1 {recall(dense):.1f} %, zero-shot top-1 {_top1(dense):.1f} %. "
-        "R@1 is the mean of both ways on the test split; *lost* is in points against the dense teacher. Latency: ONNX Runtime, "
-        "median of both towers at the largest batch, against the dense teacher measured in turns with it.",
+        "R@1 is the mean of both ways on the test split, over the seeds ± standard deviation.",
         "",
-        "| ratio | method | seeds | R@1 slimmed | R@1 recovered | lost slimmed | lost recovered | of "
-        f"{study.reference}'s loss | top-1 slimmed | top-1 recovered | MACs (M) | latency | peak MB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *(_pruning_table if study.ratios else _training_table)(study, summary(study, rows)),
     ]
-    table = summary(study, rows)
-    reference = {row["ratio"]: row for row in table if row["method"] == study.reference}
-    for row in table:
-        base = reference.get(row["ratio"])
-        share = "–"
-        if base:
-            parts = [
-                row[key][0] / base[key][0] for key in ("lost_after_slimming", "lost_after_recovery") if base[key][0]
-            ]
-            share = " / ".join(f"{part:.0%}" for part in parts)
-        told = [
-            _told(row[key], 1)
-            for key in ("r1_after_slimming", "r1_after_recovery", "lost_after_slimming", "lost_after_recovery")
-        ]
-        rest = [_told(row["top1_after_slimming"], 1), _told(row["top1_after_recovery"], 1), _told(row["macs_m"], 1)]
-        rest += [_told(row["latency_of_dense"], 3), _told(row["peak_memory_mb"], 0)]
-        lines.append("| " + " | ".join([row["ratio"], row["method"], str(row["seeds"]), *told, share, *rest]) + " |")
     if cost:
         lines += ["", f"What a step costs: median of a round, {study.step_cost.rounds} rounds in turns.", ""]
         lines += [
@@ -316,6 +303,50 @@ def markdown(
             lines.append(f"| {row['case']} | {median(row['seconds']):.3f} | {spread} | {row['peak_memory_mb']} |")
     lines += ["", "Conditions: " + ", ".join(f"{key} {value}" for key, value in conditions.items()) + "."]
     return "\n".join(lines) + "\n"
+
+
+def _pruning_table(study: Study, table: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        "*Lost* is in points of R@1 against the dense teacher. Latency: ONNX Runtime, median of both towers at the largest "
+        "batch, against the dense teacher measured in turns with it.",
+        "",
+        "| ratio | method | seeds | R@1 slimmed | R@1 recovered | lost slimmed | lost recovered | of "
+        f"{study.reference}'s loss | top-1 slimmed | top-1 recovered | MACs (M) | latency | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    reference = {row["ratio"]: row for row in table if row["method"] == study.reference}
+    for row in table:
+        base, share = reference.get(row["ratio"]), "–"
+        if base:
+            parts = [row[key][0] / base[key][0] for key in ("lost_slimmed", "lost_final") if base[key][0]]
+            share = " / ".join(f"{part:.0%}" for part in parts)
+        told = [_told(row[key], 1) for key in ("r1_slimmed", "r1_final", "lost_slimmed", "lost_final")]
+        rest = [_told(row[key], 1) for key in ("top1_slimmed", "top1_final", "macs_m")]
+        rest += [_told(row["latency_of_dense"], 3), _told(row["peak_memory_mb"], 0)]
+        lines.append("| " + " | ".join([row["ratio"], row["method"], str(row["seeds"]), *told, share, *rest]) + " |")
+    return lines
+
+
+def _training_table(study: Study, table: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        f"*Better by*: points against {study.reference}, and in standard deviations (of both methods, pooled).",
+        "",
+        "| method | seeds | R@1 | better by | top-1 | better by | peak MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    base = next((row for row in table if row["method"] == study.reference), None)
+    for row in table:
+        cells = [row["method"], str(row["seeds"])]
+        for key in ("r1_final", "top1_final"):
+            cells += [_told(row[key], 1), _against(row[key], base[key]) if base and row is not base else "–"]
+        lines.append("| " + " | ".join([*cells, _told(row["peak_memory_mb"], 0)]) + " |")
+    return lines
+
+
+def _against(own: tuple[float, float | None], base: tuple[float, float | None]) -> str:
+    gain = own[0] - base[0]
+    pooled = math.sqrt(((own[1] or 0.0) ** 2 + (base[1] or 0.0) ** 2) / 2)
+    return f"{gain:+.1f}" + (f" ({gain / pooled:+.1f} sd)" if pooled else "")
 
 
 def _told(value: tuple[float, float | None], decimals: int) -> str:
@@ -331,9 +362,7 @@ def picture(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     table = summary(study, rows)
     points = {
         method: sorted(
-            (row["latency_of_dense"][0], row["r1_after_recovery"][0], row["ratio"])
-            for row in table
-            if row["method"] == method
+            (row["latency_of_dense"][0], row["r1_final"][0], row["ratio"]) for row in table if row["method"] == method
         )
         for method in study.methods
     }

@@ -36,7 +36,7 @@ def study():
         methods={"a": [prune], "b": [prune]},
         reference="a",
         ratios={"2x": 0.5},
-        seeds={"2x": (0, 1)},
+        seeds=(0, 1),
     )
 
 
@@ -45,8 +45,8 @@ def row(method, seed, slimmed, recovered):
         return {"scenes/text_r1": r1 + 1, "scenes/image_r1": r1 - 1, "digits/top1": 90.0}
 
     return {
-        "method": method, "ratio": "2x", "seed": seed, "dense": accuracy(80.0), "after_slimming": accuracy(slimmed),
-        "after_recovery": accuracy(recovered), "macs": 5e6, "latency_of_dense": 0.5, "peak_memory_mb": 900,
+        "method": method, "ratio": "2x", "seed": seed, "dense": accuracy(80.0), "slimmed": accuracy(slimmed),
+        "final": accuracy(recovered), "macs": 5e6, "latency_of_dense": 0.5, "peak_memory_mb": 900,
     }  # fmt: skip
 
 
@@ -57,11 +57,9 @@ def rows():
 
 def test_seeds_become_mean_and_standard_deviation(study, rows):
     a, b = summary(study, rows)
-    assert a["r1_after_slimming"] == pytest.approx((42, 8**0.5)) and a["lost_after_recovery"] == pytest.approx(
-        (9, 2**0.5)
-    )
-    assert b["lost_after_slimming"] == pytest.approx((10, 0)) and b["seeds"] == 2
-    assert lost(rows[0], "after_slimming") == 40
+    assert a["r1_slimmed"] == pytest.approx((42, 8**0.5)) and a["lost_final"] == pytest.approx((9, 2**0.5))
+    assert b["lost_slimmed"] == pytest.approx((10, 0)) and b["seeds"] == 2
+    assert lost(rows[0], "slimmed") == 40
 
 
 def test_the_table_says_what_part_of_the_references_loss_is_lost(study, rows):
@@ -69,6 +67,16 @@ def test_the_table_says_what_part_of_the_references_loss_is_lost(study, rows):
     told = next(line for line in lines if line.startswith("| 2x | b |"))
     assert " 70.0 ± 0.0 | 78.5 ± 0.7 | 10.0 ± 0.0 | 1.5 ± 0.7 | 26% / 17% |" in told
     assert lines[-1] == "Conditions: device x."
+
+
+def test_without_ratios_methods_are_compared_in_points_and_standard_deviations(study, rows):
+    plain = study.model_copy(update={"ratios": {}})
+    lines = markdown(plain, [row | {"ratio": None} for row in rows], {}).splitlines()
+    # 78.5 against 71, spreads 0.7 and 1.4: pooled 1.118
+    assert next(line for line in lines if line.startswith("| b |")).startswith(
+        "| b | 2 | 78.5 ± 0.7 | +7.5 (+6.7 sd) |"
+    )
+    assert next(line for line in lines if line.startswith("| a |")).startswith("| a | 2 | 71.0 ± 1.4 | – |")
 
 
 def test_step_costs_are_told_as_ratios_of_the_same_round(study, rows):
@@ -92,7 +100,7 @@ def test_a_whole_study_runs_finishes_and_times_its_steps(recipe, tmp_path):
     write_recipe(recipe, tmp_path)
     stages = recipe["stages"]
     study = {
-        "name": "tiny", "recipe": "recipe-under-test.yaml", "reference": "a", "ratios": {"2x": 0.5}, "seeds": {"2x": [0]},
+        "name": "tiny", "recipe": "recipe-under-test.yaml", "reference": "a", "ratios": {"2x": 0.5}, "seeds": [0],
         "bench": recipe["bench"], "methods": {"a": stages[:2]},
         "step_cost": {"reference": "plain", "rounds": 1, "cases": {
             "plain": {"stages": [{"distill": {"losses": ["contrastive"], "steps": 6, "batch_size": 32}}]},
@@ -120,12 +128,13 @@ def test_shipped_studies_spell_out_valid_runs(path):
     from clipress.recipe import Recipe
 
     study, cases = read_study(path)
-    assert len(cases) == len(study.methods) * sum(map(len, study.seeds.values()))
+    assert len(cases) == len(study.methods) * len(study.seeds) * max(len(study.ratios), 1)
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
         plan = plan_from(Recipe(**case.recipe))
-        assert plan.artifacts == ["teacher", "pruned", "recovered"]
-        assert plan.stages[0].settings.budget.params == study.ratios[case.ratio]
+        if study.ratios:
+            assert plan.artifacts == ["teacher", "pruned", "recovered"]
+            assert plan.stages[0].settings.budget.params == study.ratios[case.ratio]
         assert plan.recipe.seed == case.seed
     teachers = [case.recipe["teacher"] for case in cases]
     assert all(teacher == teachers[0] for teacher in teachers)  # the same one for every method and seed
