@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from clipress import __version__
-from clipress.artifact import Artifact, load_artifact, read_header, save_artifact, write_text_whole
+from clipress.artifact import Artifact, cache_folder, load_artifact, read_header, save_artifact, write_text_whole
 from clipress.compress.stage import Stage, stages_from
 from clipress.compress.train import Context, Runtime, start_fabric
 from clipress.data.evalsets import evalsets
@@ -242,10 +242,3 @@ def _teacher(plan: Plan, folder: Path, context: Context, say: Say) -> tuple[Clip
         _write(clip, artifact.lineage, artifact.metrics, folder, say)
     context.fabric.barrier()
     return clip, artifact.lineage
-
-
-def cache_folder() -> Path:
-    """Return where teachers are kept between runs: $CLIPRESS_CACHE, else the user's cache folder."""
-    if own := os.environ.get("CLIPRESS_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipress"
