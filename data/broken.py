@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("clipress.data")
 ATTEMPTS = 20  # so many unreadable records in a row are no accident
 NAMED = 5  # so many are shown while running; all are in the log
-_REPLACE = 1  # tells these random numbers from those of augmentation
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def readable(source: Source, index: int, draw: Sequence[int]) -> Record:
             return Record(index, image, captions, tuple(broken))
         except DataError as error:
             broken.append(Broken(source.name, index, str(error)))
-            index = int(np.random.default_rng([*draw, _REPLACE, len(broken)]).integers(len(source)))
+            index = int(np.random.default_rng([*draw, len(broken)]).integers(len(source)))
     raise DataError(
         f"data: {ATTEMPTS} records of source '{source.name}' in a row cannot be read; the last one: {broken[-1].reason}"
     )

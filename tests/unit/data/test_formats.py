@@ -54,7 +54,7 @@ def test_file_names_that_are_no_unicode_come_back_too():
 
 
 def test_a_caption_may_hold_any_mark_that_is_no_newline(tmp_path, pictures):
-    odd = ["a\u2028b", "form\x0cfeed", "next\x85line", '"', "NaN", "it's 5\\t"]
+    odd = ["a\u2028b", "form\x0cfeed", "carriage\rreturn", "next\x85line", '"', "NaN", "it's 5\\t"]
     rows = "".join(f"{text}\tred.png\n" for text in odd)
     table = written(tmp_path / "a.csv", "title\tfilepath\n" + rows)
     assert captions(open_source(SourceSpec(format="csv", annotations=table, images=pictures))) == [[t] for t in odd]
