@@ -139,8 +139,11 @@ class Shards:
     def _name_of(self, index: int) -> str:
         """Return what a record is called; its header lies before its bytes."""
         shard, start = self._shard(index), int(self._images[index, 0]) - tarfile.BLOCKSIZE
-        header = _bytes_at(shard, start, tarfile.BLOCKSIZE)
-        return f"{shard}, {tarfile.TarInfo.frombuf(header, 'utf-8', 'surrogateescape').name}"
+        try:
+            header = tarfile.TarInfo.frombuf(_bytes_at(shard, start, tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        except tarfile.TarError:
+            return f"{shard}, which was changed after it was indexed"
+        return f"{shard}, {header.name}"
 
 
 def _bytes_at(path: Path, offset: int, size: int) -> bytes:

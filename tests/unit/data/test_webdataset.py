@@ -169,6 +169,17 @@ def test_a_shard_that_is_none_or_compressed_is_told(tmp_path):
         opened(tmp_path / "z.tar")
 
 
+def test_a_shard_that_changes_while_it_is_read_is_told(tmp_path):
+    path = tar(tmp_path / "s.tar", pairs(0, 3))
+    source = opened(path)
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(DataError, match=r"s\.tar, which was changed after it was indexed"):
+        source.image(1)
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="shorter than when it was indexed"):
+        source.captions(1)
+
+
 def test_an_index_is_made_once_and_again_when_the_shard_has_changed(tmp_path, monkeypatch):
     walked = []
     whole = webdataset._indexed
