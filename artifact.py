@@ -91,6 +91,13 @@ def write_text_whole(target: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Return where what can be made again is kept between runs: $CLIPRESS_CACHE, else the user's cache folder."""
+    if own := os.environ.get("CLIPRESS_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipress"
+
+
 def save_artifact(artifact: Artifact, folder: str | Path) -> Path:
     """Write an artefact; an older one of this name is replaced only when the new one is whole."""
     from safetensors.torch import save_file

@@ -58,6 +58,7 @@ SET_OPTION = click.option(
 )
 OUT_OPTION = click.option("--out", type=FOLDER, help="Run folder.  [default: runs/<name of the recipe>]")
 RUN_ARGUMENT = click.argument("run", type=FOLDER)
+TEMPLATES = "Prompt with {} for the name, `openai` or `simple`; may be given several times."
 STAGE_OPTION = click.option("--stage", help="Name of the artefact.  [default: the last one]")
 
 
@@ -308,7 +309,7 @@ def study(file: Path, runs: Path | None, out: Path, jobs: int) -> None:
 
 @main.group()
 def data() -> None:
-    """Look at the data."""
+    """Look at, gather and choose data."""
 
 
 @data.command()
@@ -327,6 +328,99 @@ def pictures(folder: Path, form: str, count: int) -> None:
         Image.fromarray(source.image(index)).save(folder / f"{form}-{index:03}.png")
         (folder / f"{form}-{index:03}.txt").write_text("\n".join(source.captions(index)) + "\n", encoding="utf-8")
     click.echo(f"{len(source)} pictures in {folder}")
+
+
+@data.command()
+@click.argument("classes", type=FILE)
+@click.option("--template", "templates", multiple=True, default=("a photo of a {}",), show_default=True, help=TEMPLATES)
+@click.option("--out", type=FILE, required=True, help="A text file, one prompt per line; .json: prompts by class.")
+def prompts(classes: Path, templates: tuple[str, ...], out: Path) -> None:
+    """Write the prompts of a class list: a file with one name per line, or `imagenet`."""
+    import json
+
+    from clipress.artifact import write_text_whole
+    from clipress.data.prompts import prompts_by_class, read_classes, read_templates
+
+    shapes = [shape for template in templates for shape in read_templates(template)]
+    told = prompts_by_class(read_classes(classes).names, shapes)
+    lines = [prompt for _, own in told for prompt in own]
+    by_class: dict[str, list[str]] = {}
+    for name, own in told:
+        by_class.setdefault(name, own)  # the same name has the same prompts
+    text = json.dumps(by_class, indent=1, ensure_ascii=False) if out.suffix == ".json" else "\n".join(lines)
+    write_text_whole(out, text + "\n")
+    click.echo(f"{len(lines)} prompts of {len(told)} classes: {out}")
+
+
+@data.command()
+@click.argument("urls", type=FILE)
+@click.option("--out", type=FOLDER, required=True, help="Where the shards go.")
+@click.option(
+    "--size", type=click.IntRange(16), default=256, show_default=True, help="Shorter side at most, in pixels."
+)
+@click.option("--per-shard", type=click.IntRange(1), default=10_000, show_default=True, help="Pictures per shard.")
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=64, show_default=True, help="Downloads at once.")
+@click.option("--timeout", type=click.IntRange(1), default=10, show_default=True, help="Seconds per picture.")
+@click.option("--url-key", default="url", show_default=True, help="Column of a csv, jsonl or parquet file.")
+@click.option("--caption-key", default="caption", show_default=True, help="Column of a csv, jsonl or parquet file.")
+def download(urls: Path, out: Path, **settings: Any) -> None:
+    """Download pictures by a table of addresses and captions, such as Conceptual Captions' TSV files."""
+    from clipress.data.download import download
+
+    download(urls, out, **settings)
+    click.echo(f"Shards: {out}. Use them: data: {{train: [{{format: webdataset, shards: {out}}}]}}")
+
+
+@data.command("filter")
+@click.argument("images", type=FOLDER)
+@click.option("--prompts", "prompts_file", type=FILE, required=True, help="One prompt per line, or JSON.")
+@click.option("--model", type=FOLDER, required=True, help="Artefact of the teacher that compares.")
+@click.option("--keep", type=click.FloatRange(0, 1, min_open=True), help="Part of the pictures to keep.")
+@click.option("--count", type=click.IntRange(1), help="Number of pictures to keep.")
+@click.option(
+    "--near-duplicates",
+    type=click.FloatRange(-1, 1),
+    metavar="COSINE",
+    help="Leave out pictures this near to a better one, such as 0.95.",
+)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Pictures decoded at once.")
+@click.option("--out", type=FILE, required=True, help="The list: a TSV with filepath, score and prompt.")
+def filter_(
+    images: Path,
+    prompts_file: Path,
+    model: Path,
+    keep: float | None,
+    count: int | None,
+    near_duplicates: float | None,
+    threads: int,
+    out: Path,
+) -> None:
+    """Keep the pictures that a teacher finds nearest to a list of prompts."""
+    if (keep is None) == (count is None):
+        raise click.UsageError("Either --keep or --count is asked for.")
+    import torch
+    from tqdm import tqdm
+
+    from clipress.artifact import write_text_whole
+    from clipress.data.filter import embeddings, nearest_to_prompts, table
+    from clipress.data.pairs import SourceSpec, open_source
+    from clipress.data.prompts import read_prompts
+    from clipress.metrics.evaluate import encode_texts
+    from clipress.models.load import clip_from_artifact
+
+    texts = read_prompts(prompts_file)
+    source = open_source(SourceSpec(format="images", images=images))
+    clip = clip_from_artifact(model)
+    clip.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    encode_image, encode_text = clip.encoders()
+    with tqdm(total=len(source), desc="filter", unit="picture") as bar:
+        seen, indices = embeddings(source, encode_image, clip.preprocess, threads=threads, done=bar.update)
+    wanted = encode_texts(encode_text, clip.tokenize(), texts)
+    chosen = nearest_to_prompts(seen, wanted, count or max(round(keep * len(source)), 1), near_duplicates)
+    write_text_whole(out, table([source.paths[int(index)] for index in indices], chosen, texts))
+    use = f"{{format: images, images: {images}, annotations: {out}}}"
+    click.echo(f"{len(chosen)} of {len(source)} pictures: {out}. Use them: data: {{train: [{use}]}}")
 
 
 @main.command()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from clipress import __version__
-from clipress.artifact import Artifact, load_artifact, read_header, save_artifact, write_text_whole
+from clipress.artifact import Artifact, cache_folder, load_artifact, read_header, save_artifact, write_text_whole
 from clipress.compress.stage import Stage, stages_from
 from clipress.compress.train import Context, Runtime, start_fabric
 from clipress.data.evalsets import evalsets
@@ -204,10 +204,7 @@ def _leave(
 ) -> None:
     """Measure a stage's result on the validation sets and write its artefact."""
     if context.fabric.is_global_zero:
-        metrics = _measured(clip, plan)
-        if metrics:
-            say(f"{folder.name}: " + "  ".join(f"{key} {value:.1f}" for key, value in metrics["accuracy"].items()))
-        _write(clip, lineage, metrics, folder, say)
+        _write(clip, lineage, _measured(clip, plan), folder, say)
     context.fabric.barrier()
 
 
@@ -220,6 +217,8 @@ def _measured(clip: Clip, plan: Plan) -> dict[str, Any]:
 
 
 def _write(clip: Clip, lineage: tuple[dict[str, Any], ...], metrics: dict[str, Any], folder: Path, say: Say) -> None:
+    if metrics:
+        say(f"{folder.name}: " + "  ".join(f"{key} {value:.1f}" for key, value in metrics["accuracy"].items()))
     artifact = artifact_from_clip(clip, lineage, metrics)
     save_artifact(artifact, folder)
     save_for_open_clip(clip, folder / "open_clip")
@@ -257,16 +256,7 @@ def _bring(spec: TeacherSpec, say: Say) -> Teacher:
 
 def _keep(teacher: Teacher, folder: Path, plan: Plan, context: Context, say: Say) -> None:
     """Leave a copy of the teacher in the run folder."""
-    if not _finished(folder, teacher.lineage[-1]["hash"]):
-        if teacher.metrics is None:
-            _leave(teacher.clip, teacher.lineage, folder, plan, context, say)
-        elif context.fabric.is_global_zero:
-            _write(teacher.clip, teacher.lineage, teacher.metrics, folder, say)
+    if context.fabric.is_global_zero and not _finished(folder, teacher.lineage[-1]["hash"]):
+        metrics = _measured(teacher.clip, plan) if teacher.metrics is None else teacher.metrics
+        _write(teacher.clip, teacher.lineage, metrics, folder, say)
     context.fabric.barrier()
-
-
-def cache_folder() -> Path:
-    """Return where teachers are kept between runs: $CLIPRESS_CACHE, else the user's cache folder."""
-    if own := os.environ.get("CLIPRESS_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipress"

@@ -1,6 +1,6 @@
 """Sources of image-text pairs, and the training batches made of them.
 
-A source is anything with the five members of `Source`; one file under `formats/` reads one on-disk format, the
+A source is anything with the members of `Source`; one file under `formats/` reads one on-disk format, the
 embedded sets are in `scenes.py` and `digits.py`. Which item is drawn when, and how it is augmented, depends only on
 (seed, step), never on a worker or on what was drawn before: so a run can stop at any step and go on exactly.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -25,10 +25,16 @@ from clipress.recipe import Section, digest
 
 
 class Source(Protocol):
-    """Image-text pairs. Items with the same `group` are right answers to one another."""
+    """Image-text pairs. Items with the same `group` are right answers to one another.
+
+    A source may hold one side only: without texts `captions` returns none, without images `image` raises DataError.
+    A record that cannot be read raises DataError from `image` or `captions`; `broken.py` puts another in its place.
+    """
 
     name: str
     fingerprint: str
+    has_images: bool
+    has_texts: bool
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> Image.Image | np.ndarray: ...
@@ -43,26 +49,44 @@ class Classes:
     names: tuple[str, ...]
     templates: tuple[str, ...]
 
+    def prompts(self, label: int) -> tuple[str, ...]:
+        """Return the prompts of one class."""
+        return tuple(template.format(self.names[label]) for template in self.templates)
+
 
 class SourceSpec(Section):
     """One source in a recipe."""
 
     format: str
-    """scenes, digits, csv, karpathy or folder."""
+    """Pairs: csv, karpathy, coco, webdataset. Labelled: folder. One-sided: images, captions. Embedded: scenes, digits."""
     split: Literal["train", "val", "test"] = "train"
     """Of an embedded set."""
     annotations: Path | None = None
+    """The file that lists the records."""
     images: Path | None = None
+    """The folder that paths in it start from; default: the file's own."""
+    shards: str | None = None
+    """Of a webdataset: tar files as `dir/{00000..00003}.tar`, several split by `::`, or a folder of them."""
     separator: str = "\t"
-    """Of a csv file."""
-    templates: tuple[str, ...] = ("a photo of a {}",)
-    """Prompts of a class folder."""
+    """Of a csv file; a comma means that cells are quoted where needed, any other that nothing is."""
+    image_key: str = "filepath"
+    """Column of a csv file."""
+    caption_key: str = "title"
+    """Column of a csv file."""
+    text_normaliser: Literal["none", "blip"] = "none"
+    """blip: captions as BLIP and UPop see them, lower-case and without most punctuation."""
+    classes: Path | None = None
+    """Class list of labelled pictures: names or `WNID name`, one per line, or `imagenet` for open_clip's names."""
+    templates: str | tuple[str, ...] = ("a photo of a {}",)
+    """Prompts of labelled pictures, with `{}`, `{c}` or `{label}`; `openai` (80) and `simple` (7) are open_clip's."""
+    check: bool = False
+    """Look for every file when the source is opened, not only for the first 50,000."""
     share: float = 1.0
     """This source's part of each training batch, relative to the others'."""
     name: str | None = None
     """Used in results; default: the format."""
     limit: int | None = None
-    """Use only the first so many images."""
+    """Use only the first so many records."""
     seen: tuple[str, ...] = ()
     """Of a set with classes: names of those that training saw. Accuracy is then also told for seen and unseen ones."""
 
@@ -88,6 +112,8 @@ class Arrays:
     texts: tuple[tuple[str, ...], ...]
     groups: np.ndarray
     classes: Classes | None = None
+    has_images: ClassVar[bool] = True
+    has_texts: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -121,14 +147,18 @@ def _arrays(spec: SourceSpec, pictures: np.ndarray, texts: tuple, groups: np.nda
 
 
 def _formats() -> dict[str, Any]:
-    from clipress.data.formats import classfolder, csv, karpathy
+    from clipress.data.formats import captions, classfolder, coco, csv, images, karpathy, webdataset
 
     return {
         "scenes": _scenes,
         "digits": _digits,
         "csv": csv.read,
         "karpathy": karpathy.read,
+        "coco": coco.read,
+        "webdataset": webdataset.read,
         "folder": classfolder.read,
+        "images": images.read,
+        "captions": captions.read,
     }
 
 
@@ -140,7 +170,7 @@ def open_source(spec: SourceSpec) -> Source:
         raise DataError(f"data: format '{spec.format}' is not known.{nearest(spec.format, formats)}")
     source = formats[spec.format](spec)
     if len(source) == 0:
-        raise DataError(f"data: source '{source.name}' has no usable pairs.")
+        raise DataError(f"data: source '{source.name}' has no usable records.")
     return source
 
 

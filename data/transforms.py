@@ -51,13 +51,20 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         if image.width * image.height > MAX_PIXELS:
             raise DataError(f"{name} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded.")
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise DataError(f"Image {name} was asked for, and there is no such file.") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(
             f"{name} is not a picture that can be decoded: {error}. Give a JPEG, PNG or WebP file."
         ) from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB. Pillow cuts 16-bit grey off at 255, which makes it white; its high byte is the picture."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65_535) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def resized(image: Image.Image, preprocess: Preprocess) -> np.ndarray:

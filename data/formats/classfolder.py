@@ -1,39 +1,62 @@
-"""ImageNet-style class folder: one sub-folder per class, named after it; the names are sorted.
+"""ImageNet-style class folder: one sub-folder per class; the sorted folders are the labels.
 
-All-digit names are labels themselves (ImageNet-V2): `10` is not between `1` and `2`. A file `classnames.txt` in the
-folder, one name per line in label order, gives the words for prompts.
+All-digit names are labels themselves (ImageNet-V2): `10` is not between `1` and `2`. Words for prompts come from
+`classes`, from a file `classnames.txt` in the folder, or from the names of the sub-folders. A list that knows WordNet
+ids names the folders it finds, so 200 folders of ImageNet-R or -A get their 200 names out of 1,000.
 """
 
 from __future__ import annotations
 
-from clipress.data.formats.files import Files, needed
-from clipress.data.pairs import Classes, SourceSpec
-from clipress.errors import DataError
+from collections.abc import Sequence
+from pathlib import Path
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+from clipress.data.formats.files import Files, needed, pictures_under
+from clipress.data.pairs import Classes, SourceSpec
+from clipress.data.prompts import read_classes, read_templates
+from clipress.errors import DataError
 
 
 def read(spec: SourceSpec) -> Files:
     """Read labelled pictures from `images`."""
     root = needed(spec.images, "images", "folder", folder=True)
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise DataError(f"{root}: one sub-folder per class is asked for, found none.")
-    numeric = all(path.name.isdigit() for path in folders)
-    labels = {path: int(path.name) if numeric else label for label, path in enumerate(folders)}
-    listed = root / "classnames.txt"
-    if listed.is_file():
-        names = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+    numeric = all(name.isdecimal() for name in folders)
+    labels = [int(name) for name in folders] if numeric else list(range(len(folders)))
+    listed = spec.classes or next((file for file in [root / "classnames.txt"] if file.is_file()), None)
+    if listed is not None:
+        names = _names(root, listed, folders, numeric)
     elif numeric:
-        raise DataError(f"{root}: its class folders are numbers; name the classes in {listed.name}, one per line.")
+        raise DataError(
+            f"{root}: its class folders are numbers; name the classes in classnames.txt there, one per line, or by "
+            "'classes'."
+        )
     else:
-        names = [path.name.replace("_", " ") for path in folders]
-    if max(labels.values()) >= len(names):
-        raise DataError(f"{listed} names {len(names)} classes; there is a label {max(labels.values())}.")
-    files = Files(spec, root, classes=Classes(tuple(names), spec.templates))
-    for folder, label in labels.items():
-        texts = tuple(template.format(names[label]) for template in spec.templates)
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in SUFFIXES:
-                files.add(str(path.relative_to(root)), texts, where=str(path), group=label)
+        names = tuple(name.replace("_", " ") for name in folders)
+    if max(labels) >= len(names):
+        raise DataError(f"{listed} names {len(names)} classes; there is a label {max(labels)}.")
+    files = Files(spec, root, Classes(names, read_templates(spec.templates)))
+    for folder, label in zip(folders, labels, strict=True):
+        for path in pictures_under(root / folder):
+            files.add(f"{folder}/{path}", (), where=f"{folder}/{path}", group=label)
     return files.done()
+
+
+def _names(root: Path, listed: Path, folders: Sequence[str], numeric: bool) -> tuple[str, ...]:
+    """Return the names in label order."""
+    found = read_classes(listed)
+    if numeric:
+        return found.names
+    if found.wnids is None:
+        if len(found.names) != len(folders):
+            raise DataError(
+                f"{listed} names {len(found.names)} classes, {root} has {len(folders)} class folders. A list that is "
+                "longer must say which folder a name belongs to, by lines such as 'n01440764 tench'."
+            )
+        return found.names
+    by_wnid = dict(zip(found.wnids, found.names, strict=True))
+    strange = [name for name in folders if name not in by_wnid]
+    if strange:
+        raise DataError(f"{root}: {len(strange)} class folders are not in {listed}, such as {strange[0]!r}.")
+    return tuple(by_wnid[name] for name in folders)

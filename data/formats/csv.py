@@ -1,12 +1,17 @@
 """CLIP CSV/TSV: a header line `title<sep>filepath`, then one pair per line (CLIP-KD's gather_cc, open_clip).
 
-Conceptual Captions' files are tab-separated and unquoted: a caption may begin with a quotation mark or be "NA".
-Broken rows and missing files are skipped and counted.
+Conceptual Captions' files are tab-separated and unquoted: a caption may begin with a quotation mark or be "NA". Only
+files separated by commas are quoted (RFC 4180), since captions have commas. Rows that are broken are skipped and
+counted.
 """
 
 from __future__ import annotations
 
-from clipress.data.formats.files import Files, needed
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from clipress.data.formats.files import Files, lines_of, needed
 from clipress.data.pairs import SourceSpec
 from clipress.errors import DataError
 
@@ -14,21 +19,36 @@ from clipress.errors import DataError
 def read(spec: SourceSpec) -> Files:
     """Read a pairs file; paths are relative to `images` when it is given."""
     path = needed(spec.annotations, "annotations", "csv")
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}.") from None
-    header = lines[0].split(spec.separator) if lines else []
-    if not {"title", "filepath"} <= set(header):
+    rows = _quoted(path) if spec.separator == "," else _plain(path, spec.separator)
+    _, header = next(rows, (1, []))
+    if not {spec.caption_key, spec.image_key} <= set(header):
         raise DataError(
-            f"{path}: the first line must name 'title' and 'filepath', split by {spec.separator!r}; found {header}."
+            f"{path}: the first line must name '{spec.caption_key}' and '{spec.image_key}', split by "
+            f"{spec.separator!r}; found {header}. Other names: 'caption_key' and 'image_key'."
         )
-    title, file = header.index("title"), header.index("filepath")
+    title, file = header.index(spec.caption_key), header.index(spec.image_key)
     files = Files(spec, path)
-    for number, line in enumerate(lines[1:], 2):
-        cells = line.split(spec.separator)
-        if len(cells) == len(header) and cells[title].strip():
+    for number, cells in rows:
+        if files.full:
+            break
+        if len(cells) == len(header):
             files.add(cells[file], (cells[title],), where=f"line {number}")
-        elif line.strip():
+        elif any(cells):
             files.skip(f"line {number}: {len(cells)} cells, {len(header)} asked for")
     return files.done()
+
+
+def _plain(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(lines_of(path), 1):
+        yield number, line.split(separator)
+
+
+def _quoted(path: Path) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader((line + "\n" for line in lines_of(path)), strict=True)
+    while True:
+        try:
+            yield reader.line_num + 1, next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield reader.line_num, [f"not quoted as asked for: {error}"]

@@ -1,14 +1,13 @@
 """Karpathy-split JSON as BLIP and UPop ship it (COCO, Flickr30K).
 
 Train: a list of {"image", "caption": str, "image_id"}, one row per pair. Val and test: {"image", "caption": [str]}.
-Rows of one image are gathered, so every caption of an image is a right answer to it.
+Rows of one image are gathered, so every caption of an image is a right answer to it; pictures with one `image_id`
+are right answers to one another.
 """
 
 from __future__ import annotations
 
-import json
-
-from clipress.data.formats.files import Files, needed
+from clipress.data.formats.files import Files, json_of, needed
 from clipress.data.pairs import SourceSpec
 from clipress.errors import DataError
 
@@ -16,21 +15,21 @@ from clipress.errors import DataError
 def read(spec: SourceSpec) -> Files:
     """Read a retrieval annotation file; image paths are relative to `images`."""
     path = needed(spec.annotations, "annotations", "karpathy")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not readable JSON: {error}.") from None
+    rows = json_of(path)
     if not isinstance(rows, list):
         raise DataError(f"{path}: a list of rows is asked for, found {type(rows).__name__}.")
-    files, gathered = Files(spec, path), {}
+    files, texts, group, groups = Files(spec, path), {}, {}, {}
     for number, row in enumerate(rows):
-        caption = row.get("caption") if isinstance(row, dict) else None
-        texts = [caption] if isinstance(caption, str) else caption
-        valid = isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() for t in texts)
-        if valid and isinstance(row.get("image"), str):
-            gathered.setdefault(row["image"], []).extend(texts)
+        row = row if isinstance(row, dict) else {}
+        captions = [row.get("caption")] if isinstance(row.get("caption"), str) else row.get("caption")
+        valid = isinstance(captions, list) and captions and all(isinstance(t, str) and t.strip() for t in captions)
+        image, image_id = row.get("image"), row.get("image_id")
+        if valid and isinstance(image, str) and isinstance(image_id, (str, int, type(None))):
+            texts.setdefault(image, []).extend(captions)
+            same = ("image", image) if image_id is None else ("id", image_id)
+            group.setdefault(image, groups.setdefault(same, len(groups)))
         else:
             files.skip(f"row {number}: 'image' and a non-empty 'caption' are asked for")
-    for image, texts in gathered.items():
-        files.add(image, tuple(texts), where=f"image {image}")
+    for image, captions in texts.items():
+        files.add(image, captions, where=f"image {image}", group=group[image])
     return files.done()

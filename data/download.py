@@ -1,0 +1,72 @@
+"""Download pictures by their web addresses with img2dataset, into shards that the `webdataset` format reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from clipress.data.formats.captions import columns
+from clipress.data.formats.files import lines_of
+from clipress.errors import DataError
+
+OWN_FORMATS = (".csv", ".jsonl", ".parquet")  # img2dataset reads these as they are
+
+
+def download(
+    urls: Path,
+    out: Path,
+    *,
+    size: int = 256,
+    per_shard: int = 10_000,
+    processes: int = 1,
+    threads: int = 64,
+    timeout: int = 10,
+    url_key: str = "url",
+    caption_key: str = "caption",
+) -> None:
+    """Download what a table names: Conceptual Captions' own TSV files, or csv, jsonl or parquet with named columns.
+
+    Pictures whose shorter side exceeds `size` are shrunk to it. Started again, it goes on with the shards that are
+    not there yet. Raises DataError when img2dataset or the table is not there.
+    """
+    try:
+        import img2dataset
+    except ImportError:
+        raise DataError(
+            "Downloading needs img2dataset, and it is not installed. Do: pip install 'clipress[download]'"
+        ) from None
+    if not urls.is_file():
+        raise DataError(f"{urls} was asked for, and there is no such file.")
+    out.mkdir(parents=True, exist_ok=True)
+    if urls.suffix.lower() not in OWN_FORMATS:
+        urls, url_key, caption_key = _as_jsonl(urls, out / "urls.jsonl"), "url", "caption"
+    img2dataset.download(
+        url_list=str(urls),
+        input_format=urls.suffix.lower().lstrip("."),
+        url_col=url_key,
+        caption_col=caption_key,
+        output_folder=str(out),
+        output_format="webdataset",
+        image_size=size,
+        resize_mode="keep_ratio",
+        resize_only_if_bigger=True,
+        number_sample_per_shard=per_shard,
+        processes_count=processes,
+        thread_count=threads,
+        timeout=timeout,
+        incremental_mode="incremental",
+    )
+
+
+def _as_jsonl(table: Path, target: Path) -> Path:
+    """Write a table of captions and addresses anew: img2dataset would take a caption's quotation marks for its own."""
+    header, caption, width = columns(table)
+    if width != 2:
+        raise DataError(f"{table}: lines of a caption and a web address, split by a tab, are asked for.")
+    aside = target.with_suffix(".tmp")
+    with aside.open("w", encoding="utf-8") as file:  # line by line: there are tables of twelve million
+        for number, line in enumerate(lines_of(table)):
+            cells = line.split("\t")
+            if len(cells) == 2 and not (header and number == 0):
+                file.write(json.dumps({"caption": cells[caption], "url": cells[1 - caption]}) + "\n")
+    return aside.replace(target)

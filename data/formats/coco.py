@@ -1,0 +1,40 @@
+"""COCO captions as COCO ships them (`captions_val2017.json`): images, and annotations that point at them by id.
+
+The images come in the order of their ids, captions in the order of the file, as in torchvision's CocoCaptions. Names
+of 2014 and 2017 are just file names under `images`.
+"""
+
+from __future__ import annotations
+
+from clipress.data.formats.files import Files, json_of, needed
+from clipress.data.pairs import SourceSpec
+from clipress.errors import DataError
+
+
+def read(spec: SourceSpec) -> Files:
+    """Read an annotation file; every image has all its captions."""
+    path = needed(spec.annotations, "annotations", "coco")
+    found = json_of(path)
+    parts = [found.get(key) if isinstance(found, dict) else None for key in ("images", "annotations")]
+    if not all(isinstance(part, list) for part in parts):
+        raise DataError(f"{path}: a mapping with lists of 'images' and 'annotations' is asked for.")
+    files, names, texts = Files(spec, path), {}, {}
+    for number, row in enumerate(parts[0]):
+        known = isinstance(row, dict) and isinstance(row.get("id"), int) and isinstance(row.get("file_name"), str)
+        if known:
+            names[row["id"]] = row["file_name"]
+        else:
+            files.skip(f"image {number}: a whole 'id' and a 'file_name' are asked for")
+    for number, row in enumerate(parts[1]):
+        caption = row.get("caption") if isinstance(row, dict) else None
+        image = row.get("image_id") if isinstance(row, dict) else None
+        if isinstance(caption, str) and caption.strip() and isinstance(image, int) and image in names:
+            texts.setdefault(image, []).append(caption)
+        else:
+            files.skip(f"annotation {number}: a 'caption' and the 'image_id' of an image are asked for")
+    for image in sorted(names):
+        if image in texts:
+            files.add(names[image], texts[image], where=f"image {image}")
+        else:
+            files.skip(f"image {image}: it has no caption")
+    return files.done()

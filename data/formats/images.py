@@ -1,0 +1,22 @@
+"""Pictures without captions: all that lie under a folder, or those a list names (`clipress data filter` writes one)."""
+
+from __future__ import annotations
+
+from clipress.data.formats.files import Files, lines_of, needed, pictures_under
+from clipress.data.pairs import SourceSpec
+
+
+def read(spec: SourceSpec) -> Files:
+    """Read the pictures under `images`; with `annotations`, those in its first column, below a line `filepath`."""
+    root = needed(spec.images, "images", "images", folder=True)
+    if spec.annotations is None:
+        files, paths = Files(spec, root), pictures_under(root)
+    else:
+        listed = needed(spec.annotations, "annotations", "images")
+        files, paths = Files(spec, listed), (line.split("\t")[0] for line in lines_of(listed))
+    for number, path in enumerate(paths, 1):
+        if files.full:
+            break
+        if path and not (number == 1 and path == "filepath"):
+            files.add(path, (), where=f"picture {number}")
+    return files.done()

@@ -1,0 +1,215 @@
+"""WebDataset shards by open_clip's conventions (img2dataset writes them), read record by record in any order.
+
+A shard is a plain tar. Neighbouring members with the same name up to the first dot are one record: a picture
+(`jpg`, `png`, `jpeg` or `webp`, in this order of choice) with its caption (`txt`), or, where the recipe names
+`classes`, with its label (`cls`). Capitals in suffixes do not matter; other members, such as `json`, are left alone.
+
+The headers of a shard are read once; where its records lie is then kept in the cache folder. So shards need no
+streaming: workers, processes and exact epochs work as they do for files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from clipress.artifact import cache_folder
+from clipress.data.formats.files import judge
+from clipress.data.formats.text import NORMALISERS
+from clipress.data.pairs import Classes, SourceSpec
+from clipress.data.prompts import read_classes, read_templates
+from clipress.data.transforms import open_image
+from clipress.errors import DataError
+
+PICTURES = ("jpg", "png", "jpeg", "webp")
+VERSION = 1  # of the kept indices
+_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+_META = re.compile(r"__[^/]*__($|/)")
+
+
+def read(spec: SourceSpec) -> Shards:
+    """Read shards; which they are is said by `shards`."""
+    if not spec.shards:
+        raise DataError("data: format 'webdataset' needs the key 'shards', such as 'dir/{00000..00003}.tar'.")
+    classes = None
+    if spec.classes is not None:
+        classes = Classes(read_classes(spec.classes).names, read_templates(spec.templates))
+    return Shards(spec, shard_paths(spec.shards), classes)
+
+
+def shard_paths(pattern: str) -> list[Path]:
+    """Return the shards that a pattern names, in its order; all must exist."""
+    paths: list[Path] = []
+    for part in pattern.split("::"):
+        paths += sorted(Path(part).glob("*.tar")) if Path(part).is_dir() else map(Path, expanded(part))
+    missing = [path for path in paths if not path.is_file()]
+    if missing or not paths:
+        found = f"{len(missing)} of {len(paths)} are not there, such as {missing[0]}" if missing else "there is none"
+        raise DataError(f"data: shards {pattern} were asked for; {found}.")
+    return paths
+
+
+def expanded(pattern: str) -> list[str]:
+    """Expand braces as a shell does: `{00..03}` counts, `{a,b}` lists."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    ends = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if ends:
+        width = max(map(len, ends.groups())) if any(end[0] == "0" and len(end) > 1 for end in ends.groups()) else 1
+        choices = [f"{number:0{width}}" for number in range(int(ends[1]), int(ends[2]) + 1)]
+    else:
+        choices = match[1].split(",")
+    return [
+        whole for choice in choices for whole in expanded(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]
+
+
+class Shards:
+    """A source made of the records in tar files."""
+
+    has_images = has_texts = True
+
+    def __init__(self, spec: SourceSpec, paths: Sequence[Path], classes: Classes | None) -> None:
+        self.name, self.classes, self.paths = spec.name or spec.format, classes, list(paths)
+        self._normalised = NORMALISERS[spec.text_normaliser]
+        images, texts, labels, counts, total = [], [], [], [], 0
+        for path in self.paths:
+            members = index_of(path)
+            usable = members["image"][:, 1] > 0
+            usable &= members["label"] >= 0 if classes else members["text"][:, 1] > 0
+            images.append(members["image"][usable])
+            texts.append(members["text"][usable])
+            labels.append(members["label"][usable])
+            counts.append(int(usable.sum()))
+            total += len(usable)
+        asked = "a picture and a label (cls)" if classes else "a picture and a caption (txt)"
+        judge(spec.shards, total, total - sum(counts), f"not every record has {asked}")
+        self._first = np.cumsum([0, *counts])  # the first record of every shard
+        self._images, self._texts = (np.concatenate(parts)[: spec.limit] for parts in (images, texts))
+        self._labels = np.concatenate(labels)[: spec.limit] if classes else None
+        if classes and len(self) and self._labels.max() >= len(classes.names):
+            raise DataError(
+                f"{spec.classes} names {len(classes.names)} classes; there is a label {self._labels.max()} in {spec.shards}."
+            )
+        self.fingerprint = self._fingerprint(spec)
+
+    def _fingerprint(self, spec: SourceSpec) -> str:
+        content = hashlib.sha256(repr((self.classes, spec.text_normaliser, [p.name for p in self.paths])).encode())
+        for part in (self._first, self._images, self._texts, self._labels):
+            if part is not None:
+                content.update(np.ascontiguousarray(part))
+        return content.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def image(self, index: int) -> Image.Image:
+        try:
+            return open_image(self._read(index, self._images))
+        except DataError as error:
+            raise DataError(f"{self._name_of(index)}: {error}") from None
+
+    def captions(self, index: int) -> Sequence[str]:
+        if self.classes is not None:
+            return self.classes.prompts(self.group(index))
+        text = self._normalised(self._read(index, self._texts).decode("utf-8", "replace").strip())
+        if not text:
+            raise DataError(f"{self._name_of(index)}: its caption is empty.")
+        return (text,)
+
+    def group(self, index: int) -> int:
+        return index if self._labels is None else int(self._labels[index])
+
+    def _shard(self, index: int) -> Path:
+        return self.paths[int(np.searchsorted(self._first, index, side="right")) - 1]
+
+    def _read(self, index: int, places: np.ndarray) -> bytes:
+        offset, size = places[index].tolist()
+        return _bytes_at(self._shard(index), offset, size)
+
+    def _name_of(self, index: int) -> str:
+        """Return what a record is called; its header lies before its bytes."""
+        shard, start = self._shard(index), int(self._images[index, 0]) - tarfile.BLOCKSIZE
+        try:
+            header = tarfile.TarInfo.frombuf(_bytes_at(shard, start, tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        except tarfile.TarError:
+            return f"{shard}, which was changed after it was indexed"
+        return f"{shard}, {header.name}"
+
+
+def _bytes_at(path: Path, offset: int, size: int) -> bytes:
+    try:
+        with path.open("rb", buffering=0) as file:
+            found = os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from None
+    if len(found) != size:
+        raise DataError(f"{path} is shorter than when it was indexed: it was changed meanwhile, start again.")
+    return found
+
+
+def index_of(path: Path) -> dict[str, np.ndarray]:
+    """Return where a shard's records lie, from the cache folder if it is there.
+
+    image and text: byte offset and size, int64 [N, 2], zeros where there is none; label: int64 [N], -1 likewise.
+    """
+    known = path.stat()
+    identity = repr((VERSION, str(path.resolve()), known.st_size, known.st_mtime_ns))
+    kept = cache_folder() / "shards" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+    try:
+        with np.load(kept) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        pass  # not there, or not whole: made anew
+    arrays = _indexed(path)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        aside = kept.with_name(f".{kept.stem}.{os.getpid()}.tmp.npz")
+        np.savez(aside, **arrays)
+        aside.replace(kept)
+    except OSError:
+        pass  # a cache that cannot be written costs time only
+    return arrays
+
+
+def _indexed(path: Path) -> dict[str, np.ndarray]:
+    """Walk through a shard's headers."""
+    records: list[dict[str, tuple[int, int]]] = []
+    current, size = None, path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                match = _MEMBER.fullmatch(member.name)
+                if match is None or not member.isreg() or _META.match(member.name):
+                    continue
+                key, suffix = match[1], match[2].lower()
+                if key != current or suffix in records[-1]:
+                    records.append({})
+                    current = key
+                whole = member.offset_data + member.size <= size
+                records[-1][suffix] = (member.offset_data, member.size) if whole else (0, 0)
+    except (tarfile.TarError, OSError) as error:
+        if not records:
+            raise DataError(f"{path} is not a tar that can be read (compressed ones cannot): {error}.") from None
+        # cut off: what is whole is used, the rest is missed and counted as a record without a picture
+    nothing = (0, 0)
+    images = [next((row[suffix] for suffix in PICTURES if suffix in row), nothing) for row in records]
+    return {
+        "image": np.asarray(images, np.int64).reshape(-1, 2),
+        "text": np.asarray([row.get("txt", nothing) for row in records], np.int64).reshape(-1, 2),
+        "label": np.asarray([_label(path, row.get("cls", nothing)) for row in records], np.int64),
+    }
+
+
+def _label(path: Path, place: tuple[int, int]) -> int:
+    text = _bytes_at(path, *place)[:20].decode("ascii", "replace").strip() if place[1] else ""
+    return int(text) if text.isdecimal() else -1

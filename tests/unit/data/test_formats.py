@@ -1,0 +1,352 @@
+"""Readers give what was written, in the exact forms that data sets come in."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clipress.data.formats import files
+from clipress.data.formats.files import Strings, pictures_under
+from clipress.data.pairs import SourceSpec, open_source
+from clipress.errors import DataError
+
+
+def picture(path, colour="red", size=(12, 9)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for name in ("red", "green", "blue"):
+        picture(tmp_path / "pictures" / f"{name}.png", name)
+    return tmp_path / "pictures"
+
+
+def written(path, text):
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+def captions(source):
+    return [list(source.captions(i)) for i in range(len(source))]
+
+
+@given(st.lists(st.text()))
+@settings(deadline=None, max_examples=50)
+def test_strings_come_back_as_they_were(texts):
+    kept = Strings(texts)
+    assert [kept[i] for i in range(len(kept))] == texts
+    kept = pickle.loads(pickle.dumps(kept))
+    assert [kept[i] for i in range(len(kept))] == texts
+
+
+def test_file_names_that_are_no_unicode_come_back_too():
+    name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
+    assert Strings([name])[0] == name
+
+
+# csv
+
+
+def test_a_caption_may_hold_any_mark_that_is_no_newline(tmp_path, pictures):
+    odd = ["a\u2028b", "form\x0cfeed", "carriage\rreturn", "next\x85line", '"', "NaN", "it's 5\\t"]
+    rows = "".join(f"{text}\tred.png\n" for text in odd)
+    table = written(tmp_path / "a.csv", "title\tfilepath\n" + rows)
+    assert captions(open_source(SourceSpec(format="csv", annotations=table, images=pictures))) == [[t] for t in odd]
+
+
+def test_windows_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path, pictures):
+    table = written(tmp_path / "a.csv", "\ufefftitle\tfilepath\r\na red one\tred.png\r\n\r\n")
+    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures))
+    assert captions(source) == [["a red one"]] and source.image(0).size == (12, 9) and source.skipped == 0
+
+
+def test_commas_inside_quotes_belong_to_the_caption(tmp_path, pictures):
+    rows = 'filepath,title\nred.png,"red, and ""square"""\nblue.png,blue\n'
+    table = written(tmp_path / "a.csv", rows)
+    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures, separator=","))
+    assert captions(source) == [['red, and "square"'], ["blue"]]
+
+
+def test_a_row_that_is_quoted_wrongly_is_skipped_and_its_neighbours_are_kept(tmp_path, pictures):
+    rows = "filepath,title\n" + "red.png,red\n" * 4 + 'blue.png,"blue" sky\ngreen.png,green\n'
+    table = written(tmp_path / "a.csv", rows)
+    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures, separator=","))
+    assert captions(source)[-1] == ["green"] and len(source) == 5
+    assert source.skipped == 1 and source.first_skipped.startswith("line 6")
+
+
+def test_the_columns_can_have_other_names(tmp_path, pictures):
+    table = written(tmp_path / "a.csv", "image|text\nred.png|red\n")
+    keys = {"image_key": "image", "caption_key": "text", "separator": "|"}
+    assert captions(open_source(SourceSpec(format="csv", annotations=table, images=pictures, **keys))) == [["red"]]
+    with pytest.raises(DataError, match="'title' and 'filepath'"):
+        open_source(SourceSpec(format="csv", annotations=table, images=pictures, separator="|"))
+
+
+def test_files_beyond_the_first_ones_are_looked_for_only_when_asked(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(files, "LOOKED_FOR", 8)
+    table = written(tmp_path / "a.csv", "title\tfilepath\n" + "red\tred.png\n" * 9 + "gone\tgone.png\n")
+    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures))
+    assert len(source) == 10 and source.skipped == 0
+    with pytest.raises(DataError, match=r"gone\.png was asked for"):
+        source.image(9)
+    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures, check=True))
+    assert len(source) == 9 and source.skipped == 1
+
+
+def test_a_wrong_folder_is_told_before_the_whole_table_is_read(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(files, "JUDGED", 5)
+    table = written(tmp_path / "a.csv", "title\tfilepath\n" + "red\twrong/red.png\n" * 50)
+    with pytest.raises(DataError, match=r"5 of 5 records.*wrong/red\.png"):
+        open_source(SourceSpec(format="csv", annotations=table, images=pictures))
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../secret.png", "..", ""])
+def test_no_path_leads_out_of_the_images_folder(tmp_path, pictures, path):
+    picture(tmp_path / "secret.png")
+    table = written(tmp_path / "a.csv", "title\tfilepath\n" + "red\tred.png\n" * 4 + f"bad\t{path}\n")
+    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures))
+    assert len(source) == 4 and source.skipped == 1
+
+
+def test_links_inside_the_images_folder_are_followed(tmp_path, pictures):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "linked").symlink_to(pictures)
+    table = written(tmp_path / "a.csv", "title\tfilepath\nred\tlinked/red.png\n")
+    source = open_source(SourceSpec(format="csv", annotations=table, images=tmp_path / "all"))
+    assert source.image(0).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_limit_takes_the_first_records(tmp_path, pictures):
+    table = written(tmp_path / "a.csv", "title\tfilepath\nred\tred.png\nblue\tblue.png\nbroken row\n")
+    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures, limit=1))
+    assert captions(source) == [["red"]] and source.skipped == 0
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path, pictures):
+    def told(text, **more):
+        table = written(tmp_path / "a.csv", "title\tfilepath\n" + text)
+        open_source.cache_clear()
+        return open_source(SourceSpec(format="csv", annotations=table, images=pictures, **more)).fingerprint
+
+    first = told("red\tred.png\n")
+    assert told("red\tred.png\n") == first
+    others = {told("Red\tred.png\n"), told("red\tblue.png\n"), told("red\tred.png\nx\tred.png\n")}
+    assert len(others | {first}) == 4
+    assert told("Red.\tred.png\n", text_normaliser="blip") == first
+
+
+# blip
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ('A "Stop" sign (red), 5:30 p.m.!', "a stop sign red , 5 30 p m"),
+        ("  Two#dogs;~run * fast  ", "two dogs run fast"),
+        ("tab\tstays, dash-too", "tab\tstays, dash-too"),
+        (" ".join(f"w{i}" for i in range(40)), " ".join(f"w{i}" for i in range(30))),
+    ],
+)
+def test_captions_can_be_changed_as_blip_does(tmp_path, pictures, text, wanted):
+    path = written(tmp_path / "a.json", json.dumps([{"image": "red.png", "caption": [text]}]))
+    spec = {"format": "karpathy", "annotations": path, "images": pictures}
+    assert captions(open_source(SourceSpec(**spec, text_normaliser="blip"))) == [[wanted]]
+    assert captions(open_source(SourceSpec(**spec))) == [[text]]
+
+
+# karpathy
+
+
+def test_one_string_is_one_caption_in_a_test_file_too(tmp_path, pictures):
+    rows = [{"image": "red.png", "caption": "a red one"}, {"image": "blue.png", "caption": ["blue", "sky"]}]
+    path = written(tmp_path / "coco_karpathy_test.json", json.dumps(rows))
+    source = open_source(SourceSpec(format="karpathy", annotations=path, images=pictures))
+    assert captions(source) == [["a red one"], ["blue", "sky"]]
+
+
+def test_pictures_with_one_image_id_are_right_answers_to_one_another(tmp_path, pictures):
+    rows = [
+        {"image": "red.png", "caption": "a", "image_id": "x_1"},
+        {"image": "blue.png", "caption": "b", "image_id": "x_2"},
+        {"image": "green.png", "caption": "c", "image_id": "x_1"},
+        {"image": "red.png", "caption": "d", "image_id": "x_1"},
+    ]
+    path = written(tmp_path / "coco_karpathy_train.json", json.dumps(rows))
+    source = open_source(SourceSpec(format="karpathy", annotations=path, images=pictures))
+    assert captions(source) == [["a", "d"], ["b"], ["c"]]
+    assert source.group(0) == source.group(2) != source.group(1)
+
+
+@pytest.mark.parametrize("row", [{}, 3, {"image": "red.png"}, {"image": "red.png", "caption": []}, {"caption": "a"}])
+def test_a_row_of_another_form_is_skipped_and_counted(tmp_path, pictures, row):
+    rows = [{"image": f"{name}.png", "caption": name} for name in ("red", "green", "blue")]
+    path = written(tmp_path / "a.json", json.dumps([*rows, row]))
+    with pytest.raises(DataError, match=r"1 of 4 records.*row 3"):
+        open_source(SourceSpec(format="karpathy", annotations=path, images=pictures))
+
+
+# coco
+
+
+def coco(tmp_path, images, annotations):
+    content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
+    return written(tmp_path / "captions_val2017.json", json.dumps(content))
+
+
+def test_coco_gives_images_by_id_with_all_their_captions(tmp_path):
+    picture(tmp_path / "val2014" / "COCO_val2014_000000000042.jpg", "blue")
+    picture(tmp_path / "val2014" / "000000000007.jpg", "red")
+    images = [
+        {"id": 42, "file_name": "COCO_val2014_000000000042.jpg", "height": 9, "width": 12, "license": 1},
+        {"id": 7, "file_name": "000000000007.jpg", "height": 9, "width": 12, "license": 1},
+    ]
+    told = [(1, 42, "blue"), (2, 7, "red"), (3, 42, "also blue"), (4, 42, "blue")]
+    annotations = [{"id": i, "image_id": image, "caption": text} for i, image, text in told]
+    path = coco(tmp_path, images, annotations)
+    source = open_source(SourceSpec(format="coco", annotations=path, images=tmp_path / "val2014"))
+    assert captions(source) == [["red"], ["blue", "also blue", "blue"]]
+    assert source.image(0).getpixel((0, 0))[0] > 200 and source.image(1).getpixel((0, 0))[2] > 200
+    assert source.group(0) != source.group(1)
+
+
+def test_coco_skips_what_points_nowhere(tmp_path):
+    for i in range(8):
+        picture(tmp_path / f"{i}.jpg")
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(8)]
+    annotations = [{"id": i, "image_id": i, "caption": "x"} for i in range(7)]
+    strange = [{"id": 9, "image_id": 99, "caption": "lost"}]
+    path = coco(tmp_path, images, annotations + strange)
+    with pytest.raises(DataError, match=r"2 of 9 records .*annotation 7"):
+        open_source(SourceSpec(format="coco", annotations=path, images=tmp_path))
+    path = coco(tmp_path, images, annotations)
+    open_source.cache_clear()
+    source = open_source(SourceSpec(format="coco", annotations=path, images=tmp_path))
+    assert len(source) == 7 and source.first_skipped == "image 7: it has no caption"
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"images": 3, "annotations": []}', "{", ""])
+def test_what_is_no_coco_file_is_told(tmp_path, content):
+    path = written(tmp_path / "captions.json", content)
+    with pytest.raises(DataError, match=r"captions\.json"):
+        open_source(SourceSpec(format="coco", annotations=path, images=tmp_path))
+
+
+# captions
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ['"a" dog\thttp://x.org/1.jpg', "NA\thttp://x.org/2.jpg"],
+        ['http://x.org/1.jpg\t"a" dog', "https://x.org/2.jpg\tNA"],
+        ["caption\turl", '"a" dog\thttp://x.org/1.jpg', "NA\thttp://x.org/2.jpg"],
+        ["URL\tCaption", 'http://x.org/1.jpg\t"a" dog', "http://x.org/2.jpg\tNA"],
+        ['"a" dog', "NA"],
+    ],
+)
+def test_raw_conceptual_captions_are_texts_without_pictures(tmp_path, rows):
+    path = written(tmp_path / "cc.tsv", "\n".join(rows) + "\n")
+    source = open_source(SourceSpec(format="captions", annotations=path))
+    assert captions(source) == [['"a" dog'], ["NA"]]
+    assert source.has_texts and not source.has_images
+    assert source.group(0) != source.group(1)
+    with pytest.raises(DataError, match="holds texts only"):
+        source.image(0)
+
+
+def test_a_table_of_something_else_is_not_taken_for_captions(tmp_path):
+    path = written(tmp_path / "cc.tsv", "one\ttwo\tthree\n")
+    with pytest.raises(DataError, match="3 cells, 0 of them addresses"):
+        open_source(SourceSpec(format="captions", annotations=path))
+
+
+# images
+
+
+def test_a_folder_of_pictures_has_no_texts(tmp_path, pictures):
+    picture(pictures / "deep" / "er" / "one.JPEG")
+    written(pictures / "note.txt", "no picture")
+    written(pictures / ".hidden.png", "no picture")
+    source = open_source(SourceSpec(format="images", images=pictures))
+    assert [source.paths[i] for i in range(len(source))] == ["blue.png", "green.png", "red.png", "deep/er/one.JPEG"]
+    assert source.captions(0) == () and source.has_images and not source.has_texts
+
+
+def test_a_list_chooses_among_the_pictures(tmp_path, pictures):
+    listed = written(tmp_path / "list.tsv", "filepath\tscore\tprompt\nred.png\t0.3\ta\nblue.png\t0.2\tb\n")
+    source = open_source(SourceSpec(format="images", images=pictures, annotations=listed))
+    assert [source.image(i).getpixel((0, 0)) for i in range(2)] == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_links_in_circles_end(tmp_path, pictures):
+    (pictures / "again").symlink_to(pictures)
+    assert list(pictures_under(pictures)) == ["blue.png", "green.png", "red.png"]
+
+
+# folder
+
+
+def class_folders(root, names):
+    for name in names:
+        picture(root / name / "x.JPEG")
+    return root
+
+
+def test_class_folders_are_named_by_a_list_with_wordnet_ids(tmp_path):
+    root = class_folders(tmp_path / "imagenet-r", ["n01443537", "n01440764"])
+    rows = "n01440764 tench, Tinca tinca\nn01443537 goldfish\nn01484850 great white shark\n"
+    mapping = written(tmp_path / "LOC_synset_mapping.txt", rows)
+    source = open_source(SourceSpec(format="folder", images=root, classes=mapping, templates=["a {label}."]))
+    assert source.classes.names == ("tench, Tinca tinca", "goldfish")
+    assert {source.paths[i].split("/")[0]: source.group(i) for i in range(2)} == {"n01440764": 0, "n01443537": 1}
+    assert source.captions(1) == ("a goldfish.",)
+
+
+def test_subsets_of_imagenet_take_their_names_out_of_the_thousand(tmp_path):
+    from open_clip import IMAGENET_CLASSNAMES
+
+    missiles = ["n03773504", "n04008634"]  # labels 657 and 744, both are called missile
+    root = class_folders(tmp_path / "imagenet-a", ["n01498041", *missiles])
+    source = open_source(SourceSpec(format="folder", images=root, classes="imagenet", templates="openai"))
+    assert source.classes.names == (IMAGENET_CLASSNAMES[6], "missile", "missile") == ("stingray", "missile", "missile")
+    assert [source.group(i) for i in range(3)] == [0, 1, 2]
+    assert len(source.captions(0)) == 80 and source.captions(0)[0] == "a bad photo of a stingray."
+
+
+def test_numbered_folders_are_labels_of_the_thousand(tmp_path):
+    root = class_folders(tmp_path / "imagenetv2", ["0", "10", "999"])
+    source = open_source(SourceSpec(format="folder", images=root, classes="imagenet"))
+    labels = {source.paths[i].split("/")[0]: source.group(i) for i in range(3)}
+    assert labels == {"0": 0, "10": 10, "999": 999} and len(source.classes.names) == 1000
+    assert source.classes.names[10] == "brambling"
+
+
+def test_a_list_that_does_not_fit_the_folders_is_told(tmp_path):
+    root = class_folders(tmp_path / "set", ["a", "b"])
+    names = written(tmp_path / "names.txt", "one\ntwo\nthree\n")
+    with pytest.raises(DataError, match=r"names 3 classes.*has 2 class folders"):
+        open_source(SourceSpec(format="folder", images=root, classes=names))
+    with pytest.raises(DataError, match="2 class folders are not in imagenet, such as 'a'"):
+        open_source(SourceSpec(format="folder", images=root, classes="imagenet"))
+    numbers = class_folders(tmp_path / "numbers", ["0", "3"])
+    with pytest.raises(DataError, match="there is a label 3"):
+        open_source(SourceSpec(format="folder", images=numbers, classes=names))
+
+
+def test_the_names_of_a_subset_are_the_matching_columns_of_the_thousand(tmp_path):
+    from open_clip import IMAGENET_CLASSNAMES
+    from timm.data import ImageNetInfo
+
+    wnids = ImageNetInfo().label_names()
+    columns = np.sort(np.random.default_rng(0).choice(1000, 5, replace=False))
+    root = class_folders(tmp_path / "r", [wnids[column] for column in columns])
+    source = open_source(SourceSpec(format="folder", images=root, classes="imagenet", templates="simple"))
+    assert source.classes.names == tuple(IMAGENET_CLASSNAMES[column] for column in columns)
+    assert len(source.classes.templates) == 7
