@@ -37,8 +37,7 @@ from clipress.compress.losses import (
 )
 from clipress.data.pairs import Batches, DataSpec, TrainingSet, open_source
 from clipress.errors import ClipressError, RecipeError
-from clipress.metrics.evaluate import encode_texts
-from clipress.metrics.zeroshot import class_embeddings
+from clipress.metrics.evaluate import classifier
 from clipress.models import anatomy
 from clipress.models.load import Clip
 from clipress.recipe import Section
@@ -668,9 +667,7 @@ def _classifier(teacher: Clip, context: Context) -> Tensor:
     found = []
     for source in context.sources():
         if classes := getattr(source, "classes", None):
-            prompts = [template.format(name) for name in classes.names for template in classes.templates]
-            texts = encode_texts(encode, teacher.tokenize(), prompts)
-            found.append(class_embeddings(texts.reshape(len(classes.names), len(classes.templates), -1)))
+            found.append(classifier(encode, teacher.tokenize(), classes))
     if not found:
         raise RecipeError(f"{context.title}: a loss on labels was asked for, and no training source has classes.")
     return torch.from_numpy(np.concatenate(found)).float().to(context.fabric.device)

@@ -14,6 +14,7 @@ from clipress.metrics.zeroshot import class_embeddings, classification, unit
 
 if TYPE_CHECKING:
     from clipress.data.evalsets import EvalSet
+    from clipress.data.pairs import Classes
     from clipress.data.transforms import Preprocess
 
 log = logging.getLogger("clipress.metrics")
@@ -24,6 +25,13 @@ Encoder = Callable[[np.ndarray], np.ndarray]
 def encode_all(encode: Encoder, batches: Iterable[np.ndarray]) -> np.ndarray:
     """Encode batches and stack the unit embeddings: float32 [N, D]."""
     return unit(np.concatenate([np.asarray(encode(batch), np.float32) for batch in batches]))
+
+
+def classifier(encode_text: Encoder, tokenize: Callable, classes: Classes) -> np.ndarray:
+    """Return the text tower's classifier: unit float32 [C, D], one row per class, its prompts averaged."""
+    prompts = [text for label in range(len(classes.names)) for text in classes.prompts(label)]
+    texts = encode_texts(encode_text, tokenize, prompts)
+    return class_embeddings(texts.reshape(len(classes.names), len(classes.templates), -1))
 
 
 def encode_texts(encode: Encoder, tokenize: Callable, texts: Sequence[str], batch: int = 256) -> np.ndarray:
@@ -53,10 +61,8 @@ def evaluate_items(
     for evalset in sets:
         images = encode_all(encode_image, evalset.pixel_batches(preprocess))
         if evalset.classes is not None:
-            names, templates = evalset.classes.names, evalset.classes.templates
-            prompts = [template.format(name) for name in names for template in templates]
-            texts = encode_texts(encode_text, tokenize, prompts).reshape(len(names), len(templates), -1)
-            found = classification(images, class_embeddings(texts), evalset.labels(), evalset.seen)
+            columns = classifier(encode_text, tokenize, evalset.classes)
+            found = classification(images, columns, evalset.labels(), evalset.seen)
             _tell_ties(evalset.name, "top1", found)
         else:
             captions, owner = evalset.texts()
