@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
 from clipress.compress.losses import (
+    MAX_LOG_SCALE,
     SIDES,
     Batch,
     Features,
@@ -33,6 +34,7 @@ from clipress.compress.losses import (
     Sizes,
     loss_type,
     needs_of,
+    positives,
     terms_from,
 )
 from clipress.data.pairs import Batches, DataSpec, TrainingSet, open_source
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 MAX_BAD_STEPS = 20  # so many non-finite steps in a row stop the run
-MAX_LOG_SCALE = math.log(100)  # CLIP's clamp
 
 
 class Runtime(Section):
@@ -159,15 +160,14 @@ class HoldZeros(Hook):
 class Towers(nn.Module):
     """One forward for both towers, so that DDP and FSDP see every parameter used."""
 
-    def __init__(self, model: nn.Module, tokens: bool = False, frozen: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module, tokens: Sequence[str] = (), frozen: Sequence[str] = ()) -> None:
         super().__init__()
         self.model, self.frozen = model, tuple(frozen)
         self.tokens: dict[str, Tensor] = {}
+        layers = {side: anatomy.token_layer(model, side) for side in tokens}
         self.handles = [
-            anatomy.token_layer(model, side).register_forward_hook(
-                lambda _, __, out, side=side: self.tokens.update({side: out})
-            )
-            for side in (SIDES if tokens else ())
+            layer.register_forward_hook(lambda _, __, out, side=side: self.tokens.update({side: out}))
+            for side, layer in layers.items()
         ]
 
     def forward(
@@ -187,6 +187,11 @@ class Towers(nn.Module):
             self.tokens.clear()
         return outputs
 
+    def close(self) -> None:
+        """Leave the model without hooks."""
+        for handle in self.handles:
+            handle.remove()
+
 
 class MomentumTwin:
     """A slow copy of the student and a queue of past features, as ALBEF, BLIP and UPop train with.
@@ -198,6 +203,7 @@ class MomentumTwin:
 
     def __init__(self, model: nn.Module, config: Training, context: Context) -> None:
         self.model, self.fabric, self.size = model, context.fabric, config.queue
+        self.local = context.runtime.local_loss
         self.twin = copy.deepcopy(model).eval().requires_grad_(False)
         for module in self.twin.modules():
             module._forward_hooks.clear()
@@ -219,13 +225,12 @@ class MomentumTwin:
         for slow, fast in zip(self.twin.parameters(), self.model.parameters(), strict=True):
             slow.lerp_(whole(fast).reshape(slow.shape).to(slow.dtype), 1 - self.DECAY)
         with self.fabric.autocast():
-            slow = _features(self.towers(arrays["pixels"], arrays["ids"]), self.fabric, True)
-        group, groups = arrays["group"], _gathered(arrays["group"], self.fabric)
+            slow = _features(self.towers(arrays["pixels"], arrays["ids"]), self.fabric, self.local)
+        groups = _gathered(arrays["group"], self.fabric)
         teacher = batch.teachers[0] if batch.teachers else None
         new = {"image": slow.all_image, "text": slow.all_text, "group": groups}
         new |= {"teacher_image": teacher.all_image, "teacher_text": teacher.all_text} if teacher else {}
         seen = {name: torch.cat([rows, self.past[name]]) if self.past else rows for name, rows in new.items()}
-        same = group[:, None] == seen["group"][None, :]
         result = Momentum(
             image=slow.image,
             text=slow.text,
@@ -233,7 +238,7 @@ class MomentumTwin:
             all_text=seen["text"],
             teacher_image=seen.get("teacher_image"),
             teacher_text=seen.get("teacher_text"),
-            targets=same.float() / same.sum(1, keepdim=True),
+            targets=positives(arrays["group"] if self.local else groups, seen["group"]),
             share=self.SHARE * min(step / self.rise, 1.0),
         )
         online = {**new, "image": batch.student.all_image.detach(), "text": batch.student.all_text.detach()}
@@ -431,11 +436,13 @@ class Learner:
             raise RecipeError(
                 f"{context.title}: losses {sorted(terms)} compare with a teacher, and the recipe has none."
             )
-        for teacher in teachers:
-            _refuse_strangers(clip, teacher, terms, context.title)
-        self.objective = Objective(terms, _sizes(clip, teachers, needs), context.seed).to(self.fabric.device)
+        for number, teacher in enumerate(teachers):
+            _refuse_strangers(clip, teacher, terms if number == 0 else (), context.title)
         self.sides = SIDES if config.towers == "both" else (config.towers,)
         self.shown = SIDES if "pairs" in needs else self.sides
+        tokens = self.sides if "tokens" in needs else ()
+        sizes = _sizes(clip, teachers, self.sides, tokens)
+        self.objective = Objective(terms, sizes, context.seed).to(self.fabric.device)
         frozen = [side for side in SIDES if side not in self.sides]
         self.held = [p for side in frozen for p in anatomy.tower_parameters(clip.model, side) if p.requires_grad]
         for parameter in self.held:
@@ -445,15 +452,16 @@ class Learner:
             clip.model.set_grad_checkpointing(True)
         # the slow copy is whole on each process
         self.twin = MomentumTwin(clip.model, config, context) if "momentum" in needs else None
-        self.towers = Towers(clip.model, "tokens" in needs, frozen)
+        self.towers = Towers(clip.model, tokens, frozen)
         self.module = self.fabric.setup_module(self.towers)
         groups = parameter_groups(self.module, config.weight_decay)
         self.optimizer = self.fabric.setup_optimizers(
             torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         )
-        learned = list(self.objective.parameters())
-        self.own = torch.optim.AdamW(learned, lr=config.lr, betas=config.betas) if learned else None
-        self.mentors = [Towers(t.model, "tokens" in needs).to(self.fabric.device).eval() for t in teachers]
+        learned = parameter_groups(self.objective, config.weight_decay)
+        learns = any(group["params"] for group in learned)
+        self.own = torch.optim.AdamW(learned, lr=config.lr, betas=config.betas) if learns else None
+        self.mentors = [Towers(t.model, tokens).to(self.fabric.device).eval() for t in teachers]
         self.classes = _classifier(teachers[0], context) if "labels" in needs else None
 
     def gradients(
@@ -462,7 +470,7 @@ class Learner:
         """Run forward and backward. Returns the loss, its terms, and whether all of it is finite on every process."""
         inputs = {"pixels": arrays["pixels"]} if "image" in self.shown else {}
         inputs |= {"ids": arrays["ids"]} if "text" in self.shown else {}
-        if "masked" in self.objective.needs:
+        if "masked" in self.objective.needs and "image" in self.sides:
             inputs["hidden"] = self.objective.hide(arrays["pixels"], self._noise(step))
         moving = any(hook.moves(step) for hook in hooks)
         parts = self.context.runtime.accumulate
@@ -498,6 +506,7 @@ class Learner:
                     group["lr"] = rate
                 optimizer.step()
         _clamp_scale(self.clip.model)
+        self.objective.clamp_scales()
 
     def forget_gradients(self) -> None:
         """Clear every gradient."""
@@ -534,10 +543,9 @@ class Learner:
             torch.cuda.set_rng_state(state["cuda_rng"])
 
     def finish(self) -> None:
-        """Leave the student as a plain model in evaluation mode, nothing frozen."""
+        """Leave the student as a plain model in evaluation mode, nothing frozen, nothing hooked."""
         for towers in (self.towers, *self.mentors):
-            for handle in towers.handles:
-                handle.remove()
+            towers.close()
         _gather_shards(self.clip.model)
         for parameter in self.held:
             parameter.requires_grad_(True)
@@ -600,18 +608,23 @@ class Learner:
         wanted = tuple(
             _features(self._taught(number, mentor, arrays), fabric, local) for number, mentor in enumerate(self.mentors)
         )
-        groups = _gathered(arrays["group"], fabric)
-        same = (arrays["group"] if local else groups)[:, None] == groups[None, :]  # [B, N]
-        targets = same.float() / same.sum(1, keepdim=True)
-        labels = arrays["label"] if local else _gathered(arrays["label"], fabric)
+        groups, labels = _gathered(arrays["group"], fabric), _gathered(arrays["label"], fabric)
         return Batch(
-            student, wanted, targets, projected=projected, labels=labels, classes=self.classes, sides=self.sides
+            student,
+            wanted,
+            positives(arrays["group"] if local else groups, groups),
+            groups,
+            projected=projected,
+            labels=arrays["label"] if local else labels,
+            all_labels=labels,
+            classes=self.classes,
+            sides=self.sides,
         )
 
     @torch.no_grad()
     def _taught(self, number: int, mentor: Towers, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a teacher's raw embeddings: those the loader brought from a cache, else a forward pass."""
-        if f"teacher_image_{number}" in arrays:
+        if f"teacher_image_{number}" in arrays and "tokens" not in self.objective.needs:
             norms = {side: arrays[f"teacher_{side}_norm_{number}"][:, None] for side in SIDES}
             raw = {side: arrays[f"teacher_{side}_{number}"] * norms[side] for side in SIDES}
             return raw | {"scale": mentor.model.logit_scale.exp().reshape(())}
@@ -629,7 +642,7 @@ class Learner:
             nn.utils.clip_grad_norm_(learned, self.config.clip)
 
 
-def _refuse_strangers(student: Clip, teacher: Clip, terms: Mapping[str, Any], title: str) -> None:
+def _refuse_strangers(student: Clip, teacher: Clip, terms: Iterable[str], title: str) -> None:
     """Teacher and student are shown the same pixels and ids; some losses want embeddings of one width."""
     for what, own, other in (
         ("preprocessing", student.preprocess.model_dump(), teacher.preprocess.model_dump()),
@@ -646,12 +659,17 @@ def _refuse_strangers(student: Clip, teacher: Clip, terms: Mapping[str, Any], ti
         )
 
 
-def _sizes(student: Clip, teachers: Sequence[Clip], needs: frozenset[str]) -> Sizes:
-    tokens = [None, None]
-    if "tokens" in needs:
-        tokens = [{side: anatomy.token_width(clip.model, side) for side in SIDES} for clip in (student, teachers[0])]
+def _sizes(student: Clip, teachers: Sequence[Clip], sides: Sequence[str], tokens: Sequence[str]) -> Sizes:
+    def shapes(clip: Clip) -> dict[str, tuple[int, int]]:
+        return {side: anatomy.token_shape(clip.model, side) for side in tokens}
+
     return Sizes(
-        student.architecture["embed_dim"], tuple(t.architecture["embed_dim"] for t in teachers), tokens[0], tokens[1]
+        student.architecture["embed_dim"],
+        tuple(teacher.architecture["embed_dim"] for teacher in teachers),
+        tuple(sides),
+        anatomy.image_size(student.model),
+        student_tokens=shapes(student),
+        teacher_tokens=shapes(teachers[0]) if teachers else None,
     )
 
 

@@ -135,10 +135,10 @@ def token_layer(model: nn.Module, tower: str) -> nn.Module:
     return found[-1]
 
 
-def token_width(model: nn.Module, tower: str) -> int:
-    """Return W of the token features."""
+def token_shape(model: nn.Module, tower: str) -> tuple[int, int]:
+    """Return (n, W) of the token features."""
     token_layer(model, tower)
-    return [block.width for block in blocks(model) if block.tower == tower][-1]
+    return [(block.tokens, block.width) for block in blocks(model) if block.tower == tower][-1]
 
 
 def embedding_parameters(model: nn.Module) -> int:

@@ -6,25 +6,41 @@ To add one: a file with a `Loss`, and a line in `TERMS`.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipress.errors import RecipeError, nearest
 from clipress.recipe import Section, checked
 
 SIDES = ("image", "text")
+MAX_LOG_SCALE = math.log(100)  # CLIP's clamp
 Losses = dict[str, float | dict[str, Any]] | tuple[str, ...]
 """How a recipe writes losses: names; names with weights; names with settings."""
 
 TERMS = {
     "contrastive": "contrastive.Contrastive",
     "affinity": "affinity.Affinity",
+    "crd": "crd.Crd",
+    "ensemble": "ensemble.Ensemble",
     "feature": "feature.Feature",
+    "masked-feature": "masked_feature.MaskedFeature",
     "interactive": "interactive.Interactive",
+    "cross": "cross.Cross",
+    "gradient": "gradient.Gradient",
+    "fused": "fused.Fused",
+    "tokens": "tokens.Tokens",
+    "mse": "mse.Mse",
+    "l1": "l1.L1",
+    "huber": "huber.Huber",
+    "kl": "kl.Kl",
+    "ce": "ce.Ce",
+    "labels": "labels.Labels",
     "ita": "ita.Ita",
     "upop-kd": "upop_kd.UpopKd",
 }
@@ -74,10 +90,12 @@ class Batch:
     student: Features
     teachers: tuple[Features, ...]  # no gradients
     targets: Tensor  # [B, N], rows sum to one; several right answers share the mass
+    groups: Tensor | None = None  # [N]: pairs of one group are right answers to one another
     momentum: Momentum | None = None
     projected: Features | None = None
     """The student in the (first) teacher's space, where their widths differ; see `matched`."""
     labels: Tensor | None = None  # [B], the row of `classes`; -1: none
+    all_labels: Tensor | None = None  # [N]
     classes: Tensor | None = None  # [C, D]: the first teacher's text classifier, L2-normalised
     masks_move: bool = False
     """Whether a search changes its masks after this step."""
@@ -97,12 +115,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths a loss may need for learnable parts."""
+    """What a loss may need to know before training: widths of embeddings, and what to check."""
 
     student: int
     teachers: tuple[int, ...] = ()
-    student_tokens: Mapping[str, int] | None = None  # per side
-    teacher_tokens: Mapping[str, int] | None = None
+    sides: tuple[str, ...] = SIDES  # the towers that learn
+    image: tuple[int, int] | None = None  # height and width in pixels
+    student_tokens: Mapping[str, tuple[int, int]] | None = None  # per side that learns: how many, and their width
+    teacher_tokens: Mapping[str, tuple[int, int]] | None = None
 
 
 class Loss(nn.Module):
@@ -125,6 +145,17 @@ class Loss(nn.Module):
     def hide(self, pixels: Tensor, draw: Callable[..., Tensor]) -> Tensor:
         """Return the pictures [B, 3, S, S] as a `masked` term wants them; `draw(*shape)` is uniform noise [B, *shape]."""
         raise NotImplementedError
+
+
+class Scale(nn.Module):
+    """A learnable factor on similarities, at first 1 / 0.07; `published`: CLIP-KD's, which forgets the exp (2.66)."""
+
+    def __init__(self, published: bool = False) -> None:
+        super().__init__()
+        self.log, self.published = nn.Parameter(torch.tensor(math.log(1 / 0.07))), published
+
+    def forward(self) -> Tensor:
+        return self.log if self.published else self.log.exp()
 
 
 def loss_type(name: str, where: str) -> type[Loss]:
@@ -177,18 +208,42 @@ class Objective(nn.Module):
         """Return the pictures with patches hidden, for the one term that asks for it."""
         return next(loss for loss in self.losses.values() if "masked" in loss.needs).hide(pixels, draw)
 
+    @torch.no_grad()
+    def clamp_scales(self) -> None:
+        """Keep scales that losses learn where CLIP keeps its own: 1 to 100."""
+        for module in self.modules():
+            if isinstance(module, Scale) and not module.published:
+                module.log.clamp_(0, MAX_LOG_SCALE)
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum and each weighted term."""
         parts = {name: settings.weight * self.losses[name](batch) for name, settings in self.terms.items()}
         return torch.stack(list(parts.values())).sum(), parts
 
 
-def compute(losses: Mapping[str, Any] | tuple[str, ...], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute terms that learn nothing on one batch."""
-    teachers = tuple(teacher.image.shape[1] for teacher in batch.teachers)
-    return Objective(terms_from(losses, "losses"), Sizes(batch.student.image.shape[1], teachers))(batch)
+def positives(groups: Tensor, all_groups: Tensor) -> Tensor:
+    """Return the targets [B, N] of rows in `groups` [B] among `all_groups` [N]: uniform over a row's right answers."""
+    same = (groups[:, None] == all_groups[None, :]).float()
+    return same / same.sum(1, keepdim=True)
+
+
+def each_side(batch: Batch, kind: str = "{}") -> list[tuple[Tensor, Tensor]]:
+    """Return (student's, teacher's) embeddings [B, D] of every tower that learns: unit rows, or `raw_{}` ones."""
+    names = [kind.format(side) for side in batch.sides]
+    return [(getattr(batch.matched, name), getattr(batch.teacher, name)) for name in names]
+
+
+def crossed_logits(batch: Batch, scale: Tensor) -> list[Tensor]:
+    """Return similarities of the student's rows to the teacher's of the other tower, per tower that learns: [B, N]."""
+    own, keys = batch.matched, {"image": batch.teacher.all_text, "text": batch.teacher.all_image}
+    return [scale * getattr(own, side) @ keys[side].T for side in batch.sides]
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over rows of -sum(targets * log_softmax(logits)); both [B, N]."""
     return -(targets * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def kl_divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over rows of KL(softmax(wanted) || softmax(logits)); both [B, N]."""
+    return F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean")

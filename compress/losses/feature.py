@@ -6,11 +6,11 @@ L = MSE(v, V) + MSE(t, T), mean over pairs and dims; hence the published weight 
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss
+from clipress.compress.losses import Batch, Loss, each_side
 
 
 class Feature(Loss):
-    """Mean squared difference of unit embeddings, image plus text."""
+    """Mean squared difference of unit embeddings [B, D], image plus text."""
 
     needs = frozenset({"teacher", "space"})
 
@@ -18,5 +18,4 @@ class Feature(Loss):
         weight: float = 2000.0
 
     def forward(self, batch: Batch) -> Tensor:
-        own, wanted = batch.matched, batch.teacher
-        return sum(F.mse_loss(getattr(own, side), getattr(wanted, side)) for side in batch.sides)
+        return sum(F.mse_loss(own, wanted) for own, wanted in each_side(batch))

@@ -1,12 +1,13 @@
 """Interactive contrastive learning, ICL of CLIP-KD (Yang et al. 2024): student queries, teacher keys.
 
-L = (CE(s v T^T, targets) + CE(s t V^T, targets)) / 2;  capitals are the teacher's unit features, s the student's
-exponentiated scale. A tower that does not learn asks nothing.
+L = (CE(c v T^T, targets) + CE(c t V^T, targets)) / 2 over [B, N];  capitals are the teacher's unit features, c a scale this
+loss learns, as the paper has it: 1 / 0.07 at first. The published code leaves out its exp: `published: true`.
+A tower that does not learn asks nothing.
 """
 
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, soft_cross_entropy
+from clipress.compress.losses import Batch, Loss, Scale, Sizes, crossed_logits, soft_cross_entropy
 
 
 class Interactive(Loss):
@@ -14,11 +15,14 @@ class Interactive(Loss):
 
     needs = frozenset({"teacher", "space", "keys"})
 
+    class Settings(Loss.Settings):
+        published: bool = False
+        """Use the logarithm of the scale (2.66 at first) for the scale, as the published code does."""
+
+    def __init__(self, settings: Settings, sizes: Sizes) -> None:
+        super().__init__(settings, sizes)
+        self.scale = Scale(settings.published)
+
     def forward(self, batch: Batch) -> Tensor:
-        own, wanted = batch.matched, batch.teacher
-        asked = {"image": (own.image, wanted.all_text), "text": (own.text, wanted.all_image)}
-        terms = [
-            soft_cross_entropy(own.scale * query @ keys.T, batch.targets)
-            for query, keys in (asked[side] for side in batch.sides)
-        ]
-        return sum(terms) / len(terms)
+        rows = crossed_logits(batch, self.scale())
+        return sum(soft_cross_entropy(logits, batch.targets) for logits in rows) / len(rows)

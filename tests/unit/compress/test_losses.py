@@ -1,142 +1,475 @@
-"""Every loss against a slow double-precision reference, gradients included."""
+"""Every loss against a slow double-precision reference, gradients included; and what each of them promises."""
 
-import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from clipress.compress.losses import (
+    MAX_LOG_SCALE,
+    SIDES,
     TERMS,
     Batch,
     Features,
     Momentum,
-    compute,
+    Objective,
+    Sizes,
     needs_of,
+    positives,
     terms_from,
 )
 from clipress.errors import RecipeError
 
-B, D = 5, 4
+PAIRS, WIDTH, TOKENS, TOKEN_WIDTH, QUEUE = 6, 4, 3, 3, 2
+GROUPS = torch.tensor([0, 1, 2, 1, 3, 0])  # two groups come twice, in either half
+LABELS = torch.tensor([2, -1, -1, 0, 1, 1])  # the halves hold unequal numbers of labels
+VARIANTS = [
+    *((name, {}) for name in TERMS),
+    ("interactive", {"published": True}),
+    ("fused", {"published": True}),
+    ("gradient", {"published": True}),
+    ("ce", {"published": True}),
+    ("ensemble", {"scales": (3.0, 8.0)}),
+    ("tokens", {"norm": False}),
+    ("kl", {"temperature": 1.5}),
+    ("labels", {"scale": 5.0}),
+]
+BOTH_WIDTHS = [
+    pytest.param(name, settings, wide, id=f"{name}{settings or ''}{'-wide' * wide}")
+    for name, settings in VARIANTS
+    for wide in (False, True)
+    if not (wide and "width" in needs_of(terms_from((name,), "x")))
+]
 
 
-def features(seed, requires_grad=False):
-    generator = torch.Generator().manual_seed(seed)
-    image, text = (
-        torch.nn.functional.normalize(
-            torch.randn(B, D, generator=generator, dtype=torch.float64), dim=-1
-        ).requires_grad_(requires_grad)
-        for _ in range(2)
+def noise(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def leaves(seed, width=WIDTH, token_width=TOKEN_WIDTH):
+    """What one model gives before anything is made of it."""
+    rows = {side: noise(PAIRS, width, seed=seed + n) for n, side in enumerate((*SIDES, "masked"))}
+    rows |= {f"{side}_tokens": noise(PAIRS, TOKENS, token_width, seed=seed + n) for n, side in enumerate(SIDES)}
+    return rows | {"scale": torch.tensor(5.0 + seed / 10, dtype=torch.float64)}
+
+
+def world(wide=False):
+    """A student, two teachers of other widths than one another, a slow copy with a queue, groups, labels and classes."""
+    width = WIDTH + wide
+    student = {name: tensor.requires_grad_() for name, tensor in leaves(0).items()}
+    teachers = leaves(10, width, TOKEN_WIDTH + wide), leaves(20, WIDTH + 3)
+    shapes = [(PAIRS, WIDTH)] * 2 + [(PAIRS + QUEUE, WIDTH)] * 2 + [(PAIRS + QUEUE, width)] * 2
+    targets = positives(GROUPS, torch.cat([GROUPS, torch.tensor([1, 7])])).double()
+    slow = [F.normalize(noise(*shape, seed=30 + k), dim=-1) for k, shape in enumerate(shapes)]
+    classes = F.normalize(noise(3, width, seed=40), dim=-1)
+    return SimpleNamespace(
+        student=student, teachers=teachers, momentum=Momentum(*slow, targets=targets, share=0.3), classes=classes
     )
-    return Features(image, text, image, text, torch.tensor(7.0 + seed, dtype=torch.float64))
 
 
-def targets():
-    group = torch.tensor([0, 1, 2, 1, 3])
-    same = (group[:, None] == group[None]).double()
-    return same / same.sum(1, keepdim=True)
+def objective(terms, wide=False, sides=SIDES):
+    shapes = [dict.fromkeys(SIDES, (TOKENS, TOKEN_WIDTH + extra)) for extra in (0, wide)]
+    sizes = Sizes(WIDTH, (WIDTH + wide, WIDTH + 3), sides, (32, 32), *shapes)
+    return Objective(terms_from(terms, "x"), sizes).double()
 
 
-def momentum():
-    """A slow copy's view of the batch with two past pairs in the queue, one of them of a group of the batch."""
-    generator = torch.Generator().manual_seed(9)
-
-    def unit(rows):
-        return torch.nn.functional.normalize(torch.randn(rows, D, generator=generator, dtype=torch.float64), dim=-1)
-
-    group, seen = torch.tensor([0, 1, 2, 1, 3]), torch.tensor([0, 1, 2, 1, 3, 1, 7])
-    same = (group[:, None] == seen[None]).double()
-    rows = [unit(n) for n in (B, B, B + 2, B + 2, B + 2, B + 2)]
-    return Momentum(*rows, targets=same / same.sum(1, keepdim=True), share=0.3)
-
-
-def mixed(a, b, share):
-    return [[share * x + (1 - share) * float(y) for x, y in zip(p, q, strict=True)] for p, q in zip(a, b, strict=True)]
+def features(model, rows, maps=None, sides=SIDES):
+    given = {"image": model["image"], "text": model["text"], "masked": model["masked"]}
+    if maps:
+        given = {name: maps["text" if name == "text" else "image"](given[name]) for name in given}
+    unit = {name: F.normalize(rows_of, dim=-1) for name, rows_of in given.items()}
+    seen = {f"raw_{side}": given[side][rows] for side in sides} | {side: unit[side][rows] for side in sides}
+    seen |= {f"all_{side}": unit[side] for side in sides}
+    seen |= {f"{side}_tokens": model[f"{side}_tokens"][rows] for side in sides}
+    absent = dict.fromkeys(("image", "text", "all_image", "all_text"))
+    return Features(**absent | seen, scale=model["scale"], masked_image=unit["masked"][rows])
 
 
-def squares(a, b):
-    count = sum(len(row) for row in a)
-    return sum((x - y) ** 2 for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)) / count
+def batch(of, losses, rows=slice(None), sides=SIDES):
+    """What a process that holds these rows sees."""
+    teacher_sides = SIDES if {"keys", "pairs"} & losses.needs else sides
+    slow = replace(of.momentum, **{name: getattr(of.momentum, name)[rows] for name in ("image", "text", "targets")})
+    return Batch(
+        features(of.student, rows, sides=sides),
+        tuple(features(teacher, rows, sides=teacher_sides) for teacher in of.teachers),
+        positives(GROUPS, GROUPS)[rows].double(),
+        GROUPS,
+        slow,
+        features(of.student, rows, losses.projections, sides) if losses.projections else None,
+        LABELS[rows],
+        LABELS,
+        of.classes,
+        sides=sides,
+    )
 
 
-def cross_entropy(scores, wanted):
-    """Mean over rows of -sum wanted log softmax(scores), with Python floats and loops."""
-    total = 0
-    for row, aim in zip(scores, wanted, strict=True):
-        highest = max(float(s.detach()) for s in row)
-        norm = sum((s - highest).exp() for s in row)
-        total = total - sum(a * (s - highest - norm.log()) for s, a in zip(row, aim, strict=True))
-    return total / len(scores)
+# The references: Python loops over numbers, nothing of the package.
+
+
+def linear(rows, layer):
+    return [[b + dot(w, row) for w, b in zip(layer.weight, layer.bias, strict=True)] for row in rows]
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def unit(rows):
+    return [[x / dot(row, row).sqrt() for x in row] for row in rows]
+
+
+def view(model, maps=None):
+    given = {name: list(model[name]) for name in (*SIDES, "masked")}
+    if maps:
+        given = {name: linear(rows, maps["text" if name == "text" else "image"]) for name, rows in given.items()}
+    seen = {name: unit(rows) for name, rows in given.items()} | {f"raw_{name}": rows for name, rows in given.items()}
+    tokens = {f"{side}_tokens": list(model[f"{side}_tokens"].flatten(0, 1)) for side in SIDES}
+    return SimpleNamespace(**seen, **tokens, scale=model["scale"])
 
 
 def dots(a, b, scale):
-    return [[scale * sum(x * y for x, y in zip(u, v, strict=True)) for v in b] for u in a]
+    return [[scale * dot(u, v) for v in b] for u in a]
+
+
+def turned(rows):
+    return list(map(list, zip(*rows, strict=True)))
 
 
 def softmax(rows):
     shares = []
     for row in rows:
-        weights = [math.exp(float(s)) for s in row]
+        weights = [x.exp() for x in row]
         shares.append([w / sum(weights) for w in weights])
     return shares
 
 
-def slow(name, s, t, aims):
-    if name == "contrastive":
-        return (
-            cross_entropy(dots(s.image, s.text, s.scale), aims) + cross_entropy(dots(s.text, s.image, s.scale), aims)
-        ) / 2
-    if name == "affinity":
-        a = cross_entropy(dots(s.image, s.text, s.scale), softmax(dots(t.image, t.text, t.scale)))
-        return (a + cross_entropy(dots(s.text, s.image, s.scale), softmax(dots(t.text, t.image, t.scale)))) / 2
-    if name == "feature":
-        return squares(s.image, t.image) + squares(s.text, t.text)
-    if name == "interactive":
-        return (
-            cross_entropy(dots(s.image, t.text, s.scale), aims) + cross_entropy(dots(s.text, t.image, s.scale), aims)
-        ) / 2
-    slow_copy, scale = momentum(), s.scale.detach()
+def cross_entropy(scores, wanted):
+    """Mean over rows of -sum wanted log softmax(scores)."""
     total = 0
+    for row, aim in zip(scores, wanted, strict=True):
+        norm = sum(x.exp() for x in row).log()
+        total = total - sum(a * (x - norm) for x, a in zip(row, aim, strict=True))
+    return total / len(scores)
+
+
+def divergence(scores, wanted):
+    """Mean over rows of sum p (log p - log q)."""
+    total = 0
+    for q, p in zip(softmax(scores), softmax(wanted), strict=True):
+        total = total + sum(y * (y.log() - x.log()) for x, y in zip(q, p, strict=True))
+    return total / len(scores)
+
+
+def mean(a, b, of=lambda x: x**2):
+    apart = [x - y for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]
+    return sum(map(of, apart)) / len(apart)
+
+
+def two_sided(of):
+    return of("image") + of("text")
+
+
+def raw(measure):
+    return lambda s, m, t, *_: two_sided(lambda side: measure(getattr(m, f"raw_{side}"), getattr(t[0], f"raw_{side}")))
+
+
+def own_scale(loss):
+    return loss.scale.log if getattr(loss.settings, "published", False) else loss.scale.log.exp()
+
+
+def mixed(a, b, share):
+    return [[share * x + (1 - share) * y for x, y in zip(p, q, strict=True)] for p, q in zip(a, b, strict=True)]
+
+
+def aims():
+    same = [[float(a == b) for b in GROUPS] for a in GROUPS]
+    return [[x / sum(row) for x in row] for row in same]
+
+
+def both_ways(s, measure):
+    return (measure(dots(s.image, s.text, s.scale), "image") + measure(dots(s.text, s.image, s.scale), "text")) / 2
+
+
+def contrastive(s, *_):
+    return both_ways(s, lambda rows, _: cross_entropy(rows, aims()))
+
+
+def against(measure):
+    """Similarity rows against the first teacher's."""
+
+    def reference(s, m, t, *_):
+        known = {"image": dots(t[0].image, t[0].text, t[0].scale), "text": dots(t[0].text, t[0].image, t[0].scale)}
+        return both_ways(s, lambda rows, side: measure(rows, known[side]))
+
+    return reference
+
+
+def ensemble(s, m, t, loss, of):
+    shares = {"image": [], "text": []}
+    for k, one in enumerate(t):
+        scale = loss.settings.scales[k] if loss.settings.scales else one.scale
+        shares["image"].append(softmax(dots(one.image, one.text, scale)))
+        shares["text"].append(softmax(dots(one.text, one.image, scale)))
+    return both_ways(s, lambda rows, side: cross_entropy(rows, mixed(*shares[side], 0.5)))
+
+
+def crossed(measure):
+    def reference(s, m, t, loss, _):
+        scale, (first, *_) = own_scale(loss), t
+        known = dots(first.image, first.text, first.scale)
+        return (
+            measure(dots(m.image, first.text, scale), known) + measure(dots(m.text, first.image, scale), turned(known))
+        ) / 2
+
+    return reference
+
+
+def fused(s, m, t, loss, _):
+    h = {
+        side: unit(
+            linear(
+                [torch.stack([*u, *v]) for u, v in zip(getattr(s, side), getattr(t[0], side), strict=True)],
+                loss.maps[side],
+            )
+        )
+        for side in SIDES
+    }
+    rows = dots(h["image"], h["text"], own_scale(loss))
+    return (cross_entropy(rows, aims()) + cross_entropy(turned(rows), aims())) / 2
+
+
+def gradient(s, m, t, loss, _):
+    """The analytic gradients, found by differentiating the slow contrastive loss."""
+
+    def pulls(model):
+        scale = 1 / model.scale if loss.settings.published else model.scale
+        found = []
+        for way in (("image", "text"), ("text", "image")):
+            points = [torch.stack([torch.stack(row) for row in getattr(model, side)]) for side in way]
+            points = [p if p.requires_grad else p.requires_grad_() for p in points]
+            value = cross_entropy(dots(*points, scale), aims()) * (1 if loss.settings.published else PAIRS)
+            found += torch.autograd.grad(value, points, create_graph=True)
+        return found
+
+    known = [g.detach() for g in pulls(t[0])]
+    return sum(mean(g, k) for g, k in zip(pulls(s), known, strict=True))
+
+
+def tokens(s, m, t, loss, _):
+    def steady(rows):
+        if not loss.settings.norm:
+            return rows
+        out = []
+        for row in rows:
+            middle = sum(row) / len(row)
+            spread = (sum((x - middle) ** 2 for x in row) / len(row) + 1e-5).sqrt()
+            out.append([(x - middle) / spread for x in row])
+        return out
+
+    def one(side):
+        own = getattr(s, f"{side}_tokens")
+        own = linear(own, loss.maps[side]) if side in loss.maps else own
+        return mean(steady(own), steady(getattr(t[0], f"{side}_tokens")))
+
+    return two_sided(one)
+
+
+def kl(s, m, t, loss, _):
+    heat = loss.settings.temperature
+    cool = lambda rows: [[x / heat for x in row] for row in rows]  # noqa: E731
+    return heat**2 * raw(lambda own, wanted: divergence(cool(own), cool(wanted)))(s, m, t)
+
+
+def ce(s, m, t, loss, _):
+    ready = softmax if loss.settings.published else list
+    return raw(lambda own, wanted: cross_entropy(ready(own), softmax(wanted)))(s, m, t)
+
+
+def labels(s, m, t, loss, of):
+    known = [row for row, label in enumerate(LABELS) if label >= 0]
+    rows = dots([m.image[row] for row in known], of.classes, loss.settings.scale)
+    return cross_entropy(rows, [[float(LABELS[row] == k) for k in range(3)] for row in known])
+
+
+def slow_ways(s, t, slow):
+    scale = s.scale.detach()
     for query, slow_query, keys, asked, known in (
-        (s.image, slow_copy.image, slow_copy.all_text, t.image, slow_copy.teacher_text),
-        (s.text, slow_copy.text, slow_copy.all_image, t.text, slow_copy.teacher_image),
+        (s.image, slow.image, slow.all_text, t[0].image, slow.teacher_text),
+        (s.text, slow.text, slow.all_image, t[0].text, slow.teacher_image),
     ):
-        logits, opinion = dots(query, keys, s.scale), softmax(dots(slow_query, keys, scale))
-        if name == "ita":
-            total = total + cross_entropy(logits, mixed(opinion, slow_copy.targets, slow_copy.share)) / 2
-        elif name == "upop-kd":
-            truth = dots(asked, known, t.scale)
-            total = total + cross_entropy(logits, mixed(opinion, softmax(truth), slow_copy.share)) / 2
-            total = total + squares(logits, truth) / 2 + squares(query, asked) / 2
-        else:
-            raise AssertionError(f"no reference for {name}")
-    return total
+        yield dots(query, keys, s.scale), softmax(dots(slow_query, keys, scale)), dots(asked, known, t[0].scale)
 
 
-@pytest.mark.parametrize("name", TERMS)
-def test_a_loss_and_its_gradient_equal_the_slow_reference(name):
-    found_from, wanted_from, teacher = features(0, True), features(0, True), features(1)
-    aims = targets()
-    found, parts = compute({name: 2.0}, Batch(found_from, (teacher,), aims, momentum()))
-    wanted = 2.0 * slow(name, wanted_from, teacher, aims)
-    assert found.item() == pytest.approx(float(wanted.detach()), rel=1e-12) and set(parts) == {name}
-    found.backward()
-    wanted.backward()
-    for own, other in ((found_from.image, wanted_from.image), (found_from.text, wanted_from.text)):
-        torch.testing.assert_close(own.grad, other.grad, rtol=1e-10, atol=1e-12)
+def ita(s, m, t, loss, of):
+    slow = of.momentum
+    ways = slow_ways(s, t, slow)
+    return sum(cross_entropy(rows, mixed(opinion, slow.targets, slow.share)) for rows, opinion, _ in ways) / 2
+
+
+def upop_kd_ranking(s, m, t, loss, of):
+    ways = slow_ways(s, t, of.momentum)
+    return sum(cross_entropy(rows, mixed(opinion, softmax(truth), 0.3)) for rows, opinion, truth in ways) / 2
+
+
+def upop_kd(s, m, t, loss, of):
+    copied = sum(mean(rows, truth) for rows, _, truth in slow_ways(s, t, of.momentum))
+    copied = copied + mean(s.image, t[0].image) + mean(s.text, t[0].text)
+    return upop_kd_ranking(s, m, t, loss, of) + copied / 2
+
+
+REFERENCES = {
+    "contrastive": contrastive,
+    "affinity": against(lambda rows, known: cross_entropy(rows, softmax(known))),
+    "crd": against(divergence),
+    "ensemble": ensemble,
+    "feature": lambda s, m, t, *_: mean(m.image, t[0].image) + mean(m.text, t[0].text),
+    "masked-feature": lambda s, m, t, *_: mean(m.masked, t[0].image) + mean(m.text, t[0].text),
+    "interactive": crossed(lambda rows, _: cross_entropy(rows, aims())),
+    "cross": crossed(divergence),
+    "gradient": gradient,
+    "fused": fused,
+    "tokens": tokens,
+    "mse": raw(mean),
+    "l1": raw(lambda own, wanted: mean(own, wanted, abs)),
+    "huber": raw(
+        lambda own, wanted: mean(own, wanted, lambda x: x**2 / 2 if abs(float(x.detach())) <= 1 else abs(x) - 0.5)
+    ),
+    "kl": kl,
+    "ce": ce,
+    "labels": labels,
+    "ita": ita,
+    "upop-kd": upop_kd,
+}
+
+
+def gradients(value, of, losses):
+    inputs = [*of.student.values(), *losses.parameters()]
+    return torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True, retain_graph=True)
+
+
+@pytest.mark.parametrize(("name", "settings", "wide"), BOTH_WIDTHS)
+def test_a_loss_and_its_gradients_equal_the_slow_reference(name, settings, wide):
+    of, losses = world(wide), objective({name: {"weight": 2.0, **settings}}, wide)
+    found, parts = losses(batch(of, losses))
+    student = view(of.student)
+    matched = view(of.student, losses.projections) if losses.projections else student
+    wanted = 2.0 * REFERENCES[name](student, matched, list(map(view, of.teachers)), losses.losses[name], of)
+    assert set(parts) == {name} and wanted > 0
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=0)
+    slow = gradients(wanted, of, losses)
+    assert any(g.abs().max() > 0 for g in slow)
+    for own, other in zip(gradients(found, of, losses), slow, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "settings", "wide"), BOTH_WIDTHS)
+def test_the_mean_over_processes_is_the_loss_of_one(name, settings, wide):
+    of, losses = world(wide), objective({name: settings}, wide)
+    whole, _ = losses(batch(of, losses))
+    halves = sum(losses(batch(of, losses, rows))[0] for rows in (slice(0, 3), slice(3, 6))) / 2
+    torch.testing.assert_close(halves, whole, rtol=1e-12, atol=0)
+    for own, other in zip(gradients(halves, of, losses), gradients(whole, of, losses), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [n for n in TERMS if n != "labels" and "pairs" not in needs_of(terms_from((n,), "x"))])
+def test_a_tower_that_does_not_learn_is_not_looked_at(name):
+    of, shares = world(wide=True), []
+    for sides in (("image",), ("text",), SIDES):
+        losses = objective({name: 1.0}, wide=True, sides=SIDES)
+        shares.append(losses(batch(of, losses, sides=sides))[0])
+    parts = sum(shares[:2]) / (2 if "keys" in losses.needs else 1)
+    torch.testing.assert_close(parts, shares[2], rtol=1e-12, atol=0)
+
+
+def test_every_loss_has_a_reference():
+    assert REFERENCES.keys() == TERMS.keys()
+
+
+def test_learnable_parts_start_alike_and_scales_stay_where_clip_keeps_its_own():
+    first, second = (objective(("interactive", "fused", "cross"), wide=True) for _ in range(2))
+    learned = dict(first.named_parameters())
+    assert {"losses.interactive.scale.log", "losses.fused.maps.text.weight", "projections.image.weight"} <= set(learned)
+    assert all(torch.equal(parameter, learned[name]) for name, parameter in second.named_parameters())
+    assert first.losses["cross"].scale().item() == pytest.approx(1 / 0.07)
+    for module in first.losses.values():
+        module.scale.log.data.fill_(9.0)
+    first.clamp_scales()
+    assert {module.scale.log.item() for module in first.losses.values()} == {MAX_LOG_SCALE}
+
+
+def test_the_scale_as_published_lacks_its_exp():
+    for name in ("interactive", "fused"):
+        assert objective({name: {"published": True}}).losses[name].scale().item() == pytest.approx(2.659, abs=1e-3)
 
 
 def test_guided_upop_only_ranks_on_the_steps_that_move_the_masks():
-    student, teacher, slow_copy = features(0), features(1), momentum()
-    _, still = compute({"upop-kd": 1.0}, Batch(student, (teacher,), targets(), slow_copy))
-    _, moving = compute({"upop-kd": 1.0}, Batch(student, (teacher,), targets(), slow_copy, masks_move=True))
-    copied = 0.0
-    for query, asked, known, keys in (
-        (student.image, teacher.image, slow_copy.teacher_text, slow_copy.all_text),
-        (student.text, teacher.text, slow_copy.teacher_image, slow_copy.all_image),
-    ):
-        copied += float(squares(dots(query, keys, student.scale), dots(asked, known, teacher.scale))) / 2
-        copied += float(squares(query, asked)) / 2
-    assert copied > 0 and (still["upop-kd"] - moving["upop-kd"]).item() == pytest.approx(copied, rel=1e-9)
+    of, losses = world(), objective(("upop-kd",))
+    moving, _ = losses(replace(batch(of, losses), masks_move=True))
+    student, teachers = view(of.student), list(map(view, of.teachers))
+    torch.testing.assert_close(moving, upop_kd_ranking(student, student, teachers, None, of), rtol=1e-10, atol=0)
+    assert losses(batch(of, losses))[0] > moving
+
+
+def test_crd_pulls_like_affinity_and_ends_at_zero():
+    of, losses = world(), objective(("crd", "affinity"))
+    _, parts = losses(batch(of, losses))
+    for own, other in zip(*(gradients(part, of, losses) for part in parts.values()), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-11)
+    assert parts["crd"] < parts["affinity"]
+    caught_up = batch(of, losses)
+    _, parts = losses(replace(caught_up, student=caught_up.teacher))
+    assert parts["crd"].item() == pytest.approx(0, abs=1e-12) and parts["affinity"] > 0
+
+
+def test_gradients_of_the_right_temperature_do_not_vanish_as_the_published_ones_do():
+    of = world()
+    sizes = []
+    for published in (False, True):
+        losses = objective({"gradient": {"published": published, "weight": 1.0}})
+        sizes.append(losses(batch(of, losses))[0].item())
+    assert sizes[1] < 1e-3 * sizes[0]
+
+
+def hidden(ratio, rows=slice(None), pictures=8):
+    losses = objective({"masked-feature": {"ratio": ratio, "patch": 8}})
+    values = torch.rand(pictures, 16, generator=torch.Generator().manual_seed(0))
+    return losses.hide(torch.ones(pictures, 3, 32, 32)[rows], lambda patches: values[rows, :patches])
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.75, 1.0])
+def test_exactly_the_asked_share_of_patches_is_hidden(ratio):
+    squares = hidden(ratio).unfold(2, 8, 8).unfold(3, 8, 8).flatten(4)  # [B, 3, 4, 4, 64]
+    assert torch.equal(squares.amin(-1), squares.amax(-1)) and torch.equal(squares[:, 0], squares[:, 2])
+    assert ((squares[:, 0, :, :, 0] == 0).flatten(1).sum(1) == round(ratio * 16)).all()
+    if 0 < ratio < 1:
+        assert len(torch.unique(hidden(ratio).flatten(1), dim=0)) > 1
+
+
+def test_a_picture_hides_the_same_patches_wherever_it_is_computed():
+    assert torch.equal(hidden(0.75, slice(1, None, 2)), hidden(0.75)[1::2])
+
+
+def test_masked_feature_looks_at_the_masked_picture():
+    of, losses = world(), objective({"masked-feature": 1.0, "feature": 1.0})
+    seen = batch(of, losses)
+    _, parts = losses(seen)
+    assert abs(parts["masked-feature"] - parts["feature"]) > 1e-3
+    _, parts = losses(replace(seen, student=replace(seen.student, masked_image=seen.student.image)))
+    torch.testing.assert_close(parts["masked-feature"], parts["feature"])
+
+
+def test_a_batch_without_labels_is_worth_exactly_zero_and_can_be_differentiated():
+    of, losses = world(wide=True), objective(("labels",), wide=True)
+    none = torch.full_like(LABELS, -1)
+    found, _ = losses(replace(batch(of, losses), labels=none, all_labels=none))
+    assert found.item() == 0
+    assert all(
+        (g == 0).all()
+        for g in torch.autograd.grad(found, [of.student["image"], *losses.projections["image"].parameters()])
+    )
 
 
 def test_absent_terms_are_not_computed(monkeypatch):
@@ -146,18 +479,42 @@ def test_absent_terms_are_not_computed(monkeypatch):
         raise AssertionError("computed though absent")
 
     monkeypatch.setattr(Feature, "forward", never)
-    compute({"contrastive": 1.0}, Batch(features(0), (), targets()))
-    with pytest.raises(AssertionError, match="though absent"):
-        compute({"feature": 1.0}, Batch(features(0), (features(1),), targets()))
+    of = world()
+    for names in (("contrastive",), ("feature",)):
+        losses = objective(names)
+        if names == ("feature",):
+            with pytest.raises(AssertionError, match="though absent"):
+                losses(batch(of, losses))
+        else:
+            losses(batch(of, losses))
 
 
 def test_names_without_weights_get_the_published_ones():
-    terms = terms_from(("contrastive", "feature"), "x")
-    assert {name: settings.weight for name, settings in terms.items()} == {"contrastive": 1.0, "feature": 2000.0}
+    terms = terms_from(("contrastive", "feature", "kl", "l1", "ce"), "x")
+    weights = {name: settings.weight for name, settings in terms.items()}
+    assert weights == {"contrastive": 1.0, "feature": 2000.0, "kl": 0.6, "l1": 0.35, "ce": 0.05}
     assert terms_from({"feature": 3}, "x")["feature"].weight == 3.0
+    assert terms_from({"gradient": {"published": True}}, "x")["gradient"].weight == 1e8
+    assert terms_from({"gradient": {"published": True, "weight": 2}}, "x")["gradient"].weight == 2
     assert "teacher" in needs_of(terms) and "teacher" not in needs_of(terms_from(("contrastive", "ita"), "x"))
     assert "momentum" in needs_of(terms_from(("ita",), "x"))
     with pytest.raises(RecipeError, match="Did you mean 'affinity'"):
         terms_from(("afinity",), "x")
     with pytest.raises(RecipeError, match=r"unknown key 'wieght'\. Did you mean 'weight'"):
         terms_from({"feature": {"wieght": 1}}, "x")
+
+
+@pytest.mark.parametrize(
+    ("term", "sizes", "told"),
+    [
+        ({"tokens": {}}, {"teacher_tokens": dict.fromkeys(SIDES, (5, 3))}, "student has 3 tokens, the teacher's 5"),
+        ({"ensemble": {"scales": [1.0]}}, {}, "1 numbers for 2 teachers"),
+        ({"labels": {}}, {"sides": ("text",)}, "image tower does not learn"),
+        ({"masked-feature": {"patch": 12}}, {}, "patches of 12 pixels do not tile 32x32"),
+    ],
+)
+def test_a_loss_that_cannot_work_says_so_before_training(term, sizes, told):
+    shapes = dict.fromkeys(SIDES, (3, 3))
+    known = Sizes(WIDTH, (WIDTH, WIDTH + 3), SIDES, (32, 32), shapes, shapes)
+    with pytest.raises(RecipeError, match=told):
+        Objective(terms_from(term, "x"), replace(known, **sizes))

@@ -1,0 +1,36 @@
+"""Augmented feature distillation, AFD of CLIP-KD (Yang et al. 2024): contrast features fused with the teacher's.
+
+L = (CE(c h_v h_t^T, targets) + CE(c h_t h_v^T, targets)) / 2 over [B, N];  h_v = norm(W_v [v; V] + b_v) and h_t likewise,
+[B, D] of the student's width, capitals the teacher's. The maps and the scale c (1 / 0.07 at first) belong to this loss.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipress.compress.losses import SIDES, Batch, Loss, Scale, Sizes, soft_cross_entropy
+
+
+class Fused(Loss):
+    """Contrastive loss on linear mixtures of both models' embeddings."""
+
+    needs = frozenset({"pairs", "teacher"})
+
+    class Settings(Loss.Settings):
+        published: bool = False
+        """Use the logarithm of the scale (2.66 at first) for the scale, as the published code does."""
+
+    def __init__(self, settings: Settings, sizes: Sizes) -> None:
+        super().__init__(settings, sizes)
+        width = sizes.student
+        self.maps = nn.ModuleDict({side: nn.Linear(width + sizes.teachers[0], width) for side in SIDES})
+        self.scale = Scale(settings.published)
+
+    def forward(self, batch: Batch) -> Tensor:
+        def fuse(side: str, rows: str) -> Tensor:
+            both = torch.cat([getattr(model, rows + side) for model in (batch.student, batch.teacher)], dim=-1)
+            return F.normalize(self.maps[side](both), dim=-1)
+
+        ways = [("image", "text"), ("text", "image")]
+        logits = [self.scale() * fuse(asked, "") @ fuse(keys, "all_").T for asked, keys in ways]
+        return sum(soft_cross_entropy(rows, batch.targets) for rows in logits) / 2
