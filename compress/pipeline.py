@@ -27,9 +27,9 @@ from clipress.models.load import (
     artifact_from_clip,
     clip_from_artifact,
     clip_from_open_clip,
-    new_clip,
     save_for_open_clip,
 )
+from clipress.models.students import check, freeze, start_hash, student_from, towers_of_teacher
 from clipress.recipe import Recipe, checked, digest, read_recipe, recipe_text
 
 RECIPE = "recipe.yaml"
@@ -60,6 +60,8 @@ def plan_from(recipe: Recipe) -> Plan:
         raise RecipeError("Either 'teacher' or 'student' is asked for, found neither: there is no model to start from.")
     if teacher and any(stage.name == "teacher" for stage in stages):
         raise RecipeError("stages: 'teacher' is the name of the teacher's artefact; call the stage something else.")
+    if recipe.student is not None:
+        check(recipe.student, teacher is not None)
     if teacher and teacher.recipe is not None:
         plan_from(checked(Recipe, teacher.recipe, "teacher.recipe"))
     data = checked(DataSpec, recipe.data, "data")
@@ -101,9 +103,9 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
         teacher, lineage = _teacher(plan, run / "teacher", context, say)
         folders.append(run / "teacher")
     teacher_hash = lineage[-1]["hash"] if lineage else "none"
-    clip = new_clip(recipe.student, recipe.seed) if recipe.student is not None else teacher.copy()
+    clip = student_from(recipe.student, teacher, recipe.seed) if recipe.student is not None else teacher.copy()
     if recipe.student is not None:
-        lineage = ({"stage": "start", "hash": digest("start", recipe.student, recipe.seed)},)
+        lineage = ({"stage": "start", "hash": start_hash(recipe.student, recipe.seed)},)
     for number, stage in enumerate(plan.stages):
         folder = run / stage.name
         record = _record(stage, recipe.seed, data, lineage, teacher_hash)
@@ -121,6 +123,7 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
                 log=run / "logs" / f"{stage.name}.jsonl",
                 title=stage.name,
             )
+            freeze(clip.model, towers_of_teacher(recipe.student))  # what was loaded or cut came back trainable
             clip, details = stage.run(clip, own)
             seconds = round(time.perf_counter() - began, 1)
             record |= {"details": details, "seconds": seconds, "peak_memory_mb": peak_memory_mb()}

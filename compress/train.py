@@ -25,6 +25,7 @@ from clipress.data.pairs import Batches, DataSpec, TrainingSet, open_source
 from clipress.errors import ClipressError, RecipeError
 from clipress.models import anatomy
 from clipress.models.load import Clip
+from clipress.models.students import rest
 from clipress.recipe import Section
 
 if TYPE_CHECKING:
@@ -285,6 +286,7 @@ def train(
         _refuse_strangers(clip, teacher, weights, context.title)
     steps = steps_of(config, context)
     clip.model.train()
+    rest(clip.model)  # a tower that a recipe takes from the teacher stays as it is
     twin = MomentumTwin(clip.model, config, context) if needs_momentum(weights) else None  # whole on each process
     module = fabric.setup_module(Towers(clip.model))
     if clip.sparsity:  # only now are the weights where they stay, on a device or in shards
