@@ -315,16 +315,22 @@ def test_a_run_leaves_the_teachers_tower_alone_in_every_stage_and_after_a_stop(t
         "teacher": {"artifact": str(tmp_path / "teacher")},
         "student": {"image": "teacher", "text": {"width": 32, "heads": 2, "layers": 1}},
         "data": {"train": [{"format": "scenes", "limit": 24}]},
-        "stages": [{"distill": short}, {"distill": {"name": "second", **short}}],
+        "stages": [
+            {"distill": short},
+            {"distill": {"name": "second", **short}},
+            {"sparsify": short},
+            {"quantize": {**short, "calibrate": 8, "keep": ["visual.*"]}},
+        ],
     }
     run = tmp_path / "run"
     compress(Recipe(**recipe), run, lambda _: None)
     (run / "second" / "clipress.json").unlink()  # as if the run had been stopped: the second stage starts from a file
     compress(Recipe(**recipe), run, lambda _: None)
-    teacher, first, second = (clip_from_artifact(run / name) for name in ("teacher", "distilled", "second"))
-    for clip in (first, second):
-        assert torch.equal(outputs(clip)[0], outputs(teacher)[0])
-    assert not torch.equal(outputs(first)[1], outputs(second)[1])
+    teacher, *stages = [
+        outputs(clip_from_artifact(run / name)) for name in ("teacher", "distilled", "second", "sparse", "int8")
+    ]
+    for before, (image, text) in zip([teacher, *stages], stages, strict=False):
+        assert torch.equal(image, teacher[0]) and not torch.equal(text, before[1])
 
 
 @pytest.mark.parametrize(
