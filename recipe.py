@@ -37,7 +37,7 @@ class Recipe(Section):
     teacher: dict[str, Any] | list[dict[str, Any]] | None = None
     """Where the teacher comes from: models.load.TeacherSpec. Of several, the first is the one students start from."""
     student: dict[str, Any] | None = None
-    """An open_clip model config to start from; absent: the student starts as a copy of the teacher."""
+    """models.students.Student, or an open_clip config, to start from; absent: a copy of the teacher."""
     data: dict[str, Any]
     """data.pairs.DataSpec."""
     stages: list[dict[str, dict[str, Any] | None]] = []

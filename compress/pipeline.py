@@ -28,9 +28,9 @@ from clipress.models.load import (
     artifact_from_clip,
     clip_from_artifact,
     clip_from_open_clip,
-    new_clip,
     save_for_open_clip,
 )
+from clipress.models.students import check, freeze, start_hash, student_from, towers_of_teacher
 from clipress.recipe import Recipe, checked, digest, read_recipe, recipe_text
 
 RECIPE = "recipe.yaml"
@@ -62,6 +62,8 @@ def plan_from(recipe: Recipe) -> Plan:
         raise RecipeError("Either 'teacher' or 'student' is asked for, found neither: there is no model to start from.")
     if teachers and any(stage.name == "teacher" for stage in stages):
         raise RecipeError("stages: 'teacher' is the name of the teacher's artefact; call the stage something else.")
+    if recipe.student is not None:
+        check(recipe.student, bool(teachers))
     for teacher in teachers:
         if teacher.recipe is not None:
             plan_from(checked(Recipe, teacher.recipe, "teacher.recipe"))
@@ -107,9 +109,10 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
         lineage = brought[0].lineage
         _keep(brought[0], folders[0], plan, context, say)
     taught_by = "+".join(teacher.lineage[-1]["hash"] for teacher in brought) or "none"
-    clip = new_clip(recipe.student, recipe.seed) if recipe.student is not None else teachers[0].copy()
+    teacher = teachers[0] if teachers else None
+    clip = student_from(recipe.student, teacher, recipe.seed) if recipe.student is not None else teacher.copy()
     if recipe.student is not None:
-        lineage = ({"stage": "start", "hash": digest("start", recipe.student, recipe.seed)},)
+        lineage = ({"stage": "start", "hash": start_hash(recipe.student, recipe.seed)},)
     for number, stage in enumerate(plan.stages):
         folder = run / stage.name
         record = _record(stage, recipe.seed, data, lineage, taught_by)
@@ -129,6 +132,7 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
                 checkpoints=checkpoints,
                 title=stage.name,
             )
+            freeze(clip.model, towers_of_teacher(recipe.student))  # what was loaded or cut came back trainable
             clip, details = stage.run(clip, own)
             seconds = round(time.perf_counter() - began, 1)
             record |= {"details": details, "seconds": seconds, "peak_memory_mb": peak_memory_mb()}

@@ -41,20 +41,25 @@ def run(settings: Sparsify, clip: Clip, context: Context) -> tuple[Clip, dict[st
 
 
 def zero_two_of_four(model: nn.Module) -> tuple[list[str], dict[str, str]]:
-    """Bake 2:4 zeros into every weight whose shape allows it, in place.
+    """Bake 2:4 zeros into every weight that is trained and whose shape allows it, in place.
 
     Returns the weights' names, and why each other Linear or Conv was left dense.
     """
     import modelopt.torch.sparsity as mts
 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    held = {name: m.weight.detach().clone() for name, m in layers.items() if not m.weight.requires_grad}
     with redirect_stdout(io.StringIO()):  # it names every layer aloud
         mts.export(mts.sparsify(model, "sparse_magnitude"))
     # modelopt's record of what it did would travel with the model; the zeros are record enough
     if hasattr(model, "_modelopt_state"):
         del model._modelopt_state
-    names, skipped = [], {}
+    names, skipped = [], dict.fromkeys(held, "not trained, so it could not recover")
+    for name, weight in held.items():
+        layers[name].weight = nn.Parameter(weight, requires_grad=False)
     for name, layer in layers.items():
+        if name in held:
+            continue
         if is_two_of_four(layer.weight):
             names.append(f"{name}.weight")
         else:

@@ -42,6 +42,7 @@ from clipress.errors import ClipressError, RecipeError
 from clipress.metrics.evaluate import classifier
 from clipress.models import anatomy
 from clipress.models.load import Clip
+from clipress.models.students import rest
 from clipress.recipe import Section
 
 if TYPE_CHECKING:
@@ -438,7 +439,12 @@ class Learner:
             )
         for number, teacher in enumerate(teachers):
             _refuse_strangers(clip, teacher, terms if number == 0 else (), context.title)
-        self.sides = SIDES if config.towers == "both" else (config.towers,)
+        learning = [side for side in SIDES if any(p.requires_grad for p in anatomy.tower_parameters(clip.model, side))]
+        self.sides = tuple(side for side in learning if config.towers in ("both", side))
+        if not self.sides:
+            raise RecipeError(
+                f"{context.title}: the {config.towers} tower was asked to learn; it is the teacher's, frozen."
+            )
         self.shown = SIDES if "pairs" in needs else self.sides
         tokens = self.sides if "tokens" in needs else ()
         sizes = _sizes(clip, teachers, self.sides, tokens)
@@ -448,6 +454,7 @@ class Learner:
         for parameter in self.held:
             parameter.requires_grad_(False)
         clip.model.train()
+        rest(clip.model)
         if context.runtime.checkpointing:
             clip.model.set_grad_checkpointing(True)
         # the slow copy is whole on each process

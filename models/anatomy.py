@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,49 @@ from clipress.errors import ArtifactError
 from clipress.models.attention import Attention
 
 TOWERS = ("image", "text")
+CONFIG_KEYS = {"image": "vision_cfg", "text": "text_cfg"}
+TEXT_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
+
+# Tensors of open_clip's own transformers that have an axis of residual channels: name -> (axis, the gain of the norm that
+# it is read through, or of the layer scale that it is written through).
+_IN_TOWER: dict[str, dict[str, tuple[int, str | None]]] = {
+    "image": {
+        "conv1.weight": (0, None),
+        "class_embedding": (0, None),
+        "positional_embedding": (1, None),
+        "ln_pre.weight": (0, None),
+        "ln_pre.bias": (0, None),
+        "ln_post.weight": (0, None),
+        "ln_post.bias": (0, None),
+        "proj": (0, "ln_post.weight"),
+    },
+    "text": {
+        "token_embedding.weight": (1, None),
+        "cls_emb": (0, None),
+        "positional_embedding": (1, None),
+        "ln_final.weight": (0, None),
+        "ln_final.bias": (0, None),
+        "text_projection": (0, "ln_final.weight"),
+        "text_projection.weight": (1, "ln_final.weight"),
+    },
+}
+_IN_BLOCK: dict[str, tuple[int, str | None]] = {
+    "ln_1.weight": (0, None),
+    "ln_1.bias": (0, None),
+    "attn.q.weight": (1, "ln_1.weight"),
+    "attn.k.weight": (1, "ln_1.weight"),
+    "attn.v.weight": (1, "ln_1.weight"),
+    "attn.out.weight": (0, "ls_1.gamma"),
+    "attn.out.bias": (0, None),
+    "ls_1.gamma": (0, None),
+    "ln_2.weight": (0, None),
+    "ln_2.bias": (0, None),
+    "mlp.c_fc.weight": (1, "ln_2.weight"),
+    "mlp.c_proj.weight": (0, "ls_2.gamma"),
+    "mlp.c_proj.bias": (0, None),
+    "ls_2.gamma": (0, None),
+}
+_WITHOUT_CHANNELS = {"attn.q.bias", "attn.k.bias", "attn.v.bias", "mlp.c_fc.bias", "text_projection.bias"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +86,41 @@ class Block:
 
 def _text_root(model: nn.Module) -> tuple[str, nn.Module]:
     return ("text.", model.text) if hasattr(model, "text") else ("", model)
+
+
+def tower_of(name: str) -> str | None:
+    """Return the tower that a parameter's name belongs to; logit_scale and logit_bias belong to neither."""
+    if name.startswith("logit_"):
+        return None
+    return "image" if name.startswith("visual.") else "text"
+
+
+def transformer(model: nn.Module, tower: str) -> nn.Module | None:
+    """Return open_clip's own transformer of a tower, which holds its blocks as `resblocks`; None if it has another."""
+    found = getattr(model.visual if tower == "image" else _text_root(model)[1], "transformer", None)
+    return found if hasattr(found, "resblocks") else None
+
+
+def residual_axes(model: nn.Module, tower: str) -> dict[str, tuple[int, str | None]]:
+    """Return every tensor of an open_clip transformer tower that has an axis of residual channels.
+
+    Maps its name to (axis, name of the gain that scales these channels on the way in or out, or None).
+    Raises ArtifactError for a tower with tensors that are not known here: its width cannot be changed.
+    """
+    prefix = "visual." if tower == "image" else _text_root(model)[0]
+    found: dict[str, tuple[int, str | None]] = {}
+    names = [name for name, _ in model.named_parameters() if tower_of(name) == tower]
+    for name in names:
+        short, at, table = name.removeprefix(prefix), prefix, _IN_TOWER[tower]
+        if block := re.match(r"transformer\.resblocks\.\d+\.", short):
+            short, at, table = short.removeprefix(block[0]), prefix + block[0], _IN_BLOCK
+        if short in _WITHOUT_CHANNELS:
+            continue
+        if short not in table:
+            raise ArtifactError(f"{name} of the {tower} tower is not one of a plain open_clip transformer's tensors.")
+        axis, gain = table[short]
+        found[name] = axis, at + gain if gain and at + gain in names else None
+    return found
 
 
 def context_length(model: nn.Module) -> int:
@@ -118,13 +197,8 @@ def stock_attentions(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def tower_parameters(model: nn.Module, tower: str) -> list[nn.Parameter]:
-    """Return the parameters of one tower, its projection and embeddings included; logit_scale belongs to neither."""
-    image = list(model.visual.parameters())
-    if tower == "image":
-        return image
-    others = {id(parameter) for parameter in image} | {id(getattr(model, "logit_scale", None))}
-    others.add(id(getattr(model, "logit_bias", None)))
-    return [parameter for parameter in model.parameters() if id(parameter) not in others]
+    """Return the parameters of one tower, its projection and embeddings included."""
+    return [parameter for name, parameter in model.named_parameters() if tower_of(name) == tower]
 
 
 def token_layer(model: nn.Module, tower: str) -> nn.Module:

@@ -84,29 +84,53 @@ def build(architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
             if seed is not None:
                 torch.manual_seed(seed)
             model = (CustomTextCLIP if custom else CLIP)(**config)
+        if _is_resized(model):  # open_clip leaves its towers at the size they were published with
+            model.visual.set_input_size(model.visual.image_size)
     except (TypeError, ValueError, AssertionError, KeyError) as error:
         raise RecipeError(f"open_clip cannot build a model from this config: {error}") from None
     return surgery.use_own_attention(model)
 
 
+def _is_resized(model: nn.Module) -> bool:
+    """Tell whether timm's tower works at another size than its name stands for, and has to be told."""
+    trunk = getattr(model.visual, "trunk", None)
+    return hasattr(trunk, "set_input_size") and anatomy.image_size(model) != tuple(trunk.default_cfg["input_size"][1:])
+
+
 def new_clip(architecture: dict[str, Any], seed: int) -> Clip:
-    """Build a CLIP with random weights, to be trained from scratch."""
-    model = build(architecture, seed)
+    """Build a CLIP to be trained from scratch: random weights, or timm's own where the config asks for them.
+
+    The config it keeps no longer asks: whoever loads the model later needs its weights only.
+    """
+    vision = architecture.get("vision_cfg") or {}
+    pretrained = isinstance(vision, dict) and vision.get("timm_model_pretrained")
+    try:
+        model = build(architecture, seed)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        told = str(error).strip().splitlines()[0]
+        raise RecipeError(
+            f"timm's weights of {vision['timm_model_name']} cannot be had: {told} Leave out 'pretrained' to start from "
+            "random ones."
+        ) from None
+    if pretrained:
+        architecture = {**architecture, "vision_cfg": {**vision, "timm_model_pretrained": False}}
     height, _ = anatomy.image_size(model)
     return Clip(model, architecture, Preprocess(size=height), tokenizer_spec(architecture))
 
 
-def clip_from_open_clip(name: str, checkpoint: str | None) -> Clip:
-    """Load a model by its open_clip name with weights from a file or a pretrained tag."""
+def clip_from_open_clip(name: str, checkpoint: str | None, where: str = "teacher") -> Clip:
+    """Load a model by its open_clip name with weights from a file or a pretrained tag; `where` begins messages."""
     import open_clip
     from open_clip.transformer import QuickGELU
     from safetensors import SafetensorError
 
     config = open_clip.get_model_config(name)
     if config is None:
-        raise RecipeError(f"teacher: open_clip has no model '{name}'.{nearest(name, open_clip.list_models())}")
+        raise RecipeError(f"{where}: open_clip has no model '{name}'.{nearest(name, open_clip.list_models())}")
     if checkpoint is None:
-        raise RecipeError(f"teacher: model '{name}' needs a checkpoint: a file, a pretrained tag, or 'random'.")
+        raise RecipeError(f"{where}: model '{name}' needs a checkpoint: a file, a pretrained tag, or 'random'.")
     pretrained = None if checkpoint == "random" else checkpoint
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained and pretrained not in tags and not Path(pretrained).is_file():
@@ -172,7 +196,11 @@ def artifact_from_clip(clip: Clip, lineage: tuple[dict[str, Any], ...], metrics:
 
 def save_for_open_clip(clip: Clip, folder: Path) -> bool:
     """Write an uncut, unquantised model so that plain open_clip loads it (`local-dir:FOLDER`); False if it is neither."""
-    if clip.quantization or surgery.shapes(clip.model) != surgery.shapes(build(clip.architecture)):
+    if (
+        clip.quantization
+        or _is_resized(clip.model)
+        or surgery.shapes(clip.model) != surgery.shapes(build(clip.architecture))
+    ):
         return False
     import json
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from clipress.errors import ArtifactError
 from clipress.models import convnets
-from clipress.models.anatomy import Block, blocks, stock_attentions
+from clipress.models.anatomy import TEXT_PARTS, Block, blocks, stock_attentions
 from clipress.models.attention import Attention, TimmAttention
 
 
@@ -119,6 +120,18 @@ def reshape(model: nn.Module, wanted: dict[str, dict[str, Any]]) -> nn.Module:
             (block.ffn_in, block.ffn_out), block.ffn_names, ((block.width, ffn), (ffn, block.width)), strict=True
         ):
             setattr(block.module.mlp, name, nn.utils.skip_init(nn.Linear, *sizes, bias=linear.bias is not None))
+    return model
+
+
+def adopt(model: nn.Module, donor: nn.Module, tower: str) -> nn.Module:
+    """Give a model a copy of another's whole tower, in place. Both are built from one config as to that tower."""
+    if tower == "image":
+        model.visual = copy.deepcopy(donor.visual)
+    elif hasattr(donor, "text"):
+        model.text = copy.deepcopy(donor.text)
+    else:
+        for part in TEXT_PARTS:
+            setattr(model, part, copy.deepcopy(getattr(donor, part)))
     return model
 
 

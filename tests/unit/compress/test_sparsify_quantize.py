@@ -40,6 +40,18 @@ def test_the_model_is_plain_afterwards():
     assert [type(module) for module in model.modules()] == kinds and list(model.state_dict()) == names
 
 
+def test_what_is_not_trained_stays_dense():
+    model = new_clip(tiny_architecture(layers=1), 0).model
+    model.transformer.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    names, skipped = zero_two_of_four(model)
+    frozen = {name for name in layers(model) if name.startswith("transformer.")}
+    assert frozen and frozen <= skipped.keys() and not any(name.startswith("transformer.") for name in names)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) is (name not in names)
+    assert not any(p.requires_grad for p in model.transformer.parameters())
+
+
 @pytest.mark.parametrize(
     ("row", "holds"),
     [([1, 0, 0, 2], True), ([0, 0, 0, 2], True), ([1, 0, 3, 2], False), ([float("nan"), 0, 0, 1], False)],

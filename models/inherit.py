@@ -1,0 +1,162 @@
+"""A smaller student cut out of its teacher: TinyCLIP's manual weight inheritance (Wu et al. 2023), with a criterion.
+
+TinyCLIP takes the first channels and heads of each tensor; here the ones with the largest weights are taken:
+
+- layers: student layer i of n is the teacher's floor(i * N / n): evenly spaced, the first one always there;
+- heads: largest ||V|| * ||O|| of each layer, the Frobenius norms of the head's rows of v and its columns of out;
+- ffn: largest product of the norms of a unit's row of the first and its column of the second Linear;
+- width: one set of channels for the whole tower, with the largest sum over all matrices of the layers that stay, and of
+  embeddings and projections. Each matrix adds the norms of its slices along the residual axis, times the gain of the
+  norm it is read through, divided by their mean, so that no matrix counts more than another.
+
+Heads keep their width and softmax scale.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from clipress.errors import ArtifactError, RecipeError
+from clipress.models import anatomy, surgery
+from clipress.models.anatomy import Block
+from clipress.models.load import Clip, build
+from clipress.recipe import Section
+
+
+class Size(Section):
+    """What one tower of the student keeps; an absent key keeps the teacher's."""
+
+    layers: int | None = Field(None, ge=1)
+    heads: int | None = Field(None, ge=1)
+    """Per layer, as wide as the teacher's."""
+    width: int | None = Field(None, ge=1)
+    """Residual channels."""
+    ffn: int | None = Field(None, ge=1)
+    """Hidden units of each feed-forward."""
+
+
+def inherited(teacher: Clip, sizes: Mapping[str, Size]) -> Clip:
+    """Return a student that keeps the given sizes of the teacher's towers, everything else as it is.
+
+    It is an ordinary open_clip architecture wherever every layer's heads fill the width; otherwise its blocks have shapes
+    of their own, as after pruning. Raises RecipeError for sizes that the teacher cannot give.
+    """
+    clip = teacher.copy()
+    model, architecture = clip.model, copy.deepcopy(clip.architecture)
+    for tower, size in sizes.items():
+        _check(model, tower, size)
+        for block in _take_layers(model, tower, size.layers):
+            _take_units(block, size)
+    weights = model.state_dict()
+    for tower, size in sizes.items():
+        if anatomy.transformer(model, tower) is not None:
+            architecture[anatomy.CONFIG_KEYS[tower]].update(_config(model, tower, size.width))
+        if size.width is not None:
+            axes = anatomy.residual_axes(model, tower)
+            kept = _largest(_channel_scores(weights, axes), size.width)
+            weights |= {name: weights[name].index_select(axis, kept) for name, (axis, _) in axes.items()}
+    student = surgery.reshape(build(architecture), surgery.shapes(model))
+    student.load_state_dict(weights)
+    return Clip(student.eval(), architecture, clip.preprocess, clip.tokenizer)
+
+
+def _check(model: nn.Module, tower: str, size: Size) -> None:
+    where, found = f"student.inherit.{tower}", _blocks(model, tower)
+    if not found:
+        raise RecipeError(f"{where}: the teacher's {tower} tower has no transformer blocks to inherit from.")
+    if (size.layers or size.width) and anatomy.transformer(model, tower) is None:
+        raise RecipeError(f"{where}: timm's name fixes layers and width of this tower; heads and ffn can be inherited.")
+    has = {
+        "layers": len(found),
+        "heads": min(block.attn.heads for block in found),
+        "width": found[0].width,
+        "ffn": min(block.ffn_in.out_features for block in found),
+    }
+    for key, wanted in size.model_dump(exclude_none=True).items():
+        if wanted > has[key]:
+            raise RecipeError(f"{where}.{key}: {wanted} was asked for, and the teacher has {has[key]} to inherit.")
+    if size.width is not None:
+        try:
+            projected = "proj" if tower == "image" else "text_projection"
+            axes = anatomy.residual_axes(model, tower)
+        except ArtifactError as error:
+            raise RecipeError(f"{where}.width: {error} Leave 'width' out.") from None
+        if not any(projected in name.split(".") for name in axes):
+            raise RecipeError(f"{where}.width: without a projection the width is the embedding's. Leave 'width' out.")
+
+
+def _blocks(model: nn.Module, tower: str) -> list[Block]:
+    return [block for block in anatomy.blocks(model) if block.tower == tower]
+
+
+def _take_layers(model: nn.Module, tower: str, count: int | None) -> list[Block]:
+    if count is not None:
+        holder = anatomy.transformer(model, tower)
+        layers = list(holder.resblocks)
+        holder.resblocks = nn.ModuleList(layers[i * len(layers) // count] for i in range(count))
+    return _blocks(model, tower)
+
+
+def _take_units(block: Block, size: Size) -> None:
+    attn, device = block.attn, block.ffn_in.weight.device
+
+    def mask(scores: Tensor, count: int | None) -> Tensor:
+        kept = torch.zeros(len(scores), dtype=torch.bool, device=device)
+        kept[_largest(scores, len(scores) if count is None else count)] = True
+        return kept
+
+    surgery.cut(
+        block,
+        surgery.Keep(
+            qk=torch.ones(attn.heads, attn.qk_dim, dtype=torch.bool, device=device),
+            v=torch.ones(attn.heads, attn.v_dim, dtype=torch.bool, device=device),
+            ffn=mask(_norms(block.ffn_in.weight, 0) * _norms(block.ffn_out.weight, 1), size.ffn),
+            heads=mask(_head_scores(block), size.heads),
+        ),
+    )
+
+
+def _head_scores(block: Block) -> Tensor:
+    heads = (block.attn.heads, block.attn.v_dim)
+    v, out = block.attn.v.weight, block.attn.out.weight
+    return _norms(v.unflatten(0, heads), 0) * _norms(out.unflatten(1, heads), 1)
+
+
+def _channel_scores(weights: Mapping[str, Tensor], axes: Mapping[str, tuple[int, str | None]]) -> Tensor:
+    total: Tensor | float = 0.0
+    for name, (axis, gain) in axes.items():
+        if weights[name].ndim < 2:  # norms, biases and the class embedding
+            continue
+        norms = _norms(weights[name], axis)
+        if gain is not None:
+            norms = norms * weights[gain].double().abs()
+        total = total + norms / norms.mean().clamp_min(1e-30)
+    return total
+
+
+def _norms(tensor: Tensor, axis: int) -> Tensor:
+    """Return the norm of every slice along an axis, in double precision."""
+    return tensor.detach().double().movedim(axis, 0).flatten(1).norm(dim=1)
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Return where the `count` largest are, in their own order; of equal ones the first."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def _config(model: nn.Module, tower: str, width: int | None) -> dict[str, Any]:
+    """Return open_clip's settings of a tower; what they cannot say is in the blocks' shapes."""
+    first, *_ = found = _blocks(model, tower)
+    width, ffn = width or first.width, first.ffn_in.out_features
+    ratio = ffn / width
+    ratio = ratio if int(width * ratio) == ffn else (ffn + 0.5) / width  # open_clip rounds down
+    head = math.gcd(width, first.attn.qk_dim)
+    heads = {"head_width": head} if tower == "image" else {"heads": width // head}
+    return {"layers": len(found), "width": width, "mlp_ratio": ratio, **heads}

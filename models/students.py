@@ -1,0 +1,322 @@
+"""A recipe's `student` section -> the CLIP to be trained.
+
+    student: {model: ViT-B-16}                                  an open_clip name
+    student: {image: vit-t-16, text: clip-kd}                   two towers, by name, by size or by config
+    student: {image: {timm: resnet18}, text: teacher}           one tower new, the other the teacher's, left as it is
+    student: {inherit: {image: {layers: 6}, text: {ffn: 512}}}  cut out of the teacher (models/inherit.py)
+    student: {embed_dim: 512, vision_cfg: {...}, text_cfg: {...}}  a whole open_clip config
+
+Where there is a teacher, the student shares its preprocessing and its tokenizer, and its picture and embedding sizes
+unless told otherwise: both are shown the same pixels and ids.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from torch import nn
+
+from clipress.artifact import sha256
+from clipress.errors import RecipeError, nearest
+from clipress.models import anatomy, surgery
+from clipress.models.inherit import Size, inherited
+from clipress.models.load import Clip, clip_from_open_clip, new_clip
+from clipress.recipe import Section, checked, digest
+
+TEACHER = "teacher"
+# How ids are to be read is the tokenizer's, so the teacher's, and not a matter of the tower's size.
+TOKENS = (
+    *("context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
+    *("pool_type", "pad_id", "eos_id", "no_causal_mask"),
+)
+
+
+def _timm(name: str, **more: Any) -> dict[str, Any]:
+    """timm's tower, averaged over places; its own classifier is the projection."""
+    return {"timm_model_name": name, "timm_pool": "avg", "timm_proj": "", **more}
+
+
+# The published students. CLIP-KD's configs (Yang et al. 2024) put a Linear without bias after timm's features; timm's
+# MobileNetV3 has a layer in between, which only its own classifier reads. Its RN50 is CLIP's own.
+IMAGES: dict[str, dict[str, Any]] = {
+    "vit-t-16": {"width": 192, "layers": 12, "head_width": 64, "patch_size": 16},
+    "vit-b-16": {"width": 768, "layers": 12, "head_width": 64, "patch_size": 16},
+    "mobilevit-s": _timm("mobilevit_s", timm_proj="linear"),
+    "swin-t": _timm("swin_tiny_patch4_window7_224", timm_proj="linear"),
+    "mobilenetv3-s": _timm("mobilenetv3_small_100"),
+    "efficientnet-b0": _timm("efficientnet_b0", timm_proj="linear"),
+    "resnet-18": _timm("resnet18", timm_proj="linear"),
+    "resnet-50": {"width": 64, "layers": [3, 4, 6, 3]},
+    "clip-distill": {"width": 576, "layers": 6, "head_width": 24, "patch_size": 32},
+}
+TEXTS: dict[str, dict[str, Any]] = {
+    "clip-kd": {"width": 384, "heads": 6, "layers": 12},
+    "clip-distill": {"width": 128, "heads": 8, "layers": 6},
+}
+
+
+class Inherit(Section):
+    """What is kept of each tower of the teacher; an absent tower is kept whole."""
+
+    image: Size | None = None
+    text: Size | None = None
+
+    def sizes(self) -> dict[str, Size]:
+        """Return the towers that change."""
+        return {tower: size for tower in anatomy.TOWERS if (size := getattr(self, tower)) is not None}
+
+
+class Student(Section):
+    """The `student` section, unless it is a whole open_clip config: exactly one of model, image with text, inherit."""
+
+    model: str | None = None
+    """An open_clip model name."""
+    checkpoint: str | None = None
+    """With `model`: a weights file, or a pretrained tag of open_clip. Default: random weights."""
+    image: str | dict[str, Any] | None = None
+    """A name of `IMAGES`; vit-LAYERSxWIDTH-pPATCH; {timm: NAME}, with `pretrained: true` for timm's own weights; keys of
+    open_clip's vision_cfg; or `teacher`."""
+    text: str | dict[str, Any] | None = None
+    """A name of `TEXTS`; LAYERSxWIDTH; keys of open_clip's text_cfg; or `teacher`."""
+    embed_dim: int | None = Field(None, ge=1)
+    """Default: the model's own; of two towers: the teacher's, without one 512."""
+    image_size: int | None = Field(None, ge=1)
+    """In pixels. Default: the teacher's; without one the model's own, of two towers 224."""
+    inherit: Inherit | None = None
+
+    def model_post_init(self, _: Any) -> None:
+        towers = self.image is not None or self.text is not None
+        given = [k for k, v in (("model", self.model), ("image and text", towers), ("inherit", self.inherit)) if v]
+        if len(given) != 1:
+            raise RecipeError(
+                "student: exactly one of model, image with text, inherit, or a whole open_clip config (vision_cfg, "
+                f"text_cfg), is asked for; found {' and '.join(given) or 'none'}."
+            )
+        if towers and (self.image is None or self.text is None):
+            raise RecipeError(
+                f"student: found {'text' if self.image is None else 'image'} alone; both towers are needed."
+            )
+        if self.image == self.text == TEACHER:
+            raise RecipeError("student: both towers are the teacher's; leave 'student' out to start from a copy of it.")
+        if self.checkpoint is not None and self.model is None:
+            raise RecipeError("student.checkpoint: it goes with 'model'.")
+        fixed = self.inherit is not None or (self.checkpoint or "random") != "random"
+        if fixed and (self.embed_dim or self.image_size):
+            source = "the teacher" if self.inherit is not None else "the checkpoint"
+            raise RecipeError(f"student: embed_dim and image_size are {source}'s; leave them out.")
+        if self.inherit is not None and not self.inherit.sizes():
+            raise RecipeError("student.inherit: sizes are asked for, of image or text: layers, heads, width, ffn.")
+
+
+def check(raw: Mapping[str, Any], has_teacher: bool) -> None:
+    """Check a recipe's section before anything is done. Raises RecipeError."""
+    if _is_config(raw):
+        return
+    student = checked(Student, raw, "student")
+    if not has_teacher and (student.inherit is not None or towers_of_teacher(raw)):
+        raise RecipeError("student: it is to be made from the teacher, and the recipe has no 'teacher'.")
+    if student.image is not None:
+        _own_towers(student)
+
+
+def student_from(raw: Mapping[str, Any], teacher: Clip | None, seed: int) -> Clip:
+    """Build the student of a recipe; its random weights depend on the seed alone.
+
+    Raises RecipeError for a section that makes no sense, or that the teacher cannot serve.
+    """
+    check(raw, teacher is not None)
+    if _is_config(raw):
+        clip = new_clip(dict(raw), seed)
+        if teacher is None:
+            return clip
+        return replace(clip, preprocess=teacher.preprocess.model_copy(update={"size": clip.preprocess.size}))
+    student = checked(Student, raw, "student")
+    if teacher is not None and student.image_size is not None:
+        _refuse_other("picture size", student.image_size, teacher.preprocess.size)
+    if teacher is not None and teacher.quantization and (student.inherit or towers_of_teacher(raw)):
+        raise RecipeError(
+            "student: the teacher is INT8, and its towers cannot be trained on. Give the one before that."
+        )
+    if student.inherit is not None:
+        return inherited(teacher, student.inherit.sizes())
+    clip = _of_two_towers(student, teacher, seed) if student.model is None else _named(student, teacher, seed)
+    return clip if teacher is None else _shared(clip, teacher)
+
+
+def towers_of_teacher(raw: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return the towers that a section takes from the teacher whole, and that training leaves as they are."""
+    return tuple(tower for tower in anatomy.TOWERS if raw and raw.get(tower) == TEACHER)
+
+
+def start_hash(raw: Mapping[str, Any], seed: int) -> str:
+    """Hash what a student starts from besides the teacher, which every stage records: section, seed, checkpoint."""
+    file = Path(str(raw.get("checkpoint")))
+    return digest("start", raw, seed, *([sha256(file)] if file.is_file() else []))
+
+
+def freeze(model: nn.Module, towers: Iterable[str]) -> None:
+    """Take the towers' parameters out of training, in place."""
+    for name, parameter in model.named_parameters():
+        if anatomy.tower_of(name) in towers:
+            parameter.requires_grad_(False)
+
+
+def rest(model: nn.Module) -> None:
+    """Put what is not trained into evaluation mode, in place, so that statistics of its norms stay too."""
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def _is_config(raw: Mapping[str, Any]) -> bool:
+    return not raw.keys().isdisjoint({"vision_cfg", "text_cfg"})
+
+
+def _named(student: Student, teacher: Clip | None, seed: int) -> Clip:
+    """Build a model by its open_clip name."""
+    import open_clip
+
+    if (student.checkpoint or "random") != "random":
+        return clip_from_open_clip(student.model, student.checkpoint, "student")
+    config = open_clip.get_model_config(student.model)
+    if config is None:
+        raise RecipeError(
+            f"student: open_clip has no model '{student.model}'.{nearest(student.model, open_clip.list_models())}"
+        )
+    size = student.image_size or (teacher.preprocess.size if teacher else config["vision_cfg"].get("image_size", 224))
+    config["vision_cfg"]["image_size"] = size
+    config["vision_cfg"].pop("timm_model_pretrained", None)
+    config["text_cfg"] |= _tokens(teacher)
+    config["embed_dim"] = student.embed_dim or config["embed_dim"]
+    return new_clip(config, seed)
+
+
+def _of_two_towers(student: Student, teacher: Clip | None, seed: int) -> Clip:
+    """Build image and text tower as they are described, and put the teacher's in place."""
+    own, taken = _own_towers(student), [t for t in anatomy.TOWERS if getattr(student, t) == TEACHER]
+    theirs = teacher.architecture if teacher else {}
+    size = student.image_size or (teacher.preprocess.size if teacher else 224)
+    width = student.embed_dim or theirs.get("embed_dim", 512)
+    if taken and width != theirs["embed_dim"]:
+        raise RecipeError(
+            f"student.embed_dim: {width}; the {taken[0]} tower is the teacher's, with {theirs['embed_dim']}."
+        )
+    tokens = _tokens(teacher)
+    for key in own.get("text", {}).keys() & tokens.keys():
+        if own["text"][key] != tokens[key]:
+            raise RecipeError(
+                f"student.text.{key}: {own['text'][key]}; the teacher's, {tokens[key]!r}, must be shared."
+            )
+    made = {
+        "embed_dim": width,
+        "vision_cfg": {**own.get("image", {}), "image_size": size},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, **tokens, **own.get("text", {})},
+    }
+    if taken:  # what stands beside the towers in a config goes with a tower; how its text tower is kept, with that one
+        beside = theirs.keys() - made.keys() - ({"custom_text"} if "text" not in taken else set())
+        made |= {key: copy.deepcopy(theirs[key]) for key in beside}
+        made |= {key: copy.deepcopy(theirs[key]) for key in (anatomy.CONFIG_KEYS[tower] for tower in taken)}
+    clip = new_clip(made, seed)
+    for tower in taken:
+        surgery.adopt(clip.model, teacher.model, tower)
+    if taken:  # the scale of similarities too
+        beside = {n: t for n, t in teacher.model.state_dict().items() if anatomy.tower_of(n) is None}
+        clip.model.load_state_dict(beside, strict=False)
+    return clip
+
+
+def _shared(clip: Clip, teacher: Clip) -> Clip:
+    """Let the student see what the teacher sees."""
+    _refuse_other("picture size", clip.preprocess.size, teacher.preprocess.size)
+    _refuse_other("tokenizer", clip.tokenizer, teacher.tokenizer)
+    return replace(clip, preprocess=teacher.preprocess)
+
+
+def _refuse_other(what: str, own: Any, shared: Any) -> None:
+    if own != shared:
+        raise RecipeError(f"student: it must share the teacher's {what}, {shared}; found {own}.")
+
+
+def _tokens(teacher: Clip | None) -> dict[str, Any]:
+    """Return the settings of a text tower that the teacher's tokenizer decides."""
+    if teacher is None:
+        return {}
+    text = teacher.architecture["text_cfg"]
+    known = {"context_length": teacher.tokenizer["context_length"], "vocab_size": int(teacher.model.vocab_size)}
+    return known | {key: copy.deepcopy(text[key]) for key in TOKENS if key in text}
+
+
+def _own_towers(student: Student) -> dict[str, dict[str, Any]]:
+    """Return open_clip's settings of the towers that are not the teacher's."""
+    configs = {"image": _image_config, "text": _text_config}
+    given = {tower: getattr(student, tower) for tower in anatomy.TOWERS}
+    return {tower: configs[tower](value) for tower, value in given.items() if value != TEACHER}
+
+
+def _image_config(given: str | dict[str, Any]) -> dict[str, Any]:
+    from open_clip.model import CLIPVisionCfg
+
+    if isinstance(given, dict) and "timm" in given:
+        rest = {key: value for key, value in given.items() if key not in ("timm", "pretrained")}
+        given = _timm(given["timm"], timm_model_pretrained=bool(given.get("pretrained", False)), **rest)
+    if isinstance(given, dict):
+        known = {field.name for field in fields(CLIPVisionCfg)}
+        return _known_timm(_known_keys(given, known - {"image_size"}, {"timm", "pretrained"}, "student.image"))
+    if size := re.fullmatch(r"vit-(\d+)x(\d+)-p(\d+)", given):
+        layers, width, patch = map(int, size.groups())
+        return {"width": width, "layers": layers, "head_width": _head_width(width, "image"), "patch_size": patch}
+    return _by_name(given, IMAGES, "student.image", "vit-12x192-p16 or {timm: NAME}")
+
+
+def _text_config(given: str | dict[str, Any]) -> dict[str, Any]:
+    from open_clip.model import CLIPTextCfg
+
+    if isinstance(given, dict):
+        return _known_keys(given, {field.name for field in fields(CLIPTextCfg)}, set(), "student.text")
+    if size := re.fullmatch(r"(\d+)x(\d+)", given):
+        layers, width = map(int, size.groups())
+        return {"width": width, "heads": width // _head_width(width, "text"), "layers": layers}
+    return _by_name(given, TEXTS, "student.text", "12x384")
+
+
+def _by_name(given: str, table: Mapping[str, dict[str, Any]], where: str, example: str) -> dict[str, Any]:
+    if given not in table:
+        names = nearest(given, [*table, TEACHER])
+        raise RecipeError(f"{where}: there is no tower '{given}', and it is no size such as {example}.{names}")
+    return copy.deepcopy(table[given])
+
+
+def _known_keys(given: dict[str, Any], known: set[str], sugar: set[str], where: str) -> dict[str, Any]:
+    for key in given:
+        if key == "image_size":
+            raise RecipeError(f"{where}.image_size: it stands beside the towers, as student.image_size.")
+        if key not in known:
+            raise RecipeError(f"{where}: unknown key '{key}'.{nearest(key, known | sugar)}")
+    return dict(given)
+
+
+def _known_timm(config: dict[str, Any]) -> dict[str, Any]:
+    if "timm_model_name" in config:
+        import timm
+
+        name = str(config["timm_model_name"])
+        if not timm.is_model(name):
+            close = difflib.get_close_matches(name, timm.list_models(), n=3)
+            raise RecipeError(f"student.image: timm has no model '{name}'. Near it: {', '.join(close) or 'nothing'}.")
+    return config
+
+
+def _head_width(width: int, tower: str) -> int:
+    """Heads are 64 wide as in every CLIP, or 32 where that does not divide."""
+    for head in (64, 32):
+        if width and width % head == 0:
+            return head
+    raise RecipeError(f"student.{tower}: a width of {width} is no multiple of 32; give heads in a mapping instead.")

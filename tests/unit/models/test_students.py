@@ -1,0 +1,386 @@
+"""A recipe's student section: every form of it gives a CLIP that runs, learns, travels and exports."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+import torchvision
+
+from clipress.artifact import load_artifact, save_artifact
+from clipress.compress.pipeline import compress
+from clipress.data.evalsets import evalsets
+from clipress.data.pairs import SourceSpec
+from clipress.data.transforms import Preprocess
+from clipress.errors import RecipeError
+from clipress.export.settings import OnnxSettings
+from clipress.export.to_onnx import onnx_from_artifact
+from clipress.models import anatomy, surgery
+from clipress.models.load import Clip, artifact_from_clip, clip_from_artifact, new_clip, save_for_open_clip
+from clipress.models.students import IMAGES, TEXTS, check, freeze, rest, start_hash, student_from, towers_of_teacher
+from clipress.models.tiny import tiny_architecture
+from clipress.recipe import Recipe
+
+TEXT = {"context_length": 16, "vocab_size": 500, "width": 32, "heads": 2, "layers": 1}
+# the least size, of whole patches and windows, at which a tower still has something to look at
+SIZES = {"mobilevit-s": 64, "swin-t": 64, "resnet-50": 64, "clip-distill": 64}
+SAMPLE = [SourceSpec(format="scenes", split="test", limit=10)]
+
+
+def student(image, text=TEXT, teacher=None, seed=0, **more):
+    return student_from({"image": image, "text": text, **more}, teacher, seed)
+
+
+def named(image):
+    return student(image, embed_dim=32, image_size=SIZES.get(image, 32))
+
+
+def inputs(clip, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 400, (3, clip.tokenizer["context_length"]), generator=generator)
+    ids[:, -1] = int(clip.model.vocab_size) - 1
+    return torch.randn(3, 3, clip.preprocess.size, clip.preprocess.size, generator=generator), ids
+
+
+def loss(clip):
+    """A number that every trained weight has a part in."""
+    pixels, ids = inputs(clip)
+    model = clip.model
+    return model.encode_image(pixels).sum() + model.encode_text(ids).sum() + model.logit_scale.exp()
+
+
+@torch.no_grad()
+def outputs(clip):
+    pixels, ids = inputs(clip)
+    model = clip.model.eval()
+    return model.encode_image(pixels), model.encode_text(ids)
+
+
+def teacher_clip(custom_text=False, cut=False, seed=5, **changes):
+    """A teacher whose preprocessing, tokenizer length and logit scale are all its own."""
+    made = tiny_architecture() | {"custom_text": custom_text, "quick_gelu": True}
+    clip = new_clip(made | changes, seed)
+    torch.manual_seed(seed)
+    for parameter in clip.model.parameters():  # biases start at zero and gains at one; give them something to lose
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 0.8, 0.4)
+    torch.nn.init.constant_(clip.model.logit_scale, 3.0)
+    if cut:
+        for block in anatomy.blocks(clip.model):
+            half = torch.arange(16).expand(2, 16) < 8
+            surgery.cut(block, surgery.Keep(half, half, torch.arange(128) % 2 == 0))
+    preprocess = Preprocess(size=32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), resize_mode="squash")
+    return Clip(clip.model.eval(), clip.architecture, preprocess, clip.tokenizer)
+
+
+def assert_comes_back_bitwise(clip, folder):
+    save_artifact(artifact_from_clip(clip, ({"stage": "x", "hash": "abc"},), {}), folder)
+    again = clip_from_artifact(load_artifact(folder))
+    for wanted, found in zip(outputs(clip), outputs(again), strict=True):
+        assert torch.equal(found, wanted)
+    assert (again.preprocess, again.tokenizer) == (clip.preprocess, clip.tokenizer)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_every_named_image_tower_learns_all_over_and_comes_back_bitwise(image, tmp_path):
+    clip = named(image)
+    clip.model.train()
+    loss(clip).backward()
+    unused = [name for name, p in clip.model.named_parameters() if p.grad is None]
+    assert not unused  # else DDP waits for them for ever
+    assert outputs(clip)[0].shape == (3, 32) and outputs(clip)[1].shape == (3, 32)
+    assert_comes_back_bitwise(clip, tmp_path / "a")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_named_text_tower_learns_all_over_and_comes_back_bitwise(text, tmp_path):
+    teacher = teacher_clip(text_cfg={**TEXT, "context_length": 77})  # its vocabulary is small
+    clip = student("vit-1x32-p16", text, teacher)
+    loss(clip).backward()
+    assert all(p.grad is not None for p in clip.model.parameters())
+    assert outputs(clip)[1].shape == (3, 32)
+    assert_comes_back_bitwise(clip, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "image", ["resnet-18", "mobilevit-s", "vit-t-16", pytest.param("swin-t", marks=pytest.mark.slow)]
+)
+def test_students_of_every_family_export_and_agree(image, tmp_path):
+    text = {**TEXT, "vocab_size": 49408}
+    clip = student(image, text, embed_dim=32, image_size=SIZES.get(image, 32))
+    folder = save_artifact(artifact_from_clip(clip, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "a")
+    settings = OnnxSettings(exporter="torchscript")
+    made = onnx_from_artifact(folder, tmp_path / "e", settings, evalsets(SAMPLE))
+    assert made["parity"]["image_min_cosine"] > 0.9999
+
+
+def test_students_with_batch_norm_keep_statistics_while_learning_and_use_them_afterwards():
+    clip = named("resnet-18")
+    pixels, _ = inputs(clip)
+    (norm, *_) = [m for m in clip.model.visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    before, fixed = norm.running_mean.clone(), outputs(clip)[0]
+    clip.model.train().encode_image(pixels)
+    assert not torch.equal(norm.running_mean, before)
+    with torch.no_grad():
+        alone = clip.model.eval().encode_image(pixels[:1])
+    torch.testing.assert_close(alone, outputs(clip)[0][:1])  # a picture's neighbours no longer matter
+    assert not torch.allclose(alone, fixed[:1])
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_named_towers_are_the_published_ones():
+    d, tokens = 192, 1 + (32 // 16) ** 2
+    block = 2 * 2 * d + (4 * d * d + 4 * d) + (8 * d * d + 5 * d)  # norms, attention, feed-forward
+    ends = d * 3 * 16 * 16 + d + tokens * d + 2 * 2 * d + d * 32  # patches, class, positions, norms, projection
+    assert parameters(named("vit-t-16").model.visual) == 12 * block + ends
+    resnet = torchvision.models.resnet18()
+    assert parameters(named("resnet-18").model.visual) == parameters(resnet) - parameters(resnet.fc) + 512 * 32
+    mobilenet = torchvision.models.mobilenet_v3_small(num_classes=32)
+    assert parameters(named("mobilenetv3-s").model.visual) == parameters(mobilenet)
+    swin = torchvision.models.swin_t()
+    # timm's head has no bias here
+    assert (
+        parameters(student("swin-t", embed_dim=32).model.visual) == parameters(swin) - parameters(swin.head) + 768 * 32
+    )
+    rn50 = open_clip.get_model_config("RN50")["vision_cfg"]
+    assert IMAGES["resnet-50"].items() <= rn50.items()
+    heads = {
+        b.tower: (b.attn.heads, b.attn.qk_dim) for b in anatomy.blocks(student("clip-distill", "clip-distill").model)
+    }
+    assert heads == {"image": (24, 24), "text": (8, 16)}
+    assert TEXTS["clip-kd"] == {"width": 384, "heads": 6, "layers": 12}
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "wanted"),
+    [
+        ("vit-3x192-p16", "2x384", {"image": [(192, 3, 64)] * 3, "text": [(384, 6, 64)] * 2}),
+        ("vit-1x96-p8", "1x32", {"image": [(96, 3, 32)], "text": [(32, 1, 32)]}),
+    ],
+)
+def test_a_short_size_says_layers_width_and_patch(image, text, wanted):
+    clip = student(image, text, image_size=32)
+    found = {"image": [], "text": []}
+    for block in anatomy.blocks(clip.model):
+        found[block.tower].append((block.width, block.attn.heads, block.attn.qk_dim))
+    assert found == wanted
+    assert clip.tokenizer == {"name": "clip-bpe", "context_length": 77, "kwargs": {}}
+    assert clip.model.vocab_size == 49408 and clip.architecture["embed_dim"] == 512
+    patch = int(image.rpartition("p")[2])
+    assert clip.model.visual.conv1.weight.shape[-1] == patch
+
+
+def test_any_timm_tower_is_built_at_the_size_asked_for(tmp_path):
+    for name, size in (("test_efficientnet", 48), ("vit_tiny_patch16_224", 64)):
+        clip = student({"timm": name}, embed_dim=24, image_size=size)
+        assert outputs(clip)[0].shape == (3, 24)
+        assert_comes_back_bitwise(clip, tmp_path / name)
+        assert clip.architecture["vision_cfg"]["timm_model_pretrained"] is False
+
+
+def test_a_resized_timm_tower_is_not_offered_to_plain_open_clip(tmp_path):
+    """open_clip would build it at the size its name stands for, and refuse its positions."""
+    assert not save_for_open_clip(student({"timm": "test_vit"}, image_size=64), tmp_path / "resized")
+    assert save_for_open_clip(student({"timm": "test_vit"}, image_size=160), tmp_path / "as-published")
+    stock = open_clip.create_model(f"local-dir:{tmp_path / 'as-published'}", require_pretrained=True)
+    assert stock.visual.image_size == (160, 160)
+
+
+def test_timms_own_weights_are_fetched_once_and_never_asked_for_again(monkeypatch):
+    """The download is played by a builder that fills the tower with a known number."""
+    import open_clip.timm_model as timm_model
+
+    asked, real = [], timm_model.timm.create_model
+
+    def create_model(*args, pretrained=False, **kwargs):
+        asked.append(pretrained)
+        made = real(*args, **kwargs)
+        if pretrained:
+            torch.nn.init.constant_(made.conv1[0].weight, 0.25)
+        return made
+
+    monkeypatch.setattr(timm_model.timm, "create_model", create_model)
+    clip = student({"timm": "test_resnet", "pretrained": True}, embed_dim=16, image_size=32)
+    assert asked == [True] and bool((clip.model.visual.trunk.conv1[0].weight == 0.25).all())
+    again = clip_from_artifact(artifact_from_clip(clip, (), {}))
+    assert asked == [True, False] and torch.equal(outputs(again)[0], outputs(clip)[0])
+
+
+def test_timms_weights_that_cannot_be_had_are_told(monkeypatch):
+    def fails(*_, **__):
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr("open_clip.timm_model.timm.create_model", fails)
+    with pytest.raises(RecipeError, match=r"test_resnet cannot be had: no route.*Leave out 'pretrained'"):
+        student({"timm": "test_resnet", "pretrained": True})
+
+
+def test_the_seed_decides_the_weights():
+    first, same, other = (student("resnet-18", image_size=32, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(outputs(first)[0], outputs(same)[0])
+    assert not torch.equal(outputs(first)[0], outputs(other)[0])
+
+
+def test_a_whole_open_clip_config_goes_on_working_and_sees_what_the_teacher_sees():
+    config = tiny_architecture(width=16)
+    wanted = new_clip(config, 3)
+    alone, taught = student_from(config, None, 3), student_from(config, teacher_clip(), 3)
+    for clip in (alone, taught):
+        assert all(torch.equal(a, b) for a, b in zip(outputs(clip), outputs(wanted), strict=True))
+    assert alone.preprocess == wanted.preprocess and taught.preprocess == teacher_clip().preprocess
+
+
+@pytest.fixture
+def tiny_name(tmp_path):
+    (tmp_path / "tiny-student.json").write_text(json.dumps(tiny_architecture(width=16, image_size=64)))
+    open_clip.add_model_config(tmp_path / "tiny-student.json")
+    return "tiny-student"
+
+
+def test_an_open_clip_name_has_random_weights_and_the_teachers_sizes(tiny_name):
+    clip = student_from({"model": tiny_name}, teacher_clip(), 7)
+    assert clip.preprocess == teacher_clip().preprocess and outputs(clip)[0].shape == (3, 32)
+    again = student_from({"model": tiny_name}, teacher_clip(), 7)
+    assert torch.equal(outputs(clip)[0], outputs(again)[0])
+    alone = student_from({"model": tiny_name, "embed_dim": 48}, None, 7)
+    assert alone.preprocess.size == 64 and outputs(alone)[1].shape == (3, 48)
+
+
+def test_a_checkpoint_gives_an_open_clip_name_its_weights(tiny_name, tmp_path):
+    torch.manual_seed(1)
+    stock = open_clip.create_model(tiny_name).eval()
+    torch.save(stock.state_dict(), tmp_path / "weights.pt")
+    section = {"model": tiny_name, "checkpoint": str(tmp_path / "weights.pt")}
+    clip = student_from(section, None, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(clip)[0], stock.encode_image(inputs(clip)[0]), atol=1e-5, rtol=1e-5)
+    with pytest.raises(RecipeError, match="share the teacher's picture size, 32; found 64"):
+        student_from(section, teacher_clip(), 0)
+    before = start_hash(section, 0)
+    assert start_hash(section, 0) == before != start_hash(section, 1)
+    torch.save({}, tmp_path / "weights.pt")
+    assert start_hash(section, 0) != before  # other weights under the same name are another start
+
+
+def test_a_new_tower_reads_texts_as_the_teachers_tokenizer_writes_them():
+    teacher = teacher_clip()
+    teacher.architecture["text_cfg"]["pool_type"] = "last"
+    clip = student("resnet-18", "1x32", teacher)
+    assert clip.tokenizer == teacher.tokenizer and clip.preprocess == teacher.preprocess
+    assert clip.architecture["text_cfg"]["pool_type"] == "last" and clip.architecture["embed_dim"] == 32
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("custom_text", [False, True])
+@pytest.mark.parametrize("tower", anatomy.TOWERS)
+def test_a_tower_is_taken_from_the_teacher_whole(tower, custom_text, cut, tmp_path):
+    teacher = teacher_clip(custom_text, cut)
+    section = {"image": {"timm": "test_resnet"}, "text": "1x32"} | {tower: "teacher"}
+    clip = student_from(section, teacher, 0)
+    number = anatomy.TOWERS.index(tower)
+    assert towers_of_teacher(section) == (tower,)
+    assert torch.equal(outputs(clip)[number], outputs(teacher)[number])
+    assert not torch.equal(outputs(clip)[1 - number], outputs(teacher)[1 - number])
+    assert clip.model.logit_scale.item() == 3.0 and clip.preprocess == teacher.preprocess
+    with torch.no_grad():  # a copy: the teacher keeps its weights
+        for parameter in clip.model.parameters():
+            parameter.zero_()
+    assert outputs(teacher)[number].abs().sum() > 0
+    assert_comes_back_bitwise(student_from(section, teacher, 0), tmp_path / "a")
+
+
+def test_frozen_towers_neither_learn_nor_gather_statistics():
+    teacher = teacher_clip(vision_cfg={"timm_model_name": "test_resnet", "timm_proj": "linear", "image_size": 32})
+    section = {"image": "teacher", "text": "1x32"}
+    clip = student_from(section, teacher, 0)
+    freeze(clip.model, towers_of_teacher(section))
+    clip.model.train()
+    rest(clip.model)
+    loss(clip).backward()
+    learning = {anatomy.tower_of(name) for name, p in clip.model.named_parameters() if p.grad is not None}
+    assert learning == {"text", None} and clip.model.transformer.training
+    assert torch.equal(outputs(clip)[0], outputs(teacher)[0])
+
+
+def test_a_run_leaves_the_teachers_tower_alone_in_every_stage_and_after_a_stop(tmp_path):
+    short = {"losses": ["contrastive"], "steps": 3, "batch_size": 8, "lr": 1e-2}
+    vision = {"timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
+    save_artifact(
+        artifact_from_clip(teacher_clip(vision_cfg=vision), ({"stage": "x", "hash": "abc"},), {}), tmp_path / "teacher"
+    )
+    recipe = {
+        "name": "one-tower",
+        "teacher": {"artifact": str(tmp_path / "teacher")},
+        "student": {"image": "teacher", "text": {"width": 32, "heads": 2, "layers": 1}},
+        "data": {"train": [{"format": "scenes", "limit": 24}]},
+        "stages": [
+            {"distill": short},
+            {"distill": {"name": "second", **short}},
+            {"sparsify": short},
+            {"quantize": {**short, "calibrate": 8, "keep": ["visual.*"]}},
+        ],
+    }
+    run = tmp_path / "run"
+    compress(Recipe(**recipe), run, lambda _: None)
+    (run / "second" / "clipress.json").unlink()  # as if the run had been stopped: the second stage starts from a file
+    compress(Recipe(**recipe), run, lambda _: None)
+    teacher, *stages = [
+        outputs(clip_from_artifact(run / name)) for name in ("teacher", "distilled", "second", "sparse", "int8")
+    ]
+    for before, (image, text) in zip([teacher, *stages], stages, strict=False):
+        assert torch.equal(image, teacher[0]) and not torch.equal(text, before[1])
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({}, "exactly one of model, image with text, inherit.*found none"),
+        ({"model": "ViT-B-16", "image": "vit-t-16", "text": "clip-kd"}, "found model and image and text"),
+        ({"image": "vit-t-16"}, "image alone; both towers"),
+        ({"image": "vit-t-16", "text": "clip-kd", "checkpoint": "a.pt"}, "goes with 'model'"),
+        ({"image": "teacher", "text": "teacher"}, "leave 'student' out"),
+        ({"image": "teacher", "text": "clip-kd"}, "the recipe has no 'teacher'"),
+        ({"inherit": {"text": {"layers": 2}}}, "the recipe has no 'teacher'"),
+        ({"inherit": {}}, r"inherit: sizes are asked for"),
+        ({"inherit": {"image": {"depth": 2}}}, r"student\.inherit\.image\.depth: unknown key 'depth'"),
+        ({"inherit": {"image": {"layers": 0}}}, r"student\.inherit\.image\.layers"),
+        ({"inherit": {"image": {"layers": 1}}, "embed_dim": 64}, "are the teacher's; leave them out"),
+        ({"imgae": "vit-t-16", "text": "clip-kd"}, "unknown key 'imgae'. Did you mean 'image'"),
+        ({"image": "vit-t-61", "text": "clip-kd"}, "no tower 'vit-t-61'.*vit-12x192-p16.*Did you mean 'vit-t-16'"),
+        ({"image": "vit-t-16", "text": "clipkd"}, "no tower 'clipkd'.*Did you mean 'clip-kd'"),
+        ({"image": "vit-2x100-p16", "text": "clip-kd"}, "100 is no multiple of 32"),
+        ({"image": {"timm": "resnet81"}, "text": "clip-kd"}, "timm has no model 'resnet81'. Near it: .*resnet18"),
+        ({"image": {"timm": "resnet18", "pool": "avg"}, "text": "clip-kd"}, "unknown key 'pool'"),
+        ({"image": {"width": 64, "image_size": 32}, "text": "clip-kd"}, r"student\.image_size"),
+        ({"image": "vit-t-16", "text": {"head": 2}}, "unknown key 'head'. Did you mean 'heads'"),
+    ],
+)
+def test_a_section_that_makes_no_sense_is_told_before_anything_is_built(section, told):
+    with pytest.raises(RecipeError, match=told):
+        check(section, has_teacher=False)
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"image": "vit-t-16", "text": "1x32", "image_size": 64}, "teacher's picture size, 32; found 64"),
+        ({"image": "vit-t-16", "text": {"context_length": 77}}, "context_length: 77; the teacher's, 24"),
+        ({"image": "vit-t-16", "text": "teacher", "embed_dim": 64}, "embed_dim: 64; the text tower is the teacher's"),
+        ({"model": "ViT-B-61"}, "Did you mean 'ViT-B-16'"),
+        ({"inherit": {"image": {"width": 64}}}, r"inherit\.image\.width: 64 was asked for, and the teacher has 32"),
+        ({"inherit": {"text": {"layers": 3}}}, r"inherit\.text\.layers: 3 was asked for, and the teacher has 2"),
+    ],
+)
+def test_a_section_that_the_teacher_cannot_serve_is_told(section, told):
+    with pytest.raises(RecipeError, match=told):
+        student_from(section, teacher_clip(), 0)
+
+
+def test_an_int8_teacher_gives_no_towers():
+    teacher = teacher_clip()
+    int8 = Clip(**{**teacher.__dict__, "quantization": {"dtype": "int8"}})
+    with pytest.raises(RecipeError, match="INT8"):
+        student_from({"image": "resnet-18", "text": "teacher"}, int8, 0)
