@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 from clipress.data import digits, scenes
+from clipress.data.teacher_cache import TeacherCache
 from clipress.data.tokens import Tokenize
-from clipress.data.transforms import Augment, Preprocess, augmented, normalised
+from clipress.data.transforms import Augment, Preprocess, augmented, normalised, viewed
 from clipress.errors import DataError, nearest
 from clipress.recipe import Section, digest
 
@@ -201,14 +202,28 @@ class Batches:
 
 
 class TrainingSet:
-    """Turn lists of `Draw`s into arrays: pixels float32 [B,3,S,S], ids int64 [B,L], group int64 [B]."""
+    """Turn lists of `Draw`s into arrays: pixels float32 [B,3,S,S], ids int64 [B,L], group int64 [B].
+
+    With `caches`, one per teacher for each source, pictures are seen only as teachers have seen them, and for teacher t
+    there are teacher_image_t and teacher_text_t, unit rows float32 [B,D], and their lengths teacher_image_norm_t and
+    teacher_text_norm_t, float32 [B].
+    """
 
     def __init__(
-        self, sources: Sequence[Source], preprocess: Preprocess, tokenize: Tokenize, augment: Augment, seed: int
+        self,
+        sources: Sequence[Source],
+        preprocess: Preprocess,
+        tokenize: Tokenize,
+        augment: Augment,
+        seed: int,
+        caches: Sequence[Sequence[TeacherCache]] = (),
     ) -> None:
         self.sources, self.preprocess, self.augment, self.seed = list(sources), preprocess, augment, seed
+        self.caches = [list(row) for row in caches]
         self._tokenize = tokenize
         self._ids: dict[str, np.ndarray] = {}  # a caption is tokenised once
+        if self.caches:
+            _check_caches(self.sources, self.caches, preprocess, augment)
 
     def ids(self, texts: Sequence[str]) -> np.ndarray:
         """Tokenise texts: int64 [N, L]."""
@@ -221,22 +236,90 @@ class TrainingSet:
         return np.stack([self._ids[text] for text in texts]).astype(np.int64)
 
     def __getitems__(self, draws: list[Draw]) -> dict[str, np.ndarray]:
-        pictures, texts, groups = [], [], []
+        pictures, texts, groups, rows = [], [], [], []
         for draw in draws:
             source = self.sources[draw.source]
             rng = np.random.default_rng([self.seed, draw.source, draw.epoch, draw.index])
-            pictures.append(augmented(source.image(draw.index), self.preprocess, self.augment, rng))
-            captions = source.captions(draw.index)
-            texts.append(captions[int(rng.integers(len(captions)))])
-            groups.append(draw.source << 40 | source.group(draw.index))
-        return {
+            item, k = self._stored(draw, rng) if self.caches else (draw.index, 0)
+            if self.caches:
+                view = self.caches[draw.source][0].view(item, k)
+                pictures.append(viewed(source.image(item), self.preprocess, view))
+            else:
+                pictures.append(augmented(source.image(item), self.preprocess, self.augment, rng))
+            captions = source.captions(item)
+            caption = int(rng.integers(len(captions)))
+            texts.append(captions[caption])
+            groups.append(draw.source << 40 | source.group(item))
+            rows.append((draw.source, item, k, caption))
+        arrays = {
             "pixels": normalised(np.stack(pictures), self.preprocess),
             "ids": self.ids(texts),
             "group": np.asarray(groups, np.int64),
         }
+        return arrays | (self._taught(rows) if self.caches else {})
+
+    def _stored(self, draw: Draw, rng: np.random.Generator) -> tuple[int, int]:
+        """Draw a stored view of an item; for an item that could not be read another one stands in."""
+        cache, item = self.caches[draw.source][0], draw.index
+        while not cache.ok(item):
+            item = int(rng.integers(len(cache)))
+        return item, int(rng.integers(cache.manifest.views))
+
+    def _taught(self, rows: Sequence[tuple[int, int, int, int]]) -> dict[str, np.ndarray]:
+        """Look up what every teacher says about (source, item, view, caption)s."""
+        sources, arrays = np.asarray([row[0] for row in rows]), {}
+        for teacher, first in enumerate(self.caches[0]):
+            image, text = (np.empty((len(rows), first.manifest.dim), np.float32) for _ in range(2))
+            image_norm, text_norm = (np.empty(len(rows), np.float32) for _ in range(2))
+            for source in np.unique(sources):
+                cache, here = self.caches[source][teacher], np.flatnonzero(sources == source)
+                images = [cache.image_row(rows[at][1], rows[at][2]) for at in here]
+                texts = [cache.text_row(rows[at][1], rows[at][3]) for at in here]
+                image[here], image_norm[here] = cache.images(images), cache.image_norms(images)
+                text[here], text_norm[here] = cache.texts(texts), cache.text_norms(texts)
+            arrays |= {
+                f"teacher_image_{teacher}": image,
+                f"teacher_text_{teacher}": text,
+                f"teacher_image_norm_{teacher}": image_norm,
+                f"teacher_text_norm_{teacher}": text_norm,
+            }
+        return arrays
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
+
+
+def _check_caches(
+    sources: Sequence[Source], caches: Sequence[Sequence[TeacherCache]], preprocess: Preprocess, augment: Augment
+) -> None:
+    """Refuse caches of other data, of views that are not what the recipe asks for, or of teachers that saw others."""
+    if len(caches) != len(sources) or len({len(row) for row in caches}) != 1 or not caches[0]:
+        raise DataError(
+            f"Teacher embeddings: {len(sources)} sources need caches of the same teachers; "
+            f"found {list(map(len, caches))}."
+        )
+    for source, row in zip(sources, caches, strict=True):
+        for cache, leader in zip(row, caches[0], strict=True):
+            known = cache.manifest
+            for what, found, wanted in (
+                ("content of the source", known.fingerprint, source.fingerprint),
+                ("number of items", len(cache), len(source)),
+                ("augmentation", known.augment, augment),
+                ("teacher", known.teacher, leader.manifest.teacher),
+                ("views", cache.views_hash, row[0].views_hash),
+            ):
+                if found != wanted:
+                    raise DataError(
+                        f"Teacher embeddings in {cache.folder} do not fit {source.name}: {what} {found}; "
+                        f"{wanted} is asked for. Do: clipress embed RECIPE"
+                    )
+            if augment.shift and known.preprocess.size != preprocess.size:
+                raise DataError(
+                    f"Teacher embeddings in {cache.folder}: 'augment.shift' counts pixels, and the teacher's "
+                    f"pictures are {known.preprocess.size} wide, the student's {preprocess.size}. Use 'augment.crop_scale' instead."
+                )
+        if row[0].failed == len(source):
+            raise DataError(f"Teacher embeddings in {row[0].folder}: no picture of {source.name} could be read.")
 
 
 def fingerprint(specs: Sequence[SourceSpec]) -> str:
