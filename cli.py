@@ -96,6 +96,46 @@ def compress(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
 
 
 @main.command()
+@RECIPE_ARGUMENT
+@click.option("--out", type=FOLDER, help="Where caches go.  [default: teacher-embeddings in $CLIPRESS_CACHE]")
+@click.option("--views", type=click.IntRange(1), help="Augmented views per picture.  [default: the recipe's, or 1]")
+@click.option(
+    "--dtype", type=click.Choice(["fp16", "bf16"]), help="Of what is stored.  [default: the recipe's, or fp16]"
+)
+@click.option(
+    "--teacher",
+    "teachers",
+    multiple=True,
+    type=FOLDER,
+    help="Artefact to embed with; may be given several times.  [default: the recipe's teacher]",
+)
+@SET_OPTION
+def embed(
+    recipe: str,
+    out: Path | None,
+    views: int | None,
+    dtype: str | None,
+    teachers: tuple[Path, ...],
+    sets: tuple[str, ...],
+) -> None:
+    """Embed a recipe's training data with its teacher, once.
+
+    Training with `teacher.cache` looks the embeddings up instead of running the teacher. What is finished is not done
+    again, also after a kill. Under torchrun processes share the work.
+    """
+    from clipress.recipe import read_recipe
+
+    read = read_recipe(_recipe_path(recipe), sets)
+    from clipress.compress.embed import embed_recipe
+
+    folders = embed_recipe(_checked(read), out, views, dtype, teachers, click.echo)
+    from clipress.compress.pipeline import is_first_process
+
+    if is_first_process():
+        click.echo(f"{len(folders)} caches: {', '.join(map(str, folders))}")
+
+
+@main.command()
 @RUN_ARGUMENT
 @click.option(
     "--stage", "stages", multiple=True, help="Only this artefact; may be given several times.  [default: all]"

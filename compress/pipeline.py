@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,7 @@ from clipress.compress.stage import Stage, stages_from
 from clipress.compress.train import Context, Runtime, start_fabric
 from clipress.data.evalsets import evalsets
 from clipress.data.pairs import DataSpec, fingerprint
+from clipress.data.teacher_cache import TeacherCache
 from clipress.errors import ArtifactError, RecipeError
 from clipress.metrics.evaluate import evaluate
 from clipress.models.load import (
@@ -60,6 +61,10 @@ def plan_from(recipe: Recipe) -> Plan:
     stages = tuple(stages_from(recipe.stages))
     if not teachers and recipe.student is None:
         raise RecipeError("Either 'teacher' or 'student' is asked for, found neither: there is no model to start from.")
+    if len({teacher.cache is None for teacher in teachers}) > 1:
+        raise RecipeError(
+            "teacher: either every teacher has a 'cache' or none: training looks all of them up, or runs all."
+        )
     if teachers and any(stage.name == "teacher" for stage in stages):
         raise RecipeError("stages: 'teacher' is the name of the teacher's artefact; call the stage something else.")
     if recipe.student is not None:
@@ -101,14 +106,14 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
     context = Context(fabric, plan.data, recipe.seed, runtime=plan.runtime)
     data = fingerprint(plan.data.train)
     folders: list[Path] = []
-    brought = [_bring(spec, say) for spec in plan.teachers]
+    brought = [bring_teacher(spec, say) for spec in plan.teachers]
     teachers = tuple(teacher.clip for teacher in brought)
     lineage: tuple[dict[str, Any], ...] = ()
     if brought:
         folders.append(run / "teacher")
         lineage = brought[0].lineage
         _keep(brought[0], folders[0], plan, context, say)
-    taught_by = "+".join(teacher.lineage[-1]["hash"] for teacher in brought) or "none"
+    taught_by = "+".join(teacher.hash for teacher in brought) or "none"
     teacher = teachers[0] if teachers else None
     clip = student_from(recipe.student, teacher, recipe.seed) if recipe.student is not None else teacher.copy()
     if recipe.student is not None:
@@ -122,6 +127,8 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
             clip, lineage = clip_from_artifact(done), done.lineage
         else:
             say(f"{stage.name}: {stage.kind} {_settings(stage)}")
+            if not context.caches:
+                context = replace(context, caches=_caches(plan, brought, context, say))
             checkpoints = run / "checkpoints" / f"{stage.name}-{record['hash']}"
             began = time.perf_counter()
             own = replace(
@@ -238,8 +245,13 @@ class Teacher:
     lineage: tuple[dict[str, Any], ...]
     metrics: dict[str, Any] | None
 
+    @property
+    def hash(self) -> str:
+        """Of everything that made it."""
+        return self.lineage[-1]["hash"]
 
-def _bring(spec: TeacherSpec, say: Say) -> Teacher:
+
+def bring_teacher(spec: TeacherSpec, say: Say) -> Teacher:
     """Load a teacher, or make it by its recipe."""
     if spec.model is not None:
         clip = clip_from_open_clip(spec.model, spec.checkpoint)
@@ -258,9 +270,19 @@ def _bring(spec: TeacherSpec, say: Say) -> Teacher:
     return Teacher(clip_from_artifact(artifact), artifact.lineage, artifact.metrics)
 
 
+def _caches(plan: Plan, brought: Sequence[Teacher], context: Context, say: Say) -> tuple[tuple[TeacherCache, ...], ...]:
+    """Return what the teachers say of the training data, per source and teacher, where the recipe wants that kept."""
+    if not any(spec.cache for spec in plan.teachers):
+        return ()
+    from clipress.compress.embed import caches_of
+
+    each = [caches_of(t, s.cache, plan, context.fabric, say) for t, s in zip(brought, plan.teachers, strict=True)]
+    return tuple(zip(*each, strict=True))
+
+
 def _keep(teacher: Teacher, folder: Path, plan: Plan, context: Context, say: Say) -> None:
     """Leave a copy of the teacher in the run folder."""
-    if context.fabric.is_global_zero and not _finished(folder, teacher.lineage[-1]["hash"]):
+    if context.fabric.is_global_zero and not _finished(folder, teacher.hash):
         metrics = _measured(teacher.clip, plan) if teacher.metrics is None else teacher.metrics
         _write(teacher.clip, teacher.lineage, metrics, folder, say)
     context.fabric.barrier()

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +37,10 @@ from clipress.compress.losses import (
     positives,
     terms_from,
 )
-from clipress.data.pairs import Batches, DataSpec, TrainingSet, open_source
+from clipress.data.broken import BrokenRecords
+from clipress.data.pairs import Batches, DataSpec, open_source
+from clipress.data.teacher_cache import TeacherCache
+from clipress.data.training import TrainingSet
 from clipress.errors import ClipressError, RecipeError
 from clipress.metrics.evaluate import classifier
 from clipress.models import anatomy
@@ -109,6 +112,8 @@ class Context:
     runtime: Runtime = field(default_factory=Runtime)
     log: Path | None = None
     """JSON lines; None keeps none."""
+    caches: tuple[tuple[TeacherCache, ...], ...] = ()
+    """What teachers say of the training data, per source and teacher; empty: they are run."""
     checkpoints: Path | None = None
     """Folder of this stage's checkpoints; None writes and reads none."""
     title: str = ""
@@ -313,7 +318,7 @@ def steps_of(config: Training, context: Context) -> int:
 def batches(clip: Clip, config: Training, context: Context, steps: int, start: int = 0) -> DataLoader:
     """Return the loader of a stage: step t's batch depends on the seed and t alone."""
     sources = context.sources()
-    dataset = TrainingSet(sources, clip.preprocess, clip.tokenize(), context.data.augment, context.seed)
+    dataset = TrainingSet(sources, clip.preprocess, clip.tokenize(), context.data.augment, context.seed, context.caches)
     sampler = Batches(
         [len(source) for source in sources],
         [spec.share for spec in context.data.train],
@@ -327,8 +332,8 @@ def batches(clip: Clip, config: Training, context: Context, steps: int, start: i
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=_tensors, num_workers=context.data.workers)
 
 
-def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+def _tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for name, a in arrays.items()}
 
 
 def learning_rate(step: int, steps: int, config: Training) -> float:
@@ -371,9 +376,12 @@ def train(
     every = context.runtime.checkpoint if context.checkpoints and context.runtime.strategy != "fsdp2" else 0
     start, bad_in_a_row, skipped = progress["step"], progress["bad_in_a_row"], progress["skipped"]
     record: dict[str, Any] = progress["record"]
+    broken = BrokenRecords()
     began = time.perf_counter() - progress["seconds"]
     with _log_to(context.log, fabric, start) as log, _bar(steps, context.title, fabric, start) as bar:
         for step, arrays in enumerate(batches(clip, config, context, steps, start), start):
+            for record in broken.see(len(arrays["group"]), arrays.pop("broken")):
+                log({"step": step, "broken": asdict(record)})
             arrays = {name: tensor.to(fabric.device, non_blocking=True) for name, tensor in arrays.items()}
             rate = learning_rate(step, steps, config)
             for hook in hooks:
@@ -408,7 +416,8 @@ def train(
                 save_checkpoint(context.checkpoints, step + 1, state, fabric.global_rank)
     learner.finish()
     seconds = round(time.perf_counter() - began, 2)
-    return {"steps": steps, "seconds": seconds, "skipped_steps": skipped, "last": record}
+    replaced = {"broken_records": broken.broken} if broken.broken else {}
+    return {"steps": steps, "seconds": seconds, "skipped_steps": skipped, "last": record, **replaced}
 
 
 def _continued(learner: Learner, hooks: Sequence[Hook], context: Context) -> dict[str, Any] | None:
@@ -438,13 +447,8 @@ class Learner:
                 f"{context.title}: losses {sorted(terms)} compare with a teacher, and the recipe has none."
             )
         for number, teacher in enumerate(teachers):
-            _refuse_strangers(clip, teacher, terms if number == 0 else (), context.title)
-        learning = [side for side in SIDES if any(p.requires_grad for p in anatomy.tower_parameters(clip.model, side))]
-        self.sides = tuple(side for side in learning if config.towers in ("both", side))
-        if not self.sides:
-            raise RecipeError(
-                f"{context.title}: the {config.towers} tower was asked to learn; it is the teacher's, frozen."
-            )
+            _refuse_strangers(clip, teacher, terms if number == 0 else (), context)
+        self.sides = _learning(clip, config, needs, context)
         self.shown = SIDES if "pairs" in needs else self.sides
         tokens = self.sides if "tokens" in needs else ()
         sizes = _sizes(clip, teachers, self.sides, tokens)
@@ -468,7 +472,9 @@ class Learner:
         learned = parameter_groups(self.objective, config.weight_decay)
         learns = any(group["params"] for group in learned)
         self.own = torch.optim.AdamW(learned, lr=config.lr, betas=config.betas) if learns else None
-        self.mentors = [Towers(t.model, tokens).to(self.fabric.device).eval() for t in teachers]
+        self.taught = len(teachers)
+        run = () if context.caches else teachers
+        self.mentors = [Towers(t.model, tokens).to(self.fabric.device).eval() for t in run]
         self.classes = _classifier(teachers[0], context) if "labels" in needs else None
 
     def gradients(
@@ -612,9 +618,7 @@ class Learner:
             if "masked" in outputs:
                 own["masked"] = maps["image"](outputs["masked"])
             projected = _features({**own, "scale": outputs["scale"]}, fabric, local)
-        wanted = tuple(
-            _features(self._taught(number, mentor, arrays), fabric, local) for number, mentor in enumerate(self.mentors)
-        )
+        wanted = tuple(_features(self._taught(number, arrays), fabric, local) for number in range(self.taught))
         groups, labels = _gathered(arrays["group"], fabric), _gathered(arrays["label"], fabric)
         return Batch(
             student,
@@ -629,12 +633,17 @@ class Learner:
         )
 
     @torch.no_grad()
-    def _taught(self, number: int, mentor: Towers, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _taught(self, number: int, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a teacher's raw embeddings: those the loader brought from a cache, else a forward pass."""
-        if f"teacher_image_{number}" in arrays and "tokens" not in self.objective.needs:
-            norms = {side: arrays[f"teacher_{side}_norm_{number}"][:, None] for side in SIDES}
-            raw = {side: arrays[f"teacher_{side}_{number}"] * norms[side] for side in SIDES}
-            return raw | {"scale": mentor.model.logit_scale.exp().reshape(())}
+        if caches := self.context.caches:
+            raw = {
+                side: arrays[f"teacher_{side}_{number}"] * arrays[f"teacher_{side}_norm_{number}"][:, None]
+                for side in SIDES
+                if f"teacher_{side}_{number}" in arrays
+            }
+            scale = caches[0][number].manifest.logit_scale
+            return raw | {"scale": torch.tensor(scale, device=self.fabric.device)}
+        mentor = self.mentors[number]
         shown = SIDES if {"pairs", "keys"} & self.objective.needs else self.sides
         with self.fabric.autocast():
             return mentor(arrays["pixels"] if "image" in shown else None, arrays["ids"] if "text" in shown else None)
@@ -649,14 +658,42 @@ class Learner:
             nn.utils.clip_grad_norm_(learned, self.config.clip)
 
 
-def _refuse_strangers(student: Clip, teacher: Clip, terms: Iterable[str], title: str) -> None:
-    """Teacher and student are shown the same pixels and ids; some losses want embeddings of one width."""
+def _learning(clip: Clip, config: Training, needs: frozenset[str], context: Context) -> tuple[str, ...]:
+    """Return the towers that learn: asked for, not the teacher's own, and with data to learn from."""
+    sources = context.sources()
+    there = {"image": all(s.has_images for s in sources), "text": all(s.has_texts for s in sources)}
+    lacking = [side for side in SIDES if not there[side]]
+    if lacking and {"pairs", "keys"} & needs:
+        raise RecipeError(
+            f"{context.title}: its losses look at pairs, and the training data have no {lacking[0]}s. Use losses that look "
+            "at one tower alone, such as feature, or data with both."
+        )
+    trainable = [side for side in SIDES if any(p.requires_grad for p in anatomy.tower_parameters(clip.model, side))]
+    sides = tuple(side for side in trainable if config.towers in ("both", side) and there[side])
+    if not sides:
+        raise RecipeError(
+            f"{context.title}: nothing can learn: 'towers: {config.towers}' was asked for, trainable are {trainable}, "
+            f"the data have {[side for side in SIDES if there[side]]}."
+        )
+    return sides
+
+
+def _refuse_strangers(student: Clip, teacher: Clip, terms: Iterable[str], context: Context) -> None:
+    """A teacher that is run sees the student's pixels and ids; some losses want embeddings of one width."""
+    title = context.title
+    if context.caches and "tokens" in needs_of(terms):
+        raise RecipeError(
+            f"{title}: token features are not in a teacher's cache. Leave out 'tokens' or 'teacher.cache'."
+        )
     for what, own, other in (
         ("preprocessing", student.preprocess.model_dump(), teacher.preprocess.model_dump()),
         ("tokenizer", student.tokenizer, teacher.tokenizer),
     ):
-        if own != other:
-            raise RecipeError(f"{title}: teacher and student must share their {what}; found {other} and {own}.")
+        if own != other and not context.caches:
+            raise RecipeError(
+                f"{title}: teacher and student must share their {what}; found {other} and {own}. "
+                "With 'teacher.cache' they need not."
+            )
     widths = [clip.architecture["embed_dim"] for clip in (teacher, student)]
     strict = sorted(name for name in terms if "width" in loss_type(name, title).needs)
     if strict and widths[0] != widths[1]:

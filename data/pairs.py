@@ -18,8 +18,7 @@ import numpy as np
 from PIL import Image
 
 from clipress.data import digits, scenes
-from clipress.data.tokens import Tokenize
-from clipress.data.transforms import Augment, Preprocess, augmented, normalised
+from clipress.data.transforms import Augment
 from clipress.errors import DataError, nearest
 from clipress.recipe import Section, digest
 
@@ -230,53 +229,6 @@ class Batches:
 
     def __len__(self) -> int:
         return self.steps - self.start
-
-
-class TrainingSet:
-    """Turn lists of `Draw`s into arrays: pixels float32 [B,3,S,S], ids int64 [B,L], group and label int64 [B].
-
-    Labels number the classes of all labelled sources, one source after the other; -1 where a source has none.
-    """
-
-    def __init__(
-        self, sources: Sequence[Source], preprocess: Preprocess, tokenize: Tokenize, augment: Augment, seed: int
-    ) -> None:
-        self.sources, self.preprocess, self.augment, self.seed = list(sources), preprocess, augment, seed
-        self._tokenize = tokenize
-        self._ids: dict[str, np.ndarray] = {}  # a caption is tokenised once
-        classes = [len(source.classes.names) if getattr(source, "classes", None) else 0 for source in self.sources]
-        self._first_label = [sum(classes[:place]) if count else None for place, count in enumerate(classes)]
-
-    def ids(self, texts: Sequence[str]) -> np.ndarray:
-        """Tokenise texts: int64 [N, L]."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
-        if new:
-            known = self._tokenize(new).astype(np.int32)
-            if len(self._ids) > 500_000:
-                self._ids.clear()
-            self._ids.update(zip(new, known, strict=True))
-        return np.stack([self._ids[text] for text in texts]).astype(np.int64)
-
-    def __getitems__(self, draws: list[Draw]) -> dict[str, np.ndarray]:
-        pictures, texts, groups, labels = [], [], [], []
-        for draw in draws:
-            source = self.sources[draw.source]
-            rng = np.random.default_rng([self.seed, draw.source, draw.epoch, draw.index])
-            pictures.append(augmented(source.image(draw.index), self.preprocess, self.augment, rng))
-            captions = source.captions(draw.index)
-            texts.append(captions[int(rng.integers(len(captions)))])
-            group, first = source.group(draw.index), self._first_label[draw.source]
-            groups.append(draw.source << 40 | group)
-            labels.append(-1 if first is None else first + group)
-        return {
-            "pixels": normalised(np.stack(pictures), self.preprocess),
-            "ids": self.ids(texts),
-            "group": np.asarray(groups, np.int64),
-            "label": np.asarray(labels, np.int64),
-        }
-
-    def __len__(self) -> int:
-        return sum(map(len, self.sources))
 
 
 def fingerprint(specs: Sequence[SourceSpec]) -> str:

@@ -7,6 +7,7 @@ such, and are normalised at the end. Nothing here needs torch.
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,26 +96,56 @@ def _centred(image: Image.Image, size: int, fill: int) -> Image.Image:
     return canvas
 
 
-def augmented(
-    image: Image.Image | np.ndarray, preprocess: Preprocess, augment: Augment, rng: np.random.Generator
-) -> Any:
-    """Return one training view: uint8 [S, S, 3]."""
-    if augment.crop_scale is not None:
+@dataclass(frozen=True)
+class View:
+    """How a training picture is looked at, in plain numbers: what a generator draws differs between versions."""
+
+    box: tuple[int, int, int, int] | None = None
+    """left, top, right, bottom of the part taken, in pixels of the source; None: as in evaluation."""
+    shift: tuple[int, int] = (0, 0)
+    """(down, right): how far the window is moved after resizing, in pixels; the border is repeated."""
+
+
+def drawn_view(size: tuple[int, int], augment: Augment, rng: np.random.Generator) -> View:
+    """Draw the view of a picture that has `size` (width, height)."""
+    box = None if augment.crop_scale is None else _random_box(size, augment.crop_scale, rng)
+    if not augment.shift:
+        return View(box)
+    down, right = (rng.integers(0, 2 * augment.shift + 1, size=2) - augment.shift).tolist()
+    return View(box, (down, right))
+
+
+def viewed(image: Image.Image | np.ndarray, preprocess: Preprocess, view: View) -> np.ndarray:
+    """Return a picture as a view shows it: uint8 [S, S, 3]."""
+    if view.box is not None:
         image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        box = _random_box(image.size, augment.crop_scale, rng)
         side = (preprocess.size, preprocess.size)
-        pixels = np.asarray(image.resize(side, _FILTERS[preprocess.interpolation], box=box), np.uint8)
+        pixels = np.asarray(image.resize(side, _FILTERS[preprocess.interpolation], box=view.box), np.uint8)
     else:
         pixels = fitted(image, preprocess)
-    if augment.shift:
-        reach = augment.shift
-        down, right = rng.integers(0, 2 * reach + 1, size=2)
+    reach = max(map(abs, view.shift))
+    if reach:
+        down, right = (reach + moved for moved in view.shift)
         padded = np.pad(pixels, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
         pixels = padded[down : down + preprocess.size, right : right + preprocess.size]
     return pixels
 
 
-def _random_box(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> tuple[int, ...]:
+def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Return (width, height) of a picture."""
+    return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+
+
+def augmented(
+    image: Image.Image | np.ndarray, preprocess: Preprocess, augment: Augment, rng: np.random.Generator
+) -> np.ndarray:
+    """Return one training view that is drawn now: uint8 [S, S, 3]."""
+    return viewed(image, preprocess, drawn_view(size_of(image), augment, rng))
+
+
+def _random_box(
+    size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
     width, height = size
     for _ in range(10):  # as torchvision's RandomResizedCrop
         area = width * height * rng.uniform(*scale)

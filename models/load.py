@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clipress.artifact import Artifact, load_artifact, write_whole
+from clipress.data.teacher_cache import CacheSettings
 from clipress.data.tokens import tokenizer_from_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess, preprocess_from_open_clip
 from clipress.errors import ArtifactError, RecipeError, nearest
@@ -66,6 +67,8 @@ class TeacherSpec(Section):
     """With `model`: a weights file, or a pretrained tag of open_clip. `random` asks for random weights."""
     recipe: dict[str, Any] | None = None
     """A recipe that makes the teacher; its last artefact is cached and used again."""
+    cache: CacheSettings | None = None
+    """Embed the training data once and look the teacher up; absent: it runs at every step."""
 
     def model_post_init(self, _: Any) -> None:
         given = [key for key in ("artifact", "model", "recipe") if getattr(self, key) is not None]
