@@ -185,7 +185,7 @@ class _Load(NamedTuple):
     pixels: Tensor | None = None
     ids: Tensor | None = None
     views: Tensor | None = None
-    """int32 [B, 6]: rows of views.npy."""
+    """int32 [B, 7]: rows of views.npy."""
     errors: Sequence[str] = ()
     """Per item: why it could not be read, or nothing."""
 

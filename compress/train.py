@@ -318,7 +318,15 @@ def steps_of(config: Training, context: Context) -> int:
 def batches(clip: Clip, config: Training, context: Context, steps: int, start: int = 0) -> DataLoader:
     """Return the loader of a stage: step t's batch depends on the seed and t alone."""
     sources = context.sources()
-    dataset = TrainingSet(sources, clip.preprocess, clip.tokenize(), context.data.augment, context.seed, context.caches)
+    dataset = TrainingSet(
+        sources,
+        clip.preprocess,
+        clip.tokenize(),
+        context.data.augment,
+        context.seed,
+        context.caches,
+        context.data.resize,
+    )
     sampler = Batches(
         [len(source) for source in sources],
         [spec.share for spec in context.data.train],

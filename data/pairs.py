@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from clipress.data import digits, scenes
-from clipress.data.transforms import Augment
+from clipress.data.transforms import Augment, Library
 from clipress.errors import DataError, nearest
 from clipress.recipe import Section, digest
 
@@ -99,6 +99,8 @@ class DataSpec(Section):
     augment: Augment = Augment()
     workers: int = 0
     """Processes that decode; 0 decodes in the training process."""
+    resize: Library = "pillow"
+    """For training only: pillow gives open_clip's pixels, torch is nearly twice as fast and at most one level off."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ a picture that cannot be read keeps its row, so rows never shift.
                       /text.npy, text_norm.npy   the same for texts; a text that comes twice is there once
                       /captions.npy       int64: the text of every caption, items one after the other
                       /offsets.npy        int64 [items + 1]: where an item's captions begin
-                      /views.npy          int32 [items * views, 6]: left, top, right, bottom (0: no crop), down, right
+                      /views.npy          int32 [items * views, 7]: left, top, right, bottom (0: no crop), down, right, flip
                       /ok.npy             bool [items]
 
 Nothing here needs torch. `compress/embed.py` makes caches.
@@ -125,7 +125,7 @@ class Rows:
     offsets: np.ndarray
     """int64 [N + 1]"""
     views: np.ndarray
-    """int32 [N * views, 6]"""
+    """int32 [N * views, 7]"""
     ok: np.ndarray
     """bool [N]"""
 
@@ -135,13 +135,13 @@ _ARRAYS = ("image", "image_norm", "text", "text_norm", "captions", "offsets", "v
 
 def row_from_view(view: View) -> tuple[int, ...]:
     """Return a view as a row of `views.npy`."""
-    return (*(view.box or (0, 0, 0, 0)), *view.shift)
+    return (*(view.box or (0, 0, 0, 0)), *view.shift, int(view.flip))
 
 
 def view_from_row(row: np.ndarray) -> View:
     """Return the view that a row of `views.npy` means."""
-    left, top, right, bottom, down, moved = row.tolist()
-    return View((left, top, right, bottom) if right else None, (down, moved))
+    left, top, right, bottom, down, moved, flip = row.tolist()
+    return View((left, top, right, bottom) if right else None, (down, moved), bool(flip))
 
 
 def write_manifest(home: Path, manifest: Manifest) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 from clipress.data.broken import Record, readable
 from clipress.data.pairs import Draw, Source
 from clipress.data.tokens import Tokenize
-from clipress.data.transforms import Augment, Preprocess, augmented, normalised, viewed
+from clipress.data.transforms import Augment, Library, Preprocess, augmented, normalised, viewed
 from clipress.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ class TrainingSet:
         augment: Augment,
         seed: int,
         caches: Sequence[Sequence[TeacherCache]] = (),
+        library: Library = "pillow",
     ) -> None:
+        self.library = library
         self.sources, self.preprocess, self.augment, self.seed = list(sources), preprocess, augment, seed
         self.caches = [list(row) for row in caches]
         self.has_images = all(source.has_images for source in self.sources)
@@ -104,9 +106,9 @@ class TrainingSet:
             view = int(rng.integers(cache.manifest.views))
         pixels = None
         if self.has_images and self.caches:
-            pixels = viewed(record.image, self.preprocess, cache.view(record.index, view))
+            pixels = viewed(record.image, self.preprocess, cache.view(record.index, view), self.library)
         elif self.has_images:
-            pixels = augmented(record.image, self.preprocess, self.augment, rng)
+            pixels = augmented(record.image, self.preprocess, self.augment, rng, self.library)
         caption = int(rng.integers(len(record.captions))) if self.has_texts else 0
         return Chosen(draw.source, record, view, caption, pixels)
 

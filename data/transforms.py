@@ -20,6 +20,9 @@ from clipress.recipe import Section
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 128_000_000  # a larger picture is refused before it is decoded
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none of those that start other programs
+Library = Literal["pillow", "torch"]
+"""What resizes: pillow gives open_clip's pixels; torch is nearly twice as fast and at most one level off."""
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -37,19 +40,21 @@ class Preprocess(Section):
 
 
 class Augment(Section):
-    """Training-time variation. Both drawn per picture from (seed, source, epoch, index)."""
+    """Training-time variation, drawn per picture from (seed, source, epoch, index)."""
 
     shift: int = 0
     """Move by up to so many pixels each way; the border is repeated."""
     crop_scale: tuple[float, float] | None = None
     """Crop a random part of this range of areas, aspect 3/4 to 4/3, before resizing."""
+    flip: bool = False
+    """Mirror every other picture. Not for captions that say left and right."""
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:
     """Open a picture from a path or bytes as RGB, upright. Raises DataError for anything that is no picture."""
     name = "the given bytes" if isinstance(source, bytes) else str(source)
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise DataError(f"{name} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded.")
         return _rgb(ImageOps.exif_transpose(image))
@@ -68,21 +73,42 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resized(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+def resized(image: Image.Image, preprocess: Preprocess, library: Library = "pillow") -> np.ndarray:
     """Resize and crop as in evaluation: uint8 [S, S, 3]."""
-    size, resample = preprocess.size, _FILTERS[preprocess.interpolation]
+    size = preprocess.size
     width, height = image.size
     if preprocess.resize_mode == "squash":
-        image = image.resize((size, size), resample)
+        image = _scaled(image, (size, size), preprocess, library)
     elif (width, height) != (size, size):
         fit = min if preprocess.resize_mode == "shortest" else max
         short = fit(width, height)
         # torchvision truncates the long side; open_clip rounds when it pads
         scaled = [size * side / short for side in (width, height)]
         whole = int if preprocess.resize_mode == "shortest" else round
-        image = image.resize((max(whole(scaled[0]), 1), max(whole(scaled[1]), 1)), resample)
+        image = _scaled(image, (max(whole(scaled[0]), 1), max(whole(scaled[1]), 1)), preprocess, library)
         image = _centred(image, size, preprocess.fill_color)
     return np.asarray(image, np.uint8)
+
+
+def _scaled(
+    image: Image.Image,
+    size: tuple[int, int],
+    preprocess: Preprocess,
+    library: Library,
+    box: tuple[int, int, int, int] | None = None,
+) -> Image.Image:
+    """Resize a picture, or a part of it, to (width, height); nothing outside the part is looked at, as in torchvision."""
+    image = image if box is None else image.crop(box)
+    if library == "pillow":
+        return image.resize(size, _FILTERS[preprocess.interpolation])
+    import torch
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import resize
+
+    planes = torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1)
+    mode = InterpolationMode(preprocess.interpolation)
+    done = resize(planes, [size[1], size[0]], interpolation=mode, antialias=True)
+    return Image.fromarray(done.permute(1, 2, 0).contiguous().numpy())
 
 
 def _centred(image: Image.Image, size: int, fill: int) -> Image.Image:
@@ -104,31 +130,35 @@ class View:
     """left, top, right, bottom of the part taken, in pixels of the source; None: as in evaluation."""
     shift: tuple[int, int] = (0, 0)
     """(down, right): how far the window is moved after resizing, in pixels; the border is repeated."""
+    flip: bool = False
+    """Mirrored, last of all."""
 
 
 def drawn_view(size: tuple[int, int], augment: Augment, rng: np.random.Generator) -> View:
     """Draw the view of a picture that has `size` (width, height)."""
     box = None if augment.crop_scale is None else _random_box(size, augment.crop_scale, rng)
-    if not augment.shift:
-        return View(box)
-    down, right = (rng.integers(0, 2 * augment.shift + 1, size=2) - augment.shift).tolist()
-    return View(box, (down, right))
+    shift = (0, 0)
+    if augment.shift:
+        shift = tuple((rng.integers(0, 2 * augment.shift + 1, size=2) - augment.shift).tolist())
+    return View(box, shift, augment.flip and bool(rng.integers(2)))
 
 
-def viewed(image: Image.Image | np.ndarray, preprocess: Preprocess, view: View) -> np.ndarray:
+def viewed(
+    image: Image.Image | np.ndarray, preprocess: Preprocess, view: View, library: Library = "pillow"
+) -> np.ndarray:
     """Return a picture as a view shows it: uint8 [S, S, 3]."""
     if view.box is not None:
         image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        side = (preprocess.size, preprocess.size)
-        pixels = np.asarray(image.resize(side, _FILTERS[preprocess.interpolation], box=view.box), np.uint8)
+        image = _scaled(image, (preprocess.size, preprocess.size), preprocess, library, view.box)
+        pixels = np.asarray(image, np.uint8)
     else:
-        pixels = fitted(image, preprocess)
+        pixels = fitted(image, preprocess, library)
     reach = max(map(abs, view.shift))
     if reach:
         down, right = (reach + moved for moved in view.shift)
         padded = np.pad(pixels, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
         pixels = padded[down : down + preprocess.size, right : right + preprocess.size]
-    return pixels
+    return pixels[:, ::-1] if view.flip else pixels
 
 
 def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
@@ -137,10 +167,14 @@ def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
 
 
 def augmented(
-    image: Image.Image | np.ndarray, preprocess: Preprocess, augment: Augment, rng: np.random.Generator
+    image: Image.Image | np.ndarray,
+    preprocess: Preprocess,
+    augment: Augment,
+    rng: np.random.Generator,
+    library: Library = "pillow",
 ) -> np.ndarray:
     """Return one training view that is drawn now: uint8 [S, S, 3]."""
-    return viewed(image, preprocess, drawn_view(size_of(image), augment, rng))
+    return viewed(image, preprocess, drawn_view(size_of(image), augment, rng), library)
 
 
 def _random_box(
@@ -159,20 +193,25 @@ def _random_box(
     return left, top, left + short, top + short
 
 
-def fitted(image: Image.Image | np.ndarray, preprocess: Preprocess) -> np.ndarray:
+def fitted(image: Image.Image | np.ndarray, preprocess: Preprocess, library: Library = "pillow") -> np.ndarray:
     """Return the evaluation view, uint8 [S, S, 3]; pixels that have the right size already are passed through."""
     if isinstance(image, np.ndarray):
         if image.shape == (preprocess.size, preprocess.size, 3):
             return image
         image = Image.fromarray(image)
-    return resized(image, preprocess)
+    return resized(image, preprocess, library)
 
 
 def normalised(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
     """Turn uint8 [..., S, S, 3] into the model's input, float32 [..., 3, S, S]."""
     mean, std = np.asarray(preprocess.mean, np.float32), np.asarray(preprocess.std, np.float32)
-    values = (pixels.astype(np.float32) / np.float32(255) - mean) / std
-    return np.ascontiguousarray(np.moveaxis(values, -1, -3))
+    values = np.empty((*pixels.shape[:-3], 3, *pixels.shape[-3:-1]), np.float32)
+    for channel in range(3):  # plane by plane: four times as fast as all at once, and the same bits
+        plane = values[..., channel, :, :]
+        np.divide(pixels[..., channel], np.float32(255), out=plane, dtype=np.float32)
+        plane -= mean[channel]
+        plane /= std[channel]
+    return values
 
 
 def preprocess_from_open_clip(cfg: dict[str, Any]) -> Preprocess:

@@ -14,7 +14,7 @@ from clipress.artifact import save_artifact
 from clipress.compress.embed import build_cache, check_cache, manifest_of, write_shards
 from clipress.data.evalsets import EvalSet
 from clipress.data.pairs import Draw, SourceSpec, open_source
-from clipress.data.teacher_cache import TeacherCache
+from clipress.data.teacher_cache import TeacherCache, read_manifest
 from clipress.data.training import TrainingSet
 from clipress.data.transforms import Augment
 from clipress.errors import ArtifactError, ClipressError, DataError, RecipeError
@@ -300,7 +300,7 @@ def test_a_recipe_without_a_teacher_is_told(recipe, tmp_path):
 def test_a_teacher_is_known_by_the_hash_that_a_run_gives_it(recipe, tmp_path):
     """Else a run would not find what the command has made."""
     from clipress.artifact import read_header
-    from clipress.compress.embed import teacher_from_spec
+    from clipress.compress.embed import embed_recipe
     from clipress.compress.pipeline import compress, plan_from
     from clipress.recipe import Recipe
 
@@ -309,4 +309,5 @@ def test_a_teacher_is_known_by_the_hash_that_a_run_gives_it(recipe, tmp_path):
     recipe["data"] = {"train": recipe["data"]["train"]}
     read = Recipe(**recipe)
     (folder,) = compress(read, tmp_path / "run", say)
-    assert teacher_from_spec(plan_from(read).teacher, say)[1] == read_header(folder)["lineage"][-1]["hash"]
+    made = embed_recipe(plan_from(read), tmp_path / "caches", None, None, (), say)
+    assert {read_manifest(cache).teacher for cache in made} == {read_header(folder)["lineage"][-1]["hash"]}

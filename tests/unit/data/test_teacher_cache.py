@@ -165,7 +165,7 @@ def test_rows_that_are_not_there_are_refused(tmp_path, rows):
 def test_embeddings_that_mean_nothing_are_not_stored(tmp_path, poison):
     manifest = TeacherCache.open(make(tmp_path)[0]).manifest
     rows = Rows(
-        np.ones((8, 8), np.float32), np.ones((1, 8), np.float32), np.zeros(4, int), np.arange(5), np.zeros((8, 6)),
+        np.ones((8, 8), np.float32), np.ones((1, 8), np.float32), np.zeros(4, int), np.arange(5), np.zeros((8, 7)),
         np.ones(4, bool),
     )  # fmt: skip
     rows.image[3] = poison

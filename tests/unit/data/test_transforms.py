@@ -1,0 +1,68 @@
+"""Views of a picture, and the faster ways to the same pixels."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from clipress.data.transforms import Augment, Preprocess, View, drawn_view, normalised, open_image, resized, viewed
+from clipress.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return Image.fromarray(load_sample_image("flower.jpg"))  # 640 x 427
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_torchs_resize_is_at_most_one_level_off_pillows(photo, mode, interpolation):
+    preprocess = Preprocess(size=96, resize_mode=mode, interpolation=interpolation)
+    exact, fast = (resized(photo, preprocess, library).astype(int) for library in ("pillow", "torch"))
+    assert exact.shape == fast.shape == (96, 96, 3) and abs(exact - fast).max() <= 1 and exact.std() > 10
+
+
+def test_a_cropped_view_is_the_same_with_either_library(photo):
+    view, preprocess = View(box=(100, 50, 400, 300), shift=(2, -1)), Preprocess(size=64)
+    exact, fast = (viewed(photo, preprocess, view, library).astype(int) for library in ("pillow", "torch"))
+    assert abs(exact - fast).max() <= 1
+
+
+def test_a_crop_is_what_torchvision_makes_of_the_same_box(photo):
+    from torchvision.transforms.functional import InterpolationMode, resized_crop
+
+    left, top, right, bottom = 100, 50, 400, 300
+    wanted = resized_crop(photo, top, left, bottom - top, right - left, [64, 64], InterpolationMode.BICUBIC)
+    found = viewed(photo, Preprocess(size=64), View(box=(left, top, right, bottom)))
+    np.testing.assert_array_equal(found, np.asarray(wanted))
+
+
+def test_a_flipped_view_is_the_mirror_image(photo):
+    preprocess = Preprocess(size=32)
+    plain, mirrored = (viewed(photo, preprocess, View(shift=(1, 2), flip=flip)) for flip in (False, True))
+    np.testing.assert_array_equal(mirrored, np.flip(plain, axis=1))
+
+
+def test_every_other_picture_is_flipped_and_only_when_asked():
+    def flips(augment):
+        return [drawn_view((32, 32), augment, np.random.default_rng(seed)).flip for seed in range(400)]
+
+    assert 160 < sum(flips(Augment(flip=True))) < 240 and not any(flips(Augment(shift=1)))
+
+
+def test_normalising_plane_by_plane_gives_the_same_bits_as_all_at_once():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 5, 3), dtype=np.uint8)
+    preprocess = Preprocess(size=5)
+    mean, std = np.asarray(preprocess.mean, np.float32), np.asarray(preprocess.std, np.float32)
+    wanted = np.moveaxis((pixels.astype(np.float32) / np.float32(255) - mean) / std, -1, -3)
+    np.testing.assert_array_equal(normalised(pixels, preprocess), wanted)
+    np.testing.assert_array_equal(normalised(pixels[0], preprocess), wanted[0])
+
+
+def test_a_format_that_starts_another_program_is_not_opened():
+    script = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(script, "EPS")
+    with pytest.raises(DataError, match="not a picture"):
+        open_image(script.getvalue())
