@@ -33,7 +33,7 @@ def augmented_in_one_go(image, preprocess, augment, rng):
     if augment.crop_scale is not None:
         image = image if isinstance(image, Image.Image) else Image.fromarray(image)
         box = boxed(image.size, augment.crop_scale, rng)
-        pixels = np.asarray(image.resize((preprocess.size,) * 2, Image.Resampling.BICUBIC, box=box), np.uint8)
+        pixels = np.asarray(image.crop(box).resize((preprocess.size,) * 2, Image.Resampling.BICUBIC), np.uint8)
     else:
         pixels = fitted(image, preprocess)
     if augment.shift:
