@@ -1,48 +1,73 @@
-"""One training step with every loss, started alone or by torchrun; writes the losses, gradients and scores it saw."""
+"""One training step with every loss, started alone or by torchrun; writes the losses, gradients and scores it saw.
+
+Cases: each process scores its own rows or all of them; the student as wide as its first teacher, or narrower. Half of the
+pairs have labels, an unequal number of them on two processes; groups repeat; the second teacher has a width of its own.
+"""
 
 import sys
 
 import torch
 
-from clipress.compress.losses import TERMS
+from clipress.compress.losses import TERMS, needs_of, terms_from
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates
-from clipress.compress.train import Context, Hook, Runtime, Training, start_fabric, train
+from clipress.compress.train import Context, Learner, Runtime, Training, batches, start_fabric
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.models.load import new_clip
 from clipress.models.tiny import tiny_architecture
 
+ABOUT_AS_LOUD = {"feature": 100.0, "masked-feature": 100.0, "gradient": 0.1, "upop-kd": 0.1}
+STEP = 3  # the slow copy has a say by then
 torch.set_num_threads(1)
 fabric = start_fabric(Runtime(strategy=sys.argv[1], accelerator="cpu"))
-data = DataSpec(train=(SourceSpec(format="digits", limit=64),))
-student, teacher = (new_clip(tiny_architecture(layers=1), seed) for seed in (0, 1))
-gates = Gates(student.model, "separate")
-seen = {}
+several = fabric.world_size > 1
+data = DataSpec(train=(SourceSpec(format="scenes", limit=64, share=9), SourceSpec(format="digits", limit=64, share=7)))
 
 
-class Look(Hook):
-    def before(self, step, arrays):
-        gates.clear()
-
-    def after_backward(self, step):
-        whole = {
-            n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-            for n, p in student.model.named_parameters()
-        }
-        seen["gradients"] = {name: gradient.clone() for name, gradient in whole.items()}
-        sums = Accumulator(CRITERIA["fisher"], gates.sites)
-        sums.add()
-        several = fabric.world_size > 1
-        seen["scores"] = [fabric.all_reduce(s, reduce_op="sum") if several else s for s in sums.sums]
+def whole(gradient):
+    return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
 
 
-weights = dict.fromkeys(TERMS, 1.0)
-record = train(
-    student,
-    Training(steps=1, batch_size=16, lr=1e-3, clip=1e9),
-    weights,
-    Context(fabric, data, 0, (teacher,), title="job"),
-    [Look()],
-)
+def alike(gradient):
+    """Return a gradient that must be the same on every process."""
+    if several:
+        copies = fabric.all_gather(gradient)
+        assert torch.equal(copies[0], copies[1])
+    return gradient.clone()
+
+
+def case(local, embed_dim):
+    names = [name for name in TERMS if embed_dim == 32 or "width" not in needs_of(terms_from((name,), "job"))]
+    losses = {name: {"weight": ABOUT_AS_LOUD.get(name, 1.0)} for name in names}
+    losses["masked-feature"]["patch"] = 8
+    student, *teachers = (
+        new_clip(tiny_architecture(layers=1, embed_dim=width), seed) for seed, width in enumerate((embed_dim, 32, 24))
+    )
+    gates = Gates(student.model, "separate")
+    context = Context(fabric, data, 0, tuple(teachers), Runtime(local_loss=local), title="job")
+    config = Training(steps=1, batch_size=16, clip=1e9)
+    learner = Learner(student, config, terms_from(losses, "job"), context)
+    arrays = next(iter(batches(student, config, context, 1)))
+    if several:
+        labelled = fabric.all_gather((arrays["label"] >= 0).sum())
+        assert labelled[0] != labelled[1]
+    _, parts, finite = learner.gradients(STEP, arrays, ())
+    assert finite
+    sums = Accumulator(CRITERIA["fisher"], gates.sites)
+    sums.add()
+    seen = {
+        "losses": {name: fabric.all_reduce(part.detach(), reduce_op="mean").item() for name, part in parts.items()},
+        "gradients": {name: whole(p.grad) for name, p in student.model.named_parameters()},
+        "learned": {name: alike(p.grad) for name, p in learner.objective.named_parameters()},
+        "scores": [fabric.all_reduce(score, reduce_op="sum") for score in sums.sums],
+    }
+    gates.remove()
+    return seen
+
+
+seen = {(local, width): case(local, width) for local in (True, False) for width in (32, 16)}
 if fabric.is_global_zero:
-    torch.save({**seen, "losses": record["last"]}, sys.argv[2])
+    torch.save(seen, sys.argv[2])
+fabric.barrier()
+if several:
+    torch.distributed.destroy_process_group()

@@ -170,7 +170,8 @@ def test_how_a_step_is_worked_through_does_not_change_its_gradient(context, chan
         student, teacher = student_and_teacher(embed_dim=16)
         look = Gradients(student.model)
         own = replace(context, teachers=(teacher,), runtime=runtime)
-        losses = {"contrastive": 1.0, "affinity": 1.0, "feature": 10.0, "ita": 1.0}
+        losses = {"contrastive": 1.0, "affinity": 1.0, "feature": 10.0, "ita": 1.0, "tokens": 1.0, "labels": 0.1}
+        losses |= {"masked-feature": 10.0, "fused": 1.0}
         record = train(student, Training(steps=1, batch_size=16, clip=1e9), losses, own, [look])
         seen.append(look.seen)
         last.append(record["last"])
@@ -207,6 +208,34 @@ def test_a_frozen_tower_keeps_its_weights_and_is_not_run_for_nothing(context, to
     assert runs == [] and moved
     assert {name.startswith("visual.") for name in moved} == {tower == "image"}
     assert all(parameter.requires_grad for parameter in student.model.parameters())
+
+
+@pytest.mark.parametrize("losses", [("tokens",), ("masked-feature",), ("kl", "l1", "ce"), ("mse",), ("cross",)])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_one_tower_can_be_distilled_alone(context, losses, tower):
+    student, teacher = student_and_teacher(embed_dim=16)
+    config = Training(steps=1, batch_size=8, towers=tower)
+    record = train(student, config, losses, replace(context, teachers=(teacher,)))
+    assert record["last"]["loss"] > 0 and record["skipped_steps"] == 0
+
+
+def test_token_features_leave_no_hooks_behind(context):
+    student, teacher = student_and_teacher()
+    train(student, Training(steps=1, batch_size=8), {"tokens": 1.0}, replace(context, teachers=(teacher,)))
+    assert not any(module._forward_hooks for clip in (student, teacher) for module in clip.model.modules())
+
+
+def test_labels_alone_train_a_classifier(context):
+    student, teacher = student_and_teacher(embed_dim=16)
+    config = Training(steps=30, batch_size=16, lr=5e-3, towers="image")
+    record = train(student, config, ("labels",), replace(context, teachers=(teacher,)))
+    assert record["last"]["labels"] < 0.8 * rows(context)[0]["labels"]
+
+
+def test_token_features_of_other_counts_are_refused_before_training(context):
+    student = new_clip(tiny_architecture(layers=1, patch=16), 0)
+    with pytest.raises(RecipeError, match="image tower of the student has 5 tokens, the teacher's 17"):
+        train(student, Training(steps=1), ("tokens",), replace(context, teachers=(student_and_teacher()[1],)))
 
 
 def test_widths_that_differ_are_bridged_by_maps_that_learn_and_stay_out_of_the_student(context):
