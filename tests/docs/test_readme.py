@@ -54,15 +54,23 @@ def test_the_two_commands_are_targets_that_call_what_they_promise():
 def test_recipes_in_the_readme_are_valid_and_the_demos_lines_are_the_demos():
     from clipress.cli import _checked
     from clipress.compress.stage import stages_from
+    from clipress.models.students import check
     from clipress.recipe import Recipe, checked
 
-    shown = [yaml.safe_load(block) for block in blocks("yaml")]
-    assert len(shown) == 2
-    for recipe in shown:
+    students, recipes = [], []
+    for block in blocks("yaml"):
+        if block.startswith("student:"):  # one alternative per line
+            students += [yaml.safe_load(line)["student"] for line in block.splitlines()]
+        else:
+            recipes.append(yaml.safe_load(block))
+    assert len(recipes) == 2 and len(students) == 4
+    for recipe in recipes:
         if "name" in recipe:
             _checked(checked(Recipe, recipe, ""))
+    for student in students:
+        check(student, has_teacher=True)
     demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text(encoding="utf-8"))
-    named = next(recipe for recipe in shown if "name" not in recipe)
+    named = next(recipe for recipe in recipes if "name" not in recipe)
     for short, whole in zip(stages_from(named["stages"]), stages_from(demo["stages"]), strict=True):
         assert short.kind == whole.kind
         assert short.settings == whole.settings
