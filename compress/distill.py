@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from clipress.compress.context import Context, Training
 from clipress.compress.losses import Losses, terms_from
-from clipress.compress.train import Context, Training, train
+from clipress.compress.train import train
 from clipress.models.load import Clip
 
 

@@ -336,8 +336,8 @@ def embed_recipe(
     plan: Plan, home: Path | None, views: int | None, dtype: Dtype | None, artifacts: Sequence[Path], say: Say
 ) -> list[Path]:
     """Embed a recipe's training sources with its teachers, or with the given artefacts; returns the caches' folders."""
+    from clipress.compress.fabric import start_fabric
     from clipress.compress.pipeline import bring_teacher  # which itself builds caches
-    from clipress.compress.train import start_fabric
 
     specs = [TeacherSpec(artifact=path) for path in artifacts] or plan.teachers
     if not specs:

@@ -16,8 +16,9 @@ import torch
 
 from clipress import __version__
 from clipress.artifact import Artifact, cache_folder, load_artifact, read_header, save_artifact, write_text_whole
+from clipress.compress.context import Context
+from clipress.compress.fabric import Runtime, start_fabric
 from clipress.compress.stage import Stage, stages_from
-from clipress.compress.train import Context, Runtime, start_fabric
 from clipress.data.evalsets import evalsets
 from clipress.data.pairs import DataSpec, fingerprint
 from clipress.data.teacher_cache import TeacherCache

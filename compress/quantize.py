@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from clipress.compress.context import Context, Training
 from clipress.compress.losses import Losses, terms_from
-from clipress.compress.train import Context, Training, batches, train
+from clipress.compress.train import batches, train
 from clipress.models import quantizers
 from clipress.models.load import Clip
 

@@ -14,8 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from clipress.compress.context import Context, Training
 from clipress.compress.losses import Losses, terms_from
-from clipress.compress.train import Context, Training, train
+from clipress.compress.train import train
 from clipress.models.load import Clip
 
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from clipress.compress.context import Hook
+from clipress.compress.fabric import whole
 from clipress.compress.prune.budget import Limit
-from clipress.compress.train import Hook, whole
 from clipress.errors import ClipressError, RecipeError
 from clipress.models import anatomy
 from clipress.models.convnets import is_depthwise, layers

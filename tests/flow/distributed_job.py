@@ -8,10 +8,13 @@ import sys
 
 import torch
 
+from clipress.compress.context import Context, Training
+from clipress.compress.fabric import Runtime, start_fabric
+from clipress.compress.learner import Learner
 from clipress.compress.losses import TERMS, needs_of, terms_from
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates
-from clipress.compress.train import Context, Learner, Runtime, Training, batches, start_fabric
+from clipress.compress.train import batches
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.models.load import new_clip
 from clipress.models.tiny import tiny_architecture

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
+from clipress.compress.context import Context, Hook, Training
+from clipress.compress.fabric import Runtime, start_fabric
 from clipress.compress.prune.search import Prune
 from clipress.compress.prune.search import run as prune
-from clipress.compress.train import Context, Hook, Runtime, Training, start_fabric, train
+from clipress.compress.train import train
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.data.transforms import Augment
 from clipress.errors import ArtifactError

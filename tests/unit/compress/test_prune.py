@@ -268,8 +268,9 @@ class TestSearch:
 
     @staticmethod
     def prune(architecture=None, **settings):
+        from clipress.compress.context import Context
+        from clipress.compress.fabric import Runtime, start_fabric
         from clipress.compress.prune.search import run
-        from clipress.compress.train import Context, Runtime, start_fabric
         from clipress.data.pairs import DataSpec, SourceSpec
 
         fabric = start_fabric(Runtime(accelerator="cpu"))

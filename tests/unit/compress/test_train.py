@@ -6,18 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clipress.compress.train import (
-    MAX_BAD_STEPS,
-    Context,
-    Hook,
-    Runtime,
-    Training,
-    learning_rate,
-    parameter_groups,
-    start_fabric,
-    steps_of,
-    train,
-)
+from clipress.compress.context import Context, Hook, Training, steps_of
+from clipress.compress.fabric import Runtime, start_fabric
+from clipress.compress.learner import parameter_groups
+from clipress.compress.train import MAX_BAD_STEPS, learning_rate, train
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.errors import ClipressError, RecipeError
 from clipress.models.load import new_clip
@@ -183,7 +175,7 @@ def test_how_a_step_is_worked_through_does_not_change_its_gradient(context, chan
 
 
 def test_batch_norms_count_a_batch_once_however_many_parts_it_has():
-    from clipress.compress.train import _still_statistics
+    from clipress.compress.learner import _still_statistics
 
     norm = torch.nn.BatchNorm1d(3)
     before = norm.running_mean.clone(), norm.running_var.clone()

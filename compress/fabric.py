@@ -1,0 +1,110 @@
+"""Where training runs: one process or many, through Lightning Fabric; and the few collectives the losses need."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from clipress.models import anatomy
+from clipress.recipe import Section
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+class Runtime(Section):
+    """The `runtime` section. Several processes: start the same command with torchrun."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on a GPU that has it, else fp32."""
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """auto: DDP when there are several processes."""
+    accumulate: int = Field(1, ge=1)
+    """Parts a batch is worked through in; the losses still see the whole batch, so the step is the same one."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint: int = Field(200, ge=0)
+    """Steps between checkpoints, from which a stopped stage is continued; 0 writes none, and so does fsdp2."""
+    local_loss: bool = True
+    """Each process scores its own rows against all; else every process scores all. The gradient is the same."""
+
+
+def start_fabric(runtime: Runtime) -> Fabric:
+    """Start Fabric on what is there: one CPU, one GPU, or the processes torchrun started."""
+    from lightning_fabric import Fabric
+
+    local, world = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = runtime.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = runtime.precision == "bf16" or (
+        runtime.precision == "auto" and accelerator == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    strategy: Any = runtime.strategy if runtime.strategy != "auto" else ("ddp" if world > 1 else "auto")
+    if strategy == "fsdp2":
+        from lightning_fabric.strategies import ModelParallelStrategy
+
+        strategy = ModelParallelStrategy(_shard, data_parallel_size=world, tensor_parallel_size=1)
+    precision = "bf16-mixed" if bf16 and strategy in ("auto", "ddp") else "bf16-true" if bf16 else "32-true"
+    fabric = Fabric(
+        accelerator=accelerator, devices=local, num_nodes=max(world // local, 1), strategy=strategy, precision=precision
+    )
+    fabric.launch()
+    return fabric
+
+
+def _shard(towers: nn.Module, mesh: Any) -> nn.Module:
+    """FSDP2: shard every block, then what is left."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh["data_parallel"]
+    scale = towers.model.logit_scale  # FSDP2 refuses parameters without dimensions
+    if scale.ndim == 0:
+        towers.model.logit_scale = nn.Parameter(scale.detach().reshape(1))
+    for block in anatomy.blocks(towers.model):
+        fully_shard(block.module, mesh=mesh)
+    return fully_shard(towers, mesh=mesh)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Return a parameter as it is, or gathered from FSDP2's shards."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+@torch.no_grad()
+def gather_shards(model: nn.Module) -> None:
+    """Turn FSDP2's shards back into plain parameters, in place."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if hasattr(parameter, "full_tensor"):
+                module._parameters[name] = nn.Parameter(whole(parameter))
+    if model.logit_scale.ndim == 1:
+        model.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(()))
+
+
+def gathered(local: Tensor, fabric: Fabric) -> Tensor:
+    """Stack all processes' rows [N, ...]; gradients flow back to the process a row came from."""
+    if fabric.world_size == 1:
+        return local
+    return fabric.all_gather(local, sync_grads=local.requires_grad).flatten(0, 1)
+
+
+def means(values: Sequence[Tensor], fabric: Fabric) -> list[float]:
+    """Average scalars over processes: each has the loss of its own rows."""
+    stacked = torch.stack([value.detach() for value in values])
+    return (stacked if fabric.world_size == 1 else fabric.all_reduce(stacked, reduce_op="mean")).tolist()
+
+
+def everywhere(value: bool, fabric: Fabric) -> bool:
+    """Tell whether something holds on every process; all must decide alike."""
+    if fabric.world_size == 1:
+        return value
+    return bool(
+        fabric.all_reduce(torch.tensor(float(value), device=fabric.device), reduce_op="sum") == fabric.world_size
+    )
