@@ -316,7 +316,8 @@ def _check_caches(
             if augment.shift and known.preprocess.size != preprocess.size:
                 raise DataError(
                     f"Teacher embeddings in {cache.folder}: 'augment.shift' counts pixels, and the teacher's "
-                    f"pictures are {known.preprocess.size} wide, the student's {preprocess.size}. Use 'augment.crop_scale' instead."
+                    f"pictures are {known.preprocess.size} wide, the student's {preprocess.size}. "
+                    "Use 'augment.crop_scale' instead."
                 )
         if row[0].failed == len(source):
             raise DataError(f"Teacher embeddings in {row[0].folder}: no picture of {source.name} could be read.")
