@@ -1,8 +1,8 @@
 """Run a teacher over its training data once, and keep what it says: the caches that `data/teacher_cache.py` reads.
 
 Pictures are decoded and texts tokenised ahead of the model, by a thread or by processes; finished shards are written by
-a thread behind it, and nothing waits for a GPU before a shard is full. Batches never cross shards, so a build that was killed
-and taken up again, or shared among processes, leaves the same bytes.
+a thread behind it, and nothing waits for a GPU before a shard is full. Batches never cross shards, so a build that was
+killed and taken up again, or shared among processes, leaves the same bytes.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def build_cache(
 ) -> TeacherCache:
     """Embed a source with a teacher, unless that has been done, and open the result.
 
-    Of `world` processes each writes every world-th shard; `wait` is their barrier. `workers` processes decode; with 0 a thread
-    of this one does. The cache lies in a folder of its own under `home`.
+    Of `world` processes each writes every world-th shard; `wait` is their barrier. `workers` processes decode; with 0
+    a thread of this one does. The cache lies in a folder of its own under `home`.
     """
     manifest = manifest_of(clip, source, augment, views, teacher_hash, dtype, precision)
     folder = write_shards(clip, source, manifest, home, say, rank, world, workers, batch)
@@ -327,8 +327,8 @@ def check_cache(cache: TeacherCache, clip: Clip, source: Source, count: int = 32
             worst = items[int(cosines.argmin())]
             raise ArtifactError(
                 f"{cache.folder}: the {tower} embedding of item {worst} has cosine {cosines.min():.4f} with "
-                f"what the teacher says now. The pictures of {source.name} or the teacher have changed. Remove the folder and do: "
-                "clipress embed RECIPE"
+                f"what the teacher says now. The pictures of {source.name} or the teacher have changed. "
+                "Remove the folder and do: clipress embed RECIPE"
             )
 
 

@@ -112,12 +112,12 @@ def train(
     every = context.runtime.checkpoint if context.checkpoints and context.runtime.strategy != "fsdp2" else 0
     start, bad_in_a_row, skipped = progress["step"], progress["bad_in_a_row"], progress["skipped"]
     record: dict[str, Any] = progress["record"]
-    broken = BrokenRecords()
+    unreadable = BrokenRecords()
     began = time.perf_counter() - progress["seconds"]
     with _log_to(context.log, fabric, start) as log, _bar(steps, context.title, fabric, start) as bar:
         for step, arrays in enumerate(batches(clip, config, context, steps, start), start):
-            for record in broken.see(len(arrays["group"]), arrays.pop("broken")):
-                log({"step": step, "broken": asdict(record)})
+            for item in unreadable.see(len(arrays["group"]), arrays.pop("broken")):
+                log({"step": step, "broken": asdict(item)})
             arrays = {name: tensor.to(fabric.device, non_blocking=True) for name, tensor in arrays.items()}
             rate = learning_rate(step, steps, config)
             for hook in hooks:
@@ -152,7 +152,7 @@ def train(
                 save_checkpoint(context.checkpoints, step + 1, state, fabric.global_rank)
     learner.finish()
     seconds = round(time.perf_counter() - began, 2)
-    replaced = {"broken_records": broken.broken} if broken.broken else {}
+    replaced = {"broken_records": unreadable.broken} if unreadable.broken else {}
     return {"steps": steps, "seconds": seconds, "skipped_steps": skipped, "last": record, **replaced}
 
 

@@ -54,7 +54,9 @@ def test_imports_go_one_way():
     assert checked > 50
 
 
-@pytest.mark.parametrize("command", [["--help"], ["--version"], ["run", "--help"], ["predict", "--help"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["--version"], ["run", "--help"], ["embed", "--help"], ["predict", "--help"]]
+)
 def test_help_is_given_without_loading_anything_heavy(command):
     code = (
         "import sys; from clipress.cli import main\n"

@@ -1,4 +1,4 @@
-"""Embedding a source once: what is looked up is what the teacher says, and a build can be killed, shared and repeated."""
+"""Embedding a source once: what is looked up is what the teacher says, and builds can be killed, shared, repeated."""
 
 import signal
 import subprocess
