@@ -322,7 +322,7 @@ def check_cache(cache: TeacherCache, clip: Clip, source: Source, count: int = 32
         ("text", ids, cache.texts([cache.text_row(item) for item in items])),
     ):
         found = _raw(clip, tower, batch, manifest.precision).cpu().numpy()
-        cosines = (found * kept).sum(1) / np.linalg.norm(found, axis=1)
+        cosines = (found * kept).sum(1) / (np.linalg.norm(found, axis=1) * np.linalg.norm(kept, axis=1))
         if not cosines.min() > 0.999:
             worst = items[int(cosines.argmin())]
             raise ArtifactError(
@@ -359,10 +359,11 @@ def caches_of(
 ) -> list[TeacherCache]:
     """Open the cache of every training source of a recipe, after building those that are not there yet."""
     teacher.clip.model.to(fabric.device)
-    return [
-        build_cache(
+    caches = []
+    for source in map(open_source, plan.data.train):
+        cache = build_cache(
             teacher.clip,
-            open_source(spec),
+            source,
             plan.data.augment,
             settings.views,
             home or cache_folder() / HOME,
@@ -375,5 +376,6 @@ def caches_of(
             workers=plan.data.workers,
             wait=fabric.barrier,
         )
-        for spec in plan.data.train
-    ]
+        check_cache(cache, teacher.clip, source, 8)  # a source's fingerprint does not cover the bytes of its pictures
+        caches.append(cache)
+    return caches

@@ -42,7 +42,14 @@ def context(fabric, folder, every=2):
     data = DataSpec(train=(SourceSpec(format="digits", limit=40),), augment=Augment(shift=2))
     teacher = new_clip(tiny_architecture(layers=1), 1)
     return Context(
-        fabric, data, 0, (teacher,), Runtime(checkpoint=every), folder / "log.jsonl", folder / "kept", title="t"
+        fabric,
+        data,
+        0,
+        (teacher,),
+        Runtime(checkpoint=every),
+        folder / "log.jsonl",
+        checkpoints=folder / "kept",
+        title="t",
     )
 
 
