@@ -36,8 +36,8 @@ class MaskedFeature(Loss):
     def hide(self, pixels: Tensor, draw: Callable[..., Tensor]) -> Tensor:
         patch = self.settings.patch
         rows, columns = (side // patch for side in pixels.shape[2:])
-        rank = draw(rows * columns).argsort(1).argsort(1)  # of each patch, in a random order
-        shown = (rank >= round(self.settings.ratio * rows * columns)).reshape(-1, 1, rows, columns)
+        place = draw(rows * columns).argsort(1)  # of each patch in a random order
+        shown = (place >= round(self.settings.ratio * rows * columns)).reshape(-1, 1, rows, columns)
         return pixels * shown.repeat_interleave(patch, 2).repeat_interleave(patch, 3)  # 0: normalised pixels' mean
 
     def forward(self, batch: Batch) -> Tensor:
