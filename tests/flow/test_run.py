@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import clipress, write_recipe
+from helpers import DATA, SHORT, clipress, write_recipe
 from onnx import numpy_helper
 from PIL import Image
 
@@ -211,3 +211,31 @@ def test_another_teacher_makes_a_student_from_scratch_anew(recipe, tmp_path):
         assert clipress("compress", write_recipe(recipe, tmp_path), "--out", out).exit_code == 0
         hashes.append(read_header(out / "distilled")["lineage"][-1]["hash"])
     assert hashes[0] != hashes[1]
+
+
+def test_several_teachers_may_be_embedded_once_and_looked_up(tiny_run, tmp_path):
+    folder, _ = tiny_run
+    teachers = [
+        {"artifact": str(folder / name), "cache": {"views": 2}} for name in ("teacher", "pruned")
+    ]  # an ensemble of two, neither of which is run while training
+    recipe = {
+        "name": "cached",
+        "teacher": teachers,
+        "data": DATA,
+        "stages": [{"distill": {"losses": ["contrastive", "feature", "ensemble"], **SHORT, "steps": 3}}],
+    }
+    result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert result.output.count(": embedding 96 of 96") == 4  # two sources, two teachers
+    log = [json.loads(line) for line in (tmp_path / "run" / "logs" / "distilled.jsonl").read_text().splitlines()]
+    assert len(log) == 3 and all(row["ensemble"] > 0 and row["feature"] >= 0 for row in log)
+    again = clipress("compress", tmp_path / "recipe-under-test.yaml", "--out", tmp_path / "other", "--set", "seed=1")
+    assert again.exit_code == 0 and again.output.count("are there already") == 4
+
+
+def test_either_all_teachers_are_cached_or_none(tiny_run, tmp_path):
+    folder, _ = tiny_run
+    teachers = [{"artifact": str(folder / "teacher"), "cache": {}}, {"artifact": str(folder / "pruned")}]
+    recipe = {"name": "mixed", "teacher": teachers, "data": DATA, "stages": [{"distill": {"steps": 1}}]}
+    result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
+    assert result.exit_code == 2 and "every teacher has a 'cache' or none" in result.output
