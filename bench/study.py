@@ -36,7 +36,7 @@ class StepCost(Section):
     reference: str
     """The case the others are divided by."""
     cases: dict[str, dict[str, Any]]
-    """Sections that replace the base recipe's; only the first stage is timed."""
+    """What each changes in the base recipe; it has one stage."""
     rounds: int = Field(3, ge=1)
 
 
@@ -47,7 +47,7 @@ class Study(Section):
     recipe: str
     """The base, relative to the study file; its stages are replaced."""
     sections: dict[str, Any] = Field(default_factory=dict)
-    """Of the recipe, instead of the base's: `student`, for one."""
+    """What all change in the base recipe: `student`, for one."""
     methods: dict[str, list[dict[str, Any]]]
     """Stages of each method; with ratios the first one is a prune."""
     reference: str
@@ -86,13 +86,22 @@ def read_study(path: Path) -> tuple[Study, list[Case]]:
         for seed in study.seeds:  # methods side by side, so that a slow hour hits all of them
             for method, stages in study.methods.items():
                 recipe = copy.deepcopy(base) | {"name": f"{study.name}-{method}", "seed": seed, "bench": study.bench}
-                recipe |= copy.deepcopy(study.sections) | {"stages": copy.deepcopy(stages)}
+                recipe = _changed(recipe, study.sections) | {"stages": copy.deepcopy(stages)}
                 if ratio is not None:
                     recipe["stages"][0]["prune"]["budget"] = {"params": kept}
                 cases.append(
                     Case(method=method, ratio=ratio, seed=seed, recipe=checked(Recipe, recipe, method).model_dump())
                 )
     return study, cases
+
+
+def _changed(recipe: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe with some of its keys set to other values; mappings inside mappings are changed likewise."""
+    result = dict(recipe)
+    for key, value in sections.items():
+        inner = result.get(key)
+        result[key] = _changed(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return result
 
 
 def run_study(file: Path, runs: Path | None, out: Path, jobs: int = 1) -> str:
@@ -175,8 +184,8 @@ def step_costs(study: Study, file: Path, home: Path) -> list[dict[str, Any]]:
     memory: dict[str, int] = {}
     for turn in range(asked.rounds):
         for name, sections in tqdm(asked.cases.items(), desc=f"step cost, round {turn + 1}", unit="run"):
-            folder = home / f"cost-{name}-{turn}"
-            recipe = checked(Recipe, base | {"name": "cost", **sections}, name).model_dump()
+            folder = home / f"cost-{name.replace(' ', '-')}-{turn}"
+            recipe = checked(Recipe, _changed(base | {"name": "cost"}, sections), name).model_dump()
             if not (folder / "done").is_file():
                 _clipress("compress", recipe, folder)
                 write_text_whole(folder / "done", "")

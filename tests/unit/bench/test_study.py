@@ -13,6 +13,7 @@ from clipress.bench.study import (
     Case,
     StepCost,
     Study,
+    _changed,
     _run,
     lost,
     markdown,
@@ -96,6 +97,15 @@ def test_a_finished_run_made_with_other_settings_is_refused(tiny_run, tmp_path):
         _run(other, tmp_path, 1)
 
 
+def test_a_case_changes_what_it_names_and_leaves_the_rest():
+    base = {"teacher": {"recipe": 1}, "stages": [1], "data": {"train": 2, "workers": 0}}
+    changed = _changed(base, {"teacher": {"cache": {"views": 2}}, "stages": [2], "data": {"workers": 4}})
+    assert changed == {
+        "teacher": {"recipe": 1, "cache": {"views": 2}}, "stages": [2], "data": {"train": 2, "workers": 4},
+    }  # fmt: skip
+    assert base["teacher"] == {"recipe": 1}
+
+
 def test_a_whole_study_runs_finishes_and_times_its_steps(recipe, tmp_path):
     write_recipe(recipe, tmp_path)
     stages = recipe["stages"]
@@ -130,6 +140,8 @@ def test_shipped_studies_spell_out_valid_runs(path):
     study, cases = read_study(path)
     assert len(cases) == len(study.methods) * len(study.seeds) * max(len(study.ratios), 1)
     assert len({case.name for case in cases}) == len(cases)
+    for sections in study.step_cost.cases.values() if study.step_cost else ():
+        plan_from(Recipe(**_changed(cases[0].recipe, sections)))
     for case in cases:
         plan = plan_from(Recipe(**case.recipe))
         if study.ratios:
