@@ -112,7 +112,7 @@ def manifest_of(
         fingerprint=source.fingerprint,
         items=len(source),
         augment=augment,
-        views=views,
+        views=views if source.has_images else 0,
         dim=clip.architecture["embed_dim"],
         dtype=dtype,
         precision=precision,
@@ -201,10 +201,10 @@ class _Encoded:
 
 
 def _jobs(source: Source, manifest: Manifest, shards: Iterable[int], batch: int) -> Iterator[_Job]:
-    several = max(batch // manifest.views, 1)
+    several = max(batch // max(manifest.views, 1), 1)
     for shard in shards:
         items = manifest.items_of(shard)
-        for start in range(0, len(items), several):
+        for start in range(0, len(items) if manifest.views else 0, several):
             yield _Job(shard, items=items[start : start + several])
         texts = list(_captions(source, items)[0])
         for start in range(0, len(texts), batch):
@@ -290,15 +290,21 @@ def _raw(clip: Clip, tower: Literal["image", "text"], batch: Tensor, precision: 
 def _finish(folder: Path, shard: int, source: Source, manifest: Manifest, encoded: _Encoded, failed: list[str]) -> None:
     """Bring a shard's embeddings home and write them; runs in a thread."""
     broken = [error for error in encoded.errors if error]
-    if len(broken) > MAX_SKIPPED * len(encoded.errors):
+    if len(broken) > MAX_SKIPPED * max(len(encoded.errors), 1):
         raise DataError(
             f"{source.name}: {len(broken)} of {len(encoded.errors)} pictures in a row cannot be read "
             f"(first: {broken[0]}). At most {MAX_SKIPPED:.0%} are left out; are the pictures still there?"
         )
     failed += broken
     _, captions, offsets = _captions(source, manifest.items_of(shard))
-    ok = np.asarray([not error for error in encoded.errors])
-    image, text, views = (torch.cat(parts).cpu().numpy() for parts in (encoded.image, encoded.text, encoded.views))
+    ok = np.ones(len(offsets) - 1, bool)
+    ok[: len(encoded.errors)] = [not error for error in encoded.errors]
+    nothing = {
+        "image": torch.zeros(0, manifest.dim),
+        "text": torch.zeros(0, manifest.dim),
+        "views": torch.zeros(0, 7, dtype=torch.int32),
+    }
+    image, text, views = (torch.cat([*getattr(encoded, name), empty]).cpu().numpy() for name, empty in nothing.items())
     write_shard(folder, shard, manifest, Rows(image, text, captions, offsets, views, ok))
 
 
@@ -313,14 +319,16 @@ def check_cache(cache: TeacherCache, clip: Clip, source: Source, count: int = 32
     manifest = cache.manifest
     chosen = np.random.default_rng(0).choice(len(cache), min(count, len(cache)), replace=False).tolist()
     items = [item for item in chosen if cache.ok(item)]
-    pictures = [viewed(source.image(item), clip.preprocess, cache.view(item, 0)) for item in items]
-    pixels = torch.from_numpy(normalised(np.stack(pictures), clip.preprocess))
-    ids = torch.from_numpy(clip.tokenize()([source.captions(item)[0] for item in items]))
+    sides: list[tuple[Literal["image", "text"], Tensor, np.ndarray]] = []
+    if source.has_images:
+        pictures = [viewed(source.image(item), clip.preprocess, cache.view(item, 0)) for item in items]
+        pixels = torch.from_numpy(normalised(np.stack(pictures), clip.preprocess))
+        sides.append(("image", pixels, cache.images([cache.image_row(item) for item in items])))
+    if source.has_texts:
+        ids = torch.from_numpy(clip.tokenize()([source.captions(item)[0] for item in items]))
+        sides.append(("text", ids, cache.texts([cache.text_row(item) for item in items])))
     clip.model.eval()
-    for tower, batch, kept in (
-        ("image", pixels, cache.images([cache.image_row(item) for item in items])),
-        ("text", ids, cache.texts([cache.text_row(item) for item in items])),
-    ):
+    for tower, batch, kept in sides:
         found = _raw(clip, tower, batch, manifest.precision).cpu().numpy()
         cosines = (found * kept).sum(1) / (np.linalg.norm(found, axis=1) * np.linalg.norm(kept, axis=1))
         if not cosines.min() > 0.999:

@@ -70,6 +70,7 @@ class Manifest(Section):
     items: int
     augment: Augment
     views: int
+    """0: the source has texts alone."""
     view_seed: int = 0
     """View k of item i was drawn from (view_seed, i, k)."""
     dim: int

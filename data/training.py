@@ -103,7 +103,7 @@ class TrainingSet:
             cache = self.caches[draw.source][0]
             while not cache.ok(record.index):  # the teacher could not read it: another stands in
                 record = readable(source, int(rng.integers(len(source))), key)
-            view = int(rng.integers(cache.manifest.views))
+            view = int(rng.integers(cache.manifest.views)) if self.has_images else 0
         pixels = None
         if self.has_images and self.caches:
             pixels = viewed(record.image, self.preprocess, cache.view(record.index, view), self.library)
@@ -116,24 +116,25 @@ class TrainingSet:
         """Look up what every teacher says about the chosen views and captions."""
         sources, arrays = np.asarray([row.source for row in rows]), {}
         for teacher, first in enumerate(self.caches[0]):
-            image, text = (np.empty((len(rows), first.manifest.dim), np.float32) for _ in range(2))
-            image_norm, text_norm = (np.empty(len(rows), np.float32) for _ in range(2))
-            for source in np.unique(sources):
-                cache, here = self.caches[source][teacher], np.flatnonzero(sources == source)
-                images = [cache.image_row(rows[at].record.index, rows[at].view) for at in here]
-                texts = [cache.text_row(rows[at].record.index, rows[at].caption) for at in here]
-                image[here], image_norm[here] = cache.images(images), cache.image_norms(images)
-                text[here], text_norm[here] = cache.texts(texts), cache.text_norms(texts)
-            arrays |= {
-                f"teacher_image_{teacher}": image,
-                f"teacher_text_{teacher}": text,
-                f"teacher_image_norm_{teacher}": image_norm,
-                f"teacher_text_norm_{teacher}": text_norm,
-            }
+            for side in ("image",) * self.has_images + ("text",) * self.has_texts:
+                unit, norm = np.empty((len(rows), first.manifest.dim), np.float32), np.empty(len(rows), np.float32)
+                for source in np.unique(sources):
+                    here = np.flatnonzero(sources == source)
+                    unit[here], norm[here] = _looked_up(self.caches[source][teacher], side, [rows[at] for at in here])
+                arrays |= {f"teacher_{side}_{teacher}": unit, f"teacher_{side}_norm_{teacher}": norm}
         return arrays
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
+
+
+def _looked_up(cache: TeacherCache, side: str, rows: Sequence[Chosen]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a teacher says: unit rows [n, D] and their lengths [n]."""
+    if side == "image":
+        places = [cache.image_row(row.record.index, row.view) for row in rows]
+        return cache.images(places), cache.image_norms(places)
+    places = [cache.text_row(row.record.index, row.caption) for row in rows]
+    return cache.texts(places), cache.text_norms(places)
 
 
 def _check_caches(

@@ -311,3 +311,29 @@ def test_a_teacher_is_known_by_the_hash_that_a_run_gives_it(recipe, tmp_path):
     (folder,) = compress(read, tmp_path / "run", say)
     made = embed_recipe(plan_from(read), tmp_path / "caches", None, None, (), say)
     assert {read_manifest(cache).teacher for cache in made} == {read_header(folder)["lineage"][-1]["hash"]}
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_pictures_or_texts_alone_are_embedded_and_looked_up(clip, tmp_path, side):
+    spec = {
+        "image": {"format": "images", "images": tmp_path},
+        "text": {"format": "captions", "annotations": tmp_path / "c.tsv"},
+    }
+    for number in range(10):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    (tmp_path / "c.tsv").write_text("".join(f"picture number {n}\thttp://x/{n}\n" for n in range(10)))
+    source = open_source(SourceSpec(**spec[side]))
+    cache = build_cache(clip, source, Augment(shift=1), 2, tmp_path / "home", teacher_hash="t", say=say)
+    check_cache(cache, clip, source)
+    found = TrainingSet([source], clip.preprocess, clip.tokenize(), Augment(shift=1), 0, [[cache]])
+    arrays = found.__getitems__([Draw(0, index, 0) for index in range(10)])
+    other = {"image": "text", "text": "image"}[side]
+    assert f"teacher_{other}_0" not in arrays and {"image": "ids", "text": "pixels"}[side] not in arrays
+    with torch.no_grad():
+        raw = (
+            clip.model.encode_image(torch.from_numpy(arrays["pixels"]))
+            if side == "image"
+            else clip.model.encode_text(torch.from_numpy(arrays["ids"]))
+        ).numpy()
+    np.testing.assert_allclose(arrays[f"teacher_{side}_0"] * arrays[f"teacher_{side}_norm_0"][:, None], raw, atol=2e-3)
