@@ -45,8 +45,9 @@ def run(settings: Quantize, clip: Clip, context: Context) -> tuple[Clip, dict[st
         model.eval()
         with torch.no_grad():
             for arrays in batches(clip, settings, context, shown):
-                model.encode_image(arrays["pixels"].to(context.fabric.device))
-                model.encode_text(arrays["ids"].to(context.fabric.device))
+                for name, encode in (("pixels", model.encode_image), ("ids", model.encode_text)):
+                    if name in arrays:
+                        encode(arrays[name].to(context.fabric.device))
 
     clip.model.to(context.fabric.device)
     quantizers.attach(clip.model, names, calibrate)

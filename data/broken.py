@@ -44,16 +44,16 @@ class Record:
     broken: tuple[Broken, ...] = ()
 
 
-def readable(source: Source, index: int, draw: Sequence[int]) -> Record:
-    """Read an item; if it cannot be read, another of the same source. `draw` is what the choice is seeded with.
+def readable(source: Source, index: int, draw: Sequence[int], images: bool = True, texts: bool = True) -> Record:
+    """Read what is wanted of an item; if it cannot be read, of another. `draw` is what the choice is seeded with.
 
     Raises DataError when 20 records in a row cannot be read.
     """
     broken: list[Broken] = []
     while len(broken) < ATTEMPTS:
         try:
-            image = source.image(index) if source.has_images else None
-            captions = source.captions(index) if source.has_texts else ()
+            image = source.image(index) if images and source.has_images else None
+            captions = source.captions(index) if texts and source.has_texts else ()
             return Record(index, image, captions, tuple(broken))
         except DataError as error:
             broken.append(Broken(source.name, index, str(error)))

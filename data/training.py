@@ -98,11 +98,12 @@ class TrainingSet:
         """Read what a draw asks for; all choices follow from (seed, draw)."""
         source, key = self.sources[draw.source], [self.seed, draw.source, draw.epoch, draw.index]
         rng = np.random.default_rng(key)
-        record, view = readable(source, draw.index, key), 0
+        sides = (self.has_images, self.has_texts)
+        record, view = readable(source, draw.index, key, *sides), 0
         if self.caches:
             cache = self.caches[draw.source][0]
             while not cache.ok(record.index):  # the teacher could not read it: another stands in
-                record = readable(source, int(rng.integers(len(source))), key)
+                record = readable(source, int(rng.integers(len(source))), key, *sides)
             view = int(rng.integers(cache.manifest.views)) if self.has_images else 0
         pixels = None
         if self.has_images and self.caches:
