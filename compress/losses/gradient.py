@@ -4,8 +4,10 @@ For anchors p and keys k [N, D] with s = exp(logit_scale), G = softmax(s p k^T) 
   dL/dp = s G k,  dL/dk = s G^T p   of the loss summed over anchors, image -> text and text -> image
 L = MSE of the student's four gradients against the teacher's, mean over rows and dims.
 
-Summed rather than averaged over anchors, the size does not depend on the batch. The published code divides by s where it
-must multiply and averages, so its gradients nearly vanish and are weighted with 1e8: `published: true` does the same.
+Summed over anchors, its size does not depend on the batch. The weight makes it pull at embeddings about as hard as the
+contrastive loss: measured on 32 to 512 dims, scales 14 to 100, the even weight lies between 0.03 and 2.4, higher for wider
+embeddings. The published code divides by s where it must multiply, and averages, so its gradients nearly vanish and are
+weighted with 1e8: `published: true` does the same.
 """
 
 from typing import Any
@@ -23,6 +25,7 @@ class Gradient(Loss):
     needs = frozenset({"pairs", "teacher", "width"})
 
     class Settings(Loss.Settings):
+        weight: float = 0.1
         published: bool = False
         """Similarities divided by the scale, gradients averaged over the batch, weight 1e8 unless given."""
 
