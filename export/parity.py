@@ -77,7 +77,7 @@ def compare(
         if not cosine >= least_cosine:  # also when it is NaN
             raise ExportError(
                 f"{names[tower]} does not agree with the model it came from: least cosine {cosine:.6f} on "
-                f"{len(inputs[tower])} real samples, at least {least_cosine} is asked for at {precision}. "
+                f"{len(inputs[tower])} samples, at least {least_cosine} is asked for at {precision}. "
                 "Nothing was written."
             )
         embeddings.append((wanted, found))

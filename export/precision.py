@@ -81,9 +81,7 @@ def _as_initializers(graph: onnx.GraphProto) -> None:
 def _at_least(model: ModelProto, opset: int) -> ModelProto:
     if next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")) >= opset:
         return model
-    converted = version_converter.convert_version(model, opset)
-    converted.metadata_props.extend(model.metadata_props)
-    return converted
+    return version_converter.convert_version(model, opset)
 
 
 def _lower(graph: onnx.GraphProto, floats: set[str], type_: int, kind: Any) -> None:

