@@ -77,11 +77,16 @@ def write_whole(target: Path, fill: Any) -> None:
 
 def write_text_whole(target: Path, text: str) -> None:
     """Write one file aside, flush it and rename it into place."""
+    write_bytes_whole(target, text.encode("utf-8"))
+
+
+def write_bytes_whole(target: Path, content: bytes) -> None:
+    """Write one file aside, flush it and rename it into place."""
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(target)

@@ -14,6 +14,8 @@ from clipress import __version__
 from clipress.errors import ArtifactError, ClipressError, RecipeError, nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from clipress.compress.pipeline import Plan
     from clipress.data.evalsets import EvalSet
     from clipress.metrics.outcomes import Outcomes
@@ -77,6 +79,7 @@ def run(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
     if not is_first_process():  # the others were there to train
         return
     _export(folder, plan, plan.artifacts)
+    _engines(folder, plan, plan.artifacts)
     _bench(folder, plan, plan.artifacts)
     _serve(folder, plan, plan.artifacts[-1], None, None)
     click.echo(f"Try it: clipress predict {folder} IMAGE --labels NAME,NAME")
@@ -136,14 +139,31 @@ def embed(
 
 
 @main.command()
-@RUN_ARGUMENT
+@click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--stage", "stages", multiple=True, help="Only this artefact; may be given several times.  [default: all]"
 )
-def export(run: Path, stages: tuple[str, ...]) -> None:
-    """Export a run's artefacts to ONNX, each checked against torch."""
+@click.option("--tensorrt", is_flag=True, help="Build TensorRT engines too, and fail where that cannot be done.")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of engines.  [default: the recipe's]")
+@click.option("--foreign", is_flag=True, help="Build an ONNX file that clipress did not make.")
+def export(run: Path, stages: tuple[str, ...], tensorrt: bool, precision: str | None, foreign: bool) -> None:
+    """Export a run's artefacts to ONNX, each checked against torch, and to TensorRT, each checked against ONNX Runtime.
+
+    RUN may be one ONNX file, taken to the machine with the GPU on its own: clipress export image.onnx --tensorrt
+    """
+    if not tensorrt and (precision or foreign):
+        raise RecipeError("--precision and --foreign are about engines: add --tensorrt.")
+    if run.suffix == ".onnx":
+        if not tensorrt:
+            raise RecipeError(
+                f"{run} is exported already. To build its TensorRT engine: clipress export {run} --tensorrt"
+            )
+        _engine(run, precision, foreign)
+        return
     plan = _plan_of(run)
-    _export(run, plan, [_chosen(plan, stage) for stage in stages] or plan.artifacts)
+    names = [_chosen(plan, stage) for stage in stages] or plan.artifacts
+    _export(run, plan, names)
+    _engines(run, plan, names, tensorrt, precision)
 
 
 class Bench(click.Group):
@@ -588,6 +608,60 @@ def _export(run: Path, plan: Plan, stages: list[str]) -> None:
         )
 
 
+def _engines(run: Path, plan: Plan, stages: list[str], asked: bool = False, precision: str | None = None) -> None:
+    """Build engines where the recipe or the command asks for them; what cannot be done is an error only for the latter."""
+    from clipress.recipe import checked
+
+    raw = plan.recipe.export.get("tensorrt")
+    if raw is None and not asked:
+        return
+    from clipress.export.settings import TensorRTSettings
+    from clipress.export.to_tensorrt import engines_from_export, prepare_export
+    from clipress.export.trtexec import write_script
+    from clipress.models.tensorrt import find_machine
+
+    settings = checked(TensorRTSettings, {**(raw or {}), **_given(precision=precision)}, "export.tensorrt")
+    try:
+        prepared = {stage: prepare_export(run / "export" / stage, settings) for stage in stages}
+        script = write_script(
+            run / "export" / "trtexec.sh", [one for towers in prepared.values() for one in towers.values()], settings
+        )
+        click.echo(f"The same engines by NVIDIA's own tool: {script}")
+        machine = find_machine()
+        for stage, towers in prepared.items():
+            paths = engines_from_export(run / "export" / stage, towers, machine, settings, _test_sets(plan))
+            _tell(stage, paths.values())
+    except ClipressError as error:
+        if asked:
+            raise
+        click.echo(f"TensorRT engines are left out: {error}")
+
+
+def _engine(source: Path, precision: str | None, foreign: bool) -> None:
+    from clipress.export.settings import TensorRTSettings
+    from clipress.export.to_tensorrt import engine_from_onnx, prepare
+    from clipress.models.tensorrt import find_machine
+
+    settings = TensorRTSettings(**_given(precision=precision))
+    prepared = prepare(source, source.parent, settings, foreign)
+    _tell(source.stem, [engine_from_onnx(prepared, find_machine(), settings)])
+
+
+def _tell(stage: str, engines: Iterable[Path]) -> None:
+    from clipress.models.tensorrt import read_sidecar
+
+    for path in engines:
+        sidecar = read_sidecar(path)
+        cosine = sidecar.parity[f"{sidecar.tower}_min_cosine"]
+        click.echo(
+            f"{stage}: {sidecar.precision} engine, agrees with ONNX Runtime (least cosine {cosine:.6f}) -> {path}"
+        )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
 def _bench(run: Path, plan: Plan, stages: list[str]) -> None:
     from clipress.bench.report import table, write_report
     from clipress.bench.run import bench, write_results
@@ -608,8 +682,7 @@ def _serve(run: Path, plan: Plan, stage: str, backends: tuple[str, ...] | None, 
     from clipress.serve.settings import ServeSettings
     from clipress.serve.triton_repo import triton_repo_from_export
 
-    asked = {"backend": backends, "max_batch": max_batch}
-    raw = {**plan.recipe.serve, **{key: value for key, value in asked.items() if value is not None}}
+    raw = {**plan.recipe.serve, **_given(backend=backends, max_batch=max_batch)}
     settings = checked(ServeSettings, raw, "serve")
     for repository in triton_repo_from_export(_exported(run, stage), run / "triton", settings):
         click.echo(f"Triton model repository of {stage}: {repository}")

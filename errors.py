@@ -32,6 +32,10 @@ class ExportError(ClipressError):
     """A file that could not be exported, or that does not agree with the model it came from."""
 
 
+class BackendMissing(ClipressError):
+    """Software or hardware that a backend needs and this machine has not."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known word, else the list of what is known."""
     known = sorted(known)

@@ -1,29 +1,39 @@
 """Does an exported model say what torch says? Checked on real samples before a file is shipped.
 
 fp32: every cosine at least 0.9999, and every first place the same (equal scores aside). INT8 is held against torch with
-the same quantisers, where only rounding may differ.
+the same quantisers, where only rounding may differ. An engine is held against ONNX Runtime on the file it was built
+from: TF32 in what is called fp32, fewer bits of mantissa, and for int8 both its rounding and theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clipress.data.evalsets import EvalSet
+from clipress.data.transforms import Preprocess
 from clipress.errors import ExportError
 from clipress.models.exported import cpu_session
 from clipress.models.load import Clip
 
 SAMPLES = 128  # pictures per set, with their captions
 # precision: (least cosine, least part of queries with the same first place, what counts as an equal score)
-LIMITS = {"fp32": (0.9999, 1.0, 1e-5), "int8": (0.999, 0.95, 5e-3)}
+LIMITS = {
+    "fp32": (0.9999, 1.0, 1e-5),
+    "int8": (0.999, 0.95, 5e-3),
+    "fp32 engine": (0.9999, 0.99, 1e-3),
+    "fp16 engine": (0.999, 0.97, 5e-3),
+    "bf16 engine": (0.99, 0.95, 2e-2),
+    "int8 engine": (0.99, 0.95, 2e-2),
+}
 BATCHES = (1, 3)
+Encode = Callable[[np.ndarray], np.ndarray]
 
 
-def runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def runner(path: Path) -> Encode:
     """Return a function from one batch to its embeddings."""
     opened = cpu_session(path)
     name = opened.get_inputs()[0].name
@@ -32,46 +42,68 @@ def runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 def check(clip: Clip, folder: Path, sets: Sequence[EvalSet], precision: str) -> dict[str, Any]:
     """Compare both towers with torch. Returns the figures; raises ExportError when they are out of bounds."""
-    if not sets:
-        raise ExportError("Parity is checked on real samples, and the recipe names no 'test', 'val' or 'train' data.")
+    inputs = samples(clip.preprocess, clip.tokenize(), sets)
+    towers = dict(zip(("image", "text"), clip.encoders(), strict=True))
+    files = {tower: runner(folder / f"{tower}.onnx") for tower in towers}
+    figures = compare(towers, files, inputs, precision, {tower: f"{tower}.onnx" for tower in towers})
+    return {"images": len(inputs["image"]), "texts": len(inputs["text"]), **figures}
+
+
+def compare(
+    reference: Mapping[str, Encode],
+    candidate: Mapping[str, Encode],
+    inputs: Mapping[str, np.ndarray],
+    precision: str,
+    names: Mapping[str, str],
+    batches: Sequence[int] = BATCHES,
+) -> dict[str, float]:
+    """Hold encoders against the ones they came from, tower by tower and, when both are there, by ranking.
+
+    Returns the figures; raises ExportError when they are out of `precision`'s bounds. `names` are for messages.
+    """
     least_cosine, least_same, equal = LIMITS[precision]
-    pixels, ids = _samples(clip, sets)
-    figures: dict[str, Any] = {"images": len(pixels), "texts": len(ids)}
-    torch_side, onnx_side = [], []
-    for tower, encode, inputs in zip(("image", "text"), clip.encoders(), (pixels, ids), strict=True):
-        run = runner(folder / f"{tower}.onnx")
-        wanted, found = encode(inputs), run(inputs)
+    figures, embeddings = {}, []
+    for tower, encode in reference.items():
+        wanted, found = encode(inputs[tower]), candidate[tower](inputs[tower])
         cosine = float(_cosines(wanted, found).min())
-        for batch in BATCHES:
-            part = run(inputs[:batch])
+        for batch in batches:
+            part = candidate[tower](inputs[tower][:batch])
             if part.shape != wanted[:batch].shape:
-                raise ExportError(f"{tower}.onnx gives {part.shape} for a batch of {batch}: its batch is not dynamic.")
+                raise ExportError(
+                    f"{names[tower]} gives {part.shape} for a batch of {batch}: its batch is not dynamic."
+                )
             cosine = min(cosine, float(_cosines(wanted[:batch], part).min()))
         figures[f"{tower}_min_cosine"] = cosine
         if not cosine >= least_cosine:  # also when it is NaN
             raise ExportError(
-                f"{tower}.onnx does not agree with the model it came from: least cosine {cosine:.6f} on {len(inputs)} "
-                f"real samples, at least {least_cosine} is asked for at {precision}. Nothing was written."
+                f"{names[tower]} does not agree with the model it came from: least cosine {cosine:.6f} on "
+                f"{len(inputs[tower])} samples, at least {least_cosine} is asked for at {precision}. "
+                "Nothing was written."
             )
-        torch_side.append(wanted)
-        onnx_side.append(found)
-    same = _same_first(torch_side, onnx_side, equal)
-    figures["same_first_place"] = same
-    if same < least_same:
-        raise ExportError(
-            f"The exported towers rank differently: the first place is the same for {same:.1%} of the queries, "
-            f"{least_same:.0%} is asked for at {precision}. Nothing was written."
-        )
+        embeddings.append((wanted, found))
+    if len(embeddings) == 2:
+        same = _same_first(*(list(side) for side in zip(*embeddings, strict=True)), equal)
+        figures["same_first_place"] = same
+        if same < least_same:
+            raise ExportError(
+                f"{' and '.join(names.values())} rank differently: the first place is the same for {same:.1%} of the "
+                f"queries, {least_same:.0%} is asked for at {precision}. Nothing was written."
+            )
     return figures
 
 
-def _samples(clip: Clip, sets: Sequence[EvalSet]) -> tuple[np.ndarray, np.ndarray]:
+def samples(
+    preprocess: Preprocess, tokenize: Callable[[list[str]], np.ndarray], sets: Sequence[EvalSet]
+) -> dict[str, np.ndarray]:
+    """Return real inputs of both towers: pixels [N, 3, S, S] and the ids [M, L] of their captions."""
+    if not sets:
+        raise ExportError("Parity is checked on real samples, and the recipe names no 'test', 'val' or 'train' data.")
     pixels, texts = [], []
     for evalset in sets:
-        taken = next(evalset.pixel_batches(clip.preprocess, SAMPLES))
+        taken = next(evalset.pixel_batches(preprocess, SAMPLES))
         pixels.append(taken)
         texts += [evalset.source.captions(i)[0] for i in range(len(taken))]
-    return np.concatenate(pixels), clip.tokenize()(list(dict.fromkeys(texts)))
+    return {"image": np.concatenate(pixels), "text": tokenize(list(dict.fromkeys(texts)))}
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:

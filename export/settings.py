@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from clipress.recipe import Section
 
@@ -17,7 +18,44 @@ class OnnxSettings(Section):
     """auto: dynamo, with torchscript where dynamo cannot (INT8) or fails. The graphs run equally fast."""
 
 
+class BatchProfile(Section):
+    """An optimisation profile's batch sizes: what an engine takes, and what it is tuned for."""
+
+    min: int = Field(1, ge=1)
+    opt: int = Field(8, ge=1)
+    max: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> BatchProfile:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"min <= opt <= max is asked for, found {self.min}, {self.opt}, {self.max}")
+        return self
+
+
+class TensorRTSettings(Section):
+    """How TensorRT engines are built. The words are trtexec's."""
+
+    precision: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """Of everything that is not INT8 in the artefact; fp32 is TF32 where the GPU has it."""
+    batch: BatchProfile = BatchProfile()
+    """Texts always have the model's context length, pictures its size."""
+    sparse_weights: bool = True
+    """Weights that are 2:4 may run on sparse kernels where these are faster; others are not touched."""
+    optimization_level: int = Field(3, ge=0, le=5)
+    """More tries kernels longer."""
+    workspace_mib: int | None = Field(None, ge=1)
+    """Scratch memory a layer may use; absent: all of the GPU's."""
+    version_compatible: bool = False
+    """Run on later releases of TensorRT too; slower."""
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
+    """Run on other GPUs too; slower."""
+    timing_cache: Path | None = None
+    """What kernels took, so that the next build is quick; absent: a file of this GPU and release in the user's cache."""
+
+
 class ExportSettings(Section):
     """Everything `clipress export` can be told."""
 
     onnx: OnnxSettings = OnnxSettings()
+    tensorrt: TensorRTSettings | None = None
+    """Absent: no engines, unless `clipress export --tensorrt` asks for them."""

@@ -1,0 +1,65 @@
+"""The same engines by NVIDIA's own tool: a script of trtexec commands, so that nobody has to take our word for a figure.
+
+trtexec 11 changed its defaults: CUDA graphs and spinning on, transfers off. The script asks for the same things of both.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from clipress.artifact import write_text_whole
+from clipress.export.settings import TensorRTSettings
+from clipress.export.to_tensorrt import Prepared
+
+HEAD = """\
+#!/bin/sh
+# Builds and measures each tower with trtexec, as clipress does: strongly typed, transfers counted, with a CUDA graph.
+# Usage: sh trtexec.sh    TRTEXEC=/path/to/trtexec and TRT_MAJOR=10 or 11 may be set.
+set -eu
+cd "$(dirname "$0")"
+TRTEXEC=${TRTEXEC:-trtexec}
+if [ -z "${TRT_MAJOR:-}" ]; then  # its first line says, such as, [TensorRT v101200]
+  release=$("$TRTEXEC" --help | sed -n 's/.*\\[TensorRT v\\([0-9]*\\)\\].*/\\1/p' | head -n 1)
+  TRT_MAJOR=$((${release:-0} / 10000))
+fi
+case $TRT_MAJOR in
+  10) release_options="--stronglyTyped --useCudaGraph --useSpinWait" ;;
+  11) release_options="--includeDataTransfers" ;;
+  *) echo "trtexec of TensorRT 10 or 11 is asked for, found release $TRT_MAJOR; set TRTEXEC or TRT_MAJOR." >&2; exit 2 ;;
+esac
+run() { echo "+ $*"; "$@"; }
+"""
+COMPATIBILITY = {"ampere_plus": "ampere+", "same_compute_capability": "sameComputeCapability"}
+
+
+def write_script(path: Path, prepared: Sequence[Prepared], settings: TensorRTSettings) -> Path:
+    """Write the commands of all prepared files into one script; paths in it are relative to it."""
+    commands = [f"\n# {one.path.parent.parent.name}, {one.tower}, {one.precision}\n{_command(one, path.parent, settings)}\n"
+                for one in prepared]  # fmt: skip
+    write_text_whole(path, HEAD + "".join(commands))
+    path.chmod(0o755)
+    return path
+
+
+def _command(one: Prepared, base: Path, settings: TensorRTSettings) -> str:
+    onnx = os.path.relpath(one.path, base)
+    shapes = {key: f"{one.takes}:{'x'.join(map(str, shape))}" for key, shape in one.profile}
+    options = [
+        f"--onnx={onnx}",
+        f"--saveEngine={onnx.removesuffix('.onnx')}.trtexec.engine",
+        *(f"--{key}Shapes={shape}" for key, shape in shapes.items()),
+        f"--shapes={shapes['opt']}",
+        f"--builderOptimizationLevel={settings.optimization_level}",
+    ]
+    if settings.sparse_weights:
+        options.append("--sparsity=enable")
+    if settings.version_compatible:
+        options.append("--versionCompatible")
+    if settings.hardware_compatibility != "none":
+        options.append(f"--hardwareCompatibilityLevel={COMPATIBILITY[settings.hardware_compatibility]}")
+    if settings.workspace_mib is not None:
+        options.append(f"--memPoolSize=workspace:{settings.workspace_mib}M")
+    return " \\\n  ".join(['run "$TRTEXEC" $release_options', *map(shlex.quote, options)])

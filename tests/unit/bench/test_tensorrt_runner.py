@@ -1,0 +1,123 @@
+"""The TensorRT runner answers like the ONNX Runtime one, and its phases are told apart."""
+
+import shutil
+
+import numpy as np
+import pytest
+from fake_tensorrt import fake_machine
+
+from clipress.artifact import save_artifact
+from clipress.bench.latency import measure_in_turns
+from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
+from clipress.bench.runners.tensorrt import TensorRTRunner
+from clipress.data.evalsets import evalsets
+from clipress.data.pairs import SourceSpec
+from clipress.errors import ArtifactError, BackendMissing, ExportError
+from clipress.export.settings import OnnxSettings, TensorRTSettings
+from clipress.export.to_onnx import onnx_from_artifact
+from clipress.export.to_tensorrt import engines_from_export, prepare_export
+from clipress.models.load import artifact_from_clip, new_clip
+from clipress.models.tensorrt import find_machine
+from clipress.models.tiny import tiny_architecture
+
+SETTINGS = TensorRTSettings(batch={"opt": 2, "max": 4})
+
+
+def with_engines(export, machine, settings):
+    """Build an export folder's engines."""
+    sets = evalsets([SourceSpec(format="scenes", split="test", limit=10)])
+    engines_from_export(export, prepare_export(export, settings), machine, settings, sets)
+    return export
+
+
+def export_with_engines(folder, machine, settings=SETTINGS):
+    sets = evalsets([SourceSpec(format="scenes", split="test", limit=10)])
+    clip = new_clip(tiny_architecture(layers=1), 0)
+    artifact = save_artifact(artifact_from_clip(clip, ({"stage": "x", "hash": "abc"},), {}), folder / "x")
+    onnx_from_artifact(artifact, folder / "export" / "x", OnnxSettings(exporter="torchscript"), sets)
+    return with_engines(folder / "export" / "x", machine, settings)
+
+
+@pytest.fixture(scope="module")
+def machine():
+    return fake_machine()
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory, machine):
+    return export_with_engines(tmp_path_factory.mktemp("run"), machine)
+
+
+def held_against_onnx_runtime(export, runner):
+    other = OnnxRuntimeRunner(export, 1)
+    rng = np.random.default_rng(0)
+    for tower, batch in (
+        ("image", rng.standard_normal((5, 3, 32, 32)).astype("f")),
+        ("text", rng.integers(1, 400, (5, 24))),
+    ):
+        wanted, found = other.encode(tower)(batch), runner.encode(tower)(batch)
+        assert (wanted * found).sum(1).min() > 0.99
+        measured = measure_in_turns(
+            {"one": runner.query(tower, 2), "other": other.query(tower, 2)}, warm_up_ms=0, duration_ms=0, iterations=3
+        )
+        assert {name: len(times) for name, (times, _) in measured.items()} == {"one": 3, "other": 3}
+        phases = runner.phases(tower, 2, iterations=4)
+        assert {key: len(times) for key, times in phases.items()} == dict.fromkeys(
+            ("h2d_ms", "compute_ms", "d2h_ms", "latency_ms"), 4
+        )
+        total = phases["h2d_ms"] + phases["compute_ms"] + phases["d2h_ms"]
+        np.testing.assert_allclose(phases["latency_ms"], total)
+
+
+def test_it_embeds_and_is_timed_like_the_other(export, machine):
+    runner = TensorRTRunner(export, machine=machine)
+    assert (runner.backend, runner.precision) == ("tensorrt", "fp16")
+    held_against_onnx_runtime(export, runner)
+
+
+def int8_with_engines(tiny_run, folder, machine, settings=SETTINGS):
+    return with_engines(shutil.copytree(tiny_run[0] / "export" / "int8", folder / "int8"), machine, settings)
+
+
+def test_an_int8_export_is_run_by_its_int8_engines(tiny_run, tmp_path, machine):
+    runner = TensorRTRunner(int8_with_engines(tiny_run, tmp_path, machine), machine=machine)
+    assert runner.precision == "int8-fp16"
+    held_against_onnx_runtime(runner.exported.folder, runner)
+
+
+def test_a_batch_the_profile_has_not_is_told(export, machine):
+    with pytest.raises(ExportError, match=r"from \[1, 24\] to \[4, 24\], asked for is \[32, 24\]"):
+        TensorRTRunner(export, machine=machine).query("text", 32)
+
+
+def test_an_engine_of_another_gpu_is_named_when_this_ones_is_missing(export):
+    with pytest.raises(ArtifactError, match=r"nvidia-l4\.trt10.*no such file \(there are: image\.nvidia-h200"):
+        TensorRTRunner(export, machine=fake_machine(gpu="NVIDIA L4", capability=(8, 9)))
+
+
+@pytest.fixture
+def real():
+    """TensorRT and a GPU, if this machine has them."""
+    try:
+        return find_machine()
+    except BackendMissing as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_real_engine_agrees_and_runs(real, tmp_path, precision, cuda_graph):
+    if cuda_graph and real.cuda.name == "pycuda":
+        pytest.skip("PyCUDA has no CUDA graphs")
+    settings = TensorRTSettings(precision=precision, batch={"opt": 2, "max": 4}, optimization_level=0)
+    export = export_with_engines(tmp_path, real, settings)
+    held_against_onnx_runtime(export, TensorRTRunner(export, precision, cuda_graph, real))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_real_int8_engine_agrees_and_runs(real, tiny_run, tmp_path, precision):
+    settings = TensorRTSettings(precision=precision, batch={"opt": 2, "max": 4}, optimization_level=0)
+    export = int8_with_engines(tiny_run, tmp_path, real, settings)
+    held_against_onnx_runtime(export, TensorRTRunner(export, precision, machine=real))
