@@ -535,10 +535,12 @@ def _compress(recipe: str, out: Path | None, sets: tuple[str, ...]) -> tuple[Pat
 
     read = read_recipe(_recipe_path(recipe), sets)
     from clipress.compress import pipeline  # after the recipe's outline is known to be right: this import takes seconds
+    from clipress.compress.fabric import leave
 
     plan = _checked(read)
     folder = out or Path("runs") / read.name
     pipeline.compress(read, folder, click.echo)
+    leave()
     return folder, plan
 
 

@@ -72,6 +72,13 @@ def _shard(towers: nn.Module, mesh: Any) -> nn.Module:
     return fully_shard(towers, mesh=mesh)
 
 
+def leave() -> None:
+    """Let the processes go their ways: nothing is gathered from here on. Without it, leaving may abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def whole(parameter: Tensor) -> Tensor:
     """Return a parameter as it is, or gathered from FSDP2's shards."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
