@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
-from torch import nn
 
+from clipress.compress.calibrate import Calibration
 from clipress.compress.context import Context, Training
 from clipress.compress.losses import Losses, terms_from
-from clipress.compress.train import batches, train
+from clipress.compress.train import train
 from clipress.models import quantizers
 from clipress.models.load import Clip
 
@@ -24,6 +23,10 @@ class Quantize(Training):
     dtype: Literal["int8"] = "int8"
     calibrate: int = Field(512, ge=1)
     """Training pairs shown to set the activation scales."""
+    method: quantizers.Method = "max"
+    """What of the activations seen sets their scale; the other two cut off outliers."""
+    percentile: float = Field(99.9, gt=50, le=100)
+    """Of the absolute activations, with `method: percentile`."""
     keep: tuple[str, ...] = ()
     """Name patterns of modules that stay in full precision."""
     losses: Losses = ("affinity", "feature")
@@ -39,19 +42,16 @@ class Quantize(Training):
 def run(settings: Quantize, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
     """Calibrate, then train with the rounding in place."""
     names = quantizers.quantizable(clip.model, settings.keep)
-    shown = -(-settings.calibrate // settings.batch_size)
-
-    def calibrate(model: nn.Module) -> None:
-        model.eval()
-        with torch.no_grad():
-            for arrays in batches(clip, settings, context, shown):
-                for name, encode in (("pixels", model.encode_image), ("ids", model.encode_text)):
-                    if name in arrays:
-                        encode(arrays[name].to(context.fabric.device))
-
     clip.model.to(context.fabric.device)
-    quantizers.attach(clip.model, names, calibrate)
-    kept = {"dtype": settings.dtype, "modules": names, "keep": list(settings.keep), "calibrated_on": settings.calibrate}
+    calibration = Calibration(clip, settings, context, settings.calibrate)
+    quantizers.attach(clip.model, names, calibration, settings.method, settings.percentile)
+    kept = {
+        "dtype": settings.dtype,
+        "modules": names,
+        "keep": list(settings.keep),
+        "calibrated_on": settings.calibrate,
+        "method": settings.method,
+    }
     quantized = Clip(**{**clip.__dict__, "quantization": kept})
     details = {"quantized_modules": len(names), "steps": 0}
     if settings.steps != 0:
