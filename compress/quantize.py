@@ -5,16 +5,20 @@ Calibration and training share one set of quantisers, so PTQ (`steps: 0`) and QA
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from clipress.compress.calibrate import Calibration
 from clipress.compress.context import Context, Training
 from clipress.compress.losses import Losses, terms_from
+from clipress.compress.sensitivity import held, keep_sensitive, sensitivities
 from clipress.compress.train import train
 from clipress.models import quantizers
 from clipress.models.load import Clip
+
+AUTO = "auto"
 
 
 class Quantize(Training):
@@ -27,8 +31,12 @@ class Quantize(Training):
     """What of the activations seen sets their scale; the other two cut off outliers."""
     percentile: float = Field(99.9, gt=50, le=100)
     """Of the absolute activations, with `method: percentile`."""
-    keep: tuple[str, ...] = ()
-    """Name patterns of modules that stay in full precision."""
+    keep: Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)] = ()
+    """Name patterns of modules that stay in full precision; `auto` among them adds the most sensitive ones."""
+    max_damage: float = Field(0.01, ge=1e-9, lt=2)
+    """With `keep: auto`: 1 - mean cosine that rounding may cost each tower's embeddings before any training."""
+    sensitivity: bool = False
+    """Measure what every layer alone costs and leave that in the lineage; `keep: auto` does so anyway."""
     losses: Losses = ("affinity", "feature")
     steps: int | None = Field(None, ge=0)
     """Of quantisation-aware training; 0 calibrates only."""
@@ -40,20 +48,37 @@ class Quantize(Training):
 
 
 def run(settings: Quantize, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
-    """Calibrate, then train with the rounding in place."""
+    """Calibrate, leave sensitive layers out where asked, then train with the rounding in place."""
     names = quantizers.quantizable(clip.model, settings.keep)
     clip.model.to(context.fabric.device)
     calibration = Calibration(clip, settings, context, settings.calibrate)
     quantizers.attach(clip.model, names, calibration, settings.method, settings.percentile)
-    kept = {
+    details: dict[str, Any] = {}
+    if settings.sensitivity or AUTO in settings.keep:
+        details = _sensitivity(settings, clip, names, calibration, context)
+        quantizers.detach(clip.model, details.get("kept", ()))
+        names = [name for name in names if name not in details.get("kept", ())]
+    quantization = {
         "dtype": settings.dtype,
         "modules": names,
         "keep": list(settings.keep),
         "calibrated_on": settings.calibrate,
         "method": settings.method,
     }
-    quantized = Clip(**{**clip.__dict__, "quantization": kept})
-    details = {"quantized_modules": len(names), "steps": 0}
+    quantized = Clip(**{**clip.__dict__, "quantization": quantization})
+    details |= {"quantized_modules": len(names), "steps": 0}
     if settings.steps != 0:
         details |= train(quantized, settings, terms_from(settings.losses, "quantize.losses"), context)
     return quantized, details
+
+
+def _sensitivity(
+    settings: Quantize, clip: Clip, names: list[str], calibration: Calibration, context: Context
+) -> dict[str, Any]:
+    """Return the report and, with `keep: auto`, what to keep; the first process's samples decide for all."""
+    samples = held(calibration)
+    report = sensitivities(clip.model, names, samples)
+    details: dict[str, Any] = {"sensitivity": [asdict(layer) for layer in report]}
+    if AUTO in settings.keep:
+        details["kept"], details["damage"] = keep_sensitive(clip.model, report, samples, settings.max_damage)
+    return context.fabric.broadcast(details)

@@ -8,7 +8,7 @@ written here, and what came out is checked.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from fnmatch import fnmatch
 from typing import Any, Literal
@@ -118,6 +118,27 @@ def _uncalibrated(quantizers: dict[str, nn.Module]) -> dict[str, list[str]]:
         elif not (torch.isfinite(scale).all() and (scale > 0).all()):
             found.setdefault("calibration showed nothing but zeros, or values that are not finite, to", []).append(name)
     return found
+
+
+def only(model: nn.Module, names: Iterable[str], rounding: Iterable[str]) -> None:
+    """Of the quantised modules `names`, let those in `rounding` round and the others compute in full precision."""
+    rounding = set(rounding)
+    for name, quantizer in _quantizers(model, names):
+        quantizer.enable() if name in rounding else quantizer.disable()
+
+
+def detach(model: nn.Module, names: Iterable[str]) -> None:
+    """Put modules back to full precision for good, as if they had been kept from the start."""
+    for _, quantizer in _quantizers(model, names):
+        quantizer.reset_amax()
+        quantizer.disable()
+
+
+def _quantizers(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+    modules = dict(model.named_modules())
+    for name in names:
+        yield name, modules[name].input_quantizer
+        yield name, modules[name].weight_quantizer
 
 
 def restore(model: nn.Module, settings: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
