@@ -56,8 +56,10 @@ def run(settings: Quantize, clip: Clip, context: Context) -> tuple[Clip, dict[st
     details: dict[str, Any] = {}
     if settings.sensitivity or AUTO in settings.keep:
         details = _sensitivity(settings, clip, names, calibration, context)
-        quantizers.detach(clip.model, details.get("kept", ()))
-        names = [name for name in names if name not in details.get("kept", ())]
+        kept = details.get("kept", [])
+        quantizers.detach(clip.model, kept)
+        names = [name for name in names if name not in kept]
+        quantizers.only(clip.model, names, names)
     quantization = {
         "dtype": settings.dtype,
         "modules": names,

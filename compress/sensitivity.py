@@ -43,12 +43,11 @@ def held(batches: Iterable[Samples]) -> list[Samples]:
 def sensitivities(model: nn.Module, names: Sequence[str], samples: Sequence[Samples]) -> list[Layer]:
     """Measure every calibrated module of `names` alone in INT8, in evaluation mode. Returns the most damaging first.
 
-    All of them round again afterwards.
+    Which modules round afterwards is the caller's to set.
     """
     exact = _embedded(model, names, (), samples)
     towers = {name: tower_of(name) for name in names}
     report = [Layer(n, tower, _damage(model, names, (n,), samples, exact, tower)) for n, tower in towers.items()]
-    quantizers.only(model, names, names)
     return sorted(report, key=lambda layer: -layer.damage)
 
 
@@ -60,6 +59,7 @@ def keep_sensitive(
     Greedy, tower by tower: with every module of the tower in INT8 its damage is measured; while it is over the limit,
     the most sensitive module that is left, by the report, goes back to full precision, and it is measured again.
     Returns those modules, in that order, and the damage with all others in INT8. Raises RecipeError when none is left.
+    Which modules round afterwards is the caller's to set.
     """
     names, kept, damage = [layer.module for layer in report], [], {}
     exact = _embedded(model, names, (), samples)
@@ -73,7 +73,6 @@ def keep_sensitive(
             f"quantize: with max_damage {limit:g} 'keep: auto' leaves no module in INT8; the least sensitive one alone "
             f"costs {report[-1].damage:.2g}. Raise max_damage."
         )
-    quantizers.only(model, names, [name for name in names if name not in kept])
     return kept, damage
 
 
