@@ -5,17 +5,20 @@ Calibration and training share one set of quantisers, so PTQ (`steps: 0`) and QA
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import Field
-from torch import nn
+from pydantic import BeforeValidator, Field
 
+from clipress.compress.calibrate import Calibration
 from clipress.compress.context import Context, Training
 from clipress.compress.losses import Losses, terms_from
-from clipress.compress.train import batches, train
+from clipress.compress.sensitivity import held, keep_sensitive, sensitivities
+from clipress.compress.train import train
 from clipress.models import quantizers
 from clipress.models.load import Clip
+
+AUTO = "auto"
 
 
 class Quantize(Training):
@@ -24,8 +27,16 @@ class Quantize(Training):
     dtype: Literal["int8"] = "int8"
     calibrate: int = Field(512, ge=1)
     """Training pairs shown to set the activation scales."""
-    keep: tuple[str, ...] = ()
-    """Name patterns of modules that stay in full precision."""
+    method: quantizers.Method = "max"
+    """What of the activations seen sets their scale; the other two cut off outliers."""
+    percentile: float = Field(99.9, gt=50, le=100)
+    """Of the absolute activations, with `method: percentile`."""
+    keep: Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)] = ()
+    """Name patterns of modules that stay in full precision; `auto` among them adds the most sensitive ones."""
+    max_damage: float = Field(0.01, ge=1e-9, lt=2)
+    """With `keep: auto`: 1 - mean cosine that rounding may cost each tower's embeddings before any training."""
+    sensitivity: bool = False
+    """Measure what every layer alone costs and leave that in the lineage; `keep: auto` does so anyway."""
     losses: Losses = ("affinity", "feature")
     steps: int | None = Field(None, ge=0)
     """Of quantisation-aware training; 0 calibrates only."""
@@ -37,23 +48,39 @@ class Quantize(Training):
 
 
 def run(settings: Quantize, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
-    """Calibrate, then train with the rounding in place."""
+    """Calibrate, leave sensitive layers out where asked, then train with the rounding in place."""
     names = quantizers.quantizable(clip.model, settings.keep)
-    shown = -(-settings.calibrate // settings.batch_size)
-
-    def calibrate(model: nn.Module) -> None:
-        model.eval()
-        with torch.no_grad():
-            for arrays in batches(clip, settings, context, shown):
-                for name, encode in (("pixels", model.encode_image), ("ids", model.encode_text)):
-                    if name in arrays:
-                        encode(arrays[name].to(context.fabric.device))
-
     clip.model.to(context.fabric.device)
-    quantizers.attach(clip.model, names, calibrate)
-    kept = {"dtype": settings.dtype, "modules": names, "keep": list(settings.keep), "calibrated_on": settings.calibrate}
-    quantized = Clip(**{**clip.__dict__, "quantization": kept})
-    details = {"quantized_modules": len(names), "steps": 0}
+    calibration = Calibration(clip, settings, context, settings.calibrate)
+    quantizers.attach(clip.model, names, calibration, settings.method, settings.percentile)
+    details: dict[str, Any] = {}
+    if settings.sensitivity or AUTO in settings.keep:
+        details = _sensitivity(settings, clip, names, calibration, context)
+        kept = details.get("kept", [])
+        quantizers.detach(clip.model, kept)
+        names = [name for name in names if name not in kept]
+        quantizers.only(clip.model, names, names)
+    quantization = {
+        "dtype": settings.dtype,
+        "modules": names,
+        "keep": list(settings.keep),
+        "calibrated_on": settings.calibrate,
+        "method": settings.method,
+    }
+    quantized = Clip(**{**clip.__dict__, "quantization": quantization})
+    details |= {"quantized_modules": len(names), "steps": 0}
     if settings.steps != 0:
         details |= train(quantized, settings, terms_from(settings.losses, "quantize.losses"), context)
     return quantized, details
+
+
+def _sensitivity(
+    settings: Quantize, clip: Clip, names: list[str], calibration: Calibration, context: Context
+) -> dict[str, Any]:
+    """Return the report and, with `keep: auto`, what to keep; the first process's samples decide for all."""
+    samples = held(calibration)
+    report = sensitivities(clip.model, names, samples)
+    details: dict[str, Any] = {"sensitivity": [asdict(layer) for layer in report]}
+    if AUTO in settings.keep:
+        details["kept"], details["damage"] = keep_sensitive(clip.model, report, samples, settings.max_damage)
+    return context.fabric.broadcast(details)

@@ -7,6 +7,7 @@ fine-tuning, saving, INT8 and export with no special modules.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from clipress.compress.calibrate import Calibration
 from clipress.compress.context import Context, Training
 from clipress.compress.losses import Losses, terms_from
 from clipress.compress.train import train
@@ -24,6 +26,11 @@ class Sparsify(Training):
     """Settings of `sparsify`."""
 
     pattern: Literal["2:4"] = "2:4"
+    method: Literal["magnitude", "sparsegpt"] = "magnitude"
+    """How the zeros are chosen. SparseGPT also moves the weights that are left, to make up for the zeros, in every
+    Linear that the samples reach; everything else goes by magnitude."""
+    calibrate: int = Field(128, ge=1)
+    """Training pairs SparseGPT looks at."""
     losses: Losses = ("contrastive", "affinity", "feature", "interactive")
     """Of the fine-tuning that follows."""
     lr: float = Field(1e-4, ge=0)
@@ -35,23 +42,39 @@ class Sparsify(Training):
 
 def run(settings: Sparsify, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
     """Zero two of every four weights, then fine-tune what is left."""
-    names, skipped = zero_two_of_four(clip.model)
-    sparse = Clip(**{**clip.__dict__, "sparsity": {"pattern": settings.pattern, "weights": names, "skipped": skipped}})
+    show = None
+    if settings.method == "sparsegpt":
+        clip.model.to(context.fabric.device)
+        show = Calibration(clip, settings, context, settings.calibrate)
+    names, skipped = zero_two_of_four(clip.model, show)
+    if show:  # each process has seen its own share of the samples
+        clip.model.load_state_dict(context.fabric.broadcast(clip.model.state_dict()))
+    sparsity = {"pattern": settings.pattern, "method": settings.method, "weights": names, "skipped": skipped}
+    sparse = Clip(**{**clip.__dict__, "sparsity": sparsity})
     details = train(sparse, settings, terms_from(settings.losses, "sparsify.losses"), context)
     return sparse, details | {"sparse_weights": len(names), "skipped": skipped}
 
 
-def zero_two_of_four(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+def zero_two_of_four(
+    model: nn.Module, show: Callable[[nn.Module], None] | None = None
+) -> tuple[list[str], dict[str, str]]:
     """Bake 2:4 zeros into every weight that is trained and whose shape allows it, in place.
 
+    The smaller two of four go; with `show`, which runs calibration samples through the model, SparseGPT decides.
     Returns the weights' names, and why each other Linear or Conv was left dense.
     """
     import modelopt.torch.sparsity as mts
 
+    from clipress.compress import sparsegpt
+
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     held = {name: m.weight.detach().clone() for name, m in layers.items() if not m.weight.requires_grad}
     with redirect_stdout(io.StringIO()):  # it names every layer aloud
-        mts.export(mts.sparsify(model, "sparse_magnitude"))
+        if show:
+            sparsegpt.sparsify(model, show)
+        else:
+            mts.sparsify(model, "sparse_magnitude")
+        mts.export(model)
     # modelopt's record of what it did would travel with the model; the zeros are record enough
     if hasattr(model, "_modelopt_state"):
         del model._modelopt_state

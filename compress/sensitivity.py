@@ -1,0 +1,104 @@
+"""Which layers INT8 hurts: each alone in INT8 against full precision, and a greedy choice of those to leave out.
+
+Damage is 1 - mean cosine between a tower's embeddings with and without rounding, over calibration samples. A layer
+moves the embeddings of its own tower only, so the towers are measured, and chosen from, apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from clipress.compress.calibrate import Samples, embeddings
+from clipress.errors import RecipeError
+from clipress.models import quantizers
+from clipress.models.anatomy import tower_of
+
+PAIRS = 256  # each layer costs a pass over them
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What rounding one module, and no other, does to its tower's embeddings."""
+
+    module: str
+    tower: str
+    damage: float
+    """1 - mean cosine."""
+
+
+def held(batches: Iterable[Samples]) -> list[Samples]:
+    """Keep the first batches, until they are `PAIRS` pairs or more."""
+    kept: list[Samples] = []
+    for samples in batches:
+        kept.append(samples)
+        if sum(len(next(iter(one.values()))) for one in kept) >= PAIRS:
+            break
+    return kept
+
+
+def sensitivities(model: nn.Module, names: Sequence[str], samples: Sequence[Samples]) -> list[Layer]:
+    """Measure every calibrated module of `names` alone in INT8, in evaluation mode. Returns the most damaging first.
+
+    Which modules round afterwards is the caller's to set.
+    """
+    exact = _embedded(model, names, (), samples)
+    towers = {name: tower_of(name) for name in names}
+    report = [Layer(n, tower, _damage(model, names, (n,), samples, exact, tower)) for n, tower in towers.items()]
+    return sorted(report, key=lambda layer: -layer.damage)
+
+
+def keep_sensitive(
+    model: nn.Module, report: Sequence[Layer], samples: Sequence[Samples], limit: float
+) -> tuple[list[str], dict[str, float]]:
+    """Choose the modules to leave in full precision so that no tower's damage is over `limit`.
+
+    Greedy, tower by tower: with every module of the tower in INT8 its damage is measured; while it is over the limit,
+    the most sensitive module that is left, by the report, goes back to full precision, and it is measured again.
+    Returns those modules, in that order, and the damage with all others in INT8. Raises RecipeError when none is left.
+    Which modules round afterwards is the caller's to set.
+    """
+    names, kept, damage = [layer.module for layer in report], [], {}
+    exact = _embedded(model, names, (), samples)
+    for tower in dict.fromkeys(layer.tower for layer in report):
+        rounding = [layer.module for layer in report if layer.tower == tower]
+        while (found := _damage(model, names, rounding, samples, exact, tower)) > limit:
+            kept.append(rounding.pop(0))
+        damage[tower] = found
+    if len(kept) == len(names):
+        raise RecipeError(
+            f"quantize: with max_damage {limit:g} 'keep: auto' leaves no module in INT8; the least sensitive one alone "
+            f"costs {report[-1].damage:.2g}. Raise max_damage."
+        )
+    return kept, damage
+
+
+@torch.no_grad()
+def _embedded(
+    model: nn.Module, names: Sequence[str], rounding: Sequence[str], samples: Sequence[Samples]
+) -> dict[str, Tensor]:
+    """Return both towers' unit embeddings, float64 [N, D], with some of the modules rounding."""
+    model.eval()
+    quantizers.only(model, names, rounding)
+    found: dict[str, list[Tensor]] = {}
+    for one in samples:
+        for tower, rows in embeddings(model, one).items():
+            found.setdefault(tower, []).append(nn.functional.normalize(rows.double(), dim=-1))
+    return {tower: torch.cat(rows) for tower, rows in found.items()}
+
+
+def _damage(
+    model: nn.Module,
+    names: Sequence[str],
+    rounding: Sequence[str],
+    samples: Sequence[Samples],
+    exact: dict[str, Tensor],
+    tower: str,
+) -> float:
+    side = "pixels" if tower == "image" else "ids"
+    rounded = _embedded(model, names, rounding, [{side: one[side]} for one in samples])[tower]
+    damage = max(1 - (rounded * exact[tower]).sum(1).mean().item(), 0.0)
+    return float(f"{damage:.4g}")  # it goes into the lineage

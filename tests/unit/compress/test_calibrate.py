@@ -1,0 +1,152 @@
+"""What calibration is shown, what it makes of it, and what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from clipress.compress import quantize
+from clipress.compress.context import Context
+from clipress.compress.fabric import Runtime, start_fabric
+from clipress.compress.quantize import Quantize
+from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.errors import ArtifactError, DataError, RecipeError
+from clipress.models import quantizers
+from clipress.models.load import new_clip
+from clipress.models.tiny import tiny_architecture
+from clipress.recipe import checked
+
+ONLY = "visual.transformer.resblocks.0.mlp.c_fc"
+OTHERS = ("visual.conv1", "*attn*", "*c_proj", "transformer.*")
+
+
+@pytest.fixture(scope="module")
+def fabric():
+    return start_fabric(Runtime(accelerator="cpu"))
+
+
+@pytest.fixture
+def digits(fabric):
+    return Context(fabric, DataSpec(train=(SourceSpec(format="digits", limit=40),)), 0, title="int8")
+
+
+def settings(**given):
+    return Quantize(**{"steps": 0, "calibrate": 16, "batch_size": 8, **given})
+
+
+class Heavy(nn.Module):
+    """One Linear; its input has outliers a hundred times larger than the rest."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def heavy_tailed():
+    x = torch.randn(64, 512, 16, generator=torch.Generator().manual_seed(0))
+    x[:, 0, :2] *= 100
+    x[0, 0, 0] = 500  # the first batch has the widest range: histograms grow by whole bins
+    return x
+
+
+def scale_of(method, percentile=99.9):
+    x = heavy_tailed()
+
+    def show(model):
+        for part in x.split(16):
+            model(part)
+
+    model = quantizers.attach(Heavy(), ["linear"], show, method, percentile)
+    return float(model.linear.input_quantizer.amax), x.abs().flatten().double().numpy()
+
+
+@pytest.mark.parametrize("percentile", [99.0, 99.9])
+def test_percentile_is_that_of_the_absolute_activations_within_a_bin(percentile):
+    scale, seen = scale_of("percentile", percentile)
+    assert scale == pytest.approx(np.percentile(seen, percentile), abs=1.01 * seen.max() / 2048)
+
+
+def test_max_is_the_largest_absolute_activation():
+    scale, seen = scale_of("max")
+    assert scale == pytest.approx(seen.max(), rel=1e-6)
+
+
+def test_entropy_cuts_off_a_heavy_tail():
+    scale, seen = scale_of("entropy")
+    assert 0 < scale < 0.5 * seen.max()
+
+
+def test_weight_scales_do_not_depend_on_the_method():
+    weights = []
+    for method in ("max", "percentile", "entropy"):
+        torch.manual_seed(0)
+        model = quantizers.attach(Heavy(), ["linear"], lambda m: m(heavy_tailed()[:4]), method)
+        assert torch.equal(model.linear.weight_quantizer.amax.flatten(), model.linear.weight.abs().amax(1))
+        weights.append(model.linear(torch.ones(1, 16)))
+    assert not torch.equal(weights[0], weights[1])  # the activations' scale does
+
+
+def test_a_smaller_scale_clips_what_is_larger():
+    model = quantizers.attach(Heavy(), ["linear"], lambda m: m(heavy_tailed()), "percentile", 99.0)
+    scale = float(model.linear.input_quantizer.amax)
+    assert torch.equal(model(torch.full((1, 16), 2 * scale)), model(torch.full((1, 16), 4 * scale)))
+
+
+@pytest.mark.parametrize("method", ["max", "percentile"])
+def test_the_stage_calibrates_on_the_training_pictures(digits, method):
+    clip, details = quantize.run(settings(method=method, keep=OTHERS), new_clip(tiny_architecture(layers=1), 0), digits)
+    assert clip.quantization["modules"] == [ONLY] and details["quantized_modules"] == 1
+    assert clip.quantization["method"] == method
+    assert float(dict(clip.model.named_modules())[ONLY].input_quantizer.amax) > 0
+
+
+@pytest.mark.parametrize("given", [{"method": "minmax"}, {"percentile": 101}, {"percentile": 0.999}])
+def test_methods_and_percentiles_are_checked_at_the_door(given):
+    with pytest.raises(RecipeError, match=next(iter(given))):
+        checked(Quantize, {"steps": 0, **given}, "stages.0.quantize")
+
+
+def folder_of(pictures, path):
+    for number, colour in enumerate(pictures):
+        (path / "one").mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), colour).save(path / "one" / f"{number}.png")
+    return SourceSpec(format="folder", images=path)
+
+
+def test_calibration_on_one_picture_again_and_again_is_refused(fabric, tmp_path):
+    source = folder_of([(9, 90, 200)] * 8, tmp_path)
+    context = Context(fabric, DataSpec(train=(source,)), 0, title="int8")
+    with pytest.raises(DataError, match="all 16 calibration pictures are the same"):
+        quantize.run(settings(), new_clip(tiny_architecture(layers=1), 0), context)
+
+
+def test_calibration_without_data_is_refused(fabric, tmp_path):
+    (tmp_path / "one").mkdir()
+    context = Context(fabric, DataSpec(train=(SourceSpec(format="folder", images=tmp_path),)), 0, title="int8")
+    with pytest.raises(DataError, match="no usable records") as told:
+        quantize.run(settings(), new_clip(tiny_architecture(layers=1), 0), context)
+    assert told.value.exit_code == 2 and "\n" not in str(told.value)
+
+
+def test_weights_that_are_not_finite_are_named(digits):
+    clip = new_clip(tiny_architecture(layers=1), 0)
+    clip.model.visual.conv1.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ArtifactError, match=r"not finite: visual\.conv1\.weight\.") as told:
+        quantize.run(settings(), clip, digits)
+    assert told.value.exit_code == 2
+
+
+@pytest.mark.parametrize("method", ["max", "percentile", "entropy"])
+def test_a_module_that_sees_only_zeros_is_named(method):
+    with pytest.raises(RecipeError, match=r"nothing but zeros.* linear"):
+        quantizers.attach(Heavy(), ["linear"], lambda m: m(torch.zeros(4, 16)), method)
+
+
+def test_a_module_that_is_never_reached_is_named():
+    for method in ("max", "percentile"):
+        with pytest.raises(RecipeError, match="never reached linear"):
+            quantizers.attach(Heavy(), ["linear"], lambda m: None, method)

@@ -1,0 +1,121 @@
+"""SparseGPT's zeros and what it does with the weights that are left, against least squares."""
+
+import pytest
+import torch
+from torch import nn
+
+from clipress.compress import sparsify
+from clipress.compress.context import Context
+from clipress.compress.fabric import Runtime, start_fabric
+from clipress.compress.sparsegpt import compensated
+from clipress.compress.sparsify import Sparsify, is_two_of_four, zero_two_of_four
+from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.models.load import new_clip
+from clipress.models.tiny import tiny_architecture
+
+
+def correlated(samples=512, features=32):
+    """Inputs whose features repeat each other, so that one weight can make up for another."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(samples, features // 4, generator=generator)
+    mixing = torch.randn(features // 4, features, generator=generator)
+    return common @ mixing + 0.3 * torch.randn(samples, features, generator=generator)
+
+
+def layer():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(32, 16))
+
+
+def sparse(x):
+    model = layer()
+    names, skipped = zero_two_of_four(model, (lambda m: m(x)) if x is not None else None)
+    assert names == ["0.weight"] and not skipped and is_two_of_four(model[0].weight)
+    return model
+
+
+def test_surviving_weights_move():
+    dense, model = layer()[0].weight.detach(), sparse(correlated())
+    left = model[0].weight.detach()
+    still = torch.isclose(left, dense)[left != 0].float().mean()
+    assert still < 0.1  # only those to the left of every zero
+    assert torch.equal(model[0].bias, layer()[0].bias)
+
+
+def test_less_of_the_output_is_lost_than_by_magnitude():
+    x, y = correlated(), layer()(correlated())
+    lost = [(model(x) - y).square().mean().item() for model in (sparse(x), sparse(None))]
+    assert lost[0] < 0.5 * lost[1]
+
+
+def test_what_is_left_is_nearly_the_least_squares_answer_for_its_zeros():
+    x, dense, model = correlated().double(), layer()[0].weight.detach().double(), sparse(correlated())
+    found, lost, least = model[0].weight.detach().double(), 0.0, 0.0
+    for row, wanted in zip(found, dense, strict=True):
+        keep = row != 0
+        best = torch.linalg.lstsq(x[:, keep], x @ wanted).solution
+        least += (x[:, keep] @ best - x @ wanted).square().sum()
+        lost += (x @ row - x @ wanted).square().sum()
+    magnitude = (x @ (sparse(None)[0].weight.detach().double() - dense).T).square().sum()
+    assert least <= lost < least + 0.35 * (magnitude - least)
+
+
+def test_of_independent_features_none_can_stand_in_for_another():
+    weight = torch.arange(1.0, 9.0).reshape(1, 8)
+    keep = torch.tensor([[False, True, True, False] * 2])
+    assert torch.equal(compensated(weight, keep, torch.eye(8)), weight * keep)
+
+
+def test_the_last_column_takes_over_what_its_twin_loses():
+    hessian = torch.tensor([[1.0, 0.999], [0.999, 1.0]])
+    root = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    moved = compensated(torch.tensor([[2.0, 3.0]]), torch.tensor([[False, True]]), root)
+    torch.testing.assert_close(moved, torch.tensor([[0.0, 3.0 + 2.0 * 0.999]]))
+
+
+def test_a_layer_no_sample_reaches_goes_by_magnitude():
+    model, expected = layer(), sparse(None)
+    zero_two_of_four(model, lambda m: None)
+    assert torch.equal(model[0].weight, expected[0].weight)
+
+
+def test_convolutions_go_by_magnitude_along_their_input_channels():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1)), torch.randn(2, 16, 5, 5)
+    dense = model[0].weight.detach().clone()
+    names, _ = zero_two_of_four(model, lambda m: m(x))
+    left = model[0].weight.detach()
+    assert names == ["0.weight"] and is_two_of_four(left) and torch.equal(left, dense * (left != 0))
+
+
+def test_inputs_with_more_axes_than_tokens_are_seen_whole():
+    x = correlated()
+    flat, square = sparse(x), sparse(x.reshape(8, 8, 8, 32))
+    torch.testing.assert_close(flat[0].weight, square[0].weight)
+
+
+def test_the_stage_leaves_a_plain_model_whose_zeros_hold():
+    context = Context(
+        start_fabric(Runtime(accelerator="cpu")),
+        DataSpec(train=(SourceSpec(format="digits", limit=40),)),
+        0,
+        title="sparse",
+    )
+    settings = Sparsify(method="sparsegpt", steps=2, calibrate=16, batch_size=8, losses=["contrastive"])
+    clip = new_clip(tiny_architecture(layers=1), 0)
+    names = list(clip.model.state_dict())
+    made, details = sparsify.run(settings, clip, context)
+    weights = dict(made.model.named_parameters())
+    assert list(made.model.state_dict()) == names and details["sparse_weights"] == 12
+    assert all(is_two_of_four(weights[name]) and (weights[name] != 0).any() for name in made.sparsity["weights"])
+    assert list(details["skipped"]) == ["visual.conv1"] and made.sparsity["method"] == "sparsegpt"
+
+
+@pytest.mark.parametrize("frozen", ["transformer", "visual"])
+def test_what_is_not_trained_stays_as_it_was(frozen):
+    model = new_clip(tiny_architecture(layers=1), 0).model
+    getattr(model, frozen).requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in getattr(model, frozen).state_dict().items()}
+    pixels, ids = torch.randn(4, 3, 32, 32), torch.randint(1, 400, (4, 24))
+    zero_two_of_four(model, lambda m: (m.encode_image(pixels), m.encode_text(ids)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in getattr(model, frozen).state_dict().items())
