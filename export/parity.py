@@ -31,6 +31,8 @@ LIMITS = {
 }
 BATCHES = (1, 3)
 Encode = Callable[[np.ndarray], np.ndarray]
+Feeds = Mapping[str, np.ndarray]  # a graph's inputs by their names
+Run = Callable[[Feeds], dict[str, np.ndarray]]  # -> its outputs by theirs
 
 
 def runner(path: Path) -> Encode:
@@ -38,6 +40,13 @@ def runner(path: Path) -> Encode:
     opened = cpu_session(path)
     name = opened.get_inputs()[0].name
     return lambda batch: opened.run(None, {name: batch})[0]
+
+
+def all_outputs(path: Path) -> Run:
+    """Return a function from a file's inputs to all its outputs, by names."""
+    opened = cpu_session(path)
+    names = [output.name for output in opened.get_outputs()]
+    return lambda feeds: dict(zip(names, opened.run(None, dict(feeds)), strict=True))
 
 
 def check(clip: Clip, folder: Path, sets: Sequence[EvalSet], precision: str) -> dict[str, Any]:
@@ -89,6 +98,32 @@ def compare(
                 f"{' and '.join(names.values())} rank differently: the first place is the same for {same:.1%} of the "
                 f"queries, {least_same:.0%} is asked for at {precision}. Nothing was written."
             )
+    return figures
+
+
+def same_outputs(
+    reference: Run, candidate: Run, cases: Sequence[Feeds], limits: Mapping[str, float], name: str
+) -> dict:
+    """Hold a file against those it was put together from, output by output.
+
+    `limits` are the largest differences allowed. Returns the ones found; raises ExportError when one is out of bounds.
+    """
+    figures = {f"{output}_max_difference": 0.0 for output in limits}
+    for case in cases:
+        wanted, found = reference(case), candidate(case)
+        for output, limit in limits.items():
+            if wanted[output].shape != found[output].shape:
+                raise ExportError(
+                    f"{name}: {output} is {found[output].shape}, {wanted[output].shape} is asked for: its batch is not "
+                    "dynamic. Nothing was written."
+                )
+            off = float(np.abs(wanted[output] - found[output]).max())
+            if not off <= limit:  # also when it is NaN
+                raise ExportError(
+                    f"{name}: {output} is off by {off:.2g} from what the towers' files give, at most {limit:.2g} is "
+                    "allowed. Nothing was written."
+                )
+            figures[f"{output}_max_difference"] = max(figures[f"{output}_max_difference"], off)
     return figures
 
 

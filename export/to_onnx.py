@@ -74,7 +74,7 @@ def is_exported(folder: Path, target: Path, settings: OnnxSettings) -> bool:
     """Tell whether `target` holds a whole export of this very artefact with these settings."""
     try:
         made = json.loads((target / "export.json").read_text(encoding="utf-8"))
-        asked = (SCHEMA_VERSION, read_header(folder)["lineage"][-1]["hash"], settings.model_dump())
+        asked = (SCHEMA_VERSION, read_header(folder)["lineage"][-1]["hash"], settings.of_towers())
         found = (made["schema_version"], made["lineage_hash"], made["settings"])
         return asked == found and bool(read_export(target))
     except (OSError, ValueError, LookupError, TypeError, ArtifactError):
@@ -100,7 +100,7 @@ def _description(artifact: Artifact, clip: Clip, stage: str, settings: OnnxSetti
         "tokenizer": artifact.tokenizer,
         "lineage_hash": artifact.hash,
         "opset": settings.opset,
-        "settings": settings.model_dump(),
+        "settings": settings.of_towers(),
         "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
     }
 

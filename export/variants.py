@@ -1,0 +1,142 @@
+"""Files beside the two towers of an export folder, on request, each put together from theirs and held against them.
+
+    <folder>/classifier.onnx   pixel_values f32 [batch, 3, S, S] -> probabilities f32 [batch, C] of labels baked in
+
+Nothing else is needed to use one: its metadata hold what the towers' hold, and what makes it different.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+
+from clipress.artifact import write_bytes_whole
+from clipress.data.evalsets import EvalSet
+from clipress.data.prompts import check_labels, prompts_by_class, read_classes, read_templates
+from clipress.data.tokens import tokenizer_from_spec
+from clipress.export import compose, parity
+from clipress.export.settings import OnnxSettings
+from clipress.metrics.retrieval import finite
+from clipress.metrics.zeroshot import class_embeddings
+from clipress.models.exported import Exported, read_export
+
+PROMPTS = 32  # held in memory at once
+Check = Callable[[Path], dict[str, float]]
+"""What holds a file against the towers' files: returns figures, raises ExportError."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A file to be, `<name>.onnx`."""
+
+    name: str
+    about: dict[str, Any]
+    """What its metadata say that the towers' do not."""
+    build: Callable[[Mapping[str, np.ndarray]], tuple[onnx.ModelProto, Check]]
+    """Real inputs of both towers -> the graph, and its check on them."""
+
+
+def variants_from_export(folder: Path, settings: OnnxSettings, sets: Sequence[EvalSet]) -> dict[str, Path]:
+    """Write what the settings ask for beside an export's towers, each checked on real samples before it is put there.
+
+    One that is there already, of these very towers and settings, is taken as it is. Returns the files by their names.
+    Raises ExportError when one does not agree with the towers, DataError for labels or templates that cannot be used.
+    """
+    exported = read_export(folder)
+    wanted = _wanted(exported, settings)
+    missing = [one for one in wanted if not _is_made(folder, one)]
+    if missing:
+        tokenize = tokenizer_from_spec(exported.tokenizer.model_dump())
+        inputs = parity.samples(exported.preprocess, tokenize, sets)
+        described = _described(exported.onnx("image"))
+    for one in missing:
+        _write(folder, one, described, inputs)
+    return {one.name: _path(folder, one) for one in wanted}
+
+
+def label_embeddings(exported: Exported, labels: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+    """Return one unit vector per label, float32 [C, D], by the export's text tower: the mean over the templates."""
+    encode, tokenize = parity.runner(exported.onnx("text")), tokenizer_from_spec(exported.tokenizer.model_dump())
+    prompts = [prompt for _, texts in prompts_by_class(labels, templates) for prompt in texts]
+    parts = [encode(tokenize(prompts[start : start + PROMPTS])) for start in range(0, len(prompts), PROMPTS)]
+    return class_embeddings(finite(np.concatenate(parts), "text").reshape(len(labels), len(templates), -1))
+
+
+def _wanted(exported: Exported, settings: OnnxSettings) -> list[Variant]:
+    wanted = []
+    labels = settings.labels
+    if settings.labels_file is not None:
+        labels = read_classes(settings.labels_file).names  # ImageNet's has names that are there twice
+    elif labels is not None:
+        check_labels(labels)
+    if labels is not None:
+        wanted.append(_classifier(exported, labels, read_templates(settings.templates)))
+    return wanted
+
+
+def _classifier(exported: Exported, labels: Sequence[str], templates: Sequence[str]) -> Variant:
+    def build(inputs: Mapping[str, np.ndarray]) -> tuple[onnx.ModelProto, Check]:
+        classes, scale = label_embeddings(exported, labels, templates), exported.logit_scale
+        image = parity.all_outputs(exported.onnx("image"))
+
+        def by_towers(case: parity.Feeds) -> dict[str, np.ndarray]:
+            logits = scale * (image(case)["image_embeds"] @ classes.T)
+            weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+            return {"probabilities": weights / weights.sum(axis=1, keepdims=True)}
+
+        cases = [{"pixel_values": inputs["image"][:batch]} for batch in (*parity.BATCHES, len(inputs["image"]))]
+        limits = {"probabilities": _allowed(scale)["probabilities"]}
+        return (
+            compose.classifier(onnx.load(exported.onnx("image")), classes, scale),
+            lambda path: parity.same_outputs(by_towers, parity.all_outputs(path), cases, limits, "classifier.onnx"),
+        )
+
+    return Variant("classifier", {"labels": [*labels], "templates": [*templates], **_made_of(exported)}, build)
+
+
+def _allowed(scale: float) -> dict[str, float]:
+    """Return how far outputs may be off: what counts as an equal score, scaled as they are."""
+    equal = parity.LIMITS["fp32"][2]
+    return {"probabilities": scale * equal / 2}  # softmax at least halves what logits are off by
+
+
+def _made_of(exported: Exported) -> dict[str, Any]:
+    return {"made_of": {tower: file.sha256 for tower, file in exported.files.items()}}
+
+
+def _write(folder: Path, one: Variant, described: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> None:
+    """Write a variant aside, check it, and put it in place."""
+    model, check = one.build(inputs)
+    with TemporaryDirectory(dir=folder, prefix=".") as aside:
+        path = Path(aside) / f"{one.name}.onnx"
+        onnx.save(model, path)
+        figures = check(path)
+    told = {**described, "tower": one.name, **one.about, "parity": figures}
+    onnx.helper.set_model_props(model, {"clipress": json.dumps(told)})
+    model.producer_name = "clipress"
+    write_bytes_whole(_path(folder, one), model.SerializeToString())
+
+
+def _is_made(folder: Path, one: Variant) -> bool:
+    """Tell whether a variant is there, of the same towers and settings."""
+    try:
+        found = _described(_path(folder, one))
+    except Exception:  # not there or damaged: protobuf's own errors have no common type
+        return False
+    return {key: found.get(key) for key in one.about} == one.about
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Return what clipress wrote into a file's metadata."""
+    return json.loads({item.key: item.value for item in onnx.load(path).metadata_props}["clipress"])
+
+
+def _path(folder: Path, one: Variant) -> Path:
+    return folder / f"{one.name}.onnx"
