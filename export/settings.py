@@ -22,6 +22,8 @@ class OnnxSettings(Section):
     """The same from a text file, one per line, or `imagenet`."""
     templates: str | tuple[str, ...] = ("a photo of a {}",)
     """Prompts of a label, averaged; `openai` and `simple` name open_clip's lists."""
+    joint: bool = False
+    """Also write joint.onnx: pictures and texts -> embeddings of both and logits."""
 
     @model_validator(mode="after")
     def _one_list(self) -> OnnxSettings:

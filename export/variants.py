@@ -1,6 +1,8 @@
 """Files beside the two towers of an export folder, on request, each put together from theirs and held against them.
 
     <folder>/classifier.onnx   pixel_values f32 [batch, 3, S, S] -> probabilities f32 [batch, C] of labels baked in
+    <folder>/joint.onnx        pixel_values [image_batch, 3, S, S], input_ids i64 [text_batch, L]
+                               -> image_embeds, text_embeds, logits_per_image f32 [image_batch, text_batch]
 
 Nothing else is needed to use one: its metadata hold what the towers' hold, and what makes it different.
 """
@@ -27,6 +29,7 @@ from clipress.metrics.retrieval import finite
 from clipress.metrics.zeroshot import class_embeddings
 from clipress.models.exported import Exported, read_export
 
+EQUAL = parity.LIMITS["fp32"][2]  # the same graphs in another file: what differs is the order of sums
 PROMPTS = 32  # held in memory at once
 Check = Callable[[Path], dict[str, float]]
 """What holds a file against the towers' files: returns figures, raises ExportError."""
@@ -78,6 +81,8 @@ def _wanted(exported: Exported, settings: OnnxSettings) -> list[Variant]:
         check_labels(labels)
     if labels is not None:
         wanted.append(_classifier(exported, labels, read_templates(settings.templates)))
+    if settings.joint:
+        wanted.append(_joint(exported))
     return wanted
 
 
@@ -91,8 +96,8 @@ def _classifier(exported: Exported, labels: Sequence[str], templates: Sequence[s
             weights = np.exp(logits - logits.max(axis=1, keepdims=True))
             return {"probabilities": weights / weights.sum(axis=1, keepdims=True)}
 
-        cases = [{"pixel_values": inputs["image"][:batch]} for batch in (*parity.BATCHES, len(inputs["image"]))]
-        limits = {"probabilities": _allowed(scale)["probabilities"]}
+        cases = [{"pixel_values": inputs["image"][:batch]} for batch in _batches(inputs["image"])]
+        limits = {"probabilities": scale * EQUAL / 2}  # softmax at least halves what logits are off by
         return (
             compose.classifier(onnx.load(exported.onnx("image")), classes, scale),
             lambda path: parity.same_outputs(by_towers, parity.all_outputs(path), cases, limits, "classifier.onnx"),
@@ -101,10 +106,30 @@ def _classifier(exported: Exported, labels: Sequence[str], templates: Sequence[s
     return Variant("classifier", {"labels": [*labels], "templates": [*templates], **_made_of(exported)}, build)
 
 
-def _allowed(scale: float) -> dict[str, float]:
-    """Return how far outputs may be off: what counts as an equal score, scaled as they are."""
-    equal = parity.LIMITS["fp32"][2]
-    return {"probabilities": scale * equal / 2}  # softmax at least halves what logits are off by
+def _joint(exported: Exported) -> Variant:
+    scale, bias = exported.logit_scale, exported.logit_bias
+
+    def build(inputs: Mapping[str, np.ndarray]) -> tuple[onnx.ModelProto, Check]:
+        image, text = (parity.runner(exported.onnx(tower)) for tower in ("image", "text"))
+
+        def by_towers(case: parity.Feeds) -> dict[str, np.ndarray]:
+            images, texts = image(case["pixel_values"]), text(case["input_ids"])
+            logits = scale * (images @ texts.T) + (bias or 0.0)
+            return {"image_embeds": images, "text_embeds": texts, "logits_per_image": logits}
+
+        sizes = zip(_batches(inputs["image"]), reversed(_batches(inputs["text"])), strict=True)
+        cases = [{"pixel_values": inputs["image"][:i], "input_ids": inputs["text"][:t]} for i, t in sizes]
+        limits = {"image_embeds": EQUAL, "text_embeds": EQUAL, "logits_per_image": scale * EQUAL}
+        return (
+            compose.joint(*(onnx.load(exported.onnx(tower)) for tower in ("image", "text")), scale, bias),
+            lambda path: parity.same_outputs(by_towers, parity.all_outputs(path), cases, limits, "joint.onnx"),
+        )
+
+    return Variant("joint", _made_of(exported), build)
+
+
+def _batches(inputs: np.ndarray) -> tuple[int, ...]:
+    return (*parity.BATCHES, len(inputs))
 
 
 def _made_of(exported: Exported) -> dict[str, Any]:

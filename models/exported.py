@@ -41,6 +41,7 @@ class Exported(BaseModel):
     embed_dim: int = Field(ge=1)
     logit_scale: FiniteFloat
     """Already exponentiated."""
+    logit_bias: FiniteFloat | None = None
     preprocess: Preprocess
     tokenizer: Tokenizer
     lineage_hash: str

@@ -5,21 +5,24 @@ import json
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from helpers import clipress, write_recipe
+from onnx import version_converter
 from PIL import Image
 
 from clipress.artifact import save_artifact
 from clipress.data.evalsets import evalsets
 from clipress.data.pairs import SourceSpec
+from clipress.data.tokens import tokenizer_from_spec
 from clipress.errors import DataError, ExportError
 from clipress.export import compose, parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.export.variants import variants_from_export
 from clipress.models import quantizers
-from clipress.models.exported import cpu_session
+from clipress.models.exported import cpu_session, read_export
 from clipress.models.load import Clip, artifact_from_clip, new_clip
 from clipress.models.tiny import tiny_architecture
 from clipress.serve.classify import Classifier
@@ -64,6 +67,16 @@ def export(originals, tmp_path, request):
 @pytest.fixture
 def fp32(originals, tmp_path):
     return shutil.copytree(originals / "fp32", tmp_path / "export" / "fp32")
+
+
+def describe(folder, **changes):
+    path = folder / "export.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def real_inputs(folder, sets):
+    about = read_export(folder)
+    return parity.samples(about.preprocess, tokenizer_from_spec(about.tokenizer.model_dump()), sets)
 
 
 def told(path):
@@ -129,6 +142,34 @@ def test_labels_come_from_a_file_too(fp32, sets, tmp_path):
     (tmp_path / "names.txt").write_text("cat\n\ndog\n")
     path = variants_from_export(fp32, OnnxSettings(labels_file=tmp_path / "names.txt"), sets)["classifier"]
     assert told(path)["labels"] == ["cat", "dog"] and told(path)["templates"] == ["a photo of a {}"]
+
+
+@pytest.mark.parametrize("bias", [None, -2.5])
+def test_the_joint_file_gives_what_the_towers_give_for_any_two_batches(export, sets, bias):
+    describe(export, logit_bias=bias)
+    path = variants_from_export(export, OnnxSettings(joint=True), sets)["joint"]
+    opened, towers = cpu_session(path), {t: parity.runner(export / f"{t}.onnx") for t in ("image", "text")}
+    assert [(one.name, one.shape[0]) for one in opened.get_inputs()] == [
+        ("pixel_values", "image_batch"),
+        ("input_ids", "text_batch"),
+    ]
+    assert [one.name for one in opened.get_outputs()] == ["image_embeds", "text_embeds", "logits_per_image"]
+    assert opened.get_outputs()[2].shape == ["image_batch", "text_batch"]
+    inputs = real_inputs(export, sets)
+    for images, texts in ((1, 1), (1, 10), (3, 2), (10, 3)):
+        feeds = {"pixel_values": inputs["image"][:images], "input_ids": inputs["text"][:texts]}
+        image_embeds, text_embeds, logits = opened.run(None, feeds)
+        np.testing.assert_allclose(image_embeds, towers["image"](feeds["pixel_values"]), atol=1e-6)
+        np.testing.assert_allclose(text_embeds, towers["text"](feeds["input_ids"]), atol=1e-6)
+        wanted = image_embeds.astype("d") @ text_embeds.T.astype("d") / 0.07 + (bias or 0)
+        np.testing.assert_allclose(logits, wanted, atol=1e-4)
+    assert told(path)["tower"] == "joint"
+
+
+def test_towers_of_different_opsets_can_be_joined(originals):
+    image, text = (onnx.load(originals / "fp32" / f"{tower}.onnx") for tower in ("image", "text"))
+    model = compose.joint(image, version_converter.convert_version(text, 20), 10.0, None)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
 
 
 def test_the_command_takes_labels_in_place_of_the_recipes_and_makes_no_tower_again(originals, tmp_path):
