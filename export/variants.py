@@ -4,12 +4,11 @@
     <folder>/joint.onnx        pixel_values [image_batch, 3, S, S], input_ids i64 [text_batch, L]
                                -> image_embeds, text_embeds, logits_per_image f32 [image_batch, text_batch]
 
-Nothing else is needed to use one: its metadata hold what the towers' hold, and what makes it different.
+Nothing else is needed to use one: its metadata (metadata.py) hold what the towers' hold, and what makes it different.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from clipress.artifact import write_bytes_whole
 from clipress.data.evalsets import EvalSet
 from clipress.data.prompts import check_labels, prompts_by_class, read_classes, read_templates
 from clipress.data.tokens import tokenizer_from_spec
-from clipress.export import compose, parity
+from clipress.export import compose, metadata, parity
 from clipress.export.settings import OnnxSettings
 from clipress.metrics.retrieval import finite
 from clipress.metrics.zeroshot import class_embeddings
@@ -58,7 +57,7 @@ def variants_from_export(folder: Path, settings: OnnxSettings, sets: Sequence[Ev
     if missing:
         tokenize = tokenizer_from_spec(exported.tokenizer.model_dump())
         inputs = parity.samples(exported.preprocess, tokenize, sets)
-        described = _described(exported.onnx("image"))
+        described = metadata.told(onnx.load(exported.onnx("image"))) or {}
     for one in missing:
         _write(folder, one, described, inputs)
     return {one.name: _path(folder, one) for one in wanted}
@@ -143,24 +142,17 @@ def _write(folder: Path, one: Variant, described: Mapping[str, Any], inputs: Map
         path = Path(aside) / f"{one.name}.onnx"
         onnx.save(model, path)
         figures = check(path)
-    told = {**described, "tower": one.name, **one.about, "parity": figures}
-    onnx.helper.set_model_props(model, {"clipress": json.dumps(told)})
-    model.producer_name = "clipress"
+    metadata.stamp(model, {**described, "tower": one.name, **one.about, "parity": figures})
     write_bytes_whole(_path(folder, one), model.SerializeToString())
 
 
 def _is_made(folder: Path, one: Variant) -> bool:
     """Tell whether a variant is there, of the same towers and settings."""
     try:
-        found = _described(_path(folder, one))
+        found = metadata.told(onnx.load(_path(folder, one))) or {}
     except Exception:  # not there or damaged: protobuf's own errors have no common type
         return False
     return {key: found.get(key) for key in one.about} == one.about
-
-
-def _described(path: Path) -> dict[str, Any]:
-    """Return what clipress wrote into a file's metadata."""
-    return json.loads({item.key: item.value for item in onnx.load(path).metadata_props}["clipress"])
 
 
 def _path(folder: Path, one: Variant) -> Path:

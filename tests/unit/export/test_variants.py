@@ -17,7 +17,7 @@ from clipress.data.evalsets import evalsets
 from clipress.data.pairs import SourceSpec
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.errors import DataError, ExportError
-from clipress.export import compose, parity
+from clipress.export import compose, metadata, parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.export.variants import variants_from_export
@@ -164,6 +164,20 @@ def test_the_joint_file_gives_what_the_towers_give_for_any_two_batches(export, s
         wanted = image_embeds.astype("d") @ text_embeds.T.astype("d") / 0.07 + (bias or 0)
         np.testing.assert_allclose(logits, wanted, atol=1e-4)
     assert told(path)["tower"] == "joint"
+
+
+def test_every_file_alone_says_how_to_use_it_and_where_it_is_from(export, sets):
+    variants_from_export(export, OnnxSettings(**ASKED, joint=True), sets)
+    files = {path.stem: told(path) for path in export.glob("*.onnx")}
+    assert files.keys() == {"image", "text", "classifier", "joint"}
+    for name, about in files.items():
+        assert (about["tower"], about["precision"], about["lineage_hash"]) == (name, export.name, f"of {export.name}")
+        assert about["preprocess"]["size"] == 32 and about["tokenizer"]["context_length"] == 24
+        assert about["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-5) and about["logit_bias"] is None
+        assert about["versions"].keys() == {"clipress", "torch", "onnx", "onnxruntime"}
+        assert ("labels" in about) == (name == "classifier") and about["parity"]
+        documented = {word for line in metadata.__doc__.splitlines() for word in line[:40].replace(",", " ").split()}
+        assert about.keys() <= documented, about.keys() - documented
 
 
 def test_towers_of_different_opsets_can_be_joined(originals):
