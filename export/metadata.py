@@ -5,7 +5,7 @@ It is JSON in `metadata_props`, under the key `clipress`; ONNX Runtime shows it:
     json.loads(session.get_modelmeta().custom_metadata_map["clipress"])
 
     tower                            image, text, classifier or joint
-    precision                        fp32 or int8; fp16 or int8-fp16 in a lowered file
+    precision                        fp32 or int8; in a lowered file fp16, bf16 or int8-fp16 and the like
     preprocess                       size, mean, std and what else makes pixel_values of a picture
     tokenizer                        name, context_length and kwargs: what makes input_ids of a text
     embed_dim, logit_scale, logit_bias   the scale is exponentiated; a bias is null where the model has none

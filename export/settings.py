@@ -24,6 +24,8 @@ class OnnxSettings(Section):
     """Prompts of a label, averaged; `openai` and `simple` name open_clip's lists."""
     joint: bool = False
     """Also write joint.onnx: pictures and texts -> embeddings of both and logits."""
+    fp16: bool = False
+    """Also write every file in float16, for GPUs: half the size; what is INT8 stays INT8."""
 
     @model_validator(mode="after")
     def _one_list(self) -> OnnxSettings:

@@ -82,7 +82,10 @@ def prepare(source: Path, folder: Path, settings: TensorRTSettings, foreign: boo
     tower = described.get("tower", source.stem)
     precision = engine_precision(model, settings.precision)
     path = folder / f"{tower}.{precision}.onnx"
-    write_bytes_whole(path, lower(model, settings.precision).SerializeToString())
+    lowered = lower(model, settings.precision)
+    if described:
+        metadata.stamp(lowered, {**described, "precision": precision})
+    write_bytes_whole(path, lowered.SerializeToString())
     return Prepared(source, path, tower, precision, described, takes.name, floats, profile)
 
 

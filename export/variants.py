@@ -3,12 +3,17 @@
     <folder>/classifier.onnx   pixel_values f32 [batch, 3, S, S] -> probabilities f32 [batch, C] of labels baked in
     <folder>/joint.onnx        pixel_values [image_batch, 3, S, S], input_ids i64 [text_batch, L]
                                -> image_embeds, text_embeds, logits_per_image f32 [image_batch, text_batch]
+    <folder>/<any>.fp16.onnx   what image.onnx, text.onnx and the two above compute, in float16; int8-fp16 where it is INT8
+
+Inputs and outputs of float16 files are float32. They are for GPUs; a session on the CPU needs
+`disabled_optimizers=["NchwcTransformer"]`, or ONNX Runtime crashes on their convolutions.
 
 Nothing else is needed to use one: its metadata (metadata.py) hold what the towers' hold, and what makes it different.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +28,14 @@ from clipress.data.evalsets import EvalSet
 from clipress.data.prompts import check_labels, prompts_by_class, read_classes, read_templates
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.export import compose, metadata, parity
+from clipress.export.precision import lower
 from clipress.export.settings import OnnxSettings
 from clipress.metrics.retrieval import finite
 from clipress.metrics.zeroshot import class_embeddings
 from clipress.models.exported import Exported, read_export
 
-EQUAL = parity.LIMITS["fp32"][2]  # the same graphs in another file: what differs is the order of sums
+NAMES = {"image": "pixel_values", "text": "input_ids"}
+TOWERS_OF = {"classifier": ("image",), "joint": ("image", "text")}
 PROMPTS = 32  # held in memory at once
 Check = Callable[[Path], dict[str, float]]
 """What holds a file against the towers' files: returns figures, raises ExportError."""
@@ -82,6 +89,9 @@ def _wanted(exported: Exported, settings: OnnxSettings) -> list[Variant]:
         wanted.append(_classifier(exported, labels, read_templates(settings.templates)))
     if settings.joint:
         wanted.append(_joint(exported))
+    if settings.fp16:
+        sources = {tower: _made_of(exported, tower) for tower in NAMES} | {one.name: one.about for one in wanted}
+        wanted += [_lowered(exported, name, about) for name, about in sources.items()]
     return wanted
 
 
@@ -95,12 +105,11 @@ def _classifier(exported: Exported, labels: Sequence[str], templates: Sequence[s
             weights = np.exp(logits - logits.max(axis=1, keepdims=True))
             return {"probabilities": weights / weights.sum(axis=1, keepdims=True)}
 
-        cases = [{"pixel_values": inputs["image"][:batch]} for batch in _batches(inputs["image"])]
-        limits = {"probabilities": scale * EQUAL / 2}  # softmax at least halves what logits are off by
-        return (
-            compose.classifier(onnx.load(exported.onnx("image")), classes, scale),
-            lambda path: parity.same_outputs(by_towers, parity.all_outputs(path), cases, limits, "classifier.onnx"),
-        )
+        def check(path: Path) -> dict[str, float]:
+            limits = _limits("fp32", scale)
+            return parity.same_outputs(by_towers, parity.all_outputs(path), _cases(inputs, "image"), limits, path.name)
+
+        return compose.classifier(onnx.load(exported.onnx("image")), classes, scale), check
 
     return Variant("classifier", {"labels": [*labels], "templates": [*templates], **_made_of(exported)}, build)
 
@@ -116,23 +125,55 @@ def _joint(exported: Exported) -> Variant:
             logits = scale * (images @ texts.T) + (bias or 0.0)
             return {"image_embeds": images, "text_embeds": texts, "logits_per_image": logits}
 
-        sizes = zip(_batches(inputs["image"]), reversed(_batches(inputs["text"])), strict=True)
-        cases = [{"pixel_values": inputs["image"][:i], "input_ids": inputs["text"][:t]} for i, t in sizes]
-        limits = {"image_embeds": EQUAL, "text_embeds": EQUAL, "logits_per_image": scale * EQUAL}
-        return (
-            compose.joint(*(onnx.load(exported.onnx(tower)) for tower in ("image", "text")), scale, bias),
-            lambda path: parity.same_outputs(by_towers, parity.all_outputs(path), cases, limits, "joint.onnx"),
-        )
+        def check(path: Path) -> dict[str, float]:
+            cases, limits = _cases(inputs, "image", "text"), _limits("fp32", scale)
+            return parity.same_outputs(by_towers, parity.all_outputs(path), cases, limits, path.name)
+
+        return compose.joint(onnx.load(exported.onnx("image")), onnx.load(exported.onnx("text")), scale, bias), check
 
     return Variant("joint", _made_of(exported), build)
 
 
-def _batches(inputs: np.ndarray) -> tuple[int, ...]:
-    return (*parity.BATCHES, len(inputs))
+def _lowered(exported: Exported, name: str, about: Mapping[str, Any]) -> Variant:
+    """Return a file of the folder in float16."""
+    precision = {"fp32": "fp16", "int8": "int8-fp16"}[exported.precision]
+    source = exported.folder / f"{name}.onnx"
+
+    def build(inputs: Mapping[str, np.ndarray]) -> tuple[onnx.ModelProto, Check]:
+        def check(path: Path) -> dict[str, float]:
+            if name in NAMES:  # one tower is lowered, and ranked with the other as it was
+                towers = {tower: parity.runner(exported.onnx(tower)) for tower in NAMES}
+                found = {**towers, name: parity.runner(path, float16=True)}
+                return parity.compare(towers, found, inputs, precision, dict.fromkeys(NAMES, path.name))
+            run, cases = parity.all_outputs(path, float16=True), _cases(inputs, *TOWERS_OF[name])
+            apart = math.sqrt(2 - 2 * parity.LIMITS[precision][0])  # unit vectors of the least cosine are
+            limits = _limits(precision, exported.logit_scale) | {"image_embeds": apart, "text_embeds": apart}
+            return parity.same_outputs(parity.all_outputs(source), run, cases, limits, path.name)
+
+        return lower(onnx.load(source), "fp16"), check
+
+    return Variant(f"{name}.{precision}", {**about, "tower": name, "precision": precision}, build)
 
 
-def _made_of(exported: Exported) -> dict[str, Any]:
-    return {"made_of": {tower: file.sha256 for tower, file in exported.files.items()}}
+def _cases(inputs: Mapping[str, np.ndarray], *towers: str) -> list[parity.Feeds]:
+    """Return inputs by their names, in batches that differ where there are two."""
+    columns = []
+    for tower in towers:
+        sizes = (*parity.BATCHES, len(inputs[tower]))
+        columns.append([(NAMES[tower], inputs[tower][:n]) for n in (reversed(sizes) if tower == "text" else sizes)])
+    return [dict(case) for case in zip(*columns, strict=True)]
+
+
+def _limits(precision: str, scale: float) -> dict[str, float]:
+    """Return how far outputs may be off: what counts as an equal score, scaled as they are."""
+    equal = parity.LIMITS[precision][2]
+    embeds = dict.fromkeys(("image_embeds", "text_embeds"), equal)
+    # softmax at least halves what logits are off by
+    return {**embeds, "logits_per_image": scale * equal, "probabilities": scale * equal / 2}
+
+
+def _made_of(exported: Exported, *towers: str) -> dict[str, Any]:
+    return {"made_of": {tower: exported.files[tower].sha256 for tower in towers or exported.files}}
 
 
 def _write(folder: Path, one: Variant, described: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> None:

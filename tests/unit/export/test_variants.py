@@ -180,6 +180,36 @@ def test_every_file_alone_says_how_to_use_it_and_where_it_is_from(export, sets):
         assert about.keys() <= documented, about.keys() - documented
 
 
+def test_float16_files_agree_with_the_ones_they_were_made_from_and_are_smaller(export, sets):
+    made = variants_from_export(export, OnnxSettings(**ASKED, joint=True, fp16=True), sets)
+    precision = {"fp32": "fp16", "int8": "int8-fp16"}[export.name]
+    assert made.keys() == {"classifier", "joint"} | {
+        f"{name}.{precision}" for name in ("image", "text", "classifier", "joint")
+    }
+    inputs = real_inputs(export, sets)
+    for name in ("image", "text", "classifier", "joint"):
+        source, path = export / f"{name}.onnx", export / f"{name}.{precision}.onnx"
+        before, after = cpu_session(source), cpu_session(path, float16=True)
+        feeds = {"pixel_values": inputs["image"][:3], "input_ids": inputs["text"][:4]}
+        feeds = {one.name: feeds[one.name] for one in before.get_inputs()}
+        for wanted, found in zip(before.run(None, feeds), after.run(None, feeds), strict=True):
+            assert found.dtype == np.float32
+            scale = max(1, np.abs(wanted).max())
+            assert np.abs(found - wanted).max() / scale < (5e-3 if precision == "fp16" else 5e-2)
+        types = [item.data_type for item in onnx.load(path).graph.initializer]
+        assert onnx.TensorProto.FLOAT16 in types and path.stat().st_size < source.stat().st_size
+        about = json.loads(after.get_modelmeta().custom_metadata_map["clipress"])
+        assert (about["tower"], about["precision"]) == (name, precision)
+        assert ("labels" in about) == (name == "classifier")
+
+
+def test_a_float16_file_out_of_its_limits_is_not_written(fp32, sets, monkeypatch):
+    monkeypatch.setitem(parity.LIMITS, "fp16", (0.9999999999, 1.0, 0.0))
+    with pytest.raises(ExportError, match=r"image\.fp16\.onnx does not agree.*at fp16"):
+        variants_from_export(fp32, OnnxSettings(fp16=True), sets)
+    assert not list(fp32.glob("*.fp16.onnx"))
+
+
 def test_towers_of_different_opsets_can_be_joined(originals):
     image, text = (onnx.load(originals / "fp32" / f"{tower}.onnx") for tower in ("image", "text"))
     model = compose.joint(image, version_converter.convert_version(text, 20), 10.0, None)
