@@ -146,7 +146,19 @@ def embed(
 @click.option("--tensorrt", is_flag=True, help="Build TensorRT engines too, and fail where that cannot be done.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of engines.  [default: the recipe's]")
 @click.option("--foreign", is_flag=True, help="Build an ONNX file that clipress did not make.")
-def export(run: Path, stages: tuple[str, ...], tensorrt: bool, precision: str | None, foreign: bool) -> None:
+@click.option("--labels", help="Also write classifier.onnx, an image classifier of these names, split by commas.")
+@click.option("--labels-file", type=FILE, help="The same from a text file, one per line, or `imagenet`.")
+@click.option("--template", "templates", multiple=True, help=f"{TEMPLATES}  [default: the recipe's]")
+def export(
+    run: Path,
+    stages: tuple[str, ...],
+    tensorrt: bool,
+    precision: str | None,
+    foreign: bool,
+    labels: str | None,
+    labels_file: Path | None,
+    templates: tuple[str, ...],
+) -> None:
     """Export a run's artefacts to ONNX, each checked against torch, and to TensorRT, each checked against ONNX Runtime.
 
     RUN may be one ONNX file, taken to the machine with the GPU on its own: clipress export image.onnx --tensorrt
@@ -158,11 +170,13 @@ def export(run: Path, stages: tuple[str, ...], tensorrt: bool, precision: str | 
             raise RecipeError(
                 f"{run} is exported already. To build its TensorRT engine: clipress export {run} --tensorrt"
             )
+        if labels is not None or labels_file or templates:
+            raise RecipeError("A classifier is put together from both towers: give --labels with the run folder.")
         _engine(run, precision, foreign)
         return
     plan = _plan_of(run)
     names = [_chosen(plan, stage) for stage in stages] or plan.artifacts
-    _export(run, plan, names)
+    _export(run, plan, names, **_label_settings(labels, labels_file, templates))
     _engines(run, plan, names, tensorrt, precision)
 
 
@@ -590,24 +604,37 @@ def _test_sets(plan: Plan) -> list[EvalSet]:
     return evalsets(plan.data.test or plan.data.val or plan.data.train)
 
 
-def _export(run: Path, plan: Plan, stages: list[str]) -> None:
-    from clipress.export.settings import ExportSettings
+def _label_settings(labels: str | None, file: Path | None, templates: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings that options of `export` stand for; a list of labels takes the place of the recipe's."""
+    given: dict[str, Any] = {"templates": templates if len(templates) != 1 else templates[0]} if templates else {}
+    if labels is None and file is None:
+        return given
+    names = None if labels is None else [name.strip() for name in labels.split(",") if name.strip()]
+    return {**given, "labels": names, "labels_file": file}
+
+
+def _export(run: Path, plan: Plan, stages: list[str], **asked: Any) -> None:
+    from clipress.export.settings import ExportSettings, OnnxSettings
     from clipress.export.to_onnx import is_exported, onnx_from_artifact
+    from clipress.export.variants import variants_from_export
     from clipress.recipe import checked
 
-    settings = checked(ExportSettings, plan.recipe.export, "export").onnx
+    recipe = checked(ExportSettings, plan.recipe.export, "export").onnx
+    settings = checked(OnnxSettings, {**recipe.model_dump(), **asked}, "export.onnx")
     for stage in stages:
         target = run / "export" / stage
         if is_exported(run / stage, target, settings):
             click.echo(f"{stage}: exported already ({target})")
-            continue
-        made = onnx_from_artifact(run / stage, target, settings, _test_sets(plan))
-        parity = made["parity"]
-        size = sum(file["bytes"] for file in made["files"].values()) / 1e6
-        click.echo(
-            f"{stage}: {made['precision']} ONNX, {size:.1f} MB, agrees with torch (least cosine image "
-            f"{parity['image_min_cosine']:.6f}, text {parity['text_min_cosine']:.6f}) -> {target}"
-        )
+        else:
+            made = onnx_from_artifact(run / stage, target, settings, _test_sets(plan))
+            parity = made["parity"]
+            size = sum(file["bytes"] for file in made["files"].values()) / 1e6
+            click.echo(
+                f"{stage}: {made['precision']} ONNX, {size:.1f} MB, agrees with torch (least cosine image "
+                f"{parity['image_min_cosine']:.6f}, text {parity['text_min_cosine']:.6f}) -> {target}"
+            )
+        for name, path in variants_from_export(target, settings, _test_sets(plan)).items():
+            click.echo(f"{stage}: {name}, agrees with the towers' files -> {path}")
 
 
 def _engines(run: Path, plan: Plan, stages: list[str], asked: bool = False, precision: str | None = None) -> None:

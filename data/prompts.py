@@ -36,6 +36,17 @@ def read_classes(source: Path) -> ClassList:
     return ClassList(tuple(lines))
 
 
+def check_labels(labels: Sequence[str]) -> None:
+    """Raise DataError for labels that cannot be chosen from: none, blank ones, one that is there twice."""
+    if not labels:
+        raise DataError("Labels to choose from were asked for; none was found. Give at least one name.")
+    if not all(label.strip() for label in labels):
+        raise DataError("Each label must be a name; a blank one was found. Take it out.")
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise DataError(f"Each label must be there once; found more than once: {', '.join(twice)}. Take them out.")
+
+
 def read_templates(given: str | Sequence[str]) -> tuple[str, ...]:
     """Return templates with one `{}` each from `openai` (80), `simple` (7, both open_clip's) or templates themselves.
 

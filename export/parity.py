@@ -1,7 +1,8 @@
 """Does an exported model say what torch says? Checked on real samples before a file is shipped.
 
 fp32: every cosine at least 0.9999, and every first place the same (equal scores aside). INT8 is held against torch with
-the same quantisers, where only rounding may differ. An engine is held against ONNX Runtime on the file it was built
+the same quantisers, where only rounding may differ. A file put together from the towers' is held against them, one in
+float16 against the float32 one. An engine is held against ONNX Runtime on the file it was built
 from: TF32 in what is called fp32, fewer bits of mantissa, and for int8 both its rounding and theirs.
 """
 
@@ -24,6 +25,8 @@ SAMPLES = 128  # pictures per set, with their captions
 LIMITS = {
     "fp32": (0.9999, 1.0, 1e-5),
     "int8": (0.999, 0.95, 5e-3),
+    "fp16": (0.999, 0.97, 5e-3),
+    "int8-fp16": (0.99, 0.95, 2e-2),
     "fp32 engine": (0.9999, 0.99, 1e-3),
     "fp16 engine": (0.999, 0.97, 5e-3),
     "bf16 engine": (0.99, 0.95, 2e-2),
@@ -31,13 +34,22 @@ LIMITS = {
 }
 BATCHES = (1, 3)
 Encode = Callable[[np.ndarray], np.ndarray]
+Feeds = Mapping[str, np.ndarray]  # a graph's inputs by their names
+Run = Callable[[Feeds], dict[str, np.ndarray]]  # -> its outputs by theirs
 
 
-def runner(path: Path) -> Encode:
-    """Return a function from one batch to its embeddings."""
-    opened = cpu_session(path)
+def runner(path: Path, float16: bool = False) -> Encode:
+    """Return a function from one batch to its embeddings; `float16` as in `cpu_session`."""
+    opened = cpu_session(path, float16=float16)
     name = opened.get_inputs()[0].name
     return lambda batch: opened.run(None, {name: batch})[0]
+
+
+def all_outputs(path: Path, float16: bool = False) -> Run:
+    """Return a function from a file's inputs to all its outputs, by names; `float16` as in `cpu_session`."""
+    opened = cpu_session(path, float16=float16)
+    names = [output.name for output in opened.get_outputs()]
+    return lambda feeds: dict(zip(names, opened.run(None, dict(feeds)), strict=True))
 
 
 def check(clip: Clip, folder: Path, sets: Sequence[EvalSet], precision: str) -> dict[str, Any]:
@@ -89,6 +101,33 @@ def compare(
                 f"{' and '.join(names.values())} rank differently: the first place is the same for {same:.1%} of the "
                 f"queries, {least_same:.0%} is asked for at {precision}. Nothing was written."
             )
+    return figures
+
+
+def same_outputs(
+    reference: Run, candidate: Run, cases: Sequence[Feeds], limits: Mapping[str, float], name: str
+) -> dict[str, float]:
+    """Hold a file against those it was made from, output by output.
+
+    `limits` are the largest differences allowed. Returns the ones found; raises ExportError when one is out of bounds.
+    """
+    figures: dict[str, float] = {}
+    for case in cases:
+        found = candidate(case)
+        for output, wanted in reference(case).items():
+            if wanted.shape != found[output].shape:
+                raise ExportError(
+                    f"{name}: {output} is {found[output].shape}, {wanted.shape} is asked for: its batch is not dynamic. "
+                    "Nothing was written."
+                )
+            off = float(np.abs(wanted - found[output]).max())
+            if not off <= limits[output]:  # also when it is NaN
+                raise ExportError(
+                    f"{name}: {output} is off by {off:.2g} from what it was made from gives, at most "
+                    f"{limits[output]:.2g} is allowed. Nothing was written."
+                )
+            key = f"{output}_max_difference"
+            figures[key] = max(figures.get(key, 0.0), off)
     return figures
 
 

@@ -45,7 +45,7 @@ def lower(model: ModelProto, precision: str) -> ModelProto:
     _as_initializers(lowered.graph)
     if precision != "fp32":
         type_, kind, opset = TYPES[precision]
-        lowered = _at_least(lowered, opset)
+        lowered = at_least(lowered, opset)
         floats = _float_tensors(lowered)
         del lowered.graph.value_info[:]
         _lower(lowered.graph, floats, type_, kind)
@@ -78,10 +78,14 @@ def _as_initializers(graph: onnx.GraphProto) -> None:
         graph.node.remove(node)
 
 
-def _at_least(model: ModelProto, opset: int) -> ModelProto:
-    if next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")) >= opset:
-        return model
-    return version_converter.convert_version(model, opset)
+def opset_of(model: ModelProto) -> int:
+    """Return the version of ONNX's own operators that a graph uses."""
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def at_least(model: ModelProto, opset: int) -> ModelProto:
+    """Return a model, converted if its opset is an older one."""
+    return model if opset_of(model) >= opset else version_converter.convert_version(model, opset)
 
 
 def _lower(graph: onnx.GraphProto, floats: set[str], type_: int, kind: Any) -> None:

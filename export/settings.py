@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,26 @@ class OnnxSettings(Section):
     opset: int = Field(18, ge=17, le=20)
     exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
     """auto: dynamo, with torchscript where dynamo cannot (INT8) or fails. The graphs run equally fast."""
+    labels: tuple[str, ...] | None = None
+    """Also write classifier.onnx: pictures -> probabilities of these names."""
+    labels_file: Path | None = None
+    """The same from a text file, one per line, or `imagenet`."""
+    templates: str | tuple[str, ...] = ("a photo of a {}",)
+    """Prompts of a label, averaged; `openai` and `simple` name open_clip's lists."""
+    joint: bool = False
+    """Also write joint.onnx: pictures and texts -> embeddings of both and logits."""
+    fp16: bool = False
+    """Also write every file in float16, for GPUs: half the size; what is INT8 stays INT8."""
+
+    @model_validator(mode="after")
+    def _one_list(self) -> OnnxSettings:
+        if self.labels is not None and self.labels_file is not None:
+            raise ValueError("either labels or labels_file is asked for, found both")
+        return self
+
+    def of_towers(self) -> dict[str, Any]:
+        """Return what the two towers' files depend on."""
+        return self.model_dump(include={"opset", "exporter"})
 
 
 class BatchProfile(Section):

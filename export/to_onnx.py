@@ -2,7 +2,7 @@
 
     <folder>/image.onnx    pixel_values f32 [batch, 3, S, S] -> image_embeds f32 [batch, D], unit length
     <folder>/text.onnx     input_ids i64 [batch, L] -> text_embeds f32 [batch, D], unit length
-    <folder>/export.json   what both files also carry as metadata: preprocessing, tokenizer, logit scale, parity
+    <folder>/export.json   what both files also carry as metadata, see metadata.py, and what they must hash to
 
 INT8 becomes QuantizeLinear / DequantizeLinear around every product, weights stored as int8: ONNX Runtime fuses these into
 integer kernels, TensorRT reads them as explicit quantisation.
@@ -22,10 +22,11 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from clipress import __version__
 from clipress.artifact import Artifact, load_artifact, read_header, sha256, write_whole
 from clipress.data.evalsets import EvalSet
 from clipress.errors import ArtifactError, ExportError
-from clipress.export import parity
+from clipress.export import metadata, parity
 from clipress.export.settings import OnnxSettings
 from clipress.models import anatomy
 from clipress.models.exported import read_export
@@ -74,7 +75,7 @@ def is_exported(folder: Path, target: Path, settings: OnnxSettings) -> bool:
     """Tell whether `target` holds a whole export of this very artefact with these settings."""
     try:
         made = json.loads((target / "export.json").read_text(encoding="utf-8"))
-        asked = (SCHEMA_VERSION, read_header(folder)["lineage"][-1]["hash"], settings.model_dump())
+        asked = (SCHEMA_VERSION, read_header(folder)["lineage"][-1]["hash"], settings.of_towers())
         found = (made["schema_version"], made["lineage_hash"], made["settings"])
         return asked == found and bool(read_export(target))
     except (OSError, ValueError, LookupError, TypeError, ArtifactError):
@@ -100,8 +101,13 @@ def _description(artifact: Artifact, clip: Clip, stage: str, settings: OnnxSetti
         "tokenizer": artifact.tokenizer,
         "lineage_hash": artifact.hash,
         "opset": settings.opset,
-        "settings": settings.model_dump(),
-        "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
+        "settings": settings.of_towers(),
+        "versions": {
+            "clipress": __version__,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
     }
 
 
@@ -221,7 +227,6 @@ def shrink_embedding(model: onnx.ModelProto) -> None:
 def _stamp(path: Path, description: dict[str, Any]) -> None:
     """Put the description into a file's metadata and check the file's form."""
     model = onnx.load(path)
-    onnx.helper.set_model_props(model, {"clipress": json.dumps(description)})
-    model.producer_name = "clipress"
+    metadata.stamp(model, description)
     onnx.checker.check_model(model)
     onnx.save(model, path)

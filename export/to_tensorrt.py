@@ -10,7 +10,6 @@ precision flag, which is what changed most between 10 and 11.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from clipress.artifact import cache_folder, sha256, write_bytes_whole, write_tex
 from clipress.data.evalsets import EvalSet
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.errors import ArtifactError, ExportError
-from clipress.export import parity
+from clipress.export import metadata, parity
 from clipress.export.precision import engine_precision, lower
 from clipress.export.settings import TensorRTSettings
 from clipress.models.exported import read_export
@@ -83,7 +82,10 @@ def prepare(source: Path, folder: Path, settings: TensorRTSettings, foreign: boo
     tower = described.get("tower", source.stem)
     precision = engine_precision(model, settings.precision)
     path = folder / f"{tower}.{precision}.onnx"
-    write_bytes_whole(path, lower(model, settings.precision).SerializeToString())
+    lowered = lower(model, settings.precision)
+    if described:
+        metadata.stamp(lowered, {**described, "precision": precision})
+    write_bytes_whole(path, lowered.SerializeToString())
     return Prepared(source, path, tower, precision, described, takes.name, floats, profile)
 
 
@@ -134,16 +136,16 @@ def engine_from_onnx(one: Prepared, machine: Machine, settings: TensorRTSettings
 
 def _metadata(model: onnx.ModelProto, source: Path, foreign: bool) -> dict[str, Any]:
     """Return what clipress wrote into the file."""
-    kept = {item.key: item.value for item in model.metadata_props}.get("clipress")
-    if kept is None and not foreign:
+    try:
+        about = metadata.told(model)
+    except ValueError as error:
+        raise ExportError(f"{source}: its 'clipress' metadata is damaged ({error}). Make it again.") from None
+    if about is None and not foreign:
         raise ExportError(
             f"{source} was not made by clipress: it has no 'clipress' metadata, so nothing tells what it takes and "
             "gives. Make one with: clipress export RUN; or build it all the same with --foreign."
         )
-    try:
-        return dict(json.loads(kept)) if kept else {}
-    except (ValueError, TypeError) as error:
-        raise ExportError(f"{source}: its 'clipress' metadata is damaged ({error}). Make it again.") from None
+    return about or {}
 
 
 def _check_numbers(model: onnx.ModelProto, source: Path) -> None:

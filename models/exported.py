@@ -41,6 +41,7 @@ class Exported(BaseModel):
     embed_dim: int = Field(ge=1)
     logit_scale: FiniteFloat
     """Already exponentiated."""
+    logit_bias: FiniteFloat | None = None
     preprocess: Preprocess
     tokenizer: Tokenizer
     lineage_hash: str
@@ -87,8 +88,12 @@ def read_export(folder: str | Path) -> Exported:
     return exported
 
 
-def cpu_session(path: Path, threads: int = 0) -> Any:
-    """Open an ONNX file on the CPU; 0 threads leaves their number to ONNX Runtime. Raises ExportError."""
+def cpu_session(path: Path, threads: int = 0, float16: bool = False) -> Any:
+    """Open an ONNX file on the CPU; 0 threads leaves their number to ONNX Runtime. Raises ExportError.
+
+    `float16` must be said of files that compute in it: ONNX Runtime crashes as it lays their convolutions out for the CPU
+    (microsoft/onnxruntime#15494), so that one optimiser is left out.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -98,7 +103,8 @@ def cpu_session(path: Path, threads: int = 0) -> Any:
     if threads > 1:  # threads that spin starve their neighbours on small machines
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+        crashing = ["NchwcTransformer"] if float16 else []
+        return onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"], disabled_optimizers=crashing)
     except Exception as error:  # onnxruntime's own errors have no common type
         raise ExportError(
             f"{path} cannot be opened by ONNX Runtime {onnxruntime.__version__}: {error}. "

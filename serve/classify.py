@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from clipress.data.prompts import check_labels
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import fitted, normalised, open_image
 from clipress.errors import DataError
@@ -34,7 +35,7 @@ class Classifier:
 
     def label_embeddings(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
         """Return one unit vector per label, float32 [C, D]: the mean over the templates. Raises DataError."""
-        _check_labels(labels)
+        check_labels(labels)
         _check_templates(templates)
         prompts = [template.replace("{}", label) for label in labels for template in templates]
         embeds = self._embeddings("text", prompts, self._tokenize)  # [C * T, D]
@@ -68,16 +69,6 @@ class Classifier:
         return finite(found, tower)
 
 
-def _check_labels(labels: Sequence[str]) -> None:
-    if not labels:
-        raise DataError("Labels to choose from were asked for; none was found. Give at least one name.")
-    if not all(label.strip() for label in labels):
-        raise DataError("Each label must be a name; a blank one was found. Take it out.")
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
-        raise DataError(f"Each label must be there once; found more than once: {', '.join(twice)}. Take them out.")
-
-
 def _check_templates(templates: Sequence[str]) -> None:
     if not templates:
         raise DataError("A prompt template was asked for; none was found. Give one, such as 'a photo of a {}'.")
@@ -99,7 +90,7 @@ def labels_from(option: str | None, file: Path | None) -> list[str]:
     if not labels:
         where = f"'{option}'" if file is None else str(file)
         raise DataError(f"Labels were asked for, and {where} holds none. Give names, such as cat,dog or one per line.")
-    _check_labels(labels)
+    check_labels(labels)
     return labels
 
 
