@@ -633,6 +633,8 @@ def _export(run: Path, plan: Plan, stages: list[str], **asked: Any) -> None:
                 f"{stage}: {made['precision']} ONNX, {size:.1f} MB, agrees with torch (least cosine image "
                 f"{parity['image_min_cosine']:.6f}, text {parity['text_min_cosine']:.6f}) -> {target}"
             )
+        if not settings.wants_variants:  # data are opened for what is made only
+            continue
         for name, path in variants_from_export(target, settings, _test_sets(plan)).items():
             click.echo(f"{stage}: {name}, agrees with the towers' files -> {path}")
 

@@ -37,6 +37,11 @@ class OnnxSettings(Section):
         """Return what the two towers' files depend on."""
         return self.model_dump(include={"opset", "exporter"})
 
+    @property
+    def wants_variants(self) -> bool:
+        """Whether files beside the two towers are asked for."""
+        return self.joint or self.fp16 or self.labels is not None or self.labels_file is not None
+
 
 class BatchProfile(Section):
     """An optimisation profile's batch sizes: what an engine takes, and what it is tuned for."""
