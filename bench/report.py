@@ -500,7 +500,7 @@ def _html_table(columns: Sequence[Column], name: str, front: Sequence[int] | Non
         kind = "" if front is None else ' class="front"' if i in front else ' class="behind"'
         body.append(f'<tr{kind} data-row="{i}">{"".join(cells)}</tr>')
     top, rows = f"<tr>{''.join(groups)}</tr><tr>{''.join(heads)}</tr>", "\n".join(body)
-    return f'<table id="{name}"><thead>{top}</thead>\n<tbody>\n{rows}\n</tbody></table>'
+    return f'<table id="{escape(name)}"><thead>{top}</thead>\n<tbody>\n{rows}\n</tbody></table>'
 
 
 def _cell(tag: str, text: str, kind: str | None = None, value: Any = None, **attributes: Any) -> str:
