@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -16,6 +16,8 @@ from clipress.errors import ArtifactError, ClipressError, RecipeError, nearest
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from clipress.bench.run import Subject
+    from clipress.bench.settings import BenchSettings
     from clipress.compress.pipeline import Plan
     from clipress.data.evalsets import EvalSet
     from clipress.metrics.outcomes import Outcomes
@@ -80,7 +82,7 @@ def run(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
         return
     _export(folder, plan, plan.artifacts)
     _engines(folder, plan, plan.artifacts)
-    _bench(folder, plan, plan.artifacts)
+    _bench_run(folder, plan)
     _serve(folder, plan, plan.artifacts[-1], None, None)
     click.echo(f"Try it: clipress predict {folder} IMAGE --labels NAME,NAME")
 
@@ -181,25 +183,145 @@ def export(
 
 
 class Bench(click.Group):
-    """`bench RUN` measures a run; `bench costs RUN` is a command of its own."""
+    """`bench RUN` is `bench run RUN`; `bench costs RUN` is a command of its own."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
-        known = args and (args[0] in self.commands or args[0].startswith("-"))
-        return super().resolve_command(ctx, args if known else ["run", *args])
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        known = not args or args[0] in (*self.commands, *ctx.help_option_names)
+        return super().parse_args(ctx, args if known else ["run", *args])
 
 
 @main.group(cls=Bench)
 def bench() -> None:
-    """Measure accuracy, size and latency of a run's artefacts: clipress bench RUN."""
+    """Measure accuracy, size and latency: clipress bench RUN. Its options: clipress bench run --help."""
 
 
 @bench.command("run")
-@RUN_ARGUMENT
-def bench_run(run: Path) -> None:
-    """Measure every artefact of a run, side by side. `clipress bench RUN` is the same."""
-    plan = _plan_of(run)
-    _export(run, plan, plan.artifacts)
-    _bench(run, plan, plan.artifacts)
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--stage",
+    "stages",
+    multiple=True,
+    help="Artefact; may be given several times.  [default: all; of several runs the last]",
+)
+@click.option(
+    "--runner",
+    "backends",
+    multiple=True,
+    help="onnxruntime, onnxruntime-cuda, torch or torch-compiled; may be given several times.  [default: the recipe's]",
+)
+@click.option("--batch", type=click.IntRange(1), multiple=True, help="May be given several times.")
+@click.option("--threads", type=click.IntRange(1), help="Inside one operator.")
+@click.option("--cpus", help="CPUs to stay on, split by commas; 'any': wherever the system likes.")
+@click.option("--warm-up", type=click.IntRange(0), help="Milliseconds.")
+@click.option("--duration", type=click.IntRange(0), help="Milliseconds per model, tower and batch, at least.")
+@click.option("--iterations", type=click.IntRange(1), help="Queries per model, tower and batch, at least.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Of the torch runners; bf16 needs a GPU.")
+@click.option("--two-four", is_flag=True, default=None, help="2:4 weights as such in torch; needs a GPU and bf16.")
+@click.option("--profile", is_flag=True, help="Also tell where ONNX Runtime spends its time, by operator and block.")
+@click.option("--no-accuracy", is_flag=True, help="Measure cost and latency only.")
+@click.option(
+    "--fail-if",
+    "gates",
+    multiple=True,
+    metavar="GATE",
+    help="Exit with 1 if this is true, such as 'p99_ms > 10' or 'p99_ms{stage=int8, batch=8} > 10'; several allowed.",
+)
+@click.option(
+    "--out", type=FOLDER, help="Where the figures go.  [default: RUN/bench; RUN/bench/compared for a comparison]"
+)
+@click.pass_context
+def bench_run(
+    ctx: click.Context,
+    runs: tuple[Path, ...],
+    stages: tuple[str, ...],
+    cpus: str | None,
+    profile: bool,
+    no_accuracy: bool,
+    gates: tuple[str, ...],
+    out: Path | None,
+    **asked: Any,
+) -> None:
+    """Measure artefacts side by side. `clipress bench RUN` is the same.
+
+    One RUN: all its artefacts. With --stage, or several RUNs: a comparison with the first one named, every ratio with a
+    95 % interval. All take turns in one process; settings and data are those of the first run's recipe.
+    """
+    from clipress.bench.gates import broken, check, gate_from
+    from clipress.bench.report import comparison
+    from clipress.bench.settings import Backend, BenchSettings
+    from clipress.recipe import checked
+
+    wanted = [gate_from(text) for text in gates]
+    plans = [_plan_of(run) for run in runs]
+    for backend in asked["backends"]:
+        if backend not in get_args(Backend):
+            raise RecipeError(f"--runner {backend}: there is no such runner.{nearest(backend, get_args(Backend))}")
+    asked |= {"cpus": _cpus(cpus)}
+    raw = {**plans[0].recipe.bench, **{key: value for key, value in asked.items() if value not in (None, ())}}
+    settings = checked(BenchSettings, raw, "bench")
+    if len(runs) == 1:
+        chosen = [(runs[0], plans[0], [_chosen(plans[0], name) for name in stages] or plans[0].artifacts)]
+    else:
+        chosen = [
+            (run, plan, [_chosen(plan, name) for name in stages or (None,)])
+            for run, plan in zip(runs, plans, strict=True)
+        ]
+    compared = len(runs) > 1 or bool(stages)
+    subjects = _subjects([(run, stage) for run, _, names in chosen for stage in names], len(runs) > 1)
+    check(wanted, [subject.name for subject in subjects], settings.backends, settings.batch)
+    if any(backend.startswith("onnxruntime") for backend in settings.backends):
+        for run, plan, names in chosen:
+            _export(run, plan, names)
+    results = _bench(
+        subjects,
+        settings,
+        [] if no_accuracy else _test_sets(plans[0]),
+        out or runs[0] / "bench" / ("compared" if compared else ""),
+        {"recipe": plans[0].recipe.name, "command": _command(ctx)},
+        profiled=profile,
+    )
+    if compared:
+        click.echo(comparison(results))
+    if told := broken(wanted, results):
+        for line in told:
+            click.echo(f"Broken: {line}", err=True)
+        ctx.exit(1)
+
+
+def _cpus(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [] if text == "any" else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--cpus {text}: numbers split by commas are asked for, such as 0,1, or 'any'.") from None
+
+
+def _subjects(artifacts: list[tuple[Path, str]], several_runs: bool) -> list[Subject]:
+    """Name what is measured: by its stage, by run and stage where there are several runs; the same one twice is told apart."""
+    from clipress.bench.run import Subject
+
+    names: list[str] = []
+    for run, stage in artifacts:
+        name = f"{run.resolve().name}/{stage}" if several_runs else stage
+        number = sum(known == name or known.startswith(f"{name} #") for known in names)
+        names.append(f"{name} #{number + 1}" if number else name)
+    return [
+        Subject(name, run / stage, run / "export" / stage) for name, (run, stage) in zip(names, artifacts, strict=True)
+    ]
+
+
+def _command(ctx: click.Context) -> str:
+    """Return the command as it was typed, for the record."""
+    import shlex
+
+    words = ["clipress", "bench", *map(str, ctx.params["runs"])]
+    for option in ctx.command.params:
+        value = ctx.params.get(option.name)
+        if isinstance(option, click.Option) and value not in (None, (), False):
+            for one in value if isinstance(value, tuple) else (value,):
+                words += [option.opts[0]] if one is True else [option.opts[0], str(one)]
+    return shlex.join(words)
 
 
 @bench.command()
@@ -578,7 +700,7 @@ def _plan_of(run: Path) -> Plan:
 
     kept = run / "recipe.yaml"
     if not kept.is_file():
-        found = "no recipe.yaml in it" if run.is_dir() else "no such folder"
+        found = "no recipe.yaml in it" if run.is_dir() else "a file" if run.exists() else "no such folder"
         raise ArtifactError(
             f"A run folder was asked for at {run}; there is {found}. Make one with: clipress compress RECIPE"
         )
@@ -693,19 +815,34 @@ def _given(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
-def _bench(run: Path, plan: Plan, stages: list[str]) -> None:
-    from clipress.bench.report import table, write_report
-    from clipress.bench.run import bench, write_results
+def _bench_run(run: Path, plan: Plan) -> None:
+    """Measure all artefacts of a run as its recipe says."""
     from clipress.bench.settings import BenchSettings
     from clipress.recipe import checked
 
     settings = checked(BenchSettings, plan.recipe.bench, "bench")
-    artifacts, exports = [run / s for s in stages], [run / "export" / s for s in stages]
-    results = bench(artifacts, exports, _test_sets(plan), settings, plan.recipe.name, run / "bench" / "items")
-    written = write_results(results, run / "bench")
-    page = write_report(results, run / "bench")
+    about = {"recipe": plan.recipe.name, "command": f"clipress bench {run}"}
+    subjects = _subjects([(run, stage) for stage in plan.artifacts], False)
+    _bench(subjects, settings, _test_sets(plan), run / "bench", about)
+
+
+def _bench(
+    subjects: list[Subject],
+    settings: BenchSettings,
+    sets: list[EvalSet],
+    folder: Path,
+    about: dict[str, Any],
+    profiled: bool = False,
+) -> dict[str, Any]:
+    """Measure, write results.json and report.html, print the table."""
+    from clipress.bench.report import table, write_report
+    from clipress.bench.run import bench, write_results
+
+    results = bench(subjects, sets, settings, folder, about=about, profiled=profiled)
+    written, page = write_results(results, folder), write_report(results, folder)
     click.echo(table(results))
     click.echo(f"Figures: {written}   Page to open in a browser: {page}")
+    return results
 
 
 def _serve(run: Path, plan: Plan, stage: str, backends: tuple[str, ...] | None, max_batch: int | None) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clipress.artifact import write_whole
-from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
+from clipress.bench.runners import Runner
 from clipress.data.evalsets import EvalSet
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.metrics.evaluate import evaluate_items
 from clipress.metrics.outcomes import Outcomes, write_outcomes
 
 
-def accuracy(runner: OnnxRuntimeRunner, sets: Sequence[EvalSet]) -> dict[str, Outcomes]:
+def accuracy(runner: Runner, sets: Sequence[EvalSet]) -> dict[str, Outcomes]:
     """Return `{"<set>/<metric>": outcomes}` with the preprocessing and tokenizer the export names."""
     tokenize = tokenizer_from_spec(runner.exported.tokenizer.model_dump())
     return evaluate_items(runner.encode("image"), runner.encode("text"), sets, runner.exported.preprocess, tokenize)

@@ -57,7 +57,7 @@ def _curve(block: Block, kind: str, levels: list[int], batch: int, threads: int,
             session = cpu_session(path, threads)
             queries[str(level)] = lambda session=session: session.run(None, {"x": inputs})
         measured = measure_in_turns(queries, warm_up_ms=20, duration_ms=duration_ms, iterations=10)
-    times = [float(np.median(measured[str(level)][0])) for level in levels]
+    times = [float(np.median(measured[str(level)].latency)) for level in levels]
     # nothing of a kind cannot be measured alone: continue the line through the two narrowest
     slope = (times[1] - times[0]) / (levels[1] - levels[0]) if len(levels) > 1 else times[0] / levels[0]
     nothing = max(times[0] - max(slope, 0.0) * levels[0], 0.0)

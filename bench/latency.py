@@ -1,14 +1,53 @@
-"""Latency in trtexec's terms. Models are measured in turns, so that a noisy moment of the machine hits all of them."""
+"""Latency in trtexec's terms. Models are measured in turns, so that a noisy moment of the machine hits all of them.
+
+A round is one turn of every model; every other round runs backwards, so that a machine that slows down evenly favours
+none. What belongs to one round stays together in the samples: `compare.speed_up` pairs models round by round.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
-TURN_MS = 50.0  # how long one model runs before it is the next one's turn
+TURN_MS = 50.0  # how long one model runs at most before it is the next one's turn
+ROUNDS = 20  # there are at least so many, unless single queries take longer than their part of the duration
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Enqueued:
+    """A query to a device: `enqueue` returns once the work is handed over, `wait` when it is done."""
+
+    enqueue: Callable[[], Any]
+    wait: Callable[[], Any]
+
+    def __call__(self) -> None:
+        """Run the query to its end."""
+        self.enqueue()
+        self.wait()
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Every counted query of one model, in the order they ran; all times in ms."""
+
+    latency: np.ndarray
+    """[queries] From the call to the answer."""
+    rounds: np.ndarray
+    """[rounds] How many of them ran in each round."""
+    starts: np.ndarray
+    """[rounds] When each turn began, after the first one of any model."""
+    enqueue: np.ndarray | None = None
+    """[queries] Of it, until the call was back; None where the call is back with the answer only."""
+
+    def medians(self) -> np.ndarray:
+        """Return the median latency of each round."""
+        return np.asarray([np.median(turn) for turn in np.split(self.latency, np.cumsum(self.rounds)[:-1])])
 
 
 def percentile(times: Sequence[float], percent: float) -> float:
@@ -17,51 +56,87 @@ def percentile(times: Sequence[float], percent: float) -> float:
     return times[max(n - 1 - int((100 - percent) * n / 100), 0)]
 
 
-def summary(times_ms: Sequence[float], batch: int, wall_ms: float) -> dict[str, float]:
-    """Return min, max, mean, median, p90, p95, p99 in ms; queries per second over the wall time, and items per second."""
-    times = sorted(times_ms)
-    n = len(times)
+def summary(timings: Timings, batch: int) -> dict[str, float]:
+    """Return trtexec's figures: latency in ms, queries and items per second of the time spent, their number.
+
+    `cv_percent` is the coefficient of variation, population standard deviation over mean; trtexec calls a measurement
+    unstable above 2.5. Enqueue times are there where the runner has them.
+    """
+    times = sorted(timings.latency.tolist())
+    n, total = len(times), sum(times)
     middle = (times[(n - 1) // 2] + times[n // 2]) / 2
-    rate = n / wall_ms * 1000
+    rate = n / total * 1000 if total else 0.0
     values = {
         "min_ms": times[0],
         "max_ms": times[-1],
-        "mean_ms": sum(times) / n,
+        "mean_ms": total / n,
         "median_ms": middle,
-        "p90_ms": percentile(times, 90),
-        "p95_ms": percentile(times, 95),
-        "p99_ms": percentile(times, 99),
+        **{f"p{percent}_ms": percentile(times, percent) for percent in (50, 90, 95, 99)},
+        "cv_percent": float(100 * np.std(times) / (total / n)) if total else 0.0,
         "throughput_qps": rate,
         "items_per_s": rate * batch,
     }
-    return {name: round(value, 5) for name, value in values.items()} | {"iterations": n}
+    if timings.enqueue is not None:
+        enqueue = sorted(timings.enqueue.tolist())
+        values |= {
+            "enqueue_mean_ms": sum(enqueue) / n,
+            "enqueue_median_ms": (enqueue[(n - 1) // 2] + enqueue[n // 2]) / 2,
+            "enqueue_p99_ms": percentile(enqueue, 99),
+        }
+    return {name: round(value, 5) for name, value in values.items()} | {"iterations": n, "rounds": len(timings.rounds)}
 
 
 def measure_in_turns(
-    queries: dict[str, Callable[[], Any]], *, warm_up_ms: float, duration_ms: float, iterations: int
-) -> dict[str, tuple[np.ndarray, float]]:
-    """Run each query in turns until each has had its duration and its iterations.
+    queries: Mapping[Name, Callable[[], Any]],
+    *,
+    warm_up_ms: float,
+    duration_ms: float,
+    iterations: int,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> dict[Name, Timings]:
+    """Run queries in turns until each has had its duration and its iterations; what ran as warm-up is not counted.
 
-    Returns every sample in ms and the wall time in ms, by name. Warm-up is not counted.
+    Every model takes part in every round, so that rounds can be paired. `clock` tells nanoseconds.
     """
     for query in queries.values():
-        _run_for(query, warm_up_ms, 1)
-    times: dict[str, list[float]] = {name: [] for name in queries}
-    spent = dict.fromkeys(queries, 0.0)
-    while unfinished := [n for n in queries if spent[n] < duration_ms or len(times[n]) < iterations]:
-        for name in unfinished:
-            taken = _run_for(queries[name], min(TURN_MS, duration_ms), 1)
-            times[name] += taken
-            spent[name] += sum(taken)
-    return {name: (np.asarray(taken), spent[name]) for name, taken in times.items()}
+        _turn(query, warm_up_ms, clock)
+    turns: dict[Name, list[np.ndarray]] = {name: [] for name in queries}
+    starts: dict[Name, list[int]] = {name: [] for name in queries}
+    spent, answered = dict.fromkeys(queries, 0.0), dict.fromkeys(queries, 0)
+    order = list(queries)
+    while any(spent[name] < duration_ms or answered[name] < iterations for name in queries):
+        for name in order:
+            starts[name].append(clock())
+            turn = _turn(queries[name], min(TURN_MS, duration_ms / ROUNDS), clock)
+            turns[name].append(turn)
+            spent[name] += float(turn[:, 0].sum())
+            answered[name] += len(turn)
+        order.reverse()
+    began = min(times[0] for times in starts.values())
+    return {
+        name: Timings(
+            latency=np.concatenate(turns[name])[:, 0],
+            rounds=np.asarray([len(turn) for turn in turns[name]]),
+            starts=(np.asarray(starts[name]) - began) / 1e6,
+            enqueue=np.concatenate(turns[name])[:, 1] if isinstance(query, Enqueued) else None,
+        )
+        for name, query in queries.items()
+    }
 
 
-def _run_for(query: Callable[[], Any], duration_ms: float, least: int) -> list[float]:
-    taken: list[float] = []
+def _turn(query: Callable[[], Any], duration_ms: float, clock: Callable[[], int]) -> np.ndarray:
+    """Run a query for a while and at least once. Returns ms [queries, 2]: latency, and enqueue time where it exists."""
+    taken: list[tuple[float, float]] = []
     total = 0.0
-    while total < duration_ms or len(taken) < least:
-        start = time.perf_counter_ns()
-        query()
-        taken.append((time.perf_counter_ns() - start) / 1e6)
-        total += taken[-1]
-    return taken
+    while total < duration_ms or not taken:
+        start = back = clock()
+        if isinstance(query, Enqueued):
+            query.enqueue()
+            back = clock()
+            query.wait()
+        else:
+            query()
+        latency = (clock() - start) / 1e6
+        taken.append((latency, (back - start) / 1e6))
+        total += latency
+    return np.asarray(taken)

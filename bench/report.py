@@ -28,6 +28,8 @@ KEPT = 0.97  # of the first row's accuracy: what a smaller model must keep to be
 ABSENT = "–"
 HEADS = ("/top1", "/mean_r1")  # the one figure of a zero-shot set, and of a retrieval set
 DIRECTIONS = ("/text_r1", "/image_r1")
+UNSTABLE = 2.5  # per cent of variation above which trtexec warns
+BOUND = 0.8  # of the latency: enqueueing that takes longer is what limits it, says trtexec
 MEAN = "mean"  # of them, over all sets
 
 
@@ -41,6 +43,10 @@ class Column:
     cells: Sequence[str]
     key: str = ""
     """Of an accuracy column: the metric it shows."""
+    parts: Sequence[float | None] = ()
+    """Shares of a whole, 0 to 1, drawn as bars behind the cells."""
+    titles: Sequence[str] = ()
+    """What each cell says under the pointer."""
 
     @property
     def name(self) -> str:
@@ -76,13 +82,23 @@ def table(results: dict[str, Any]) -> str:
             medians = [_timing(row, case, "median_ms") for row in rows]
             columns.append(_numbers(f"{case[0]} (ms)", f"batch {case[1]}", medians))
         columns.append(_speed_up(rows, main))
-        notes.append(f"Latency: median; speed-up: against {rows[0]['stage']} at batch {main[1]}.")
+        notes.append(f"Latency: median; speed-up: against {rows[0]['stage']} at batch {main[1]}{_trust(rows, main)}.")
+        notes += _warnings(rows)
     columns, left_out = _fitted([_for_terminal(column) for column in columns])
     if left_out:
         notes.append(f"Left out for width: {', '.join(left_out)}.")
     if not any(column.head == "i->t" for column in columns):
         del notes[1]
+    notes += [verdict["text"] for verdict in results.get("verdicts", ())]
     return "\n".join([*_lines(columns), "", *(line for note in notes for line in textwrap.wrap(note, WIDTH))])
+
+
+def comparison(results: dict[str, Any]) -> str:
+    """Return every tower and batch of every row against the first row, as plain text."""
+    rows = results["rows"]
+    columns = [_for_terminal(column) for column in _compared_columns(rows)]
+    note = f"speed-up: against {rows[0]['stage']}, {rows[0]['latency'][0]['rounds']} rounds or more; above 1 is faster."
+    return "\n".join(["", *_lines(columns), "", note])
 
 
 def report_page(results: dict[str, Any]) -> str:
@@ -95,10 +111,13 @@ def report_page(results: dict[str, Any]) -> str:
         "title": escape(str(results["conditions"].get("recipe") or "results")),
         "subtitle": escape(_conditions_line(results)),
         "headline": _headline(rows, main),
+        "verdicts": _verdicts(results.get("verdicts", ())),
         "data": _script_json(view),
         "table": _html_table([*_columns(rows), *_timing_columns(rows, main)], "main", front),
         "latency": _html_table(_latency_columns(rows), "latency"),
         "accuracy": _html_table(_accuracy_columns(rows), "accuracy"),
+        "layers": _layers(rows),
+        "profiles": _profiles(rows),
         "lineage": _lineage(rows),
         "conditions": _definitions(results["conditions"]),
     }
@@ -187,6 +206,11 @@ def _timing(row: dict[str, Any], case: Case | None, name: str) -> float | None:
     return next(found, {}).get(name)
 
 
+def _has(rows: Rows, name: str) -> list[str]:
+    """Return `[name]` if any measurement has it, else nothing: a column that would be empty is left out."""
+    return [name] if any(timing.get(name) is not None for row in rows for timing in row.get("latency", ())) else []
+
+
 def _throughput(row: dict[str, Any], case: Case | None) -> float | None:
     queries = _timing(row, case, "throughput_qps")
     return case[1] * queries if case and queries is not None else None
@@ -238,8 +262,62 @@ def _columns(rows: Rows) -> list[Column]:
 
 
 def _speed_up(rows: Rows, case: Case, group: str = "") -> Column:
+    """Return the ratios paired by rounds, or of the medians where the results have no others."""
     medians = [_timing(row, case, "median_ms") for row in rows]
-    return _numbers(group, "speed-up", [medians[0] / own if medians[0] and own else None for own in medians], 2)
+    paired = [_timing(row, case, "speed_up") for row in rows]
+    plain = [medians[0] / own if medians[0] and own else None for own in medians]
+    return _numbers(group, "speed-up", [p if q is None else q for p, q in zip(plain, paired, strict=True)], 2)
+
+
+def _interval(rows: Rows, case: Case, group: str = "") -> list[Column]:
+    """Return the 95 % intervals of the speed-ups, as a column where there are any."""
+    lows, highs = ([_timing(row, case, f"speed_up_{end}") for row in rows] for end in ("low", "high"))
+    if not any(lows):
+        return []
+    cells = [ABSENT if low is None else f"{low:.2f}–{high:.2f}" for low, high in zip(lows, highs, strict=True)]
+    return [Column(group, "95 %", lows, cells)]
+
+
+def _trust(rows: Rows, case: Case) -> str:
+    """Return how far off the speed-ups of a case may be, in words."""
+    ends = [[_timing(row, case, f"speed_up_{end}") for end in ("low", "high")] for row in rows[1:]]
+    widths = [(high - low) / (high + low) for low, high in ends if low and high]
+    return f", paired by rounds, 95 % intervals of ± {max(widths):.1%} or less" if widths else ""
+
+
+def _warnings(rows: Rows) -> list[str]:
+    """Return trtexec's warnings, where its limits are passed."""
+    timings = [timing for row in rows for timing in row.get("latency", ())]
+    unstable = [timing["cv_percent"] for timing in timings if timing.get("cv_percent", 0) > UNSTABLE]
+    told = []
+    if unstable:
+        told.append(
+            f"Unstable: the coefficient of variation is above {UNSTABLE} % in {len(unstable)} of {len(timings)} "
+            f"measurements, up to {max(unstable):.0f} %: trust the ratios, which are paired, before single times."
+        )
+    bound = [t for t in timings if t.get("enqueue_median_ms", 0) > BOUND * t["median_ms"]]
+    if bound:
+        told.append(f"Bound by enqueue time in {len(bound)} of {len(timings)} measurements: the host is what is slow.")
+    return told
+
+
+def _compared_columns(rows: Rows) -> list[Column]:
+    every = [(row, case) for case in _cases(rows) for row in rows if _timing(row, case, "median_ms") is not None]
+
+    def values(name: str) -> list[float | None]:
+        return [_timing(*where, name) for where in every]
+
+    ends = zip(values("speed_up_low"), values("speed_up_high"), strict=True)
+    return [
+        _words("tower", [case[0] for _, case in every]),
+        _numbers("", "batch", [case[1] for _, case in every], 0),
+        _words("stage", [row["stage"] for row, _ in every]),
+        _numbers("latency (ms)", "median", values("median_ms")),
+        _numbers("latency (ms)", "p99", values("p99_ms"), _decimals(values("median_ms"))),
+        _numbers("latency (ms)", "cv %", values("cv_percent"), 1),
+        _numbers("", "speed-up", values("speed_up"), 3),
+        _words("95 %", [None if low is None else f"{low:.3f}-{high:.3f}" for low, high in ends]),
+    ]
 
 
 def _timing_columns(rows: Rows, case: Case | None) -> list[Column]:
@@ -249,7 +327,7 @@ def _timing_columns(rows: Rows, case: Case | None) -> list[Column]:
     group = f"{_title(case)} (ms)"
     times = {name: [_timing(row, case, f"{name}_ms") for row in rows] for name in ("median", "p90", "p95", "p99")}
     columns = [_numbers(group, name, values, _decimals(times["median"])) for name, values in times.items()]
-    columns.insert(1, _speed_up(rows, case, group))
+    columns[1:1] = [_speed_up(rows, case, group), *_interval(rows, case, group)]
     return [*columns, _numbers(group, "items/s", [_throughput(row, case) for row in rows], 0)]
 
 
@@ -263,6 +341,15 @@ def _latency_columns(rows: Rows) -> list[Column]:
         _words("tower", [tower for tower, _ in cases]),
         _numbers("", "batch", [batch for _, batch in cases], 0),
         *(_numbers("latency (ms)", name, [_timing(*where, f"{name}_ms") for where in every], 3) for name in names),
+        *(
+            _numbers("latency (ms)", "cv %", [_timing(*where, "cv_percent") for where in every], 1)
+            for _ in _has(rows, "cv_percent")
+        ),
+        *(
+            _numbers("enqueue (ms)", name, [_timing(*where, f"enqueue_{name}_ms") for where in every], 3)
+            for _ in _has(rows, "enqueue_median_ms")
+            for name in ("mean", "median", "p99")
+        ),
         _numbers("throughput", "queries/s", [_timing(*where, "throughput_qps") for where in every], 0),
         _numbers("throughput", "items/s", [_throughput(*where) for where in every], 0),
         _numbers("", "queries", [_timing(*where, "iterations") for where in every], 0),
@@ -399,13 +486,21 @@ def _html_table(columns: Sequence[Column], name: str, front: Sequence[int] | Non
     body = []
     for i in range(len(columns[0].cells)):
         cells = [
-            _cell("td" if k else "th", c.cells[i], kind, c.values[i], scope=None if k else "row")
+            _cell(
+                "td" if k else "th",
+                c.cells[i],
+                kind,
+                c.values[i],
+                scope=None if k else "row",
+                style=f"--part: {c.parts[i]:.4f}" if c.parts and c.parts[i] is not None else None,
+                title=c.titles[i] if c.titles else None,
+            )
             for k, (c, kind) in enumerate(zip(columns, kinds, strict=True))
         ]
         kind = "" if front is None else ' class="front"' if i in front else ' class="behind"'
         body.append(f'<tr{kind} data-row="{i}">{"".join(cells)}</tr>')
     top, rows = f"<tr>{''.join(groups)}</tr><tr>{''.join(heads)}</tr>", "\n".join(body)
-    return f'<table id="{name}"><thead>{top}</thead>\n<tbody>\n{rows}\n</tbody></table>'
+    return f'<table id="{escape(name)}"><thead>{top}</thead>\n<tbody>\n{rows}\n</tbody></table>'
 
 
 def _cell(tag: str, text: str, kind: str | None = None, value: Any = None, **attributes: Any) -> str:
@@ -419,6 +514,8 @@ def _headline(rows: Rows, main: Case | None) -> str:
     first, key = rows[0], _overall(rows)
     name = f"<b>{escape(first['stage'])}</b>"
     before = first["accuracy"].get(key)
+    if len(rows) > 1 and main and key is None:
+        return _fastest(rows, main)
     if len(rows) == 1 or not before:
         return f"<p>{name}: there is nothing yet to compare it with.</p>"
     others = [row for row in rows[1:] if row["accuracy"].get(key) is not None]
@@ -448,6 +545,76 @@ def _headline(rows: Rows, main: Case | None) -> str:
         f"<p><b>{escape(best['stage'])}</b> is {' and '.join(gains)} than {name}, and {change}.</p><dl>{shown}</dl>"
         f"<p>It is the smallest model that keeps at least {KEPT:.0%} of the first one's accuracy.</p>"
     )
+
+
+def _fastest(rows: Rows, main: Case) -> str:
+    """Return which row is the fastest, where accuracy was not measured."""
+    ratios = _speed_up(rows, main).values
+    best = max(range(len(rows)), key=lambda i: ratios[i] or 0)
+    name, first = (f"<b>{escape(rows[i]['stage'])}</b>" for i in (best, 0))
+    if best == 0:
+        return f"<p>No other model is faster than {first} ({_title(main)}).</p>"
+    low, high = (_timing(rows[best], main, f"speed_up_{end}") for end in ("low", "high"))
+    sure = f" (95 %: {low:.2f} to {high:.2f})" if low and high else ""
+    return (
+        f"<p>{name} is <strong>{ratios[best]:.2f} times as fast</strong> as {first}{sure}, {_title(main)}.</p>"
+        "<p>Accuracy was not measured.</p>"
+    )
+
+
+def _verdicts(told: Sequence[dict[str, Any]]) -> str:
+    """Return whether INT8 and 2:4 pay here, a line each."""
+    kinds = {True: "yes", False: "no", None: "unsure"}
+    lines = (f'<li class="{kinds[verdict["faster"]]}">{escape(verdict["text"])}</li>' for verdict in told)
+    return f'<ul id="verdicts">{"".join(lines)}</ul>' if told else ""
+
+
+def _layers(rows: Rows) -> str:
+    """Return parameters and MACs per layer, models of the same shapes in one column."""
+    alike: dict[str, tuple[list[str], dict[tuple[str, str], dict[str, Any]]]] = {}
+    for row in rows:
+        if layers := row.get("layers"):
+            found = alike.setdefault(json.dumps(layers), ([], {(one["tower"], one["name"]): one for one in layers}))
+            found[0].append(row["stage"])
+    if not alike:
+        return "<p>The results hold no costs per layer.</p>"
+    names = list(dict.fromkeys(name for _, layers in alike.values() for name in layers))
+    columns = [_words("layer", [name for _, name in names]), _words("tower", [tower for tower, _ in names])]
+    for key, unit, head in (("params", 1e-3, "parameters (k)"), ("macs", 1e-6, "MACs (M)")):
+        shown = [[layers.get(name, {}).get(key) for name in names] for _, layers in alike.values()]
+        most = max((value for column in shown for value in column if value), default=1)
+        for (stages, _), exact in zip(alike.values(), shown, strict=True):
+            values = [None if value is None else value * unit for value in exact]
+            titles = ["" if value is None else f"{value:,} {head.split(' ')[0]}" for value in exact]
+            parts = [None if value is None else value / most for value in exact]
+            columns.append(replace(_numbers(head, ", ".join(stages), values, 2), parts=parts, titles=titles))
+    return _html_table(columns, "layers")
+
+
+def _profiles(rows: Rows) -> str:
+    """Return where ONNX Runtime spent its time, where it was asked for."""
+    told = []
+    for i, row in enumerate(rows):
+        for profile in row.get("profiles", ()):
+            tables = []
+            for kind, head in (("operators", "operator"), ("layers", "layer")):
+                found = profile[kind]
+                columns = [
+                    _words(head, [one["name"] for one in found]),
+                    _numbers("", "median (ms)", [one["median_ms"] for one in found], 3),
+                    replace(
+                        _numbers("", "share (%)", [one["percent"] for one in found], 1),
+                        parts=[one["percent"] / 100 for one in found],
+                    ),
+                    _numbers("", "nodes", [one["nodes"] for one in found], 0),
+                ]
+                tables.append(_html_table(columns, f"profile-{i}-{profile['tower']}-{kind}"))
+            title = f"{row['stage']}, {_title((profile['tower'], profile['batch']))}, {profile['queries']} queries"
+            shown = "".join(f'<div class="scroll">{table}</div>' for table in tables)
+            told.append(f'<details><summary>{escape(title)}</summary><div class="sheet pair">{shown}</div></details>')
+    if not told:
+        return "<p>Not asked for: <code>clipress bench RUN --profile</code>.</p>"
+    return "".join(told)
 
 
 def _times(before: float, after: float, less: str, more: str) -> str:

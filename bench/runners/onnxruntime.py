@@ -8,7 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from clipress.models.exported import cpu_session, read_export
+from clipress.bench.runners import input_shape, noise
+from clipress.errors import ArtifactError
+from clipress.models.exported import Exported, cpu_session, read_export
+
+TYPES = {"image": "tensor(float)", "text": "tensor(int64)"}
 
 
 class OnnxRuntimeRunner:
@@ -24,6 +28,8 @@ class OnnxRuntimeRunner:
     def __init__(self, folder: Path, threads: int) -> None:
         self.exported = read_export(folder)
         self._sessions = {tower: cpu_session(self.exported.onnx(tower), threads) for tower in self.exported.files}
+        for tower, session in self._sessions.items():
+            check_form(session, tower, self.exported)
 
     def encode(self, tower: str) -> Callable[[np.ndarray], np.ndarray]:
         """Return a function from one batch of inputs to embeddings [B, D]."""
@@ -35,7 +41,21 @@ class OnnxRuntimeRunner:
         """Return one inference on a fixed batch of noise, ready to be timed."""
         session = self._sessions[tower]
         takes = session.get_inputs()[0]
-        shape = [batch, *takes.shape[1:]]
-        rng = np.random.default_rng(0)
-        noise = rng.standard_normal(shape, dtype=np.float32) if tower == "image" else rng.integers(1, 400, shape)
-        return lambda: session.run(None, {takes.name: noise})
+        inputs = noise(tower, (batch, *takes.shape[1:]))
+        return lambda: session.run(None, {takes.name: inputs})
+
+
+def check_form(session: Any, tower: str, exported: Exported) -> None:
+    """Raise ArtifactError for an ONNX file that takes and gives something else than a tower does."""
+    rest = list(input_shape(exported, tower))
+    takes = [(put.type, put.shape[1:]) for put in session.get_inputs()]
+    gives = [(put.type, len(put.shape)) for put in session.get_outputs()]
+    free = all(not isinstance(put.shape[0], int) for put in session.get_inputs() if put.shape)
+    if takes != [(TYPES[tower], rest)] or gives != [("tensor(float)", 2)] or not free:
+        told = ", ".join(f"{put.name} {put.type} {put.shape}" for put in session.get_inputs())
+        given = ", ".join(f"{put.name} {put.type} {put.shape}" for put in session.get_outputs())
+        raise ArtifactError(
+            f"{exported.onnx(tower)} is no {tower} tower that clipress exported: {TYPES[tower]} [batch, "
+            f"{', '.join(map(str, rest))}] -> tensor(float) [batch, {exported.embed_dim}] is asked for, found "
+            f"{told or 'no input'} -> {given or 'no output'}. Make it again: clipress export RUN"
+        )

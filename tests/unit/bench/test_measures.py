@@ -1,45 +1,88 @@
 """Latency figures are trtexec's; costs are what arithmetic says."""
 
+import numpy as np
 import pytest
 
-from clipress.bench.cost import macs
-from clipress.bench.latency import measure_in_turns, percentile, summary
-from clipress.models.load import new_clip
-from clipress.models.tiny import tiny_architecture
+from clipress.bench.latency import Enqueued, Timings, measure_in_turns, percentile, summary
+
+
+class Clock:
+    """A clock that only queries move on; it notes what it saw."""
+
+    def __init__(self):
+        self.now, self.seen = 0, []
+
+    def __call__(self):
+        return self.now
+
+    def query(self, name, ms):
+        def run():
+            self.seen.append(name)
+            self.now += int(ms * 1e6)
+
+        return run
+
+
+def timings(*latency, rounds=None, enqueue=None):
+    rounds = rounds or [len(latency)]
+    return Timings(np.array(latency), np.array(rounds), np.zeros(len(rounds)), enqueue and np.array(enqueue))
 
 
 def test_percentiles_are_trtexecs():
     times = [float(t) for t in range(1, 201)]  # sorted, 200 of them
-    assert [percentile(times, p) for p in (90, 95, 99)] == [180.0, 190.0, 198.0]
+    assert [percentile(times, p) for p in (50, 90, 95, 99)] == [100.0, 180.0, 190.0, 198.0]
     assert percentile([5.0], 99) == 5.0
     assert percentile([1.0, 2.0, 3.0], 100) == 3.0
 
 
 def test_a_summary_has_trtexecs_figures():
-    found = summary([4.0, 1.0, 3.0, 2.0], batch=8, wall_ms=20.0)
+    found = summary(timings(4.0, 1.0, 3.0, 2.0, rounds=[3, 1]), batch=8)
     assert (found["min_ms"], found["max_ms"], found["mean_ms"], found["median_ms"]) == (1.0, 4.0, 2.5, 2.5)
-    assert (found["throughput_qps"], found["items_per_s"], found["iterations"]) == (200.0, 1600.0, 4)
-    assert summary([3.0, 1.0, 2.0], 1, 6.0)["median_ms"] == 2.0
+    assert (found["throughput_qps"], found["items_per_s"]) == (400.0, 3200.0)
+    assert (found["iterations"], found["rounds"]) == (4, 2)
+    assert found["cv_percent"] == pytest.approx(100 * 1.25**0.5 / 2.5, abs=1e-4)
+    assert summary(timings(3.0, 1.0, 2.0), 1)["median_ms"] == 2.0
+    assert not any("enqueue" in name for name in found)
 
 
-def test_models_take_turns_and_reach_their_iterations():
-    calls = []
-    queries = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    measured = measure_in_turns(queries, warm_up_ms=0, duration_ms=0, iterations=5)
-    assert {name: len(times) for name, (times, _) in measured.items()} == {"a": 5, "b": 5}
-    assert calls == ["a", "b"] * 6  # one warm-up each, then turn by turn
-    for times, wall in measured.values():
-        assert wall == pytest.approx(times.sum()) and (times >= 0).all()
+def test_a_device_has_enqueue_times_beside_its_latency():
+    found = summary(timings(4.0, 2.0, 3.0, enqueue=[0.3, 0.1, 0.2]), 1)
+    assert (found["enqueue_mean_ms"], found["enqueue_median_ms"], found["enqueue_p99_ms"]) == (0.2, 0.2, 0.3)
 
 
-def test_multiply_accumulates_are_what_arithmetic_says():
-    width, layers, patches, embed, length = 48, 3, 16, 20, 24
-    clip = new_clip(tiny_architecture(width=width, layers=layers, embed_dim=embed), 0)
-    n = patches + 1
+def test_models_take_turns_forth_and_back_until_all_have_their_duration_and_their_iterations():
+    clock = Clock()
+    queries = {"a": clock.query("a", 1), "b": clock.query("b", 4)}
+    found = measure_in_turns(queries, warm_up_ms=0, duration_ms=8, iterations=5, clock=clock)
+    assert "".join(clock.seen) == "ab" + "abba" * 4  # one warm-up each; a turn is a twentieth of 8 ms: one query
+    assert {name: len(own.latency) for name, own in found.items()} == {"a": 8, "b": 8}  # a has its 8 ms last
+    assert found["a"].latency.tolist() == [1.0] * 8 and found["b"].latency.tolist() == [4.0] * 8
+    assert found["a"].starts.tolist()[:3] == [0, 9, 10] and found["b"].starts.tolist()[:3] == [1, 5, 11]
+    assert found["a"].enqueue is None
 
-    def blocks(tokens):
-        linear = tokens * (4 * width * width + 2 * width * 4 * width)
-        return layers * (linear + 2 * tokens * tokens * width)
 
-    image = patches * 3 * 8 * 8 * width + blocks(n) + width * embed
-    assert macs(clip) == {"image": image, "text": blocks(length) + width * embed}
+def test_warm_up_lasts_as_long_as_asked_and_is_not_counted():
+    clock = Clock()
+    found = measure_in_turns({"a": clock.query("a", 3)}, warm_up_ms=10, duration_ms=0, iterations=2, clock=clock)
+    assert len(clock.seen) == 4 + 2  # 9 ms are less than 10
+    assert len(found["a"].latency) == 2 and found["a"].starts[0] == 0
+
+
+def test_a_turn_lasts_a_twentieth_of_the_duration():
+    clock = Clock()
+    found = measure_in_turns(
+        {name: clock.query(name, 1) for name in "ab"}, warm_up_ms=0, duration_ms=100, iterations=1, clock=clock
+    )
+    assert found["a"].rounds.tolist() == found["b"].rounds.tolist() == [5] * 20
+
+
+def test_a_query_to_a_device_is_timed_until_it_is_back_and_until_it_is_done():
+    clock = Clock()
+    query = Enqueued(clock.query("e", 1), clock.query("w", 5))
+    own = measure_in_turns({"a": query}, warm_up_ms=0, duration_ms=0, iterations=3, clock=clock)["a"]
+    assert own.latency.tolist() == [6.0] * 3 and own.enqueue.tolist() == [1.0] * 3
+    assert "".join(clock.seen) == "ew" * 4
+
+
+def test_each_round_has_its_own_median():
+    assert timings(1.0, 9.0, 2.0, 4.0, 6.0, rounds=[3, 2]).medians().tolist() == [2.0, 5.0]

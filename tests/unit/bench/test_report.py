@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from clipress.bench.report import pareto, report_page, table, write_report
+from clipress.bench.report import comparison, pareto, report_page, table, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = '</script><script>alert(1)</script><!--<b id="in\'">&amp;'
@@ -82,6 +82,10 @@ def renamed(results, name):
     last["accuracy"][f"{name}/top1"] = 1.0
     last["latency"].append(timing(name, 2, 1.0))
     last["lineage"].append({"stage": name, "kind": name, "settings": {name: [name]}, "hash": name})
+    last["layers"] = [{"tower": name, "name": name, "params": 1, "macs": 1}]
+    spent = [{"name": name, "median_ms": 1.0, "percent": 100.0, "nodes": 1}]
+    last["profiles"] = [{"tower": "image", "batch": 2, "queries": 1, "operators": spent, "layers": spent}]
+    results["verdicts"] = [{"faster": False, "text": name}]
     return results
 
 
@@ -306,6 +310,109 @@ def test_the_report_is_written_into_the_folder(results, tmp_path):
     assert path.read_text(encoding="utf-8") == report_page(results)
 
 
+# ---- what an interleaved measurement adds
+
+
+def paired(results):
+    """The results of a measurement with rounds: speed-ups with intervals, verdicts, costs per layer, one profile."""
+    layers = [
+        {"tower": "image", "name": "visual.blocks.0", "params": 4_000, "macs": 2_500_000},
+        {"tower": "image", "name": "all else", "params": 1_000, "macs": 1_234_567},
+        {"tower": "text", "name": "blocks.0", "params": 3_000, "macs": 500_000},
+    ]
+    for given, ratio in zip(results["rows"], (1.0, 1.7, 2.1, 2.6), strict=True):
+        for one in given["latency"]:
+            ends = {"speed_up_low": ratio * 0.98, "speed_up_high": ratio * 1.02}
+            one |= {"speed_up": ratio, **ends, "rounds": 20, "cv_percent": 2.0, "p50_ms": one["median_ms"]}
+        given["layers"] = copy.deepcopy(layers)
+    results["rows"][0]["layers"][0] |= {"params": 8_000, "macs": 5_000_000}
+    spent = [
+        {"name": name, "median_ms": ms, "percent": 20 * ms, "nodes": 6} for name, ms in (("MatMul", 4.0), ("Add", 1.0))
+    ]
+    results["rows"][3]["profiles"] = [
+        {
+            "tower": "image",
+            "batch": 32,
+            "queries": 20,
+            "operators": spent,
+            "layers": [spent[0] | {"name": "visual.blocks.0"}],
+        }
+    ]
+    results["verdicts"] = [
+        {"faster": False, "text": "2:4 is not faster here: sparse is 1.00 [0.99, 1.01] times as fast. Keep pruned."},
+        {"faster": True, "text": "INT8 is faster here: Keep int8."},
+        {"faster": None, "text": "INT8 may or may not be faster here."},
+    ]
+    return results
+
+
+def test_the_table_takes_paired_ratios_and_says_how_far_off_they_may_be(results):
+    shown = table(paired(results))
+    assert shown.splitlines()[5].split()[-1] == "2.60"  # medians alone would say 2.50
+    beneath = " ".join(shown.partition("\n\n")[2].split())
+    assert "speed-up: against teacher at batch 32, paired by rounds, 95 % intervals of ± 2.0% or less." in beneath
+    assert "2:4 is not faster here: sparse is 1.00 [0.99, 1.01] times as fast. Keep pruned." in beneath
+    assert "Unstable" not in beneath
+
+
+def test_the_table_warns_as_trtexec_does(results):
+    rows = paired(results)["rows"]
+    rows[1]["latency"][0]["cv_percent"] = 41.4
+    rows[2]["latency"][3] |= {"enqueue_median_ms": 4.5}
+    shown = " ".join(table(results).split())
+    assert "above 2.5 % in 1 of 16 measurements, up to 41 %" in shown
+    assert "Bound by enqueue time in 1 of 16 measurements" in shown
+
+
+def test_a_comparison_tells_every_tower_and_batch_of_every_row(results):
+    lines = comparison(paired(results)).splitlines()
+    assert len([line for line in lines if line.startswith(("image", "text"))]) == 16
+    (line,) = [line for line in lines if line.split()[:3] == ["image", "32", "int8"]]
+    assert line.split()[3:] == ["4.000", "12.000", "2.0", "2.600", "2.548-2.652"]
+    assert lines[-1] == "speed-up: against teacher, 20 rounds or more; above 1 is faster."
+
+
+def test_the_page_has_speed_ups_with_their_intervals(results):
+    int8 = Read(report_page(paired(results))).tables["main"][-1]
+    assert int8[12:15] == ["4.00", "2.60", "2.55–2.65"]
+
+
+def test_the_page_says_what_pays_and_what_does_not(results):
+    page = report_page(paired(results))
+    kinds = re.findall(r'<li class="(\w+)">(\S+)', page.partition('id="verdicts"')[2].partition("</ul>")[0])
+    assert kinds == [("no", "2:4"), ("yes", "INT8"), ("unsure", "INT8")]
+
+
+def test_layers_stand_once_per_shape_with_every_digit_under_the_pointer(results):
+    page = report_page(paired(results))
+    found = Read(page).tables["layers"]
+    assert found[1] == ["layer", "tower", *["teacher", "pruned, sparse, int8"] * 2]
+    assert found[2] == ["visual.blocks.0", "image", "8.00", "4.00", "5.00", "2.50"]
+    assert 'title="1,234,567 MACs"' in page and 'style="--part: 0.5000"' in page
+    assert "no costs per layer" in report_page(renamed_without_layers(results))
+
+
+def renamed_without_layers(results):
+    results = copy.deepcopy(results)
+    for given in results["rows"]:
+        del given["layers"]
+    return results
+
+
+def test_a_profile_is_told_by_operator_and_by_layer(results):
+    assert "clipress bench RUN --profile" in report_page(results)
+    tables = Read(report_page(paired(results))).tables
+    assert tables["profile-3-image-operators"][2:] == [["MatMul", "4.000", "80.0", "6"], ["Add", "1.000", "20.0", "6"]]
+    assert tables["profile-3-image-layers"][2][0] == "visual.blocks.0"
+
+
+def test_without_accuracy_the_headline_names_the_fastest(results):
+    for given in paired(results)["rows"]:
+        given["accuracy"] = given["accuracy_se"] = {}
+    said = re.sub("<.*?>", "", re.search('<section id="headline">(.*?)</section>', report_page(results))[1])
+    assert said.startswith("int8 is 2.60 times as fast as teacher (95 %: 2.55 to 2.65), image tower, batch 32.")
+
+
 # ---- the page in a browser
 
 
@@ -458,3 +565,34 @@ def test_no_name_runs_as_code_in_a_browser(results, tmp_path):
     )
     assert console == []
     assert answer == [None, 0, 2]  # the page's own script and the one that asks
+
+
+def test_a_page_with_everything_shows_its_numbers_under_the_pointer_sorts_its_layers_and_tells_no_error(
+    results, tmp_path
+):
+    answer, console = visit(
+        report_page(paired(results)),
+        """
+        point(3).dispatchEvent(new PointerEvent("pointerenter"));
+        const terms = [...one("#tip").querySelectorAll("dd")].map((dd) => [dd.previousElementSibling.textContent, dd.textContent]);
+        const layers = () => all("#layers tbody th").map((head) => head.textContent);
+        const heads = all("#layers thead button");
+        heads.at(-1).click();
+        const up = layers();
+        heads.at(-1).click();
+        const bar = one("#layers tbody td[style]");
+        const grey = getComputedStyle(point(1).querySelector(".area")).stroke;
+        const own = getComputedStyle(point(3).querySelector(".area")).stroke;
+        choose("batch", "1");
+        const cell = cells("int8").map((found) => found.textContent);
+        return {terms, up, down: layers(), title: bar.title, drawn: getComputedStyle(bar).backgroundImage, grey, own, cell,
+                verdicts: all("#verdicts li").length};
+        """,
+        tmp_path,
+    )
+    assert console == []
+    assert {"speed-up": "2.60", "95 %": "2.55–2.65", "median": "4.00"}.items() <= dict(answer["terms"]).items()
+    assert answer["up"] == ["blocks.0", "all else", "visual.blocks.0"] and answer["down"] == answer["up"][::-1]
+    assert answer["title"].endswith("parameters") and "linear-gradient" in answer["drawn"]
+    assert answer["grey"] != answer["own"]  # a model that others beat is greyed
+    assert "0.500" in answer["cell"] and answer["verdicts"] == 3
