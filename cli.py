@@ -207,7 +207,8 @@ def bench() -> None:
     "--runner",
     "backends",
     multiple=True,
-    help="onnxruntime, onnxruntime-cuda, torch or torch-compiled; may be given several times.  [default: the recipe's]",
+    help="onnxruntime, onnxruntime-cuda, torch, torch-compiled or tensorrt; may be given several times.  "
+    "[default: the recipe's]",
 )
 @click.option("--batch", type=click.IntRange(1), multiple=True, help="May be given several times.")
 @click.option("--threads", type=click.IntRange(1), help="Inside one operator.")

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from clipress.recipe import Section
 
-Backend = Literal["onnxruntime", "onnxruntime-cuda", "torch", "torch-compiled"]
+Backend = Literal["onnxruntime", "onnxruntime-cuda", "torch", "torch-compiled", "tensorrt"]
 
 
 class BenchSettings(Section):

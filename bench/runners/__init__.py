@@ -82,4 +82,8 @@ def open_runner(backend: str, artifact: Path, export: Path, settings: BenchSetti
         from clipress.bench.runners.torch_compiled import TorchCompiledRunner
 
         return TorchCompiledRunner(artifact, settings.threads, settings.dtype, settings.two_four)
+    if backend == "tensorrt":
+        from clipress.bench.runners.tensorrt import TensorRTRunner
+
+        return TensorRTRunner(export)
     raise ValueError(f"no runner is called {backend}")

@@ -60,7 +60,7 @@ def held_against_onnx_runtime(export, runner):
         measured = measure_in_turns(
             {"one": runner.query(tower, 2), "other": other.query(tower, 2)}, warm_up_ms=0, duration_ms=0, iterations=3
         )
-        assert {name: len(times) for name, (times, _) in measured.items()} == {"one": 3, "other": 3}
+        assert {name: len(timings.latency) for name, timings in measured.items()} == {"one": 3, "other": 3}
         phases = runner.phases(tower, 2, iterations=4)
         assert {key: len(times) for key, times in phases.items()} == dict.fromkeys(
             ("h2d_ms", "compute_ms", "d2h_ms", "latency_ms"), 4
