@@ -269,14 +269,15 @@ def bench_run(
         ]
     compared = len(runs) > 1 or bool(stages)
     subjects = _subjects([(run, stage) for run, _, names in chosen for stage in names], len(runs) > 1)
-    check(wanted, [subject.name for subject in subjects], settings.backends, settings.batch)
-    if any(backend.startswith("onnxruntime") for backend in settings.backends):
+    sets = [] if no_accuracy else _test_sets(plans[0])
+    check(wanted, [subject.name for subject in subjects], settings.backends, settings.batch, [s.name for s in sets])
+    if any(not backend.startswith("torch") for backend in settings.backends):
         for run, plan, names in chosen:
             _export(run, plan, names)
     results = _bench(
         subjects,
         settings,
-        [] if no_accuracy else _test_sets(plans[0]),
+        sets,
         out or runs[0] / "bench" / ("compared" if compared else ""),
         {"recipe": plans[0].recipe.name, "command": _command(ctx)},
         profiled=profile,

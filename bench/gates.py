@@ -82,7 +82,13 @@ def broken(gates: Sequence[Gate], results: dict[str, Any]) -> list[str]:
     return told
 
 
-def check(gates: Sequence[Gate], stages: Sequence[str], backends: Sequence[str], batches: Sequence[int]) -> None:
+def check(
+    gates: Sequence[Gate],
+    stages: Sequence[str],
+    backends: Sequence[str],
+    batches: Sequence[int],
+    sets: Sequence[str],
+) -> None:
     """Check before anything is measured what can be known by then. Raises RecipeError."""
     known = {
         "stage": [*stages, *(f"{stage} ({backend})" for stage in stages for backend in backends)],
@@ -92,12 +98,23 @@ def check(gates: Sequence[Gate], stages: Sequence[str], backends: Sequence[str],
     }
     for gate in gates:
         for key, value in gate.where:
-            if key in known and value not in known[key]:
+            if key in known and value not in _all_names(known[key], key):
                 raise RecipeError(f"--fail-if '{gate.text}': there is no {key} '{value}'.{nearest(value, known[key])}")
-        if "/" not in gate.metric and gate.metric not in KNOWN:  # an accuracy's name is SET/METRIC
+        evalset = gate.metric.rpartition("/")[0]  # an accuracy's name is SET/METRIC
+        if not evalset and gate.metric not in KNOWN:
             raise RecipeError(
                 f"--fail-if '{gate.text}': there is no metric '{gate.metric}'.{nearest(gate.metric, KNOWN)}"
             )
+        if evalset and evalset not in sets:
+            raise RecipeError(
+                f"--fail-if '{gate.text}': accuracy on '{evalset}' is not measured."
+                f"{nearest(evalset, sets) if sets else ' Leave --no-accuracy out.'}"
+            )
+
+
+def _all_names(names: Sequence[str], key: str) -> set[str]:
+    """A stage of one run among several may be called without its run, as in results."""
+    return {*names, *(name.rpartition("/")[2] for name in names)} if key == "stage" else set(names)
 
 
 TIMED = (

@@ -582,11 +582,13 @@ def _layers(rows: Rows) -> str:
     columns = [_words("layer", [name for _, name in names]), _words("tower", [tower for tower, _ in names])]
     for key, unit, head in (("params", 1e-3, "parameters (k)"), ("macs", 1e-6, "MACs (M)")):
         shown = [[layers.get(name, {}).get(key) for name in names] for _, layers in alike.values()]
-        most = max((value for column in shown for value in column if value), default=1)
+        # bars compare blocks: an embedding table would dwarf them all
+        blocks = [v for column in shown for (_, name), v in zip(names, column, strict=True) if v and name != "all else"]
+        most = max(blocks, default=1)
         for (stages, _), exact in zip(alike.values(), shown, strict=True):
             values = [None if value is None else value * unit for value in exact]
             titles = ["" if value is None else f"{value:,} {head.split(' ')[0]}" for value in exact]
-            parts = [None if value is None else value / most for value in exact]
+            parts = [None if value is None else min(value / most, 1.0) for value in exact]
             columns.append(replace(_numbers(head, ", ".join(stages), values, 2), parts=parts, titles=titles))
     return _html_table(columns, "layers")
 

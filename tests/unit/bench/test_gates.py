@@ -76,15 +76,17 @@ def test_an_unknown_place_or_one_without_value_is_refused():
 
 def test_what_can_be_known_before_is_told_before_and_names_the_nearest():
     def early(text):
-        check([gate_from(text)], ["teacher", "int8"], ["onnxruntime"], [1, 8])
+        check([gate_from(text)], ["run/teacher", "run/int8"], ["onnxruntime"], [1, 8], ["digits"])
 
     early("p99_ms{stage=int8, batch=8} > 1")
-    early("digits/anything > 1")  # only the data tell which figures there are
+    early("p99_ms{stage=run/int8} > 1")
+    early("digits/anything > 1")  # only the measurement tells which figures a set has
     for text, words in {
         "p99ms > 1": "Did you mean 'p99_ms'",
-        "p99_ms{stage=int} > 1": "Did you mean 'int8'",
+        "p99_ms{stage=run/int} > 1": "Did you mean 'run/int8'",
         "p99_ms{tower=picture} > 1": "Known: image, text",
         "p99_ms{batch=2} > 1": "batch '2'",
+        "digit/top1 < 1": "Did you mean 'digits'",
     }.items():
         with pytest.raises(RecipeError, match=words):
             early(text)
@@ -95,3 +97,8 @@ def test_a_metric_the_results_lack_is_refused_and_the_nearest_named(results):
         ask(results, "digit/top1 < 1")
     with pytest.raises(RecipeError, match="measured nowhere with precision=int8"):
         ask(results, "p99_ms{precision=int8} > 1")
+
+
+def test_a_gate_on_accuracy_that_is_not_measured_is_told_before():
+    with pytest.raises(RecipeError, match="Leave --no-accuracy out"):
+        check([gate_from("digits/top1 < 95")], ["int8"], ["onnxruntime"], [1], [])
