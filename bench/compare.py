@@ -1,7 +1,7 @@
 """How much faster one model is than another, with an interval that a noisy machine does not fool.
 
-Both ran in the same rounds, back to back, so what slows the machine slows both: what is compared is, round by round, the
-logarithm of the ratio of their median latencies. A round's disturbance is as likely to hit the one as the other, so the
+Both ran in the same rounds, back to back, so what slows the machine slows both. What is compared is, round by round,
+the logarithm of the ratio of their median latencies. A round's disturbance is as likely to hit the one as the other, so the
 log ratios scatter symmetrically around the true one, whatever the shape of the noise. That is all that Wilcoxon's signed
 rank test needs. The estimate is Hodges and Lehmann's (the median of the averages of all pairs of rounds), the interval
 is the one that belongs to the test (Hollander and Wolfe, Nonparametric Statistical Methods, 3.1-3.3): exact up to 50

@@ -2,6 +2,12 @@
 
 A round is one turn of every model; every other round runs backwards, so that a machine that slows down evenly favours
 none. What belongs to one round stays together in the samples: `compare.speed_up` pairs models round by round.
+
+Where a program's memory happens to lie can move a small model by a percent, the same way for as long as it stays loaded
+(Mytkowicz et al., Producing Wrong Data Without Doing Anything Obviously Wrong!, 2009). Two sessions of one file then
+differ, and no number of queries tells. So sessions are opened anew each round where that is cheap: luck becomes noise, and the
+interval of a ratio covers it. (A small ViT against itself, batch 1, 20 rounds: the 95 % interval held 1 in 23 of 25 tries,
+in 15 of 25 where both sessions were kept.)
 """
 
 from __future__ import annotations
@@ -92,20 +98,30 @@ def measure_in_turns(
     warm_up_ms: float,
     duration_ms: float,
     iterations: int,
+    renew: Mapping[Name, Callable[[], Callable[[], Any]]] | None = None,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[Name, Timings]:
     """Run queries in turns until each has had its duration and its iterations; what ran as warm-up is not counted.
 
-    Every model takes part in every round, so that rounds can be paired. `clock` tells nanoseconds.
+    Every model takes part in every round, so that rounds can be paired; there are as many as iterations, up to 20, or
+    more. `renew` has, by name, what opens a model anew and returns its query; it is asked every round, and its query is
+    warmed up for a part of the time. `clock` tells nanoseconds.
     """
+    queries, renew = dict(queries), renew or {}
     for query in queries.values():
         _turn(query, warm_up_ms, clock)
     turns: dict[Name, list[np.ndarray]] = {name: [] for name in queries}
     starts: dict[Name, list[int]] = {name: [] for name in queries}
     spent, answered = dict.fromkeys(queries, 0.0), dict.fromkeys(queries, 0)
     order = list(queries)
-    while any(spent[name] < duration_ms or answered[name] < iterations for name in queries):
+    rounds = min(iterations, ROUNDS)  # one busy moment can eat a duration whole, and leave nothing to pair
+    while len(starts[order[0]]) < rounds or any(
+        spent[name] < duration_ms or answered[name] < iterations for name in queries
+    ):
+        queries |= {name: renew[name]() for name in order if name in renew}
         for name in order:
+            if name in renew:
+                _turn(queries[name], warm_up_ms / ROUNDS, clock)
             starts[name].append(clock())
             turn = _turn(queries[name], min(TURN_MS, duration_ms / ROUNDS), clock)
             turns[name].append(turn)

@@ -97,7 +97,8 @@ def comparison(results: dict[str, Any]) -> str:
     """Return every tower and batch of every row against the first row, as plain text."""
     rows = results["rows"]
     columns = [_for_terminal(column) for column in _compared_columns(rows)]
-    note = f"speed-up: against {rows[0]['stage']}, {rows[0]['latency'][0]['rounds']} rounds or more; above 1 is faster."
+    fewest = min(timing["rounds"] for row in rows for timing in row["latency"])
+    note = f"speed-up: against {rows[0]['stage']}, {fewest} rounds or more; above 1 is faster."
     return "\n".join(["", *_lines(columns), "", note])
 
 

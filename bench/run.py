@@ -7,8 +7,10 @@ import json
 import os
 import platform
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from clipress.metrics.outcomes import percents, standard_errors
 
 SCHEMA_VERSION = 1
 PROFILED = 20  # queries
+RENEWING = 5  # turns that opening a model may take to be done every round
 Case = tuple[str, int]  # a tower and a batch
 
 
@@ -142,10 +145,33 @@ def _told(found: dict[str, Any]) -> dict[str, Any]:
 
 def _timed(case: Case, runners: dict[str, Runner], settings: BenchSettings) -> dict[str, Timings]:
     """Time all models in turns, on one tower and batch."""
-    queries = {label: runner.query(*case) for label, runner in runners.items()}
     return measure_in_turns(
-        queries, warm_up_ms=settings.warm_up, duration_ms=settings.duration, iterations=settings.iterations
+        {label: runner.query(*case) for label, runner in runners.items()},
+        warm_up_ms=settings.warm_up,
+        duration_ms=settings.duration,
+        iterations=settings.iterations,
+        renew=_renewable(case, runners, settings),
     )
+
+
+def _renewable(case: Case, runners: dict[str, Runner], settings: BenchSettings) -> dict[str, Callable[[], Any]]:
+    """Return what opens each model anew, if all can, and none takes more than a few turns for it.
+
+    All or none: a model that is opened anew has colder caches than one that stays.
+    """
+    if not all(hasattr(runner, "fresh_query") for runner in runners.values()):
+        return {}
+    opening = {label: partial(runner.fresh_query, *case) for label, runner in runners.items()}
+    for fresh in opening.values():
+        start = time.perf_counter()
+        fresh()
+        if (time.perf_counter() - start) * 1000 > RENEWING * _turn_ms(settings):
+            return {}
+    return opening
+
+
+def _turn_ms(settings: BenchSettings) -> float:
+    return min(TURN_MS, settings.duration / ROUNDS)
 
 
 def _latency(
@@ -229,11 +255,12 @@ def conditions(
         "duration_ms": settings.duration,
         "iterations_at_least": settings.iterations,
         "interleaved": True,
-        "turn_ms": min(TURN_MS, settings.duration / ROUNDS),
+        "turn_ms": _turn_ms(settings),
+        "sessions": f"opened anew each round where that takes no more than {RENEWING} turns",
         "order": "rounds of one turn each, every other round backwards",
         "clock": "host, from the call to the answer (perf_counter)",
         "transfers": "none: inputs and outputs stay where the model runs",
-        "ratios": "Hodges-Lehmann of the rounds' log ratios of median latencies, 95 % interval of Wilcoxon's signed ranks",
+        "ratios": "Hodges-Lehmann over rounds of the log ratio of medians, 95 % interval of Wilcoxon's signed ranks",
         "data": {s.name: {"items": len(s.source), "fingerprint": s.source.fingerprint} for s in sets},
         "protocol": "text_rK: text for an image, any own caption counts; image_rK: image for a text; ties count as wrong; "
         "standard errors count an image and its captions as one",

@@ -1,7 +1,7 @@
 """Is INT8, is 2:4, faster on this machine? Said in one line each, with the artefact to keep.
 
 A stage is compared with the one it was made from, in the same rounds. Faster means: the 95 % interval lies above 1 and the
-ratio is at least 1.02; smaller differences can come from where a program's memory happens to lie (Mytkowicz et al. 2009).
+ratio is at least 1.02: less is not worth an artefact, and where sessions could not be opened anew it may be luck (latency.py).
 """
 
 from __future__ import annotations

@@ -40,7 +40,11 @@ class Loaded:
 
 
 class Runner(Protocol):
-    """Both towers of one model, ready to answer. `device` may be left out on a CPU."""
+    """Both towers of one model, ready to answer.
+
+    Two more are used where a runner has them: `device`, a name, and `fresh_query(tower, batch)`, a query like `query`'s in a
+    session that is opened for it.
+    """
 
     backend: str
     exported: Subject

@@ -27,6 +27,7 @@ class OnnxRuntimeRunner:
 
     def __init__(self, folder: Path, threads: int) -> None:
         self.exported = read_export(folder)
+        self._threads = threads
         self._sessions = {tower: cpu_session(self.exported.onnx(tower), threads) for tower in self.exported.files}
         for tower, session in self._sessions.items():
             check_form(session, tower, self.exported)
@@ -39,7 +40,13 @@ class OnnxRuntimeRunner:
 
     def query(self, tower: str, batch: int) -> Callable[[], Any]:
         """Return one inference on a fixed batch of noise, ready to be timed."""
-        session = self._sessions[tower]
+        return self._query(self._sessions[tower], tower, batch)
+
+    def fresh_query(self, tower: str, batch: int) -> Callable[[], Any]:
+        """Return the same inference in a session of its own, opened now."""
+        return self._query(cpu_session(self.exported.onnx(tower), self._threads), tower, batch)
+
+    def _query(self, session: Any, tower: str, batch: int) -> Callable[[], Any]:
         takes = session.get_inputs()[0]
         inputs = noise(tower, (batch, *takes.shape[1:]))
         return lambda: session.run(None, {takes.name: inputs})

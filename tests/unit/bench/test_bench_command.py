@@ -160,3 +160,21 @@ def test_options_may_come_before_the_run_and_the_group_has_help(tiny_run, tmp_pa
     result = clipress("bench", *QUICK, "--stage", "int8", "--out", tmp_path, tiny_run[0])
     assert result.exit_code == 0, result.output
     assert "costs" in clipress("bench", "--help").output and "--fail-if" in clipress("bench", "run", "--help").output
+
+
+@pytest.mark.parametrize("opening_ms, expected", [(10, {"a", "b"}), (1e6, set())])
+def test_sessions_are_opened_anew_where_all_of_them_are_opened_quickly(monkeypatch, opening_ms, expected):
+    from types import SimpleNamespace
+
+    from clipress.bench import run as room
+    from clipress.bench.settings import BenchSettings
+
+    now = [0.0]
+    monkeypatch.setattr(room.time, "perf_counter", lambda: now[0])
+
+    def runner(ms):
+        return SimpleNamespace(fresh_query=lambda tower, batch: now.__setitem__(0, now[0] + ms / 1000))
+
+    runners = {"a": runner(10), "b": runner(opening_ms)}
+    assert set(room._renewable(("image", 1), runners, BenchSettings())) == expected
+    assert room._renewable(("image", 1), runners | {"c": SimpleNamespace()}, BenchSettings()) == {}

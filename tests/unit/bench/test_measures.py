@@ -76,12 +76,44 @@ def test_a_turn_lasts_a_twentieth_of_the_duration():
     assert found["a"].rounds.tolist() == found["b"].rounds.tolist() == [5] * 20
 
 
+def test_one_busy_moment_that_eats_the_whole_duration_still_leaves_rounds_to_pair():
+    clock = Clock()
+    slow = iter([0, 5000])  # the first query after warm-up
+
+    def query():
+        clock.now += int((1 + next(slow, 0)) * 1e6)
+
+    found = measure_in_turns({"a": query}, warm_up_ms=0, duration_ms=100, iterations=10, clock=clock)
+    assert len(found["a"].rounds) == 10 and found["a"].rounds[0] == 1
+
+
 def test_a_query_to_a_device_is_timed_until_it_is_back_and_until_it_is_done():
     clock = Clock()
     query = Enqueued(clock.query("e", 1), clock.query("w", 5))
     own = measure_in_turns({"a": query}, warm_up_ms=0, duration_ms=0, iterations=3, clock=clock)["a"]
     assert own.latency.tolist() == [6.0] * 3 and own.enqueue.tolist() == [1.0] * 3
     assert "".join(clock.seen) == "ew" * 4
+
+
+def test_a_model_that_can_be_opened_anew_is_so_every_round_and_warmed_up_for_a_part_of_the_time():
+    clock, opened = Clock(), []
+
+    def renew(name):
+        opened.append(name)
+        return clock.query(f"{name}{opened.count(name)} ", 1)
+
+    queries = {name: clock.query(name, 1) for name in "ab"}
+    found = measure_in_turns(
+        queries,
+        warm_up_ms=20,
+        duration_ms=0,
+        iterations=2,
+        renew={name: lambda name=name: renew(name) for name in "ab"},
+        clock=clock,
+    )
+    assert "".join(clock.seen) == "a" * 20 + "b" * 20 + "a1 a1 b1 b1 b2 b2 a2 a2 "
+    assert opened == ["a", "b", "b", "a"]
+    assert found["a"].latency.tolist() == [1.0, 1.0] and found["a"].rounds.tolist() == [1, 1]
 
 
 def test_each_round_has_its_own_median():
