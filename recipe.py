@@ -72,6 +72,12 @@ def _told(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
     return f"{place}: {problem['msg']} (found {problem['input']!r}). Change it in the recipe, or with --set."
 
 
+def first_problem(error: ValidationError) -> str:
+    """Say where a file that was read is wrong, and how: `place: message`."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+
+
 def _section_in(annotation: Any) -> type[BaseModel]:
     """Return the section a field holds: itself, in a list, or as one of several choices."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

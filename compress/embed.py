@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from clipress import __version__
 from clipress.artifact import cache_folder
+from clipress.compress.fabric import start_fabric, uses_bf16
 from clipress.data.formats.files import MAX_SKIPPED
 from clipress.data.pairs import Source, open_source
 from clipress.data.teacher_cache import (
@@ -99,8 +100,6 @@ def manifest_of(
             "they would all be the same. Ask for one view, or augment."
         )
     device, model = next(clip.model.parameters()).device, clip.model
-    if precision == "auto":  # as in training: compress.train.Runtime
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     bias = getattr(model, "logit_bias", None)
     return Manifest(
         teacher=teacher_hash,
@@ -115,7 +114,7 @@ def manifest_of(
         views=views if source.has_images else 0,
         dim=clip.architecture["embed_dim"],
         dtype=dtype,
-        precision=precision,
+        precision="bf16" if uses_bf16(precision, device.type) else "fp32",
         made_with={
             "clipress": __version__,
             "torch": torch.__version__,
@@ -344,7 +343,6 @@ def embed_recipe(
     plan: Plan, home: Path | None, views: int | None, dtype: Dtype | None, artifacts: Sequence[Path], say: Say
 ) -> list[Path]:
     """Embed a recipe's training sources with its teachers, or with the given artefacts; returns the caches' folders."""
-    from clipress.compress.fabric import start_fabric
     from clipress.compress.pipeline import bring_teacher  # which itself builds caches
 
     specs = [TeacherSpec(artifact=path) for path in artifacts] or plan.teachers

@@ -35,6 +35,11 @@ class Runtime(Section):
     """Each process scores its own rows against all; else every process scores all. The gradient is the same."""
 
 
+def uses_bf16(precision: str, device: str) -> bool:
+    """Tell what a `precision` means on a device: auto is bf16 on a GPU that has it."""
+    return precision == "bf16" or (precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
+
+
 def start_fabric(runtime: Runtime) -> Fabric:
     """Start Fabric on what is there: one CPU, one GPU, or the processes torchrun started."""
     from lightning_fabric import Fabric
@@ -43,9 +48,7 @@ def start_fabric(runtime: Runtime) -> Fabric:
     accelerator = runtime.accelerator
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = runtime.precision == "bf16" or (
-        runtime.precision == "auto" and accelerator == "cuda" and torch.cuda.is_bf16_supported()
-    )
+    bf16 = uses_bf16(runtime.precision, accelerator)
     strategy: Any = runtime.strategy if runtime.strategy != "auto" else ("ddp" if world > 1 else "auto")
     if strategy == "fsdp2":
         from lightning_fabric.strategies import ModelParallelStrategy

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipress.compress.context import Context, Hook, Training, steps_of
+from clipress.compress.fabric import everywhere, gather_shards, gathered, whole
 from clipress.compress.losses import (
     MAX_LOG_SCALE,
     SIDES,
@@ -34,8 +36,6 @@ from clipress.models.students import rest
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-from clipress.compress.context import Context, Hook, Training, steps_of
-from clipress.compress.fabric import everywhere, gather_shards, gathered, whole
 
 
 class Towers(nn.Module):

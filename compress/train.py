@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
-from clipress.compress.losses import (
-    terms_from,
-)
+from clipress.compress.context import Context, Hook, Training, steps_of
+from clipress.compress.fabric import everywhere, means
+from clipress.compress.learner import Learner
+from clipress.compress.losses import terms_from
 from clipress.data.broken import BrokenRecords
 from clipress.data.pairs import Batches
 from clipress.data.training import TrainingSet
@@ -30,9 +31,7 @@ from clipress.models.load import Clip
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-from clipress.compress.context import Context, Hook, Training, steps_of
-from clipress.compress.fabric import everywhere, means
-from clipress.compress.learner import Learner
+
 
 MAX_BAD_STEPS = 20  # so many non-finite steps in a row stop the run
 
@@ -102,13 +101,7 @@ def train(
     learner = Learner(clip, config, terms, context)
     if clip.sparsity:  # only now are the weights where they stay, on a device or in shards
         hooks = [*hooks, HoldZeros(clip.model, clip.sparsity["weights"])]
-    progress = _continued(learner, hooks, context) or {
-        "step": 0,
-        "bad_in_a_row": 0,
-        "skipped": 0,
-        "record": {},
-        "seconds": 0,
-    }
+    progress = _continued(learner, hooks, context)
     every = context.runtime.checkpoint if context.checkpoints and context.runtime.strategy != "fsdp2" else 0
     start, bad_in_a_row, skipped = progress["step"], progress["bad_in_a_row"], progress["skipped"]
     record: dict[str, Any] = progress["record"]
@@ -156,19 +149,17 @@ def train(
     return {"steps": steps, "seconds": seconds, "skipped_steps": skipped, "last": record, **replaced}
 
 
-def _continued(learner: Learner, hooks: Sequence[Hook], context: Context) -> dict[str, Any] | None:
+def _continued(learner: Learner, hooks: Sequence[Hook], context: Context) -> dict[str, Any]:
     """Put everything back to the newest checkpoint that every process can read. Returns how far the training was."""
-    if context.checkpoints is None:
-        return None
     fabric = context.fabric
-    for step in reversed(steps_saved(context.checkpoints, 0)):
+    for step in reversed(steps_saved(context.checkpoints, 0) if context.checkpoints else []):
         state = load_checkpoint(context.checkpoints, step, fabric.global_rank)
         if everywhere(state is not None, fabric):
             learner.load_state(state["learner"])
             for hook, kept in zip(hooks, state["hooks"], strict=True):
                 hook.load_state(kept)
             return state["progress"]
-    return None
+    return {"step": 0, "bad_in_a_row": 0, "skipped": 0, "record": {}, "seconds": 0}
 
 
 @contextmanager

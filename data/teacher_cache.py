@@ -32,7 +32,7 @@ from pydantic import Field, ValidationError
 from clipress.artifact import sha256, write_text_whole, write_whole
 from clipress.data.transforms import Augment, Preprocess, View
 from clipress.errors import ArtifactError, ClipressError
-from clipress.recipe import Section, digest
+from clipress.recipe import Section, digest, first_problem
 
 SCHEMA_VERSION = 1
 MANIFEST, SHARD = "manifest.json", "shard.json"
@@ -415,9 +415,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"Teacher embeddings were asked for at {folder}; there is no {MANIFEST} in it. Do: clipress embed RECIPE"
         ) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{path} is damaged: {where}: {first['msg']}. {again}") from None
+        raise ArtifactError(f"{path} is damaged: {first_problem(error)}. {again}") from None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is not readable JSON ({error}). {again}") from None
     if manifest.key != folder.name:

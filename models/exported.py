@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from clipress.artifact import sha256
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, ExportError
+from clipress.recipe import first_problem
 
 
 class Tokenizer(BaseModel):
@@ -70,9 +71,7 @@ def read_export(folder: str | Path) -> Exported:
             f"An export was asked for at {folder}; there is no {path.name} in it. Do: clipress export RUN"
         ) from None
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise ArtifactError(f"{path}, {place}: {problem['msg']}. Make it again: clipress export RUN") from None
+        raise ArtifactError(f"{path}, {first_problem(error)}. Make it again: clipress export RUN") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} is not readable ({error}). Make it again: clipress export RUN") from None
     for tower, file in exported.files.items():

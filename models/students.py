@@ -163,8 +163,8 @@ def start_hash(raw: Mapping[str, Any], seed: int) -> str:
 
 def freeze(model: nn.Module, towers: Iterable[str]) -> None:
     """Take the towers' parameters out of training, in place."""
-    for name, parameter in model.named_parameters():
-        if anatomy.tower_of(name) in towers:
+    for tower in towers:
+        for parameter in anatomy.tower_parameters(model, tower):
             parameter.requires_grad_(False)
 
 

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from clipress.errors import ArtifactError, BackendMissing, ExportError
 from clipress.models.cuda import Cuda, open_cuda
+from clipress.recipe import first_problem
 
 OLDEST = (10, 12)
 INSTALL = "pip install 'clipress[tensorrt]'"
@@ -185,9 +186,7 @@ def read_sidecar(plan: Path) -> Sidecar:
             f"it is not loaded. {again}"
         ) from None
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise ArtifactError(f"{path}, {place}: {problem['msg']}. The engine is not loaded. {again}") from None
+        raise ArtifactError(f"{path}, {first_problem(error)}. The engine is not loaded. {again}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not readable ({error}). The engine is not loaded. {again}") from None
     return sidecar
