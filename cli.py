@@ -738,6 +738,7 @@ def _label_settings(labels: str | None, file: Path | None, templates: tuple[str,
 
 
 def _export(run: Path, plan: Plan, stages: list[str], **asked: Any) -> None:
+    from clipress.data.evalsets import evalsets
     from clipress.export.settings import ExportSettings, OnnxSettings
     from clipress.export.to_onnx import is_exported, onnx_from_artifact
     from clipress.export.variants import variants_from_export
@@ -750,7 +751,9 @@ def _export(run: Path, plan: Plan, stages: list[str], **asked: Any) -> None:
         if is_exported(run / stage, target, settings):
             click.echo(f"{stage}: exported already ({target})")
         else:
-            made = onnx_from_artifact(run / stage, target, settings, _test_sets(plan))
+            made = onnx_from_artifact(
+                run / stage, target, settings, _test_sets(plan), lambda: evalsets(plan.data.train)
+            )
             parity = made["parity"]
             size = sum(file["bytes"] for file in made["files"].values()) / 1e6
             click.echo(

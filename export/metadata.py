@@ -14,6 +14,7 @@ It is JSON in `metadata_props`, under the key `clipress`; ONNX Runtime shows it:
     made_of                          of a file put together from others: their sha256, by tower
     parity                           what its comparison with what it was made from gave
     opset, settings, exporter        how the towers were exported
+    int8                             of a convolutional INT8 tower: which form it has, and what both took per picture
     versions                         of clipress, torch, onnx and onnxruntime when they were
     schema_version                   1
 """

@@ -16,6 +16,9 @@ class OnnxSettings(Section):
     opset: int = Field(18, ge=17, le=20)
     exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
     """auto: dynamo, with torchscript where dynamo cannot (INT8) or fails. The graphs run equally fast."""
+    int8: Literal["auto", "qdq", "static"] = "auto"
+    """Form of a convolutional INT8 image tower: explicit Q/DQ, ONNX Runtime's own, or the quicker of both on this machine.
+    TensorRT always gets Q/DQ; transformers always are Q/DQ."""
     labels: tuple[str, ...] | None = None
     """Also write classifier.onnx: pictures -> probabilities of these names."""
     labels_file: Path | None = None
@@ -35,7 +38,7 @@ class OnnxSettings(Section):
 
     def of_towers(self) -> dict[str, Any]:
         """Return what the two towers' files depend on."""
-        return self.model_dump(include={"opset", "exporter"})
+        return self.model_dump(include={"opset", "exporter", "int8"})
 
     @property
     def wants_variants(self) -> bool:

@@ -5,30 +5,34 @@
     <folder>/export.json   what both files also carry as metadata, see metadata.py, and what they must hash to
 
 INT8 becomes QuantizeLinear / DequantizeLinear around every product, weights stored as int8: ONNX Runtime fuses these into
-integer kernels, TensorRT reads them as explicit quantisation.
+integer kernels, TensorRT reads them as explicit quantisation. Of a convolutional tower ONNX Runtime wants another form,
+static_int8.py: where that is quicker it is image.onnx, and <folder>/image.qdq.onnx is what TensorRT is given.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 from clipress import __version__
 from clipress.artifact import Artifact, load_artifact, read_header, sha256, write_whole
 from clipress.data.evalsets import EvalSet
 from clipress.errors import ArtifactError, ExportError
-from clipress.export import metadata, parity
+from clipress.export import int8, metadata, parity
 from clipress.export.settings import OnnxSettings
-from clipress.models import anatomy
+from clipress.export.static_int8 import milliseconds, static_int8_from_onnx
+from clipress.models import anatomy, quantizers
+from clipress.models.convnets import is_convnet
 from clipress.models.exported import read_export
 from clipress.models.load import Clip, clip_from_artifact
 
@@ -49,10 +53,17 @@ class Tower(nn.Module):
         return encode(x, normalize=True)
 
 
-def onnx_from_artifact(folder: Path, target: Path, settings: OnnxSettings, sets: Sequence[EvalSet]) -> dict[str, Any]:
+def onnx_from_artifact(
+    folder: Path,
+    target: Path,
+    settings: OnnxSettings,
+    sets: Sequence[EvalSet],
+    calibration: Callable[[], Sequence[EvalSet]] | None = None,
+) -> dict[str, Any]:
     """Export an artefact's towers, check them against torch on real samples, and only then put them in place.
 
-    Returns what export.json holds. Raises ExportError when the files do not agree with the model.
+    `calibration` opens the pictures that set activation scales where ONNX Runtime's own quantiser is tried; without it,
+    `sets` do. Returns what export.json holds. Raises ExportError when the files do not agree with the model.
     """
     artifact = load_artifact(folder)
     clip = clip_from_artifact(artifact)
@@ -62,9 +73,12 @@ def onnx_from_artifact(folder: Path, target: Path, settings: OnnxSettings, sets:
         exporters = {tower: _export(clip, tower, aside / f"{tower}.onnx", settings) for tower in anatomy.TOWERS}
         described.update(_description(artifact, clip, folder.name, settings) | {"exporter": exporters})
         described["parity"] = parity.check(clip, aside, sets, described["precision"])
-        for tower in anatomy.TOWERS:
-            _stamp(aside / f"{tower}.onnx", {**described, "tower": tower})
+        if _may_be_static(clip, settings):
+            described.update(_quickest(clip, aside, settings, sets, calibration() if calibration else sets))
+        for path in aside.glob("*.onnx"):
+            _stamp(path, {**described, "tower": path.name.partition(".")[0]})
         described["files"] = {tower: _file(aside / f"{tower}.onnx") for tower in anatomy.TOWERS}
+        described["explicit"] = {path.name.partition(".")[0]: _file(path) for path in aside.glob("*.qdq.onnx")}
         (aside / "export.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     write_whole(target, fill)
@@ -111,6 +125,57 @@ def _description(artifact: Artifact, clip: Clip, stage: str, settings: OnnxSetti
     }
 
 
+def _may_be_static(clip: Clip, settings: OnnxSettings) -> bool:
+    """Tell whether ONNX Runtime's own INT8 of the image tower is to be tried. Raises ExportError where it cannot be."""
+    if not clip.quantization or settings.int8 == "qdq":
+        return False
+    found = None
+    if not is_convnet(clip.model):
+        found = "the image tower is no convolutional one: only those gain by it"
+    elif kept := [n for n in _left_out(clip) if anatomy.tower_of(n) == "image"]:
+        found = f"{kept[0]} was to stay in full precision, which that form cannot do"
+    if found and settings.int8 == "static":
+        raise ExportError(f"export.onnx.int8: static was asked for, and {found}. Use int8: auto.")
+    return not found
+
+
+def _left_out(clip: Clip) -> list[str]:
+    """Return the layers that could be INT8 and are not."""
+    return [name for name in quantizers.quantizable(clip.model) if name not in clip.quantization["modules"]]
+
+
+def _quickest(
+    clip: Clip, folder: Path, settings: OnnxSettings, sets: Sequence[EvalSet], calibration: Sequence[EvalSet]
+) -> dict[str, Any]:
+    """Put ONNX Runtime's own INT8 of the image tower in image.onnx's place where it is quicker, or asked for.
+
+    Returns what that changes in the description.
+    """
+    image, qdq, static = (folder / name for name in ("image.onnx", "image.qdq.onnx", "image.static.onnx"))
+    with TemporaryDirectory() as aside:
+        plain = Path(aside) / "image.onnx"
+        names = clip.quantization["modules"]
+        quantizers.only(clip.model, names, ())
+        _export_with(Tower(clip.model, "image").eval(), sample(clip, "image", 2), "image", plain, settings.opset, False)
+        quantizers.only(clip.model, names, names)
+        static_int8_from_onnx(plain, static, _pictures(clip, calibration))
+    taken = milliseconds({"qdq": image, "static": static})
+    choice = min(taken, key=taken.__getitem__) if settings.int8 == "auto" else settings.int8
+    told: dict[str, Any] = {"int8": {"form": choice, "milliseconds": taken}}
+    if choice == "qdq":
+        static.unlink()
+        return told
+    image.rename(qdq)
+    static.rename(image)
+    return told | {"parity": parity.check(clip, folder, sets, "static int8")}
+
+
+def _pictures(clip: Clip, sets: Sequence[EvalSet]) -> Iterator[np.ndarray]:
+    """Yield as many pictures as the artefact was calibrated on, float32 [<=16, 3, S, S]."""
+    batches = (batch for one in sets for batch in one.pixel_batches(clip.preprocess, 16))
+    return islice(batches, -(-clip.quantization.get("calibrated_on", 512) // 16))
+
+
 def sample(clip: Clip, tower: str, batch: int) -> Tensor:
     """Return an input of the right shape and type; its content does not matter."""
     if tower == "image":
@@ -137,8 +202,7 @@ def _export(clip: Clip, tower: str, path: Path, settings: OnnxSettings) -> str:
     _export_with(module, inputs, tower, path, settings.opset, dynamo=False)
     if clip.quantization:
         model = onnx.load(path)
-        fold_weight_quantizers(model)
-        shrink_embedding(model)
+        int8.tidy(model)
         onnx.save(model, path)
     return "torchscript"
 
@@ -163,65 +227,6 @@ def _export_with(module: nn.Module, inputs: Tensor, tower: str, path: Path, opse
             verbose=False,
             **shapes,
         )
-
-
-def fold_weight_quantizers(model: onnx.ModelProto) -> None:
-    """Store weights as int8 instead of float32 behind a QuantizeLinear, in place. Exact, and a quarter of the size."""
-    graph = model.graph
-    constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant":
-            value = next((a.t for a in node.attribute if a.name == "value"), None)
-            if value is not None:
-                constants[node.output[0]] = numpy_helper.to_array(value)
-    users: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    for node in [n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] in constants]:
-        weight, scale = constants[node.input[0]], constants[node.input[1]]
-        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-        spread = scale if scale.size == 1 else scale.reshape([-1 if d == axis else 1 for d in range(weight.ndim)])
-        rounded = np.clip(np.rint(weight / spread), -128, 127).astype(np.int8)
-        name = f"{node.output[0]}_int8"
-        graph.initializer.append(numpy_helper.from_array(rounded, name))
-        for user in users[node.output[0]]:
-            user.input[:] = [name if i == node.output[0] else i for i in user.input]
-        graph.node.remove(node)
-    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    kept = [item for item in graph.initializer if item.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-    for node in [n for n in graph.node if n.op_type == "Constant" and n.output[0] not in used]:
-        graph.node.remove(node)
-
-
-def shrink_embedding(model: onnx.ModelProto) -> None:
-    """Store a token embedding as int8 with one scale per row, in place: of a small CLIP it is most of the file.
-
-    A row is looked up first and scaled then, so only the ids of a text are ever turned back into floats.
-    """
-    graph = model.graph
-    tables = {item.name: item for item in graph.initializer if len(item.dims) == 2 and item.dims[0] > 1024}
-    for position, node in enumerate(list(graph.node)):
-        if node.op_type != "Gather" or node.input[0] not in tables:
-            continue
-        table = numpy_helper.to_array(tables[node.input[0]])
-        scale = np.maximum(np.abs(table).max(1, keepdims=True), 1e-12).astype(np.float32) / 127
-        name, ids, out = node.input[0], node.input[1], node.output[0]
-        graph.initializer.remove(tables[name])
-        graph.initializer.append(numpy_helper.from_array(np.rint(table / scale).astype(np.int8), f"{name}_int8"))
-        graph.initializer.append(numpy_helper.from_array(scale, f"{name}_scale"))
-        parts = [
-            onnx.helper.make_node("Gather", [f"{name}_int8", ids], [f"{out}_int8"], axis=0),
-            onnx.helper.make_node("Gather", [f"{name}_scale", ids], [f"{out}_scale"], axis=0),
-            onnx.helper.make_node("Cast", [f"{out}_int8"], [f"{out}_whole"], to=onnx.TensorProto.FLOAT),
-            onnx.helper.make_node("Mul", [f"{out}_whole", f"{out}_scale"], [out]),
-        ]
-        graph.node.remove(node)
-        for offset, part in enumerate(parts):
-            graph.node.insert(position + offset, part)
-        return
 
 
 def _stamp(path: Path, description: dict[str, Any]) -> None:

@@ -91,7 +91,7 @@ def prepare(source: Path, folder: Path, settings: TensorRTSettings, foreign: boo
 
 def prepare_export(folder: Path, settings: TensorRTSettings) -> dict[str, Prepared]:
     """Prepare both towers of an export folder, in its `tensorrt` folder."""
-    exported = read_export(folder)
+    exported = read_export(folder).for_gpus()
     return {tower: prepare(exported.onnx(tower), folder / "tensorrt", settings) for tower in exported.files}
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,7 +50,7 @@ class Variant:
     about: dict[str, Any]
     """What its metadata say that the towers' do not."""
     build: Callable[[Mapping[str, np.ndarray]], tuple[onnx.ModelProto, Check]]
-    """Real inputs of both towers -> the graph, and its check on them."""
+    """Real inputs of both towers -> the graph, and its check on them, of a file in a folder that goes away."""
 
 
 def variants_from_export(folder: Path, settings: OnnxSettings, sets: Sequence[EvalSet]) -> dict[str, Path]:
@@ -79,25 +80,39 @@ def label_embeddings(exported: Exported, labels: Sequence[str], templates: Seque
 
 
 def _wanted(exported: Exported, settings: OnnxSettings) -> list[Variant]:
-    wanted = []
     labels = settings.labels
     if settings.labels_file is not None:
         labels = read_classes(settings.labels_file).names  # ImageNet's has names that are there twice
     elif labels is not None:
         check_labels(labels)
-    if labels is not None:
-        wanted.append(_classifier(exported, labels, read_templates(settings.templates)))
-    if settings.joint:
-        wanted.append(_joint(exported))
+    templates = read_templates(settings.templates) if labels is not None else ()
+    classes = cache(lambda: label_embeddings(exported, labels, templates))  # long for long lists, and used twice
+
+    def composed(source: Exported) -> list[Variant]:
+        made = [_classifier(source, labels, templates, classes)] if labels is not None else []
+        return [*made, _joint(source)] if settings.joint else made
+
+    wanted = composed(exported)
     if settings.fp16:
-        sources = {tower: _made_of(exported, tower) for tower in NAMES} | {one.name: one.about for one in wanted}
-        wanted += [_lowered(exported, name, about) for name, about in sources.items()]
+        source = exported.for_gpus()
+        wanted += [_lowered(source, one) for one in (*(_tower(source, tower) for tower in NAMES), *composed(source))]
     return wanted
 
 
-def _classifier(exported: Exported, labels: Sequence[str], templates: Sequence[str]) -> Variant:
+def _tower(exported: Exported, tower: str) -> Variant:
+    """Return a tower's own file, as what others are made from."""
+
+    def build(_: Mapping[str, np.ndarray]) -> tuple[onnx.ModelProto, Check]:
+        return onnx.load(exported.onnx(tower)), lambda _: {}
+
+    return Variant(tower, _made_of(exported, tower), build)
+
+
+def _classifier(
+    exported: Exported, labels: Sequence[str], templates: Sequence[str], embeddings: Callable[[], np.ndarray]
+) -> Variant:
     def build(inputs: Mapping[str, np.ndarray]) -> tuple[onnx.ModelProto, Check]:
-        classes, scale = label_embeddings(exported, labels, templates), exported.logit_scale
+        classes, scale = embeddings(), exported.logit_scale
         image = parity.all_outputs(exported.onnx("image"))
 
         def by_towers(case: parity.Feeds) -> dict[str, np.ndarray]:
@@ -134,25 +149,28 @@ def _joint(exported: Exported) -> Variant:
     return Variant("joint", _made_of(exported), build)
 
 
-def _lowered(exported: Exported, name: str, about: Mapping[str, Any]) -> Variant:
-    """Return a file of the folder in float16."""
+def _lowered(exported: Exported, one: Variant) -> Variant:
+    """Return a file in float16 of what a tower is, or of what is put together from towers."""
     precision = {"fp32": "fp16", "int8": "int8-fp16"}[exported.precision]
-    source = exported.folder / f"{name}.onnx"
 
     def build(inputs: Mapping[str, np.ndarray]) -> tuple[onnx.ModelProto, Check]:
+        full, _ = one.build(inputs)
+
         def check(path: Path) -> dict[str, float]:
-            if name in NAMES:  # one tower is lowered, and ranked with the other as it was
+            if one.name in NAMES:  # one tower is lowered, and ranked with the other as it was
                 towers = {tower: parity.runner(exported.onnx(tower)) for tower in NAMES}
-                found = {**towers, name: parity.runner(path, float16=True)}
+                found = {**towers, one.name: parity.runner(path, float16=True)}
                 return parity.compare(towers, found, inputs, precision, dict.fromkeys(NAMES, path.name))
-            run, cases = parity.all_outputs(path, float16=True), _cases(inputs, *TOWERS_OF[name])
+            source = path.with_name("full.onnx")
+            onnx.save(full, source)
+            run, cases = parity.all_outputs(path, float16=True), _cases(inputs, *TOWERS_OF[one.name])
             apart = math.sqrt(2 - 2 * parity.LIMITS[precision][0])  # unit vectors of the least cosine are
             limits = _limits(precision, exported.logit_scale) | {"image_embeds": apart, "text_embeds": apart}
             return parity.same_outputs(parity.all_outputs(source), run, cases, limits, path.name)
 
-        return lower(onnx.load(source), "fp16"), check
+        return lower(full, "fp16"), check
 
-    return Variant(f"{name}.{precision}", {**about, "tower": name, "precision": precision}, build)
+    return Variant(f"{one.name}.{precision}", {**one.about, "tower": one.name, "precision": precision}, build)
 
 
 def _cases(inputs: Mapping[str, np.ndarray], *towers: str) -> list[parity.Feeds]:

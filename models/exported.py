@@ -49,6 +49,8 @@ class Exported(BaseModel):
     parity: dict[str, Any] = {}
     """What the comparison with torch gave."""
     files: dict[Literal["image", "text"], OnnxFile] = Field(min_length=2)
+    explicit: dict[Literal["image", "text"], OnnxFile] = {}
+    """Towers whose INT8 has a second file, in the form TensorRT reads: symmetric, in front of products only."""
 
     @property
     def bytes(self) -> int:
@@ -58,6 +60,10 @@ class Exported(BaseModel):
     def onnx(self, tower: Literal["image", "text"]) -> Path:
         """Return where a tower's ONNX file is."""
         return self.folder / self.files[tower].file
+
+    def for_gpus(self) -> Exported:
+        """Return the same export with the files meant for GPUs."""
+        return self.model_copy(update={"files": {**self.files, **self.explicit}, "explicit": {}})
 
 
 def read_export(folder: str | Path) -> Exported:
@@ -74,8 +80,8 @@ def read_export(folder: str | Path) -> Exported:
         raise ArtifactError(f"{path}, {first_problem(error)}. Make it again: clipress export RUN") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} is not readable ({error}). Make it again: clipress export RUN") from None
-    for tower, file in exported.files.items():
-        onnx = exported.onnx(tower)
+    for file in (*exported.files.values(), *exported.explicit.values()):
+        onnx = exported.folder / file.file
         if not onnx.is_file():
             raise ArtifactError(f"{folder} has a {path.name} but no {file.file}. Make it again: clipress export RUN")
         found = sha256(onnx)

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from clipress.artifact import save_artifact
 from clipress.data.evalsets import evalsets
@@ -98,50 +98,3 @@ def test_same_first_place_counts_queries_both_ways():
     assert parity._same_first([eye, eye], [eye, eye], 1e-6) == 1.0
     assert parity._same_first([eye, eye], [eye, swapped], 1e-6) == 0.5  # two of four rows, two of four columns
     assert parity._same_first([eye, eye], [eye, swapped], 1.0) == 1.0  # scores this far apart count as equal
-
-
-def run(model, **feed):
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, feed)[0]
-
-
-def model_of(nodes, inputs, outputs, initializers):
-    graph = helper.make_graph(
-        nodes, "g", inputs, outputs, [numpy_helper.from_array(v, k) for k, v in initializers.items()]
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-
-
-def test_folding_weight_quantisers_changes_no_output_and_stores_int8():
-    rng = np.random.default_rng(0)
-    weight = rng.standard_normal((64, 32)).astype("f")
-    scale = (np.abs(weight).max(0) / 127).astype("f")
-    nodes = [
-        helper.make_node("QuantizeLinear", ["w", "s", "z"], ["q"], axis=1),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], axis=1),
-        helper.make_node("MatMul", ["x", "d"], ["y"]),
-    ]
-    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", d]) for n, d in (("x", 64), ("y", 32)))
-    model = model_of(nodes, [x], [y], {"w": weight, "s": scale, "z": np.zeros(32, np.int8)})
-    values = rng.standard_normal((5, 64)).astype("f")
-    before, size = run(model, x=values), len(model.SerializeToString())
-    to_onnx.fold_weight_quantizers(model)
-    onnx.checker.check_model(model)
-    np.testing.assert_array_equal(run(model, x=values), before)
-    assert len(model.SerializeToString()) < 0.4 * size
-    assert [node.op_type for node in model.graph.node] == ["DequantizeLinear", "MatMul"]
-
-
-def test_a_shrunk_embedding_is_off_by_at_most_half_a_step_per_row():
-    rng = np.random.default_rng(0)
-    table = (rng.standard_normal((2000, 16)) * rng.uniform(0.01, 10, (2000, 1))).astype("f")
-    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["b", 3])
-    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, ["b", 3, 16])
-    model = model_of([helper.make_node("Gather", ["table", "ids"], ["out"])], [ids], [out], {"table": table})
-    size = len(model.SerializeToString())
-    to_onnx.shrink_embedding(model)
-    onnx.checker.check_model(model)
-    chosen = rng.integers(0, 2000, (7, 3))
-    step = np.abs(table[chosen]).max(-1, keepdims=True) / 127
-    assert (np.abs(run(model, ids=chosen) - table[chosen]) <= 0.5001 * step).all()
-    assert len(model.SerializeToString()) < 0.4 * size
