@@ -74,6 +74,7 @@ class TritonServer:
         self._name = f"clipress-{os.getpid()}-{secrets.token_hex(4)}"
         self._key = secrets.token_hex(16)
         self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -136,6 +137,7 @@ class TritonServer:
             if time.monotonic() > deadline:
                 raise self._failure(f"it was not ready within {self.ready_within:g} s")
             time.sleep(0.05)
+        self._ready = True
 
     def _is_ready(self) -> bool:
         connection = http.client.HTTPConnection(self.http, timeout=5)  # knows nothing of proxies
@@ -159,7 +161,7 @@ class TritonServer:
         """End the server and its processes. Requests under way are answered first, for up to EXIT_SECONDS."""
         process, self._process = self._process, None
         try:
-            if process:
+            if process and self._ready:  # else there is nobody to be answered, and models that load are not left alone
                 process.terminate()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(EXIT_SECONDS + 5)
@@ -226,7 +228,7 @@ def _ports(host: str, asked: dict[str, int | None]) -> dict[str, int]:
             except OSError as error:
                 raise ServerError(
                     f"Triton was asked to listen on {host}:{port or 'any port'} ({kind}): {error.strerror}. "
-                    "Choose another port, or none to be given a free one."
+                    "Choose another one; without a port any free one is taken."
                 ) from None
         return {kind: taken.getsockname()[1] for kind, taken in held.items()}
     finally:
@@ -239,6 +241,7 @@ def _reasons(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     # E1121 14:50:34.772040 27063 model_lifecycle.cc:642] "failed to load 'x' version 1: ...\n\nAt: ..."
     errors = [match[1] for line in lines if (match := re.match(r"(?:E\d{4} .*?\] |error: )(.*)", line))]
+    errors = [error for error in errors if "CudaDriverHelper" not in error]  # said wherever there is no GPU
     if errors:
         return "Its log says: " + " ".join(dict.fromkeys(map(_short, errors)))
     return "Its log ends: " + "\n".join(["", *lines[-15:]])
