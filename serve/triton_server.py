@@ -75,6 +75,7 @@ class TritonServer:
         self._key = secrets.token_hex(16)
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -90,7 +91,8 @@ class TritonServer:
         a model cannot be loaded or time runs out; then nothing is left behind.
         """
         triton = self._triton or find_triton()
-        self._folder = tempfile.TemporaryDirectory(prefix="clipress-triton-")
+        if self._log is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="clipress-triton-")
         self.log = self._log or Path(self._folder.name, "server.log")
         try:
             ports = _ports(self.host, self._asked)
@@ -172,7 +174,8 @@ class TritonServer:
                 process.wait()
             for left in SHARED_MEMORY.glob(f"{self._name}-*"):
                 left.unlink(missing_ok=True)
-            self._folder.cleanup()
+            if self._folder:
+                self._folder.cleanup()
 
     def load(self, model: str) -> None:
         """Load a model as it is on disk now: versions that came are loaded, versions that went are not served any more.
