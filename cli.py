@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
+PORT = click.IntRange(1, 65535)
 
 
 class Commands(click.Group):
@@ -359,12 +360,32 @@ def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, dur
     "--backend", "backends", multiple=True, help="onnxruntime or python; may be given twice.  [default: the recipe's]"
 )
 @click.option("--max-batch", type=click.IntRange(1), help="Largest batch the server makes.  [default: the recipe's]")
-def serve(run: Path, stage: str | None, backends: tuple[str, ...], max_batch: int | None) -> None:
-    """Write Triton model repositories from an artefact of a run."""
+@click.option("--run", "start", is_flag=True, help="Then start Triton on the one of the python backend, until Ctrl-C.")
+@click.option("--host", help="Interface that the server listens on.  [default: 127.0.0.1]")
+@click.option("--http-port", type=PORT, help="[default: any free one]")
+@click.option("--grpc-port", type=PORT, help="[default: any free one]")
+@click.option("--metrics-port", type=PORT, help="[default: any free one]")
+def serve(
+    run: Path, stage: str | None, backends: tuple[str, ...], max_batch: int | None, start: bool, **listen: Any
+) -> None:
+    """Write Triton model repositories from an artefact of a run, and with --run serve it here.
+
+    The server is the `tritonserver` on PATH; where there is none, one is fetched once, some 60 MB.
+    """
+    if not start and _given(**listen):
+        raise RecipeError("--host and the ports are about a server that runs: add --run.")
     plan = _plan_of(run)
     name = _chosen(plan, stage)
     _export(run, plan, [name])
-    _serve(run, plan, name, backends or None, max_batch)
+    repositories = _serve(run, plan, name, backends or None, max_batch)
+    if start:
+        from clipress.serve.triton_server import serve_until_stopped
+
+        if "python" not in repositories:
+            raise RecipeError(
+                f"--run serves the python backend; found {', '.join(repositories)}: add --backend python."
+            )
+        serve_until_stopped(repositories["python"], click.echo, **_given(**listen))
 
 
 @main.command()
@@ -850,15 +871,20 @@ def _bench(
     return results
 
 
-def _serve(run: Path, plan: Plan, stage: str, backends: tuple[str, ...] | None, max_batch: int | None) -> None:
+def _serve(
+    run: Path, plan: Plan, stage: str, backends: tuple[str, ...] | None, max_batch: int | None
+) -> dict[str, Path]:
+    """Write the repositories; return each one's folder by its backend."""
     from clipress.recipe import checked
     from clipress.serve.settings import ServeSettings
     from clipress.serve.triton_repo import triton_repo_from_export
 
     raw = {**plan.recipe.serve, **_given(backend=backends, max_batch=max_batch)}
     settings = checked(ServeSettings, raw, "serve")
-    for repository in triton_repo_from_export(_exported(run, stage), run / "triton", settings):
+    repositories = triton_repo_from_export(_exported(run, stage), run / "triton", settings)
+    for repository in repositories:
         click.echo(f"Triton model repository of {stage}: {repository}")
+    return {repository.name: repository for repository in repositories}
 
 
 if __name__ == "__main__":

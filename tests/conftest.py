@@ -11,6 +11,9 @@ import pytest
 from click.testing import Result
 from helpers import RECIPE, clipress, write_recipe
 
+from clipress.errors import BackendMissing
+from clipress.serve.triton_home import Triton, find_triton
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads that wait for one another only cost time
 
 
@@ -20,6 +23,17 @@ def cache_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def triton(pytestconfig, cache_folder) -> Triton:
+    """A real Triton; what the tests start finds it too. It is fetched once and kept for the next time."""
+    kept = os.environ.get("CLIPRESS_TEST_TRITON") or pytestconfig.cache.mkdir("triton")
+    Path(os.environ["CLIPRESS_CACHE"], "triton").symlink_to(Path(kept).absolute())
+    try:
+        return find_triton()
+    except BackendMissing as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """A user's mistakes at the command line: one message, exit code 2, no traceback, nothing lost."""
 
+import shutil
+
 import pytest
 from helpers import clipress, write_recipe
 from PIL import Image
@@ -44,8 +46,6 @@ def test_a_recipe_that_is_not_there(tmp_path):
 
 
 def test_a_missing_or_truncated_teacher(recipe, tmp_path, tiny_run):
-    import shutil
-
     recipe["teacher"] = {"artifact": str(tmp_path / "teacher")}
     path = write_recipe(recipe, tmp_path)
     told(clipress("compress", path, "--out", tmp_path / "run"), "clipress.json")
@@ -96,17 +96,25 @@ def test_a_stage_the_run_does_not_have(tiny_run):
     told(clipress("serve", tiny_run[0], "--stage", "prunned"), "Did you mean 'pruned'")
 
 
-def test_a_model_that_is_not_exported_yet(tiny_run, tmp_path):
-    import shutil
+def test_a_port_for_a_server_that_is_not_started(tiny_run):
+    told(clipress("serve", tiny_run[0], "--http-port", 8000), "add --run")
 
+
+def test_a_server_without_the_backend_it_runs(tiny_run, tmp_path):
+    shutil.copytree(tiny_run[0], tmp_path / "run")
+    told(
+        clipress("serve", tmp_path / "run", "--backend", "onnxruntime", "--run"),
+        "found onnxruntime: add --backend python",
+    )
+
+
+def test_a_model_that_is_not_exported_yet(tiny_run, tmp_path):
     shutil.copytree(tiny_run[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "export")
     told(clipress("predict", tmp_path / "run", "x.png", "--labels", "a,b"), "clipress export")
 
 
 def test_an_export_with_a_damaged_file_is_not_served(tiny_run, tmp_path):
-    import shutil
-
     shutil.copytree(tiny_run[0], tmp_path / "run")
     path = tmp_path / "run" / "export" / "int8" / "image.onnx"
     path.write_bytes(path.read_bytes()[:-50])

@@ -1,0 +1,298 @@
+"""A Triton server on a model repository: started, awaited, told what to load, stopped with nothing left behind."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipress.errors import ServerError
+from clipress.serve.triton_home import Triton, find_triton
+
+if TYPE_CHECKING:
+    from tritonclient.grpc import InferenceServerClient
+
+LOOPBACK = "127.0.0.1"
+EXIT_SECONDS = 10  # the server waits as long for requests that are under way, and for clients that stay connected
+CACHE_BYTES = 16 << 20
+SHARED_MEMORY = Path("/dev/shm")
+# Through these a client could have the server run a file of its choice, or read this machine's memory.
+CLOSED = "model-repository,shared-memory,trace,logging"
+# Becomes the server; SIGTERM comes to it when clipress has died, however that happened.
+TIED = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class TritonServer:
+    """Triton on one repository folder, with all its models loaded. A context manager: inside, it is ready.
+
+    Only this object loads and unloads models; to other clients that part of the server is closed. The server ends with
+    the thread that started it.
+
+    Args:
+        repository: folder of models; it is only read.
+        host: interface to listen on; others than the loopback one only by asking.
+        http_port, grpc_port, metrics_port: None: any free one.
+        log: file the server writes to; None: one that is gone when it has stopped.
+        ready_within: seconds until all models must be loaded and warmed up.
+        triton: the server to start; None: `find_triton()`.
+
+    Attributes:
+        http, grpc, metrics: where it is asked, as host:port. Metrics are at /metrics.
+    """
+
+    def __init__(
+        self,
+        repository: str | Path,
+        *,
+        host: str = LOOPBACK,
+        http_port: int | None = None,
+        grpc_port: int | None = None,
+        metrics_port: int | None = None,
+        log: Path | None = None,
+        ready_within: float = 120,
+        triton: Triton | None = None,
+    ) -> None:
+        self.repository, self.host, self.ready_within = Path(repository), host, ready_within
+        self._asked = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+        self._log, self._triton = log, triton
+        self._name = f"clipress-{os.getpid()}-{secrets.token_hex(4)}"
+        self._key = secrets.token_hex(16)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> TritonServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the server and wait until every model is ready.
+
+        Raises BackendMissing where there is no Triton, and ServerError, with what its log says, where a port is taken,
+        a model cannot be loaded or time runs out; then nothing is left behind.
+        """
+        triton = self._triton or find_triton()
+        if self._log is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="clipress-triton-")
+        self.log = self._log or Path(self._folder.name, "server.log")
+        try:
+            ports = _ports(self.host, self._asked)
+            reached = LOOPBACK if self.host == "0.0.0.0" else self.host
+            self.http, self.grpc, self.metrics = (f"{reached}:{port}" for port in ports.values())
+            self._launch(triton, ports)
+            self._await_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _launch(self, triton: Triton, ports: dict[str, int]) -> None:
+        command = [
+            *(sys.executable, "-I", "-S", "-c", TIED, str(os.getpid()), str(triton.binary)),
+            f"--model-repository={self.repository.absolute()}",
+            *triton.options,
+            "--model-control-mode=explicit",
+            "--load-model=*",
+            "--strict-readiness=true",
+            f"--cache-config=local,size={CACHE_BYTES}",
+            f"--backend-config=python,shm-region-prefix-name={self._name}-",
+            f"--exit-timeout-secs={EXIT_SECONDS}",
+            f"--http-restricted-api={CLOSED}:clipress={self._key}",
+            f"--grpc-restricted-protocol={CLOSED}:clipress={self._key}",
+            *(f"--{kind}-address={self.host}" for kind in ports),
+            *(f"--{kind}-port={port}" for kind, port in ports.items()),
+        ]
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **triton.environment},
+                start_new_session=True,  # Ctrl-C is for clipress; and its processes can be ended as a group
+            )
+
+    def _await_ready(self) -> None:
+        deadline = time.monotonic() + self.ready_within
+        while not self._is_ready():
+            if self._process.poll() is not None:
+                raise self._failure(f"it ended with exit code {self._process.returncode} before it was ready")
+            if time.monotonic() > deadline:
+                raise self._failure(f"it was not ready within {self.ready_within:g} s")
+            time.sleep(0.05)
+        self._ready = True
+
+    def _is_ready(self) -> bool:
+        connection = http.client.HTTPConnection(self.http, timeout=5)  # knows nothing of proxies
+        try:
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _failure(self, found: str) -> ServerError:
+        return ServerError(f"Triton was asked to serve {self.repository}; {found}. {_reasons(self.log)}")
+
+    def wait(self) -> None:
+        """Wait for as long as the server lives. Raises ServerError when it ends by itself."""
+        code = self._process.wait()
+        raise self._failure(f"it ended by itself, with exit code {code}")
+
+    def stop(self) -> None:
+        """End the server and its processes. Requests under way are answered first, for up to EXIT_SECONDS."""
+        process, self._process = self._process, None
+        try:
+            if process and self._ready:  # else there is nobody to be answered, and models that load are not left alone
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(EXIT_SECONDS + 5)
+        finally:
+            if process:
+                with suppress(ProcessLookupError):  # models run in processes of their own
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            for left in SHARED_MEMORY.glob(f"{self._name}-*"):
+                left.unlink(missing_ok=True)
+            if self._folder:
+                self._folder.cleanup()
+
+    def load(self, model: str) -> None:
+        """Load a model as it is on disk now: versions that came are loaded, versions that went are not served any more.
+
+        A model that is loaded keeps answering until the new one is ready. Raises ServerError when it cannot be loaded.
+        """
+        with self._control(f"load {model}") as client:
+            client.load_model(model, headers=self._headers)
+
+    def unload(self, model: str) -> None:
+        """Unload a model, and wait until it is gone; one that is not loaded is no error. Raises ServerError."""
+        with self._control(f"unload {model}") as client:
+            client.unload_model(model, headers=self._headers)
+            deadline = time.monotonic() + self.ready_within
+            while self._states(client, model) & {"READY", "UNLOADING"}:
+                if time.monotonic() > deadline:
+                    raise ServerError(
+                        f"Triton was asked to unload {model}, and has not within {self.ready_within:g} s."
+                    )
+                time.sleep(0.02)
+
+    def _states(self, client: InferenceServerClient, model: str) -> set[str]:
+        return {one.state for one in client.get_model_repository_index(self._headers).models if one.name == model}
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"triton-grpc-protocol-clipress": self._key}
+
+    @contextmanager
+    def _control(self, asked: str) -> Iterator[InferenceServerClient]:
+        from tritonclient.grpc import InferenceServerClient
+        from tritonclient.utils import InferenceServerException
+
+        client: Any = InferenceServerClient(self.grpc, channel_args=[("grpc.enable_http_proxy", 0)])
+        try:
+            yield client
+        except InferenceServerException as error:
+            raise ServerError(f"Triton was asked to {asked}; it answered: {_short(error.message())}") from None
+        finally:
+            client.close()
+
+
+def _ports(host: str, asked: dict[str, int | None]) -> dict[str, int]:
+    """Return a free port for each kind. All are held until all are known, so that none is given twice."""
+    held: dict[str, socket.socket] = {}
+    try:
+        for kind, port in asked.items():
+            held[kind] = socket.socket()
+            # as servers do: connections of the last one may linger
+            held[kind].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                held[kind].bind((host, port or 0))
+            except OSError as error:
+                raise ServerError(
+                    f"Triton was asked to listen on {host}:{port or 'any port'} ({kind}): {error.strerror}. "
+                    "Choose another one; without a port any free one is taken."
+                ) from None
+        return {kind: taken.getsockname()[1] for kind, taken in held.items()}
+    finally:
+        for taken in held.values():
+            taken.close()
+
+
+def _reasons(log: Path) -> str:
+    """Return what the log calls an error, else its last lines."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    # E1121 14:50:34.772040 27063 model_lifecycle.cc:642] "failed to load 'x' version 1: ...\n\nAt: ..."
+    errors = [match[1] for line in lines if (match := re.match(r"(?:E\d{4} .*?\] |error: )(.*)", line))]
+    errors = [error for error in errors if "CudaDriverHelper" not in error]  # said wherever there is no GPU
+    if errors:
+        return "Its log says: " + " ".join(dict.fromkeys(map(_short, errors)))
+    return "Its log ends: " + "\n".join(["", *lines[-15:]])
+
+
+def _short(text: str) -> str:
+    """Leave out where in Triton's own files an error of a model was raised."""
+    return re.split(r"\n|\\n", text.strip().strip('"'))[0].rstrip(".")[:500] + "."
+
+
+def serve_until_stopped(
+    repository: Path,
+    tell: Callable[[str], None],
+    host: str = LOOPBACK,
+    http_port: int | None = None,
+    grpc_port: int | None = None,
+    metrics_port: int | None = None,
+) -> None:
+    """Serve a repository, tell where, and go on until Ctrl-C or SIGTERM, which end it without an error.
+
+    The log is server.log beside the repository. To be called from the main thread. Raises what `find_triton`,
+    `TritonServer.start` and `TritonServer.wait` raise.
+    """
+    with suppress(KeyboardInterrupt), _both_interrupt():
+        server = TritonServer(
+            repository,
+            host=host,
+            http_port=http_port,
+            grpc_port=grpc_port,
+            metrics_port=metrics_port,
+            log=repository.with_name("server.log"),
+            triton=find_triton(tell),
+        )
+        with server:
+            tell(f"HTTP     http://{server.http}\ngRPC     {server.grpc}\nMetrics  http://{server.metrics}/metrics")
+            if host not in (LOOPBACK, "localhost"):
+                tell(f"Whoever reaches {host} can ask it: nothing is encrypted, and there is no password.")
+            tell(f"What a model takes: curl -s http://{server.http}/v2/models/image_encoder/config")
+            tell(f"How to ask it: {repository / 'README.md'}. Log: {server.log}. Ready; Ctrl-C stops it.")
+            server.wait()
+
+
+@contextmanager
+def _both_interrupt() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does. A shell that starts a job in the background has it ignore Ctrl-C; not here."""
+    known = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in known.items():
+            signal.signal(number, handler)
