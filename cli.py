@@ -649,6 +649,8 @@ def show(artifact: Path) -> None:
         if header.get(key):
             held = header[key].get("weights") or header[key].get("modules")
             click.echo(f"{key}: {header[key].get('pattern') or header[key].get('dtype')} on {len(held)} layers")
+            for name, reason in header[key].get("skipped", {}).items():
+                click.echo(f"  {name} stays dense: {reason}")
     for record in header["lineage"]:
         click.echo(f"stage {record['stage']} ({record.get('kind', 'start')}) {record['hash']}")
     for key, value in header["metrics"].get("accuracy", {}).items():
