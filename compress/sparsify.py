@@ -21,7 +21,7 @@ from clipress.compress.losses import Losses, terms_from
 from clipress.compress.train import train
 from clipress.models.load import Clip
 
-PROJECTIONS = ("visual.proj", "text_projection")  # products that open_clip's transformers keep as parameters
+PROJECTIONS = ("proj", "text_projection")  # matrices that open_clip's transformers keep as parameters
 
 
 class Sparsify(Training):
@@ -68,13 +68,12 @@ class Zeros(NamedTuple):
     skipped: dict[str, str]
     """Every other Linear, Conv or bare projection, and why it was left dense."""
     by_magnitude: list[str]
-    """Of `weights`, those whose zeros SparseGPT did not choose."""
+    """Where SparseGPT was asked for: those of `weights` that went by magnitude all the same."""
 
 
 def told(zeros: Zeros) -> list[str]:
     """Return in lines what holds the pattern, and each layer that does not, with its reason."""
-    magnitude = len(zeros.by_magnitude)
-    by = f", {magnitude} of them by magnitude" if 0 < magnitude < len(zeros.weights) else ""
+    by = f", {len(zeros.by_magnitude)} of them by magnitude" if zeros.by_magnitude else ""
     left = [f"{name} stays dense: {reason}" for name, reason in zeros.skipped.items()]
     return [f"2:4 in {len(zeros.weights)} weights{by}", *left]
 
@@ -90,12 +89,12 @@ def zero_two_of_four(model: nn.Module, show: Callable[[nn.Module], None] | None 
 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     held = {name: m.weight.detach().clone() for name, m in layers.items() if not m.weight.requires_grad}
+    unseen: list[str] = []
     with redirect_stdout(io.StringIO()):  # it names every layer aloud
         if show:
             unseen = sparsegpt.sparsify(model, show)
         else:
             mts.sparsify(model, "sparse_magnitude")
-            unseen = list(layers)
         mts.export(model)
     # modelopt's record of what it did would travel with the model; the zeros are record enough
     if hasattr(model, "_modelopt_state"):
@@ -111,11 +110,9 @@ def zero_two_of_four(model: nn.Module, show: Callable[[nn.Module], None] | None 
         else:
             rows, columns = layer.weight.shape[:2]
             skipped[name] = f"{rows} x {columns}: 2:4 needs a multiple of 8 x a multiple of 16"
-    for name in PROJECTIONS:
-        if name in dict(model.named_parameters()):
-            skipped[name] = "a bare matrix, and only layers are made 2:4"
-    by_magnitude = [f"{name}.weight" for name in unseen if f"{name}.weight" in names]
-    return Zeros(names, skipped, by_magnitude)
+    bare = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] in PROJECTIONS]
+    skipped |= dict.fromkeys(bare, "a bare matrix, and only layers are made 2:4")
+    return Zeros(names, skipped, [f"{name}.weight" for name in unseen if f"{name}.weight" in names])
 
 
 def is_two_of_four(weight: Tensor) -> bool:
