@@ -27,7 +27,7 @@ from clipress.artifact import Artifact, load_artifact, read_header, sha256, writ
 from clipress.data.evalsets import EvalSet
 from clipress.errors import ArtifactError, ExportError
 from clipress.export import metadata, parity
-from clipress.export.settings import OnnxSettings
+from clipress.export.settings import DYNAMO_OPSET, OnnxSettings
 from clipress.models import anatomy
 from clipress.models.exported import read_export
 from clipress.models.load import Clip, clip_from_artifact
@@ -121,7 +121,7 @@ def sample(clip: Clip, tower: str, batch: int) -> Tensor:
 def _export(clip: Clip, tower: str, path: Path, settings: OnnxSettings) -> str:
     """Write one tower; returns the exporter that did it."""
     choice = settings.exporter
-    if clip.quantization:  # dynamo cannot trace modelopt's quantisers
+    if clip.quantization or settings.opset < DYNAMO_OPSET:  # dynamo cannot trace modelopt's quantisers
         choice = "torchscript"
     module, inputs = Tower(clip.model, tower).eval(), sample(clip, tower, 2)  # a batch of 1 would become a constant
     if choice in ("auto", "dynamo"):
