@@ -62,6 +62,7 @@ SET_OPTION = click.option(
 )
 OUT_OPTION = click.option("--out", type=FOLDER, help="Run folder.  [default: runs/<name of the recipe>]")
 RUN_ARGUMENT = click.argument("run", type=FOLDER)
+LABELS = ("labels", "labels_file")
 TEMPLATES = "Prompt with {} for the name, `openai` or `simple`; may be given several times."
 STAGE_OPTION = click.option("--stage", help="Name of the artefact.  [default: the last one]")
 
@@ -83,8 +84,10 @@ def run(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
     _export(folder, plan, plan.artifacts)
     _engines(folder, plan, plan.artifacts)
     _bench_run(folder, plan)
-    _serve(folder, plan, plan.artifacts[-1], None, None)
-    click.echo(f"Try it: clipress predict {folder} IMAGE --labels NAME,NAME")
+    served = _served(folder, plan)
+    _serve(folder, plan, served, None, None)
+    other = "" if served == plan.artifacts[-1] else f" --stage {served}"
+    click.echo(f"Try it: clipress predict {folder} IMAGE --labels NAME,NAME{other}")
 
 
 @main.command()
@@ -178,7 +181,10 @@ def export(
         return
     plan = _plan_of(run)
     names = [_chosen(plan, stage) for stage in stages] or plan.artifacts
-    _export(run, plan, names, **_label_settings(labels, labels_file, templates))
+    asked = _label_settings(labels, labels_file, templates)
+    if templates and not any((plan.recipe.export.get("onnx") or {}).get(key) or asked.get(key) for key in LABELS):
+        raise RecipeError("--template is about the prompts of a classifier's labels: add --labels or --labels-file.")
+    _export(run, plan, names, **asked)
     _engines(run, plan, names, tensorrt, precision)
 
 
@@ -354,7 +360,7 @@ def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, dur
 
 @main.command()
 @RUN_ARGUMENT
-@STAGE_OPTION
+@click.option("--stage", help="Name of the artefact.  [default: what bench keeps of the last one]")
 @click.option(
     "--backend", "backends", multiple=True, help="onnxruntime or python; may be given twice.  [default: the recipe's]"
 )
@@ -362,7 +368,7 @@ def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, dur
 def serve(run: Path, stage: str | None, backends: tuple[str, ...], max_batch: int | None) -> None:
     """Write Triton model repositories from an artefact of a run."""
     plan = _plan_of(run)
-    name = _chosen(plan, stage)
+    name = _chosen(plan, stage) if stage else _served(run, plan)
     _export(run, plan, [name])
     _serve(run, plan, name, backends or None, max_batch)
 
@@ -847,6 +853,17 @@ def _bench(
     click.echo(table(results))
     click.echo(f"Figures: {written}   Page to open in a browser: {page}")
     return results
+
+
+def _served(run: Path, plan: Plan) -> str:
+    """Return the artefact to serve where none is named: the last one, or what bench says to keep in its place."""
+    from clipress.bench.verdict import read_kept
+
+    last, results = plan.artifacts[-1], run / "bench" / "results.json"
+    kept = read_kept(results, run, last) or last
+    if kept != last:
+        click.echo(f"{kept} is served and not {last}, as {results} says. Override: clipress serve {run} --stage {last}")
+    return kept
 
 
 def _serve(run: Path, plan: Plan, stage: str, backends: tuple[str, ...] | None, max_batch: int | None) -> None:

@@ -11,6 +11,7 @@ from clipress.recipe import Section
 
 DYNAMO_OPSET = 18  # the least it has; asked for less, it writes this one and only logs that
 
+
 class OnnxSettings(Section):
     """How ONNX files are made."""
 

@@ -246,3 +246,33 @@ def test_either_all_teachers_are_cached_or_none(tiny_run, tmp_path):
     recipe = {"name": "mixed", "teacher": teachers, "data": DATA, "stages": [{"distill": {"steps": 1}}]}
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 2 and "every teacher has a 'cache' or none" in result.output
+
+
+def test_serve_takes_what_bench_kept_and_says_so_and_a_named_stage_comes_first(tiny_run, tmp_path):
+    import shutil
+
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    path = run / "bench" / "results.json"
+    results = json.loads(path.read_text())
+    (measured,) = results["kept"]
+    assert (measured["backend"], measured["of"]) == ("onnxruntime", "int8") and measured["artifact"] in STAGES
+    assert measured["text"] in " ".join(tiny_run[1].output.split())
+    for keeps, asked, served, said in (
+        (
+            "sparse",
+            (),
+            "sparse",
+            f"sparse is served and not int8, as {path} says. Override: clipress serve {run} --stage",
+        ),
+        ("sparse", ("--stage", "int8"), "int8", ""),
+        ("int8", (), "int8", ""),
+    ):
+        kept = measured | {"artifact": keeps, "hash": read_header(run / keeps)["lineage"][-1]["hash"]}
+        path.write_text(json.dumps(results | {"kept": [kept]}))
+        result = clipress("serve", run, *asked)
+        assert result.exit_code == 0, result.output
+        assert said in result.output and (" is served and not " in result.output) == bool(said)
+        assert f"Triton model repository of {served}:" in result.output
+        assert f"stage {served} (" in (run / "triton" / "onnxruntime" / "README.md").read_text()
+    path.unlink()
+    assert "Triton model repository of int8:" in clipress("serve", run).output  # nothing was measured: the last one

@@ -86,7 +86,11 @@ def test_convolutions_go_by_magnitude_along_their_input_channels():
     dense = model[0].weight.detach().clone()
     zeros = zero_two_of_four(model, lambda m: m(x))
     left = model[0].weight.detach()
-    assert zeros.weights == zeros.by_magnitude == ["0.weight"] and is_two_of_four(left) and torch.equal(left, dense * (left != 0))
+    assert (
+        zeros.weights == zeros.by_magnitude == ["0.weight"]
+        and is_two_of_four(left)
+        and torch.equal(left, dense * (left != 0))
+    )
 
 
 def test_inputs_with_more_axes_than_tokens_are_seen_whole():

@@ -34,7 +34,9 @@ ARCHITECTURES = {"vit": tiny_architecture(layers=1), "resnet": RESNET}
 THROUGH = ("QuantizeLinear", "DequantizeLinear", "Cast")
 
 
-@pytest.fixture(scope="module", params=[("vit", "magnitude"), ("vit", "sparsegpt"), ("resnet", "magnitude")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[("vit", "magnitude"), ("vit", "sparsegpt"), ("resnet", "magnitude")], ids="-".join
+)
 def run(request, tmp_path_factory):
     """A model made 2:4, fine-tuned, saved, loaded, made INT8 with training, saved; both exported as they were saved."""
     (name, method), folder = request.param, tmp_path_factory.mktemp("run")
@@ -105,7 +107,9 @@ def test_two_of_each_four_weights_in_the_files_are_zero(exported):
 
 def test_convolutions_hold_the_pattern_along_their_input_channels_and_no_other_axis(run):
     model = onnx.load(run / "export" / "sparse" / "image.onnx")
-    convs = [w for _, w, axis in products(model) if w.ndim == 4 and axis == 1 and w.shape[1] % 16 == 0 == w.shape[0] % 8]
+    convs = [
+        w for _, w, axis in products(model) if w.ndim == 4 and axis == 1 and w.shape[1] % 16 == 0 == w.shape[0] % 8
+    ]
     if not convs:
         pytest.skip("the patch embedding has three input channels")
     for weight in convs:
