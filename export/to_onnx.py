@@ -52,9 +52,15 @@ class Tower(nn.Module):
 def onnx_from_artifact(folder: Path, target: Path, settings: OnnxSettings, sets: Sequence[EvalSet]) -> dict[str, Any]:
     """Export an artefact's towers, check them against torch on real samples, and only then put them in place.
 
-    Returns what export.json holds. Raises ExportError when the files do not agree with the model.
+    Returns what export.json holds. Raises ExportError when the files do not agree with the model, or it has NaN weights.
     """
     artifact = load_artifact(folder)
+    if broken := [name for name, weight in artifact.weights.items() if weight.isnan().any()]:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise ExportError(
+            f"{folder} has weights that are not numbers (NaN): {broken[0]}{more}. Nothing was written. The training that "
+            "made it went wrong: look at its log, make it again."
+        )
     clip = clip_from_artifact(artifact)
     described: dict[str, Any] = {}
 
