@@ -63,6 +63,7 @@ SET_OPTION = click.option(
 )
 OUT_OPTION = click.option("--out", type=FOLDER, help="Run folder.  [default: runs/<name of the recipe>]")
 RUN_ARGUMENT = click.argument("run", type=FOLDER)
+LABELS = ("labels", "labels_file")
 TEMPLATES = "Prompt with {} for the name, `openai` or `simple`; may be given several times."
 STAGE_OPTION = click.option("--stage", help="Name of the artefact.  [default: the last one]")
 
@@ -84,8 +85,10 @@ def run(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
     _export(folder, plan, plan.artifacts)
     _engines(folder, plan, plan.artifacts)
     _bench_run(folder, plan)
-    _serve(folder, plan, plan.artifacts[-1], None, None)
-    click.echo(f"Try it: clipress predict {folder} IMAGE --labels NAME,NAME")
+    served = _served(folder, plan)
+    _serve(folder, plan, served, None, None)
+    other = "" if served == plan.artifacts[-1] else f" --stage {served}"
+    click.echo(f"Try it: clipress predict {folder} IMAGE --labels NAME,NAME{other}")
 
 
 @main.command()
@@ -179,7 +182,10 @@ def export(
         return
     plan = _plan_of(run)
     names = [_chosen(plan, stage) for stage in stages] or plan.artifacts
-    _export(run, plan, names, **_label_settings(labels, labels_file, templates))
+    asked = _label_settings(labels, labels_file, templates)
+    if templates and not any((plan.recipe.export.get("onnx") or {}).get(key) or asked.get(key) for key in LABELS):
+        raise RecipeError("--template is about the prompts of a classifier's labels: add --labels or --labels-file.")
+    _export(run, plan, names, **asked)
     _engines(run, plan, names, tensorrt, precision)
 
 
@@ -355,7 +361,7 @@ def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, dur
 
 @main.command()
 @RUN_ARGUMENT
-@STAGE_OPTION
+@click.option("--stage", help="Name of the artefact.  [default: what bench keeps of the last one]")
 @click.option(
     "--backend", "backends", multiple=True, help="onnxruntime or python; may be given twice.  [default: the recipe's]"
 )
@@ -375,7 +381,7 @@ def serve(
     if not start and _given(**listen):
         raise RecipeError("--host and the ports are about a server that runs: add --run.")
     plan = _plan_of(run)
-    name = _chosen(plan, stage)
+    name = _chosen(plan, stage) if stage else _served(run, plan)
     _export(run, plan, [name])
     repositories = _serve(run, plan, name, backends or None, max_batch)
     if start:
@@ -670,6 +676,8 @@ def show(artifact: Path) -> None:
         if header.get(key):
             held = header[key].get("weights") or header[key].get("modules")
             click.echo(f"{key}: {header[key].get('pattern') or header[key].get('dtype')} on {len(held)} layers")
+            for name, reason in header[key].get("skipped", {}).items():
+                click.echo(f"  {name} stays dense: {reason}")
     for record in header["lineage"]:
         click.echo(f"stage {record['stage']} ({record.get('kind', 'start')}) {record['hash']}")
     for key, value in header["metrics"].get("accuracy", {}).items():
@@ -869,6 +877,17 @@ def _bench(
     click.echo(table(results))
     click.echo(f"Figures: {written}   Page to open in a browser: {page}")
     return results
+
+
+def _served(run: Path, plan: Plan) -> str:
+    """Return the artefact to serve where none is named: the last one, or what bench says to keep in its place."""
+    from clipress.bench.verdict import read_kept
+
+    last, results = plan.artifacts[-1], run / "bench" / "results.json"
+    kept = read_kept(results, run, last) or last
+    if kept != last:
+        click.echo(f"{kept} is served and not {last}, as {results} says. Override: clipress serve {run} --stage {last}")
+    return kept
 
 
 def _serve(

@@ -89,7 +89,7 @@ def table(results: dict[str, Any]) -> str:
         notes.append(f"Left out for width: {', '.join(left_out)}.")
     if not any(column.head == "i->t" for column in columns):
         del notes[1]
-    notes += [verdict["text"] for verdict in results.get("verdicts", ())]
+    notes += [one["text"] for kind in ("verdicts", "kept") for one in results.get(kind, ())]
     return "\n".join([*_lines(columns), "", *(line for note in notes for line in textwrap.wrap(note, WIDTH))])
 
 

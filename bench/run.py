@@ -28,7 +28,7 @@ from clipress.bench.latency import ROUNDS, TURN_MS, Timings, measure_in_turns, s
 from clipress.bench.profile import profile
 from clipress.bench.runners import Runner, input_shape, noise, open_runner
 from clipress.bench.settings import BenchSettings
-from clipress.bench.verdict import interval, verdicts
+from clipress.bench.verdict import interval, kept, verdicts
 from clipress.data.evalsets import EvalSet
 from clipress.errors import ArtifactError
 from clipress.metrics.outcomes import percents, standard_errors
@@ -96,11 +96,13 @@ def bench(
     def ratio(origin: str, other: str, case: Case) -> Ratio:
         return speed_up(timings[case][origin], timings[case][other])
 
+    told = verdicts(rows, cases, ratio, settings.max_loss)
     return {
         "schema_version": SCHEMA_VERSION,
         "conditions": about | conditions(settings, sets, cpus, [row["device"] for row in rows]),
         "rows": rows,
-        "verdicts": verdicts(rows, cases, ratio),
+        "verdicts": told,
+        "kept": kept(rows, told),
     }
 
 

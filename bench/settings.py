@@ -27,6 +27,8 @@ class BenchSettings(Section):
     """Milliseconds each model runs at least, per tower and batch."""
     iterations: int = Field(10, ge=1)
     """Queries each model answers at least, per tower and batch."""
+    max_loss: float = Field(1.0, ge=0)
+    """Points of top-1 or R@1 on any set that an INT8 or 2:4 model may lose and still be kept for being faster."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the torch runners; bf16 needs a GPU."""
     two_four: bool = False

@@ -2,26 +2,35 @@
 
 A stage is compared with the one it was made from, in the same rounds. Faster means: the 95 % interval lies above 1 and the
 ratio is at least 1.02: less is not worth an artefact, and where sessions could not be opened anew it may be luck (latency.py).
+One that is faster is kept if no set loses more than `bench.max_loss` points by it.
+
+results.json records what is kept, and `clipress serve` takes it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from clipress.artifact import read_header
 from clipress.bench.compare import LEAST_ROUNDS, Ratio
+from clipress.errors import ArtifactError
 
 METHODS = {"quantize": "INT8", "sparsify": "2:4"}
 MATTERS, UNDECIDED = 1.02, 1.10
+FIGURES = ("/top1", "/text_r1", "/image_r1")  # of a set's accuracy, that a loss is looked for in
 Case = tuple[str, int]
 
 
 def verdicts(
-    rows: Sequence[dict[str, Any]], cases: Sequence[Case], ratio: Callable[[str, str, Case], Ratio]
+    rows: Sequence[dict[str, Any]], cases: Sequence[Case], ratio: Callable[[str, str, Case], Ratio], max_loss: float
 ) -> list[dict[str, Any]]:
     """Return a verdict per INT8 or 2:4 row whose origin was measured too.
 
     ratio: (origin, row, case) -> how many times as fast the row is. The last case of the image tower decides.
+    max_loss: points of accuracy that what is kept may cost; nothing is known of it where no accuracy was measured.
     """
     told = []
     for row in rows:
@@ -29,8 +38,51 @@ def verdicts(
         if origin is None or not cases:
             continue
         ratios = {case: ratio(origin["stage"], row["stage"], case) for case in cases}
-        told.append(_verdict(row, origin, ratios))
+        told.append(_verdict(row, origin, ratios, max_loss))
     return told
+
+
+def kept(rows: Sequence[dict[str, Any]], told: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return what is kept of the last artefact on each backend: itself, or what an INT8 or 2:4 that does not pay was put on.
+
+    Where it could not be told, the recipe's choice stays. No entry where the last one is neither INT8 nor 2:4.
+    """
+    verdict_of, found = {one["stage"]: one for one in told}, []
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        own = {row["stage"]: row for row in rows if row["backend"] == backend}
+        last = name = list(own)[-1]
+        if last not in verdict_of:
+            continue
+        while name in verdict_of and verdict_of[name]["keep"] not in (None, name):
+            name = verdict_of[name]["keep"]
+        keep, asked = own[name], own[last]
+        instead = "" if name == last else f", not {asked['artifact']} (to serve that: --stage {asked['artifact']})"
+        found.append(
+            {
+                "backend": backend,
+                "artifact": keep["artifact"],
+                "hash": keep["lineage"][-1]["hash"],
+                "of": asked["artifact"],
+                "of_hash": asked["lineage"][-1]["hash"],
+                "text": f"Kept on {backend}: {keep['artifact']}{instead}.",
+            }
+        )
+    return found
+
+
+def read_kept(results: Path, run: Path, last: str, backend: str = "onnxruntime") -> str | None:
+    """Return the artefact that a run's results.json says is kept of its last one on a backend.
+
+    None where nothing was measured, or artefacts that have been made anew since.
+    """
+    try:
+        entries = json.loads(results.read_text(encoding="utf-8"))["kept"]
+        found = next(one for one in entries if (one["backend"], one["of"]) == (backend, last))
+        asked = {found["of"]: found["of_hash"], found["artifact"]: found["hash"]}
+        there = {name: read_header(run / name)["lineage"][-1]["hash"] for name in asked}
+        return found["artifact"] if there == asked else None
+    except (OSError, ValueError, LookupError, TypeError, StopIteration, ArtifactError):
+        return None
 
 
 def _origin(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -47,20 +99,24 @@ def _alike(row: dict[str, Any], other: dict[str, Any]) -> bool:
     return row is not other and row["backend"] == other["backend"]
 
 
-def _verdict(row: dict[str, Any], origin: dict[str, Any], ratios: dict[Case, Ratio]) -> dict[str, Any]:
+def _verdict(row: dict[str, Any], origin: dict[str, Any], ratios: dict[Case, Ratio], max_loss: float) -> dict[str, Any]:
     method, name, before = METHODS[row["lineage"][-1]["kind"]], row["stage"], origin["stage"]
     main = max((case for case in ratios if case[0] == "image"), default=max(ratios))
     told = judged(ratios[main])
     faster = [case for case, found in ratios.items() if judged(found) == "faster"]
     figure = f"{name} is {in_words(ratios[main])} times as fast as {before} ({main[0]} tower, batch {main[1]})"
     smaller = origin["bytes"] / row["bytes"] if row.get("bytes") and origin.get("bytes") else 1.0
-    keep: str | None = name if told == "faster" else before
+    loss, metric = largest_loss(row, origin) or (None, "")
+    dear = loss is not None and loss > max_loss
+    keep: str | None = name if told == "faster" and not dear else before
     if told == "untold":
         keep = None
         advice = f"{ratios[main].rounds} rounds are too few to tell, {LEAST_ROUNDS} are needed: measure longer."
     elif told == "undecided":
         keep = None
         advice = "The machine was too noisy to tell: measure longer, or when it is quiet."
+    elif told == "faster" and dear:
+        advice = f"Keep {before}: {name} loses {loss:.1f} points of {metric}, bench.max_loss allows {max_loss:g}."
     elif told == "faster":
         others = [f"{tower} batch {batch}" for tower, batch in ratios if (tower, batch) not in faster]
         advice = f"Keep {name}." if not others else f"Keep {name}; at {', '.join(others)} it is not faster."
@@ -76,12 +132,20 @@ def _verdict(row: dict[str, Any], origin: dict[str, Any], ratios: dict[Case, Rat
         "method": method,
         "faster": {"faster": True, "slower": False}.get(told),
         "keep": keep,
+        "loss": loss,
         "text": f"{method} {head}: {figure}. {advice}",
         "cases": [
             {"tower": tower, "batch": batch, "speed_up": round(r.value, 4), **interval(r)}
             for (tower, batch), r in ratios.items()
         ],
     }
+
+
+def largest_loss(row: dict[str, Any], origin: dict[str, Any]) -> tuple[float, str] | None:
+    """Return the most points a row loses against its origin in one of the sets' figures, and in which; None: not measured."""
+    mine, theirs = row.get("accuracy", {}), origin.get("accuracy", {})
+    losses = [(round(theirs[key] - mine[key], 3), key) for key in theirs if key.endswith(FIGURES) and key in mine]
+    return max(losses, default=None)
 
 
 def judged(ratio: Ratio) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,6 +67,8 @@ class Context:
     checkpoints: Path | None = None
     """Folder of this stage's checkpoints; None writes and reads none."""
     title: str = ""
+    say: Callable[[str], None] = lambda _: None
+    """Where lines for the user go."""
 
     def sources(self) -> list[Any]:
         """Open the training sources."""

@@ -104,7 +104,7 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
         claim(run, recipe)
     fabric = start_fabric(plan.runtime)
     say = say if fabric.is_global_zero else (lambda _: None)
-    context = Context(fabric, plan.data, recipe.seed, runtime=plan.runtime)
+    context = Context(fabric, plan.data, recipe.seed, runtime=plan.runtime, say=say)
     data = fingerprint(plan.data.train)
     folders: list[Path] = []
     brought = [bring_teacher(spec, say) for spec in plan.teachers]

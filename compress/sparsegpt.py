@@ -17,18 +17,24 @@ from torch import Tensor, nn
 DAMP = 0.01  # of the Hessian's mean diagonal, as in the paper; modelopt's own is 0.1
 
 
-def sparsify(model: nn.Module, show: Callable[[nn.Module], None]) -> None:
+def sparsify(model: nn.Module, show: Callable[[nn.Module], None]) -> list[str]:
     """Choose 2:4 zeros in place, as modelopt's dynamic modules; `show(model)` runs the calibration samples.
 
     Convolutions, whose pattern modelopt's SparseGPT lays across kernel positions instead of along the input channels,
-    and Linears that no sample reaches go by magnitude.
+    and Linears that no sample reaches go by magnitude. Returns the names of these.
     """
     apply_mode(model, "sparsegpt", registry=SparsityModeRegistry)
-    _Searcher().search(model, {}, (), {"forward_loop": show, "hessian_damp": DAMP})
+    searcher = _Searcher()
+    searcher.search(model, {}, (), {"forward_loop": show, "hessian_damp": DAMP})
+    return [name for name, module in model.named_modules() if module in searcher.by_magnitude]
 
 
 class _Searcher(SparseGPTSearcher):
     _check_weight_size = MagnitudeSearcher._check_weight_size  # what TensorRT can use, not all that divides by four
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_magnitude: set[nn.Module] = set()
 
     @classmethod
     def _hook_compute_hessian(cls, mod: nn.Module, inp: tuple[Tensor, ...], out: Tensor) -> None:
@@ -38,6 +44,7 @@ class _Searcher(SparseGPTSearcher):
 
     def _compute_mask(self, module: nn.Module) -> Tensor:
         if not module.samples:
+            self.by_magnitude.add(module)
             return create_asp_mask(module.weight, self.config["pattern"])
         hessian = module.hessian.clone()  # the search damps its own in place
         keep = super()._compute_mask(module)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -20,6 +20,8 @@ from clipress.compress.context import Context, Training
 from clipress.compress.losses import Losses, terms_from
 from clipress.compress.train import train
 from clipress.models.load import Clip
+
+PROJECTIONS = ("proj", "text_projection")  # matrices that open_clip's transformers keep as parameters
 
 
 class Sparsify(Training):
@@ -46,22 +48,40 @@ def run(settings: Sparsify, clip: Clip, context: Context) -> tuple[Clip, dict[st
     if settings.method == "sparsegpt":
         clip.model.to(context.fabric.device)
         show = Calibration(clip, settings, context, settings.calibrate)
-    names, skipped = zero_two_of_four(clip.model, show)
+    zeros = zero_two_of_four(clip.model, show)
+    for line in told(zeros):
+        context.say(f"{context.title}: {line}")
     if show:  # each process has seen its own share of the samples
         clip.model.load_state_dict(context.fabric.broadcast(clip.model.state_dict()))
-    sparsity = {"pattern": settings.pattern, "method": settings.method, "weights": names, "skipped": skipped}
+    sparsity = {"pattern": settings.pattern, "method": settings.method, **zeros._asdict()}
     sparse = Clip(**{**clip.__dict__, "sparsity": sparsity})
     details = train(sparse, settings, terms_from(settings.losses, "sparsify.losses"), context)
-    return sparse, details | {"sparse_weights": len(names), "skipped": skipped}
+    kept = {"skipped": zeros.skipped, "by_magnitude": zeros.by_magnitude}
+    return sparse, details | {"sparse_weights": len(zeros.weights), **kept}
 
 
-def zero_two_of_four(
-    model: nn.Module, show: Callable[[nn.Module], None] | None = None
-) -> tuple[list[str], dict[str, str]]:
-    """Bake 2:4 zeros into every weight that is trained and whose shape allows it, in place.
+class Zeros(NamedTuple):
+    """What 2:4 did to a model."""
+
+    weights: list[str]
+    """Names of those that hold the pattern now."""
+    skipped: dict[str, str]
+    """Every other Linear, Conv or bare projection, and why it was left dense."""
+    by_magnitude: list[str]
+    """Where SparseGPT was asked for: those of `weights` that went by magnitude all the same."""
+
+
+def told(zeros: Zeros) -> list[str]:
+    """Return in lines what holds the pattern, and each layer that does not, with its reason."""
+    by = f", {len(zeros.by_magnitude)} of them by magnitude" if zeros.by_magnitude else ""
+    left = [f"{name} stays dense: {reason}" for name, reason in zeros.skipped.items()]
+    return [f"2:4 in {len(zeros.weights)} weights{by}", *left]
+
+
+def zero_two_of_four(model: nn.Module, show: Callable[[nn.Module], None] | None = None) -> Zeros:
+    """Bake 2:4 zeros into every layer that is trained and whose shape allows it, in place.
 
     The smaller two of four go; with `show`, which runs calibration samples through the model, SparseGPT decides.
-    Returns the weights' names, and why each other Linear or Conv was left dense.
     """
     import modelopt.torch.sparsity as mts
 
@@ -69,9 +89,10 @@ def zero_two_of_four(
 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     held = {name: m.weight.detach().clone() for name, m in layers.items() if not m.weight.requires_grad}
+    unseen: list[str] = []
     with redirect_stdout(io.StringIO()):  # it names every layer aloud
         if show:
-            sparsegpt.sparsify(model, show)
+            unseen = sparsegpt.sparsify(model, show)
         else:
             mts.sparsify(model, "sparse_magnitude")
         mts.export(model)
@@ -89,7 +110,9 @@ def zero_two_of_four(
         else:
             rows, columns = layer.weight.shape[:2]
             skipped[name] = f"{rows} x {columns}: 2:4 needs a multiple of 8 x a multiple of 16"
-    return names, skipped
+    bare = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] in PROJECTIONS]
+    skipped |= dict.fromkeys(bare, "a bare matrix, and only layers are made 2:4")
+    return Zeros(names, skipped, [f"{name}.weight" for name in unseen if f"{name}.weight" in names])
 
 
 def is_two_of_four(weight: Tensor) -> bool:

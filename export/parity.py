@@ -33,7 +33,7 @@ LIMITS = {
     "bf16 engine": (0.99, 0.95, 2e-2),
     "int8 engine": (0.99, 0.95, 2e-2),
 }
-BATCHES = (1, 3)
+BATCHES = (1, 3)  # beside all samples at once
 Encode = Callable[[np.ndarray], np.ndarray]
 Feeds = Mapping[str, np.ndarray]  # a graph's inputs by their names
 Run = Callable[[Feeds], dict[str, np.ndarray]]  # -> its outputs by theirs
@@ -59,7 +59,7 @@ def check(clip: Clip, folder: Path, sets: Sequence[EvalSet], precision: str) -> 
     towers = dict(zip(("image", "text"), clip.encoders(), strict=True))
     files = {tower: runner(folder / f"{tower}.onnx") for tower in towers}
     figures = compare(towers, files, inputs, precision, {tower: f"{tower}.onnx" for tower in towers})
-    return {"images": len(inputs["image"]), "texts": len(inputs["text"]), **figures}
+    return {"images": len(inputs["image"]), "texts": len(inputs["text"]), "batches": [*BATCHES, "all"], **figures}
 
 
 def compare(
@@ -71,6 +71,8 @@ def compare(
     batches: Sequence[int] = BATCHES,
 ) -> dict[str, float]:
     """Hold encoders against the ones they came from, tower by tower and, when both are there, by ranking.
+
+    Each is asked for all inputs at once, which is the largest batch, and for the first ones in `batches`.
 
     Returns the figures; raises ExportError when they are out of `precision`'s bounds. `names` are for messages.
     """

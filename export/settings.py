@@ -9,13 +9,16 @@ from pydantic import Field, model_validator
 
 from clipress.recipe import Section
 
+DYNAMO_OPSET = 18  # the least it has; asked for less, it writes this one and only logs that
+
 
 class OnnxSettings(Section):
     """How ONNX files are made."""
 
     opset: int = Field(18, ge=17, le=20)
+    """The gate holds whichever is asked for against torch."""
     exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
-    """auto: dynamo, with torchscript where dynamo cannot (INT8) or fails. The graphs run equally fast."""
+    """auto: dynamo, with torchscript where dynamo cannot (INT8, opset 17) or fails. The graphs run equally fast."""
     int8: Literal["auto", "qdq", "static"] = "auto"
     """Form of a convolutional INT8 image tower: explicit Q/DQ, ONNX Runtime's own, or the quicker of both on this machine.
     TensorRT always gets Q/DQ; transformers always are Q/DQ."""
@@ -29,6 +32,12 @@ class OnnxSettings(Section):
     """Also write joint.onnx: pictures and texts -> embeddings of both and logits."""
     fp16: bool = False
     """Also write every file in float16, for GPUs: half the size; what is INT8 stays INT8."""
+
+    @model_validator(mode="after")
+    def _written_as_asked(self) -> OnnxSettings:
+        if self.exporter == "dynamo" and self.opset < DYNAMO_OPSET:
+            raise ValueError(f"dynamo writes opset {DYNAMO_OPSET} or later, found {self.opset}: use exporter: auto")
+        return self
 
     @model_validator(mode="after")
     def _one_list(self) -> OnnxSettings:

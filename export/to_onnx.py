@@ -29,7 +29,7 @@ from clipress.artifact import Artifact, load_artifact, read_header, sha256, writ
 from clipress.data.evalsets import EvalSet
 from clipress.errors import ArtifactError, ExportError
 from clipress.export import int8, metadata, parity
-from clipress.export.settings import OnnxSettings
+from clipress.export.settings import DYNAMO_OPSET, OnnxSettings
 from clipress.export.static_int8 import milliseconds, static_int8_from_onnx
 from clipress.models import anatomy, quantizers
 from clipress.models.convnets import is_convnet
@@ -63,9 +63,16 @@ def onnx_from_artifact(
     """Export an artefact's towers, check them against torch on real samples, and only then put them in place.
 
     `calibration` opens the pictures that set activation scales where ONNX Runtime's own quantiser is tried; without it,
-    `sets` do. Returns what export.json holds. Raises ExportError when the files do not agree with the model.
+    `sets` do. Returns what export.json holds. Raises ExportError when the files do not agree with the model, or it has NaN
+    weights.
     """
     artifact = load_artifact(folder)
+    if broken := [name for name, weight in artifact.weights.items() if weight.isnan().any()]:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise ExportError(
+            f"{folder} has weights that are not numbers (NaN): {broken[0]}{more}. Nothing was written. The training that "
+            "made it went wrong: look at its log, make it again."
+        )
     clip = clip_from_artifact(artifact)
     described: dict[str, Any] = {}
 
@@ -186,7 +193,7 @@ def sample(clip: Clip, tower: str, batch: int) -> Tensor:
 def _export(clip: Clip, tower: str, path: Path, settings: OnnxSettings) -> str:
     """Write one tower; returns the exporter that did it."""
     choice = settings.exporter
-    if clip.quantization:  # dynamo cannot trace modelopt's quantisers
+    if clip.quantization or settings.opset < DYNAMO_OPSET:  # dynamo cannot trace modelopt's quantisers
         choice = "torchscript"
     module, inputs = Tower(clip.model, tower).eval(), sample(clip, tower, 2)  # a batch of 1 would become a constant
     if choice in ("auto", "dynamo"):

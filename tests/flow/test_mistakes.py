@@ -143,3 +143,82 @@ def test_an_import_does_not_replace_a_folder_of_something_else(tmp_path):
     (tmp_path / "out" / "thesis.txt").write_text("dear")
     told(clipress("import", tmp_path / "model.pth", tmp_path / "out"), "is no artefact")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "dear"
+
+
+def test_a_template_without_labels(tiny_run):
+    told(clipress("export", tiny_run[0], "--template", "a photo of a {}"), "--template", "add --labels")
+    assert not list((tiny_run[0] / "export").rglob("classifier.onnx"))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x09"])
+def test_a_file_that_is_no_onnx(tmp_path, content):
+    (tmp_path / "image.onnx").write_bytes(content)
+    told(clipress("export", tmp_path / "image.onnx", "--tensorrt"), "image.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["image.onnx"]
+
+
+def test_an_onnx_file_of_others_in_an_export_is_not_measured(tiny_run, tmp_path):
+    import json
+    import shutil
+
+    import onnx
+    from onnx import TensorProto, helper
+
+    from clipress.artifact import sha256
+
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    takes, gives = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 8]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [takes], [gives])
+    path = run / "export" / "int8" / "image.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    about = json.loads((path.parent / "export.json").read_text())
+    about["files"]["image"] |= {"sha256": sha256(path), "bytes": path.stat().st_size}
+    (path.parent / "export.json").write_text(json.dumps(about))
+    told(clipress("bench", run, "--stage", "int8", "--no-accuracy"), "image.onnx is no image tower")
+
+
+def calibrated_on(recipe, tmp_path, teacher, colours):
+    """A recipe that quantises a teacher on pictures of one colour each."""
+    (tmp_path / "pictures" / "one").mkdir(parents=True)
+    for number, colour in enumerate(colours):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / "pictures" / "one" / f"{number}.png")
+    recipe["teacher"] = {"artifact": str(teacher)}
+    recipe["data"] = {"train": [{"format": "folder", "images": str(tmp_path / "pictures")}]}
+    recipe["stages"] = [{"quantize": {"calibrate": 8, "batch_size": 8, "steps": 0}}]
+    return write_recipe(recipe, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("colours", "words"), [([], "no usable records"), (["red"] * 16, "all 8 calibration pictures are the same")]
+)
+def test_calibration_data_that_are_empty_or_all_the_same(recipe, tmp_path, tiny_run, colours, words):
+    path = calibrated_on(recipe, tmp_path, tiny_run[0] / "recovered", colours)
+    told(clipress("compress", path, "--out", tmp_path / "run"), words)
+    assert not (tmp_path / "run" / "int8").exists()
+
+
+@pytest.fixture
+def broken(tiny_run, tmp_path):
+    """A whole artefact with a weight that is no number."""
+    from clipress.artifact import save_artifact
+    from clipress.models.load import artifact_from_clip, clip_from_artifact
+
+    clip = clip_from_artifact(tiny_run[0] / "recovered")
+    clip.model.visual.conv1.weight.data[0, 0, 0, 0] = float("nan")
+    return save_artifact(artifact_from_clip(clip, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "broken")
+
+
+def test_a_model_with_weights_that_are_nan_is_not_compressed(recipe, tmp_path, broken):
+    path = calibrated_on(recipe, tmp_path, broken, ["red", "blue"] * 8)
+    told(clipress("compress", path, "--out", tmp_path / "run"), "not finite", "visual.conv1.weight")
+    assert not (tmp_path / "run" / "int8").exists()
+
+
+@pytest.mark.parametrize("command", ["export", "bench"])
+def test_a_model_with_weights_that_are_nan_is_named_before_it_is_exported(tiny_run, tmp_path, broken, command):
+    import shutil
+
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    shutil.rmtree(run / "recovered")
+    shutil.copytree(broken, run / "recovered")
+    told(clipress(command, run, "--stage", "recovered"), "not numbers (NaN): visual.conv1.weight. Nothing was written")

@@ -64,7 +64,7 @@ def test_two_of_four_survives_training_saving_and_int8(tiny_run, stage):
     names, skipped = artifact.sparsity["weights"], artifact.sparsity["skipped"]
     in_blocks = [name for name in skipped if "resblocks" in name]
     assert len(names) + len(in_blocks) == 24  # six Linears in each of four blocks
-    assert len(names) >= 20 and all("2:4 needs" in reason for reason in skipped.values())
+    assert len(names) >= 20 and all("2:4 needs" in skipped[name] for name in in_blocks)
     for name in names:
         assert is_two_of_four(artifact.weights[name]), name
     model = onnx.load(run / "export" / stage / "image.onnx")
@@ -136,6 +136,12 @@ def test_settings_in_force_are_printed_defaults_included(tiny_run):
     line = next(line for line in result.output.splitlines() if line.startswith("pruned: prune"))
     for shown in ("criterion=fisher", "schedule=cubic", "weight_decay=0.05", "steps=6"):
         assert shown in line
+
+
+def test_layers_that_stay_dense_are_printed_with_their_reason(tiny_run):
+    run, result = tiny_run
+    reason = "visual.conv1 stays dense: 32 x 3: 2:4 needs a multiple of 8 x a multiple of 16"
+    assert f"sparse: {reason}" in result.output and reason in clipress("show", run / "sparse").output
 
 
 def test_only_stages_that_were_asked_for_run(recipe, tmp_path):
@@ -240,3 +246,33 @@ def test_either_all_teachers_are_cached_or_none(tiny_run, tmp_path):
     recipe = {"name": "mixed", "teacher": teachers, "data": DATA, "stages": [{"distill": {"steps": 1}}]}
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 2 and "every teacher has a 'cache' or none" in result.output
+
+
+def test_serve_takes_what_bench_kept_and_says_so_and_a_named_stage_comes_first(tiny_run, tmp_path):
+    import shutil
+
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    path = run / "bench" / "results.json"
+    results = json.loads(path.read_text())
+    (measured,) = results["kept"]
+    assert (measured["backend"], measured["of"]) == ("onnxruntime", "int8") and measured["artifact"] in STAGES
+    assert measured["text"] in " ".join(tiny_run[1].output.split())
+    for keeps, asked, served, said in (
+        (
+            "sparse",
+            (),
+            "sparse",
+            f"sparse is served and not int8, as {path} says. Override: clipress serve {run} --stage",
+        ),
+        ("sparse", ("--stage", "int8"), "int8", ""),
+        ("int8", (), "int8", ""),
+    ):
+        kept = measured | {"artifact": keeps, "hash": read_header(run / keeps)["lineage"][-1]["hash"]}
+        path.write_text(json.dumps(results | {"kept": [kept]}))
+        result = clipress("serve", run, *asked)
+        assert result.exit_code == 0, result.output
+        assert said in result.output and (" is served and not " in result.output) == bool(said)
+        assert f"Triton model repository of {served}:" in result.output
+        assert f"stage {served} (" in (run / "triton" / "onnxruntime" / "README.md").read_text()
+    path.unlink()
+    assert "Triton model repository of int8:" in clipress("serve", run).output  # nothing was measured: the last one

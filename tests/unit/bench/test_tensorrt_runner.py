@@ -5,9 +5,11 @@ import shutil
 import numpy as np
 import pytest
 from fake_tensorrt import fake_machine
+from helpers import clipress
 
 from clipress.artifact import save_artifact
 from clipress.bench.latency import measure_in_turns
+from clipress.bench.runners import tensorrt
 from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
 from clipress.bench.runners.tensorrt import TensorRTRunner
 from clipress.data.evalsets import evalsets
@@ -93,6 +95,27 @@ def test_a_batch_the_profile_has_not_is_told(export, machine):
 def test_an_engine_of_another_gpu_is_named_when_this_ones_is_missing(export):
     with pytest.raises(ArtifactError, match=r"nvidia-l4\.trt10.*no such file \(there are: image\.nvidia-h200"):
         TensorRTRunner(export, machine=fake_machine(gpu="NVIDIA L4", capability=(8, 9)))
+
+
+@pytest.mark.parametrize(
+    ("machine_now", "batch", "words"),
+    [
+        ({}, 8, ["takes pixel_values from [1, 3, 32, 32] to [4, 3, 32, 32]", "asked for is [8, 3, 32, 32]"]),
+        ({"gpu": "NVIDIA L4", "capability": (8, 9)}, 2, ["nvidia-l4", "no such file (there are: image.nvidia-h200"]),
+    ],
+)
+def test_the_command_tells_a_batch_outside_the_profile_and_an_engine_of_another_gpu(
+    tiny_run, tmp_path, machine, monkeypatch, machine_now, batch, words
+):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    with_engines(run / "export" / "int8", machine, SETTINGS)
+    monkeypatch.setattr(tensorrt, "find_machine", lambda: fake_machine(**machine_now))
+    asked = ("--stage", "int8", "--runner", "tensorrt", "--batch", batch, "--no-accuracy", "--duration", 0)
+    result = clipress("bench", run, *asked, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+    assert isinstance(result.exception, SystemExit) and not (tmp_path / "out").exists()
+    for word in words:
+        assert word in result.output, result.output
 
 
 @pytest.fixture

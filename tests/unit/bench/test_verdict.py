@@ -1,18 +1,21 @@
 """Verdicts say whether INT8 and 2:4 pay, and what to keep."""
 
+import json
+
 import pytest
 
 from clipress.bench.compare import Ratio
-from clipress.bench.verdict import judged, verdicts
+from clipress.bench.verdict import judged, kept, read_kept, verdicts
 
 CASES = [("image", 1), ("image", 8), ("text", 1), ("text", 8)]
 FASTER, SLOWER = Ratio(1.5, 1.4, 1.6, 20), Ratio(0.9, 0.88, 0.93, 20)
 
 
-def row(stage, *kinds, size=100, backend="onnxruntime"):
+def row(stage, *kinds, size=100, backend="onnxruntime", **accuracy):
     """Its lineage is the kinds in order; the hash of a record tells all before it."""
     records = [{"hash": "+".join(kinds[: n + 1]), "kind": kind} for n, kind in enumerate(kinds)]
-    return {"stage": stage, "backend": backend, "bytes": size, "lineage": records}
+    label = {"stage": stage, "artifact": stage.partition(" ")[0], "backend": backend}
+    return label | {"bytes": size, "lineage": records, "accuracy": {f"digits/{key}": v for key, v in accuracy.items()}}
 
 
 @pytest.fixture
@@ -25,14 +28,14 @@ def rows():
     ]
 
 
-def ask(rows, ratios):
+def ask(rows, ratios, max_loss=1.0):
     """Ratios by row, or by row and case."""
-    return verdicts(rows, CASES, lambda origin, name, case: ratios.get((name, case), ratios.get(name)))
+    return verdicts(rows, CASES, lambda origin, name, case: ratios.get((name, case), ratios.get(name)), max_loss)
 
 
 def test_each_is_compared_with_the_stage_it_was_made_from(rows):
     asked = []
-    verdicts(rows, CASES, lambda origin, name, case: asked.append((origin, name)) or FASTER)
+    verdicts(rows, CASES, lambda origin, name, case: asked.append((origin, name)) or FASTER, 1.0)
     assert dict.fromkeys(asked) == dict.fromkeys([("recovered", "sparse"), ("sparse", "int8")])
 
 
@@ -49,7 +52,7 @@ def test_an_origin_on_another_backend_is_none(rows):
 
 def test_what_is_faster_is_kept(rows):
     told = ask(rows, {"sparse": FASTER, "int8": FASTER})[1]
-    assert (told["faster"], told["keep"]) == (True, "int8")
+    assert (told["faster"], told["keep"], told["loss"]) == (True, "int8", None)  # no accuracy was measured
     assert told["text"] == (
         "INT8 is faster here: int8 is 1.50 [1.40, 1.60] times as fast as sparse (image tower, batch 8). Keep int8."
     )
@@ -88,3 +91,79 @@ def test_a_gain_must_be_certain_and_matter_and_noise_is_called_noise(rows, ratio
     (told, _) = ask(rows, {"sparse": ratio, "int8": FASTER})
     assert told["faster"] == {"slower": False, "faster": True}.get(word)
     assert (told["keep"] is None) == (word in ("undecided", "untold"))
+
+
+@pytest.mark.parametrize(("top1", "max_loss", "keep"), [(88.9, 1.0, "sparse"), (89.1, 1.0, "int8"), (80, 10, "int8")])
+def test_what_is_faster_is_kept_only_if_it_costs_no_more_than_allowed(top1, max_loss, keep):
+    rows = [
+        row("sparse", "start", "sparsify", top1=90.0, text_r1=50.0, top5=99.0),
+        row("int8", "start", "sparsify", "quantize", top1=top1, text_r1=50.5, top5=10.0),
+    ]
+    (told,) = ask(rows, {"int8": FASTER}, max_loss)
+    assert (told["faster"], told["keep"], told["loss"]) == (True, keep, pytest.approx(90 - top1))
+    assert ("Keep sparse: int8 loses 1.1 points of digits/top1, bench.max_loss allows 1." in told["text"]) == (
+        keep == "sparse"
+    )
+
+
+NOISE = Ratio(1.2, 0.9, 1.6, 20)
+
+
+@pytest.mark.parametrize(
+    ("sparse", "int8", "keep"),
+    [
+        (FASTER, FASTER, "int8"),
+        (SLOWER, FASTER, "int8"),  # the INT8 there is was put on the sparse one
+        (FASTER, SLOWER, "sparse"),
+        (SLOWER, SLOWER, "recovered"),
+        (NOISE, SLOWER, "sparse"),
+        (SLOWER, NOISE, "int8"),  # what could not be told stays as the recipe has it
+    ],
+)
+def test_of_the_last_artefact_the_faster_one_is_kept_back_to_what_is_neither_int8_nor_sparse(rows, sparse, int8, keep):
+    (found,) = kept(rows, ask(rows, {"sparse": sparse, "int8": int8}))
+    assert (found["backend"], found["artifact"], found["of"]) == ("onnxruntime", keep, "int8")
+    assert ("--stage int8" in found["text"]) == (keep != "int8")
+
+
+def test_each_backend_keeps_its_own_and_names_the_artefact_not_the_row():
+    kinds = {"sparse": ("start", "sparsify"), "int8": ("start", "sparsify", "quantize")}
+    rows = [row(f"{name} ({b})", *own, backend=b) for b in ("onnxruntime", "torch") for name, own in kinds.items()]
+    found = kept(rows, ask(rows, {"int8 (onnxruntime)": FASTER, "int8 (torch)": SLOWER}))
+    assert [(one["backend"], one["artifact"]) for one in found] == [("onnxruntime", "int8"), ("torch", "sparse")]
+
+
+def test_nothing_is_said_of_a_run_that_ends_in_neither_int8_nor_sparse(rows):
+    assert kept(rows[:2], ask(rows[:2], {})) == []
+
+
+@pytest.fixture
+def run(rows, tmp_path):
+    """A run whose results keep the sparse artefact."""
+    for one in rows:
+        header = {key: {} for key in ("architecture", "shapes", "preprocess", "tokenizer", "weights_sha256")}
+        (tmp_path / one["stage"]).mkdir()
+        header |= {"schema_version": 1, "lineage": one["lineage"]}
+        (tmp_path / one["stage"] / "clipress.json").write_text(json.dumps(header))
+    results = {"kept": kept(rows, ask(rows, {"sparse": FASTER, "int8": SLOWER}))}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    return tmp_path
+
+
+def test_what_is_kept_is_read_back(run):
+    assert read_kept(run / "results.json", run, "int8") == "sparse"
+    assert read_kept(run / "results.json", run, "int8", backend="tensorrt") is None
+    assert read_kept(run / "none.json", run, "int8") is None
+
+
+@pytest.mark.parametrize("changed", ["sparse", "int8"])
+def test_figures_of_artefacts_that_were_made_anew_are_not_believed(run, changed):
+    header = run / changed / "clipress.json"
+    header.write_text(header.read_text().replace('"hash": "start+', '"hash": "other+'))
+    assert read_kept(run / "results.json", run, "int8") is None
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"kept": [{}]}', '{"kept": 3}'])
+def test_results_of_another_form_keep_nothing(run, content):
+    (run / "results.json").write_text(content)
+    assert read_kept(run / "results.json", run, "int8") is None

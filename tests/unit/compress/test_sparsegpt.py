@@ -29,8 +29,9 @@ def layer():
 
 def sparse(x):
     model = layer()
-    names, skipped = zero_two_of_four(model, (lambda m: m(x)) if x is not None else None)
-    assert names == ["0.weight"] and not skipped and is_two_of_four(model[0].weight)
+    names, skipped, by_magnitude = zero_two_of_four(model, (lambda m: m(x)) if x is not None else None)
+    assert names == ["0.weight"] and not skipped and not by_magnitude
+    assert is_two_of_four(model[0].weight)
     return model
 
 
@@ -75,7 +76,7 @@ def test_the_last_column_takes_over_what_its_twin_loses():
 
 def test_a_layer_no_sample_reaches_goes_by_magnitude():
     model, expected = layer(), sparse(None)
-    zero_two_of_four(model, lambda m: None)
+    assert zero_two_of_four(model, lambda m: None).by_magnitude == ["0.weight"]
     assert torch.equal(model[0].weight, expected[0].weight)
 
 
@@ -83,9 +84,13 @@ def test_convolutions_go_by_magnitude_along_their_input_channels():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1)), torch.randn(2, 16, 5, 5)
     dense = model[0].weight.detach().clone()
-    names, _ = zero_two_of_four(model, lambda m: m(x))
+    zeros = zero_two_of_four(model, lambda m: m(x))
     left = model[0].weight.detach()
-    assert names == ["0.weight"] and is_two_of_four(left) and torch.equal(left, dense * (left != 0))
+    assert (
+        zeros.weights == zeros.by_magnitude == ["0.weight"]
+        and is_two_of_four(left)
+        and torch.equal(left, dense * (left != 0))
+    )
 
 
 def test_inputs_with_more_axes_than_tokens_are_seen_whole():
@@ -95,11 +100,13 @@ def test_inputs_with_more_axes_than_tokens_are_seen_whole():
 
 
 def test_the_stage_leaves_a_plain_model_whose_zeros_hold():
+    said = []
     context = Context(
         start_fabric(Runtime(accelerator="cpu")),
         DataSpec(train=(SourceSpec(format="digits", limit=40),)),
         0,
         title="sparse",
+        say=said.append,
     )
     settings = Sparsify(method="sparsegpt", steps=2, calibrate=16, batch_size=8, losses=["contrastive"])
     clip = new_clip(tiny_architecture(layers=1), 0)
@@ -108,7 +115,20 @@ def test_the_stage_leaves_a_plain_model_whose_zeros_hold():
     weights = dict(made.model.named_parameters())
     assert list(made.model.state_dict()) == names and details["sparse_weights"] == 12
     assert all(is_two_of_four(weights[name]) and (weights[name] != 0).any() for name in made.sparsity["weights"])
-    assert list(details["skipped"]) == ["visual.conv1"] and made.sparsity["method"] == "sparsegpt"
+    assert details["skipped"] == made.sparsity["skipped"] and made.sparsity["method"] == "sparsegpt"
+    assert said[0] == "sparse: 2:4 in 12 weights" and details["by_magnitude"] == []
+    assert "sparse: visual.conv1 stays dense: 32 x 3: 2:4 needs a multiple of 8 x a multiple of 16" in said
+
+
+def test_what_sparsegpt_left_to_magnitude_is_listed_and_told():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 16), nn.Linear(16, 12))
+    zeros = zero_two_of_four(model, lambda m: m[0](correlated()))
+    assert (zeros.weights, zeros.by_magnitude) == (["0.weight", "1.weight"], ["1.weight"])
+    assert sparsify.told(zeros) == [
+        "2:4 in 2 weights, 1 of them by magnitude",
+        "2 stays dense: 12 x 16: 2:4 needs a multiple of 8 x a multiple of 16",
+    ]
 
 
 @pytest.mark.parametrize("frozen", ["transformer", "visual"])

@@ -12,12 +12,14 @@ from onnx import numpy_helper
 from clipress.artifact import save_artifact
 from clipress.data.evalsets import evalsets
 from clipress.data.pairs import SourceSpec
-from clipress.errors import ExportError
+from clipress.errors import ExportError, RecipeError
 from clipress.export import parity, to_onnx
 from clipress.export.settings import OnnxSettings
 from clipress.models import anatomy, surgery
 from clipress.models.load import artifact_from_clip, clip_from_artifact, new_clip
 from clipress.models.tiny import tiny_architecture
+from clipress.recipe import checked
+from clipress.serve.settings import ServeSettings
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +41,61 @@ def artifact(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize(("exporter", "opset"), [("torchscript", 17), ("torchscript", 20), ("dynamo", 18)])
+OPSETS = [*(("torchscript", opset) for opset in (17, 18, 19, 20)), ("dynamo", 18), ("dynamo", 20)]
+
+
+@pytest.mark.parametrize(("exporter", "opset"), OPSETS)
 def test_towers_agree_with_torch_at_any_batch(artifact, sets, tmp_path, exporter, opset):
     made = to_onnx.onnx_from_artifact(artifact, tmp_path / "e", OnnxSettings(opset=opset, exporter=exporter), sets)
     assert made["exporter"] == {"image": exporter, "text": exporter}
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["export.json", "image.onnx", "text.onnx"]
     clip = clip_from_artifact(artifact)
     rng = np.random.default_rng(0)
-    for batch in (1, 3, 7):
+    for path in (tmp_path / "e").glob("*.onnx"):
+        assert [(entry.domain, entry.version) for entry in onnx.load(path).opset_import] == [("", opset)]
+    for batch in (1, 3, ServeSettings().max_batch):
         pixels = rng.standard_normal((batch, 3, 32, 32)).astype("f")
         ids = clip.tokenize()([f"a red circle {i}" for i in range(batch)])
         for tower, encode, inputs in zip(("image", "text"), clip.encoders(), (pixels, ids), strict=True):
             found = parity.runner(tmp_path / "e" / f"{tower}.onnx")(inputs)
             np.testing.assert_allclose(found, encode(inputs), atol=2e-6)
             np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [17, 20])
+def test_int8_towers_agree_with_torch_on_another_opset_too(tiny_run, sets, tmp_path, opset):
+    artifact = tiny_run[0] / "int8"  # the run itself has made and checked opset 18
+    made = to_onnx.onnx_from_artifact(artifact, tmp_path / "e", OnnxSettings(opset=opset), sets)
+    assert (made["precision"], made["opset"]) == ("int8", opset)
+    assert made["parity"]["batches"] == [1, 3, "all"]
+    assert all(onnx.load(path).opset_import[0].version == opset for path in (tmp_path / "e").glob("*.onnx"))
+    clip, rng = clip_from_artifact(artifact), np.random.default_rng(0)
+    pixels = rng.standard_normal((ServeSettings().max_batch, 3, 32, 32)).astype("f")
+    wanted, found = clip.encoders()[0](pixels), parity.runner(tmp_path / "e" / "image.onnx")(pixels)
+    assert (wanted * found).sum(1).min() > 0.999
+
+
+def test_an_opset_that_dynamo_does_not_write_is_told_and_left_to_torchscript_by_default(artifact, sets, tmp_path):
+    with pytest.raises(RecipeError, match=r"export\.onnx: .*dynamo writes opset 18 or later, found 17"):
+        checked(OnnxSettings, {"exporter": "dynamo", "opset": 17}, "export.onnx")
+    made = to_onnx.onnx_from_artifact(artifact, tmp_path / "e", OnnxSettings(opset=17), sets)
+    assert set(made["exporter"].values()) == {"torchscript"}
+    assert onnx.load(tmp_path / "e" / "text.onnx").opset_import[0].version == 17
+
+
+@pytest.mark.parametrize("broken_at", [1, 3, 10])
+def test_a_file_that_is_wrong_at_one_batch_alone_is_refused(broken_at):
+    inputs = {"image": np.random.default_rng(0).standard_normal((10, 4))}
+
+    def encode(batch):
+        return batch / np.linalg.norm(batch, axis=1, keepdims=True)
+
+    def candidate(batch):
+        return -encode(batch) if len(batch) == broken_at else encode(batch)
+
+    parity.compare({"image": encode}, {"image": encode}, inputs, "fp32", {"image": "x"})
+    with pytest.raises(ExportError, match=r"x does not agree.*least cosine -1\.0"):
+        parity.compare({"image": encode}, {"image": candidate}, inputs, "fp32", {"image": "x"})
 
 
 def test_a_file_alone_says_how_to_use_it(artifact, sets, tmp_path):

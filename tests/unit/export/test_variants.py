@@ -236,6 +236,8 @@ def test_the_command_takes_labels_in_place_of_the_recipes_and_makes_no_tower_aga
     assert path.with_name("image.onnx").stat().st_ino == before
     result = clipress("export", run, "--labels", "cat", "--labels-file", tmp_path / "names.txt")
     assert result.exit_code == 2 and "either labels or labels_file is asked for" in result.output
+    result = clipress("export", run, "--template", "a {}")  # the recipe names the labels
+    assert result.exit_code == 0 and (told(path)["labels"], told(path)["templates"]) == (["a", "b"], ["a {}"])
 
 
 def png(pixels):
