@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from clipress.compress.pipeline import Plan
     from clipress.data.evalsets import EvalSet
     from clipress.metrics.outcomes import Outcomes
+    from clipress.serve.settings import ServeSettings
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -356,12 +357,27 @@ def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, dur
 @RUN_ARGUMENT
 @STAGE_OPTION
 @click.option(
-    "--backend", "backends", multiple=True, help="onnxruntime or python; may be given twice.  [default: the recipe's]"
+    "--backend",
+    "backends",
+    multiple=True,
+    help="onnxruntime, python or tensorrt; may be given several times.  [default: the recipe's]",
 )
 @click.option("--max-batch", type=click.IntRange(1), help="Largest batch the server makes.  [default: the recipe's]")
-def serve(run: Path, stage: str | None, backends: tuple[str, ...], max_batch: int | None) -> None:
-    """Write Triton model repositories from an artefact of a run."""
+@click.option("--version", type=click.IntRange(1), help="Write nothing new; let this version of the models be served.")
+@click.option("--roll-back", is_flag=True, help="The same with the version before the one that is served.")
+def serve(
+    run: Path,
+    stage: str | None,
+    backends: tuple[str, ...],
+    max_batch: int | None,
+    version: int | None,
+    roll_back: bool,
+) -> None:
+    """Write Triton model repositories from an artefact of a run; a changed export becomes a new version of the models."""
     plan = _plan_of(run)
+    if version or roll_back:
+        _serve_version(run, plan, backends or None, max_batch, version)
+        return
     name = _chosen(plan, stage)
     _export(run, plan, [name])
     _serve(run, plan, name, backends or None, max_batch)
@@ -848,14 +864,30 @@ def _bench(
 
 
 def _serve(run: Path, plan: Plan, stage: str, backends: tuple[str, ...] | None, max_batch: int | None) -> None:
+    from clipress.serve.triton_repo import served_version, triton_repo_from_export
+
+    settings, bench = _serve_settings(plan, backends, max_batch), run / "bench" / "results.json"
+    for repository in triton_repo_from_export(_exported(run, stage), run / "triton", settings, bench):
+        click.echo(f"Triton model repository of {stage}, version {served_version(repository)}: {repository}")
+
+
+def _serve_version(
+    run: Path, plan: Plan, backends: tuple[str, ...] | None, max_batch: int | None, version: int | None
+) -> None:
+    from clipress.serve.triton_repo import serve_version
+
+    settings = _serve_settings(plan, backends, max_batch)
+    for backend in dict.fromkeys(settings.backend):
+        repository = run / "triton" / backend
+        now = serve_version(repository, version, settings, run / "bench" / "results.json")
+        click.echo(f"Version {now} is served from {repository}")
+
+
+def _serve_settings(plan: Plan, backends: tuple[str, ...] | None, max_batch: int | None) -> ServeSettings:
     from clipress.recipe import checked
     from clipress.serve.settings import ServeSettings
-    from clipress.serve.triton_repo import triton_repo_from_export
 
-    raw = {**plan.recipe.serve, **_given(backend=backends, max_batch=max_batch)}
-    settings = checked(ServeSettings, raw, "serve")
-    for repository in triton_repo_from_export(_exported(run, stage), run / "triton", settings):
-        click.echo(f"Triton model repository of {stage}: {repository}")
+    return checked(ServeSettings, {**plan.recipe.serve, **_given(backend=backends, max_batch=max_batch)}, "serve")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def serve_version(repository: Path, version: int | None, settings: ServeSettings
     """
     known = _versions(repository)
     if version is None:
-        now = _served(repository) if known else 0
+        now = served_version(repository) if known else 0
         version = max((number for number in known if number < now), default=0)
     if version not in known:
         asked = f"Version {version}" if version else "An older version"
@@ -94,7 +94,7 @@ def _add(exported: Exported, repository: Path, backend: str, settings: ServeSett
     release, added = _files(exported, backend, settings)
     newest = max(_versions(repository), default=0)
     if newest and all(_same(files, repository / model / str(newest)) for model, files in added.items()):
-        served = _served(repository)  # a repository that was rolled back stays so until something new comes
+        served = served_version(repository)  # a repository that was rolled back stays so until something new comes
         _write(repository, {}, _read_release(repository, served), served, settings, bench)
     else:
         _write(repository, added, release, newest + 1, settings, bench)
@@ -204,7 +204,7 @@ def _versions(repository: Path, model: str = FIRST) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("[1-9]*") if path.name.isdigit()) if folder.is_dir() else []
 
 
-def _served(repository: Path) -> int:
+def served_version(repository: Path) -> int:
     """Return the version that a repository serves."""
     config = config_from((repository / FIRST / "config.pbtxt").read_text(encoding="utf-8"))
     return max(config.version_policy.specific.versions, default=max(_versions(repository)))

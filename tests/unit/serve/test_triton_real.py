@@ -7,6 +7,7 @@ import concurrent.futures
 import io
 import json
 import urllib.request
+import zlib
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from tritonclient.utils import InferenceServerException
 
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import MAX_PIXELS, fitted, normalised, open_image
-from clipress.errors import BackendMissing
 from clipress.models.exported import cpu_session, read_export
 from clipress.serve.classify import Classifier
 from clipress.serve.settings import ServeSettings
@@ -42,24 +42,17 @@ def repository_of(exports, folder):
     return repository
 
 
-def started(repository):
-    try:
-        return triton_server.TritonServer(repository).__enter__()
-    except BackendMissing as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def triton(exports, tmp_path_factory):
-    """A server of both versions."""
-    server = started(repository_of(exports, tmp_path_factory.mktemp("triton")))
-    yield server
-    server.__exit__(None, None, None)
+@pytest.fixture(scope="module")
+def server(triton, exports, tmp_path_factory):
+    """A server of both versions, on the `triton` that conftest.py finds."""
+    repository = repository_of(exports, tmp_path_factory.mktemp("triton"))
+    with triton_server.TritonServer(repository, triton=triton) as server:
+        yield server
 
 
 @pytest.fixture
-def client(triton):
-    with triton_grpc.InferenceServerClient(triton.grpc) as client:
+def client(server):
+    with triton_grpc.InferenceServerClient(server.grpc) as client:
         yield client
 
 
@@ -107,8 +100,8 @@ def embeds_of(exported, tower, rows):
 NAMES = {"image": "pixel_values", "text": "input_ids"}
 
 
-def test_every_model_is_ready_and_the_newest_version_is_served(triton):
-    with triton_http.InferenceServerClient(triton.http) as client:
+def test_every_model_is_ready_and_the_newest_version_is_served(server):
+    with triton_http.InferenceServerClient(server.http) as client:
         assert {model for model in MODELS if client.is_model_ready(model)} == MODELS
         assert {client.get_model_metadata(model)["versions"][0] for model in MODELS} == {"2"}
 
@@ -124,12 +117,12 @@ def test_texts_become_the_ids_of_training_and_long_ones_are_cut(client, exports)
     np.testing.assert_array_equal(found, tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS))
 
 
-def test_embeddings_are_onnx_runtimes_over_http_and_grpc(triton, client, exports):
+def test_embeddings_are_onnx_runtimes_over_http_and_grpc(server, client, exports):
     exported = read_export(exports[1])
     images = embeds_of(exported, "image", pixels_of(exported, PICTURES))
     texts = embeds_of(exported, "text", tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS))
     encoded = [text.encode() for text in TEXTS]
-    with triton_http.InferenceServerClient(triton.http) as http:
+    with triton_http.InferenceServerClient(server.http) as http:
         for library, one in ((triton_grpc, client), (triton_http, http)):
             found = asked(one, "embed_image", "image", PICTURES, "image_embeds", library)
             np.testing.assert_allclose(found, images, atol=1e-6)
@@ -173,16 +166,20 @@ def test_requests_that_wait_together_are_one_run_and_are_answered_apart(client, 
 
 def bomb():
     """A PNG whose header says more pixels than are decoded, and which has none."""
-    file = io.BytesIO(picture(0))
-    head = bytearray(file.getvalue())
-    side = int(MAX_PIXELS**0.5) + 1
-    head[16:24] = side.to_bytes(4, "big") * 2
-    return bytes(head)
+    file = bytearray(picture(0))
+    file[16:24] = (int(MAX_PIXELS**0.5) + 1).to_bytes(4, "big") * 2
+    file[29:33] = zlib.crc32(file[12:29]).to_bytes(4, "big")
+    return bytes(file)
 
 
 @pytest.mark.parametrize(
     "bad, told",
-    [(b"no picture", "not a picture"), (b"", "not a picture"), (PICTURES[1][:200], "not a picture"), (bomb(), "")],
+    [
+        (b"no picture", "not a picture"),
+        (b"", "not a picture"),
+        (PICTURES[1][:200], "not a picture"),
+        (bomb(), "are decoded"),
+    ],
     ids=["text", "nothing", "cut", "bomb"],
 )
 def test_a_picture_that_cannot_be_read_is_an_error_of_its_request_alone(client, exports, bad, told):
@@ -232,28 +229,27 @@ def test_more_rows_than_a_batch_are_refused(client):
         asked(client, "embed_text", "text", [b"cat"] * 9, "text_embeds")
 
 
-def metric(triton, name, model):
-    if not hasattr(triton, "metrics"):
-        pytest.skip("this server tells no metrics")
-    with urllib.request.urlopen(f"http://{triton.metrics}/metrics") as page:
+def cache_hits(server, model):
+    with urllib.request.urlopen(f"http://{server.metrics}/metrics") as page:
         lines = page.read().decode().splitlines()
+    name = "nv_cache_num_hits_per_model"
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name) and f'"{model}"' in line)
 
 
 @pytest.mark.parametrize("model", ["tokenize", "text_encoder"])
-def test_a_text_that_comes_again_is_answered_from_the_cache(triton, client, model):
+def test_a_text_that_comes_again_is_answered_from_the_cache(server, client, model):
     text = [f"a text for {model} alone".encode()]
     first = asked(client, "embed_text", "text", text, "text_embeds")
-    hits, (runs, _) = metric(triton, "nv_cache_num_hits_per_model", model), executions(client, model)
+    hits, (runs, _) = cache_hits(server, model), executions(client, model)
     for _ in range(5):
         np.testing.assert_array_equal(asked(client, "embed_text", "text", text, "text_embeds"), first)
-    assert metric(triton, "nv_cache_num_hits_per_model", model) - hits == 5
+    assert cache_hits(server, model) - hits == 5
     assert executions(client, model)[0] == runs
 
 
-def test_the_bytes_of_a_file_are_a_request(triton, exports):
+def test_the_bytes_of_a_file_are_a_request(server, exports):
     exported = read_export(exports[1])
-    url = f"http://{triton.http}/v2/models/embed_image/infer"
+    url = f"http://{server.http}/v2/models/embed_image/infer"
     headers = {"Inference-Header-Content-Length": "0", "Content-Type": "application/octet-stream"}
     with urllib.request.urlopen(urllib.request.Request(url, PICTURES[1], headers)) as answer:
         length = int(answer.headers["Inference-Header-Content-Length"])
@@ -263,19 +259,21 @@ def test_the_bytes_of_a_file_are_a_request(triton, exports):
     np.testing.assert_allclose(np.frombuffer(content[length:], np.float32)[None], expected, atol=1e-6)
 
 
-def test_after_a_roll_back_the_older_version_answers(exports, tmp_path):
+def test_a_running_server_is_rolled_back_without_a_stop(triton, exports, tmp_path):
     repository = repository_of(exports, tmp_path)
-    assert serve_version(repository, None, SETTINGS) == 1
-    exported = read_export(exports[0])
-    server = started(repository)
-    try:
+    with triton_server.TritonServer(repository, triton=triton) as server:
         with triton_grpc.InferenceServerClient(server.grpc) as client:
-            versions = {client.get_model_metadata(model).versions[0] for model in MODELS}
+            newer = classified(client, PICTURES, ["cat", "dog"])
+            assert serve_version(repository, None, SETTINGS) == 1
+            for model in sorted(MODELS):
+                server.load(model)
+            versions = {tuple(client.get_model_metadata(model).versions) for model in MODELS}
             images = asked(client, "embed_image", "image", PICTURES, "image_embeds")
-            found = classified(client, PICTURES, ["cat", "dog"])
-    finally:
-        server.__exit__(None, None, None)
-    assert versions == {"1"}
-    np.testing.assert_allclose(images, embeds_of(exported, "image", pixels_of(exported, PICTURES)), atol=1e-6)
-    expected = Classifier(exports[0], threads=1).probabilities(PICTURES, ["cat", "dog"])
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+            older = classified(client, PICTURES, ["cat", "dog"])
+    assert versions == {("1",)}
+    old = read_export(exports[0])
+    np.testing.assert_allclose(images, embeds_of(old, "image", pixels_of(old, PICTURES)), atol=1e-6)
+    for export, found in zip(exports, (older, newer), strict=True):
+        expected = Classifier(export, threads=1).probabilities(PICTURES, ["cat", "dog"])
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(older - newer).max() > 1e-4
