@@ -86,7 +86,13 @@ def serve_version(repository: Path, version: int | None, settings: ServeSettings
         asked = f"Version {version}" if version else "An older version"
         there = ", ".join(map(str, known)) or "none"
         raise ArtifactError(f"{asked} of {repository} was asked for; versions there: {there}. Do: clipress serve RUN")
-    _write(repository, {}, _read_release(repository, version), version, settings, bench)
+    release = _read_release(repository, version)
+    if release.search and version not in _versions(repository, "search"):
+        raise ArtifactError(
+            f"Version {version} of {repository} was asked for; its search/{version} went when a version without an index "
+            "was served. Do: clipress serve RUN"
+        )
+    _write(repository, {}, release, version, settings, bench)
     return version
 
 

@@ -265,7 +265,7 @@ def test_a_running_server_is_rolled_back_without_a_stop(triton, exports, tmp_pat
         with triton_grpc.InferenceServerClient(server.grpc) as client:
             newer = classified(client, PICTURES, ["cat", "dog"])
             assert serve_version(repository, None, SETTINGS) == 1
-            for model in sorted(MODELS):
+            for model in ("embed_image", "embed_text", "classify"):  # the first two bring what they are made of
                 server.load(model)
             versions = {tuple(client.get_model_metadata(model).versions) for model in MODELS}
             images = asked(client, "embed_image", "image", PICTURES, "image_embeds")
