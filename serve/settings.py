@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
 from clipress.recipe import Section
 
-Count = Literal["auto"] | PositiveInt
+Count = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
 
 
 class RateLimit(Section):

@@ -96,6 +96,14 @@ def test_a_stage_the_run_does_not_have(tiny_run):
     told(clipress("serve", tiny_run[0], "--stage", "prunned"), "Did you mean 'pruned'")
 
 
+def test_a_version_that_a_repository_does_not_have(tiny_run):
+    told(clipress("serve", tiny_run[0], "--backend", "python", "--version", "9"), "Version 9 of", "clipress serve RUN")
+
+
+def test_serving_an_engine_that_was_never_built(tiny_run):
+    told(clipress("serve", tiny_run[0], "--backend", "tensorrt"), "engines there: none", "export RUN --tensorrt")
+
+
 def test_a_model_that_is_not_exported_yet(tiny_run, tmp_path):
     import shutil
 

@@ -240,3 +240,20 @@ def test_either_all_teachers_are_cached_or_none(tiny_run, tmp_path):
     recipe = {"name": "mixed", "teacher": teachers, "data": DATA, "stages": [{"distill": {"steps": 1}}]}
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 2 and "every teacher has a 'cache' or none" in result.output
+
+
+def test_another_stage_becomes_a_version_that_can_be_rolled_back(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run[0], run)
+    shutil.rmtree(run / "triton")
+    said = [
+        clipress("serve", run, "--backend", "python", *options).output
+        for options in (["--stage", "recovered"], [], ["--roll-back"], ["--version", "2"])
+    ]
+    assert "of recovered, version 1" in said[0] and "of int8, version 2" in said[1]
+    assert "Version 1 is served" in said[2] and "Version 2 is served" in said[3]
+    assert sorted(path.name for path in (run / "triton" / "python" / "classify").iterdir()) == [
+        "1",
+        "2",
+        "config.pbtxt",
+    ]

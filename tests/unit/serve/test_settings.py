@@ -38,7 +38,7 @@ def test_numbers_are_bounded(key, worst, best):
 @pytest.mark.parametrize("key", ["instances", "threads"])
 def test_sizes_are_numbers_or_auto(key):
     assert getattr(checked(ServeSettings, {key: 3}, "serve"), key) == 3
-    for wrong in (0, "many", None):
+    for wrong in (0, 1025, "many", None):
         with pytest.raises(RecipeError, match=rf"serve\.{key}"):
             checked(ServeSettings, {key: wrong}, "serve")
 

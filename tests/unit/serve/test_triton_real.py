@@ -6,6 +6,9 @@ Skipped where no server is installed. One server answers most tests: its reposit
 import concurrent.futures
 import io
 import json
+import re
+import subprocess
+import sys
 import urllib.request
 import zlib
 
@@ -257,6 +260,17 @@ def test_the_bytes_of_a_file_are_a_request(server, exports):
     assert json.loads(content[:length])["outputs"][0]["name"] == "image_embeds"
     expected = embeds_of(exported, "image", pixels_of(exported, [PICTURES[1]]))
     np.testing.assert_allclose(np.frombuffer(content[length:], np.float32)[None], expected, atol=1e-6)
+
+
+def test_the_program_on_the_repositorys_page_tells_what_local_inference_does(server, exports, tmp_path):
+    page = (server.repository / "README.md").read_text(encoding="utf-8")
+    program = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].replace("localhost:8001", server.grpc)
+    (tmp_path / "ask.py").write_text(program, encoding="utf-8")
+    (tmp_path / "picture.png").write_bytes(PICTURES[0])
+    command = [sys.executable, tmp_path / "ask.py", tmp_path / "picture.png", "cat", "red fox"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (row,) = Classifier(exports[1], threads=1).probabilities([PICTURES[0]], ["cat", "red fox"])
+    assert printed.splitlines() == [f"cat {row[0]:.1%}", f"red fox {row[1]:.1%}"]
 
 
 def test_a_running_server_is_rolled_back_without_a_stop(triton, exports, tmp_path):
