@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from clipress.compress.pipeline import Plan
     from clipress.data.evalsets import EvalSet
     from clipress.metrics.outcomes import Outcomes
+    from clipress.serve.settings import ServeSettings
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -363,27 +364,43 @@ def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, dur
 @RUN_ARGUMENT
 @click.option("--stage", help="Name of the artefact.  [default: what bench keeps of the last one]")
 @click.option(
-    "--backend", "backends", multiple=True, help="onnxruntime or python; may be given twice.  [default: the recipe's]"
+    "--backend",
+    "backends",
+    multiple=True,
+    help="onnxruntime, python or tensorrt; may be given several times.  [default: the recipe's]",
 )
 @click.option("--max-batch", type=click.IntRange(1), help="Largest batch the server makes.  [default: the recipe's]")
+@click.option("--version", type=click.IntRange(1), help="Write nothing new; let this version of the models be served.")
+@click.option("--roll-back", is_flag=True, help="The same with the version before the one that is served.")
 @click.option("--run", "start", is_flag=True, help="Then start Triton on the one of the python backend, until Ctrl-C.")
 @click.option("--host", help="Interface that the server listens on.  [default: 127.0.0.1]")
 @click.option("--http-port", type=PORT, help="[default: any free one]")
 @click.option("--grpc-port", type=PORT, help="[default: any free one]")
 @click.option("--metrics-port", type=PORT, help="[default: any free one]")
 def serve(
-    run: Path, stage: str | None, backends: tuple[str, ...], max_batch: int | None, start: bool, **listen: Any
+    run: Path,
+    stage: str | None,
+    backends: tuple[str, ...],
+    max_batch: int | None,
+    version: int | None,
+    roll_back: bool,
+    start: bool,
+    **listen: Any,
 ) -> None:
     """Write Triton model repositories from an artefact of a run, and with --run serve it here.
 
-    The server is the `tritonserver` on PATH; where there is none, one is fetched once, some 60 MB.
+    A changed export becomes a new version of the models. The server is the `tritonserver` on PATH; where there is none, one
+    is fetched once, some 60 MB.
     """
     if not start and _given(**listen):
         raise RecipeError("--host and the ports are about a server that runs: add --run.")
     plan = _plan_of(run)
-    name = _chosen(plan, stage) if stage else _served(run, plan)
-    _export(run, plan, [name])
-    repositories = _serve(run, plan, name, backends or None, max_batch)
+    if version or roll_back:
+        repositories = _serve_version(run, plan, backends or None, max_batch, version)
+    else:
+        name = _chosen(plan, stage) if stage else _served(run, plan)
+        _export(run, plan, [name])
+        repositories = _serve(run, plan, name, backends or None, max_batch)
     if start:
         from clipress.serve.triton_server import serve_until_stopped
 
@@ -894,16 +911,34 @@ def _serve(
     run: Path, plan: Plan, stage: str, backends: tuple[str, ...] | None, max_batch: int | None
 ) -> dict[str, Path]:
     """Write the repositories; return each one's folder by its backend."""
+    from clipress.serve.triton_repo import served_version, triton_repo_from_export
+
+    settings, bench = _serve_settings(plan, backends, max_batch), run / "bench" / "results.json"
+    repositories = triton_repo_from_export(_exported(run, stage), run / "triton", settings, bench)
+    for repository in repositories:
+        click.echo(f"Triton model repository of {stage}, version {served_version(repository)}: {repository}")
+    return {repository.name: repository for repository in repositories}
+
+
+def _serve_version(
+    run: Path, plan: Plan, backends: tuple[str, ...] | None, max_batch: int | None, version: int | None
+) -> dict[str, Path]:
+    """Let an older version be served, the one before where none is named; return the repositories as `_serve` does."""
+    from clipress.serve.triton_repo import serve_version
+
+    settings = _serve_settings(plan, backends, max_batch)
+    repositories = {backend: run / "triton" / backend for backend in settings.backend}
+    for repository in repositories.values():
+        now = serve_version(repository, version, settings, run / "bench" / "results.json")
+        click.echo(f"Version {now} is served from {repository}")
+    return repositories
+
+
+def _serve_settings(plan: Plan, backends: tuple[str, ...] | None, max_batch: int | None) -> ServeSettings:
     from clipress.recipe import checked
     from clipress.serve.settings import ServeSettings
-    from clipress.serve.triton_repo import triton_repo_from_export
 
-    raw = {**plan.recipe.serve, **_given(backend=backends, max_batch=max_batch)}
-    settings = checked(ServeSettings, raw, "serve")
-    repositories = triton_repo_from_export(_exported(run, stage), run / "triton", settings)
-    for repository in repositories:
-        click.echo(f"Triton model repository of {stage}: {repository}")
-    return {repository.name: repository for repository in repositories}
+    return checked(ServeSettings, {**plan.recipe.serve, **_given(backend=backends, max_batch=max_batch)}, "serve")
 
 
 if __name__ == "__main__":

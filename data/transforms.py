@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from clipress.errors import DataError
 from clipress.recipe import Section
@@ -61,9 +61,8 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     except FileNotFoundError:
         raise DataError(f"Image {name} was asked for, and there is no such file.") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{name} is not a picture that can be decoded: {error}. Give a JPEG, PNG or WebP file."
-        ) from None
+        why = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{name} is not a picture that can be decoded: {why}. Give a JPEG, PNG or WebP file.") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

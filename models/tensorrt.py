@@ -192,12 +192,8 @@ def read_sidecar(plan: Path) -> Sidecar:
     return sidecar
 
 
-def load_engine(plan: Path, machine: Machine | None = None) -> Engine:
-    """Load an engine that its sidecar vouches for.
-
-    Raises ArtifactError when the sidecar is missing or speaks of another plan, TensorRT or GPU, and BackendMissing when
-    there is none of these here.
-    """
+def read_plan(plan: Path) -> tuple[bytes, Sidecar]:
+    """Read a plan that its sidecar vouches for, and the sidecar. Raises ArtifactError when it is missing or of another."""
     sidecar = read_sidecar(plan)
     content = plan.read_bytes()
     found = hashlib.sha256(content).hexdigest()
@@ -206,6 +202,16 @@ def load_engine(plan: Path, machine: Machine | None = None) -> Engine:
             f"{plan} ({len(content)} bytes) is truncated or changed: its sha256 starts with {found[:12]}, its sidecar says "
             f"{sidecar.plan_sha256[:12]}. It is not loaded. Build it here: clipress export RUN --tensorrt"
         )
+    return content, sidecar
+
+
+def load_engine(plan: Path, machine: Machine | None = None) -> Engine:
+    """Load an engine that its sidecar vouches for.
+
+    Raises ArtifactError when the sidecar is missing or speaks of another plan, TensorRT or GPU, and BackendMissing when
+    there is none of these here.
+    """
+    content, sidecar = read_plan(plan)
     machine = machine or find_machine()
     if not sidecar.fits(machine):
         raise ArtifactError(

@@ -35,10 +35,7 @@ class Classifier:
 
     def label_embeddings(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
         """Return one unit vector per label, float32 [C, D]: the mean over the templates. Raises DataError."""
-        check_labels(labels)
-        _check_templates(templates)
-        prompts = [template.replace("{}", label) for label in labels for template in templates]
-        embeds = self._embeddings("text", prompts, self._tokenize)  # [C * T, D]
+        embeds = self._embeddings("text", prompts_for(labels, templates), self._tokenize)  # [C * T, D]
         return class_embeddings(embeds.reshape(len(labels), len(templates), -1))
 
     def probabilities(
@@ -51,10 +48,7 @@ class Classifier:
         """
         classes = self.label_embeddings(labels, templates)
         embeds = self._embeddings("image", images, self._pixels)
-        # a logit bias would shift all labels alike, and softmax does not see that
-        logits = self._export.logit_scale * (embeds @ classes.T)
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return weights / weights.sum(axis=1, keepdims=True)
+        return softmax(self._export.logit_scale, embeds, classes)
 
     def _pixels(self, images: Sequence[str | Path | bytes]) -> np.ndarray:
         preprocess = self._export.preprocess
@@ -67,6 +61,23 @@ class Classifier:
         none = np.empty((0, self._export.embed_dim), np.float32)
         found = np.concatenate([none, *(session.run(None, {takes: prepared(batch)})[0] for batch in batches)])
         return finite(found, tower)
+
+
+def prompts_for(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Return every label in every template, a label's prompts together: C * T texts. Raises DataError."""
+    check_labels(labels)
+    _check_templates(templates)
+    return [template.replace("{}", label) for label in labels for template in templates]
+
+
+def softmax(logit_scale: float, images: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return the probability of each class for each image, float32 [N, C], from unit vectors [N, D] and [C, D].
+
+    A logit bias would shift all classes alike, and is not seen here.
+    """
+    logits = logit_scale * (images @ classes.T)
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _check_templates(templates: Sequence[str]) -> None:

@@ -100,6 +100,14 @@ def test_a_port_for_a_server_that_is_not_started(tiny_run):
     told(clipress("serve", tiny_run[0], "--http-port", 8000), "add --run")
 
 
+def test_a_version_that_a_repository_does_not_have(tiny_run):
+    told(clipress("serve", tiny_run[0], "--backend", "python", "--version", "9"), "Version 9 of", "clipress serve RUN")
+
+
+def test_serving_an_engine_that_was_never_built(tiny_run):
+    told(clipress("serve", tiny_run[0], "--backend", "tensorrt"), "engines there: none", "export RUN --tensorrt")
+
+
 def test_a_server_without_the_backend_it_runs(tiny_run, tmp_path):
     shutil.copytree(tiny_run[0], tmp_path / "run")
     told(

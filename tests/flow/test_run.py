@@ -1,6 +1,7 @@
 """A tiny recipe through every stage to a Triton repository, and what is left afterwards."""
 
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -36,7 +37,7 @@ def test_every_stage_leaves_an_artefact_a_row_and_a_repository(tiny_run):
         towers = [run / "export" / row["stage"] / f"{tower}.onnx" for tower in ("image", "text")]
         assert row["bytes"] == sum(file.stat().st_size for file in towers)
     assert (run / "bench" / "report.html").stat().st_size > 1000
-    assert len(list((run / "triton").glob("*/*/config.pbtxt"))) == 4
+    assert len(list((run / "triton").glob("*/*/config.pbtxt"))) == 2 * 7
     for stage in STAGES:
         assert stage in result.output
 
@@ -112,8 +113,6 @@ def test_predict_names_a_picture_with_onnx_runtime(tiny_run, tmp_path):
 
 
 def test_a_second_run_does_nothing_again_and_a_changed_stage_redoes_what_follows(tiny_run, recipe, tmp_path):
-    import shutil
-
     run, _ = tiny_run
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -249,8 +248,6 @@ def test_either_all_teachers_are_cached_or_none(tiny_run, tmp_path):
 
 
 def test_serve_takes_what_bench_kept_and_says_so_and_a_named_stage_comes_first(tiny_run, tmp_path):
-    import shutil
-
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
     path = run / "bench" / "results.json"
     results = json.loads(path.read_text())
@@ -272,7 +269,26 @@ def test_serve_takes_what_bench_kept_and_says_so_and_a_named_stage_comes_first(t
         result = clipress("serve", run, *asked)
         assert result.exit_code == 0, result.output
         assert said in result.output and (" is served and not " in result.output) == bool(said)
-        assert f"Triton model repository of {served}:" in result.output
+        assert f"Triton model repository of {served}, version" in result.output
         assert f"stage {served} (" in (run / "triton" / "onnxruntime" / "README.md").read_text()
     path.unlink()
-    assert "Triton model repository of int8:" in clipress("serve", run).output  # nothing was measured: the last one
+    assert (
+        "Triton model repository of int8, version" in clipress("serve", run).output
+    )  # nothing was measured: the last one
+
+
+def test_another_stage_becomes_a_version_that_can_be_rolled_back(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run[0], run)
+    shutil.rmtree(run / "triton")
+    said = [
+        clipress("serve", run, "--backend", "python", *options).output
+        for options in (["--stage", "recovered"], [], ["--roll-back"], ["--version", "2"])
+    ]
+    assert "of recovered, version 1" in said[0] and "of int8, version 2" in said[1]
+    assert "Version 1 is served" in said[2] and "Version 2 is served" in said[3]
+    assert sorted(path.name for path in (run / "triton" / "python" / "classify").iterdir()) == [
+        "1",
+        "2",
+        "config.pbtxt",
+    ]

@@ -1,23 +1,29 @@
 """Triton model repositories: what the server will read, and the python backend's model run without a server."""
 
+import asyncio
 import hashlib
 import importlib.util
+import io
 import json
 import re
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import onnx
 import pytest
 from google.protobuf import json_format, text_format
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from clipress.data.transforms import fitted, normalised, open_image
 from clipress.errors import ArtifactError, ExportError
+from clipress.models.exported import read_export
 from clipress.serve import triton_repo
 from clipress.serve.settings import ServeSettings
-from clipress.serve.triton_repo import triton_repo_from_export
+from clipress.serve.triton_repo import serve_version, served_version, triton_repo_from_export
 
 SIZE, LENGTH, DIM, WORDS = 2, 3, 4, 10
 TABLE = np.random.default_rng(0).standard_normal((WORDS, DIM)).astype(np.float32)
@@ -87,21 +93,26 @@ def without_parameters(config):
     return config, kept
 
 
-def test_each_backend_gets_a_repository_of_both_encoders(export, tmp_path):
+MODELS = {"image_encoder", "text_encoder", "preprocess", "tokenize", "embed_image", "embed_text", "classify"}
+
+
+def files_in(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_each_backend_gets_a_repository_of_all_models(export, tmp_path):
     target = tmp_path / "run" / "triton"
     assert triton_repo_from_export(export, target, ServeSettings()) == [target / "onnxruntime", target / "python"]
-    found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-    assert found == {
-        f"{backend}/{path}"
-        for backend in ("onnxruntime", "python")
-        for path in (
-            "README.md",
-            "image_encoder/config.pbtxt",
-            "image_encoder/1/model.onnx",
-            "text_encoder/config.pbtxt",
-            "text_encoder/1/model.onnx",
-        )
-    } | {"python/image_encoder/1/model.py", "python/text_encoder/1/model.py"}
+    both = {
+        "README.md",
+        "preprocess/warmup/picture",
+        "tokenize/warmup/text",
+        *(f"{model}/{file}" for model in MODELS for file in ("config.pbtxt", "1/release.json")),
+        *(f"{model}/1/model.py" for model in ("preprocess", "tokenize", "classify")),
+        *(f"{tower}_encoder/1/model.onnx" for tower in ("image", "text")),
+    }
+    assert files_in(target / "onnxruntime") == both
+    assert files_in(target / "python") == both | {f"{tower}_encoder/1/model.py" for tower in ("image", "text")}
     for tower in ("image", "text"):
         copied = target / "onnxruntime" / f"{tower}_encoder" / "1" / "model.onnx"
         assert copied.read_bytes() == (export / f"{tower}.onnx").read_bytes()
@@ -114,7 +125,7 @@ def test_only_the_backend_that_is_asked_for_is_written(export, tmp_path):
 
 
 def test_the_image_encoder_is_described_as_triton_wants_it(export, tmp_path):
-    settings = ServeSettings(backend="onnxruntime", max_batch=16)
+    settings = ServeSettings(backend="onnxruntime", max_batch=16, instances=1, threads=1)
     (repository,) = triton_repo_from_export(export, tmp_path, settings)
     config, parameters = without_parameters(config_in(repository, "image_encoder"))
     expected = """
@@ -123,7 +134,8 @@ def test_the_image_encoder_is_described_as_triton_wants_it(export, tmp_path):
         output [ { name: "image_embeds" data_type: TYPE_FP32 dims: [ 4 ] } ]
         version_policy { latest { num_versions: 1 } }
         instance_group [ { kind: KIND_CPU count: 1 } ]
-        dynamic_batching { }
+        dynamic_batching { default_queue_policy {
+          default_timeout_microseconds: 10000000 allow_timeout_override: true max_queue_size: 1024 } }
         model_warmup [
           { name: "batch_1" batch_size: 1
             inputs { key: "pixel_values" value { data_type: TYPE_FP32 dims: [ 3, 2, 2 ] random_data: true } } },
@@ -136,7 +148,9 @@ def test_the_image_encoder_is_described_as_triton_wants_it(export, tmp_path):
 
 
 def test_the_text_encoder_follows_the_settings(export, tmp_path):
-    settings = ServeSettings(backend="python", max_batch=8, queue_delay_us=250, instances=2, threads=3)
+    settings = ServeSettings(
+        backend="python", max_batch=8, queue_delay_us=250, instances=2, threads=3, queue_size=9, queue_timeout_ms=0
+    )
     (repository,) = triton_repo_from_export(export, tmp_path, settings)
     config, parameters = without_parameters(config_in(repository, "text_encoder"))
     expected = """
@@ -145,7 +159,10 @@ def test_the_text_encoder_follows_the_settings(export, tmp_path):
         output [ { name: "text_embeds" data_type: TYPE_FP32 dims: [ 4 ] } ]
         version_policy { latest { num_versions: 1 } }
         instance_group [ { kind: KIND_CPU count: 2 } ]
-        dynamic_batching { max_queue_delay_microseconds: 250 }
+        dynamic_batching {
+          max_queue_delay_microseconds: 250
+          default_queue_policy { allow_timeout_override: true max_queue_size: 9 } }
+        response_cache { enable: true }
         model_warmup [
           { name: "batch_1" batch_size: 1
             inputs { key: "input_ids" value { data_type: TYPE_INT64 dims: [ 3 ] zero_data: true } } },
@@ -189,15 +206,6 @@ def test_the_same_export_gives_the_same_bytes(export, tmp_path):
     )
     files = [path.relative_to(first) for path in first.rglob("*") if path.is_file()]
     assert all((first / file).read_bytes() == (second / file).read_bytes() for file in files)
-
-
-def test_an_older_repository_is_replaced_whole(export, tmp_path):
-    stale = tmp_path / "python" / "image_encoder" / "2" / "model.onnx"
-    stale.parent.mkdir(parents=True)
-    stale.write_bytes(b"old")
-    triton_repo_from_export(export, tmp_path, ServeSettings(backend="python"))
-    assert not stale.exists()
-    assert (tmp_path / "python" / "text_encoder" / "1" / "model.py").is_file()
 
 
 def test_a_disk_that_fills_up_leaves_the_older_repository(export, tmp_path, monkeypatch):
@@ -248,13 +256,358 @@ def test_the_readme_starts_the_server_its_backend_needs(export, tmp_path):
         for repository in triton_repo_from_export(export, tmp_path, ServeSettings())
     ]
     for page in pages:
-        assert re.search(
-            r"docker run .*\n  nvcr\.io/nvidia/tritonserver:\d\d\.\d\d-py3 .*--model-repository=/models", page
-        )
-        body = json.loads(re.search(r"-d '(.*)'", page)[1])
+        assert re.search(r"FROM nvcr\.io/nvidia/tritonserver:24\.10-py3\nRUN pip install 'numpy<2' onnxruntime", page)
+        body = json.loads(re.findall(r"-d '(.*)'", page)[2])
         assert np.asarray(body["inputs"][0]["data"]).reshape(body["inputs"][0]["shape"]).shape == (1, LENGTH)
         compile(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], "README.md", "exec")
-    assert ["pip install onnxruntime" in page for page in pages] == [False, True]
+    assert [re.search(r"docker run .*\n  (.*)", page)[1] for page in pages] == [
+        f"clipress-triton:24.10 tritonserver --model-repository=/models/{backend} --cache-config=local,size=67108864"
+        for backend in ("onnxruntime", "python")
+    ]
+
+
+def changed(export, **described):
+    """Change an export in place: other weights in the text tower, or what export.json says."""
+    path = export / "export.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    if not described:
+        model = onnx.load(export / "text.onnx")
+        model.producer_version += "x"
+        onnx.save(model, export / "text.onnx")
+        told["files"]["text"]["sha256"] = hashlib.sha256((export / "text.onnx").read_bytes()).hexdigest()
+    path.write_text(json.dumps({**told, **described}), encoding="utf-8")
+
+
+def snapshot(repository):
+    return {name: (repository / name).read_bytes() for name in files_in(repository)}
+
+
+def python_repository(export, target, **settings):
+    return triton_repo_from_export(export, target, ServeSettings(backend="python", **settings))[0]
+
+
+def policies(repository):
+    """What each model's version policy says; None: the newest."""
+    configs = [config_in(repository, model) for model in MODELS]
+    return {max(config.version_policy.specific.versions, default=None) for config in configs}
+
+
+def test_an_export_that_has_not_changed_adds_nothing_and_touches_nothing(export, tmp_path):
+    repository = python_repository(export, tmp_path)
+    before, folder = snapshot(repository), repository.stat().st_ino
+    assert snapshot(python_repository(export, tmp_path)) == before
+    assert repository.stat().st_ino == folder  # a server or container that looks at it keeps what it sees
+
+
+def test_an_export_that_was_made_again_elsewhere_is_the_same(export, tmp_path):
+    python_repository(export, tmp_path)
+    changed(export, parity={"image_min_cosine": 0.5})
+    elsewhere = tmp_path / "elsewhere"
+    export.rename(elsewhere)
+    assert not (python_repository(elsewhere, tmp_path) / "classify" / "2").exists()
+
+
+def test_settings_that_change_are_written_without_a_new_version(export, tmp_path):
+    python_repository(export, tmp_path)
+    repository = python_repository(export, tmp_path, max_batch=3)
+    assert {config_in(repository, f"{tower}_encoder").max_batch_size for tower in ("image", "text")} == {3}
+    assert not (repository / "image_encoder" / "2").exists()
+
+
+def test_a_changed_export_is_added_to_every_model_and_the_older_one_stays(export, tmp_path):
+    first = snapshot(python_repository(export, tmp_path))
+    changed(export)
+    repository = python_repository(export, tmp_path)
+    second = snapshot(repository)
+    assert {name: second[name] for name in first if "/1/" in name} == {n: c for n, c in first.items() if "/1/" in n}
+    assert {name.replace("/2/", "/1/") for name in second if "/2/" in name} == {n for n in first if "/1/" in n}
+    assert second["text_encoder/2/model.onnx"] == (export / "text.onnx").read_bytes()
+    assert second["text_encoder/2/model.onnx"] != second["text_encoder/1/model.onnx"]
+    assert policies(repository) == {None}
+
+
+def test_every_model_is_rolled_back_with_what_its_configuration_said_then(export, tmp_path):
+    first = snapshot(python_repository(export, tmp_path))
+    changed(export, logit_scale=7.0, lineage_hash="later")
+    repository = python_repository(export, tmp_path)
+    assert serve_version(repository, None, ServeSettings()) == 1
+    assert policies(repository) == {1} and served_version(repository) == 1
+    for model in MODELS:
+        then = text_format.Parse(first[f"{model}/config.pbtxt"].decode(), ModelConfig())
+        now = config_in(repository, model)
+        now.version_policy.CopyFrom(then.version_policy)
+        assert now == then
+    assert serve_version(repository, 2, ServeSettings()) == 2
+    assert policies(repository) == {None}
+    assert config_in(repository, "classify").parameters["logit_scale"].string_value == "7.0"
+
+
+def test_a_repository_stays_rolled_back_until_there_is_something_new(export, tmp_path):
+    python_repository(export, tmp_path)
+    changed(export)
+    serve_version(python_repository(export, tmp_path), 1, ServeSettings())
+    assert policies(python_repository(export, tmp_path, max_batch=5)) == {1}
+    changed(export)
+    repository = python_repository(export, tmp_path)
+    assert policies(repository) == {None} and served_version(repository) == 3
+
+
+@pytest.mark.parametrize("version, told", [(None, "An older version"), (3, "Version 3")])
+def test_a_version_that_is_not_there_is_told_with_those_that_are(export, tmp_path, version, told):
+    repository = python_repository(export, tmp_path)
+    with pytest.raises(ArtifactError, match=rf"{told} .*versions there: 1\. Do: clipress serve RUN"):
+        serve_version(repository, version, ServeSettings())
+    with pytest.raises(ArtifactError, match="versions there: none"):
+        serve_version(tmp_path / "nowhere", version, ServeSettings())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b'{"export": {}}'])
+def test_a_version_whose_record_is_damaged_is_not_served(export, tmp_path, content):
+    repository = python_repository(export, tmp_path)
+    changed(export)
+    repository, record = python_repository(export, tmp_path), repository / "image_encoder" / "1" / "release.json"
+    record.unlink()
+    if content is not None:
+        record.write_bytes(content)
+    before = snapshot(repository)
+    with pytest.raises(ArtifactError, match=r"1/release\.json.*clipress serve RUN"):
+        serve_version(repository, 1, ServeSettings())
+    assert snapshot(repository) == before
+
+
+def test_a_model_that_takes_something_else_is_no_new_version(export, tmp_path):
+    before = snapshot(python_repository(export, tmp_path))
+    changed(export, preprocess={"size": 4})
+    told = r"image_encoder .* takes pixel_values \[3, 2, 2\].*takes pixel_values \[3, 4, 4\].*new repository"
+    with pytest.raises(ExportError, match=told):
+        python_repository(export, tmp_path)
+    assert snapshot(tmp_path / "python") == before
+
+
+def test_pictures_and_texts_pass_through_what_prepares_them(export, tmp_path):
+    repository = python_repository(export, tmp_path, max_batch=8)
+    for tower, first, takes, between, dims in (
+        ("image", "preprocess", "image", "pixel_values", [3, 2, 2]),
+        ("text", "tokenize", "text", "input_ids", [3]),
+    ):
+        ensemble, prepares = config_in(repository, f"embed_{tower}"), config_in(repository, first)
+        encoder = config_in(repository, f"{tower}_encoder")
+        assert {config.max_batch_size for config in (ensemble, prepares, encoder)} == {8}
+        assert (list(ensemble.input), list(ensemble.output)) == (list(prepares.input), list(encoder.output))
+        assert (prepares.input[0].name, list(prepares.input[0].dims)) == (takes, [1])
+        assert list(prepares.output[0].dims) == list(encoder.input[0].dims) == dims
+        assert prepares.output[0].data_type == encoder.input[0].data_type
+        steps = [(s.model_name, dict(s.input_map), dict(s.output_map)) for s in ensemble.ensemble_scheduling.step]
+        gives = f"{tower}_embeds"
+        assert steps == [
+            (first, {takes: takes}, {between: between}),
+            (f"{tower}_encoder", {between: between}, {gives: gives}),
+        ]
+        assert not ensemble.instance_group and not ensemble.HasField("dynamic_batching")
+
+
+def test_only_answers_to_texts_are_cached(export, tmp_path):
+    def cached(repository):
+        return {model for model in MODELS if config_in(repository, model).response_cache.enable}
+
+    assert cached(python_repository(export, tmp_path)) == {"tokenize", "text_encoder"}
+    assert cached(python_repository(export, tmp_path, cache_mb=0)) == set()
+
+
+def test_the_warm_up_is_a_picture_and_a_text_as_triton_stores_strings(export, tmp_path):
+    repository = python_repository(export, tmp_path)
+    for model, name in (("preprocess", "picture"), ("tokenize", "text")):
+        (sample,) = config_in(repository, model).model_warmup
+        (given,) = sample.inputs.values()
+        assert given.input_data_file == name
+        stored = (repository / model / "warmup" / name).read_bytes()
+        assert int.from_bytes(stored[:4], "little") == len(stored) - 4
+    assert open_image((repository / "preprocess" / "warmup" / "picture").read_bytes()[4:]).size == (SIZE, SIZE)
+    assert (repository / "tokenize" / "warmup" / "text").read_bytes()[4:].decode() == "a photo of a cat"
+
+
+def test_the_rate_limiter_gets_what_the_encoders_take(export, tmp_path):
+    limit = {"resources": {"cores": 2}, "priority": 3}
+    repository = python_repository(export, tmp_path, rate_limit=limit)
+    for model in MODELS - {"embed_image", "embed_text"}:
+        (group,) = config_in(repository, model).instance_group
+        limits = [(resource.name, resource.count) for resource in group.rate_limiter.resources]
+        assert (limits, group.rate_limiter.priority) == (([("cores", 2)], 3) if "encoder" in model else ([], 0))
+    assert "--rate-limit=execution_count" in (repository / "README.md").read_text(encoding="utf-8")
+
+
+# --- engines ---
+
+
+def engine(export, tower, gpu="nvidia-h200", trt="10.16.1.11", precision="fp16", **changes):
+    """Put a plan and a sidecar that vouches for it into an export."""
+    plan = export / "tensorrt" / f"{tower}.{gpu}.trt{trt}.{precision}.engine"
+    plan.parent.mkdir(exist_ok=True)
+    plan.write_bytes(f"plan of {plan.name}".encode())
+    shape = (3, SIZE, SIZE) if tower == "image" else (LENGTH,)
+    told = {
+        "tower": tower,
+        "precision": precision,
+        "tensorrt": trt,
+        "gpu": gpu,
+        "compute_capability": (9, 0),
+        "version_compatible": False,
+        "hardware_compatibility": "none",
+        "onnx_sha256": hashlib.sha256((export / f"{tower}.onnx").read_bytes()).hexdigest(),
+        "plan_sha256": hashlib.sha256(plan.read_bytes()).hexdigest(),
+        "profile": {"min": (1, *shape), "opt": (8, *shape), "max": (32, *shape)},
+        "settings": {},
+        "clipress": "0",
+    }
+    plan.with_name(f"{plan.name}.json").write_text(json.dumps(told | changes), encoding="utf-8")
+    return plan
+
+
+def test_engines_are_served_on_their_gpus_with_graphs_of_their_batches(export, tmp_path):
+    plans = {tower: engine(export, tower) for tower in ("image", "text")}
+    settings = ServeSettings(backend="tensorrt", gpus=(0, 2), instances=2, queue_size=0, queue_timeout_ms=0)
+    (repository,) = triton_repo_from_export(export, tmp_path, settings)
+    config, _ = without_parameters(config_in(repository, "image_encoder"))
+    config.ClearField("model_warmup")
+    expected = """
+        name: "image_encoder"  backend: "tensorrt"  max_batch_size: 32
+        default_model_filename: "model.plan"  cc_model_filenames { key: "9.0" value: "model.plan" }
+        input [ { name: "pixel_values" data_type: TYPE_FP32 dims: [ 3, 2, 2 ] } ]
+        output [ { name: "image_embeds" data_type: TYPE_FP32 dims: [ 4 ] } ]
+        version_policy { latest { num_versions: 1 } }
+        instance_group [ { kind: KIND_GPU count: 2 gpus: [ 0, 2 ] profile: ["0"] } ]
+        dynamic_batching { }
+        optimization { cuda { graphs: true output_copy_stream: true
+          graph_spec [
+            { batch_size: 1 input { key: "pixel_values" value { dim: [ 3, 2, 2 ] } } },
+            { batch_size: 8 input { key: "pixel_values" value { dim: [ 3, 2, 2 ] } } },
+            { batch_size: 32 input { key: "pixel_values" value { dim: [ 3, 2, 2 ] } } } ] } }
+    """
+    assert config == text_format.Parse(expected, ModelConfig())
+    for tower, plan in plans.items():
+        folder = repository / f"{tower}_encoder" / "1"
+        assert (folder / "model.plan").read_bytes() == plan.read_bytes()
+        assert files_in(folder) == {"model.plan", "model.plan.json", "release.json"}
+    assert config_in(repository, "embed_text").max_batch_size == 32
+    page = (repository / "README.md").read_text(encoding="utf-8")
+    assert "--gpus all" in page and "TensorRT 10.16.1.11" in page
+
+
+def test_each_kind_of_gpu_gets_its_engine_of_the_newest_tensorrt(export, tmp_path):
+    for tower in ("image", "text"):
+        engine(export, tower, trt="10.9.0.34")
+        engine(export, tower, gpu="a100", compute_capability=(8, 0), profile={"min": [1], "opt": [4], "max": [16]})
+        engine(export, tower)
+    (repository,) = triton_repo_from_export(export, tmp_path, ServeSettings(backend="tensorrt"))
+    config = config_in(repository, "text_encoder")
+    assert dict(config.cc_model_filenames) == {"8.0": "model.plan", "9.0": "model_cc90.plan"}
+    assert (repository / "text_encoder" / "1" / "model_cc90.plan").read_bytes() == b"plan of " + (
+        b"text.nvidia-h200.trt10.16.1.11.fp16.engine"
+    )
+    assert config.max_batch_size == 16
+
+
+def test_an_engine_version_is_rolled_back_as_it_was(export, tmp_path):
+    settings = ServeSettings(backend="tensorrt")
+    for tower in ("image", "text"):
+        engine(export, tower, profile={"min": [1], "opt": [2], "max": [4]})
+    (repository,) = triton_repo_from_export(export, tmp_path, settings)
+    for tower in ("image", "text"):
+        engine(export, tower)
+    triton_repo_from_export(export, tmp_path, settings)
+    assert config_in(repository, "image_encoder").max_batch_size == 32
+    serve_version(repository, 1, settings)
+    assert config_in(repository, "image_encoder").max_batch_size == 4
+
+
+@pytest.mark.parametrize(
+    "made, told",
+    [
+        ([], "engines there: none. Build it .*clipress export RUN --tensorrt"),
+        ([{"onnx_sha256": "0" * 64}], r"image\.onnx as it is now; engines there: image\.nvidia"),
+        ([{}, {"precision": "bf16"}], "Say serve.precision"),
+        ([{}, {"gpu": "nvidia-h100"}], "One engine per kind of GPU"),
+        ([{"profile": {"min": [2], "opt": [2], "max": [2]}}], "takes 2 or more"),
+    ],
+    ids=["none", "of another export", "two precisions", "two of a kind", "no single rows"],
+)
+def test_where_no_engine_or_more_than_one_is_meant_nothing_is_written(export, tmp_path, made, told):
+    engine(export, "text")
+    for changes in made:
+        engine(export, "image", **changes)
+    with pytest.raises(ExportError, match=told):
+        triton_repo_from_export(export, tmp_path / "triton", ServeSettings(backend="tensorrt"))
+    assert not (tmp_path / "triton").exists()
+
+
+def test_an_engine_that_its_sidecar_does_not_vouch_for_is_not_served(export, tmp_path):
+    engine(export, "text")
+    engine(export, "image").write_bytes(b"another")
+    with pytest.raises(ArtifactError, match=r"truncated or changed.*not loaded"):
+        triton_repo_from_export(export, tmp_path / "triton", ServeSettings(backend="tensorrt"))
+
+
+# --- an index to search ---
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """Stands in for an index: a folder, and a module that opens it. Its vectors are the rows of TABLE."""
+    folder = tmp_path / "index"
+    (folder / "parts").mkdir(parents=True)
+    (folder / "parts" / "0").write_bytes(b"vectors")
+
+    class Index:
+        dim, lineage = DIM, "0123456789abcdef"
+
+        def search(self, queries, k):
+            scores = queries @ TABLE.T
+            order = np.argsort(-scores, axis=1)[:, :k]
+            keys = [[f"käfer-{n}.png" for n in row] for row in order]
+            return np.take_along_axis(scores, order, 1), keys
+
+    module = ModuleType("clipress.serve.index")
+    module.Index, module.open_index = Index, lambda folder: Index()
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return folder
+
+
+def test_an_index_travels_with_the_version_that_searches_it(export, index, tmp_path):
+    repository = python_repository(export, tmp_path, index=index)
+    assert (repository / "search" / "1" / "index" / "parts" / "0").read_bytes() == b"vectors"
+    (index / "parts" / "0").write_bytes(b"others")
+    repository = python_repository(export, tmp_path, index=index)
+    assert [(repository / "search" / n / "index" / "parts" / "0").read_bytes() for n in "12"] == [b"vectors", b"others"]
+    assert "`search`" in (repository / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_version_that_could_not_search_is_rolled_back_to_without_it(export, index, tmp_path):
+    python_repository(export, tmp_path)
+    repository = python_repository(export, tmp_path, index=index)
+    assert (repository / "search" / "2").is_dir() and not (repository / "search" / "1").exists()
+    serve_version(repository, 1, ServeSettings())
+    assert not (repository / "search").exists()
+
+
+@pytest.mark.parametrize("change", [{"lineage": "of another"}, {"dim": 5}])
+def test_an_index_of_another_model_is_refused(export, index, tmp_path, monkeypatch, change):
+    for name, value in change.items():
+        monkeypatch.setattr(sys.modules["clipress.serve.index"].Index, name, value)
+    with pytest.raises(ArtifactError, match=r"Index .* dimensions; int8 is 0123456789abcdef and has 4"):
+        python_repository(export, tmp_path / "triton", index=index)
+    assert not (tmp_path / "triton").exists()
+
+
+def test_a_version_whose_index_is_gone_is_not_served(export, index, tmp_path):
+    python_repository(export, tmp_path)
+    repository = python_repository(export, tmp_path, index=index)
+    serve_version(repository, 1, ServeSettings())
+    with pytest.raises(ArtifactError, match=r"search/2.*clipress serve RUN"):
+        serve_version(repository, 2, ServeSettings())
+    assert (python_repository(export, tmp_path, index=index) / "search" / "3" / "index").is_dir()
+
+
+# --- the python models, run without a server ---
 
 
 class Tensor:
@@ -272,20 +625,59 @@ class Response:
         self.outputs, self.error = {tensor.name: tensor.array for tensor in output_tensors}, error
 
 
+class Asked:
+    """Stands in for a request to another model: an encoder that can be followed by hand."""
+
+    log: ClassVar = []
+
+    def __init__(self, model_name, requested_output_names, inputs, preferred_memory):
+        self.model, self.gives, self.input = model_name, requested_output_names[0], inputs[0]
+
+    async def async_exec(self):
+        rows = self.input.as_numpy()
+        Asked.log.append((self.model, len(rows)))
+        bad = [row[0] for row in rows if row[0] == b"bad"]
+        embeds = np.stack([by_hand(row[0]) for row in rows])
+        return SimpleNamespace(
+            has_error=lambda: bool(bad),
+            error=lambda: SimpleNamespace(message=lambda: "in ensemble: bad"),
+            outputs={self.gives: Tensor(self.gives, embeds)},
+        )
+
+
+def by_hand(content):
+    vector = np.random.default_rng(list(content)).standard_normal(DIM)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
 @pytest.fixture
-def text_model(export, tmp_path, monkeypatch):
-    """The python backend's text encoder, started the way Triton does; `runs` holds each run's batch size."""
+def python_backend(monkeypatch):
+    """Triton's module for python models."""
     utils = ModuleType("triton_python_backend_utils")
-    utils.Tensor, utils.InferenceResponse, utils.TritonError = Tensor, Response, str
-    utils.get_input_tensor_by_name = lambda request, name: request[name]
+    utils.Tensor, utils.InferenceResponse, utils.TritonError, utils.InferenceRequest = Tensor, Response, str, Asked
+    utils.PreferredMemory, utils.TRITONSERVER_MEMORY_CPU = (lambda kind, device: None), 0
+    utils.get_input_tensor_by_name = lambda request, name: request.get(name)
+    utils.get_output_tensor_by_name = lambda response, name: response.outputs[name]
     monkeypatch.setitem(sys.modules, utils.__name__, utils)
-    (repository,) = triton_repo_from_export(export, tmp_path, ServeSettings(backend="python", threads=2))
-    spec = importlib.util.spec_from_file_location("model", repository / "text_encoder" / "1" / "model.py")
+    monkeypatch.delitem(sys.modules, "clipress.serve.triton_model", raising=False)
+    monkeypatch.setattr(Asked, "log", [])
+
+
+def started(repository, name):
+    """A model, started the way Triton does."""
+    spec = importlib.util.spec_from_file_location("model", repository / name / "1" / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model = module.TritonPythonModel()
-    config = json_format.MessageToJson(config_in(repository, "text_encoder"), preserving_proto_field_name=True)
+    config = json_format.MessageToJson(config_in(repository, name), preserving_proto_field_name=True)
     model.initialize({"model_config": config})
+    return model
+
+
+@pytest.fixture
+def text_model(export, tmp_path, python_backend):
+    """The python backend's text encoder; `runs` holds each run's batch size."""
+    model = started(python_repository(export, tmp_path, threads=2), "text_encoder")
     model.runs = []
     session, run = model.session, model.session.run
 
@@ -336,3 +728,106 @@ def test_when_every_request_is_bad_each_gets_an_error_and_the_model_lives_on(tex
 def test_a_model_that_is_unloaded_lets_go_of_its_session(text_model):
     text_model.finalize()
     assert text_model.session is None
+
+
+def strings(**inputs):
+    """A request of TYPE_STRING inputs."""
+    return {name: Tensor(name, np.asarray(values, object)) for name, values in inputs.items()}
+
+
+def png(seed):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_pictures_are_prepared_together_and_a_bad_one_fails_its_request_alone(export, tmp_path, python_backend):
+    model = started(python_repository(export, tmp_path), "preprocess")
+    given = [[png(0)], [png(1), b"no picture"], [png(2), png(3)]]
+    one, bad, two = model.execute([strings(image=[[file] for file in files]) for files in given])
+    preprocess = read_export(export).preprocess
+    for response, seeds in ((one, [0]), (two, [2, 3])):
+        expected = [normalised(fitted(open_image(png(seed)), preprocess), preprocess) for seed in seeds]
+        np.testing.assert_array_equal(response.outputs["pixel_values"], expected)
+    assert bad.outputs == {} and "not a picture" in bad.error
+    (alone,) = model.execute([strings(image=[[b""]])])
+    assert "not a picture" in alone.error
+
+
+def test_texts_are_tokenized_together_and_one_that_is_no_utf8_fails_its_request_alone(
+    export, tmp_path, python_backend, monkeypatch
+):
+    seen = []
+
+    def tokenizer_from_spec(spec):
+        assert spec["context_length"] == LENGTH
+        return lambda texts: seen.append(len(texts)) or np.asarray([[len(t), 0, 0] for t in texts], np.int64)
+
+    monkeypatch.setattr("clipress.data.tokens.tokenizer_from_spec", tokenizer_from_spec)
+    model = started(python_repository(export, tmp_path), "tokenize")
+    given = [["käfer".encode()]], [[b"\xff"]], [[b"x" * 100_001]], [[b"a"], [b"cat"]]
+    one, bad, long, two = model.execute([strings(text=texts) for texts in given])
+    assert seen == [3]
+    assert one.outputs["input_ids"].tolist() == [[5, 0, 0]]
+    assert two.outputs["input_ids"].tolist() == [[1, 0, 0], [3, 0, 0]]
+    assert "UTF-8" in bad.error and "100,001" in long.error
+
+
+def probabilities(images, labels, templates=("a photo of a {}",), scale=20.590953826904297):
+    classes = [np.mean([by_hand(t.replace("{}", label).encode()) for t in templates], axis=0) for label in labels]
+    classes = np.stack([vector / np.linalg.norm(vector) for vector in classes])
+    weights = np.exp(scale * np.stack([by_hand(image) for image in images]) @ classes.T)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def test_classify_asks_for_a_label_set_once_and_for_no_more_than_a_batch(export, tmp_path, python_backend):
+    model = started(python_repository(export, tmp_path, max_batch=2), "classify")
+    images, labels, templates = [b"1", b"2", b"3"], ["cat", "dog", "fox"], ["{}", "{}?"]
+    asked = strings(image=images, labels=[b"cat", b"dog", b"fox"], templates=[b"{}", b"{}?"])
+    for _ in range(2):
+        (response,) = asyncio.run(model.execute([asked]))
+        found = response.outputs["probabilities"]
+        np.testing.assert_allclose(found, probabilities(images, labels, templates), rtol=1e-5)
+    texts, pictures = ("embed_text", 2), [("embed_image", 2), ("embed_image", 1)]
+    assert Asked.log == [texts] * 3 + pictures * 2
+    (other,) = asyncio.run(model.execute([strings(image=images, labels=[b"cat", b"dog", b"fox"])]))
+    np.testing.assert_allclose(other.outputs["probabilities"], probabilities(images, labels), rtol=1e-5)
+
+
+def test_a_question_that_cannot_be_answered_fails_alone(export, tmp_path, python_backend):
+    model = started(python_repository(export, tmp_path), "classify")
+    many = [b"%d" % n for n in range(1001)]
+    questions = [
+        strings(image=[b"1"], labels=[b"cat"]),
+        strings(image=[b"1", b"bad"], labels=[b"cat"]),
+        strings(image=[b"1"], labels=[b"cat", b"cat"]),
+        strings(image=[b"1"], labels=[]),
+        strings(image=[b"1"], labels=many, templates=[b"{} " + n for n in many[:100]]),
+        strings(image=[b"2"], labels=[b"cat", b"dog"]),
+    ]
+    good, picture, labels, none, prompts, other = asyncio.run(model.execute(questions))
+    assert "in ensemble: bad" in picture.error and "more than once: cat" in labels.error
+    assert "labels: at least one" in none.error and "1001 labels in 100 templates" in prompts.error
+    assert good.outputs["probabilities"].tolist() == [[1.0]]
+    np.testing.assert_allclose(other.outputs["probabilities"], probabilities([b"2"], ["cat", "dog"]), rtol=1e-5)
+
+
+def test_search_gives_the_nearest_keys_of_every_text(export, index, tmp_path, python_backend):
+    model = started(python_repository(export, tmp_path, index=index), "search")
+    texts = [b"a cat", "käfer".encode()]
+    default, three, bad = asyncio.run(
+        model.execute(
+            [
+                strings(text=texts),
+                strings(text=texts) | {"k": Tensor("k", np.asarray([3], np.int32))},
+                strings(text=texts) | {"k": Tensor("k", np.asarray([0], np.int32))},
+            ]
+        )
+    )
+    scores = np.stack([by_hand(text) for text in texts]) @ TABLE.T
+    np.testing.assert_allclose(three.outputs["scores"], -np.sort(-scores)[:, :3], rtol=1e-6)
+    nearest = [[f"käfer-{n}.png".encode() for n in row] for row in np.argsort(-scores)[:, :3]]
+    assert three.outputs["keys"].tolist() == nearest
+    assert default.outputs["keys"].shape == (2, WORDS)
+    assert "k: 1 or more is asked for, found 0" in bad.error

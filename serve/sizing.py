@@ -1,0 +1,75 @@
+"""How many instances and threads an encoder gets, and which batch is best: the rule behind `auto`.
+
+Small models gain nothing from threads: one thread each, and as many instances as cores. A larger model gets as many
+threads as bring one item to about 20 ms by the bench's figures (threads taken to scale), and so many instances as the
+cores then allow. Without figures, one thread per 64 MB of its file. On GPUs one instance is enough: its work is queued
+there anyway, and a second one costs its memory again.
+
+The batch that the bench found the fastest per item is what the server forms by preference.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipress.errors import ArtifactError
+from clipress.models.exported import Exported
+from clipress.serve.settings import ServeSettings
+
+ITEM_MS = 20.0
+THREAD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """Of one encoder."""
+
+    instances: int
+    threads: int
+    preferred_batch: int | None
+
+
+def sizing(exported: Exported, tower: str, backend: str, settings: ServeSettings, bench: Path | None) -> Sizing:
+    """Return an encoder's sizes: the settings', else by the rule. `bench` is a results.json, which need not be there."""
+    rows = [] if bench is None else _latencies(bench, exported, tower, backend)
+    cores = os.cpu_count() or 1
+    threads = settings.threads if settings.threads != "auto" else min(cores, _threads(exported, tower, rows))
+    by_cores = 1 if backend == "tensorrt" else max(1, cores // threads)
+    instances = settings.instances if settings.instances != "auto" else by_cores
+    best = max(rows, key=lambda row: row["items_per_s"])["batch"] if rows else 1
+    return Sizing(instances, threads, best if 1 < best < settings.max_batch else None)
+
+
+def helpers(settings: ServeSettings) -> int:
+    """Return how many instances the models around the encoders get: one per core."""
+    return (os.cpu_count() or 1) if settings.instances == "auto" else settings.instances
+
+
+def _threads(exported: Exported, tower: Any, rows: list[dict[str, Any]]) -> int:
+    alone = [row["median_ms"] * row["threads"] for row in rows if row["batch"] == 1]
+    if alone:
+        return max(1, math.ceil(alone[0] / ITEM_MS))
+    return max(1, math.ceil(exported.files[tower].bytes / THREAD_BYTES))
+
+
+def _latencies(bench: Path, exported: Exported, tower: str, backend: str) -> list[dict[str, Any]]:
+    """Return what the bench measured of this very model; figures of another training say nothing."""
+    runner = "tensorrt" if backend == "tensorrt" else "onnxruntime"
+    try:
+        return [
+            {key: latency[key] for key in ("batch", "threads", "median_ms", "items_per_s")}
+            for row in json.loads(bench.read_text(encoding="utf-8"))["rows"]
+            if (row["stage"], row["backend"]) == (exported.stage, runner)
+            and row["lineage"][-1]["hash"] == exported.lineage_hash
+            for latency in row["latency"]
+            if latency["tower"] == tower
+        ]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise ArtifactError(f"{bench} is not readable ({error!r}). Measure again: clipress bench RUN") from None

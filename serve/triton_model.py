@@ -1,0 +1,127 @@
+"""What the python models share. Runs inside Triton only: its python backend brings `triton_python_backend_utils`.
+
+Any fault of one request, expected or not, is an error for that request alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from clipress.errors import DataError
+
+MAX_PROMPTS = 100_000  # in one request; labels times templates grow fast
+MAX_TEXT = 100_000  # characters: a text is cut to its first words anyway, after work that grows with its length
+AT_ONCE = 4  # requests to another model that wait at the same time, lest one label set fill its queue
+Tensors = Mapping[str, np.ndarray]
+
+
+def parameters(args: Mapping[str, str]) -> dict[str, str]:
+    """Return the parameters of a model's configuration."""
+    told = json.loads(args["model_config"])["parameters"]
+    return {key: value["string_value"] for key, value in told.items()}
+
+
+def rows(request: Any, name: str) -> list[bytes]:
+    """Return a TYPE_STRING input as a flat list. Raises DataError when it is empty."""
+    found = list(pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1))
+    if not found:
+        raise DataError(f"{name}: at least one entry is asked for, found none.")
+    return found
+
+
+def texts(request: Any, name: str, default: Sequence[str] | None = None) -> list[str]:
+    """Return a TYPE_STRING input as texts; an optional one that is not there is the default.
+
+    Raises DataError when it is empty, too long or no UTF-8.
+    """
+    if default is not None and pb_utils.get_input_tensor_by_name(request, name) is None:
+        return list(default)
+    try:
+        found = [row.decode() for row in rows(request, name)]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: UTF-8 is asked for, found {error}.") from None
+    longest = max(map(len, found))
+    if longest > MAX_TEXT:
+        raise DataError(f"{name}: at most {MAX_TEXT:,} characters are taken, found {longest:,}.")
+    return found
+
+
+def numbers(request: Any, name: str, default: Sequence[int]) -> list[int]:
+    """Return an optional whole-number input as a list. Raises DataError for numbers below 1."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    found = list(default) if tensor is None else tensor.as_numpy().reshape(-1).tolist()
+    if min(found) < 1:
+        raise DataError(f"{name}: 1 or more is asked for, found {min(found)}.")
+    return found
+
+
+def answered_together(
+    requests: Sequence[Any],
+    gives: str,
+    read: Callable[[Any], np.ndarray],
+    run: Callable[[np.ndarray], np.ndarray],
+) -> list[Any]:
+    """Answer all requests with one run: `read` makes rows of a request, `run` turns all rows into the output's."""
+    found = [_tried(read, request) for request in requests]
+    good = [rows for rows in found if not isinstance(rows, Exception)]
+    ends = np.cumsum([len(rows) for rows in good])
+    parts = iter(np.split(run(np.concatenate(good)), ends[:-1]) if good else [])
+    return [failed(one) if isinstance(one, Exception) else _response({gives: next(parts)}) for one in found]
+
+
+async def answered(request: Any, answer: Callable[[Any], Awaitable[Tensors]]) -> Any:
+    """Answer one request that needs other models."""
+    try:
+        return _response(await answer(request))
+    except Exception as error:
+        return failed(error)
+
+
+async def embedded(tower: str, items: Sequence[bytes], batch: int) -> np.ndarray:
+    """Ask the server's own `embed_<tower>` for the unit vectors [N, D] of files or texts, `batch` rows a request.
+
+    Raises DataError with what that model says.
+    """
+    parts = [items[start : start + batch] for start in range(0, len(items), batch)]
+    done: list[np.ndarray] = []
+    for start in range(0, len(parts), AT_ONCE):
+        done += await asyncio.gather(*(_asked(tower, part) for part in parts[start : start + AT_ONCE]))
+    return np.concatenate(done)
+
+
+async def _asked(tower: str, items: Sequence[bytes]) -> np.ndarray:
+    gives = f"{tower}_embeds"
+    inputs = [pb_utils.Tensor(tower, np.asarray(items, object)[:, None])]  # [B, 1]
+    on_host = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
+    asked = pb_utils.InferenceRequest(
+        model_name=f"embed_{tower}", requested_output_names=[gives], inputs=inputs, preferred_memory=on_host
+    )
+    response = await asked.async_exec()
+    if response.has_error():
+        raise DataError(response.error().message())
+    return pb_utils.get_output_tensor_by_name(response, gives).as_numpy()
+
+
+def _tried(read: Callable[[Any], np.ndarray], request: Any) -> np.ndarray | Exception:
+    try:
+        return read(request)
+    except Exception as error:
+        return error
+
+
+def _response(tensors: Tensors) -> Any:
+    return pb_utils.InferenceResponse(
+        output_tensors=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in tensors.items()]
+    )
+
+
+def failed(error: Exception) -> Any:
+    """Return the response that carries an error."""
+    told = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(told))

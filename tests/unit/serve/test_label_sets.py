@@ -1,0 +1,46 @@
+"""The cache of label sets keeps what was used lately, within its memory."""
+
+import numpy as np
+
+from clipress.serve.label_sets import LabelSets
+
+CLASSES = np.ones((2, 4), np.float32)  # 32 bytes, and 4 of names
+
+
+def key(name):
+    return (name, "b"), ("{}",)
+
+
+def test_the_set_that_was_used_least_recently_goes_first():
+    sets = LabelSets(2 * 36 + 35)
+    for name in "ac":
+        sets.put(key(name), CLASSES)
+    sets.get(key("a"))
+    sets.put(key("d"), CLASSES)
+    assert [sets.get(key(name)) is CLASSES for name in "acd"] == [True, False, True]
+
+
+def test_a_set_that_is_too_large_is_not_kept_and_drives_nothing_out():
+    sets = LabelSets(40)
+    sets.put(key("a"), CLASSES)
+    sets.put(key("c"), np.ones((2, 5), np.float32))
+    assert sets.get(key("a")) is CLASSES and sets.get(key("c")) is None
+
+
+def test_the_same_set_takes_its_memory_once():
+    sets = LabelSets(2 * 36)
+    for name in "aaac":
+        sets.put(key(name), CLASSES)
+    assert sets.get(key("a")) is CLASSES and sets.get(key("c")) is CLASSES
+
+
+def test_labels_and_templates_are_told_apart():
+    sets = LabelSets(1000)
+    sets.put((("a", "b"), ("{}",)), CLASSES)
+    assert sets.get((("a",), ("b", "{}"))) is None and sets.get((("a", "b"), ("{} ",))) is None
+
+
+def test_without_memory_nothing_is_kept():
+    sets = LabelSets(0)
+    sets.put(key("a"), CLASSES)
+    assert sets.get(key("a")) is None
