@@ -182,15 +182,15 @@ def export(
     _engines(run, plan, names, tensorrt, precision)
 
 
-class Bench(click.Group):
-    """`bench RUN` is `bench run RUN`; `bench costs RUN` is a command of its own."""
+class RunByDefault(click.Group):
+    """`bench RUN` is `bench run RUN`; `bench costs RUN` is a command of its own. The same for `serve`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         known = not args or args[0] in (*self.commands, *ctx.help_option_names)
         return super().parse_args(ctx, args if known else ["run", *args])
 
 
-@main.group(cls=Bench)
+@main.group(cls=RunByDefault)
 def bench() -> None:
     """Measure accuracy, size and latency: clipress bench RUN. Its options: clipress bench run --help."""
 
@@ -352,19 +352,75 @@ def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, dur
     click.echo(f"Cost table: {out}. Use it: prune: {{budget: {{latency: 0.5, costs: {out}}}}}")
 
 
-@main.command()
+@main.group(cls=RunByDefault)
+def serve() -> None:
+    """Write what a server needs: clipress serve RUN. Its options: clipress serve run --help."""
+
+
+@serve.command("run")
 @RUN_ARGUMENT
 @STAGE_OPTION
 @click.option(
     "--backend", "backends", multiple=True, help="onnxruntime or python; may be given twice.  [default: the recipe's]"
 )
 @click.option("--max-batch", type=click.IntRange(1), help="Largest batch the server makes.  [default: the recipe's]")
-def serve(run: Path, stage: str | None, backends: tuple[str, ...], max_batch: int | None) -> None:
-    """Write Triton model repositories from an artefact of a run."""
+def serve_run(run: Path, stage: str | None, backends: tuple[str, ...], max_batch: int | None) -> None:
+    """Write Triton model repositories from an artefact of a run. `clipress serve RUN` is the same."""
     plan = _plan_of(run)
     name = _chosen(plan, stage)
     _export(run, plan, [name])
     _serve(run, plan, name, backends or None, max_batch)
+
+
+@serve.command("index")
+@click.argument("images", required=False)
+@click.option("--out", type=FOLDER, required=True, help="The index: made, replaced, or changed.")
+@click.option("--run", type=FOLDER, help="Run folder whose exported image tower embeds.")
+@STAGE_OPTION
+@click.option("--model", type=FOLDER, help="An export folder, or an exported artefact, instead of a run.")
+@click.option(
+    "--kind",
+    type=click.Choice(["flat", "ivf", "hnsw"]),
+    help="flat is exact; the others look at a part only.  [default: flat up to a million pictures, then ivf]",
+)
+@click.option("--add", is_flag=True, help="Put the pictures into the index that is there.")
+@click.option("--remove", multiple=True, metavar="KEY", help="Take an entry out; may be given several times.")
+@click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="0: one per core.")
+def serve_index(
+    images: str | None,
+    out: Path,
+    run: Path | None,
+    stage: str | None,
+    model: Path | None,
+    kind: str | None,
+    add: bool,
+    remove: tuple[str, ...],
+    threads: int,
+) -> None:
+    """Embed pictures, a folder of them or webdataset shards, and make an index to search them by text.
+
+    What is embedded already is kept when this is stopped, and the next run goes on there. Pictures that cannot be read
+    are left out and named. An entry's key is its path, or shard and record.
+    """
+    if remove:
+        if images or add or kind or run or model:
+            raise click.UsageError("--remove is given with --out alone.")
+        from clipress.serve.index import change_index
+
+        left = change_index(out, remove)
+        click.echo(f"{len(remove)} entries are taken out, {left.count:,} are left: {out}")
+        return
+    if images is None:
+        raise click.UsageError("IMAGES is asked for: a folder of pictures, or shards.")
+    if (run is None) == (model is None):
+        raise click.UsageError("Either --run or --model is asked for.")
+    if add and kind:
+        raise click.UsageError("--kind is chosen when an index is made; --add keeps it.")
+    from clipress.serve.indexing import index_pictures
+
+    export = _exported(run, _chosen(_plan_of(run), stage)) if run else _export_of(model)
+    made = index_pictures(images, export, out, kind, threads, add, lambda line: click.echo(line, err=True))
+    click.echo(f"Index of {made.count:,} pictures, {made.dim} numbers each, {made.kind}: {out}")
 
 
 @main.command()
@@ -720,6 +776,13 @@ def _exported(run: Path, stage: str) -> Path:
     if not (folder / "export.json").is_file():
         raise ArtifactError(f"{folder} was asked for, and {stage} is not exported yet. Do: clipress export {run}")
     return folder
+
+
+def _export_of(model: Path) -> Path:
+    """Return an export folder, be it named itself or by the artefact that it was made of."""
+    from clipress.artifact import HEADER
+
+    return _exported(model.parent, model.name) if (model / HEADER).is_file() else model
 
 
 def _test_sets(plan: Plan) -> list[EvalSet]:
