@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from clipress import __version__
-from clipress.errors import ArtifactError, ClipressError, RecipeError, nearest
+from clipress.errors import ArtifactError, ClipressError, DataError, RecipeError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from clipress.bench.run import Subject
     from clipress.bench.settings import BenchSettings
@@ -424,8 +424,7 @@ def serve_index(
 
 
 @main.command()
-@RUN_ARGUMENT
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, metavar="[RUN] IMAGES...", type=click.Path(path_type=Path))
 @click.option("--labels", help="Names to choose from, split by commas.")
 @click.option("--labels-file", type=FILE, help="The same from a text file, one per line.")
 @click.option(
@@ -437,23 +436,95 @@ def serve_index(
     help="Prompt; may be given several times.",
 )
 @STAGE_OPTION
+@click.option("--url", help="Ask a server instead of a run: http://host:8000 or grpc://host:8001.")
+@click.option(
+    "--in-flight", type=click.IntRange(1), default=16, show_default=True, help="Requests to a server at once."
+)
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=60, show_default=True, help="Seconds.")
+@click.option("--json", "as_json", is_flag=True, help="A line of JSON per picture, with every label's probability.")
 def predict(
-    run: Path,
     images: tuple[Path, ...],
     labels: str | None,
     labels_file: Path | None,
     templates: tuple[str, ...],
     stage: str | None,
+    url: str | None,
+    in_flight: int,
+    timeout: float,
+    as_json: bool,
 ) -> None:
-    """Classify pictures among labels, with ONNX Runtime alone."""
+    """Classify pictures among labels, with ONNX Runtime alone, or by a server that --url names.
+
+    IMAGES are pictures, folders of them, or - to read paths from standard input. A server's answers are printed as they
+    come, and what it cannot take is told at the end.
+    """
     from clipress.serve.classify import Classifier, labels_from
 
     names = labels_from(labels, labels_file)
+    if url is not None:
+        if stage:
+            raise click.UsageError("--stage is about a run; a server has its own.")
+        _predict_by(url, _pictures(images), names, templates, in_flight, timeout, as_json)
+        return
+    run, *given = images
+    if not given:
+        raise click.UsageError("Missing argument 'IMAGES...': pictures after the run, or --url.")
     plan = _plan_of(run)
     classifier = Classifier(_exported(run, _chosen(plan, stage)))
-    for image, row in zip(images, classifier.probabilities(list(images), names, templates), strict=True):
-        ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
-        click.echo(f"{image}: " + "  ".join(f"{name} {float(p):.1%}" for name, p in ranked[:5]))
+    pictures = list(_pictures(given))
+    for image, row in zip(pictures, classifier.probabilities(pictures, names, templates), strict=True):
+        click.echo(_prediction(image, names, row, as_json))
+
+
+def _predict_by(
+    url: str,
+    pictures: Iterable[Path],
+    names: list[str],
+    templates: tuple[str, ...],
+    in_flight: int,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    import json
+
+    from clipress.serve.client import Client
+
+    total, failed = 0, []
+    with Client(url, timeout=timeout, in_flight=in_flight, progress=True) as client:
+        for total, answer in enumerate(client.classified(pictures, names, templates), 1):  # noqa: B007
+            if answer.value is not None:
+                click.echo(_prediction(answer.item, names, answer.value, as_json))
+                continue
+            failed.append(f"{answer.item}: {answer.error}")
+            if as_json:
+                click.echo(json.dumps({"image": str(answer.item), "error": answer.error}))
+            else:
+                click.echo(failed[-1], err=True)
+    if failed:
+        raise DataError(f"{len(failed)} of {total} pictures are not classified; the first: {failed[0]}")
+
+
+def _pictures(given: Iterable[Path]) -> Iterator[Path]:
+    """Yield pictures one by one: of a folder all, of `-` those that standard input names."""
+    from clipress.data.formats.files import pictures_under
+
+    for path in given:
+        if str(path) == "-":
+            yield from (Path(line.rstrip("\r\n")) for line in click.get_text_stream("stdin") if line.strip())
+        elif path.is_dir():
+            yield from (path / name for name in pictures_under(path))
+        else:
+            yield path
+
+
+def _prediction(image: Path, names: list[str], row: Any, as_json: bool) -> str:
+    if as_json:
+        import json
+
+        shares = {name: round(float(share), 6) for name, share in zip(names, row, strict=True)}
+        return json.dumps({"image": str(image), "probabilities": shares})
+    ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
+    return f"{image}: " + "  ".join(f"{name} {float(p):.1%}" for name, p in ranked[:5])
 
 
 @main.command("eval")

@@ -36,6 +36,10 @@ class BackendMissing(ClipressError):
     """Software or hardware that a backend needs and this machine has not."""
 
 
+class ServerError(ClipressError):
+    """A server that did not get ready, ended by itself or refused to do what it was told."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known word, else the list of what is known."""
     known = sorted(known)
