@@ -464,7 +464,10 @@ def predict(
     if url is not None:
         if stage:
             raise click.UsageError("--stage is about a run; a server has its own.")
-        _predict_by(url, _pictures(images), names, templates, in_flight, timeout, as_json)
+        pictures = _pictures(images)
+        if Path("-") not in images:  # so that the bar knows how many there are
+            pictures = list(pictures)
+        _predict_by(url, pictures, names, templates, in_flight, timeout, as_json)
         return
     run, *given = images
     if not given:
@@ -486,11 +489,13 @@ def _predict_by(
     as_json: bool,
 ) -> None:
     import json
+    import sys
 
     from clipress.serve.client import Client
 
     total, failed = 0, []
-    with Client(url, timeout=timeout, in_flight=in_flight, progress=True) as client:
+    bar = not sys.stdout.isatty()  # on a screen the answers themselves show how far it is
+    with Client(url, timeout=timeout, in_flight=in_flight, progress=bar) as client:
         for total, answer in enumerate(client.classified(pictures, names, templates), 1):  # noqa: B007
             if answer.value is not None:
                 click.echo(_prediction(answer.item, names, answer.value, as_json))

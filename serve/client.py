@@ -195,7 +195,8 @@ class Client:
         total = len(items) if isinstance(items, Sized) else None
         answered, lost = False, 0
         try:
-            with tqdm(total=total, desc=self.url, unit=unit, file=sys.stderr, disable=not self.progress) as bar:
+            interval = 0.2 if sys.stderr.isatty() else 15.0
+            with tqdm(total=total, desc=self.url, unit=unit, mininterval=interval, disable=not self.progress) as bar:
                 while True:
                     while len(waiting) < self.in_flight and (some := list(islice(iterator, group))):
                         waiting.append(self._started(self._group(some, ask, _content(some, unit))))

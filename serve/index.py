@@ -8,7 +8,8 @@ The files of an index are never changed: new ones are written beside them, and i
 So a kill at any moment leaves the old index or the new one, and those who have the old one open may go on with it.
 
 Kinds: `flat` compares with everything and is exact. `ivf` (inverted lists around k-means centres) and `hnsw` (a graph,
-Malkov & Yashunin 2016, arXiv:1603.09320) look at a part only, and may miss some of the nearest.
+Malkov & Yashunin 2016, arXiv:1603.09320) look at a part only, and may miss some of the nearest. A graph takes longest to
+make, and is made anew when something is taken out of it.
 """
 
 from __future__ import annotations

@@ -146,11 +146,13 @@ def _parts(pictures: Pictures, tower: ImageTower, home: Path, threads: int, say:
     """Embed what is not embedded yet; returns the files of all parts in order."""
     ranges = [range(start, min(start + PART, len(pictures))) for start in range(0, len(pictures), PART)]
     paths = [home / f"{number:05}-{pictures.stamp(items)}.npz" for number, items in enumerate(ranges)]
-    known = [_read(path) for path in paths]
-    missing = [number for number, part in enumerate(known) if part is None]
-    unread = [reason for part in known if part is not None for reason in part.unread.values()]
-    done = sum(len(items) for items in ranges) - sum(len(ranges[number]) for number in missing)
-    del known
+    missing, unread, done = [], [], 0
+    for number, path in enumerate(paths):
+        if (part := _read(path)) is None:
+            missing.append(number)
+        else:
+            unread += part.unread.values()
+            done += len(ranges[number])
     say(f"{pictures.where}: {len(pictures):,} pictures, {done:,} of them embedded already")
     batches = [
         (number, items[start : start + BATCH])
