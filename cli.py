@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from clipress import __version__
-from clipress.errors import ArtifactError, ClipressError, RecipeError, nearest
+from clipress.errors import ArtifactError, ClipressError, DataError, RecipeError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from clipress.bench.run import Subject
     from clipress.bench.settings import BenchSettings
@@ -190,15 +190,15 @@ def export(
     _engines(run, plan, names, tensorrt, precision)
 
 
-class Bench(click.Group):
-    """`bench RUN` is `bench run RUN`; `bench costs RUN` is a command of its own."""
+class RunByDefault(click.Group):
+    """`bench RUN` is `bench run RUN`; `bench costs RUN` is a command of its own. The same for `serve`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         known = not args or args[0] in (*self.commands, *ctx.help_option_names)
         return super().parse_args(ctx, args if known else ["run", *args])
 
 
-@main.group(cls=Bench)
+@main.group(cls=RunByDefault)
 def bench() -> None:
     """Measure accuracy, size and latency: clipress bench RUN. Its options: clipress bench run --help."""
 
@@ -360,7 +360,12 @@ def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, dur
     click.echo(f"Cost table: {out}. Use it: prune: {{budget: {{latency: 0.5, costs: {out}}}}}")
 
 
-@main.command()
+@main.group(cls=RunByDefault)
+def serve() -> None:
+    """Write what a server needs: clipress serve RUN. Its options: clipress serve run --help."""
+
+
+@serve.command("run")
 @RUN_ARGUMENT
 @click.option("--stage", help="Name of the artefact.  [default: what bench keeps of the last one]")
 @click.option(
@@ -377,7 +382,7 @@ def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, dur
 @click.option("--http-port", type=PORT, help="[default: any free one]")
 @click.option("--grpc-port", type=PORT, help="[default: any free one]")
 @click.option("--metrics-port", type=PORT, help="[default: any free one]")
-def serve(
+def serve_run(
     run: Path,
     stage: str | None,
     backends: tuple[str, ...],
@@ -387,7 +392,8 @@ def serve(
     start: bool,
     **listen: Any,
 ) -> None:
-    """Write Triton model repositories from an artefact of a run, and with --run serve it here.
+    """Write Triton model repositories from an artefact of a run, and with --run serve it here. `clipress serve RUN` is
+    the same.
 
     A changed export becomes a new version of the models. The server is the `tritonserver` on PATH; where there is none, one
     is fetched once, some 60 MB.
@@ -411,9 +417,59 @@ def serve(
         serve_until_stopped(repositories["python"], click.echo, **_given(**listen))
 
 
+@serve.command("index")
+@click.argument("images", required=False)
+@click.option("--out", type=FOLDER, required=True, help="The index: made, replaced, or changed.")
+@click.option("--run", type=FOLDER, help="Run folder whose exported image tower embeds.")
+@STAGE_OPTION
+@click.option("--model", type=FOLDER, help="An export folder, or an exported artefact, instead of a run.")
+@click.option(
+    "--kind",
+    type=click.Choice(["flat", "ivf", "hnsw"]),
+    help="flat is exact; the others look at a part only.  [default: flat up to a million pictures, then ivf]",
+)
+@click.option("--add", is_flag=True, help="Put the pictures into the index that is there.")
+@click.option("--remove", multiple=True, metavar="KEY", help="Take an entry out; may be given several times.")
+@click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="0: one per core.")
+def serve_index(
+    images: str | None,
+    out: Path,
+    run: Path | None,
+    stage: str | None,
+    model: Path | None,
+    kind: str | None,
+    add: bool,
+    remove: tuple[str, ...],
+    threads: int,
+) -> None:
+    """Embed pictures, a folder of them or webdataset shards, and make an index to search them by text.
+
+    What is embedded already is kept when this is stopped, and the next run goes on there. Pictures that cannot be read
+    are left out and named. An entry's key is its path, or shard and record.
+    """
+    if remove:
+        if images or add or kind or run or model:
+            raise click.UsageError("--remove is given with --out alone.")
+        from clipress.serve.index import change_index
+
+        left = change_index(out, remove)
+        click.echo(f"{len(remove)} entries are taken out, {left.count:,} are left: {out}")
+        return
+    if images is None:
+        raise click.UsageError("IMAGES is asked for: a folder of pictures, or shards.")
+    if (run is None) == (model is None):
+        raise click.UsageError("Either --run or --model is asked for.")
+    if add and kind:
+        raise click.UsageError("--kind is chosen when an index is made; --add keeps it.")
+    from clipress.serve.indexing import index_pictures
+
+    export = _exported(run, _chosen(_plan_of(run), stage)) if run else _export_of(model)
+    made = index_pictures(images, export, out, kind, threads, add, lambda line: click.echo(line, err=True))
+    click.echo(f"Index of {made.count:,} pictures, {made.dim} numbers each, {made.kind}: {out}")
+
+
 @main.command()
-@RUN_ARGUMENT
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, metavar="[RUN] IMAGES...", type=click.Path(path_type=Path))
 @click.option("--labels", help="Names to choose from, split by commas.")
 @click.option("--labels-file", type=FILE, help="The same from a text file, one per line.")
 @click.option(
@@ -425,23 +481,100 @@ def serve(
     help="Prompt; may be given several times.",
 )
 @STAGE_OPTION
+@click.option("--url", help="Ask a server instead of a run: http://host:8000 or grpc://host:8001.")
+@click.option(
+    "--in-flight", type=click.IntRange(1), default=16, show_default=True, help="Requests to a server at once."
+)
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=60, show_default=True, help="Seconds.")
+@click.option("--json", "as_json", is_flag=True, help="A line of JSON per picture, with every label's probability.")
 def predict(
-    run: Path,
     images: tuple[Path, ...],
     labels: str | None,
     labels_file: Path | None,
     templates: tuple[str, ...],
     stage: str | None,
+    url: str | None,
+    in_flight: int,
+    timeout: float,
+    as_json: bool,
 ) -> None:
-    """Classify pictures among labels, with ONNX Runtime alone."""
+    """Classify pictures among labels, with ONNX Runtime alone, or by a server that --url names.
+
+    IMAGES are pictures, folders of them, or - to read paths from standard input. A server's answers are printed as they
+    come, and what it cannot take is told at the end.
+    """
     from clipress.serve.classify import Classifier, labels_from
 
     names = labels_from(labels, labels_file)
+    if url is not None:
+        if stage:
+            raise click.UsageError("--stage is about a run; a server has its own.")
+        pictures = _pictures(images)
+        if Path("-") not in images:  # so that the bar knows how many there are
+            pictures = list(pictures)
+        _predict_by(url, pictures, names, templates, in_flight, timeout, as_json)
+        return
+    run, *given = images
+    if not given:
+        raise click.UsageError("Missing argument 'IMAGES...': pictures after the run, or --url.")
     plan = _plan_of(run)
     classifier = Classifier(_exported(run, _chosen(plan, stage)))
-    for image, row in zip(images, classifier.probabilities(list(images), names, templates), strict=True):
-        ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
-        click.echo(f"{image}: " + "  ".join(f"{name} {float(p):.1%}" for name, p in ranked[:5]))
+    pictures = list(_pictures(given))
+    for image, row in zip(pictures, classifier.probabilities(pictures, names, templates), strict=True):
+        click.echo(_prediction(image, names, row, as_json))
+
+
+def _predict_by(
+    url: str,
+    pictures: Iterable[Path],
+    names: list[str],
+    templates: tuple[str, ...],
+    in_flight: int,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    import json
+    import sys
+
+    from clipress.serve.client import Client
+
+    total, failed = 0, []
+    bar = not sys.stdout.isatty()  # on a screen the answers themselves show how far it is
+    with Client(url, timeout=timeout, in_flight=in_flight, progress=bar) as client:
+        for total, answer in enumerate(client.classified(pictures, names, templates), 1):  # noqa: B007
+            if answer.value is not None:
+                click.echo(_prediction(answer.item, names, answer.value, as_json))
+                continue
+            failed.append(f"{answer.item}: {answer.error}")
+            if as_json:
+                click.echo(json.dumps({"image": str(answer.item), "error": answer.error}))
+            else:
+                click.echo(failed[-1], err=True)
+    if failed:
+        raise DataError(f"{len(failed)} of {total} pictures are not classified; the first: {failed[0]}")
+
+
+def _pictures(given: Iterable[Path]) -> Iterator[Path]:
+    """Yield pictures one by one: of a folder all, of `-` those that standard input names."""
+    from clipress.data.formats.files import pictures_under
+
+    for path in given:
+        if str(path) == "-":
+            yield from (Path(line.rstrip("\r\n")) for line in click.get_text_stream("stdin") if line.strip())
+        elif path.is_dir():
+            yield from (path / name for name in pictures_under(path))
+        else:
+            yield path
+
+
+def _prediction(image: Path, names: list[str], row: Any, as_json: bool) -> str:
+    if as_json:
+        import json
+
+        shares = {name: round(float(share), 6) for name, share in zip(names, row, strict=True)}
+        return json.dumps({"image": str(image), "probabilities": shares})
+    ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
+    return f"{image}: " + "  ".join(f"{name} {float(p):.1%}" for name, p in ranked[:5])
 
 
 @main.command("eval")
@@ -766,6 +899,13 @@ def _exported(run: Path, stage: str) -> Path:
     if not (folder / "export.json").is_file():
         raise ArtifactError(f"{folder} was asked for, and {stage} is not exported yet. Do: clipress export {run}")
     return folder
+
+
+def _export_of(model: Path) -> Path:
+    """Return an export folder, be it named itself or by the artefact that it was made of."""
+    from clipress.artifact import HEADER
+
+    return _exported(model.parent, model.name) if (model / HEADER).is_file() else model
 
 
 def _test_sets(plan: Plan) -> list[EvalSet]:

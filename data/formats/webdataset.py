@@ -30,7 +30,7 @@ from clipress.data.transforms import open_image
 from clipress.errors import DataError
 
 PICTURES = ("jpg", "png", "jpeg", "webp")
-VERSION = 1  # of the kept indices
+VERSION = 2  # of the kept indices
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 
@@ -134,19 +134,20 @@ class Shards:
 
     def _read(self, index: int, places: np.ndarray) -> bytes:
         offset, size = places[index].tolist()
-        return _bytes_at(self._shard(index), offset, size)
+        return bytes_at(self._shard(index), offset, size)
 
     def _name_of(self, index: int) -> str:
         """Return what a record is called; its header lies before its bytes."""
         shard, start = self._shard(index), int(self._images[index, 0]) - tarfile.BLOCKSIZE
         try:
-            header = tarfile.TarInfo.frombuf(_bytes_at(shard, start, tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+            header = tarfile.TarInfo.frombuf(bytes_at(shard, start, tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
         except tarfile.TarError:
             return f"{shard}, which was changed after it was indexed"
         return f"{shard}, {header.name}"
 
 
-def _bytes_at(path: Path, offset: int, size: int) -> bytes:
+def bytes_at(path: Path, offset: int, size: int) -> bytes:
+    """Read a part of a shard."""
     try:
         with path.open("rb", buffering=0) as file:
             found = os.pread(file.fileno(), size, offset)
@@ -160,7 +161,8 @@ def _bytes_at(path: Path, offset: int, size: int) -> bytes:
 def index_of(path: Path) -> dict[str, np.ndarray]:
     """Return where a shard's records lie, from the cache folder if it is there.
 
-    image and text: byte offset and size, int64 [N, 2], zeros where there is none; label: int64 [N], -1 likewise.
+    image and text: byte offset and size, int64 [N, 2], zeros where there is none; label: int64 [N], -1 likewise;
+    names: what `names_of` reads.
     """
     known = path.stat()
     identity = repr((VERSION, str(path.resolve()), known.st_size, known.st_mtime_ns))
@@ -184,6 +186,7 @@ def index_of(path: Path) -> dict[str, np.ndarray]:
 def _indexed(path: Path) -> dict[str, np.ndarray]:
     """Walk through a shard's headers."""
     records: list[dict[str, tuple[int, int]]] = []
+    names: list[str] = []
     current, size = None, path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
@@ -194,6 +197,7 @@ def _indexed(path: Path) -> dict[str, np.ndarray]:
                 key, suffix = match[1], match[2].lower()
                 if key != current or suffix in records[-1]:
                     records.append({})
+                    names.append(key)
                     current = key
                 whole = member.offset_data + member.size <= size
                 records[-1][suffix] = (member.offset_data, member.size) if whole else (0, 0)
@@ -207,9 +211,16 @@ def _indexed(path: Path) -> dict[str, np.ndarray]:
         "image": np.asarray(images, np.int64).reshape(-1, 2),
         "text": np.asarray([row.get("txt", nothing) for row in records], np.int64).reshape(-1, 2),
         "label": np.asarray([_label(path, row.get("cls", nothing)) for row in records], np.int64),
+        # in one piece: no member's name holds a zero byte
+        "names": np.frombuffer("\0".join(names).encode("utf-8", "surrogateescape"), np.uint8),
     }
 
 
+def names_of(members: dict[str, np.ndarray]) -> list[str]:
+    """Return the names of an index's records: their members' up to the first dot."""
+    return members["names"].tobytes().decode("utf-8", "surrogateescape").split("\0") if len(members["image"]) else []
+
+
 def _label(path: Path, place: tuple[int, int]) -> int:
-    text = _bytes_at(path, *place)[:20].decode("ascii", "replace").strip() if place[1] else ""
+    text = bytes_at(path, *place)[:20].decode("ascii", "replace").strip() if place[1] else ""
     return int(text) if text.isdecimal() else -1

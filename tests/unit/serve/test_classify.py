@@ -1,82 +1,30 @@
 """Zero-shot classification from an export folder, against numpy on towers small enough to compute by hand."""
 
-import hashlib
-import io
-import json
-
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
+from onnx import TensorProto
+from tower import (
+    DIM,
+    IMAGE_WEIGHT,
+    LENGTH,
+    MEAN,
+    SIZE,
+    STD,
+    TEXT_WEIGHT,
+    describe,
+    ids_of,
+    linear_tower,
+    picture,
+    write_export,
+)
 
 from clipress.errors import ArtifactError, DataError, ExportError
 from clipress.serve.classify import BATCH, Classifier, labels_from, read_export
 
-SIZE, LENGTH, DIM = 2, 3, 4
-MEAN, STD = (0.5, 0.25, 0.75), (0.5, 0.25, 1.0)
-RNG = np.random.default_rng(0)
-IMAGE_WEIGHT = RNG.standard_normal((3 * SIZE * SIZE, DIM)).astype(np.float32)
-TEXT_WEIGHT = RNG.standard_normal((LENGTH, DIM)).astype(np.float32)
-
-
-def linear_tower(path, takes, kind, shape, gives, weight):
-    """Write an ONNX tower that flattens, multiplies by `weight` and normalises."""
-    nodes = [
-        helper.make_node("Cast", [takes], ["x"], to=TensorProto.FLOAT),
-        helper.make_node("Flatten", ["x"], ["flat"], axis=1),
-        helper.make_node("MatMul", ["flat", "weight"], ["y"]),
-        helper.make_node("LpNormalization", ["y"], [gives], axis=1, p=2),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "tower",
-        [helper.make_tensor_value_info(takes, kind, ["batch", *shape])],
-        [helper.make_tensor_value_info(gives, TensorProto.FLOAT, ["batch", DIM])],
-        [numpy_helper.from_array(weight, "weight")],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
-
 
 @pytest.fixture
 def export(tmp_path):
-    folder = tmp_path / "run" / "export" / "int8"
-    folder.mkdir(parents=True)
-    linear_tower(
-        folder / "image.onnx", "pixel_values", TensorProto.FLOAT, [3, SIZE, SIZE], "image_embeds", IMAGE_WEIGHT
-    )
-    linear_tower(folder / "text.onnx", "input_ids", TensorProto.INT64, [LENGTH], "text_embeds", TEXT_WEIGHT)
-    describe(folder)
-    return folder
-
-
-def describe(folder, **changes):
-    files = {
-        tower: {
-            "file": path.name,
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        }
-        for tower, path in {tower: folder / f"{tower}.onnx" for tower in ("image", "text")}.items()
-    }
-    described = {
-        "schema_version": 1,
-        "stage": "int8",
-        "precision": "int8",
-        "embed_dim": DIM,
-        "logit_scale": 3.0,
-        "logit_bias": None,
-        "preprocess": {"size": SIZE, "mean": MEAN, "std": STD},
-        "tokenizer": {"name": "clip-bpe", "context_length": LENGTH, "kwargs": {}},
-        "lineage_hash": "0123456789abcdef",
-        "files": files,
-    }
-    (folder / "export.json").write_text(json.dumps(described | changes), encoding="utf-8")
-
-
-def ids_of(text):
-    """A tokenizer that can be followed by hand."""
-    return [len(text), ord(text[-1]) % 17, sum(text.encode()) % 23]
+    return write_export(tmp_path / "run" / "export" / "int8")
 
 
 @pytest.fixture
@@ -95,14 +43,6 @@ def texts_seen(monkeypatch):
 @pytest.fixture
 def classifier(export, texts_seen):
     return Classifier(export, threads=1)
-
-
-def picture(seed):
-    """Random pixels, and the same as a PNG file's bytes."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return pixels, file.getvalue()
 
 
 def by_hand(pictures, labels, templates, scale=3.0):

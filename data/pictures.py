@@ -1,0 +1,131 @@
+"""Pictures under names of their own, without captions: those in a folder, or those in webdataset shards.
+
+A name says where a picture is: `photos/cats/1.jpg`, or `shards/00000.tar/000000012` for a record of a shard. Names start
+with the path that was given, so that pictures of several folders do not clash.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from clipress.data.formats import images
+from clipress.data.formats.files import Files, judge, pictures_under
+from clipress.data.formats.webdataset import bytes_at, index_of, names_of, shard_paths
+from clipress.data.pairs import SourceSpec
+from clipress.data.transforms import open_image
+from clipress.errors import DataError
+from clipress.recipe import digest
+
+
+class Pictures(Protocol):
+    """Pictures in a fixed order. One that cannot be read raises DataError from `image`."""
+
+    where: str
+
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> Image.Image: ...
+    def name(self, index: int) -> str: ...
+    def stamp(self, items: range) -> str: ...  # a hash of the items' names, sizes and times of change
+
+
+def open_pictures(where: str) -> Pictures:
+    """Open a folder of pictures, a folder of shards, or shards by a pattern such as `dir/{00000..00003}.tar`.
+
+    Raises DataError when there is nothing to read, and when a folder holds both.
+    """
+    if not where.endswith(".tar"):
+        folder = Path(where)
+        if not any(folder.glob("*.tar")):
+            return _in_folder(folder)
+        if stray := next(pictures_under(folder), None):
+            raise DataError(
+                f"{where} holds shards and pictures, such as {stray}. Name the shards alone, as {where}/{{00000..00009}}.tar"
+            )
+    return _in_shards(where)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    where: str
+    files: Files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def image(self, index: int) -> Image.Image:
+        return self.files.image(index)
+
+    def name(self, index: int) -> str:
+        return str(Path(self.where) / self.files.paths[index])
+
+    def stamp(self, items: range) -> str:
+        return digest([(self.name(item), _change_of(self.files.root / self.files.paths[item])) for item in items])
+
+
+def _in_folder(folder: Path) -> _Folder:
+    files = images.read(SourceSpec(format="images", images=folder))
+    if len(files) == 0:
+        raise DataError(
+            f"Pictures were asked for under {folder}; there is none (.jpg, .png, .webp, .bmp), and no shard."
+        )
+    return _Folder(str(folder), files)
+
+
+@dataclass(frozen=True)
+class _Shards:
+    where: str
+    paths: list[Path]
+    first: np.ndarray
+    """The first record of every shard, and the number of all: int64 [shards + 1]."""
+    places: np.ndarray
+    """Byte offset and size: int64 [N, 2]."""
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def image(self, index: int) -> Image.Image:
+        try:
+            return open_image(bytes_at(self._shard(index), *self.places[index].tolist()))
+        except DataError as error:
+            raise DataError(f"{self.name(index)}: {error}") from None
+
+    def name(self, index: int) -> str:
+        return f"{self._shard(index)}/{self.names[index]}"
+
+    def stamp(self, items: range) -> str:
+        shards = {self._shard(item): None for item in items}
+        return digest([self.name(item) for item in items], [_change_of(shard) for shard in shards])
+
+    def _shard(self, index: int) -> Path:
+        return self.paths[int(np.searchsorted(self.first, index, side="right")) - 1]
+
+
+def _in_shards(where: str) -> _Shards:
+    paths = shard_paths(where)
+    counts, places, names, total = [], [], [], 0
+    for path in paths:
+        members = index_of(path)
+        there = members["image"][:, 1] > 0
+        places.append(members["image"][there])
+        names += [name for name, one in zip(names_of(members), there, strict=True) if one]
+        counts.append(len(places[-1]))
+        total += len(there)
+    judge(where, total, total - sum(counts), "not every record has a picture")
+    if not names:
+        raise DataError(f"Pictures were asked for in {where}; no record has one.")
+    return _Shards(where, paths, np.cumsum([0, *counts]), np.concatenate(places), names)
+
+
+def _change_of(path: Path) -> tuple[int, int]:
+    """Return a file's size and time of change; zeros where there is none, which reading it will tell."""
+    try:
+        known = path.stat()
+    except (OSError, ValueError):
+        return 0, 0
+    return known.st_size, known.st_mtime_ns

@@ -1,0 +1,339 @@
+"""An embedding index: which pictures are nearest to a text, by inner product over faiss.
+
+    <folder>/index.json               what it is, and sizes and SHA-256 of the two files it names
+            /index-<hash>.faiss       the vectors; mapped into memory when opened, not loaded
+            /keys-<hash>.jsonl        one JSON string per line: row i of the vectors is called what line i says
+
+The files of an index are never changed: new ones are written beside them, and index.json is then replaced in one step.
+So a kill at any moment leaves the old index or the new one, and those who have the old one open may go on with it.
+
+Kinds: `flat` compares with everything and is exact. `ivf` (inverted lists around k-means centres) and `hnsw` (a graph,
+Malkov & Yashunin 2016, arXiv:1603.09320) look at a part only, and may miss some of the nearest. A graph takes longest to
+make, and is made anew when something is taken out of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from clipress import __version__
+from clipress.artifact import sha256, write_bytes_whole, write_text_whole
+from clipress.errors import ArtifactError, BackendMissing, DataError, nearest
+from clipress.recipe import Section, first_problem
+
+SCHEMA_VERSION = 1
+DESCRIPTION = "index.json"
+EXACT_UP_TO = 1_000_000  # vectors; beyond, comparing with everything takes a second and more
+PER_LIST, TRAINED_ON = 39, 64  # vectors per inverted list at least; so many per list are shown to k-means
+LINKS, BUILD_BREADTH, SEARCH_BREADTH = 32, 100, 128  # of the graph: links per vector, candidates kept
+
+Kind = Literal["flat", "ivf", "hnsw"]
+
+
+class File(Section):
+    """One of the two files, and what it must be."""
+
+    file: str = Field(pattern=r"^[^/\\]+$")
+    bytes: int
+    sha256: str
+
+
+class Encoder(Section):
+    """What the vectors were made with."""
+
+    lineage: str
+    """Hash of the artefact's lineage: vectors of another one mean something else."""
+    stage: str
+    precision: str
+    sha256: str
+    """Of the image tower's file."""
+
+
+class Description(Section):
+    """What index.json says."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Kind
+    count: int = Field(ge=1)
+    dim: int = Field(ge=1)
+    encoder: Encoder
+    vectors: File
+    keys: File
+    made_with: dict[str, str]
+
+
+class Index:
+    """An open index. Searching is safe from several threads. Made by `open_index`."""
+
+    def __init__(self, folder: Path, description: Description, vectors: Any) -> None:
+        self.folder, self.description = folder, description
+        self._vectors = vectors
+        self._keys = np.memmap(folder / description.keys.file, np.uint8, "r")
+        self._ends = np.flatnonzero(self._keys == ord("\n"))
+
+    def __len__(self) -> int:
+        return self.description.count
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self.description.dim
+
+    @property
+    def lineage(self) -> str:
+        """The encoder's hash; queries must come from the text tower of the same."""
+        return self.description.encoder.lineage
+
+    def key(self, row: int) -> str:
+        """Return what a row is called."""
+        start = int(self._ends[row - 1]) + 1 if row else 0
+        return json.loads(self._keys[start : int(self._ends[row])].tobytes())
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, list[list[str]]]:
+        """Return inner products float32 [N, k] and keys [N][k] of the nearest to queries [N, D], nearest first.
+
+        Of an index with fewer than k entries, all. Raises DataError for queries of another shape, or not finite.
+        """
+        queries = np.ascontiguousarray(queries, np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise DataError(f"{self.folder} is asked with [N, {self.dim}] numbers; found {list(queries.shape)}.")
+        if k < 1 or not np.isfinite(queries).all():
+            raise DataError(f"{self.folder}: finite queries and a k of 1 or more are asked for; found k = {k}.")
+        scores, rows = self._nearest(queries, min(k, len(self)))
+        return scores, [[self.key(row) for row in found] for found in rows.tolist()]
+
+    def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        import faiss
+
+        few, everything = None, self._vectors
+        if self.description.kind == "hnsw":
+            few = faiss.SearchParametersHNSW(efSearch=max(SEARCH_BREADTH, 2 * k))
+            everything = faiss.downcast_index(self._vectors.storage)
+        scores, rows = self._vectors.search(queries, k, params=few)
+        short = (rows < 0).any(1)  # fewer than k lay where it looked
+        if short.any():
+            ivf = self.description.kind == "ivf"
+            all_lists = faiss.SearchParametersIVF(nprobe=self._vectors.nlist) if ivf else None
+            scores[short], rows[short] = everything.search(queries[short], k, params=all_lists)
+        return scores, rows
+
+
+def open_index(folder: str | Path, lineage: str | None = None, verify: bool = True) -> Index:
+    """Open an index; its vectors stay on disk and are mapped.
+
+    Args:
+        lineage: hash of the encoder that queries come from; another than the index's is refused.
+        verify: read the files through and compare checksums; sizes always are.
+
+    Raises ArtifactError, which says what differs, and BackendMissing without faiss.
+    """
+    faiss = need_faiss()
+    folder = Path(folder)
+    description = read_description(folder)
+    if trouble := _trouble(folder, description, verify):
+        if read_description(folder) != description:  # it was replaced meanwhile
+            return open_index(folder, lineage, verify)
+        raise ArtifactError(f"{folder}: {trouble}. Make it again: clipress serve index IMAGES --run RUN --out {folder}")
+    check_encoder(folder, description, lineage)
+    vectors = _read(folder / description.vectors.file, faiss.IO_FLAG_MMAP_IFC)
+    index = Index(folder, description, vectors)
+    if (vectors.ntotal, vectors.d, len(index._ends)) != (len(index), index.dim, len(index)):
+        raise ArtifactError(
+            f"{folder}: {vectors.ntotal} x {vectors.d} vectors and {len(index._ends)} keys were found; {DESCRIPTION} "
+            f"says {len(index)} x {index.dim}. Make it again: clipress serve index IMAGES --run RUN --out {folder}"
+        )
+    return index
+
+
+def read_description(folder: Path) -> Description:
+    """Read what an index says of itself. Raises ArtifactError."""
+    path = folder / DESCRIPTION
+    try:
+        return Description.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"An index was asked for at {folder}; there is no {DESCRIPTION} in it. "
+            f"Do: clipress serve index IMAGES --run RUN --out {folder}"
+        ) from None
+    except ValidationError as error:
+        raise ArtifactError(f"{path} is damaged: {first_problem(error)}. Make the index again.") from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}.") from None
+
+
+def check_encoder(folder: Path, description: Description, lineage: str | None) -> None:
+    """Raise ArtifactError when vectors of this encoder have no place among the index's."""
+    if lineage is not None and lineage != description.encoder.lineage:
+        raise ArtifactError(
+            f"{folder} was made with the encoder {description.encoder.lineage} (stage {description.encoder.stage}); "
+            f"the one asked for is {lineage}. Embeddings of two encoders cannot be compared: use that one, or make "
+            "the index again."
+        )
+
+
+def _trouble(folder: Path, description: Description, verify: bool) -> str | None:
+    for file in (description.vectors, description.keys):
+        path = folder / file.file
+        size = path.stat().st_size if path.is_file() else None
+        if size != file.bytes:
+            return f"{file.file} has {size} bytes; {DESCRIPTION} says {file.bytes}" if size else f"no {file.file} in it"
+        if verify and (found := sha256(path)) != file.sha256:
+            return f"{file.file} was changed: its sha256 starts with {found[:12]}, not {file.sha256[:12]}"
+    return None
+
+
+def _read(path: Path, flags: int) -> Any:
+    faiss = need_faiss()
+    try:
+        return faiss.read_index(str(path), flags)
+    except RuntimeError as error:  # faiss's own
+        told = str(error).strip().splitlines()[-1]
+        raise ArtifactError(f"{path} cannot be opened by faiss {faiss.__version__}: {told}.") from None
+
+
+def kind_for(count: int) -> Kind:
+    """Return the kind that is made of so many vectors when none is asked for."""
+    return "flat" if count <= EXACT_UP_TO else "ivf"
+
+
+def write_index(
+    folder: Path, kind: Kind, blocks: Callable[[], Iterable[np.ndarray]], keys: Sequence[str], encoder: Encoder
+) -> Description:
+    """Make an index of vectors and put it in place of what the folder holds.
+
+    Args:
+        blocks: gives the vectors, float32 [n, D] each, and gives them again when called again.
+        keys: names of all of them, in order.
+    """
+    faiss = need_faiss()
+    dim = next(iter(blocks())).shape[1]
+    if kind == "flat":
+        vectors = faiss.IndexFlatIP(dim)
+    elif kind == "hnsw":
+        vectors = faiss.IndexHNSWFlat(dim, LINKS, faiss.METRIC_INNER_PRODUCT)
+        vectors.hnsw.efConstruction = BUILD_BREADTH
+    else:
+        lists = max(min(round(4 * len(keys) ** 0.5), len(keys) // PER_LIST), 1)
+        vectors = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
+        vectors.nprobe = max(lists // 16, min(lists, 8))
+        vectors.train(_sample(blocks(), len(keys), lists * TRAINED_ON))
+    for block in blocks():
+        vectors.add(block)
+    return _put(folder, kind, vectors, keys, encoder)
+
+
+def _sample(blocks: Iterable[np.ndarray], count: int, wanted: int) -> np.ndarray:
+    """Draw rows without repeating any, the same ones every time."""
+    rows = np.sort(np.random.default_rng(0).choice(count, min(wanted, count), replace=False))
+    parts, start = [], 0
+    for block in blocks:
+        first, last = np.searchsorted(rows, [start, start + len(block)])
+        parts.append(block[rows[first:last] - start])
+        start += len(block)
+    return np.concatenate(parts)
+
+
+def change_index(
+    folder: Path,
+    remove: Iterable[str] = (),
+    blocks: Iterable[np.ndarray] = (),
+    keys: Sequence[str] = (),
+) -> Description:
+    """Take entries out of an index, then put others in; its kind and, of `ivf`, its centres stay as they are.
+
+    A key that comes in and is there already is replaced. All vectors are in memory meanwhile. Raises DataError for keys
+    to remove that are not there, and when nothing would be left.
+    """
+    index = open_index(folder)
+    old = [index.key(row) for row in range(len(index))]
+    gone = set(remove)
+    if missing := sorted(gone.difference(old)):
+        raise DataError(f"{folder} has no entry '{missing[0]}'.{nearest(missing[0], old) if len(old) < 10_000 else ''}")
+    gone.update(keys)
+    kept = np.asarray([key not in gone for key in old], bool)
+    if not kept.any() and not len(keys):
+        raise DataError(f"{folder}: nothing would be left in it. To be rid of the index, remove the folder.")
+    vectors = _read(folder / index.description.vectors.file, 0)
+    if not kept.all():  # faiss removes nothing from a graph, and leaves holes in the numbering of lists
+        _keep(vectors, kept)
+    for block in blocks:
+        vectors.add(block)
+    named = [key for key, one in zip(old, kept, strict=True) if one] + list(keys)
+    return _put(folder, index.description.kind, vectors, named, index.description.encoder)
+
+
+def _keep(vectors: Any, kept: np.ndarray) -> None:
+    import faiss
+
+    lists = isinstance(vectors, faiss.IndexIVF)
+    if lists:
+        vectors.make_direct_map()
+    rows = vectors.reconstruct_n(0, vectors.ntotal)[kept]
+    if lists:
+        vectors.set_direct_map_type(faiss.DirectMap.NoMap)
+    vectors.reset()
+    vectors.add(rows)
+
+
+def _put(folder: Path, kind: Kind, vectors: Any, keys: Sequence[str], encoder: Encoder) -> Description:
+    """Write both files beside the old ones, then index.json over the old one, then remove what it no longer names."""
+    faiss = need_faiss()
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".vectors.{os.getpid()}.tmp"
+    try:
+        faiss.write_index(vectors, str(aside))
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        found = sha256(aside)
+        vectors_file = File(file=f"index-{found[:12]}.faiss", bytes=aside.stat().st_size, sha256=found)
+        aside.replace(folder / vectors_file.file)
+    except (OSError, RuntimeError) as error:  # the latter is faiss's
+        raise ArtifactError(f"{folder} could not be written: {error}. What was there before is kept.") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    lines = folder / f".keys.{os.getpid()}.new"
+    write_bytes_whole(lines, "".join(json.dumps(key) + "\n" for key in keys).encode("ascii"))
+    found = sha256(lines)
+    keys_file = File(file=f"keys-{found[:12]}.jsonl", bytes=lines.stat().st_size, sha256=found)
+    lines.replace(folder / keys_file.file)
+    description = Description(
+        kind=kind,
+        count=vectors.ntotal,
+        dim=vectors.d,
+        encoder=encoder,
+        vectors=vectors_file,
+        keys=keys_file,
+        made_with={"clipress": __version__, "faiss": faiss.__version__},
+    )
+    _flush(folder)  # both names are on disk before anything points at them
+    write_text_whole(folder / DESCRIPTION, json.dumps(description.model_dump(), indent=1) + "\n")
+    _flush(folder)
+    for pattern in ("index-*.faiss", "keys-*.jsonl", ".*.tmp", ".keys.*.new"):
+        for path in folder.glob(pattern):
+            if path.name not in (vectors_file.file, keys_file.file):
+                path.unlink(missing_ok=True)
+    return description
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def need_faiss() -> Any:
+    """Import faiss, or say how it is had."""
+    try:
+        import faiss
+    except ImportError:
+        raise BackendMissing(
+            "An index needs faiss, and it is not installed. Do: pip install 'clipress[serve]'"
+        ) from None
+    return faiss

@@ -1,0 +1,392 @@
+"""The client against a stand-in that speaks the protocol: what it sends, what it tries again, what it keeps apart."""
+
+import itertools
+import json
+import threading
+
+import numpy as np
+import pytest
+from helpers import clipress
+from kserve import Refusal, Server
+from tower import picture
+
+pytest.importorskip("tritonclient.http.aio", reason="pip install 'clipress[serve]'")
+
+from click.testing import CliRunner
+
+from clipress.errors import DataError, ServerError
+from clipress.serve import client as module
+from clipress.serve.classify import Classifier
+from clipress.serve.client import Client, Hit, address_from
+
+BAD = b"no picture"
+
+
+def embed(content):
+    """A vector that follows from the bytes alone, zeros at their end included."""
+    return np.asarray([len(content), sum(content) % 251, content[0] if content else 0], np.float32)
+
+
+def refuse_bad(contents):
+    for content in contents:
+        if content.startswith(BAD):
+            raise Refusal(400, "bad image: not a picture")
+
+
+def embed_image(inputs):
+    assert inputs["image"].shape == (1, 1)
+    refuse_bad(inputs["image"].ravel())
+    return {"image_embeds": np.stack([embed(content) for content in inputs["image"][:, 0]])}
+
+
+def embed_text(inputs):
+    return {"text_embeds": np.stack([embed(content) for content in inputs["text"][:, 0]])}
+
+
+def classify(inputs):
+    refuse_bad(inputs["image"])
+    lengths = np.asarray(
+        [[1 + abs(len(image) - len(label)) for label in inputs["labels"]] for image in inputs["image"]]
+    )
+    return {"probabilities": lengths / lengths.sum(1, keepdims=True)}
+
+
+def search(inputs):
+    (k,) = inputs["k"]
+    (text,) = inputs["text"]
+    keys = np.empty(k, object)
+    keys[:] = [text + b"-%d" % number for number in range(k)]
+    return {"scores": np.linspace(1, 0, k), "keys": keys}
+
+
+@pytest.fixture
+def serve():
+    """Start stand-ins with the four models, or others in their places."""
+    started = []
+
+    def start(**models):
+        started.append(
+            Server(
+                **{"embed_image": embed_image, "embed_text": embed_text, "classify": classify, "search": search}
+                | models
+            )
+        )
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+@pytest.fixture
+def ask():
+    """Open clients that hardly wait between tries."""
+    opened = []
+
+    def start(server, **options):
+        opened.append(Client(getattr(server, "url", server), **{"delay": 0.001, "timeout": 20} | options))
+        return opened[-1]
+
+    yield start
+    for client in opened:
+        client.close()
+
+
+def failing(model, times, status):
+    """The model, but for its first requests, which it answers with a status."""
+    calls = itertools.count()
+
+    def answer(inputs):
+        if next(calls) < times:
+            raise Refusal(status, f"status {status}")
+        return model(inputs)
+
+    return answer
+
+
+def test_pictures_travel_as_the_bytes_of_their_files(serve, ask, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x01\x02\x00")
+    images = [tmp_path / "a.png", str(tmp_path / "a.png"), b"\x05\x00\x00\x00"]
+    values, errors = ask(serve()).embed_images(images)
+    np.testing.assert_array_equal(values, [embed(b"\x01\x02\x00")] * 2 + [embed(b"\x05\x00\x00\x00")])
+    assert values.dtype == np.float32 and errors == {}
+
+
+def test_texts_travel_as_utf8(serve, ask):
+    values, _ = ask(serve()).embed_texts(["größe", ""])
+    np.testing.assert_array_equal(values, [embed("größe".encode()), embed(b"")])
+
+
+def test_many_answers_come_in_the_order_of_the_items(serve, ask):
+    items = [bytes([number]) * (number + 1) for number in range(100)]
+    values, _ = ask(serve()).embed_images(iter(items))
+    np.testing.assert_array_equal(values, [embed(item) for item in items])
+
+
+def test_probabilities_are_those_of_the_server(serve, ask):
+    images, labels = [b"x" * length for length in range(1, 50)], ["a", "abc", "abcdef"]
+    values, errors = ask(serve()).classify(images, labels)
+    inputs = {"image": images, "labels": [label.encode() for label in labels]}
+    np.testing.assert_allclose(values, classify(inputs)["probabilities"], atol=1e-7)
+    assert not errors
+
+
+def test_templates_are_sent_only_when_they_are_given(serve, ask):
+    server = serve()
+    client = ask(server)
+    client.classify([b"x"], ["a", "b"])
+    client.classify([b"x"], ["a", "b"], ["one {}", "two {}"])
+    assert [sorted(inputs) for _, inputs in server.requests] == [["image", "labels"], ["image", "labels", "templates"]]
+    assert server.requests[1][1]["templates"].tolist() == [b"one {}", b"two {}"]
+
+
+def test_search_gives_keys_with_scores(serve, ask):
+    assert ask(serve()).search("dog", 3) == [Hit("dog-0", 1.0), Hit("dog-1", 0.5), Hit("dog-2", 0.0)]
+
+
+def test_nothing_in_gives_nothing_out(serve, ask):
+    server = serve()
+    assert ask(server).embed_images([]).values.shape == (0, 0)
+    assert ask(server).classify([], ["a", "b"]).values.shape == (0, 2)
+    assert not server.requests
+
+
+@pytest.mark.parametrize("kind", ["embed_images", "classify"])
+def test_a_bad_picture_is_told_and_the_others_are_kept(serve, ask, tmp_path, kind):
+    images = [b"\x01", BAD, b"\x02\x02", tmp_path / "none.png", b"\x03"]
+    client = ask(serve())
+    values, errors = client.embed_images(images) if kind == "embed_images" else client.classify(images, ["a", "bcd"])
+    assert errors.keys() == {1, 3} and "bad image" in errors[1] and "none.png cannot be read" in errors[3]
+    assert np.isnan(values[[1, 3]]).all()
+    good = [b"\x01", b"\x02\x02", b"\x03"]
+    wanted = [embed(one) for one in good] if kind == "embed_images" else client.classify(good, ["a", "bcd"]).values
+    np.testing.assert_allclose(values[[0, 2, 4]], wanted)
+
+
+def test_a_bad_picture_is_not_sent_again(serve, ask):
+    server = serve()
+    ask(server).embed_images([BAD])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_what_the_server_refuses_is_not_tried_again(serve, ask, status):
+    server = serve(embed_text=failing(embed_text, 1, status))
+    _, errors = ask(server, retries=5).embed_texts(["a"])
+    assert errors == {0: f"status {status}"} and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_server_without_room_is_asked_again(serve, ask, status):
+    server = serve(embed_text=failing(embed_text, 3, status))
+    values, errors = ask(server, retries=3).embed_texts(["a"])
+    assert not errors and len(server.requests) == 4
+    np.testing.assert_array_equal(values, [embed(b"a")])
+
+
+def test_tries_are_counted_and_come_later_each_time(serve, ask, monkeypatch):
+    waited = []
+
+    async def sleep(seconds):
+        waited.append(seconds)
+
+    monkeypatch.setattr(module.asyncio, "sleep", sleep)
+    server = serve(embed_text=failing(embed_text, 100, 503))
+    with pytest.raises(ServerError, match=r"there is no answer: status 503. Is the server running"):
+        ask(server, retries=7, delay=0.5).embed_texts(["a"])
+    assert waited == [0.5, 1, 2, 4, 8, 10, 10] and len(server.requests) == 8
+
+
+def test_one_item_that_finds_no_room_is_told_and_the_others_are_kept(serve, ask):
+    def picky(inputs):
+        if inputs["text"].ravel()[0] == b"b":
+            raise Refusal(503, "no room")
+        return embed_text(inputs)
+
+    values, errors = ask(serve(embed_text=picky), retries=1, in_flight=2).embed_texts(["a", "b", "c", "d"])
+    assert errors == {1: "no room"} and np.isfinite(values[[0, 2, 3]]).all()
+
+
+def test_a_server_that_goes_away_ends_the_call_and_not_only_each_item(serve, ask):
+    server = serve(embed_text=lambda inputs: embed_text(inputs) if len(server.requests) < 4 else refuse())
+
+    def refuse():
+        raise Refusal(503, "gone")
+
+    endless = map(str, itertools.count())
+    with pytest.raises(ServerError, match="no answer: gone"):
+        ask(server, retries=0, in_flight=3).embed_texts(endless)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_server_that_is_not_there_is_one_message(serve, ask, protocol):
+    server = serve()
+    port = server.url.rpartition(":")[2]
+    server.close()
+    with pytest.raises(ServerError, match="there is no answer"):
+        ask(f"{protocol}://127.0.0.1:{port}", retries=1).embed_texts(["a", "b"])
+
+
+def test_a_try_ends_after_the_timeout(serve, ask):
+    released = threading.Event()
+    server = serve(embed_text=lambda inputs: released.wait(20) and embed_text(inputs))
+    with pytest.raises(ServerError, match=r"no answer within 0.05 s"):
+        ask(server, retries=1, timeout=0.05).embed_texts(["a"])
+    released.set()
+
+
+def test_a_model_that_is_not_served_ends_the_call_at_once(ask, serve):
+    server = serve()
+    del server.models["embed_text"]
+    with pytest.raises(ServerError, match="has no model 'embed_text'"):
+        ask(server).embed_texts(["a"] * 100)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ({"other": np.zeros((1, 3))}, "gives no probabilities"),
+        ({"probabilities": np.zeros((1, 3))}, r"was to answer with \[1, 2\]"),
+        ({"probabilities": np.full((1, 2), np.nan)}, "finite"),
+    ],
+)
+def test_an_answer_of_another_form_is_an_error(serve, ask, answer, told):
+    with pytest.raises(ServerError, match=told):
+        ask(serve(classify=lambda _: answer)).classify([b"x"], ["a", "b"])
+
+
+def test_no_more_is_read_and_sent_than_may_be_in_flight(serve, ask):
+    """The server answers nobody until three ask at once; then it must never see a fourth."""
+    together = threading.Barrier(3)
+    read = itertools.count()
+    taken = []
+
+    def together_only(inputs):
+        together.wait(20)
+        return embed_text(inputs)
+
+    server = serve(embed_text=together_only)
+    texts = (taken.append(number) or str(number) for number in read)
+    client = ask(server, in_flight=3)
+    answers = client._answers(texts, client._embedder("text"), 1, "text")
+    first = list(itertools.islice(answers, 1))
+    assert first[0].value is not None and taken == [0, 1, 2]
+    list(itertools.islice(answers, 1))
+    assert taken == [0, 1, 2, 3]
+    together.abort()
+    answers.close()
+    assert server.most_at_once == 3
+
+
+def test_labels_that_come_twice_are_refused_before_anything_is_sent(serve, ask):
+    server = serve()
+    with pytest.raises(DataError):
+        ask(server).classify([b"x"], ["a", "a"])
+    assert not server.requests
+
+
+def test_a_closed_client_may_be_closed_again_and_leaves_no_task(serve):
+    server = serve()
+    with Client(server.url) as client:
+        answers = client.classified((b"x" for _ in itertools.count()), ["a", "b"])
+        next(answers)
+    client.close()
+    assert not client._thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("url", "found"),
+    [
+        ("http://host", ("http", "host:8000", False)),
+        ("http://host:80/triton/", ("http", "host:80/triton", False)),
+        ("https://host:443", ("http", "host:443", True)),
+        ("grpc://host", ("grpc", "host:8001", False)),
+        ("grpcs://[::1]:9", ("grpc", "[::1]:9", True)),
+        ("localhost:8001", ("grpc", "localhost:8001", False)),
+        ("localhost:8000", ("http", "localhost:8000", False)),
+        ("localhost", ("http", "localhost:8000", False)),
+    ],
+)
+def test_an_address_says_the_protocol(url, found):
+    assert address_from(url) == found
+
+
+@pytest.mark.parametrize(
+    ("url", "protocol"), [("ftp://host", "auto"), ("", "auto"), ("http://host:x", "auto"), ("http://host", "grpc")]
+)
+def test_what_is_no_address_is_refused(url, protocol):
+    with pytest.raises(ServerError):
+        address_from(url, protocol)
+
+
+def predict(server, *arguments, text=None):
+    from clipress.cli import main
+
+    return CliRunner().invoke(
+        main, ["predict", "--url", server.url, "--labels", "a,abc", *map(str, arguments)], input=text
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(3):
+        (tmp_path / "pictures" / f"{number}.png").parent.mkdir(exist_ok=True)
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(b"x" * (number + 1))
+    return tmp_path / "pictures"
+
+
+def test_predict_takes_pictures_folders_and_paths_from_standard_input(serve, folder):
+    found = predict(serve(), folder / "2.png", folder, "-", text=f"{folder / '0.png'}\n\n{folder / '1.png'}\n")
+    assert found.exit_code == 0, found.output
+    shown = [line.split(":")[0].rpartition("/")[2] for line in found.stdout.splitlines()]
+    assert shown == ["2.png", "0.png", "1.png", "2.png", "0.png", "1.png"]
+    assert "picture" in found.stderr
+
+
+def test_predict_writes_a_line_of_json_per_picture(serve, folder):
+    (folder / "1.png").write_bytes(BAD)
+    found = predict(serve(), "--json", folder)
+    lines = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [line["image"] for line in lines] == [str(folder / f"{number}.png") for number in range(3)]
+    assert lines[0]["probabilities"] == pytest.approx({"a": 0.25, "abc": 0.75}) and "bad image" in lines[1]["error"]
+    assert found.exit_code == 2 and "1 of 3 pictures are not classified" in found.stderr
+
+
+def test_predict_without_pictures_is_told_what_is_missing(tmp_path):
+    found = clipress("predict", tmp_path, "--labels", "a,b")
+    assert found.exit_code == 2 and "IMAGES" in found.output
+
+
+@pytest.fixture(scope="module")
+def triton_server(request):
+    """A real Triton with the tiny run's models, where one can be had."""
+    real = pytest.importorskip("clipress.serve.triton_server")
+    triton, (run, _) = request.getfixturevalue("triton"), request.getfixturevalue("tiny_run")
+    if not (run / "triton" / "python" / "classify").is_dir():
+        pytest.skip("the run's repository has no model that takes pictures")
+    with real.TritonServer(run / "triton" / "python", triton=triton) as server:
+        yield server, run
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_real_triton_answers_what_the_towers_answer_here(triton_server, ask, protocol):
+    server, run = triton_server
+    local = Classifier(run / "export" / "int8", threads=1)  # the last stage is the one that is served
+    images, labels, templates = [picture(number)[1] for number in range(20)], ["cat", "dog", "größe"], ["a {}", "{}!"]
+    client = ask(f"{protocol}://{getattr(server, protocol)}", timeout=60)
+    for found, wanted in (
+        (client.embed_images(images), local._embeddings("image", images, local._pixels)),
+        (client.embed_texts(labels), local._embeddings("text", labels, local._tokenize)),
+        (client.classify(images, labels, templates), local.probabilities(images, labels, templates)),
+    ):
+        np.testing.assert_allclose(found.values, wanted, atol=1e-4)
+        assert not found.errors
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_real_triton_tells_which_picture_is_bad(triton_server, ask, protocol):
+    server, _ = triton_server
+    images = [picture(0)[1], BAD, picture(1)[1]]
+    client = ask(f"{protocol}://{getattr(server, protocol)}", timeout=60)
+    for found in (client.embed_images(images), client.classify(images, ["cat", "dog"])):
+        assert found.errors.keys() == {1} and np.isfinite(found.values[[0, 2]]).all()

@@ -1,0 +1,249 @@
+"""The index against numpy; what a kill, a damaged file or another encoder does to it."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("faiss", reason="pip install 'clipress[serve]'")
+
+from clipress.errors import ArtifactError, DataError
+from clipress.serve.index import Encoder, Index, change_index, kind_for, open_index, read_description, write_index
+
+ENCODER = Encoder(lineage="0123456789abcdef", stage="int8", precision="int8", sha256="0" * 64)
+DIM = 16
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def vectors(count, seed=0):
+    """Clustered, as embeddings are: 32 centres and some noise."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).standard_normal((32, DIM))
+    return unit(centres[rng.integers(32, size=count)] + 0.4 * rng.standard_normal((count, DIM)))
+
+
+def names(count, start=0):
+    return [f"pictures/{number}.jpg" for number in range(start, start + count)]
+
+
+def made(folder, rows, keys=None, kind="flat", block=64):
+    def blocks():
+        return (rows[start : start + block] for start in range(0, len(rows), block))
+
+    write_index(folder, kind, blocks, keys or names(len(rows)), ENCODER)
+    return open_index(folder)
+
+
+def by_numpy(rows, keys, queries, k):
+    """Keys of the nearest rows in double precision, nearest first."""
+    order = np.argsort(-(queries.astype(float) @ rows.astype(float).T), axis=1, kind="stable")[:, :k]
+    return [[keys[row] for row in found] for found in order]
+
+
+def recall(found, wanted):
+    return np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found, wanted, strict=True)])
+
+
+def test_the_flat_index_finds_what_numpy_finds(tmp_path):
+    rows, queries = vectors(300), vectors(20, seed=1)
+    index = made(tmp_path / "index", rows)
+    scores, keys = index.search(queries, 7)
+    assert keys == by_numpy(rows, names(300), queries, 7)
+    np.testing.assert_allclose(scores, -np.sort(-(queries @ rows.T))[:, :7], atol=1e-6)
+    assert scores.dtype == np.float32 and (len(index), index.dim, index.lineage) == (300, DIM, ENCODER.lineage)
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_the_other_kinds_find_nearly_all_of_it(tmp_path, kind):
+    rows, queries = vectors(3000), vectors(50, seed=1)
+    _, keys = made(tmp_path / "index", rows, kind=kind).search(queries, 10)
+    assert recall(keys, by_numpy(rows, names(3000), queries, 10)) > 0.9
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+def test_as_many_are_found_as_are_asked_for_and_there(tmp_path, kind):
+    rows = vectors(500)
+    index = made(tmp_path / "index", rows, kind=kind)
+    for asked, there in ((400, 400), (10_000, 500)):
+        scores, (keys,) = index.search(rows[:1], asked)
+        assert scores.shape == (1, there) and len(set(keys)) == there and np.isfinite(scores).all()
+
+
+def test_the_default_is_exact_up_to_a_million():
+    assert (kind_for(1), kind_for(1_000_000), kind_for(1_000_001)) == ("flat", "flat", "ivf")
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+def test_vectors_are_mapped_and_not_loaded(tmp_path, kind):
+    index = made(tmp_path / "index", vectors(500), kind=kind)
+    assert index.description.vectors.file in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+def test_what_is_added_is_found_and_what_is_removed_is_not(tmp_path, kind):
+    folder, rows, more = tmp_path / "index", vectors(400), vectors(100, seed=2)
+    made(folder, rows, kind=kind)
+    change_index(folder, blocks=[more[:60], more[60:]], keys=names(100, start=400))
+    gone = names(400)[::3]
+    change_index(folder, remove=gone)
+    index = open_index(folder)
+    every = dict(zip(names(500), np.concatenate([rows, more]), strict=True))
+    left = {key: row for key, row in every.items() if key not in gone}
+    assert [index.key(row) for row in range(len(index))] == list(left)
+    _, keys = index.search(np.stack(list(left.values())), 1)
+    assert np.mean([found == key for (found,), key in zip(keys, left, strict=True)]) > (
+        0.99 if kind == "flat" else 0.95
+    )
+    assert index.description.kind == kind
+
+
+def test_a_key_that_comes_again_has_the_new_vector(tmp_path):
+    folder, rows = tmp_path / "index", vectors(50)
+    made(folder, rows)
+    change_index(folder, blocks=[-rows[:1]], keys=["pictures/0.jpg"])
+    index = open_index(folder)
+    assert len(index) == 50
+    scores, (found,) = index.search(-rows[:1], 1)
+    assert found == ["pictures/0.jpg"] and scores[0, 0] == pytest.approx(1)
+
+
+def test_keys_may_hold_anything_a_file_name_can(tmp_path):
+    keys = ["two\nlines", 'quo"te\\', "größe\u2028", os.fsdecode(b"not\xffutf8")]
+    index = made(tmp_path / "index", vectors(4), keys)
+    assert [index.key(row) for row in range(4)] == keys
+
+
+def test_a_key_to_remove_that_is_not_there_changes_nothing(tmp_path):
+    made(tmp_path / "index", vectors(20))
+    with pytest.raises(DataError, match=r"no entry 'pictures/21.jpg'. Did you mean"):
+        change_index(tmp_path / "index", remove=["pictures/3.jpg", "pictures/21.jpg"])
+    assert len(open_index(tmp_path / "index")) == 20
+
+
+def test_the_last_entries_are_not_removed(tmp_path):
+    made(tmp_path / "index", vectors(3))
+    with pytest.raises(DataError, match="nothing would be left"):
+        change_index(tmp_path / "index", remove=names(3))
+
+
+@pytest.mark.parametrize("queries", [np.zeros((1, DIM + 1)), np.zeros(DIM), np.full((1, DIM), np.nan)])
+def test_queries_that_cannot_be_meant_are_refused(tmp_path, queries):
+    with pytest.raises(DataError, match="asked"):
+        made(tmp_path / "index", vectors(20)).search(queries, 1)
+
+
+def test_queries_of_another_encoder_are_refused(tmp_path):
+    made(tmp_path / "index", vectors(20))
+    assert isinstance(open_index(tmp_path / "index", ENCODER.lineage), Index)
+    with pytest.raises(ArtifactError, match=r"encoder 0123456789abcdef.*asked for is other"):
+        open_index(tmp_path / "index", "other")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("which", ["vectors", "keys"])
+@pytest.mark.parametrize(
+    ("harm", "told"), [(truncate, "bytes; index.json says"), (flip, "sha256"), (os.unlink, "no .* in it")]
+)
+def test_a_damaged_file_is_refused(tmp_path, which, harm, told):
+    index = made(tmp_path / "index", vectors(20))
+    path = tmp_path / "index" / getattr(index.description, which).file
+    del index
+    harm(path)
+    with pytest.raises(ArtifactError, match=told):
+        open_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"schema_version": 2}'])
+def test_a_damaged_description_is_refused(tmp_path, content):
+    made(tmp_path / "index", vectors(20))
+    (tmp_path / "index" / "index.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"index\.json is damaged"):
+        open_index(tmp_path / "index")
+
+
+def test_a_description_that_names_files_elsewhere_is_refused(tmp_path):
+    made(tmp_path / "index", vectors(20))
+    path = tmp_path / "index" / "index.json"
+    described = json.loads(path.read_text())
+    described["keys"]["file"] = "../keys.jsonl"
+    path.write_text(json.dumps(described))
+    with pytest.raises(ArtifactError, match="damaged"):
+        open_index(tmp_path / "index")
+
+
+def test_a_folder_without_an_index_says_how_one_is_made(tmp_path):
+    with pytest.raises(ArtifactError, match="clipress serve index IMAGES"):
+        open_index(tmp_path)
+
+
+class Killed(BaseException):
+    """What no handler catches."""
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync", "unlink", "open"])
+def test_a_kill_at_any_moment_leaves_the_old_index_or_the_new_one(tmp_path, monkeypatch, call):
+    """Stop the n-th such call of a change, for every n until the change comes through."""
+    folder, rows, extra = tmp_path / "index", vectors(30), vectors(1, seed=5)
+    whole = getattr(os, call)
+    for stop_at in range(1, 50):
+        made(folder, rows)
+        calls = 0
+
+        def counted(*arguments, stop_at=stop_at, **options):
+            nonlocal calls
+            calls += 1
+            if calls == stop_at:
+                raise Killed
+            return whole(*arguments, **options)
+
+        try:
+            with monkeypatch.context() as patched:
+                patched.setattr(os, call, counted)
+                change_index(folder, blocks=[extra], keys=["new"])
+        except Killed:
+            found = len(open_index(folder))
+            assert found in (30, 31)
+            open_index(folder).search(extra, 3)
+        else:
+            assert len(open_index(folder)) == 31
+            break
+    assert stop_at > 1  # there was something to stop
+
+
+def test_what_a_kill_left_is_cleared_away_by_the_next_change(tmp_path, monkeypatch):
+    folder = tmp_path / "index"
+    made(folder, vectors(30))
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("clipress.serve.index.write_text_whole", killed)
+        change_index(folder, remove=["pictures/1.jpg"])
+    assert len(list(folder.iterdir())) == 5
+    change_index(folder, remove=["pictures/1.jpg"])
+    described = read_description(folder)
+    assert {path.name for path in folder.iterdir()} == {"index.json", described.vectors.file, described.keys.file}
+
+
+def test_an_open_index_is_not_disturbed_by_a_new_one(tmp_path):
+    folder, rows = tmp_path / "index", vectors(200)
+    index = made(folder, rows)
+    before = index.search(rows[:5], 3)[1]
+    made(folder, vectors(100, seed=7))
+    assert index.search(rows[:5], 3)[1] == before
+    assert len(open_index(folder)) == 100
