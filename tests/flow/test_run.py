@@ -283,7 +283,7 @@ def test_another_stage_becomes_a_version_that_can_be_rolled_back(tiny_run, tmp_p
     shutil.rmtree(run / "triton")
     said = [
         clipress("serve", run, "--backend", "python", *options).output
-        for options in (["--stage", "recovered"], [], ["--roll-back"], ["--version", "2"])
+        for options in (["--stage", "recovered"], ["--stage", "int8"], ["--roll-back"], ["--version", "2"])
     ]
     assert "of recovered, version 1" in said[0] and "of int8, version 2" in said[1]
     assert "Version 1 is served" in said[2] and "Version 2 is served" in said[3]

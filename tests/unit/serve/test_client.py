@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import threading
 
 import numpy as np
@@ -18,6 +19,7 @@ from clipress.errors import DataError, ServerError
 from clipress.serve import client as module
 from clipress.serve.classify import Classifier
 from clipress.serve.client import Client, Hit, address_from
+from clipress.serve.triton_server import TritonServer
 
 BAD = b"no picture"
 
@@ -360,18 +362,17 @@ def test_predict_without_pictures_is_told_what_is_missing(tmp_path):
 @pytest.fixture(scope="module")
 def triton_server(request):
     """A real Triton with the tiny run's models, where one can be had."""
-    real = pytest.importorskip("clipress.serve.triton_server")
     triton, (run, _) = request.getfixturevalue("triton"), request.getfixturevalue("tiny_run")
-    if not (run / "triton" / "python" / "classify").is_dir():
-        pytest.skip("the run's repository has no model that takes pictures")
-    with real.TritonServer(run / "triton" / "python", triton=triton) as server:
-        yield server, run
+    repository = run / "triton" / "python"
+    (stage,) = re.findall(r"stage (\w+) \(", (repository / "README.md").read_text())
+    with TritonServer(repository, triton=triton) as server:
+        yield server, run / "export" / stage
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_a_real_triton_answers_what_the_towers_answer_here(triton_server, ask, protocol):
-    server, run = triton_server
-    local = Classifier(run / "export" / "int8", threads=1)  # the last stage is the one that is served
+    server, export = triton_server
+    local = Classifier(export, threads=1)
     images, labels, templates = [picture(number)[1] for number in range(20)], ["cat", "dog", "größe"], ["a {}", "{}!"]
     client = ask(f"{protocol}://{getattr(server, protocol)}", timeout=60)
     for found, wanted in (
