@@ -46,9 +46,11 @@ def _plain(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
 def _quoted(path: Path) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader((line + "\n" for line in lines_of(path)), strict=True)
     while True:
+        first = reader.line_num + 1
         try:
-            yield reader.line_num + 1, next(reader)
+            yield first, next(reader)
         except StopIteration:
             return
-        except csv.Error as error:
-            yield reader.line_num, [f"not quoted as asked for: {error}"]
+        except csv.Error as error:  # an open quote swallows lines: each of them is a record that is lost
+            for number in range(first, max(reader.line_num, first) + 1):
+                yield number, [f"not quoted as asked for: {error}"]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from clipress.data.tokens import tokenizer_spec
 from clipress.data.transforms import Preprocess
-from clipress.errors import ArtifactError, RecipeError
+from clipress.errors import ArtifactError, ClipressError, RecipeError
 from clipress.models import anatomy, surgery
 from clipress.models.importers import NOTES, State
-from clipress.models.load import Clip, build
+from clipress.models.load import Clip, build, refuse_absurd
 from clipress.recipe import checked
 
 HEAD = 64
@@ -126,11 +126,15 @@ def clip_from_weights(
         model = build(architecture)
         return surgery.reshape(model, shapes) if shapes else model
 
+    refuse_absurd(architecture)
     try:
         with torch.device("meta"):
             wanted = surgery.stock_weights(made())
-    except (RuntimeError, OSError, AttributeError, ArithmeticError) as error:
-        raise ArtifactError(f"open_clip cannot build its architecture: {str(error).splitlines()[0]}.") from None
+    except ClipressError:
+        raise
+    except Exception as error:  # a config can fail anywhere in open_clip
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"open_clip cannot build its architecture: {told}.") from None
     _compare(wanted, weights)
     model = made()
     model.load_state_dict(_own(model, weights))
