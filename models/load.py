@@ -23,7 +23,7 @@ from clipress.models import anatomy, surgery
 from clipress.recipe import Section, first_problem
 
 # A config's largest numbers: what a module of Python, or a table of positions, is made for is told before it is made.
-LIMITS = {"layers": 1 << 10, "context_length": 1 << 13, "image_size": 1 << 13, "patch_size": 1 << 13}
+LIMITS = {"layers": 1 << 8, "context_length": 1 << 13, "image_size": 1 << 13, "patch_size": 1 << 13}
 LIMIT = 1 << 22
 
 

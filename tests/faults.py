@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime  # noqa: F401 - loaded before memory is limited
 import torch
 import yaml
@@ -146,7 +145,7 @@ def looked_at(data: bytes, name: str = "a.png") -> Callable[[Path], Any]:
 NO_PICTURE = "refused: .*is not a picture that can be decoded"
 for _name, _expected, _data in (
     ("a truncated JPEG", NO_PICTURE, encoded("JPEG", size=(64, 64))[:300]),
-    ("a truncated PNG", NO_PICTURE, encoded("PNG")[:-20]),
+    ("a truncated PNG", NO_PICTURE, encoded("PNG", size=(64, 64))[:60]),
     ("a truncated WebP", NO_PICTURE, encoded("WEBP")[:-10]),
     ("a picture of zero bytes", NO_PICTURE, b""),
     ("a text as picture", NO_PICTURE, b"not a picture"),
@@ -207,8 +206,8 @@ def _(folder: Path) -> Any:
 
 def opened(folder: Path, form: str, content: str | bytes, **spec: Any) -> str:
     """Open a source beside three pictures and say what it holds."""
-    for name in ("a.png", "b.png", "c.png"):
-        (folder / name).write_bytes(encoded("PNG"))
+    for name in "abcdefghi":
+        (folder / f"{name}.png").write_bytes(encoded("PNG"))
     path = folder / "table"
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     open_source.cache_clear()
@@ -255,7 +254,7 @@ def _(folder: Path) -> Any:
     return opened(folder, "csv", "\n".join(rows) + "\n", separator=",")
 
 
-@fault("a quoted cell of 200,000 letters", r"9 records, 1 skipped \(line 2: .*field limit")
+@fault("a quoted cell of 200,000 letters", r"9 records, 1 skipped \(line 2: .*field larger")
 def _(folder: Path) -> Any:
     rows = ["title,filepath", f'"{"x" * 200_000}",a.png', *["blue,b.png"] * 9]
     return opened(folder, "csv", "\n".join(rows) + "\n", separator=",")
@@ -276,7 +275,7 @@ def _(folder: Path) -> Any:
     return open_source(SourceSpec(format="csv", annotations=folder, images=folder))
 
 
-ROWS = [{"image": "a.png", "caption": "red"}] * 9
+ROWS = [{"image": f"{name}.png", "caption": "red"} for name in "abcdefghi"]
 DEEP = "[" * 100_000 + "]" * 100_000
 for _name, _form, _expected, _content in (
     ("JSON nested 100,000 deep", "karpathy", "refused: .*nests deeper", DEEP),
@@ -285,9 +284,9 @@ for _name, _form, _expected, _content in (
     ("JSON with NaN for an id", "karpathy", "1 records, 1 skipped|refused", '[{"image": "a.png", "caption": "x", "image_id": NaN}]'),
     ("JSON of the wrong kind", "karpathy", "refused: .*a list of rows is asked for, found dict", "{}"),
     ("JSON of the wrong kind for COCO", "coco", "refused: .*lists of 'images' and 'annotations'", "[1]"),
-    ("JSON with a byte order mark", "karpathy", "1 records, 0 skipped", "\ufeff" + json.dumps(ROWS)),
-    ("rows that are no rows", "karpathy", r"1 records, 2 skipped \(row 0", json.dumps([5, None, *ROWS])),
-    ("a caption that is a number", "karpathy", "1 records, 1 skipped", json.dumps([*ROWS, {"image": "b.png", "caption": 5}])),
+    ("JSON with a byte order mark", "karpathy", "9 records, 0 skipped", "\ufeff" + json.dumps(ROWS)),
+    ("rows that are no rows", "karpathy", r"9 records, 2 skipped \(row 0", json.dumps([5, None, *ROWS])),
+    ("a caption that is a number", "karpathy", r"9 records, 1 skipped \(row 9", json.dumps([*ROWS, {"image": "b.png", "caption": 5}])),
     (
         "a picture named twice in a Karpathy file",
         "karpathy",
@@ -297,7 +296,7 @@ for _name, _form, _expected, _content in (
     (
         "a Karpathy path that leads out",
         "karpathy",
-        r"refused|1 records, 1 skipped \(image ../x: .*points outside",
+        r"9 records, 1 skipped \(image ../x: .*points outside",
         json.dumps([*ROWS, {"image": "../x", "caption": "a"}]),
     ),
 ):  # fmt: skip
@@ -318,7 +317,9 @@ def _(folder: Path) -> Any:
 
 @fault("a COCO path that leads out", r"20 records, 1 skipped \(image 1: '../../etc/passwd' points outside")
 def _(folder: Path) -> Any:
-    return opened(folder, "coco", coco_of([{"id": 1, "file_name": "../../etc/passwd"}], [{"image_id": 1, "caption": "b"}]))
+    return opened(
+        folder, "coco", coco_of([{"id": 1, "file_name": "../../etc/passwd"}], [{"image_id": 1, "caption": "b"}])
+    )
 
 
 @fault("COCO ids of the wrong type", "20 records, 3 skipped")
@@ -332,7 +333,10 @@ def _(folder: Path) -> Any:
 
 def tar_of(*members: tuple[str, bytes], good: int = 9, **settings: Any) -> bytes:
     buffer = io.BytesIO()
-    every = [*members, *((f"{n:03}.{kind}", d) for n in range(good) for kind, d in (("png", encoded("PNG")), ("txt", b"red")))]
+    every = [
+        *members,
+        *((f"{n:03}.{kind}", d) for n in range(good) for kind, d in (("png", encoded("PNG")), ("txt", b"red"))),
+    ]
     with tarfile.open(fileobj=buffer, mode="w", **settings) as tar:
         for name, data in every:
             info = tarfile.TarInfo(name)
@@ -372,7 +376,7 @@ for _name, _expected, _content in (
     ("a text as tar", "refused: .*is not a tar", b"hello"),
     ("a tar of zero bytes", "refused: .*(is not a tar|no usable records)", b""),
     ("a gzip named tar", "refused: .*is not a tar that can be read .compressed", b"\x1f\x8b\x08" + b"\0" * 600),
-    ("a tar header of 8 EB", "refused|accepted: 9 records", tar_of()[:-10240] + header_of("z.png", b"\x80" + b"\0" * 3 + b"\x7f" + b"\xff" * 7)),
+    ("a tar header of 8 EB", "accepted: 9 records", tar_of()[: 9 * 2048] + header_of("z.png", b"\x80" + b"\0" * 3 + b"\x7f" + b"\xff" * 7)),
     ("a tar header of a negative size, which would be read for ever", "accepted: 9 records",
      tar_of().rstrip(b"\0").ljust(19 * 1024, b"\0")[: 9 * 2048] + header_of("z.png", b"\xff" * 10 + b"\xfe\x00") + b"\0" * 1024),
     ("a long name of 100 GB", "accepted: 9 records",
@@ -469,7 +473,11 @@ for _name, _expected, _content in (
     ("safetensors whose header is no JSON", UNREADABLE, tensors_of(b"{nonsense")),
     ("safetensors with overlapping tensors", UNREADABLE, tensors_of({"a": F32, "b": F32}, b"\0" * 4)),
     ("safetensors of an unknown type", UNREADABLE, tensors_of({"a": {**F32, "dtype": "F31"}}, b"\0" * 4)),
-    ("safetensors with an absurd shape", UNREADABLE, tensors_of({"a": {**F32, "shape": [1 << 40, 1 << 40]}}, b"\0" * 4)),
+    (
+        "safetensors with an absurd shape",
+        UNREADABLE,
+        tensors_of({"a": {**F32, "shape": [1 << 40, 1 << 40]}}, b"\0" * 4),
+    ),
     ("safetensors with negative offsets", UNREADABLE, tensors_of({"a": {**F32, "data_offsets": [-4, 0]}}, b"\0" * 4)),
     ("safetensors that are cut", UNREADABLE, save({"a": torch.ones(100)})[:-50]),
     ("safetensors of zero bytes", UNREADABLE, b""),
@@ -487,7 +495,11 @@ for _name, _expected, _content in (
         "refused: .*(claim|holds less)",
         torch_saved({"logit_scale": torch.zeros(1).expand(1 << 19, 1 << 19)}),
     ),
-    ("a tensor that is larger than its bytes", "refused: .*holds less", torch_saved({"a": torch.zeros(1).expand(1 << 20)})),
+    (
+        "a tensor that is larger than its bytes",
+        "refused: .*holds less",
+        torch_saved({"a": torch.zeros(1).expand(1 << 20)}),
+    ),
 ):
     FAULTS.append(Fault(_name, _expected, lambda f, content=_content: imported(f, content)))
 RUNS = "refused: .*it holds more than weights .*nothing was loaded"
@@ -583,7 +595,7 @@ def open_clip_state() -> dict[str, torch.Tensor]:
 
 for _name, _expected, _changes in (
     ("an open_clip folder as it should be", "accepted: a model", {}),
-    ("a config of a billion layers", "refused: .*layers is 1e.09; at most 1,024", {"vision__layers": 10**9}),
+    ("a config of a billion layers", "refused: .*layers is 1e.09; at most 256", {"vision__layers": 10**9}),
     ("a config of a million positions", "refused: .*context_length is", {"text__context_length": 10**6}),
     ("a config of an absurd width", "refused: .*width is", {"text__width": 10**12}),
     ("a config of no heads", "refused: .*cannot build", {"text__heads": 0}),
@@ -591,7 +603,7 @@ for _name, _expected, _changes in (
     ("a config with NaN", "refused: ", {"vision__mlp_ratio": float("nan")}),
     ("a config of the wrong types", "refused: ", {"text__layers": "many"}),
     ("a config whose text tower is the hub's", "refused: .*builds from the file alone", {"text__hf_model_name": "a/b"}),
-    ("a config of other sizes than the weights", "refused: .*is asked for", {"text__layers": 2}),
+    ("a config of other sizes than the weights", "refused: .*asks for it", {"text__layers": 2}),
     ("a config with keys nobody knows", "refused: .*cannot build", {"text__wings": 2}),
 ):
     FAULTS.append(Fault(_name, _expected, lambda f, c=_changes: foreign(f, {"model_cfg": small(**c)})))
@@ -605,15 +617,17 @@ def _(folder: Path) -> Any:
     return import_checkpoint(folder).tokenize()
 
 
-@fault("an OpenAI file of 60,000 layers", "refused: .*layers is 6e.04")
+@fault("an OpenAI file of 3,000 layers", "refused: .*layers is 3000")
 def _(folder: Path) -> Any:
-    state = open_clip_state() | {f"transformer.resblocks.{n}.x": torch.ones(1) for n in range(60_000)}
+    state = open_clip_state() | {f"transformer.resblocks.{n}.x": torch.ones(1) for n in range(3_000)}
     return imported(folder, torch_saved(state), form="openai")
 
 
 @fault("an OpenAI file of a million positions", "refused: .*context_length is 1e.06")
 def _(folder: Path) -> Any:
-    return imported(folder, torch_saved(open_clip_state() | {"positional_embedding": torch.zeros(1_000_000, 64)}), form="openai")
+    return imported(
+        folder, torch_saved(open_clip_state() | {"positional_embedding": torch.zeros(1_000_000, 64)}), form="openai"
+    )
 
 
 # artefacts
@@ -641,7 +655,7 @@ for _name, _expected, _changes in (
     ("an artefact that divides by zero", "refused: .*preprocess, std", {"preprocess": {"size": 8, "std": [0, 1, 1]}}),
     ("an artefact of an absurd width", "refused: .*width is", {"architecture": small(text__width=10**10)}),
     ("an artefact of a billion layers", "refused: .*layers is", {"architecture": small(text__layers=10**9)}),
-    ("an artefact of a thousand layers it does not have", "refused: .*do not describe", {"architecture": small(text__layers=1000)}),
+    ("an artefact of 200 layers it does not have", "refused: .*do not describe", {"architecture": small(text__layers=200)}),
     ("an artefact whose tower is the hub's", "refused: .*file alone", {"architecture": small(text__hf_model_name="a/b")}),
     ("an artefact with a tokenizer that would run code", "refused: .*which could run code",
      {"tokenizer": {"name": "a/b", "context_length": 77, "kwargs": {"trust_remote_code": True}}}),
@@ -649,9 +663,7 @@ for _name, _expected, _changes in (
     ("an artefact that quantises what it has not", "refused: .*modules the model does not have", {"quantization": {"modules": ["../x"]}}),
     ("an artefact of a later clipress", "refused: .*schema_version 99", {"schema_version": 99}),
 ):  # fmt: skip
-    FAULTS.append(
-        Fault(_name, _expected, lambda f, c=_changes: type(clip_from_artifact(damaged(f, **c))).__name__)
-    )
+    FAULTS.append(Fault(_name, _expected, lambda f, c=_changes: type(clip_from_artifact(damaged(f, **c))).__name__))
 
 
 @fault("an artefact with absurd block shapes", "refused: .*(make no sense|do not fit)")
@@ -727,7 +739,9 @@ def _(folder: Path) -> Any:
 def exported(folder: Path, **changes: Any) -> Path:
     for tower in ("image", "text"):
         (folder / f"{tower}.onnx").write_bytes(b"onnx")
-    files = {tower: {"file": f"{tower}.onnx", "sha256": sha256(folder / f"{tower}.onnx")} for tower in ("image", "text")}
+    files = {
+        tower: {"file": f"{tower}.onnx", "sha256": sha256(folder / f"{tower}.onnx")} for tower in ("image", "text")
+    }
     described = {
         "schema_version": 1, "stage": "a", "precision": "fp32", "embed_dim": 8, "logit_scale": 1.0, "files": files,
         "preprocess": {"size": 8}, "tokenizer": {"name": "clip-bpe", "context_length": 8}, "lineage_hash": "b", **changes,
@@ -804,7 +818,9 @@ for _location in ("../../../../../../etc/passwd", "/etc/passwd"):
     def _(folder: Path, location: str = _location) -> Any:
         return engine(graph(folder, weights(location=location)), "--foreign")
 
-    @fault(f"ONNX weights that lie in {_location}, opened by ONNX Runtime", "refused: .*cannot be opened by ONNX Runtime")
+    @fault(
+        f"ONNX weights that lie in {_location}, opened by ONNX Runtime", "refused: .*cannot be opened by ONNX Runtime"
+    )
     def _(folder: Path, location: str = _location) -> Any:
         return cpu_session(graph(folder, weights(location=location)))
 
@@ -1013,7 +1029,12 @@ def with_array(folder: Path, name: str, array: np.ndarray | bytes) -> Path:
 for _name, _expected, _array, _content in (
     ("teacher embeddings that are pickled", "refused: .*unreadable ok.npy", "ok", np.asarray([{}, {}], object)),
     ("teacher embeddings of zero bytes", "refused: .*unreadable views.npy", "views", b""),
-    ("teacher embeddings of NaN", "refused: .*whose row 0 has length nan", "image", np.full((2, 4), np.nan, np.float16)),
+    (
+        "teacher embeddings of NaN",
+        "refused: .*whose row 0 has length nan",
+        "image",
+        np.full((2, 4), np.nan, np.float16),
+    ),
     ("captions that point outside", "refused: .*points outside its 2 texts", "captions", np.asarray([0, 9])),
     ("offsets that run backwards", "refused: .*does not split its 2 captions", "offsets", np.asarray([0, 5, 2])),
     ("views of another shape", "refused: .*views.npy of int32", "views", np.zeros((2, 6), np.int32)),

@@ -42,6 +42,7 @@ EXTENDED = {
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 }
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+_BRACES, _RANGE = re.compile(r"\{([^{}]*)\}"), re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -74,18 +75,24 @@ def shard_paths(pattern: str) -> list[Path]:
 
 def expanded(pattern: str) -> Iterator[str]:
     """Expand braces as a shell does: `{00..03}` counts, `{a,b}` lists."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
+    match = _BRACES.search(pattern)
     if match is None:
         yield pattern
         return
-    ends = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
-    if ends:
-        width = max(map(len, ends.groups())) if any(end[0] == "0" and len(end) > 1 for end in ends.groups()) else 1
-        choices = (f"{number:0{width}}" for number in range(int(ends[1]), int(ends[2]) + 1))
-    else:
-        choices = match[1].split(",")
-    for choice in choices:
+    for choice in _choices(match[1]):
         yield from expanded(pattern[: match.start()] + choice + pattern[match.end() :])
+
+
+def _choices(inner: str) -> Sequence[str]:
+    """Return what stands between braces; DataError where that is too much."""
+    ends = _RANGE.fullmatch(inner)
+    if not ends:
+        return inner.split(",")
+    first, last = map(int, ends.groups())
+    if last - first >= MAX_SHARDS:
+        raise DataError(f"data: shards {{{inner}}} are more than {MAX_SHARDS:,}; name fewer.")
+    width = max(map(len, ends.groups())) if any(end[0] == "0" and len(end) > 1 for end in ends.groups()) else 1
+    return [f"{number:0{width}}" for number in range(first, last + 1)]
 
 
 class Shards:

@@ -205,6 +205,26 @@ def importers(data: bytes) -> None:
         pass
 
 
+CHANGES = (
+    lambda name, t, a, b: {name: torch.zeros((a, b))},
+    lambda name, t, a, b: {name: t.reshape(-1)[: a * b]},
+    lambda name, t, a, b: {name: t[:a] if t.ndim else t},
+    lambda name, t, a, b: {name: t.expand(a, *t.shape)},
+    lambda name, t, a, b: {name: torch.zeros(1).expand(a * 4096 + 1, b + 1)},
+    lambda name, t, a, b: {name: t.half()},
+    lambda name, t, a, b: {name: t.to(torch.int64)},
+    lambda name, t, a, b: {name: t * float("nan")},
+    lambda name, t, a, b: {name: a},
+    lambda name, t, a, b: {f"module.{name}": t},
+    lambda name, t, a, b: {name.replace("resblocks.0", f"resblocks.{a * b}"): t},
+    lambda name, t, a, b: {name: t, f"visual_m.{name}": t},
+    lambda name, t, a, b: {name: t, "_image_encoder.module.visual.x": t},
+    lambda name, t, a, b: {name: t, **{f"transformer.resblocks.{n}.x": torch.ones(1) for n in range(a * 8)}},
+    lambda name, t, a, b: {name: t, "input_resolution": b},
+    lambda name, t, a, b: {},
+)
+
+
 def _other(state: dict[str, Any], data: bytes) -> dict[str, Any]:
     """Return weights with a change per four bytes: which, what, and two numbers."""
     state = dict(state)
@@ -214,25 +234,7 @@ def _other(state: dict[str, Any], data: bytes) -> dict[str, Any]:
         tensor = state.pop(name, torch.ones(1))
         if not isinstance(tensor, torch.Tensor):
             continue
-        changes = (
-            lambda t: {name: torch.zeros((a, b))},
-            lambda t: {name: t.reshape(-1)[: a * b]},
-            lambda t: {name: t[:a] if t.ndim else t},
-            lambda t: {name: t.expand(a, *t.shape)},
-            lambda t: {name: torch.zeros(1).expand(a * 4096 + 1, b + 1)},
-            lambda t: {name: t.half()},
-            lambda t: {name: t.to(torch.int64)},
-            lambda t: {name: t * float("nan")},
-            lambda t: {name: a},
-            lambda t: {f"module.{name}": t},
-            lambda t: {name.replace("resblocks.0", f"resblocks.{a * b}"): t},
-            lambda t: {name: t, f"visual_m.{name}": t},
-            lambda t: {name: t, "_image_encoder.module.visual.x": t},
-            lambda t: {name: t, **{f"transformer.resblocks.{n}.x": torch.ones(1) for n in range(a * 8)}},
-            lambda t: {name: t, "input_resolution": b},
-            lambda t: {},
-        )
-        state |= changes[what % len(changes)](tensor)
+        state |= CHANGES[what % len(CHANGES)](name, tensor, a, b)
     return {"state_dict": state} if len(data) % 2 else state
 
 
@@ -258,7 +260,19 @@ def annotations(data: bytes) -> None:
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(buffer, "PNG")
         (HOME / "a.png").write_bytes(buffer.getvalue())
     path.write_bytes(rest)
-    form = ("csv", "csv", "karpathy", "coco", "captions", "images", "webdataset", "prompts", "picture", "karpathy", "coco")
+    form = (
+        "csv",
+        "csv",
+        "karpathy",
+        "coco",
+        "captions",
+        "images",
+        "webdataset",
+        "prompts",
+        "picture",
+        "karpathy",
+        "coco",
+    )
     chosen = form[kind % len(form)]
     try:
         if chosen == "picture":
