@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from clipress.errors import ArtifactError
+from clipress.errors import ArtifactError, BackendMissing
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 MAX_LENGTH = 1 << 13  # ids of a text
@@ -28,10 +28,8 @@ def tokenizer_spec(architecture: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenize:
-    """Return a function from texts to int64 ids [N, context_length]; a text that is too long is cut, its end kept."""
-    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-
+def check_spec(spec: Mapping[str, Any]) -> None:
+    """Raise ArtifactError for a tokenizer that is not described, or by keys that could run code."""
     name, length, kwargs = spec.get("name"), spec.get("context_length"), spec.get("kwargs") or {}
     if not (
         isinstance(name, str) and isinstance(length, int) and isinstance(kwargs, dict) and 2 < length <= MAX_LENGTH
@@ -43,11 +41,24 @@ def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenize:
         raise ArtifactError(
             f"Tokenizer '{name}' is given {', '.join(strange)}, which could run code; known: {', '.join(sorted(KNOWN))}."
         )
+
+
+def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenize:
+    """Return a function from texts to int64 ids [N, context_length]; a text that is too long is cut, its end kept.
+
+    Raises ArtifactError for a tokenizer that cannot be made, BackendMissing where transformers is asked for and missing.
+    """
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    check_spec(spec)
+    name, length, kwargs = spec["name"], spec["context_length"], spec.get("kwargs") or {}
     try:
         made = SimpleTokenizer if name == "clip-bpe" else partial(HFTokenizer, name)
         tokenizer = made(context_length=length, **kwargs)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ArtifactError(f"Tokenizer '{name}' cannot be made of {kwargs}: {error}.") from None
+    except ModuleNotFoundError as error:
+        raise BackendMissing(f"Tokenizer '{name}' needs {error.name}; do: pip install {error.name}") from None
+    except (OSError, TypeError, ValueError, AssertionError) as error:
+        raise ArtifactError(f"Tokenizer '{name}' cannot be made of {kwargs}: {error!s:.300}.") from None
     return lambda texts: tokenizer([_cut(text, length) for text in texts], context_length=length).numpy()
 
 

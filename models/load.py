@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clipress.artifact import Artifact, load_artifact, write_whole
 from clipress.data.teacher_cache import CacheSettings
-from clipress.data.tokens import tokenizer_from_spec, tokenizer_spec
+from clipress.data.tokens import check_spec, tokenizer_from_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess, preprocess_from_open_clip
 from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models import anatomy, surgery
@@ -179,7 +179,7 @@ def clip_from_artifact(source: Artifact | str | Path) -> Clip:
         preprocess = Preprocess.model_validate(artifact.preprocess)
     except ValidationError as error:
         raise ArtifactError(f"The artefact's preprocess, {first_problem(error)}.") from None
-    tokenizer_from_spec(artifact.tokenizer)
+    check_spec(artifact.tokenizer)
     _refuse_misfits(artifact)
     model = surgery.reshape(build(artifact.architecture), artifact.shapes)
     weights = dict(artifact.weights)

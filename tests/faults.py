@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -1084,6 +1085,27 @@ for _name, _content in (
         (folder / "bench").mkdir()
         (folder / "bench" / "results.json").write_text(content)
         return row_of(Case(method="a", ratio=None, seed=0, recipe={}), folder)
+
+
+for _name, _expected, _content in (
+    ("a cost table that is none", "refused: .*is no cost table", "[]"),
+    ("a cost table nested 100,000 deep", "refused: .*is no cost table .it nests deeper", DEEP),
+    ("a cost table without figures", "refused: .*says nothing of ffn", '{"schema_version": 1, "towers": []}'),
+    (
+        "a cost table of unequal rows",
+        "refused: .*says nothing of ffn",
+        json.dumps({"schema_version": 1, "towers": {"image": {"ffn": {"levels": [1, 256], "ms": [1]}}}}),
+    ),
+):
+
+    @fault(_name, _expected)
+    def _(folder: Path, content: str = _content) -> Any:
+        from clipress.compress.prune.budget import _measured, read_costs
+        from clipress.models import anatomy
+
+        (folder / "costs.json").write_text(content)
+        block = next(iter(anatomy.blocks(new_clip(small(), 0).model)))
+        return _measured(SimpleNamespace(block=block, kind="ffn", units=256), read_costs(folder / "costs.json"))
 
 
 @fault("a label file of nothing", "accepted: exit 2: .*holds none")

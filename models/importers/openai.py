@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipress.data.tokens import tokenizer_spec
+from clipress.data.tokens import check_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, ClipressError, RecipeError
 from clipress.models import anatomy, surgery
@@ -136,13 +136,15 @@ def clip_from_weights(
         told = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArtifactError(f"open_clip cannot build its architecture: {told}.") from None
     _compare(wanted, weights)
+    tokenizer = tokenizer_spec(architecture)
+    check_spec(tokenizer)
     model = made()
     model.load_state_dict(_own(model, weights))
     height, width = anatomy.image_size(model)
     if height != width:
         raise ArtifactError(f"it wants pictures of {height} x {width} pixels; clipress works on square ones.")
     known = checked(Preprocess, {"size": height, **(preprocess or {})}, "preprocess")
-    return Clip(model.eval(), architecture, known, tokenizer_spec(architecture))
+    return Clip(model.eval(), architecture, known, tokenizer)
 
 
 def _compare(wanted: State, weights: State) -> None:
