@@ -108,8 +108,9 @@ def read_json(path: Path, limit: int = MAX_JSON) -> Any:
     if len(content) > limit:
         raise ValueError(f"it is longer than {limit:,} bytes")
     deep = f"it nests deeper than {MAX_DEPTH}"
+    content = content.decode("utf-8-sig")  # one of both is in memory, not both: annotations are large
     try:
-        found = json.loads(content.decode("utf-8-sig"))
+        found = json.loads(content)
     except RecursionError:
         raise ValueError(deep) from None
     level, depth = [found], 0

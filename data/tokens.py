@@ -12,7 +12,7 @@ from clipress.errors import ArtifactError, BackendMissing
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 MAX_LENGTH = 1 << 13  # ids of a text
-LETTERS = 128  # per id, more than any token has: what comes after is cut off anyway, and costs its length squared
+LETTERS = 64  # per id, twice what any token has: what comes after is cut off anyway, and costs its length squared
 KNOWN = {"clean", "strip_sep_token", "language", "tokenizer_mode", "additional_special_tokens", "reduction_mask"}
 """What an artefact may say of its tokenizer; other keys of transformers' could download and run code."""
 
