@@ -182,11 +182,11 @@ def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[flo
 def _override(raw: dict[str, Any], text: str) -> None:
     keys, equals, value = text.partition("=")
     if not equals:
-        raise RecipeError(f"--set {text}: KEY=VALUE is asked for, such as --set seed=1.")
+        raise RecipeError(f"--set {text:.{MAX_SHOWN}}: KEY=VALUE is asked for, such as --set seed=1.")
     try:
         content = _value_from(value)
     except ValueError as error:
-        raise RecipeError(f"--set {text}: the value is not valid YAML: {error}") from None
+        raise RecipeError(f"--set {text:.{MAX_SHOWN}}: the value is not valid YAML: {error}") from None
     *path, last = keys.split(".")
     place: Any = raw
     try:
@@ -194,7 +194,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
             place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
         place[int(last) if isinstance(place, list) else last] = content
     except (ValueError, IndexError, TypeError, AttributeError):
-        raise RecipeError(f"--set {text}: the recipe has no place '{keys}'.") from None
+        raise RecipeError(f"--set {text:.{MAX_SHOWN}}: the recipe has no place '{keys:.{MAX_SHOWN}}'.") from None
 
 
 def recipe_text(recipe: Recipe) -> str:
