@@ -17,13 +17,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, NonNegativeInt, ValidationError
+
 from clipress.errors import ArtifactError
+from clipress.recipe import first_problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA_VERSION = 1
 HEADER, WEIGHTS = "clipress.json", "model.safetensors"
+MAX_JSON, MAX_DEPTH = 64_000_000, 64  # bytes of a description, and how deep it nests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,31 @@ def write_bytes_whole(target: Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
+def read_json(path: Path, limit: int = MAX_JSON) -> Any:
+    """Read a JSON file that anyone may have written. Raises OSError, or ValueError when it is too long, deep or no JSON."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        content = file.read(min(size, limit) + 1)
+    if len(content) > limit:
+        raise ValueError(f"it is longer than {limit:,} bytes")
+    deep = f"it nests deeper than {MAX_DEPTH}"
+    content = content.decode("utf-8-sig")  # one of both is in memory, not both: annotations are large
+    try:
+        found = json.loads(content)
+    except RecursionError:
+        raise ValueError(deep) from None
+    level, depth = [found], 0
+    while level := [inner for value in level for inner in _inside(value) if isinstance(inner, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(deep)
+    return found
+
+
+def _inside(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
 def cache_folder() -> Path:
     """Return where what can be made again is kept between runs: $CLIPRESS_CACHE, else the user's cache folder."""
     if own := os.environ.get("CLIPRESS_CACHE"):
@@ -125,14 +154,36 @@ def _without_weights(artifact: Artifact) -> Artifact:
     return Artifact(**{**artifact.__dict__, "weights": {}})
 
 
+class _Record(BaseModel):
+    """What every record of a lineage has."""
+
+    stage: str
+    hash: str
+
+
+class _Header(BaseModel):
+    """The types of clipress.json; what is inside the mappings is judged by those who use it."""
+
+    architecture: dict[str, Any]
+    shapes: dict[str, dict[str, Any]]
+    preprocess: dict[str, Any]
+    tokenizer: dict[str, Any]
+    sparsity: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
+    lineage: list[_Record]
+    metrics: dict[str, Any] = {}
+    counts: dict[str, NonNegativeInt] = {}
+    weights_sha256: str
+
+
 def read_header(folder: str | Path) -> dict[str, Any]:
     """Read an artefact's JSON half, without its weights."""
     path = Path(folder) / HEADER
     try:
-        header = json.loads(path.read_text(encoding="utf-8"))
+        header = read_json(path)
     except FileNotFoundError:
         raise ArtifactError(f"An artefact was asked for at {folder}; there is no {HEADER} in it.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} is not readable JSON ({error}); the artefact is damaged, make it again.") from None
     version = header.get("schema_version") if isinstance(header, dict) else None
     if version != SCHEMA_VERSION:
@@ -140,6 +191,10 @@ def read_header(folder: str | Path) -> dict[str, Any]:
     missing = {"architecture", "shapes", "preprocess", "tokenizer", "lineage", "weights_sha256"} - header.keys()
     if missing:
         raise ArtifactError(f"{path} lacks {', '.join(sorted(missing))}; the artefact is damaged, make it again.")
+    try:
+        _Header.model_validate(header)
+    except ValidationError as error:
+        raise ArtifactError(f"{path}, {first_problem(error)}; the artefact is damaged, make it again.") from None
     return header
 
 

@@ -8,20 +8,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from clipress.errors import RecipeError, nearest
 
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1_000_000, 100_000, 64  # of a recipe, its aliases spelled out
+MAX_TOLD, MAX_SHOWN = 20, 200  # problems in one message, letters of what was found
+
 
 class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys."""
+    """Base of every section: frozen, no unknown keys, numbers that are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+def _plain_name(name: str) -> str:
+    if not name or name[0] == "." or len(name) > 100 or not name.isprintable() or "/" in name or "\\" in name:
+        raise ValueError("it names a folder: no slashes, no dot in front, 100 letters at most")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_plain_name)]
+"""A name that stays in the folder it is put into."""
 
 
 S = TypeVar("S", bound=Section)
@@ -30,9 +44,9 @@ S = TypeVar("S", bound=Section)
 class Recipe(Section):
     """The outline of a recipe. `None` means the section is absent."""
 
-    name: str
+    name: FolderName
     """Names the run folder."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 32)
     """Decides initial weights, order of the data and augmentation."""
     teacher: dict[str, Any] | list[dict[str, Any]] | None = None
     """Where the teacher comes from: models.load.TeacherSpec. Of several, the first is the one students start from."""
@@ -52,15 +66,17 @@ class Recipe(Section):
 def checked(cls: type[S], raw: Mapping[str, Any] | None, where: str) -> S:
     """Turn a mapping into a section of type `cls`, or say which key is wrong and what is allowed."""
     if raw is not None and not isinstance(raw, Mapping):
-        raise RecipeError(f"{where}: a mapping of settings is asked for, found {raw!r}.")
+        raise RecipeError(f"{where}: a mapping of settings is asked for, found {raw!r:.{MAX_SHOWN}}.")
     try:
         return cls.model_validate(dict(raw or {}))
     except ValidationError as error:
-        raise RecipeError("\n".join(_told(cls, problem, where) for problem in error.errors())) from None
+        told = [_told(cls, problem, where) for problem in error.errors()[:MAX_TOLD]]
+        more = [f"... and {error.error_count() - MAX_TOLD} more."] if error.error_count() > MAX_TOLD else []
+        raise RecipeError("\n".join([*told, *more])) from None
 
 
 def _told(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
-    path = [str(part) for part in problem["loc"]]
+    path = [f"{part!s:.{MAX_SHOWN}}" for part in problem["loc"]]
     place = ".".join([where, *path]) if where else ".".join(path)
     if problem["type"] == "extra_forbidden":
         for part in path[:-1]:
@@ -69,7 +85,9 @@ def _told(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
         return f"{place}: unknown key '{path[-1]}'.{nearest(path[-1], cls.model_fields)}"
     if problem["type"] == "missing":
         return f"{place}: this key is needed and is not there."
-    return f"{place}: {problem['msg']} (found {problem['input']!r}). Change it in the recipe, or with --set."
+    return (
+        f"{place}: {problem['msg']} (found {problem['input']!r:.{MAX_SHOWN}}). Change it in the recipe, or with --set."
+    )
 
 
 def first_problem(error: ValidationError) -> str:
@@ -92,45 +110,91 @@ def read_recipe(path: str | Path, sets: Iterable[str] = ()) -> Recipe:
     A teacher's own recipe that is named by its file is read into the mapping, so that the result needs no other file.
     """
     path = Path(path)
-    raw = _mapping_from(path)
+    raw = mapping_from(path)
     for override in sets:
         _override(raw, override)
     teachers = raw.get("teacher")
     for teacher in teachers if isinstance(teachers, list) else [teachers]:
         if isinstance(teacher, dict) and isinstance(teacher.get("recipe"), str):
             inner = path.parent / teacher["recipe"]
-            teacher["recipe"] = _mapping_from(inner)
+            teacher["recipe"] = mapping_from(inner)
     return checked(Recipe, raw, "")
 
 
-def _mapping_from(path: Path) -> dict[str, Any]:
+def mapping_from(path: Path, what: str = "Recipe") -> dict[str, Any]:
+    """Read a YAML file of named sections; `what` begins messages. Raises RecipeError for anything else."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise RecipeError(f"{what} {path} is longer than {MAX_BYTES:,} bytes; it is no recipe.")
+        raw = _value_from(text.decode("utf-8-sig"))
     except FileNotFoundError:
-        raise RecipeError(f"Recipe {path} was asked for, and there is no such file.") from None
+        raise RecipeError(f"{what} {path} was asked for, and there is no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"Recipe {path} cannot be read: {error}.") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"Recipe {path} is not valid YAML: {error}") from None
+        raise RecipeError(f"{what} {path} cannot be read: {error}.") from None
+    except ValueError as error:
+        raise RecipeError(f"{what} {path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
-        raise RecipeError(f"Recipe {path}: a mapping with named sections is asked for, found {type(raw).__name__}.")
+        raise RecipeError(f"{what} {path}: a mapping with named sections is asked for, found {type(raw).__name__}.")
     return raw
+
+
+def _value_from(text: str) -> Any:
+    """Read YAML as plain data. Raises ValueError for what is none, and for what aliases make too large or endless."""
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        values, depth = _extent(node, {})
+        if values > MAX_VALUES or depth > MAX_DEPTH:
+            raise ValueError(
+                f"it stands for more than {MAX_VALUES:,} values, or nests deeper than {MAX_DEPTH}; aliases count as "
+                "what they stand for"
+            )
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError(f"it nests deeper than {MAX_DEPTH}") from None
+    except (
+        yaml.YAMLError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ArithmeticError,
+    ) as error:  # !!bool x, !!timestamp x
+        raise ValueError(str(error)) from None
+
+
+def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """Return how many values a node stands for, long texts counting as several, and how deep they nest."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1 + len(node.value.encode("utf-8")) // 100, 1
+    if id(node) not in known:
+        known[id(node)] = (math.inf, math.inf)  # until it is known: what holds itself never ends
+        pairs = isinstance(node, yaml.MappingNode)
+        inner = [part for pair in node.value for part in pair] if pairs else node.value
+        sizes, depths = zip((0, 0), *(_extent(part, known) for part in inner), strict=True)
+        known[id(node)] = (1 + sum(sizes), 1 + max(depths))
+    return known[id(node)]
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
     keys, equals, value = text.partition("=")
     if not equals:
-        raise RecipeError(f"--set {text}: KEY=VALUE is asked for, such as --set seed=1.")
+        raise RecipeError(f"--set {text:.{MAX_SHOWN}}: KEY=VALUE is asked for, such as --set seed=1.")
+    try:
+        content = _value_from(value)
+    except ValueError as error:
+        raise RecipeError(f"--set {text:.{MAX_SHOWN}}: the value is not valid YAML: {error}") from None
     *path, last = keys.split(".")
     place: Any = raw
     try:
         for key in path:
             place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
-        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+        place[int(last) if isinstance(place, list) else last] = content
     except (ValueError, IndexError, TypeError, AttributeError):
-        raise RecipeError(f"--set {text}: the recipe has no place '{keys}'.") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text}: the value is not valid YAML: {error}") from None
+        raise RecipeError(f"--set {text:.{MAX_SHOWN}}: the recipe has no place '{keys:.{MAX_SHOWN}}'.") from None
 
 
 def recipe_text(recipe: Recipe) -> str:

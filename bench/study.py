@@ -12,8 +12,9 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -23,9 +24,9 @@ import yaml
 from pydantic import Field
 from tqdm import tqdm
 
-from clipress.artifact import read_header, write_text_whole
+from clipress.artifact import read_header, read_json, write_text_whole
 from clipress.errors import ArtifactError, ClipressError, RecipeError
-from clipress.recipe import Recipe, Section, checked, read_recipe
+from clipress.recipe import FolderName, Recipe, Section, checked, mapping_from, read_recipe
 
 SCHEMA_VERSION = 1
 
@@ -35,7 +36,7 @@ class StepCost(Section):
 
     reference: str
     """The case the others are divided by."""
-    cases: dict[str, dict[str, Any]]
+    cases: dict[FolderName, dict[str, Any]]
     """What each changes in the base recipe; it has one stage."""
     rounds: int = Field(3, ge=1)
 
@@ -43,18 +44,18 @@ class StepCost(Section):
 class Study(Section):
     """A study file."""
 
-    name: str
+    name: FolderName
     recipe: str
     """The base, relative to the study file; its stages are replaced."""
     sections: dict[str, Any] = Field(default_factory=dict)
     """What all change in the base recipe: `student`, for one."""
-    methods: dict[str, list[dict[str, Any]]]
+    methods: dict[FolderName, list[dict[str, Any]]]
     """Stages of each method; with ratios the first one is a prune."""
     reference: str
     """The method the others are compared with."""
-    ratios: dict[str, float] = Field(default_factory=dict)
+    ratios: dict[FolderName, float] = Field(default_factory=dict)
     """Name and what is kept, put into the first stage's budget."""
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...] = Field(min_length=1)
     bench: dict[str, Any] = Field(default_factory=dict)
     step_cost: StepCost | None = None
 
@@ -75,11 +76,7 @@ class Case(Section):
 
 def read_study(path: Path) -> tuple[Study, list[Case]]:
     """Read a study and spell out its runs; every recipe is checked."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"Study {path} cannot be read: {error}") from None
-    study = checked(Study, raw, "study")
+    study = checked(Study, mapping_from(path, "Study"), "study")
     base = read_recipe(path.parent / study.recipe).model_dump(exclude_none=True)
     cases = []
     for ratio, kept in (study.ratios or {None: None}).items():
@@ -88,6 +85,8 @@ def read_study(path: Path) -> tuple[Study, list[Case]]:
                 recipe = copy.deepcopy(base) | {"name": f"{study.name}-{method}", "seed": seed, "bench": study.bench}
                 recipe = _changed(recipe, study.sections) | {"stages": copy.deepcopy(stages)}
                 if ratio is not None:
+                    if not (stages and isinstance(stages[0].get("prune"), dict)):
+                        raise RecipeError(f"Study {path}: with ratios, method '{method}' begins with a prune.")
                     recipe["stages"][0]["prune"]["budget"] = {"params": kept}
                 cases.append(
                     Case(method=method, ratio=ratio, seed=seed, recipe=checked(Recipe, recipe, method).model_dump())
@@ -166,10 +165,21 @@ def _clipress(verb: str, recipe: Mapping[str, Any], folder: Path, jobs: int = 1)
         raise ClipressError(f"{folder.name} failed; what it said last: {done.stderr.strip()[-600:]}")
 
 
+def _from_results(run: Path, take: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Take what is needed of a finished run's figures. Raises ArtifactError where that is not in them."""
+    try:
+        return take(read_json(run / "bench" / "results.json"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ArtifactError(
+            f"{run} holds no readable results ({type(error).__name__}: {error}); remove its bench/results.json and run "
+            "the study again."
+        ) from None
+
+
 def _conditions(file: Path, run: Path) -> dict[str, Any]:
-    known = json.loads((run / "bench" / "results.json").read_text(encoding="utf-8"))["conditions"]
     shown = ("date", "processor", "cores", "threads", "clipress", "torch", "onnxruntime")
-    return {"command": f"clipress study {file}"} | {key: known[key] for key in shown}
+    known = _from_results(run, lambda results: {key: results["conditions"][key] for key in shown})
+    return {"command": f"clipress study {file}"} | known
 
 
 def step_costs(study: Study, file: Path, home: Path) -> list[dict[str, Any]]:
@@ -208,10 +218,10 @@ def step_costs(study: Study, file: Path, home: Path) -> list[dict[str, Any]]:
 
 def row_of(case: Case, run: Path) -> dict[str, Any]:
     """Read what a finished run measured: accuracy, cost, latency against the dense teacher, and what pruning did."""
-    try:
-        results = json.loads((run / "bench" / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{run} holds no readable results ({error}); run the study again.") from None
+    return _from_results(run, partial(_row, case))
+
+
+def _row(case: Case, results: Any) -> dict[str, Any]:
     teacher, first, last = results["rows"][0], results["rows"][1], results["rows"][-1]
     row = {
         "method": case.method,

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from clipress.data import digits, scenes
 from clipress.data.transforms import Augment, Library
@@ -66,7 +67,7 @@ class SourceSpec(Section):
     """The folder that paths in it start from; default: the file's own."""
     shards: str | None = None
     """Of a webdataset: tar files as `dir/{00000..00003}.tar`, several split by `::`, or a folder of them."""
-    separator: str = "\t"
+    separator: str = Field("\t", min_length=1)
     """Of a csv file; a comma means that cells are quoted where needed, any other that nothing is."""
     image_key: str = "filepath"
     """Column of a csv file."""
@@ -80,11 +81,11 @@ class SourceSpec(Section):
     """Prompts of labelled pictures, with `{}`, `{c}` or `{label}`; `openai` (80) and `simple` (7) are open_clip's."""
     check: bool = False
     """Look for every file when the source is opened, not only for the first 50,000."""
-    share: float = 1.0
+    share: float = Field(1.0, gt=0)
     """This source's part of each training batch, relative to the others'."""
     name: str | None = None
     """Used in results; default: the format."""
-    limit: int | None = None
+    limit: int | None = Field(None, ge=1)
     """Use only the first so many records."""
     seen: tuple[str, ...] = ()
     """Of a set with classes: names of those that training saw. Accuracy is then also told for seen and unseen ones."""
@@ -97,7 +98,7 @@ class DataSpec(Section):
     val: tuple[SourceSpec, ...] = ()
     test: tuple[SourceSpec, ...] = ()
     augment: Augment = Augment()
-    workers: int = 0
+    workers: int = Field(0, ge=0, le=1 << 10)
     """Processes that decode; 0 decodes in the training process."""
     resize: Library = "pillow"
     """For training only: pillow gives open_clip's pixels, torch is nearly twice as fast and at most one level off."""

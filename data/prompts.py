@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipress.artifact import read_json
 from clipress.errors import DataError
 
 _PLACEHOLDER = re.compile(r"\{(?:c|label)?\}")
@@ -42,7 +43,7 @@ def check_labels(labels: Sequence[str]) -> None:
         raise DataError("Labels to choose from were asked for; none was found. Give at least one name.")
     if not all(label.strip() for label in labels):
         raise DataError("Each label must be a name; a blank one was found. Take it out.")
-    twice = sorted({label for label in labels if labels.count(label) > 1})
+    twice = sorted(label for label, count in Counter(labels).items() if count > 1)
     if twice:
         raise DataError(f"Each label must be there once; found more than once: {', '.join(twice)}. Take them out.")
 
@@ -80,8 +81,8 @@ def read_prompts(path: Path) -> list[str]:
     if path.suffix.lower() != ".json":
         return _lines(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is not readable JSON: {error}.") from None
     rows = found.values() if isinstance(found, dict) else [found]
     prompts = [text for row in rows for text in (row if isinstance(row, list) else [row])]

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, NonNegativeInt, ValidationError
 
-from clipress.artifact import sha256, write_text_whole, write_whole
+from clipress.artifact import read_json, sha256, write_text_whole, write_whole
 from clipress.data.transforms import Augment, Preprocess, View
 from clipress.errors import ArtifactError, ClipressError
 from clipress.recipe import Section, digest, first_problem
@@ -37,6 +37,7 @@ from clipress.recipe import Section, digest, first_problem
 SCHEMA_VERSION = 1
 MANIFEST, SHARD = "manifest.json", "shard.json"
 ITEMS_PER_SHARD = 4096  # what a killed build loses at most, per process
+MAX_ITEMS, MAX_SHARDS = 1 << 40, 1 << 20
 CHECKED_ROWS = 500_000  # so many embeddings, evenly spread, are looked at when a cache is opened
 NORM_TOLERANCE = 1e-2
 _INFORMATION = {"source", "logit_scale", "logit_bias", "made_with"}  # follows from the rest, or decides nothing
@@ -67,17 +68,17 @@ class Manifest(Section):
     source: str
     fingerprint: str
     """Of the source."""
-    items: int
+    items: int = Field(ge=0, le=MAX_ITEMS)
     augment: Augment
-    views: int
+    views: int = Field(ge=0, le=64)
     """0: the source has texts alone."""
     view_seed: int = 0
     """View k of item i was drawn from (view_seed, i, k)."""
-    dim: int
+    dim: int = Field(ge=1, le=1 << 16)
     dtype: Dtype
     precision: Literal["fp32", "bf16"]
     """In which the teacher computed."""
-    items_per_shard: int = ITEMS_PER_SHARD
+    items_per_shard: int = Field(ITEMS_PER_SHARD, ge=1)
     made_with: dict[str, str]
 
     @property
@@ -105,10 +106,10 @@ class File(Section):
 class Shard(Section):
     """What `shard.json` says."""
 
-    items: int
-    captions: int
-    texts: int
-    failed: int
+    items: NonNegativeInt
+    captions: NonNegativeInt
+    texts: NonNegativeInt
+    failed: NonNegativeInt
     """Pictures that could not be read."""
     files: dict[str, File]
 
@@ -332,7 +333,7 @@ class TeacherCache:
             path = _shard_folder(self.folder, shard) / f"{name}.npy"
             try:
                 self._maps[key] = np.load(path, mmap_mode="r").view(np.ndarray)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError, ArithmeticError, TypeError) as error:
                 raise self._damaged(shard, f"has an unreadable {path.name} ({error})") from None
         return self._maps[key]
 
@@ -357,6 +358,7 @@ class TeacherCache:
         for number, shard in enumerate(self._shards):
             if verify:
                 self._check_sums(number, shard)
+            self._check_layout(number, shard)
             self._check_rows(number, shard, verify)
 
     def _check_sums(self, number: int, shard: Shard) -> None:
@@ -366,6 +368,26 @@ class TeacherCache:
                 raise self._damaged(
                     number, f"has a changed {name}.npy: its sha256 starts with {found[:12]}, not {file.sha256[:12]}"
                 )
+
+    def _check_layout(self, number: int, shard: Shard) -> None:
+        rows = shard.items * self.manifest.views
+        for name, dtype, shape in (
+            ("ok", np.bool_, (shard.items,)),
+            ("views", np.int32, (rows, 7)),
+            ("image_norm", np.float32, (rows,)),
+            ("text_norm", np.float32, (shard.texts,)),
+            ("captions", np.int64, (shard.captions,)),
+            ("offsets", np.int64, (shard.items + 1,)),
+        ):
+            array = self._array(name, number)
+            if (array.dtype, array.shape) != (np.dtype(dtype), shape):
+                found, asked = f"{array.dtype} {list(array.shape)}", f"{np.dtype(dtype)} {list(shape)}"
+                raise self._damaged(number, f"has a {name}.npy of {found}; {asked} is asked for")
+        captions, offsets = self._array("captions", number), self._array("offsets", number)
+        if len(captions) and not 0 <= captions.min() <= captions.max() < shard.texts:
+            raise self._damaged(number, f"has a captions.npy that points outside its {shard.texts} texts")
+        if offsets[0] != 0 or offsets[-1] != shard.captions or (np.diff(offsets) < 0).any():
+            raise self._damaged(number, f"has an offsets.npy that does not split its {shard.captions} captions")
 
     def _check_rows(self, number: int, shard: Shard, verify: bool) -> None:
         ok = np.repeat(self._array("ok", number), self.manifest.views)
@@ -405,7 +427,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = folder / MANIFEST
     again = f"Remove {folder} and do: clipress embed RECIPE"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
         version = raw.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ArtifactError(f"{path} has schema_version {version!r}; this clipress reads {SCHEMA_VERSION}. {again}")
@@ -416,8 +438,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         ) from None
     except ValidationError as error:
         raise ArtifactError(f"{path} is damaged: {first_problem(error)}. {again}") from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{path} is not readable JSON ({error}). {again}") from None
+    if manifest.shards > MAX_SHARDS:
+        raise ArtifactError(f"{path} speaks of {manifest.shards:,} shards; at most {MAX_SHARDS:,} are read. {again}")
     if manifest.key != folder.name:
         raise ArtifactError(f"{path} describes {manifest.key}, and lies in {folder.name}: one was changed. {again}")
     return manifest

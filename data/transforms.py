@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field
 
 from clipress.errors import DataError
 from clipress.recipe import Section
@@ -20,31 +21,34 @@ from clipress.recipe import Section
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 128_000_000  # a larger picture is refused before it is decoded
+MAX_ASPECT = 100  # a thinner one grows without bounds as its short side is made to fit
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none of those that start other programs
 Library = Literal["pillow", "torch"]
 """What resizes: pillow gives open_clip's pixels; torch is nearly twice as fast and at most one level off."""
+Positive = Annotated[float, Field(gt=0)]
+Part = Annotated[float, Field(gt=0, le=1)]
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class Preprocess(Section):
     """How a picture becomes a tensor; the keys are open_clip's."""
 
-    size: int
+    size: int = Field(ge=1, le=1 << 13)
     """Height and width in pixels."""
     mean: tuple[float, float, float] = OPENAI_MEAN
-    std: tuple[float, float, float] = OPENAI_STD
+    std: tuple[Positive, Positive, Positive] = OPENAI_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "squash", "longest"] = "shortest"
     """shortest: fill and crop the centre; squash: ignore the aspect; longest: fit and pad."""
-    fill_color: int = 0
+    fill_color: int = Field(0, ge=0, le=255)
 
 
 class Augment(Section):
     """Training-time variation, drawn per picture from (seed, source, epoch, index)."""
 
-    shift: int = 0
+    shift: int = Field(0, ge=0, le=1 << 10)
     """Move by up to so many pixels each way; the border is repeated."""
-    crop_scale: tuple[float, float] | None = None
+    crop_scale: tuple[Part, Part] | None = None
     """Crop a random part of this range of areas, aspect 3/4 to 4/3, before resizing."""
     flip: bool = False
     """Mirror every other picture. Not for captions that say left and right."""
@@ -57,10 +61,14 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise DataError(f"{name} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded.")
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            raise DataError(f"{name} has {image.width} x {image.height} pixels; it is thinner than 1 to {MAX_ASPECT}.")
         return _rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise DataError(f"Image {name} was asked for, and there is no such file.") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # arbitrary bytes can fail anywhere in a decoder
         why = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{name} is not a picture that can be decoded: {why}. Give a JPEG, PNG or WebP file.") from None
 

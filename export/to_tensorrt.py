@@ -150,8 +150,12 @@ def _metadata(model: onnx.ModelProto, source: Path, foreign: bool) -> dict[str, 
 
 def _check_numbers(model: onnx.ModelProto, source: Path) -> None:
     for item in model.graph.initializer:
+        try:
+            values = numpy_helper.to_array(item)
+        except Exception as error:  # a tensor's shape, type and bytes are whatever the file says
+            raise ArtifactError(f"{source} is not a readable ONNX file: {item.name}: {error!s:.200}.") from None
         if item.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
-            count = int(np.isnan(numpy_helper.to_array(item)).sum())
+            count = int(np.isnan(values).sum())
             if count:
                 raise ExportError(
                     f"{source}: {count} of the {np.prod(item.dims, dtype=int)} values of {item.name} are not numbers "

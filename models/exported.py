@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from clipress.artifact import sha256
+from clipress.artifact import read_json, sha256
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, ExportError
 from clipress.recipe import first_problem
@@ -25,7 +24,8 @@ class Tokenizer(BaseModel):
 class OnnxFile(BaseModel):
     """One tower's file and what it must hash to."""
 
-    file: str
+    file: str = Field(pattern=r"^[^/\\]+$")
+    """Beside export.json."""
     sha256: str
     bytes: int = 0
 
@@ -70,7 +70,7 @@ def read_export(folder: str | Path) -> Exported:
     """Read an export folder and check that its ONNX files are whole. Raises ArtifactError."""
     path = Path(folder) / "export.json"
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = read_json(path)
         exported = Exported.model_validate({**described, "folder": folder})
     except FileNotFoundError:
         raise ArtifactError(
@@ -78,7 +78,7 @@ def read_export(folder: str | Path) -> Exported:
         ) from None
     except ValidationError as error:
         raise ArtifactError(f"{path}, {first_problem(error)}. Make it again: clipress export RUN") from None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path} is not readable ({error}). Make it again: clipress export RUN") from None
     for file in (*exported.files.values(), *exported.explicit.values()):
         onnx = exported.folder / file.file

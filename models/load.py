@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from clipress.artifact import Artifact, load_artifact, write_whole
 from clipress.data.teacher_cache import CacheSettings
-from clipress.data.tokens import tokenizer_from_spec, tokenizer_spec
+from clipress.data.tokens import check_spec, tokenizer_from_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess, preprocess_from_open_clip
 from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models import anatomy, surgery
-from clipress.recipe import Section
+from clipress.recipe import Section, first_problem
+
+# A config's largest numbers: what a module of Python, or a table of positions, is made for is told before it is made.
+LIMITS = {"layers": 1 << 8, "context_length": 1 << 13, "image_size": 1 << 13, "patch_size": 1 << 13}
+LIMIT = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,19 @@ def build(architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
     return surgery.use_own_attention(model)
 
 
+def refuse_absurd(architecture: Mapping[str, Any]) -> None:
+    """Raise ArtifactError for a config whose numbers no model has, or that is built from a hub's text tower."""
+    for part in (architecture, architecture.get("vision_cfg"), architecture.get("text_cfg")):
+        if not isinstance(part, Mapping):
+            raise ArtifactError("An open_clip config with mappings vision_cfg and text_cfg is asked for.")
+        for key, value in part.items():
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(number, int | float) and not abs(number) <= LIMITS.get(key, LIMIT):
+                    raise ArtifactError(f"{key} is {number:.4g}; at most {LIMITS.get(key, LIMIT):,} is possible.")
+    if hub := architecture["text_cfg"].get("hf_model_name"):
+        raise ArtifactError(f"Its text tower is built from the hub's '{hub}'; clipress builds from the file alone.")
+
+
 def _is_resized(model: nn.Module) -> bool:
     """Tell whether timm's tower works at another size than its name stands for, and has to be told."""
     trunk = getattr(model.visual, "trunk", None)
@@ -157,6 +175,12 @@ def clip_from_open_clip(name: str, checkpoint: str | None, where: str = "teacher
 def clip_from_artifact(source: Artifact | str | Path) -> Clip:
     """Rebuild a model from nothing but its artefact; outputs are bitwise those it was saved with."""
     artifact = source if isinstance(source, Artifact) else load_artifact(source)
+    try:
+        preprocess = Preprocess.model_validate(artifact.preprocess)
+    except ValidationError as error:
+        raise ArtifactError(f"The artefact's preprocess, {first_problem(error)}.") from None
+    check_spec(artifact.tokenizer)
+    _refuse_misfits(artifact)
     model = surgery.reshape(build(artifact.architecture), artifact.shapes)
     weights = dict(artifact.weights)
     if artifact.quantization:
@@ -169,10 +193,29 @@ def clip_from_artifact(source: Artifact | str | Path) -> Clip:
         raise ArtifactError(
             f"The artefact's weights do not fit its own shapes: {str(error).splitlines()[-1]}"
         ) from None
-    preprocess = Preprocess(**artifact.preprocess)
     return Clip(
         model.eval(), artifact.architecture, preprocess, artifact.tokenizer, artifact.sparsity, artifact.quantization
     )
+
+
+def _refuse_misfits(artifact: Artifact) -> None:
+    """Compare every weight's shape with what architecture and shapes ask for, before memory is taken."""
+    refuse_absurd(artifact.architecture)
+    try:
+        with torch.device("meta"):
+            wanted = surgery.reshape(build(artifact.architecture), artifact.shapes).state_dict()
+    except ArtifactError:
+        raise
+    except Exception as error:  # a config can fail anywhere in open_clip
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"open_clip cannot build the artefact's architecture: {told}.") from None
+    for name, tensor in wanted.items():
+        found = artifact.weights[name].shape if name in artifact.weights else None
+        if found != tensor.shape:
+            told = "missing" if found is None else list(found)
+            raise ArtifactError(
+                f"The artefact's weights do not fit its own shapes: {name} is {told}, {list(tensor.shape)} is asked for."
+            )
 
 
 def artifact_from_clip(clip: Clip, lineage: tuple[dict[str, Any], ...], metrics: dict[str, Any]) -> Artifact:

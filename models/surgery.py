@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,9 +109,9 @@ def reshape(model: nn.Module, wanted: dict[str, dict[str, Any]]) -> nn.Module:
             shape = wanted[block.name]
             sizes = [int(shape[key]) for key in ("heads", "qk_dim", "v_dim", "ffn")]
             scale = float(shape["scale"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ArtifactError(f"The artefact's shapes do not describe block {block.name}: {error!r}.") from None
-        if min(sizes) < 0 or max(sizes) > 1 << 20:
+        if min(sizes) < 0 or max(sizes) > 1 << 20 or not math.isfinite(scale):
             raise ArtifactError(f"The artefact's shapes for {block.name} make no sense: {shape}.")
         heads, qk_dim, v_dim, ffn = sizes
         old = block.attn

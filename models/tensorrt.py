@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from clipress.artifact import read_json
 from clipress.errors import ArtifactError, BackendMissing, ExportError
 from clipress.models.cuda import Cuda, open_cuda
 from clipress.recipe import first_problem
@@ -179,7 +179,7 @@ def read_sidecar(plan: Path) -> Sidecar:
         others = ", ".join(sorted(file.name for file in plan.parent.glob("*.engine"))) or "none"
         raise ArtifactError(f"Engine {plan} was asked for, and there is no such file (there are: {others}). {again}")
     try:
-        sidecar = Sidecar.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        sidecar = Sidecar.model_validate(read_json(path))
     except FileNotFoundError:
         raise ArtifactError(
             f"Engine {plan} has no {path.name} beside it. A plan is executable code, and nothing says whose this one is: "
@@ -187,7 +187,7 @@ def read_sidecar(plan: Path) -> Sidecar:
         ) from None
     except ValidationError as error:
         raise ArtifactError(f"{path}, {first_problem(error)}. The engine is not loaded. {again}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} is not readable ({error}). The engine is not loaded. {again}") from None
     return sidecar
 

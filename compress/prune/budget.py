@@ -6,7 +6,6 @@ keeps as many dims as the others; which ones, each head chooses by its own score
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from clipress.artifact import read_json
 from clipress.compress.prune.gates import Site
 from clipress.errors import RecipeError
 from clipress.models import anatomy
@@ -215,6 +215,8 @@ def _measured(site: Site, table: dict[str, Any]) -> np.ndarray:
     try:
         points = table["towers"][site.block.tower][site.kind]
         levels, times = np.asarray(points["levels"], float), np.asarray(points["ms"], float)
+        if not (len(levels) and levels.shape == times.shape == (len(levels),) and np.isfinite(levels + times).all()):
+            raise ValueError("levels and milliseconds do not go together")
     except (KeyError, TypeError, ValueError):
         raise RecipeError(
             f"prune.budget.costs: the table says nothing of {site.kind} in the {site.block.tower} tower. "
@@ -232,7 +234,7 @@ def _measured(site: Site, table: dict[str, Any]) -> np.ndarray:
 def read_costs(path: Path) -> dict[str, Any]:
     """Read a cost table."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path)
         if table["schema_version"] != 1:
             raise ValueError(f"schema_version {table['schema_version']!r}")
         return table

@@ -18,13 +18,16 @@ def read(spec: SourceSpec) -> Files:
     parts = [found.get(key) if isinstance(found, dict) else None for key in ("images", "annotations")]
     if not all(isinstance(part, list) for part in parts):
         raise DataError(f"{path}: a mapping with lists of 'images' and 'annotations' is asked for.")
-    files, names, texts = Files(spec, path), {}, {}
+    files, names, texts, unclear = Files(spec, path), {}, {}, set()
     for number, row in enumerate(parts[0]):
         known = isinstance(row, dict) and isinstance(row.get("id"), int) and isinstance(row.get("file_name"), str)
-        if known:
-            names[row["id"]] = row["file_name"]
-        else:
+        if not known:
             files.skip(f"image {number}: a whole 'id' and a 'file_name' are asked for")
+        elif names.setdefault(row["id"], row["file_name"]) != row["file_name"]:
+            files.skip(f"image {number}: its id {row['id']} is another's too")
+            unclear.add(row["id"])
+    for image in unclear:  # nothing tells whose captions they are
+        del names[image]
     for number, row in enumerate(parts[1]):
         caption = row.get("caption") if isinstance(row, dict) else None
         image = row.get("image_id") if isinstance(row, dict) else None

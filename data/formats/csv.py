@@ -31,7 +31,9 @@ def read(spec: SourceSpec) -> Files:
     for number, cells in rows:
         if files.full:
             break
-        if len(cells) == len(header):
+        if isinstance(cells, str):
+            files.skip(f"line {number}: {cells}")
+        elif len(cells) == len(header):
             files.add(cells[file], (cells[title],), where=f"line {number}")
         elif any(cells):
             files.skip(f"line {number}: {len(cells)} cells, {len(header)} asked for")
@@ -43,12 +45,15 @@ def _plain(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
         yield number, line.split(separator)
 
 
-def _quoted(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _quoted(path: Path) -> Iterator[tuple[int, list[str] | str]]:
+    """Yield the cells of every record, or what is wrong with it."""
     reader = csv.reader((line + "\n" for line in lines_of(path)), strict=True)
     while True:
+        first = reader.line_num + 1
         try:
-            yield reader.line_num + 1, next(reader)
+            yield first, next(reader)
         except StopIteration:
             return
-        except csv.Error as error:
-            yield reader.line_num, [f"not quoted as asked for: {error}"]
+        except csv.Error as error:  # an open quote swallows lines: each of them is a record that is lost
+            for number in range(first, max(reader.line_num, first) + 1):
+                yield number, f"not quoted as asked for: {error}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from array import array
@@ -13,12 +12,14 @@ from typing import Any
 
 from PIL import Image
 
+from clipress.artifact import read_json
 from clipress.data.formats.text import NORMALISERS
 from clipress.data.pairs import Classes, SourceSpec
 from clipress.data.transforms import open_image
 from clipress.errors import DataError
 
 log = logging.getLogger("clipress.data")
+MAX_LINE, MAX_JSON = 1 << 24, 1 << 32  # letters, bytes
 MAX_SKIPPED = 0.2  # a larger part of broken records stops the run
 JUDGED = 10_000  # after every so many records, so that a wrong folder is told early
 LOOKED_FOR = 50_000  # so many files are looked for when a source is opened; the others are found missing when read
@@ -38,7 +39,9 @@ def lines_of(path: Path) -> Iterator[str]:
     """Yield a text file's lines without their ends. Only a newline ends a line: captions may hold any other mark."""
     try:
         with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
-            for line in file:
+            while line := file.readline(MAX_LINE):
+                if len(line) == MAX_LINE:
+                    raise DataError(f"{path} has a line of {MAX_LINE:,} letters or more; it is no table.")
                 yield line.rstrip("\r\n")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}.") from None
@@ -47,8 +50,8 @@ def lines_of(path: Path) -> Iterator[str]:
 def json_of(path: Path) -> Any:
     """Read a JSON file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(path, MAX_JSON)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is not readable JSON: {error}.") from None
 
 

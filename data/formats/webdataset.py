@@ -11,11 +11,13 @@ streaming: workers, processes and exact epochs work as they do for files.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,14 @@ from clipress.errors import DataError
 
 PICTURES = ("jpg", "png", "jpeg", "webp")
 VERSION = 2  # of the kept indices
+MAX_SHARDS, MAX_BRACES = 1_000_000, 100
+MAX_EXTENDED = 1 << 13  # bytes of a long name or of pax records: paths are shorter, and parsing takes their square
+EXTENDED = {
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+}
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+_BRACES, _RANGE = re.compile(r"\{([^{}]*)\}"), re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -48,8 +57,13 @@ def read(spec: SourceSpec) -> Shards:
 def shard_paths(pattern: str) -> list[Path]:
     """Return the shards that a pattern names, in its order; all must exist."""
     paths: list[Path] = []
+    if pattern.count("{") > MAX_BRACES:
+        raise DataError(f"data: shards are named with {pattern.count('{')} braces; at most {MAX_BRACES} are expanded.")
     for part in pattern.split("::"):
-        paths += sorted(Path(part).glob("*.tar")) if Path(part).is_dir() else map(Path, expanded(part))
+        more = sorted(Path(part).glob("*.tar")) if Path(part).is_dir() else map(Path, expanded(part))
+        paths += itertools.islice(more, MAX_SHARDS + 1 - len(paths))
+    if len(paths) > MAX_SHARDS:
+        raise DataError(f"data: shards {pattern} are more than {MAX_SHARDS:,}; name fewer.")
     missing = [path for path in paths if not path.is_file()]
     if missing or not paths:
         found = f"{len(missing)} of {len(paths)} are not there, such as {missing[0]}" if missing else "there is none"
@@ -57,20 +71,26 @@ def shard_paths(pattern: str) -> list[Path]:
     return paths
 
 
-def expanded(pattern: str) -> list[str]:
+def expanded(pattern: str) -> Iterator[str]:
     """Expand braces as a shell does: `{00..03}` counts, `{a,b}` lists."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
+    match = _BRACES.search(pattern)
     if match is None:
-        return [pattern]
-    ends = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if ends:
-        width = max(map(len, ends.groups())) if any(end[0] == "0" and len(end) > 1 for end in ends.groups()) else 1
-        choices = [f"{number:0{width}}" for number in range(int(ends[1]), int(ends[2]) + 1)]
-    else:
-        choices = match[1].split(",")
-    return [
-        whole for choice in choices for whole in expanded(pattern[: match.start()] + choice + pattern[match.end() :])
-    ]
+        yield pattern
+        return
+    for choice in _choices(match[1]):
+        yield from expanded(pattern[: match.start()] + choice + pattern[match.end() :])
+
+
+def _choices(inner: str) -> Sequence[str]:
+    """Return what stands between braces; DataError where that is too much."""
+    ends = _RANGE.fullmatch(inner)
+    if not ends:
+        return inner.split(",")
+    first, last = map(int, ends.groups())
+    if last - first >= MAX_SHARDS:
+        raise DataError(f"data: shards {{{inner}}} are more than {MAX_SHARDS:,}; name fewer.")
+    width = max(map(len, ends.groups())) if any(end[0] == "0" and len(end) > 1 for end in ends.groups()) else 1
+    return [f"{number:0{width}}" for number in range(first, last + 1)]
 
 
 class Shards:
@@ -183,14 +203,28 @@ def index_of(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+class _Header(tarfile.TarInfo):
+    """A tar header that claims nothing absurd: tarfile believes it, reads what it claims, and walks backwards."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> _Header:
+        header = super().frombuf(buf, encoding, errors)
+        if not 0 <= header.size <= (MAX_EXTENDED if header.type in EXTENDED else math.inf):
+            raise tarfile.ReadError(f"a header claims {header.size:,} bytes")
+        return header
+
+
 def _indexed(path: Path) -> dict[str, np.ndarray]:
     """Walk through a shard's headers."""
     records: list[dict[str, tuple[int, int]]] = []
     names: list[str] = []
     current, size = None, path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=_Header) as tar:
             for member in tar:
+                tar.members.clear()  # it would keep them all
+                if member.size < 0:  # by a pax record; the next header would be this one again
+                    raise tarfile.ReadError(f"{member.name} claims {member.size:,} bytes")
                 match = _MEMBER.fullmatch(member.name)
                 if match is None or not member.isreg() or _META.match(member.name):
                     continue
@@ -201,7 +235,7 @@ def _indexed(path: Path) -> dict[str, np.ndarray]:
                     current = key
                 whole = member.offset_data + member.size <= size
                 records[-1][suffix] = (member.offset_data, member.size) if whole else (0, 0)
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError, ArithmeticError, RecursionError) as error:
         if not records:
             raise DataError(f"{path} is not a tar that can be read (compressed ones cannot): {error}.") from None
         # cut off: what is whole is used, the rest is missed and counted as a record without a picture
@@ -223,4 +257,4 @@ def names_of(members: dict[str, np.ndarray]) -> list[str]:
 
 def _label(path: Path, place: tuple[int, int]) -> int:
     text = bytes_at(path, *place)[:20].decode("ascii", "replace").strip() if place[1] else ""
-    return int(text) if text.isdecimal() else -1
+    return int(text) if text.isdecimal() and len(text) < 10 else -1

@@ -114,6 +114,9 @@ def weights_from_file(path: Path) -> dict[str, Tensor]:
     claimed = sum(math.prod(tensor.shape) * tensor.element_size() for tensor in weights.values())
     if claimed > MAX_BYTES:
         raise ArtifactError(f"its tensors claim {claimed / 1e9:,.1f} GB; at most {MAX_BYTES / 1e9:.0f} GB are read.")
+    for name, tensor in weights.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ArtifactError(f"{name} claims shape {list(tensor.shape)}, and the file holds less than that.")
     return weights
 
 

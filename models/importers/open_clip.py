@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from clipress.artifact import read_json
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models.importers import State, weights_from_file
 from clipress.models.importers.openai import clip_from_weights, root
-from clipress.models.load import Clip
+from clipress.models.load import Clip, refuse_absurd
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -55,12 +55,12 @@ def weights_in(folder: Path) -> Path:
 def clip_from_folder(folder: Path) -> Clip:
     """Read a folder with open_clip_config.json and weights; no name is needed, nothing is downloaded."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         architecture, preprocess = config["model_cfg"], config.get("preprocess_cfg") or {}
         towers = [architecture["vision_cfg"], architecture["text_cfg"]]
     except FileNotFoundError:
         raise ArtifactError(f"the folder has no {CONFIG}, which open_clip's layout needs.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"its {CONFIG} is not readable JSON: {error}.") from None
     except (KeyError, TypeError, AttributeError):
         towers = preprocess = None
@@ -73,8 +73,7 @@ def clip_from_folder(folder: Path) -> Clip:
 def _clip(architecture: dict[str, Any], state: State, preprocess: dict[str, Any]) -> Clip:
     from open_clip.model import convert_to_custom_text_state_dict
 
-    if hub := architecture["text_cfg"].get("hf_model_name"):
-        raise ArtifactError(f"its text tower is built from the hub's '{hub}'; clipress builds from the file alone.")
+    refuse_absurd(architecture)
     architecture["vision_cfg"].pop("timm_model_pretrained", None)  # a download, to be overwritten at once
     if architecture.get("custom_text"):
         state = convert_to_custom_text_state_dict(dict(state))

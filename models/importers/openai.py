@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipress.data.tokens import tokenizer_spec
+from clipress.data.tokens import check_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess
-from clipress.errors import ArtifactError, RecipeError
+from clipress.errors import ArtifactError, ClipressError, RecipeError
 from clipress.models import anatomy, surgery
 from clipress.models.importers import NOTES, State
-from clipress.models.load import Clip, build
+from clipress.models.load import Clip, build, refuse_absurd
 from clipress.recipe import checked
 
 HEAD = 64
@@ -126,19 +126,25 @@ def clip_from_weights(
         model = build(architecture)
         return surgery.reshape(model, shapes) if shapes else model
 
+    refuse_absurd(architecture)
     try:
         with torch.device("meta"):
             wanted = surgery.stock_weights(made())
-    except (RuntimeError, OSError, AttributeError, ArithmeticError) as error:
-        raise ArtifactError(f"open_clip cannot build its architecture: {str(error).splitlines()[0]}.") from None
+    except ClipressError:
+        raise
+    except Exception as error:  # a config can fail anywhere in open_clip
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"open_clip cannot build its architecture: {told}.") from None
     _compare(wanted, weights)
+    tokenizer = tokenizer_spec(architecture)
+    check_spec(tokenizer)
     model = made()
     model.load_state_dict(_own(model, weights))
     height, width = anatomy.image_size(model)
     if height != width:
         raise ArtifactError(f"it wants pictures of {height} x {width} pixels; clipress works on square ones.")
     known = checked(Preprocess, {"size": height, **(preprocess or {})}, "preprocess")
-    return Clip(model.eval(), architecture, known, tokenizer_spec(architecture))
+    return Clip(model.eval(), architecture, known, tokenizer)
 
 
 def _compare(wanted: State, weights: State) -> None:

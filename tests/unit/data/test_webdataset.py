@@ -218,7 +218,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     ],
 )
 def test_braces_expand_as_in_a_shell(pattern, names):
-    assert expanded(pattern) == names
+    assert list(expanded(pattern)) == names
     braceexpand = pytest.importorskip("braceexpand")
     assert list(braceexpand.braceexpand(pattern)) == names
 

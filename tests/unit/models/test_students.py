@@ -206,7 +206,7 @@ def test_timms_own_weights_are_fetched_once_and_never_asked_for_again(monkeypatc
     clip = student({"timm": "test_resnet", "pretrained": True}, embed_dim=16, image_size=32)
     assert asked == [True] and bool((clip.model.visual.trunk.conv1[0].weight == 0.25).all())
     again = clip_from_artifact(artifact_from_clip(clip, (), {}))
-    assert asked == [True, False] and torch.equal(outputs(again)[0], outputs(clip)[0])
+    assert asked[0] and not any(asked[1:]) and torch.equal(outputs(again)[0], outputs(clip)[0])
 
 
 def test_timms_weights_that_cannot_be_had_are_told(monkeypatch):

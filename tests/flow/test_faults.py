@@ -1,0 +1,55 @@
+"""Every file is safe to open: what is hostile or broken is skipped and counted, or refused in one clear message."""
+
+import csv
+import json
+import re
+
+import pytest
+from faults import FAULTS, encoded, png_of
+from helpers import clipress, write_recipe
+
+from clipress.artifact import read_header
+from clipress.models.tiny import tiny_architecture
+
+
+def test_the_table_is_long_and_says_nothing_twice():
+    names = [fault.name for fault in FAULTS]
+    assert len(names) >= 60 and len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_an_input_gets_the_answer_it_should(fault, tmp_path):
+    (tmp_path / "home").mkdir()
+    happened = fault.happened(tmp_path / "home")
+    assert re.search(fault.expected, happened, re.DOTALL), happened
+
+
+def test_a_run_over_a_corpus_of_which_a_twentieth_is_broken_finishes_with_the_right_counts(tmp_path):
+    bad = {
+        "cut.png": encoded("PNG", size=(64, 64))[:60],
+        "note.jpg": b"not a picture",
+        "bomb.png": png_of(50_000, 50_000),
+        "empty.png": b"",
+    }
+    names = [f"{n:02}.png" for n in range(95)] + [*bad, "gone.png"]
+    for name in names[:95]:
+        (tmp_path / name).write_bytes(encoded("PNG", size=(40, 36)))
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("title", "filepath"), *((f"a picture\0 {n}", name) for n, name in enumerate(names))])
+    source = {"format": "csv", "annotations": str(tmp_path / "table.csv"), "images": str(tmp_path), "separator": ","}
+    recipe = {
+        "name": "broken",
+        "student": tiny_architecture(),
+        "data": {"train": [source]},
+        "stages": [{"distill": {"losses": ["contrastive"], "steps": 3, "batch_size": 33}}],  # one epoch of 99
+    }
+    result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    log = [json.loads(line) for line in (tmp_path / "run" / "logs" / "distilled.jsonl").read_text().splitlines()]
+    told = [row["broken"] for row in log if "broken" in row]
+    assert {row["index"] for row in told} == {95, 96, 97, 98} and len(told) == 4  # gone.png was skipped at the start
+    assert all(any(name in row["reason"] for name in bad) for row in told)
+    assert read_header(tmp_path / "run" / "distilled")["lineage"][-1]["details"]["broken_records"] == 4

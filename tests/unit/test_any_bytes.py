@@ -1,0 +1,29 @@
+"""Whatever is in a file, readers answer or raise a ClipressError: the targets of `tests/fuzz`, tried on a few bytes."""
+
+from pathlib import Path
+
+import pytest
+from fuzz import targets
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+CORPUS = sorted(path for path in (Path(targets.__file__).parent / "corpus").glob("*/*") if path.is_file())
+
+
+@pytest.mark.parametrize("path", CORPUS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_inputs_that_were_kept_are_answered(path):
+    getattr(targets, path.parent.name)(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("target", "kinds"),
+    [(targets.recipe, 2), (targets.artifact, 16), (targets.importers, 25), (targets.annotations, 11)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_any_bytes_are_answered(target, kinds):
+    @given(st.integers(0, kinds - 1), st.binary(max_size=60))
+    @settings(deadline=None, max_examples=40, database=None, suppress_health_check=list(HealthCheck))
+    def tried(kind, data):
+        target(bytes([kind]) + data)
+
+    tried()
