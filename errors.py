@@ -36,6 +36,14 @@ class BackendMissing(ClipressError):
     """Software or hardware that a backend needs and this machine has not."""
 
 
+class Stopped(ClipressError):
+    """Nobody's mistake: SIGTERM or Ctrl-C ended the work where it can go on."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known word, else the list of what is known."""
     known = sorted(known)

@@ -142,7 +142,7 @@ def test_only_stages_that_were_asked_for_run(recipe, tmp_path):
     recipe["stages"] = recipe["stages"][:1]
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"teacher", "pruned", "recipe.yaml", "logs"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"teacher", "pruned", "recipe.yaml", "logs", ".lock"}
 
 
 def test_upops_criterion_runs_and_gives_all_heads_the_same_dims(recipe, tmp_path):
