@@ -149,12 +149,13 @@ def sweep(folder: Path) -> None:
     """Remove what killed writers left anywhere in a folder that nobody else writes; put back what was half replaced."""
     for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
         for path, target in leftovers(inner).items() if inner.is_dir() else ():
-            if path.suffix == ".old" and not target.exists():
-                path.rename(target)
-            elif path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            with suppress(OSError):  # on a read-only disk it does no harm
+                if path.suffix == ".old" and not target.exists():
+                    path.rename(target)
+                elif path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from clipress import __version__
-from clipress.artifact import is_first_process, locked
+from clipress.artifact import is_first_process, locked, sweep
 from clipress.errors import ArtifactError, ClipressError, RecipeError, Stopped, nearest
 
 if TYPE_CHECKING:
@@ -701,8 +701,9 @@ def _compress(recipe: str, out: Path | None, sets: tuple[str, ...], resume: bool
 
 
 def _hold(run: Path) -> None:
-    """Hold a run folder for this process until the command ends."""
+    """Hold a run folder for this process until the command ends, and remove what killed ones left in it."""
     click.get_current_context().with_resource(locked(run))
+    sweep(run)
 
 
 def _checked(recipe: Any) -> Plan:

@@ -1,4 +1,4 @@
-"""Does a killed job end where an unkilled one ends? `python bench/studies/faults_kills.py [--kills N] [--out FOLDER]`.
+"""Does a killed job end where an unkilled one ends? `python tests/flow/kill_jobs.py [--kills N] [--out FOLDER]`.
 
 Every kind of long job (each stage, filling a teacher cache, exporting) is run once to its end. Then, again and again, it is
 started on a fresh folder, killed with SIGKILL (at a step, around a rename, or at any moment), started anew, maybe killed
@@ -58,7 +58,8 @@ DATA = {
     "train": [{"format": "scenes", "share": 3, "limit": 48}, {"format": "digits", "limit": 48}],
     "augment": {"shift": 1},
 }
-COUNTED_FILE_CALLS = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
+FILE_CALLS = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
+calls = [0]  # made by this process, where they are counted
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def forked(command: list[str], log: Path, die: Callable[[], None], after: float 
 
             traceback.print_exc()
         finally:
+            log.with_suffix(".calls").write_text(str(calls[0]))
             log.with_suffix(".imported").write_text("\n".join(sys.modules), encoding="utf-8")
             sys.stdout.flush()
             sys.stderr.flush()
@@ -157,19 +159,17 @@ def at_file_call(count: int) -> Callable[[], None]:
     """Die right after the count-th call that changes what is on the disk."""
 
     def arm() -> None:
-        seen = [0]
-
         def counted(function: Callable) -> Callable:
             def call(*given: Any, **named: Any) -> Any:
                 result = function(*given, **named)
-                seen[0] += 1
-                if seen[0] == count:
+                calls[0] += 1
+                if calls[0] == count:
                     now()
                 return result
 
             return call
 
-        for name in COUNTED_FILE_CALLS:
+        for name in FILE_CALLS:
             setattr(os, name, counted(getattr(os, name)))
 
     return arm
@@ -198,12 +198,22 @@ def junk(run: Path) -> list[str]:
     return [str(path.relative_to(run)) for path in [*left, *run.glob("checkpoints")]]
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What an unkilled job starts from, what it leaves, its seconds, and how often it changed what is on the disk."""
+
+    start: Path
+    left: dict[str, str]
+    seconds: float
+    calls: int
+
+
 class Bench:
     """A folder with a teacher, and per job its recipe, its start and its reference."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.log = home, home / "log.txt"
-        self.references: dict[str, tuple[Path, dict[str, str], float]] = {}
+        self.references: dict[str, Reference] = {}
         os.environ["CLIPRESS_CACHE"] = str(home / "cache")
         inner = {
             "name": "teacher",
@@ -220,7 +230,7 @@ class Bench:
 
     def _finish(self, command: list[str]) -> float:
         began = time.perf_counter()
-        code = forked(command, self.log, in_small_shards)
+        code = forked(command, self.log, both(in_small_shards, at_file_call(0)))
         if code:
             raise SystemExit(f"{' '.join(command)} ended with {code}:\n{self.log.read_text()[-2000:]}")
         seconds = time.perf_counter() - began
@@ -249,8 +259,8 @@ class Bench:
         path = self._write("recipe", recipe)
         return [word.replace("RECIPE", path).replace("RUN", str(run)) for word in job.command]
 
-    def reference(self, job: Job) -> tuple[Path, dict[str, str], float]:
-        """Run a job to its end, once; returns the folder a killed one starts from, what must be left, and seconds."""
+    def reference(self, job: Job) -> Reference:
+        """Run a job to its end, twice, and see that both leave the same."""
         if job.name not in self.references:
             start, run = (self.home / f"{what}-{len(self.references)}" for what in ("start", "reference"))
             if len(job.stages) > 1 or job.makes == "export":  # what comes before is finished
@@ -265,12 +275,14 @@ class Bench:
             seconds = self._finish(self.command(job, run))  # now without its imports
             if content(run / job.makes) != wanted:
                 raise SystemExit(f"{job.name}: two runs that nobody killed differ, so nothing can be told.")
-            self.references[job.name] = start, wanted, seconds
+            made = int(self.log.with_suffix(".calls").read_text())
+            self.references[job.name] = Reference(start, wanted, seconds, made)
         return self.references[job.name]
 
     def killed(self, job: Job, rng: random.Random) -> dict[str, Any]:
         """Kill a job once or twice, let it end, and compare."""
-        start, wanted, seconds = self.reference(job)
+        known = self.reference(job)
+        start, wanted, seconds = known.start, known.left, known.seconds
         run = self.home / "killed"
         shutil.rmtree(run, ignore_errors=True)
         if start.exists():
@@ -283,7 +295,7 @@ class Bench:
                 count = rng.randint(1, STEPS)
                 what, arm = f"step {count} of the process", both(in_small_shards, at_step(count))
             elif how == "file call":
-                count = rng.randint(1, 60)
+                count = rng.randint(1, known.calls)
                 what, arm = f"file call {count} of the process", both(in_small_shards, at_file_call(count))
             else:
                 after = rng.uniform(0.02, seconds)
@@ -325,9 +337,8 @@ def both(*first: Callable[[], None]) -> Callable[[], None]:
 def forking_is_sound(bench: Bench) -> bool:
     """Tell whether a process that was not forked leaves the same bytes."""
     job, run = JOBS[0], bench.home / "not-forked"
-    _, wanted, _ = bench.reference(job)
     subprocess.run([sys.executable, "-m", "clipress", *bench.command(job, run)], check=True, capture_output=True)
-    return content(run / job.makes) == wanted
+    return content(run / job.makes) == bench.reference(job).left
 
 
 def main() -> None:
@@ -336,7 +347,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60, help="in all; each job gets its part")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", choices=[job.name for job in JOBS], help="jobs; default: all")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, default=Path(clipress.__file__).parent / "bench" / "studies")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     rng = random.Random(asked.seed)
