@@ -359,20 +359,20 @@ def main() -> None:
             for job in jobs:
                 rows.append(bench.killed(job, rng))
                 sys.stderr.write(f"{rows[-1]}\n")
-        sound = forking_is_sound(bench)
+        sound = bool(asked.only) or forking_is_sound(bench)  # which takes a process of its own
     known = {
         "seed": asked.seed,
         "processor": platform.processor() or platform.machine(),
         "clipress": clipress.__version__,
     }
     conditions = known | {"torch": torch.__version__, "steps": STEPS, "checkpoint every": EVERY, "threads": 1}
-    result = {"conditions": conditions, "a process not forked agrees": sound, "kills": rows}
+    result = {"conditions": conditions, "a process not forked agrees": None if asked.only else sound, "kills": rows}
     text = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     head = json.dumps({key: value for key, value in result.items() if key != "kills"}, indent=1)[:-2]
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "faults_kills.json").write_text(f'{head},\n "kills": [\n{text}\n ]\n}}\n', encoding="utf-8")
     lost = [row for row in rows if not row["bit-exact"]]
-    sys.stdout.write(f"{kills_in(rows)} kills, {len(lost)} losses; forking is sound: {sound}\n")
+    sys.stdout.write(f"{kills_in(rows)} kills, {len(lost)} losses\n")
     raise SystemExit(1 if lost or not sound else 0)
 
 

@@ -26,11 +26,8 @@ def killed(tmp_path, *arguments):
     return json.loads((tmp_path / "faults_kills.json").read_text())["kills"]
 
 
-def test_a_killed_search_and_a_killed_cache_end_as_unkilled_ones(tmp_path):
-    assert {row["stage"] for row in killed(tmp_path, "--kills", 3, "--only", "prune, fisher, guided", "embed")} == {
-        "prune, fisher, guided",
-        "embed",
-    }
+def test_a_killed_search_ends_as_an_unkilled_one(tmp_path):
+    assert all(row["bit-exact"] for row in killed(tmp_path, "--kills", 2, "--only", "prune, fisher, guided"))
 
 
 @pytest.mark.slow
