@@ -1,8 +1,9 @@
-# Two commands for a newcomer: `make demo` and `make test`. Each installs what it needs into .venv first.
+# Two commands for a newcomer: `make demo` and `make test`. Each installs what it needs into .venv first. `make test-long`
+# adds what takes many minutes, such as sixty kills.
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test clean
+.PHONY: demo test test-long clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/clipress run configs/demo.yaml --out runs/demo
@@ -10,6 +11,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -q
+
+test-long: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest -q -m "slow or not slow"
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \

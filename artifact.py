@@ -8,18 +8,22 @@ It is written to a temporary name, flushed to disk and renamed, so that a folder
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
-from clipress.errors import ArtifactError
+from clipress.errors import ArtifactError, ClipressError
 from clipress.recipe import first_problem
 
 if TYPE_CHECKING:
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 HEADER, WEIGHTS = "clipress.json", "model.safetensors"
 MAX_JSON, MAX_DEPTH = 64_000_000, 64  # bytes of a description, and how deep it nests
+LOCK = ".lock"
+log = logging.getLogger("clipress.artifact")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,24 +63,30 @@ class Artifact:
         return str(self.lineage[-1]["hash"]) if self.lineage else "none"
 
 
-def write_whole(target: Path, fill: Any) -> None:
-    """Let `fill(folder)` write a folder aside, flush it to disk, then put it in place of `target`."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+def is_first_process() -> bool:
+    """Tell whether this process is the one that writes: the only one, or torchrun's first."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def write_whole(target: Path, fill: Callable[[Path], Any]) -> None:
+    """Let `fill(folder)` write a folder aside, flush it to disk, then put it in place of `target`.
+
+    Raises ArtifactError when the disk is full or cannot be written; what was there before is kept.
+    """
+    aside, old = _beside(target, "tmp"), _beside(target, "old")
     try:
-        aside.mkdir(parents=True)
-        fill(aside)
-        for path in [*aside.rglob("*"), aside]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
-        if target.exists():
-            target.rename(old)
-        aside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise ArtifactError(f"{target} could not be written: {error}. What was there before is kept.") from error
+        with writing(target):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            fill(aside)
+            for path in [*aside.rglob("*"), aside]:
+                flush(path)
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)  # of a process that had this number and was killed
+                target.rename(old)
+            aside.rename(target)
+            flush(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -86,18 +98,104 @@ def write_text_whole(target: Path, text: str) -> None:
 
 def write_bytes_whole(target: Path, content: bytes) -> None:
     """Write one file aside, flush it and rename it into place."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    aside = _beside(target, "tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(target)
-    except OSError as error:
-        raise ArtifactError(f"{target} could not be written: {error}.") from error
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_bytes(content)
+            flush(aside)
+            aside.replace(target)
+            flush(target.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk: a rename alone may not outlive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn what a disk that is full or read-only causes into one message that names the place and what to do."""
+    try:
+        yield
+    except ClipressError:
+        raise
+    except Exception as error:
+        # torch and safetensors tell a full disk in ways of their own
+        if not isinstance(error, OSError) and not re.search(
+            r"os error \d|No space left|PytorchStreamWriter|inline_container", str(error)
+        ):
+            raise
+        raise ArtifactError(
+            f"{target} could not be written: {str(error).splitlines()[0]}. What was there before is kept. Free some space "
+            f"in {target.parent}, or make it writable, and start the same command again."
+        ) from error
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.{kind}")
+
+
+def leftovers(folder: Path) -> dict[Path, Path]:
+    """Return what killed writers left directly in a folder, each with the name it was to have, or had."""
+    found = {path: re.fullmatch(r"\.(.+)\.\d+\.(tmp|old)", path.name) for path in folder.iterdir()}
+    return {path: path.with_name(match.group(1)) for path, match in found.items() if match}
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left anywhere in a folder that nobody else writes; put back what was half replaced."""
+    for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        for path, target in leftovers(inner).items() if inner.is_dir() else ():
+            with suppress(OSError):  # on a read-only disk it does no harm
+                if path.suffix == ".old" and not target.exists():
+                    path.rename(target)
+                elif path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold a folder for this process alone. The lock ends with the process, however that ends.
+
+    Raises ArtifactError when another process holds it; with `wait`, that is told and waited for instead. A folder that
+    cannot be written needs no lock: who has to write into it will be told.
+    """
+    import fcntl
+
+    with writing(folder / LOCK):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / LOCK).open("a")
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            file = None
+    if file is None:
+        yield
+        return
+    with file:  # lockf, not flock: what this process forks must not hold the lock after it
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if wait is None:
+                raise ArtifactError(
+                    f"{folder} is in use by another clipress process. Nothing was changed. Wait until that has ended, or "
+                    "choose another folder with --out."
+                ) from None
+            wait(f"{folder} is in use by another clipress process; waiting for it")
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): start nothing else on it.", folder, error)
+        yield
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> Any:
@@ -132,8 +230,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipress"
 
 
-def save_artifact(artifact: Artifact, folder: str | Path) -> Path:
-    """Write an artefact; an older one of this name is replaced only when the new one is whole."""
+def save_artifact(artifact: Artifact, folder: str | Path, more: Callable[[Path], Any] = lambda _: None) -> Path:
+    """Write an artefact; an older one of this name is replaced only when the new one is whole.
+
+    `more(folder)` may write into it what belongs to it and must not be missing.
+    """
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -145,6 +246,7 @@ def save_artifact(artifact: Artifact, folder: str | Path) -> Path:
         header |= {key: value for key, value in asdict(_without_weights(artifact)).items() if key != "weights"}
         header["weights_sha256"] = sha256(aside / WEIGHTS)
         (aside / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+        more(aside)
 
     write_whole(folder, fill)
     return folder

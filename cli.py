@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from clipress import __version__
-from clipress.errors import ArtifactError, ClipressError, DataError, RecipeError, nearest
+from clipress.errors import ArtifactError, ClipressError, DataError, RecipeError, Stopped, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -37,6 +38,15 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except Stopped as stop:
+            from clipress.artifact import is_first_process
+
+            if is_first_process():
+                click.echo(stop, err=True)
+            ctx.exit(stop.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Stopped by Ctrl-C. What was finished is kept; the same command goes on from there.", err=True)
+            ctx.exit(130)
         except ClipressError as error:
             shown = click.ClickException(str(error))
             shown.exit_code = error.exit_code
@@ -62,6 +72,11 @@ RECIPE_ARGUMENT = click.argument("recipe", metavar="RECIPE")
 SET_OPTION = click.option(
     "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override, such as stages.0.prune.steps=10."
 )
+FRESH_OPTION = click.option(
+    "--resume/--fresh",
+    default=True,
+    help="Go on from what is finished and from the last checkpoint, or do every stage over.  [default: --resume]",
+)
 OUT_OPTION = click.option("--out", type=FOLDER, help="Run folder.  [default: runs/<name of the recipe>]")
 RUN_ARGUMENT = click.argument("run", type=FOLDER)
 LABELS = ("labels", "labels_file")
@@ -73,16 +88,20 @@ STAGE_OPTION = click.option("--stage", help="Name of the artefact.  [default: th
 @RECIPE_ARGUMENT
 @OUT_OPTION
 @SET_OPTION
-def run(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
+@FRESH_OPTION
+def run(recipe: str, out: Path | None, sets: tuple[str, ...], resume: bool) -> None:
     """Compress, export, bench and serve, as a recipe says.
 
-    RECIPE is a YAML file, or the name of a shipped one (demo). Stages that are finished are not done again.
+    RECIPE is a YAML file, or the name of a shipped one (demo). Stages that are finished are not done again. It may be
+    stopped or killed at any time: the same command goes on. On SIGTERM a stage that trains writes a checkpoint after the
+    step in hand and the command exits with 75; on Ctrl-C likewise, with 130.
     """
-    from clipress.compress.pipeline import is_first_process
+    from clipress.artifact import is_first_process
 
-    folder, plan = _compress(recipe, out, sets)
+    folder, plan = _compress(recipe, out, sets, resume)
     if not is_first_process():  # the others were there to train
         return
+    _hold(folder)
     _export(folder, plan, plan.artifacts)
     _engines(folder, plan, plan.artifacts)
     _bench_run(folder, plan)
@@ -96,11 +115,15 @@ def run(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
 @RECIPE_ARGUMENT
 @OUT_OPTION
 @SET_OPTION
-def compress(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
-    """Run a recipe's stages: each leaves an artefact in the run folder."""
-    from clipress.compress.pipeline import is_first_process
+@FRESH_OPTION
+def compress(recipe: str, out: Path | None, sets: tuple[str, ...], resume: bool) -> None:
+    """Run a recipe's stages: each leaves an artefact in the run folder.
 
-    folder, plan = _compress(recipe, out, sets)
+    May be stopped or killed at any time, see `clipress run --help`.
+    """
+    from clipress.artifact import is_first_process
+
+    folder, plan = _compress(recipe, out, sets, resume)
     if is_first_process():
         click.echo(f"{len(plan.artifacts)} artefacts in {folder}: {', '.join(plan.artifacts)}")
 
@@ -139,7 +162,7 @@ def embed(
     from clipress.compress.embed import embed_recipe
 
     folders = embed_recipe(_checked(read), out, views, dtype, teachers, click.echo)
-    from clipress.compress.pipeline import is_first_process
+    from clipress.artifact import is_first_process
 
     if is_first_process():
         click.echo(f"{len(folders)} caches: {', '.join(map(str, folders))}")
@@ -182,6 +205,7 @@ def export(
         _engine(run, precision, foreign)
         return
     plan = _plan_of(run)
+    _hold(run)
     names = [_chosen(plan, stage) for stage in stages] or plan.artifacts
     asked = _label_settings(labels, labels_file, templates)
     if templates and not any((plan.recipe.export.get("onnx") or {}).get(key) or asked.get(key) for key in LABELS):
@@ -281,6 +305,7 @@ def bench_run(
     check(wanted, [subject.name for subject in subjects], settings.backends, settings.batch, [s.name for s in sets])
     if any(not backend.startswith("torch") for backend in settings.backends):
         for run, plan, names in chosen:
+            _hold(run)
             _export(run, plan, names)
     results = _bench(
         subjects,
@@ -401,12 +426,13 @@ def serve_run(
     if not start and _given(**listen):
         raise RecipeError("--host and the ports are about a server that runs: add --run.")
     plan = _plan_of(run)
-    if version or roll_back:
-        repositories = _serve_version(run, plan, backends or None, max_batch, version)
-    else:
-        name = _chosen(plan, stage) if stage else _served(run, plan)
-        _export(run, plan, [name])
-        repositories = _serve(run, plan, name, backends or None, max_batch)
+    with _held(run):
+        if version or roll_back:
+            repositories = _serve_version(run, plan, backends or None, max_batch, version)
+        else:
+            name = _chosen(plan, stage) if stage else _served(run, plan)
+            _export(run, plan, [name])
+            repositories = _serve(run, plan, name, backends or None, max_batch)
     if start:
         from clipress.serve.triton_server import serve_until_stopped
 
@@ -847,7 +873,7 @@ def _recipe_path(text: str) -> Path:
     return names[text]
 
 
-def _compress(recipe: str, out: Path | None, sets: tuple[str, ...]) -> tuple[Path, Plan]:
+def _compress(recipe: str, out: Path | None, sets: tuple[str, ...], resume: bool) -> tuple[Path, Plan]:
     from clipress.recipe import read_recipe
 
     read = read_recipe(_recipe_path(recipe), sets)
@@ -856,9 +882,23 @@ def _compress(recipe: str, out: Path | None, sets: tuple[str, ...]) -> tuple[Pat
 
     plan = _checked(read)
     folder = out or Path("runs") / read.name
-    pipeline.compress(read, folder, click.echo)
+    pipeline.compress(read, folder, click.echo, fresh=not resume)
     leave()
     return folder, plan
+
+
+def _hold(run: Path) -> None:
+    """Hold a run folder for this process until the command ends, and remove what killed ones left in it."""
+    click.get_current_context().with_resource(_held(run))
+
+
+@contextmanager
+def _held(run: Path) -> Iterator[None]:
+    from clipress.artifact import locked, sweep
+
+    with locked(run):
+        sweep(run)
+        yield
 
 
 def _checked(recipe: Any) -> Plan:

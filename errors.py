@@ -40,6 +40,14 @@ class ServerError(ClipressError):
     """A server that did not get ready, ended by itself or refused to do what it was told."""
 
 
+class Stopped(ClipressError):
+    """Nobody's mistake: SIGTERM or Ctrl-C ended the work where it can go on."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known word, else the list of what is known."""
     known = sorted(known)

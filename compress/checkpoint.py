@@ -7,7 +7,6 @@ does (on a CPU). Every process writes its own, since each has its own share of a
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import re
 from contextlib import suppress
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from clipress.errors import ArtifactError
+from clipress.artifact import flush, writing
 
 log = logging.getLogger("clipress.checkpoint")
 KEPT = 2
@@ -27,19 +26,15 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], rank: int = 
     target = folder / f"rank{rank}-{step:08}.pt"
     aside = target.with_suffix(".tmp")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(target)
-        for _, old in _there(folder, rank)[:-KEPT]:
-            old.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise ArtifactError(
-            f"Checkpoint {target} could not be written: {error}. The one before it is whole; free some space and start "
-            "the same command again."
-        ) from None
+        with writing(target):
+            folder.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as file:
+                torch.save(state, file)
+            flush(aside)
+            aside.replace(target)
+            flush(folder)
+            for _, old in _there(folder, rank)[:-KEPT]:
+                old.unlink(missing_ok=True)
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)

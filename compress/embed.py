@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clipress import __version__
-from clipress.artifact import cache_folder
+from clipress.artifact import cache_folder, locked
 from clipress.compress.fabric import start_fabric, uses_bf16
 from clipress.data.formats.files import MAX_SKIPPED
 from clipress.data.pairs import Source, open_source
@@ -73,16 +74,21 @@ def build_cache(
     world: int = 1,
     workers: int = 0,
     batch: int = 128,
-    wait: Callable[[], Any] = lambda: None,
+    barrier: Callable[[], Any] = lambda: None,
+    wait: Say | None = None,
 ) -> TeacherCache:
     """Embed a source with a teacher, unless that has been done, and open the result.
 
-    Of `world` processes each writes every world-th shard; `wait` is their barrier. `workers` processes decode; with 0
-    a thread of this one does. The cache lies in a folder of its own under `home`.
+    Of `world` processes each writes every world-th shard, and all meet at `barrier`. `workers` processes decode; with 0
+    a thread of this one does. The cache lies in a folder of its own under `home`. When others are making the same one,
+    ArtifactError is raised, or `wait` is told and they are waited for.
     """
     manifest = manifest_of(clip, source, augment, views, teacher_hash, dtype, precision)
-    folder = write_shards(clip, source, manifest, home, say, rank, world, workers, batch)
-    wait()
+    folder = home / manifest.key
+    to_do = len(finished_shards(folder, manifest)) < manifest.shards
+    with locked(folder, wait) if to_do and rank == 0 else nullcontext():
+        write_shards(clip, source, manifest, home, say, rank, world, workers, batch)
+        barrier()
     cache = TeacherCache.open(folder)
     if rank == 0:
         for left in folder.glob(".*.tmp"):  # of builds that were killed; all shards are there, so nobody writes now
@@ -361,9 +367,18 @@ def embed_recipe(
 
 
 def caches_of(
-    teacher: Teacher, settings: CacheSettings, plan: Plan, fabric: Fabric, say: Say, home: Path | None = None
+    teacher: Teacher,
+    settings: CacheSettings,
+    plan: Plan,
+    fabric: Fabric,
+    say: Say,
+    home: Path | None = None,
+    wait: Say | None = None,
 ) -> list[TeacherCache]:
-    """Open the cache of every training source of a recipe, after building those that are not there yet."""
+    """Open the cache of every training source of a recipe, after building those that are not there yet.
+
+    With `wait`, another process that builds the same one is waited for; else that is an error.
+    """
     teacher.clip.model.to(fabric.device)
     caches = []
     for source in map(open_source, plan.data.train):
@@ -380,7 +395,8 @@ def caches_of(
             rank=fabric.global_rank,
             world=fabric.world_size,
             workers=plan.data.workers,
-            wait=fabric.barrier,
+            barrier=fabric.barrier,
+            wait=wait,
         )
         check_cache(cache, teacher.clip, source, 8)  # a source's fingerprint does not cover the bytes of its pictures
         caches.append(cache)

@@ -118,3 +118,10 @@ def everywhere(value: bool, fabric: Fabric) -> bool:
     return bool(
         fabric.all_reduce(torch.tensor(float(value), device=fabric.device), reduce_op="sum") == fabric.world_size
     )
+
+
+def largest(value: float, fabric: Fabric) -> float:
+    """Return the largest of all processes' values."""
+    if fabric.world_size == 1:
+        return value
+    return fabric.all_reduce(torch.tensor(float(value), device=fabric.device), reduce_op="max").item()

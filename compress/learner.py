@@ -180,7 +180,23 @@ class Learner:
     def gradients(
         self, step: int, arrays: dict[str, Tensor], hooks: Sequence[Hook]
     ) -> tuple[Tensor, dict[str, Tensor], bool]:
-        """Run forward and backward. Returns the loss, its terms, and whether all of it is finite on every process."""
+        """Run forward and backward. Returns the loss, its terms, and whether all of it is finite on every process.
+
+        When it is not, nothing of the step is left in what later steps look at.
+        """
+        statistics = [(buffer, buffer.clone()) for norm in _batch_norms(self.clip.model) for buffer in norm.buffers()]
+        past = self.twin.past if self.twin is not None else {}
+        total, terms, finite = self._gradients(step, arrays, hooks)
+        if not finite:
+            for buffer, before in statistics:
+                buffer.copy_(before)
+            if self.twin is not None:
+                self.twin.past = past
+        return total, terms, finite
+
+    def _gradients(
+        self, step: int, arrays: dict[str, Tensor], hooks: Sequence[Hook]
+    ) -> tuple[Tensor, dict[str, Tensor], bool]:
         inputs = {"pixels": arrays["pixels"]} if "image" in self.shown else {}
         inputs |= {"ids": arrays["ids"]} if "text" in self.shown else {}
         if "masked" in self.objective.needs and "image" in self.sides:
@@ -205,11 +221,11 @@ class Learner:
                 hook.after_part(step)
         else:
             self._backward_in_parts(inputs, outputs, parts, hooks, step)
-        self._share_own_gradients()
+        own = self._share_own_gradients()
         norm = self.fabric.clip_gradients(
             self.module, self.optimizer, max_norm=self.config.clip, error_if_nonfinite=False
         )
-        return total, terms, everywhere(bool(torch.isfinite(norm)), self.fabric)
+        return total, terms, everywhere(bool(torch.isfinite(norm) and torch.isfinite(own)), self.fabric)
 
     def update(self, rate: float) -> None:
         """Take the step."""
@@ -348,14 +364,13 @@ class Learner:
         with self.fabric.autocast():
             return mentor(arrays["pixels"] if "image" in shown else None, arrays["ids"] if "text" in shown else None)
 
-    def _share_own_gradients(self) -> None:
-        """Average over processes the gradients of what the losses learn, and clip them by themselves."""
+    def _share_own_gradients(self) -> Tensor:
+        """Average over processes the gradients of what the losses learn, and clip them by themselves; returns their norm."""
         learned = [p for p in self.objective.parameters() if p.grad is not None]
         if self.fabric.world_size > 1:
             for parameter in learned:
                 parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")
-        if learned:
-            nn.utils.clip_grad_norm_(learned, self.config.clip)
+        return nn.utils.clip_grad_norm_(learned, self.config.clip)
 
 
 def _learning(clip: Clip, config: Training, needs: frozenset[str], context: Context) -> tuple[str, ...]:
@@ -435,10 +450,14 @@ def _classifier(teacher: Clip, context: Context) -> Tensor:
     return torch.from_numpy(np.concatenate(found)).float().to(context.fabric.device)
 
 
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 @contextmanager
 def _still_statistics(model: nn.Module) -> Iterator[None]:
     """Keep the running statistics of batch norms as they are: the pass that counts comes later."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = _batch_norms(model)
     kept = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

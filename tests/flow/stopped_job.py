@@ -1,0 +1,29 @@
+"""Training in two processes, started by torchrun; the second alone gets SIGTERM in its third step."""
+
+import signal
+import sys
+from pathlib import Path
+
+from clipress.compress.context import Context, Hook, Training
+from clipress.compress.fabric import Runtime, start_fabric
+from clipress.compress.train import train
+from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.errors import Stopped
+from clipress.models.load import new_clip
+from clipress.models.tiny import tiny_architecture
+
+
+class Stop(Hook):
+    def before(self, step, arrays):
+        if step == 2 and fabric.global_rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+fabric = start_fabric(Runtime(accelerator="cpu"))
+data, home = DataSpec(train=(SourceSpec(format="digits", limit=40),)), Path(sys.argv[1])
+context = Context(fabric, data, 0, log=home / "log.jsonl", checkpoints=home / "kept", title="job")
+try:
+    clip = new_clip(tiny_architecture(layers=1), 0)
+    train(clip, Training(steps=9, batch_size=8), {"contrastive": 1.0}, context, [Stop()])
+except Stopped as stop:
+    sys.exit(stop.exit_code)

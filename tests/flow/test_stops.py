@@ -1,0 +1,222 @@
+"""Jobs that are killed, stopped, started twice, or run out of disk: nothing is lost and nothing is done again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import clipress, write_recipe
+from PIL import Image
+
+from clipress.artifact import load_artifact, locked, read_header
+from clipress.compress.learner import Learner
+
+KILLS = Path(__file__).with_name("kill_jobs.py")
+STOPPED_JOB = Path(__file__).with_name("stopped_job.py")
+
+
+def killed(tmp_path, *arguments):
+    command = [sys.executable, KILLS, "--out", tmp_path, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return json.loads((tmp_path / "faults_kills.json").read_text())["kills"]
+
+
+def test_a_killed_search_ends_as_an_unkilled_one(tmp_path):
+    assert all(row["bit-exact"] for row in killed(tmp_path, "--kills", 2, "--only", "prune, fisher, guided"))
+
+
+@pytest.mark.slow
+def test_sixty_kills_lose_nothing(tmp_path):
+    assert all(row["bit-exact"] for row in killed(tmp_path, "--kills", 60, "--seed", 1))
+
+
+@pytest.fixture
+def short(recipe, tiny_run):
+    """A recipe with one stage, whose teacher is there."""
+    recipe["teacher"] = {"artifact": str(tiny_run[0] / "teacher")}
+    recipe["stages"] = [{"distill": {"losses": ["contrastive", "feature"], "steps": 6, "batch_size": 16}}]
+    recipe["data"]["val"] = recipe["data"]["test"] = []
+    recipe["runtime"] = {"checkpoint": 2}
+    return recipe
+
+
+def weights_of(run):
+    return (run / "distilled" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stop_is_one_message_and_an_exit_code_of_its_own(short, tmp_path, monkeypatch, number, code):
+    path = write_recipe(short, tmp_path)
+    assert clipress("compress", path, "--out", tmp_path / "a").exit_code == 0
+    update, seen = Learner.update, []
+
+    def stopped(self, rate):
+        seen.append(rate)
+        if len(seen) == 3:
+            signal.raise_signal(number)
+        update(self, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "update", stopped)
+        result = clipress("compress", path, "--out", tmp_path / "b")
+    assert result.exit_code == code and "Traceback" not in result.output
+    assert result.output.count("stopped by") == 1 and "after 3 of 6 steps" in result.output
+    assert clipress("run", path, "--out", tmp_path / "b", "--resume").exit_code == 0
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+    assert (tmp_path / "b" / "distilled" / "open_clip").is_dir() and not (tmp_path / "b" / "checkpoints").exists()
+
+
+def test_ctrl_c_between_steps_is_one_message_too(short, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clipress.compress.pipeline.start_fabric", interrupted)
+    result = clipress("compress", write_recipe(short, tmp_path), "--out", tmp_path / "run")
+    assert (
+        result.exit_code == 130 and result.output.startswith("Stopped by Ctrl-C.") and "Traceback" not in result.output
+    )
+
+
+def test_fresh_does_finished_stages_over(short, tmp_path):
+    path = write_recipe(short, tmp_path)
+    for fresh, finished in (((), 0), ((), 1), (("--fresh",), 0)):
+        result = clipress("compress", path, "--out", tmp_path / "run", *fresh)
+        assert result.exit_code == 0 and result.output.count("distilled: already there") == finished, result.output
+
+
+def test_a_run_that_another_process_is_at_work_on_is_refused(short, tmp_path):
+    path, run = write_recipe(short, tmp_path), tmp_path / "run"
+    assert clipress("compress", path, "--out", run).exit_code == 0
+    for command in (["compress", path, "--out", run], ["export", run], ["serve", run]):
+        child = os.fork()  # locks of this very process would not be in its way
+        if child == 0:
+            code = 1
+            try:
+                result = clipress(*command)
+                code = result.exit_code if "in use by another clipress process" in result.output else 1
+            finally:
+                os._exit(code)
+        with locked(run):
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2, command
+
+
+def test_a_changed_caption_makes_a_stage_anew_and_what_follows_it(short, tmp_path):
+    for number in range(4):
+        Image.new("RGB", (32, 32), (60 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    rows = [f"{number}.png\ta picture, number {number}" for number in range(4)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["filepath\ttitle", *rows]) + "\n")
+    short["data"]["train"] = [{"format": "csv", "annotations": str(tmp_path / "pairs.csv")}]
+    short["stages"] = [{"distill": {"losses": ["contrastive"], "steps": 2, "batch_size": 4}}]
+    short["stages"].append({"sparsify": {"losses": ["contrastive"], "steps": 1, "batch_size": 4}})
+    path, run = write_recipe(short, tmp_path), tmp_path / "run"
+
+    def done_again():
+        from clipress.data.pairs import open_source
+
+        open_source.cache_clear()  # as a new process
+        for command in (["compress", path, "--out", run], ["export", run]):
+            result = clipress(*command)
+            assert result.exit_code == 0, result.output
+        compressed = clipress("compress", path, "--out", run).output
+        assert compressed.count("already there") == 2 and clipress("export", run).output.count("exported already") == 3
+        return [record["hash"] for record in read_header(run / "sparse")["lineage"][-2:]]
+
+    first = done_again()
+    assert done_again() == first
+    rows[2] = "2.png\ta picture, changed"
+    (tmp_path / "pairs.csv").write_text("\n".join(["filepath\ttitle", *rows]) + "\n")
+    assert all(a != b for a, b in zip(first, done_again(), strict=True))
+
+
+def without_times(run, stage):
+    header = read_header(run / stage)
+    for record in header["lineage"]:
+        for key in ("seconds", "peak_memory_mb"):
+            record.pop(key, None)
+            record.get("details", {}).pop(key, None)
+    return header
+
+
+def test_the_same_recipe_leaves_the_same_artefacts_in_every_stage_bit_for_bit(tiny_run, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPRESS_CACHE", str(tmp_path / "cache"))  # the teacher is made anew, too
+    result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
+    assert result.exit_code == 0 and "already there" not in result.output, result.output
+    for stage in ("teacher", "pruned", "recovered", "sparse", "int8"):
+        wanted, found = (load_artifact(run / stage).weights for run in (tiny_run[0], tmp_path / "run"))
+        assert wanted.keys() == found.keys() and all(wanted[name].equal(found[name]) for name in wanted), stage
+        assert without_times(tmp_path / "run", stage) == without_times(tiny_run[0], stage)
+    machine = read_header(tmp_path / "run" / "int8")["lineage"][-1]["machine"]
+    assert machine.keys() == {"processor", "cpu", "threads", "device", "processes"}
+
+
+@pytest.mark.slow
+def test_processes_of_one_training_stop_at_the_same_step(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        STOPPED_JOB,
+        tmp_path,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and "exitcode  : 75" in done.stderr, done.stderr[-3000:]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [f"rank{n}-00000003.pt" for n in (0, 1)]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs more rights")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def one_message(result, *words):
+    assert result.exit_code == 2 and "Traceback" not in result.output, (result.output, result.exception)
+    for word in words:
+        assert word in result.output, result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("free", [0, 8_000, 3_000_000, 9_000_000, 21_000_000, 23_000_000])
+def test_a_full_disk_is_one_message_and_with_more_space_the_run_ends_as_it_should(short, tmp_path, small_disk, free):
+    path, run = write_recipe(short, tmp_path), small_disk / "run"
+    assert clipress("compress", path, "--out", tmp_path / "a").exit_code == 0
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(24 * 2**20 - 4096 * 8 - free))
+    for command in (["compress", path, "--out", run], ["export", run]):
+        result = clipress(*command)
+        if result.exit_code:
+            one_message(result, "could not be written", str(run), "Free some space")
+            assert ".tmp" not in result.output
+            break
+    else:
+        pytest.fail("everything fitted")
+    ballast.unlink()
+    subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
+    assert clipress("compress", path, "--out", run).exit_code == 0 and clipress("export", run).exit_code == 0
+    assert weights_of(tmp_path / "a") == weights_of(run)
+    assert not [left for left in run.rglob(".*") if left.name != ".lock"]
+
+
+@pytest.mark.slow
+def test_a_read_only_disk_is_one_message(short, tmp_path, small_disk):
+    path, run = write_recipe(short, tmp_path), small_disk / "run"
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    one_message(clipress("compress", path, "--out", run), str(run), "make it writable")
+    assert not run.exists()
+    subprocess.run(["mount", "-o", "remount,rw,size=200m", small_disk], check=True)
+    assert clipress("compress", path, "--out", run).exit_code == 0
+    shutil.rmtree(run / "distilled")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    one_message(clipress("compress", path, "--out", run), str(run), "make it writable")
