@@ -1,9 +1,12 @@
 # Two commands for a newcomer: `make demo` and `make test`. Each installs what it needs into .venv first. `make test-long`
 # adds what takes many minutes, such as sixty kills.
+# For a release: `make constraints`, `make audit`, `make release`.
 PYTHON ?= python3
 VENV ?= .venv
+TOOLS ?= .venv-tools
+CLEAN ?= .venv-release
 
-.PHONY: demo test test-long clean
+.PHONY: demo test test-long constraints audit release clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/clipress run configs/demo.yaml --out runs/demo
@@ -16,17 +19,42 @@ test-long: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -q -m "slow or not slow"
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
 	  "clipress needs Python 3.10 to 3.12, found %d.%d. Choose one: make PYTHON=python3.12 ..." % v)'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): PyTorch and what comes with it is about 6 GB, some minutes."
-	$(VENV)/bin/python -m pip install --quiet --editable .
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# Newest versions that fit pyproject.toml, for every supported Python. Run the tests before you commit what comes out.
+constraints: $(TOOLS)/.installed
+	$(TOOLS)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --no-header --no-annotate \
+	  --extra test pyproject.toml --output-file constraints.txt
+	sed -i '1i # Made by `make constraints`, used by `make demo` and `make test`, and for the tested versions elsewhere:\n# pip install --constraint constraints.txt clipress' constraints.txt
+
+audit: $(TOOLS)/.installed
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
+
+# Into dist/: sdist, the wheel built from it, and a CycloneDX list of what the wheel alone brings into an empty environment.
+release: $(TOOLS)/.installed
+	rm -rf dist build $(CLEAN)
+	$(TOOLS)/bin/python -m build
+	$(TOOLS)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --without-pip $(CLEAN)
+	$(TOOLS)/bin/python -m pip --python $(CLEAN)/bin/python install --quiet --constraint constraints.txt dist/*.whl
+	cd $(CLEAN) && bin/clipress --version
+	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible $(CLEAN)/bin/python \
+	  | $(TOOLS)/bin/python .ci/sbom.py > dist/clipress.cdx.json
+
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --upgrade pip 'build>=1.2' 'cyclonedx-bom>=7' 'pip-audit>=2.9' 'twine>=6.1' 'uv>=0.8'
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(TOOLS) $(CLEAN) build dist runs

@@ -1,5 +1,6 @@
-"""CUDA from Python behind few words: pinned buffers, a stream, events, a graph. PyCUDA when it is installed, else torch.
+"""CUDA from Python behind few words: pinned buffers, a stream, events, a graph.
 
+PyCUDA when it is installed (`pip install 'clipress[pycuda]'`, built from source against a CUDA toolkit), else torch.
 Both give the same calls, so that an engine neither knows nor cares:
 
     buffer(shape, dtype)   .host: pinned array, .address: on the device, .upload(stream), .download(stream)

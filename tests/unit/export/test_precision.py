@@ -78,7 +78,8 @@ def test_an_int8_tower_keeps_its_quantisers_whatever_the_rest_is_in(int8, inputs
     lowered = precision.lower(model, rest)
     assert precision.engine_precision(model, rest) == f"int8-{rest}"
     wanted = run(model, inputs[tower], tmp_path)
-    assert (run(lowered, inputs[tower], tmp_path) * wanted).sum(1).min() > 0.999
+    least = {"fp32": 0.9999, "fp16": 0.99}[rest]  # float16 moves values across INT8's steps, how many differs by kernel
+    assert (run(lowered, inputs[tower], tmp_path) * wanted).sum(1).min() > least
     before, after = (Counter(node.op_type for node in m.graph.node) for m in (model, lowered))
     for kind in ("QuantizeLinear", "DequantizeLinear"):
         assert before[kind] == after[kind] > 0

@@ -1,0 +1,146 @@
+"""What a release brings and what it was tested with: requirements, the wheel's files, nothing of one builder's machine."""
+
+import json
+import re
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+import clipress
+
+ROOT = Path(clipress.__file__).parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+PINS = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
+PYTHONS = ("3.10", "3.11", "3.12")
+HERE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
+FOREIGN = {
+    "a package registry": re.compile(r"\b(?:pypi|pythonhosted|npmjs)\.[a-z]"),
+    "a place on one machine": re.compile(r"(?<![\w.~])/(?:work|tmp/v|root|home/\w+)/"),
+}
+
+
+@pytest.fixture(scope="module")
+def tracked():
+    """All files under version control, as paths from the root."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [Path(name) for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def applies(pin, python):
+    environment = {**default_environment(), **HERE, "python_version": python, "python_full_version": f"{python}.1"}
+    return pin.marker is None or pin.marker.evaluate(environment)
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_tested_versions_meet_every_requirement(python):
+    pins = [pin for pin in map(Requirement, PINS) if applies(pin, python)]
+    versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    assert len(versions) == len(pins)  # none has two
+    for wanted in map(Requirement, PROJECT["project"]["dependencies"] + EXTRAS["test"]):
+        found = versions[canonicalize_name(wanted.name)]
+        assert wanted.specifier.contains(found), f"{wanted} is asked for, constraints.txt has {found}"
+
+
+def test_constraints_are_exact_and_sorted_and_say_nothing_else():
+    pins = [Requirement(line) for line in PINS]
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) and not pin.url and not pin.extras for pin in pins)
+    names = [canonicalize_name(pin.name) for pin in pins]
+    assert names == sorted(names) and len(names) > 80
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_make_installs_the_tested_versions(tmp_path, target):
+    told = subprocess.run(
+        ["make", "-n", target, f"VENV={tmp_path}/venv"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    installs = [line for line in told.splitlines() if "pip install" in line]
+    assert installs and all("--constraint constraints.txt" in line for line in installs)
+
+
+def test_every_supported_python_is_told():
+    told = {entry.rpartition(" ")[2] for entry in PROJECT["project"]["classifiers"] if ":: Python ::" in entry}
+    assert told == set(PYTHONS) and PROJECT["project"]["requires-python"] == f">={PYTHONS[0]}"
+
+
+def test_the_wheel_holds_every_folder_of_code_and_what_lies_in_it(tracked):
+    settings = PROJECT["tool"]["setuptools"]
+    folders = {path.parent for path in tracked if path.name == "__init__.py"}
+    assert set(settings["packages"]) == {".".join(("clipress", *folder.parts)) for folder in folders}
+    for path in tracked:
+        if path.parent in folders - {Path()} and path.suffix != ".py":
+            patterns = settings["package-data"].get(".".join(("clipress", *path.parent.parts)), [])
+            assert any(fnmatch(path.name, pattern) for pattern in patterns), f"{path} is not in the wheel"
+
+
+def test_extras_that_are_named_exist(tracked):
+    named = {
+        extra
+        for path in tracked
+        if path.suffix in (".py", ".md")
+        for extra in re.findall(r"clipress\[(\w+)\]", (ROOT / path).read_text(encoding="utf-8"))
+    }
+    assert {"download", "pycuda", "tensorrt"} <= named <= EXTRAS.keys()
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_no_file_names_a_registry_or_a_place_on_one_machine(tracked, what):
+    for path in tracked:
+        found = FOREIGN[what].search((ROOT / path).read_text(encoding="utf-8"))
+        assert not found, f"{path} names {what}: {found[0]}"
+
+
+def bill(**torch):
+    """What cyclonedx-py writes, cut down."""
+    website = [{"type": "website", "url": "https://example.org"}]
+    return {
+        "$schema": "http://example.org/bom.json",
+        "metadata": {"tools": {"components": [{"name": "tool", "externalReferences": website}]}},
+        "components": [
+            {"name": "clipress", "bom-ref": "clipress==1", "type": "library", "externalReferences": website},
+            {
+                "name": "torch",
+                "bom-ref": "torch==2",
+                "purl": "pkg:pypi/torch@2",
+                "externalReferences": website,
+                **torch,
+            },
+        ],
+        "dependencies": [{"ref": "clipress==1", "dependsOn": ["torch==2"]}, {"ref": "torch==2"}],
+    }
+
+
+def filtered(bom):
+    script = [sys.executable, ROOT / ".ci" / "sbom.py"]
+    return subprocess.run(script, input=json.dumps(bom), capture_output=True, text=True)
+
+
+def test_an_sbom_is_about_clipress_and_keeps_all_but_addresses():
+    found = json.loads(filtered(bill()).stdout)
+    assert found == {
+        "metadata": {
+            "tools": {"components": [{"name": "tool"}]},
+            "component": {"name": "clipress", "bom-ref": "clipress==1", "type": "application"},
+        },
+        "components": [{"name": "torch", "bom-ref": "torch==2", "purl": "pkg:pypi/torch@2"}],
+        "dependencies": bill()["dependencies"],
+    }
+
+
+@pytest.mark.parametrize("place", ["see https://example.org", "file:wheel.whl", "in /srv/wheels/torch"])
+def test_an_sbom_with_an_address_in_its_words_is_refused(place):
+    done = filtered(bill(description=place))
+    assert done.returncode == 1 and not done.stdout and "An address is left" in done.stderr
