@@ -1,6 +1,6 @@
 """Does a killed job end where an unkilled one ends? `python tests/flow/kill_jobs.py [--kills N] [--out FOLDER]`.
 
-Every kind of long job (each stage, filling a teacher cache, exporting) is run once to its end. Then, again and again, it is
+Every kind of long job (each stage, filling a teacher cache, exporting, indexing) is run once to its end. Then, again and again, it is
 started on a fresh folder, killed with SIGKILL (at a step, around a rename, or at any moment), started anew, maybe killed
 again, and left to end. What it leaves must be the same bytes, with nothing besides. A seed decides every kill.
 
@@ -41,6 +41,7 @@ from clipress.cli import main as clipress_command
 from clipress.compress import embed
 from clipress.compress.learner import Learner
 from clipress.models.tiny import tiny_architecture
+from clipress.serve import indexing
 
 STEPS, EVERY = 12, 3
 SHORT = {"steps": STEPS, "batch_size": 16, "lr": 1e-3}
@@ -95,13 +96,21 @@ JOBS = (
         False,
     ),
     Job("export", ({"prune": {**PRUNE, "steps": 4}},), "export", ("export", "RUN"), False),
+    Job(
+        "index",
+        (),
+        "index",
+        ("serve", "index", "HOME/pictures", "--out", "RUN/index", "--model", "HOME/teacher/export/teacher"),
+        False,
+    ),
 )
 
 
 def in_small_shards() -> None:
-    """Let the tiny sources fill several shards."""
+    """Let the tiny sources fill several shards, and the pictures of an index several parts."""
     described = embed.manifest_of
     embed.manifest_of = lambda *given: described(*given).model_copy(update={"items_per_shard": 8})
+    indexing.PART = indexing.BATCH = 8
 
 
 def forked(command: list[str], log: Path, die: Callable[[], None], after: float | None = None) -> int:
@@ -221,7 +230,13 @@ class Bench:
             "data": DATA,
             "stages": [{"distill": {"losses": ["contrastive"], **SHORT, "name": "teacher"}}],
         }
-        self._finish(["compress", self._write("teacher", inner), "--out", str(home / "teacher")])
+        inner["export"] = {"onnx": {"exporter": "torchscript"}}
+        for command in (
+            ["compress", self._write("teacher", inner), "--out", str(home / "teacher")],
+            ["export", str(home / "teacher")],
+            ["data", "pictures", str(home / "pictures"), "--count", "40"],
+        ):
+            self._finish(command)
 
     def _write(self, name: str, recipe: dict[str, Any]) -> str:
         path = self.home / f"{name}.yaml"
@@ -257,7 +272,11 @@ class Bench:
             "export": {"onnx": {"exporter": "torchscript"}},
         }
         path = self._write("recipe", recipe)
-        return [word.replace("RECIPE", path).replace("RUN", str(run)) for word in job.command]
+        stands_for = {"RECIPE": path, "RUN": str(run), "HOME": str(self.home)}
+        found = list(job.command)
+        for name, value in stands_for.items():
+            found = [word.replace(name, value) for word in found]
+        return found
 
     def reference(self, job: Job) -> Reference:
         """Run a job to its end, twice, and see that both leave the same."""
