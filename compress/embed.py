@@ -7,7 +7,6 @@ killed and taken up again, or shared among processes, leaves the same bytes.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clipress import __version__
-from clipress.artifact import cache_folder, locked
+from clipress.artifact import cache_folder, locked, sweep
 from clipress.compress.fabric import start_fabric, uses_bf16
 from clipress.data.formats.files import MAX_SKIPPED
 from clipress.data.pairs import Source, open_source
@@ -91,8 +90,7 @@ def build_cache(
         barrier()
     cache = TeacherCache.open(folder)
     if rank == 0:
-        for left in folder.glob(".*.tmp"):  # of builds that were killed; all shards are there, so nobody writes now
-            shutil.rmtree(left, ignore_errors=True)
+        sweep(folder)  # what killed builds left; all shards are there, so nobody writes now
     return cache
 
 

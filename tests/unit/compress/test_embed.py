@@ -136,6 +136,15 @@ def test_a_killed_build_is_taken_up_again_and_leaves_the_same_bytes(clip, digits
     assert {name: data for name, data in content(left).items() if name[0] != "."} == content(whole)
 
 
+def test_what_killed_builds_left_is_removed_when_all_is_there(clip, digits, tmp_path):
+    folder = build_cache(clip, digits, Augment(), 1, tmp_path, teacher_hash="hash", say=say).folder
+    (folder / ".manifest.json.1.tmp").write_text("half")
+    (folder / ".00000.1.tmp").mkdir()
+    (folder / ".00000.1.tmp" / "image.npy").write_text("half")
+    build_cache(clip, digits, Augment(), 1, tmp_path, teacher_hash="hash", say=say)
+    assert not list(folder.glob(".*.tmp"))
+
+
 def test_a_shard_that_is_cut_short_is_made_again_and_no_other(clip, digits, tmp_path):
     folder = in_small_shards(clip, digits, tmp_path)
     before, path = content(folder), folder / "00003" / "text.npy"
