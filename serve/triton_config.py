@@ -152,7 +152,7 @@ def _tokenize(served: Served) -> ModelConfig:
     config = _model("tokenize", "python", served.largest_batch("text"))
     config.input.add(name="text", data_type=STRING, dims=[1])
     config.output.add(name="input_ids", data_type=INT64, dims=[served.exported.tokenizer.context_length])
-    _instances(config, 1)  # it brings torch, hundreds of megabytes, and has little to do
+    _instances(config, 1)  # it has little to do
     _batching(config, served.settings)
     _cached(config, served.settings)
     _warm_up(config, "text", 1, {"input_data_file": WARM_UPS["tokenize"]})
