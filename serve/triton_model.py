@@ -21,6 +21,14 @@ AT_ONCE = 4  # requests to another model that wait at the same time, lest one la
 Tensors = Mapping[str, np.ndarray]
 
 
+class ModelError(Exception):
+    """Another model's error, which is passed on: a client is to know whether asking again is worth while."""
+
+    def __init__(self, error: Any) -> None:
+        super().__init__(error.message())
+        self.code = error.code()
+
+
 def parameters(args: Mapping[str, str]) -> dict[str, str]:
     """Return the parameters of a model's configuration."""
     told = json.loads(args["model_config"])["parameters"]
@@ -86,7 +94,7 @@ async def answered(request: Any, answer: Callable[[Any], Awaitable[Tensors]]) ->
 async def embedded(tower: str, items: Sequence[bytes], batch: int) -> np.ndarray:
     """Ask the server's own `embed_<tower>` for the unit vectors [N, D] of files or texts, `batch` rows a request.
 
-    Raises DataError with what that model says.
+    Raises ModelError with what that model says.
     """
     parts = [items[start : start + batch] for start in range(0, len(items), batch)]
     done: list[np.ndarray] = []
@@ -104,7 +112,7 @@ async def _asked(tower: str, items: Sequence[bytes]) -> np.ndarray:
     )
     response = await asked.async_exec()
     if response.has_error():
-        raise DataError(response.error().message())
+        raise ModelError(response.error())
     return pb_utils.get_output_tensor_by_name(response, gives).as_numpy()
 
 
@@ -122,6 +130,11 @@ def _response(tensors: Tensors) -> Any:
 
 
 def failed(error: Exception) -> Any:
-    """Return the response that carries an error."""
-    told = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(told))
+    """Return the response that carries an error, with the status it has over HTTP and gRPC."""
+    if isinstance(error, ModelError):
+        told, code = str(error), error.code
+    elif isinstance(error, DataError):
+        told, code = str(error), pb_utils.TritonError.INVALID_ARG
+    else:
+        told, code = f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(told, code))

@@ -50,7 +50,9 @@ $docker
 $note
 Or, without a container, where a server is installed: `clipress serve RUN --run`.
 
-Ready when `curl -sf localhost:8000/v2/health/ready` succeeds. The folder above this one is mounted, so that a version that
+Ready when `curl -sf localhost:8000/v2/health/ready` succeeds. Triton still says so when a model's process has been killed, and
+then fails that model's requests: let a health check ask `embed_text` too. `clipress serve RUN --run` loads it again.
+The folder above this one is mounted, so that a version that
 is added is seen by the running server: `--model-control-mode=poll` loads it by itself, a restart always does.
 
 ## Ask it
@@ -150,8 +152,6 @@ def _tokenizer(tokenizer: Tokenizer) -> str:
 def _docker(served: Served) -> str:
     settings = served.settings
     options = [f"--model-repository=/models/{served.backend}"]
-    if settings.cache_mb:
-        options.append(f"--cache-config=local,size={settings.cache_mb << 20}")
     if settings.rate_limit is not None:
         options.append("--rate-limit=execution_count")
     plans = served.plans.get("image")

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 EXIT_SECONDS = 10  # the server waits as long for requests that are under way, and for clients that stay connected
-CACHE_BYTES = 16 << 20
 SHARED_MEMORY = Path("/dev/shm")
+WATCH_SECONDS = 1
+STUB = "triton_python_backend_stub"
 # Through these a client could have the server run a file of its choice, or read this machine's memory.
 CLOSED = "model-repository,shared-memory,trace,logging"
 # Becomes the server; SIGTERM comes to it when clipress has died, however that happened.
@@ -112,7 +113,6 @@ class TritonServer:
             "--model-control-mode=explicit",
             "--load-model=*",
             "--strict-readiness=true",
-            f"--cache-config=local,size={CACHE_BYTES}",
             f"--backend-config=python,shm-region-prefix-name={self._name}-",
             f"--exit-timeout-secs={EXIT_SECONDS}",
             f"--http-restricted-api={CLOSED}:clipress={self._key}",
@@ -154,10 +154,36 @@ class TritonServer:
     def _failure(self, found: str) -> ServerError:
         return ServerError(f"Triton was asked to serve {self.repository}; {found}. {_reasons(self.log)}")
 
-    def wait(self) -> None:
-        """Wait for as long as the server lives. Raises ServerError when it ends by itself."""
-        code = self._process.wait()
-        raise self._failure(f"it ended by itself, with exit code {code}")
+    def wait(self, tell: Callable[[str], None] = lambda _: None) -> None:
+        """Wait for as long as the server lives, and load models again whose processes have died; `tell` hears of it.
+
+        Triton itself calls such a model ready for ever, and has its requests fail. Raises ServerError when the server ends
+        by itself, or a model cannot be loaded again.
+        Meanwhile no other thread may load or unload.
+        """
+        process, known = self._process, self._model_processes()
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(WATCH_SECONDS)
+                raise self._failure(f"it ended by itself, with exit code {code}")
+            now = self._model_processes()
+            for model in sorted({instance.rsplit("_", 2)[0] for instance in known - now}):
+                tell(f"A process of {model} has died: it is loaded again.")
+                self.load(model)
+            known = now | self._model_processes()
+
+    def _model_processes(self) -> set[str]:
+        """Return the instances, such as classify_0_1, that the python backend runs now, each in a process of its own."""
+        found = set()
+        for children in Path(f"/proc/{self._process.pid}/task").glob("*/children"):
+            with suppress(OSError):  # a thread or process that ends
+                for pid in children.read_text().split():
+                    words = (
+                        Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+                    )  # none when it has ended
+                    if Path(words[0]).name == STUB:
+                        found.add(words[-3])
+        return found
 
     def stop(self) -> None:
         """End the server and its processes. Requests under way are answered first, for up to EXIT_SECONDS."""
@@ -284,7 +310,7 @@ def serve_until_stopped(
                 tell(f"Whoever reaches {host} can ask it: nothing is encrypted, and there is no password.")
             tell(f"What a model takes: curl -s http://{server.http}/v2/models/image_encoder/config")
             tell(f"How to ask it: {repository / 'README.md'}. Log: {server.log}. Ready; Ctrl-C stops it.")
-            server.wait()
+            server.wait(tell)
 
 
 @contextmanager
