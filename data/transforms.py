@@ -58,9 +58,11 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise DataError(f"{name} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded.")
         return _rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:  # Pillow's own limit comes first
+        raise DataError(f"{name} has too many pixels: {error} At most {MAX_PIXELS:,} are decoded.") from None
     except FileNotFoundError:
         raise DataError(f"Image {name} was asked for, and there is no such file.") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
         why = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{name} is not a picture that can be decoded: {why}. Give a JPEG, PNG or WebP file.") from None
 

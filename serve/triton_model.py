@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,11 +23,15 @@ Tensors = Mapping[str, np.ndarray]
 
 
 class ModelError(Exception):
-    """Another model's error, which is passed on: a client is to know whether asking again is worth while."""
+    """Another model's error, which is passed on. Its status is lost on the way, and is told by Triton's words."""
 
-    def __init__(self, error: Any) -> None:
-        super().__init__(error.message())
-        self.code = error.code()
+    @property
+    def code(self) -> Any:
+        """Whether asking again is worth while, it is a bug, or the input's fault."""
+        if re.search("maximum queue size|timeout expired|not healthy|not ready|unknown model", str(self)):
+            return pb_utils.TritonError.UNAVAILABLE
+        bug = re.search(r"(^|, )\w+(Error|Exception): ", str(self))  # as `failed` writes it
+        return pb_utils.TritonError.INTERNAL if bug else pb_utils.TritonError.INVALID_ARG
 
 
 def parameters(args: Mapping[str, str]) -> dict[str, str]:
@@ -112,7 +117,7 @@ async def _asked(tower: str, items: Sequence[bytes]) -> np.ndarray:
     )
     response = await asked.async_exec()
     if response.has_error():
-        raise ModelError(response.error())
+        raise ModelError(response.error().message())
     return pb_utils.get_output_tensor_by_name(response, gives).as_numpy()
 
 

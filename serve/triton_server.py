@@ -161,29 +161,16 @@ class TritonServer:
         by itself, or a model cannot be loaded again.
         Meanwhile no other thread may load or unload.
         """
-        process, known = self._process, self._model_processes()
+        process, known = self._process, _model_processes(process.pid)
         while True:
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(WATCH_SECONDS)
                 raise self._failure(f"it ended by itself, with exit code {code}")
-            now = self._model_processes()
-            for model in sorted({instance.rsplit("_", 2)[0] for instance in known - now}):
+            now = _model_processes(process.pid)
+            for model in sorted({model for model, _ in known - now}):
                 tell(f"A process of {model} has died: it is loaded again.")
                 self.load(model)
-            known = now | self._model_processes()
-
-    def _model_processes(self) -> set[str]:
-        """Return the instances, such as classify_0_1, that the python backend runs now, each in a process of its own."""
-        found = set()
-        for children in Path(f"/proc/{self._process.pid}/task").glob("*/children"):
-            with suppress(OSError):  # a thread or process that ends
-                for pid in children.read_text().split():
-                    words = (
-                        Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-                    )  # none when it has ended
-                    if Path(words[0]).name == STUB:
-                        found.add(words[-3])
-        return found
+            known = now | _model_processes(process.pid)
 
     def stop(self) -> None:
         """End the server and its processes. Requests under way are answered first, for up to EXIT_SECONDS."""
@@ -263,6 +250,19 @@ def _ports(host: str, asked: dict[str, int | None]) -> dict[str, int]:
     finally:
         for taken in held.values():
             taken.close()
+
+
+def _model_processes(server: int) -> set[tuple[str, str]]:
+    """Return (model, instance), such as classify and 0_1, of what the python backend runs, each in its own process."""
+    found = set()
+    for children in Path(f"/proc/{server}/task").glob("*/children"):
+        with suppress(OSError):  # a thread or process that ends
+            for pid in children.read_text().split():
+                words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+                # one that has ended has no words; other names are of short-lived ones, which complete a configuration
+                if Path(words[0]).name == STUB and (name := re.fullmatch(r"(.+)_(\d+_\d+)", words[-3])):
+                    found.add(name.groups())
+    return found
 
 
 def _reasons(log: Path) -> str:

@@ -614,7 +614,7 @@ class Tensor:
 class Fault(str):
     """An error with its code, as Triton numbers them."""
 
-    INTERNAL, INVALID_ARG = 1, 3
+    INTERNAL, INVALID_ARG, UNAVAILABLE = 1, 3, 4
 
     def __new__(cls, told, code):
         made = super().__new__(cls, told)
@@ -642,7 +642,7 @@ class Asked:
         embeds = np.stack([by_hand(row[0]) for row in rows])
         return SimpleNamespace(
             has_error=lambda: bool(bad),
-            error=lambda: SimpleNamespace(message=lambda: "in ensemble: bad", code=lambda: 6),
+            error=lambda: SimpleNamespace(message=lambda: "in ensemble: bad"),
             outputs={self.gives: Tensor(self.gives, embeds)},
         )
 
@@ -783,6 +783,22 @@ def probabilities(images, labels, templates=("a photo of a {}",), scale=20.59095
     return weights / weights.sum(axis=1, keepdims=True)
 
 
+@pytest.mark.parametrize(
+    ("told", "code"),
+    [
+        ("in ensemble 'embed_text', text: Exceeds maximum queue size", Fault.UNAVAILABLE),
+        ("in ensemble 'embed_text', Request timeout expired", Fault.UNAVAILABLE),
+        ("in ensemble 'embed_image', Stub process 'preprocess_0_0' is not healthy.", Fault.UNAVAILABLE),
+        ("in ensemble 'embed_image', MemoryError: ", Fault.INTERNAL),
+        ("in ensemble 'embed_image', the given bytes is not a picture that can be decoded: its end", Fault.INVALID_ARG),
+    ],
+)
+def test_another_models_error_says_whose_fault_it_is(python_backend, told, code):
+    from clipress.serve.triton_model import ModelError, failed
+
+    assert failed(ModelError(told)).error == told and failed(ModelError(told)).error.code == code
+
+
 def test_classify_asks_for_a_label_set_once_and_for_no_more_than_a_batch(export, tmp_path, python_backend):
     model = started(python_repository(export, tmp_path, max_batch=2), "classify")
     images, labels, templates = [b"1", b"2", b"3"], ["cat", "dog", "fox"], ["{}", "{}?"]
@@ -809,8 +825,8 @@ def test_a_question_that_cannot_be_answered_fails_alone(export, tmp_path, python
         strings(image=[b"2"], labels=[b"cat", b"dog"]),
     ]
     good, picture, labels, none, prompts, other = asyncio.run(model.execute(questions))
-    assert "in ensemble: bad" in picture.error and picture.error.code == 6  # passed on as it came
-    assert labels.error.code == none.error.code == Fault.INVALID_ARG
+    assert "in ensemble: bad" in picture.error
+    assert picture.error.code == labels.error.code == none.error.code == Fault.INVALID_ARG
     assert "more than once: cat" in labels.error
     assert "labels: at least one" in none.error and "1001 labels in 100 templates" in prompts.error
     assert good.outputs["probabilities"].tolist() == [[1.0]]
