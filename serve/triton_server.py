@@ -161,7 +161,8 @@ class TritonServer:
         by itself, or a model cannot be loaded again.
         Meanwhile no other thread may load or unload.
         """
-        process, known = self._process, _model_processes(process.pid)
+        process = self._process
+        known = _model_processes(process.pid)
         while True:
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(WATCH_SECONDS)
