@@ -16,6 +16,7 @@ import socket
 import struct
 import threading
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,7 @@ def jpeg_cut():
     return file[: len(file) // 2]
 
 
+@cache
 def huge():
     """A whole PNG of 400 million pixels, 50 kB as a file."""
     file = io.BytesIO()
@@ -342,12 +344,13 @@ def fragile(triton, exports, tmp_path_factory):
         with triton_grpc.InferenceServerClient(server.grpc) as client:
             yield server, client, said
         assert not ended
-    watcher.join()
+        server._process.kill()  # asked to end, it would wait ten seconds for the models whose processes were killed
+        watcher.join()
 
 
 def test_more_requests_than_may_wait_are_refused_and_can_be_sent_again(fragile, local, happened):
     server, client, _ = fragile
-    files = [picture(number, "PNG", (700, 700)) for number in range(24)]
+    files = [picture(number, "PNG", (500, 500)) for number in range(16)]
     expected = local.images(*files)
     with concurrent.futures.ThreadPoolExecutor(len(files)) as pool:
         found = list(pool.map(lambda file: outcome(client, file), files))

@@ -291,6 +291,7 @@ def test_a_server_whose_clipress_is_killed_ends_too(triton, tmp_path):
     assert session(leader) == [] and shared_memory(process.pid) == []
 
 
+@pytest.mark.slow  # what it waits for is tested with the faults; here, that the command does
 def test_a_model_whose_process_is_killed_is_loaded_again(triton, tmp_path):
     """Without that its requests would fail for ever, and the server would call itself ready."""
     process, leader, printed = started("-c", SERVE, put_model(tmp_path / "models", "probe", PROBE))
