@@ -5,7 +5,6 @@ Any fault of one request, expected or not, is an error for that request alone.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,7 +17,6 @@ from clipress.errors import DataError
 
 MAX_PROMPTS = 100_000  # in one request; labels times templates grow fast
 MAX_TEXT = 100_000  # characters: a text is cut to its first words anyway, after work that grows with its length
-AT_ONCE = 4  # requests to another model that wait at the same time, lest one label set fill its queue
 Tensors = Mapping[str, np.ndarray]
 
 
@@ -101,11 +99,8 @@ async def embedded(tower: str, items: Sequence[bytes], batch: int) -> np.ndarray
 
     Raises ModelError with what that model says.
     """
-    parts = [items[start : start + batch] for start in range(0, len(items), batch)]
-    done: list[np.ndarray] = []
-    for start in range(0, len(parts), AT_ONCE):
-        done += await asyncio.gather(*(_asked(tower, part) for part in parts[start : start + AT_ONCE]))
-    return np.concatenate(done)
+    # One at a time: Triton lets full batches that wait together lie for up to half a second.
+    return np.concatenate([await _asked(tower, items[start : start + batch]) for start in range(0, len(items), batch)])
 
 
 async def _asked(tower: str, items: Sequence[bytes]) -> np.ndarray:

@@ -255,7 +255,7 @@ def test_a_text_that_is_too_long_is_cut_as_in_training(client, local, happened, 
 
 
 def test_thousands_of_labels_are_answered_and_others_meanwhile(served, client, local, happened):
-    labels = [f"thing {number}" for number in range(400)]
+    labels = [f"thing {number}" for number in range(10_000)]
     call = triton_grpc.InferenceServerClient(served.grpc)
     inputs = [tensor(triton_grpc, name, array) for name, array in classes([one.encode() for one in labels]).items()]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -268,16 +268,7 @@ def test_thousands_of_labels_are_answered_and_others_meanwhile(served, client, l
     expected = Classifier(local.export, threads=1).probabilities([PICTURES[0]], labels)
     np.testing.assert_allclose(asking.result(), expected, atol=1e-6)
     assert others > 1
-    happened("400 labels", "the probabilities of local inference, others answered meanwhile", f"so, {others} others")
-
-
-@pytest.mark.slow
-def test_ten_thousand_labels_are_answered(client, local, happened):
-    labels = [f"thing {number}" for number in range(10_000)]
-    inputs = [tensor(triton_grpc, name, array) for name, array in classes([one.encode() for one in labels]).items()]
-    found = client.infer("classify", inputs).as_numpy("probabilities")
-    np.testing.assert_allclose(found, Classifier(local.export, 1).probabilities([PICTURES[0]], labels), atol=1e-6)
-    happened("10,000 labels", "the probabilities of local inference", "so")
+    happened("10,000 labels", "the probabilities of local inference, others answered meanwhile", f"so, {others} others")
 
 
 def test_clients_that_go_away_leave_nothing_behind(served, client, local, happened):
