@@ -64,6 +64,8 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         if max(image.size) > MAX_ASPECT * min(image.size):
             raise DataError(f"{name} has {image.width} x {image.height} pixels; it is thinner than 1 to {MAX_ASPECT}.")
         return _rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:  # Pillow's own limit comes first
+        raise DataError(f"{name} has too many pixels: {error} At most {MAX_PIXELS:,} are decoded.") from None
     except FileNotFoundError:
         raise DataError(f"Image {name} was asked for, and there is no such file.") from None
     except DataError:

@@ -45,8 +45,6 @@ class ServeSettings(Section):
     gpus: tuple[int, ...] | None = None
     """Devices that engines run on, `instances` on each; absent: all."""
     rate_limit: RateLimit | None = None
-    cache_mb: int = Field(64, ge=0, le=65_536)
-    """Memory for answers to texts that were asked before; takes effect with a server's --cache-config. 0: no cache."""
     label_cache_mb: int = Field(64, ge=0, le=65_536)
     """Memory for the embeddings of label sets, per instance of `classify`; the least recently used set goes first."""
     index: Path | None = None

@@ -103,8 +103,6 @@ def _encoder(served: Served, tower: str) -> ModelConfig:
     _batching(config, settings)
     if size.preferred_batch is not None and size.preferred_batch < largest:
         config.dynamic_batching.preferred_batch_size.append(size.preferred_batch)
-    if tower == "text":
-        _cached(config, settings)
     if served.plans:
         _on_gpus(config, served.plans[tower], settings)
     for batch in sorted({1, largest}):  # before the first client, at both ends of memory use
@@ -152,16 +150,15 @@ def _tokenize(served: Served) -> ModelConfig:
     config = _model("tokenize", "python", served.largest_batch("text"))
     config.input.add(name="text", data_type=STRING, dims=[1])
     config.output.add(name="input_ids", data_type=INT64, dims=[served.exported.tokenizer.context_length])
-    _instances(config, 1)  # it brings torch, hundreds of megabytes, and has little to do
+    _instances(config, 1)  # it has little to do
     _batching(config, served.settings)
-    _cached(config, served.settings)
     _warm_up(config, "text", 1, {"input_data_file": WARM_UPS["tokenize"]})
     _tell(config, tokenizer=served.exported.tokenizer.model_dump_json())
     return config
 
 
 def _ensemble(served: Served, tower: str, before: tuple[str, str, str]) -> ModelConfig:
-    """Chain what prepares an input and its encoder. Neither cache, queue nor instances: these are its parts' own."""
+    """Chain what prepares an input and its encoder. Neither queue nor instances: these are its parts' own."""
     first, takes, between = before
     gives = f"{tower}_embeds"
     config = _model(f"embed_{tower}", "", served.largest_batch(tower))
@@ -205,6 +202,7 @@ def _search(served: Served) -> ModelConfig:
 
 
 def _model(name: str, backend: str, max_batch: int) -> ModelConfig:
+    """Begin a configuration. No response cache: Triton's keeps errors too, and gives them out as empty answers."""
     from tritonclient.grpc import model_config_pb2 as triton
 
     config = triton.ModelConfig(name=name, backend=backend, max_batch_size=max_batch)
@@ -226,12 +224,6 @@ def _batching(config: ModelConfig, settings: ServeSettings) -> None:
         queue.max_queue_size = settings.queue_size
         queue.default_timeout_microseconds = 1000 * settings.queue_timeout_ms
         queue.allow_timeout_override = True  # a client may ask for less
-
-
-def _cached(config: ModelConfig, settings: ServeSettings) -> None:
-    """Keep answers to texts, which come again; pictures hardly do."""
-    if settings.cache_mb:
-        config.response_cache.enable = True
 
 
 def _warm_up(config: ModelConfig, name: str, batch: int, sample: Mapping[str, Any]) -> None:

@@ -5,8 +5,8 @@ Any fault of one request, expected or not, is an error for that request alone.
 
 from __future__ import annotations
 
-import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +17,19 @@ from clipress.errors import DataError
 
 MAX_PROMPTS = 100_000  # in one request; labels times templates grow fast
 MAX_TEXT = 100_000  # characters: a text is cut to its first words anyway, after work that grows with its length
-AT_ONCE = 4  # requests to another model that wait at the same time, lest one label set fill its queue
 Tensors = Mapping[str, np.ndarray]
+
+
+class ModelError(Exception):
+    """Another model's error, which is passed on. Its status is lost on the way, and is told by Triton's words."""
+
+    @property
+    def code(self) -> Any:
+        """Whether asking again is worth while, it is a bug, or the input's fault."""
+        if re.search("maximum queue size|timeout expired|not healthy|not ready|unknown model", str(self)):
+            return pb_utils.TritonError.UNAVAILABLE
+        bug = re.search(r"(^|, )\w+(Error|Exception): ", str(self))  # as `failed` writes it
+        return pb_utils.TritonError.INTERNAL if bug else pb_utils.TritonError.INVALID_ARG
 
 
 def parameters(args: Mapping[str, str]) -> dict[str, str]:
@@ -86,13 +97,10 @@ async def answered(request: Any, answer: Callable[[Any], Awaitable[Tensors]]) ->
 async def embedded(tower: str, items: Sequence[bytes], batch: int) -> np.ndarray:
     """Ask the server's own `embed_<tower>` for the unit vectors [N, D] of files or texts, `batch` rows a request.
 
-    Raises DataError with what that model says.
+    Raises ModelError with what that model says.
     """
-    parts = [items[start : start + batch] for start in range(0, len(items), batch)]
-    done: list[np.ndarray] = []
-    for start in range(0, len(parts), AT_ONCE):
-        done += await asyncio.gather(*(_asked(tower, part) for part in parts[start : start + AT_ONCE]))
-    return np.concatenate(done)
+    # One at a time: Triton lets full batches that wait together lie for up to half a second.
+    return np.concatenate([await _asked(tower, items[start : start + batch]) for start in range(0, len(items), batch)])
 
 
 async def _asked(tower: str, items: Sequence[bytes]) -> np.ndarray:
@@ -104,7 +112,7 @@ async def _asked(tower: str, items: Sequence[bytes]) -> np.ndarray:
     )
     response = await asked.async_exec()
     if response.has_error():
-        raise DataError(response.error().message())
+        raise ModelError(response.error().message())
     return pb_utils.get_output_tensor_by_name(response, gives).as_numpy()
 
 
@@ -122,6 +130,11 @@ def _response(tensors: Tensors) -> Any:
 
 
 def failed(error: Exception) -> Any:
-    """Return the response that carries an error."""
-    told = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(told))
+    """Return the response that carries an error, with the status it has over HTTP and gRPC."""
+    if isinstance(error, ModelError):
+        told, code = str(error), error.code
+    elif isinstance(error, DataError):
+        told, code = str(error), pb_utils.TritonError.INVALID_ARG
+    else:
+        told, code = f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(told, code))

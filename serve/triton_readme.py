@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from string import Template
 
+from clipress.data.tokens import CLIP_BPE
+from clipress.models.exported import Tokenizer
 from clipress.serve.plans import Plans
 from clipress.serve.triton_config import Served
 
@@ -34,9 +36,9 @@ python backend of this release answers with empty tensors and no error. Build su
 ```sh
 docker build -t clipress-triton:$tag -f - . <<'END'
 FROM nvcr.io/nvidia/tritonserver:$tag-py3
-RUN pip install 'numpy<2' onnxruntime open_clip_torch pillow pydantic pyyaml
+RUN pip install 'numpy<2' onnxruntime $tokenizer pillow pydantic pyyaml
 COPY . /opt/clipress
-RUN pip install --no-deps /opt/clipress
+RUN pip install --no-deps open_clip_torch /opt/clipress
 END
 ```
 
@@ -48,7 +50,9 @@ $docker
 $note
 Or, without a container, where a server is installed: `clipress serve RUN --run`.
 
-Ready when `curl -sf localhost:8000/v2/health/ready` succeeds. The folder above this one is mounted, so that a version that
+Ready when `curl -sf localhost:8000/v2/health/ready` succeeds. Triton still says so when a model's process has been killed, and
+then fails that model's requests: let a health check ask `embed_text` too. `clipress serve RUN --run` loads it again.
+The folder above this one is mounted, so that a version that
 is added is seen by the running server: `--model-control-mode=poll` loads it by itself, a restart always does.
 
 ## Ask it
@@ -132,17 +136,22 @@ def readme(served: Served, version: int, with_search: bool) -> str:
         two_lists=" two" if with_search else "",
         ask_search=ASK_SEARCH if with_search else "",
         tag=settings.container,
+        tokenizer=_tokenizer(exported.tokenizer),
         docker=_docker(served),
         note=_note(served.plans.get("image")),
         ids=", ".join(["0"] * length),
     )
 
 
+def _tokenizer(tokenizer: Tokenizer) -> str:
+    """Return the packages it needs: of CLIP's own, open_clip's vocabulary is read, and no torch is needed."""
+    plain = tokenizer.name == CLIP_BPE and not tokenizer.kwargs
+    return "ftfy regex tokenizers" if plain else "open_clip_torch transformers"
+
+
 def _docker(served: Served) -> str:
     settings = served.settings
     options = [f"--model-repository=/models/{served.backend}"]
-    if settings.cache_mb:
-        options.append(f"--cache-config=local,size={settings.cache_mb << 20}")
     if settings.rate_limit is not None:
         options.append("--rate-limit=execution_count")
     plans = served.plans.get("image")

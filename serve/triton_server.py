@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 EXIT_SECONDS = 10  # the server waits as long for requests that are under way, and for clients that stay connected
-CACHE_BYTES = 16 << 20
 SHARED_MEMORY = Path("/dev/shm")
+WATCH_SECONDS = 1
+STUB = "triton_python_backend_stub"
 # Through these a client could have the server run a file of its choice, or read this machine's memory.
 CLOSED = "model-repository,shared-memory,trace,logging"
 # Becomes the server; SIGTERM comes to it when clipress has died, however that happened.
@@ -112,7 +113,6 @@ class TritonServer:
             "--model-control-mode=explicit",
             "--load-model=*",
             "--strict-readiness=true",
-            f"--cache-config=local,size={CACHE_BYTES}",
             f"--backend-config=python,shm-region-prefix-name={self._name}-",
             f"--exit-timeout-secs={EXIT_SECONDS}",
             f"--http-restricted-api={CLOSED}:clipress={self._key}",
@@ -154,10 +154,24 @@ class TritonServer:
     def _failure(self, found: str) -> ServerError:
         return ServerError(f"Triton was asked to serve {self.repository}; {found}. {_reasons(self.log)}")
 
-    def wait(self) -> None:
-        """Wait for as long as the server lives. Raises ServerError when it ends by itself."""
-        code = self._process.wait()
-        raise self._failure(f"it ended by itself, with exit code {code}")
+    def wait(self, tell: Callable[[str], None] = lambda _: None) -> None:
+        """Wait for as long as the server lives, and load models again whose processes have died; `tell` hears of it.
+
+        Triton itself calls such a model ready for ever, and has its requests fail. Raises ServerError when the server ends
+        by itself, or a model cannot be loaded again.
+        Meanwhile no other thread may load or unload.
+        """
+        process = self._process
+        known = _model_processes(process.pid)
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(WATCH_SECONDS)
+                raise self._failure(f"it ended by itself, with exit code {code}")
+            now = _model_processes(process.pid)
+            for model in sorted({model for model, _ in known - now}):
+                tell(f"A process of {model} has died: it is loaded again.")
+                self.load(model)
+            known = now | _model_processes(process.pid)
 
     def stop(self) -> None:
         """End the server and its processes. Requests under way are answered first, for up to EXIT_SECONDS."""
@@ -239,6 +253,19 @@ def _ports(host: str, asked: dict[str, int | None]) -> dict[str, int]:
             taken.close()
 
 
+def _model_processes(server: int) -> set[tuple[str, str]]:
+    """Return (model, instance), such as classify and 0_1, of what the python backend runs, each in its own process."""
+    found = set()
+    for children in Path(f"/proc/{server}/task").glob("*/children"):
+        with suppress(OSError):  # a thread or process that ends
+            for pid in children.read_text().split():
+                words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+                # one that has ended has no words; other names are of short-lived ones, which complete a configuration
+                if Path(words[0]).name == STUB and (name := re.fullmatch(r"(.+)_(\d+_\d+)", words[-3])):
+                    found.add(name.groups())
+    return found
+
+
 def _reasons(log: Path) -> str:
     """Return what the log calls an error, else its last lines."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -284,7 +311,7 @@ def serve_until_stopped(
                 tell(f"Whoever reaches {host} can ask it: nothing is encrypted, and there is no password.")
             tell(f"What a model takes: curl -s http://{server.http}/v2/models/image_encoder/config")
             tell(f"How to ask it: {repository / 'README.md'}. Log: {server.log}. Ready; Ctrl-C stops it.")
-            server.wait()
+            server.wait(tell)
 
 
 @contextmanager

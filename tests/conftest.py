@@ -36,6 +36,29 @@ def triton(pytestconfig, cache_folder) -> Triton:
         pytest.skip(str(missing))
 
 
+@pytest.fixture(scope="session")
+def exports(tiny_run) -> list[Path]:
+    """What `served` serves: its version 1 and its version 2."""
+    from asking import STAGES
+
+    return [tiny_run[0] / "export" / stage for stage in STAGES]
+
+
+@pytest.fixture(scope="session")
+def served(triton, exports, tmp_path_factory):
+    """A real Triton that serves two versions of the tiny run's models, the second one. Leave it as it was."""
+    from asking import SETTINGS
+
+    from clipress.serve.triton_repo import triton_repo_from_export
+    from clipress.serve.triton_server import TritonServer
+
+    folder = tmp_path_factory.mktemp("served")
+    for export in exports:
+        (repository,) = triton_repo_from_export(export, folder, SETTINGS)
+    with TritonServer(repository, triton=triton) as server:
+        yield server
+
+
 @pytest.fixture
 def recipe() -> dict[str, Any]:
     """A fresh copy of the tiny recipe, to be changed freely."""

@@ -1,18 +1,84 @@
-"""A tokenizer is made of what an artefact says, as far as that is harmless."""
+"""Token ids against open_clip's own tokenizer, which the embeddings of all published models rest on."""
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from open_clip.tokenizer import SimpleTokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.errors import ArtifactError, BackendMissing
 
 PLAIN = {"name": "clip-bpe", "context_length": 77}
 
+TRICKY = [
+    "",
+    "  a\tphoto\n of\u00a0a   cat ",
+    "It's we're I've I'm they'll he'd 'S \u017fo '\u017f",
+    "&amp;amp;lt; &#39; &nbsp; caf&eacute;",
+    "schÃ¶n âœ” “quoted” ﬁne ＦＵＬＬ",  # wrongly decoded, ligatures, wide: ftfy's work
+    "<start_of_text> <END_OF_TEXT> <\u017ftart_of_text> <start_of_text",
+    "İstanbul STRASSE ǅ Σίσυφος",  # lower case that is longer, or depends on the place
+    "日本語 한국어 العربية ไทย 👩‍🚀🇩🇪 ½ ² Ⅷ ١٢٣",
+    "abcabcabc aaaaaaaaa ababababab hahahahahaha",
+    "\x00\x01\x7f\u200b\ufeff\u2028 \U000e0041",
+    "word " * 5000,
+    "supercalifragilistic" * 20,
+]
+texts = st.one_of(
+    st.text(),
+    st.text("abcdefghijklmnopqrstuvwxyz' &;#<>_/1\u0307ßé\u017f", max_size=200),
+    st.lists(st.sampled_from([*TRICKY, "a", "the", "of", "&lt;", "'ll", "end_of_text>"])).map(" ".join),
+)
 
-def test_ids_are_open_clips_for_texts_of_any_length():
-    texts = ["a red circle", "", "word " * 5000, "naïve café 日本 🙂", "x" * 300]
-    np.testing.assert_array_equal(tokenizer_from_spec(PLAIN)(texts), SimpleTokenizer(context_length=77)(texts).numpy())
+
+def ours(length=77):
+    return tokenizer_from_spec({"name": "clip-bpe", "context_length": length, "kwargs": {}})
+
+
+@pytest.fixture(scope="module")
+def both():
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return ours(), SimpleTokenizer(context_length=77)
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_ids_of_tricky_texts_are_open_clips(both, text):
+    tokenize, reference = both
+    np.testing.assert_array_equal(tokenize([text]), reference([text]).numpy())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(texts, max_size=3))
+def test_ids_of_any_texts_are_open_clips(both, found):
+    tokenize, reference = both
+    ids = tokenize(found)
+    assert ids.dtype == np.int64
+    np.testing.assert_array_equal(ids, reference(found).numpy())
+
+
+@pytest.mark.parametrize("length", [2, 3, 16])
+def test_a_text_that_is_too_long_keeps_its_end(both, length):
+    cut = ours(length)(["one", "one two", "one two three four"])
+    np.testing.assert_array_equal(cut, both[1](["one", "one two", "one two three four"], length).numpy())
+    assert (cut.max(axis=1) == cut[0].max()).all()  # the end has the highest id
+
+
+def test_arguments_of_open_clips_tokenizer_are_kept():
+    spec = {"name": "clip-bpe", "context_length": 8, "kwargs": {"clean": "canonicalize"}}
+    np.testing.assert_array_equal(tokenizer_from_spec(spec)(["A cat, sat."]), ours(8)(["a cat sat"]))
+
+
+def test_tokenizing_brings_no_torch():
+    code = (
+        "import sys; from clipress.data.tokens import tokenizer_from_spec as t; "
+        "t({'name': 'clip-bpe', 'context_length': 8})(['a']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_word_of_a_million_letters_and_a_lone_surrogate_have_ids_too():

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 import threading
 
 import numpy as np
@@ -19,7 +18,6 @@ from clipress.errors import DataError, ServerError
 from clipress.serve import client as module
 from clipress.serve.classify import Classifier
 from clipress.serve.client import Client, Hit, address_from
-from clipress.serve.triton_server import TritonServer
 
 BAD = b"no picture"
 
@@ -359,22 +357,11 @@ def test_predict_without_pictures_is_told_what_is_missing(tmp_path):
     assert found.exit_code == 2 and "IMAGES" in found.output
 
 
-@pytest.fixture(scope="module")
-def triton_server(request):
-    """A real Triton with the tiny run's models, where one can be had."""
-    triton, (run, _) = request.getfixturevalue("triton"), request.getfixturevalue("tiny_run")
-    repository = run / "triton" / "python"
-    (stage,) = re.findall(r"stage (\w+) \(", (repository / "README.md").read_text())
-    with TritonServer(repository, triton=triton) as server:
-        yield server, run / "export" / stage
-
-
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_a_real_triton_answers_what_the_towers_answer_here(triton_server, ask, protocol):
-    server, export = triton_server
-    local = Classifier(export, threads=1)
+def test_a_real_triton_answers_what_the_towers_answer_here(served, exports, ask, protocol):
+    local = Classifier(exports[1], threads=1)
     images, labels, templates = [picture(number)[1] for number in range(20)], ["cat", "dog", "größe"], ["a {}", "{}!"]
-    client = ask(f"{protocol}://{getattr(server, protocol)}", timeout=60)
+    client = ask(f"{protocol}://{getattr(served, protocol)}", timeout=60)
     for found, wanted in (
         (client.embed_images(images), local._embeddings("image", images, local._pixels)),
         (client.embed_texts(labels), local._embeddings("text", labels, local._tokenize)),
@@ -385,9 +372,8 @@ def test_a_real_triton_answers_what_the_towers_answer_here(triton_server, ask, p
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_a_real_triton_tells_which_picture_is_bad(triton_server, ask, protocol):
-    server, _ = triton_server
+def test_a_real_triton_tells_which_picture_is_bad(served, ask, protocol):
     images = [picture(0)[1], BAD, picture(1)[1]]
-    client = ask(f"{protocol}://{getattr(server, protocol)}", timeout=60)
+    client = ask(f"{protocol}://{getattr(served, protocol)}", timeout=60)
     for found in (client.embed_images(images), client.classify(images, ["cat", "dog"])):
         assert found.errors.keys() == {1} and np.isfinite(found.values[[0, 2]]).all()

@@ -1,10 +1,9 @@
 """The repository on a real Triton: what the server answers is what this machine computes from the same files.
 
-Skipped where no server is installed. One server answers most tests: its repository has two versions, the second served.
+Skipped where no server is installed. One server answers all of them: its repository has two versions, the second served.
 """
 
 import concurrent.futures
-import io
 import json
 import re
 import subprocess
@@ -16,95 +15,36 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
-from PIL import Image
+from asking import (
+    MODELS,
+    PICTURES,
+    SETTINGS,
+    asked,
+    classified,
+    embeds_of,
+    executions,
+    picture,
+    pixels_of,
+)
 from tritonclient.utils import InferenceServerException
 
 from clipress.data.tokens import tokenizer_from_spec
-from clipress.data.transforms import MAX_PIXELS, fitted, normalised, open_image
-from clipress.models.exported import cpu_session, read_export
+from clipress.data.transforms import MAX_PIXELS
+from clipress.models.exported import read_export
 from clipress.serve.classify import Classifier
-from clipress.serve.settings import ServeSettings
-from clipress.serve.triton_repo import serve_version, triton_repo_from_export
+from clipress.serve.triton_repo import serve_version
 
-triton_server = pytest.importorskip("clipress.serve.triton_server")
-
-SETTINGS = ServeSettings(backend="python", max_batch=8, instances=1, threads=1, queue_delay_us=20_000)
-STAGES = ("recovered", "int8")  # of the tiny run, in order of versions
-MODELS = {"image_encoder", "text_encoder", "preprocess", "tokenize", "embed_image", "embed_text", "classify"}
 TEXTS = ["a photo of a cat", "a photo of the digit five", "Käfer, лиса", "word " * 200, ""]
 
 
-@pytest.fixture(scope="session")
-def exports(tiny_run):
-    return [tiny_run[0] / "export" / stage for stage in STAGES]
-
-
-def repository_of(exports, folder):
-    for export in exports:
-        (repository,) = triton_repo_from_export(export, folder, SETTINGS)
-    return repository
-
-
-@pytest.fixture(scope="module")
-def server(triton, exports, tmp_path_factory):
-    """A server of both versions, on the `triton` that conftest.py finds."""
-    repository = repository_of(exports, tmp_path_factory.mktemp("triton"))
-    with triton_server.TritonServer(repository, triton=triton) as server:
-        yield server
-
-
 @pytest.fixture
-def client(server):
-    with triton_grpc.InferenceServerClient(server.grpc) as client:
+def client(served):
+    with triton_grpc.InferenceServerClient(served.grpc) as client:
         yield client
 
 
-def tensor(library, name, array, kind="BYTES"):
-    made = library.InferInput(name, list(array.shape), kind)
-    made.set_data_from_numpy(array)
-    return made
-
-
-def column(values):
-    return np.asarray([[value] for value in values], object)
-
-
-def asked(client, model, name, values, gives, library=triton_grpc):
-    return client.infer(model, [tensor(library, name, column(values))]).as_numpy(gives)
-
-
-def classified(client, images, labels, templates=None):
-    given = {"image": images, "labels": [label.encode() for label in labels]}
-    given |= {} if templates is None else {"templates": [template.encode() for template in templates]}
-    inputs = [tensor(triton_grpc, name, np.asarray(values, object)) for name, values in given.items()]
-    return client.infer("classify", inputs).as_numpy("probabilities")
-
-
-def picture(seed, kind="PNG", size=(50, 37)):
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
-    return file.getvalue()
-
-
-PICTURES = [picture(seed, kind) for seed, kind in enumerate(("PNG", "JPEG", "WEBP", "JPEG", "PNG"))]
-
-
-def pixels_of(exported, pictures):
-    return normalised(
-        np.stack([fitted(open_image(file), exported.preprocess) for file in pictures]), exported.preprocess
-    )
-
-
-def embeds_of(exported, tower, rows):
-    return cpu_session(exported.onnx(tower), 1).run(None, {NAMES[tower]: rows})[0]
-
-
-NAMES = {"image": "pixel_values", "text": "input_ids"}
-
-
-def test_every_model_is_ready_and_the_newest_version_is_served(server):
-    with triton_http.InferenceServerClient(server.http) as client:
+def test_every_model_is_ready_and_the_newest_version_is_served(served):
+    with triton_http.InferenceServerClient(served.http) as client:
         assert {model for model in MODELS if client.is_model_ready(model)} == MODELS
         assert {client.get_model_metadata(model)["versions"][0] for model in MODELS} == {"2"}
 
@@ -120,12 +60,12 @@ def test_texts_become_the_ids_of_training_and_long_ones_are_cut(client, exports)
     np.testing.assert_array_equal(found, tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS))
 
 
-def test_embeddings_are_onnx_runtimes_over_http_and_grpc(server, client, exports):
+def test_embeddings_are_onnx_runtimes_over_http_and_grpc(served, client, exports):
     exported = read_export(exports[1])
     images = embeds_of(exported, "image", pixels_of(exported, PICTURES))
     texts = embeds_of(exported, "text", tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS))
     encoded = [text.encode() for text in TEXTS]
-    with triton_http.InferenceServerClient(server.http) as http:
+    with triton_http.InferenceServerClient(served.http) as http:
         for library, one in ((triton_grpc, client), (triton_http, http)):
             found = asked(one, "embed_image", "image", PICTURES, "image_embeds", library)
             np.testing.assert_allclose(found, images, atol=1e-6)
@@ -147,11 +87,6 @@ def test_more_pictures_and_labels_than_a_batch_are_classified(client, exports):
     labels, pictures = [f"thing {n}" for n in range(45)], [picture(seed) for seed in range(11)]
     expected = Classifier(exports[1], threads=1).probabilities(pictures, labels)
     np.testing.assert_allclose(classified(client, pictures, labels), expected, atol=1e-6)
-
-
-def executions(client, model):
-    (told,) = client.get_inference_statistics(model, as_json=True)["model_stats"]
-    return int(told["execution_count"]), int(told["inference_count"])
 
 
 def test_requests_that_wait_together_are_one_run_and_are_answered_apart(client, exports):
@@ -232,27 +167,9 @@ def test_more_rows_than_a_batch_are_refused(client):
         asked(client, "embed_text", "text", [b"cat"] * 9, "text_embeds")
 
 
-def cache_hits(server, model):
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics") as page:
-        lines = page.read().decode().splitlines()
-    name = "nv_cache_num_hits_per_model"
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name) and f'"{model}"' in line)
-
-
-@pytest.mark.parametrize("model", ["tokenize", "text_encoder"])
-def test_a_text_that_comes_again_is_answered_from_the_cache(server, client, model):
-    text = [f"a text for {model} alone".encode()]
-    first = asked(client, "embed_text", "text", text, "text_embeds")
-    hits, (runs, _) = cache_hits(server, model), executions(client, model)
-    for _ in range(5):
-        np.testing.assert_array_equal(asked(client, "embed_text", "text", text, "text_embeds"), first)
-    assert cache_hits(server, model) - hits == 5
-    assert executions(client, model)[0] == runs
-
-
-def test_the_bytes_of_a_file_are_a_request(server, exports):
+def test_the_bytes_of_a_file_are_a_request(served, exports):
     exported = read_export(exports[1])
-    url = f"http://{server.http}/v2/models/embed_image/infer"
+    url = f"http://{served.http}/v2/models/embed_image/infer"
     headers = {"Inference-Header-Content-Length": "0", "Content-Type": "application/octet-stream"}
     with urllib.request.urlopen(urllib.request.Request(url, PICTURES[1], headers)) as answer:
         length = int(answer.headers["Inference-Header-Content-Length"])
@@ -262,9 +179,9 @@ def test_the_bytes_of_a_file_are_a_request(server, exports):
     np.testing.assert_allclose(np.frombuffer(content[length:], np.float32)[None], expected, atol=1e-6)
 
 
-def test_the_program_on_the_repositorys_page_tells_what_local_inference_does(server, exports, tmp_path):
-    page = (server.repository / "README.md").read_text(encoding="utf-8")
-    program = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].replace("localhost:8001", server.grpc)
+def test_the_program_on_the_repositorys_page_tells_what_local_inference_does(served, exports, tmp_path):
+    page = (served.repository / "README.md").read_text(encoding="utf-8")
+    program = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].replace("localhost:8001", served.grpc)
     (tmp_path / "ask.py").write_text(program, encoding="utf-8")
     (tmp_path / "picture.png").write_bytes(PICTURES[0])
     command = [sys.executable, tmp_path / "ask.py", tmp_path / "picture.png", "cat", "red fox"]
@@ -273,18 +190,20 @@ def test_the_program_on_the_repositorys_page_tells_what_local_inference_does(ser
     assert printed.splitlines() == [f"cat {row[0]:.1%}", f"red fox {row[1]:.1%}"]
 
 
-def test_a_running_server_is_rolled_back_without_a_stop(triton, exports, tmp_path):
-    repository = repository_of(exports, tmp_path)
-    with triton_server.TritonServer(repository, triton=triton) as server:
-        with triton_grpc.InferenceServerClient(server.grpc) as client:
-            newer = classified(client, PICTURES, ["cat", "dog"])
-            assert serve_version(repository, None, SETTINGS) == 1
-            for model in ("embed_image", "embed_text", "classify"):  # the first two bring what they are made of
-                server.load(model)
-            versions = {tuple(client.get_model_metadata(model).versions) for model in MODELS}
-            images = asked(client, "embed_image", "image", PICTURES, "image_embeds")
-            older = classified(client, PICTURES, ["cat", "dog"])
-    assert versions == {("1",)}
+def test_a_running_server_is_rolled_back_without_a_stop(served, client, exports):
+    def serve(version):
+        found = serve_version(served.repository, version, SETTINGS)
+        for model in ("embed_image", "embed_text", "classify"):  # the first two bring what they are made of
+            served.load(model)
+        return found, {tuple(client.get_model_metadata(model).versions) for model in MODELS}
+
+    newer = classified(client, PICTURES, ["cat", "dog"])
+    try:
+        assert serve(None) == (1, {("1",)})
+        images = asked(client, "embed_image", "image", PICTURES, "image_embeds")
+        older = classified(client, PICTURES, ["cat", "dog"])
+    finally:
+        assert serve(2) == (2, {("2",)})
     old = read_export(exports[0])
     np.testing.assert_allclose(images, embeds_of(old, "image", pixels_of(old, PICTURES)), atol=1e-6)
     for export, found in zip(exports, (older, newer), strict=True):

@@ -162,7 +162,6 @@ def test_the_text_encoder_follows_the_settings(export, tmp_path):
         dynamic_batching {
           max_queue_delay_microseconds: 250
           default_queue_policy { allow_timeout_override: true max_queue_size: 9 } }
-        response_cache { enable: true }
         model_warmup [
           { name: "batch_1" batch_size: 1
             inputs { key: "input_ids" value { data_type: TYPE_INT64 dims: [ 3 ] zero_data: true } } },
@@ -261,7 +260,7 @@ def test_the_readme_starts_the_server_its_backend_needs(export, tmp_path):
         assert np.asarray(body["inputs"][0]["data"]).reshape(body["inputs"][0]["shape"]).shape == (1, LENGTH)
         compile(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], "README.md", "exec")
     assert [re.search(r"docker run .*\n  (.*)", page)[1] for page in pages] == [
-        f"clipress-triton:24.10 tritonserver --model-repository=/models/{backend} --cache-config=local,size=67108864"
+        f"clipress-triton:24.10 tritonserver --model-repository=/models/{backend}"
         for backend in ("onnxruntime", "python")
     ]
 
@@ -404,14 +403,6 @@ def test_pictures_and_texts_pass_through_what_prepares_them(export, tmp_path):
             (f"{tower}_encoder", {between: between}, {gives: gives}),
         ]
         assert not ensemble.instance_group and not ensemble.HasField("dynamic_batching")
-
-
-def test_only_answers_to_texts_are_cached(export, tmp_path):
-    def cached(repository):
-        return {model for model in MODELS if config_in(repository, model).response_cache.enable}
-
-    assert cached(python_repository(export, tmp_path)) == {"tokenize", "text_encoder"}
-    assert cached(python_repository(export, tmp_path, cache_mb=0)) == set()
 
 
 def test_the_warm_up_is_a_picture_and_a_text_as_triton_stores_strings(export, tmp_path):
@@ -620,6 +611,17 @@ class Tensor:
         return self.array
 
 
+class Fault(str):
+    """An error with its code, as Triton numbers them."""
+
+    INTERNAL, INVALID_ARG, UNAVAILABLE = 1, 3, 4
+
+    def __new__(cls, told, code):
+        made = super().__new__(cls, told)
+        made.code = code
+        return made
+
+
 class Response:
     def __init__(self, output_tensors=(), error=None):
         self.outputs, self.error = {tensor.name: tensor.array for tensor in output_tensors}, error
@@ -654,7 +656,7 @@ def by_hand(content):
 def python_backend(monkeypatch):
     """Triton's module for python models."""
     utils = ModuleType("triton_python_backend_utils")
-    utils.Tensor, utils.InferenceResponse, utils.TritonError, utils.InferenceRequest = Tensor, Response, str, Asked
+    utils.Tensor, utils.InferenceResponse, utils.TritonError, utils.InferenceRequest = Tensor, Response, Fault, Asked
     utils.PreferredMemory, utils.TRITONSERVER_MEMORY_CPU = (lambda kind, device: None), 0
     utils.get_input_tensor_by_name = lambda request, name: request.get(name)
     utils.get_output_tensor_by_name = lambda response, name: response.outputs[name]
@@ -715,7 +717,7 @@ def test_one_bad_request_does_not_spoil_its_neighbours(text_model):
     good, bad, other = text_model.execute([request([1, 1, 1]), request([0, 0, WORDS]), request([2, 2, 2], [3, 3, 3])])
     np.testing.assert_allclose(good.outputs["text_embeds"], TABLE[[1]], atol=1e-6)
     np.testing.assert_allclose(other.outputs["text_embeds"], TABLE[[2, 3]], atol=1e-6)
-    assert bad.outputs == {} and "Gather" in bad.error
+    assert bad.outputs == {} and "Gather" in bad.error and bad.error.code == Fault.INVALID_ARG
 
 
 def test_when_every_request_is_bad_each_gets_an_error_and_the_model_lives_on(text_model):
@@ -781,6 +783,22 @@ def probabilities(images, labels, templates=("a photo of a {}",), scale=20.59095
     return weights / weights.sum(axis=1, keepdims=True)
 
 
+@pytest.mark.parametrize(
+    ("told", "code"),
+    [
+        ("in ensemble 'embed_text', text: Exceeds maximum queue size", Fault.UNAVAILABLE),
+        ("in ensemble 'embed_text', Request timeout expired", Fault.UNAVAILABLE),
+        ("in ensemble 'embed_image', Stub process 'preprocess_0_0' is not healthy.", Fault.UNAVAILABLE),
+        ("in ensemble 'embed_image', MemoryError: ", Fault.INTERNAL),
+        ("in ensemble 'embed_image', the given bytes is not a picture that can be decoded: its end", Fault.INVALID_ARG),
+    ],
+)
+def test_another_models_error_says_whose_fault_it_is(python_backend, told, code):
+    from clipress.serve.triton_model import ModelError, failed
+
+    assert failed(ModelError(told)).error == told and failed(ModelError(told)).error.code == code
+
+
 def test_classify_asks_for_a_label_set_once_and_for_no_more_than_a_batch(export, tmp_path, python_backend):
     model = started(python_repository(export, tmp_path, max_batch=2), "classify")
     images, labels, templates = [b"1", b"2", b"3"], ["cat", "dog", "fox"], ["{}", "{}?"]
@@ -807,7 +825,9 @@ def test_a_question_that_cannot_be_answered_fails_alone(export, tmp_path, python
         strings(image=[b"2"], labels=[b"cat", b"dog"]),
     ]
     good, picture, labels, none, prompts, other = asyncio.run(model.execute(questions))
-    assert "in ensemble: bad" in picture.error and "more than once: cat" in labels.error
+    assert "in ensemble: bad" in picture.error
+    assert picture.error.code == labels.error.code == none.error.code == Fault.INVALID_ARG
+    assert "more than once: cat" in labels.error
     assert "labels: at least one" in none.error and "1001 labels in 100 templates" in prompts.error
     assert good.outputs["probabilities"].tolist() == [[1.0]]
     np.testing.assert_allclose(other.outputs["probabilities"], probabilities([b"2"], ["cat", "dog"]), rtol=1e-5)

@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +48,9 @@ def put_model(repository, name, code):
 
 
 @pytest.fixture(scope="module")
-def repository(tiny_run, tmp_path_factory):
-    """The tiny run's repository, and a model that tells what it was started with."""
-    run, _ = tiny_run
-    copied = tmp_path_factory.mktemp("serve") / "python"
-    shutil.copytree(run / "triton" / "python", copied)
-    return put_model(copied, "probe", PROBE)
+def repository(tmp_path_factory):
+    """A model that tells what it was started with."""
+    return put_model(tmp_path_factory.mktemp("models"), "probe", PROBE)
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +103,19 @@ def await_end(pids, seconds=60):
         os.close(handle)
 
 
+def until(condition, seconds=60):
+    """Ask again and again, until the condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+
+
 def shared_memory(pid):
     return list(SHARED_MEMORY.glob(f"clipress-{pid}-*"))
 
 
-def test_both_encoders_answer_as_onnx_runtime_does(client, repository):
+def test_both_encoders_answer_as_onnx_runtime_does(served, exports):
+    client = triton_client.InferenceServerClient(served.grpc, channel_args=[("grpc.enable_http_proxy", 0)])
     generator = np.random.default_rng(0)
     for tower, takes, kind, made in (
         ("image", "pixel_values", "FP32", lambda dims: generator.standard_normal((3, *dims), np.float32)),
@@ -119,9 +126,10 @@ def test_both_encoders_answer_as_onnx_runtime_does(client, repository):
         rows = made([int(dim) for dim in config["input"][0]["dims"]])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        onnx = repository / model / "1" / "model.onnx"
+        onnx = exports[1] / f"{tower}.onnx"
         direct = onnxruntime.InferenceSession(onnx, options, ["CPUExecutionProvider"]).run(None, {takes: rows})[0]
         np.testing.assert_array_equal(ask(client, model, takes, kind, rows, f"{tower}_embeds"), direct)
+    client.close()
 
 
 def test_models_run_with_numpy_1_and_this_clipress(client):
@@ -281,3 +289,23 @@ def test_a_server_whose_clipress_is_killed_ends_too(triton, tmp_path):
     process.communicate()
     await_end(everything)
     assert session(leader) == [] and shared_memory(process.pid) == []
+
+
+@pytest.mark.slow  # what it waits for is tested with the faults; here, that the command does
+def test_a_model_whose_process_is_killed_is_loaded_again(triton, tmp_path):
+    """Without that its requests would fail for ever, and the server would call itself ready."""
+    process, leader, printed = started("-c", SERVE, put_model(tmp_path / "models", "probe", PROBE))
+    (model,) = children(leader)
+    os.kill(model, signal.SIGKILL)
+    assert process.stdout.readline() == "A process of probe has died: it is loaded again.\n"
+    (address,) = re.findall(r"gRPC +(\S+)", printed)
+    with triton_client.InferenceServerClient(address) as client:
+
+        def answered():
+            with suppress(InferenceServerException):
+                return ask(client, "probe", "asked", "FP32", np.zeros(1, np.float32), "told").size == 1
+
+        until(answered)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 0 and session(leader) == []

@@ -1,0 +1,66 @@
+"""How tests ask a real Triton, what they send, and what must come back: local inference on the same files."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import tritonclient.grpc as triton_grpc
+from PIL import Image
+
+from clipress.data.transforms import fitted, normalised, open_image
+from clipress.models.exported import cpu_session
+from clipress.serve.settings import ServeSettings
+
+SETTINGS = ServeSettings(backend="python", max_batch=8, instances=1, threads=1, queue_delay_us=20_000)
+STAGES = ("recovered", "int8")  # of the tiny run, in order of versions
+MODELS = {"image_encoder", "text_encoder", "preprocess", "tokenize", "embed_image", "embed_text", "classify"}
+
+
+def tensor(library, name, array, kind="BYTES"):
+    made = library.InferInput(name, list(array.shape), kind)
+    made.set_data_from_numpy(array)
+    return made
+
+
+def column(values):
+    return np.asarray([[value] for value in values], object)
+
+
+def asked(client, model, name, values, gives, library=triton_grpc):
+    return client.infer(model, [tensor(library, name, column(values))]).as_numpy(gives)
+
+
+def classified(client, images, labels, templates=None):
+    given = {"image": images, "labels": [label.encode() for label in labels]}
+    given |= {} if templates is None else {"templates": [template.encode() for template in templates]}
+    inputs = [tensor(triton_grpc, name, np.asarray(values, object)) for name, values in given.items()]
+    return client.infer("classify", inputs).as_numpy("probabilities")
+
+
+def picture(seed, kind="PNG", size=(50, 37)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+PICTURES = [picture(seed, kind) for seed, kind in enumerate(("PNG", "JPEG", "WEBP", "JPEG", "PNG"))]
+
+
+def pixels_of(exported, pictures):
+    return normalised(
+        np.stack([fitted(open_image(file), exported.preprocess) for file in pictures]), exported.preprocess
+    )
+
+
+def embeds_of(exported, tower, rows):
+    return cpu_session(exported.onnx(tower), 1).run(None, {NAMES[tower]: rows})[0]
+
+
+NAMES = {"image": "pixel_values", "text": "input_ids"}
+
+
+def executions(client, model):
+    (told,) = client.get_inference_statistics(model, as_json=True)["model_stats"]
+    return int(told["execution_count"]), int(told["inference_count"])

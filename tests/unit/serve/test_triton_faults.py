@@ -1,0 +1,389 @@
+"""Faults and abuse of a real Triton: each is an error of its own request, and the server goes on as if nothing had been.
+
+After every one a good picture and a good text are asked, and get bit by bit what local inference gives; and all processes
+of the server together have grown by little. With CLIPRESS_FAULTS=FILE what came back is written to that file as JSON.
+"""
+
+import concurrent.futures
+import io
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import threading
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+from asking import PICTURES, SETTINGS, asked, embeds_of, executions, picture, pixels_of, tensor
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from clipress.data.tokens import tokenizer_from_spec
+from clipress.errors import ServerError
+from clipress.models.exported import read_export
+from clipress.serve.classify import Classifier
+from clipress.serve.client import Client
+from clipress.serve.triton_repo import triton_repo_from_export
+from clipress.serve.triton_server import TritonServer
+
+GRPC = {400: "StatusCode.INVALID_ARGUMENT", 404: "StatusCode.NOT_FOUND", 503: "StatusCode.UNAVAILABLE"}
+GROWTH = 64 << 20  # bytes that a server may grow by in all of this file; a bomb would take a gigabyte
+
+
+class Local:
+    """What the export answers without a server."""
+
+    def __init__(self, export):
+        self.export, self.exported = export, read_export(export)
+        self.tokenize = tokenizer_from_spec(self.exported.tokenizer.model_dump())
+
+    def images(self, *files):
+        return embeds_of(self.exported, "image", pixels_of(self.exported, files))
+
+    def texts(self, *texts):
+        return embeds_of(self.exported, "text", self.tokenize(texts))
+
+
+@pytest.fixture(scope="module")
+def local(exports):
+    return Local(exports[1])
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with triton_grpc.InferenceServerClient(served.grpc) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(served):
+    with triton_http.InferenceServerClient(served.http) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def rows():
+    found = []
+    yield found
+    if file := os.environ.get("CLIPRESS_FAULTS"):
+        Path(file).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def happened(rows):
+    """Remember what came back of a fault."""
+    return lambda fault, expected, came: rows.append({"fault": fault, "expected": expected, "happened": came})
+
+
+def processes(server):
+    """Return {pid: name} of a server and its models' processes."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, fields = stat.read_text().split("(", 1)[1].rsplit(") ", 1)
+            if int(fields.split()[3]) == server._process.pid and fields[0] != "Z":
+                words = (stat.parent / "cmdline").read_text().split("\0")
+                found[int(stat.parent.name)] = words[-3] if name.startswith("triton_python") else name
+    return found
+
+
+def memory(server, field="VmRSS"):
+    """Return the bytes that a server and its models' processes hold; VmHWM: have held at most."""
+    total = 0
+    for pid in processes(server):
+        with suppress(OSError):
+            (line,) = (
+                one for one in Path(f"/proc/{pid}/status").read_text().splitlines() if one.startswith(f"{field}:")
+            )
+            total += int(line.split()[1]) << 10
+    return total
+
+
+@pytest.fixture(scope="module")
+def at_first(served, client, local):
+    """What the server holds when every model has worked."""
+    healthy(client, local, "first")
+    return memory(served)
+
+
+def healthy(client, local, name):
+    """Ask what is good; the text is one that nobody has asked before."""
+    text = f"a photo of {name}"
+    np.testing.assert_array_equal(
+        asked(client, "embed_image", "image", [PICTURES[1]], "image_embeds"), local.images(PICTURES[1])
+    )
+    np.testing.assert_array_equal(
+        asked(client, "embed_text", "text", [text.encode()], "text_embeds"), local.texts(text)
+    )
+
+
+@pytest.fixture(autouse=True)
+def goes_on(request, served, client, local, at_first):
+    yield
+    healthy(client, local, request.node.name)
+    assert memory(served) < at_first + GROWTH
+
+
+def refusal(call):
+    """Return (status, words) of what is refused."""
+    with pytest.raises(InferenceServerException) as error:
+        call()
+    return str(error.value.status()), error.value.message()
+
+
+def lines(*values):
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+def jpeg_cut():
+    file = picture(3, "JPEG", (200, 300))
+    return file[: len(file) // 2]
+
+
+@cache
+def huge():
+    """A whole PNG of 400 million pixels, 50 kB as a file."""
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(file, "PNG")
+    return file.getvalue()
+
+
+def image(content):
+    return {"image": lines(content)[:, None]}
+
+
+def text(content):
+    return {"text": lines(content)[:, None]}
+
+
+def classes(labels, pictures=(PICTURES[0],), **more):
+    return {"image": lines(*pictures), "labels": lines(*labels), **more}
+
+
+EMPTY = np.empty((0, 1), object)
+REFUSED = {
+    "a JPEG cut in half": ("embed_image", image(jpeg_cut()), 400, "not a picture that can be decoded"),
+    "20,000 x 20,000 pixels": ("embed_image", image(huge()), 400, "At most 128,000,000 are decoded"),
+    "a text as picture": ("embed_image", image(b"Dear Sir or Madam"), 400, "not a picture that can be decoded"),
+    "no byte as picture": ("embed_image", image(b""), 400, "not a picture that can be decoded"),
+    "a bad picture to classify": ("classify", classes([b"a", b"b"], [PICTURES[0], b"no"]), 400, "not a picture"),
+    "a batch of no pictures": ("embed_image", {"image": EMPTY}, 400, "expected 1 string elements"),
+    "a batch of no texts": ("embed_text", {"text": EMPTY}, 400, "expected 1 string elements"),
+    "no pictures to classify": ("classify", classes([b"a"], []), 400, "image: at least one entry"),
+    "no labels": ("classify", classes([]), 400, "labels: at least one entry"),
+    "a text that is no UTF-8": ("embed_text", text(b"caf\xe9"), 400, "text: UTF-8 is asked for"),
+    "a label that is no UTF-8": ("classify", classes([b"cat", b"\xff"]), 400, "labels: UTF-8 is asked for"),
+    "a text of 100,001 letters": ("embed_text", text(b"a" * 100_001), 400, "at most 100,000 characters"),
+    "a label twice": ("classify", classes([b"cat", b"cat"]), 400, "more than once: cat"),
+    "100,001 labels": ("classify", classes([b"%d" % n for n in range(100_001)]), 400, "At most 100,000 prompts"),
+    "numbers as text": ("embed_text", {"text": np.zeros((1, 1), np.float32)}, 400, "expects 'BYTES'"),
+    "pixels as picture": ("embed_image", {"image": np.zeros((1, 32, 32, 3), np.uint8)}, 400, "expects 'BYTES'"),
+    "a picture without a batch": ("embed_image", {"image": lines(PICTURES[0])}, 400, "Expected [-1,1], got [1]"),
+    "pixels of another size": ("image_encoder", {"pixel_values": np.zeros((1, 3, 7, 7), np.float32)}, 400, "shape"),
+    "another input's name": (
+        "embed_text",
+        {"texts": lines(b"cat")[:, None]},
+        400,
+        "unexpected inference input 'texts'",
+    ),
+    "one input too many": ("embed_text", {**text(b"cat"), "more": EMPTY}, 400, "expected 1 inputs but got 2"),
+    "no input that is asked for": ("classify", {"labels": lines(b"cat")}, 400, "missing required input(s) ['image']"),
+    "a model that is not there": ("embed_audio", text(b"cat"), 404, "unknown model: 'embed_audio'"),
+    "a word outside the vocabulary": ("text_encoder", {"input_ids": None}, 400, "out of data bounds"),
+}
+KINDS = {"O": "BYTES", "f": "FP32", "u": "UINT8", "i": "INT64"}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_what_cannot_be_answered_is_refused_with_a_reason(served, client, http, local, happened, fault):
+    model, inputs, status, words = REFUSED[fault]
+    if "input_ids" in inputs:
+        inputs = {"input_ids": np.full((1, local.exported.tokenizer.context_length), 10**9)}
+    before = memory(served)
+    # twice each: an error that is remembered must not become an empty answer
+    for library, one in ((triton_grpc, client), (triton_http, http)) * 2:
+        tensors = [tensor(library, name, array, KINDS[array.dtype.kind]) for name, array in inputs.items()]
+        found, told = refusal(lambda one=one, tensors=tensors: one.infer(model, tensors))
+        assert found == (str(status) if one is http else GRPC[status])
+        assert words in told
+    assert memory(served) < before + GROWTH
+    happened(fault, f"{status}: {words}", f"{found}: {told}")
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(served, client, happened):
+    for pid in processes(served):
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the most that was held is forgotten
+    before = memory(served, "VmHWM")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(refusal, lambda: asked(client, "embed_image", "image", [huge()], "")) for _ in range(8)]
+    assert {call.result()[0] for call in calls} == {GRPC[400]}
+    grown = memory(served, "VmHWM") - before
+    assert grown < GROWTH
+    happened("eight bombs of 400 million pixels at once", "400, less than 64 MB", f"400, {grown >> 20} MB")
+
+
+def test_a_picture_of_one_pixel_is_a_picture(client, local, happened):
+    file = picture(9, size=(1, 1))
+    np.testing.assert_array_equal(asked(client, "embed_image", "image", [file], "image_embeds"), local.images(file))
+    happened("a picture of 1 x 1 pixels", "the embedding of local inference", "the same bits")
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("a caption of 5,000 words", "a photo of a cat " * 1000),
+        ("one word of 30,000 letters", "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=30_000))),
+        ("one letter 100,000 times", "a" * 100_000),
+        ("100,000 signs of all kinds", "&amp;ÃŸ🏳️‍🌈 <|>"[:10] * 10_000),
+    ],
+)
+def test_a_text_that_is_too_long_is_cut_as_in_training(client, local, happened, fault, words):
+    found = asked(client, "embed_text", "text", [words.encode()], "text_embeds")
+    np.testing.assert_array_equal(found, local.texts(words))
+    happened(fault, "the embedding of local inference", "the same bits")
+
+
+def test_thousands_of_labels_are_answered_and_others_meanwhile(served, client, local, happened):
+    labels = [f"thing {number}" for number in range(10_000)]
+    call = triton_grpc.InferenceServerClient(served.grpc)
+    inputs = [tensor(triton_grpc, name, array) for name, array in classes([one.encode() for one in labels]).items()]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(lambda: call.infer("classify", inputs).as_numpy("probabilities"))
+        others = 0
+        while not asking.done():
+            healthy(client, local, f"other number {others}")
+            others += 1
+    call.close()
+    expected = Classifier(local.export, threads=1).probabilities([PICTURES[0]], labels)
+    np.testing.assert_allclose(asking.result(), expected, atol=1e-6)
+    assert others > 1
+    happened("10,000 labels", "the probabilities of local inference, others answered meanwhile", f"so, {others} others")
+
+
+def test_clients_that_go_away_leave_nothing_behind(served, client, local, happened):
+    """Half of 64 go before they have sent all, half before they are answered; all with a reset."""
+    host, port = served.http.split(":")
+    content = picture(5, "JPEG", (1000, 1000))
+    head = (
+        f"POST /v2/models/embed_image/infer HTTP/1.1\r\nHost: {host}\r\nInference-Header-Content-Length: 0\r\n"
+        f"Content-Type: application/octet-stream\r\nContent-Length: {len(content)}\r\n\r\n"
+    ).encode()
+
+    def vanish(number):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head + (content if number % 2 else content[: len(content) // 2]))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        list(pool.map(vanish, range(64)))
+    known = set(processes(served).values())
+    healthy(client, local, "who stayed")
+    assert {"preprocess_0_0", "image_encoder_0_0"} <= known == set(processes(served).values())
+    happened("64 clients that disconnect", "others are answered", "so; no process is lost")
+
+
+def outcome(client, file):
+    try:
+        return asked(client, "embed_image", "image", [file], "image_embeds")[0]
+    except InferenceServerException as error:
+        return str(error.status()), error.message()
+
+
+def test_a_bad_picture_among_good_ones_that_are_batched_with_it_fails_alone(client, local, happened):
+    files = [*PICTURES, jpeg_cut(), *PICTURES[:2]]
+    runs = executions(client, "preprocess")
+    with concurrent.futures.ThreadPoolExecutor(len(files)) as pool:
+        found = list(pool.map(lambda file: outcome(client, file), files))
+    bad = found.pop(5)
+    assert executions(client, "preprocess")[0] - runs[0] < len(files)  # they were batched
+    assert bad[0] == GRPC[400] and "not a picture" in bad[1]
+    np.testing.assert_allclose(found, local.images(*PICTURES, *PICTURES[:2]), atol=1e-6)
+    happened("a bad picture in a batch of good ones", "only that one fails", f"so: {bad[0]}: {bad[1]}")
+
+
+@pytest.fixture(scope="module")
+def fragile(triton, exports, tmp_path_factory):
+    """A server of its own for the image models alone, that few requests may wait for, and that is watched."""
+    settings = SETTINGS.model_copy(update={"queue_size": 4, "max_batch": 1})
+    (repository,) = triton_repo_from_export(exports[1], tmp_path_factory.mktemp("fragile"), settings)
+    for folder in set(repository.iterdir()) - {
+        repository / name for name in ("preprocess", "image_encoder", "embed_image")
+    }:
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+    said, ended = [], []
+
+    def watch(server):
+        try:
+            server.wait(said.append)
+        except ServerError as error:
+            ended.append(error)
+
+    with TritonServer(repository, triton=triton) as server:
+        watcher = threading.Thread(target=watch, args=[server])
+        watcher.start()
+        with triton_grpc.InferenceServerClient(server.grpc) as client:
+            yield server, client, said
+        assert not ended
+        server._process.kill()  # asked to end, it would wait ten seconds for the models whose processes were killed
+        watcher.join()
+
+
+def test_more_requests_than_may_wait_are_refused_and_can_be_sent_again(fragile, local, happened):
+    server, client, _ = fragile
+    files = [picture(number, "PNG", (500, 500)) for number in range(16)]
+    expected = local.images(*files)
+    with concurrent.futures.ThreadPoolExecutor(len(files)) as pool:
+        found = list(pool.map(lambda file: outcome(client, file), files))
+    refused = [one for one in found if isinstance(one, tuple)]
+    assert {status for status, _ in refused} == {GRPC[503]} and "queue" in refused[0][1]
+    for one, right in zip(found, expected, strict=True):
+        assert isinstance(one, tuple) or np.abs(one - right).max() < 1e-6
+    with Client(f"grpc://{server.grpc}", in_flight=len(files), retries=30, delay=0.05) as patient:
+        values, errors = patient.embed_images(files)
+    assert not errors
+    np.testing.assert_allclose(values, expected, atol=1e-6)
+    came = f"{len(refused)} refused, {refused[0][0]}: {refused[0][1]}; a client that tries again gets all {len(files)}"
+    happened(f"{len(files)} requests where 4 may wait", "503 or the right answer", came)
+
+
+@pytest.mark.parametrize("model", ["image_encoder", "preprocess"])
+def test_a_model_whose_process_is_killed_answers_again(fragile, local, happened, model):
+    server, client, said = fragile
+    (pid,) = (number for number, name in processes(server).items() if name == f"{model}_0_0")
+    os.kill(pid, signal.SIGKILL)
+    for asked_for in itertools.count(1):
+        found = outcome(client, PICTURES[1])
+        if not isinstance(found, tuple):
+            break
+        assert "is not healthy" in found[1] and asked_for < 100
+        told = found
+    np.testing.assert_array_equal(found[None], local.images(PICTURES[1]))
+    assert said[-1] == f"A process of {model} has died: it is loaded again."
+    happened(
+        f"SIGKILL of {model}'s process", "loaded again", f"{told[0]}: {told[1]}, {asked_for - 1} times; then right"
+    )
+
+
+def test_a_damaged_new_version_is_not_served(fragile, local, happened):
+    server, client, _ = fragile
+    old, new = (server.repository / "image_encoder" / version for version in "12")
+    shutil.copytree(old, new)
+    (new / "model.onnx").write_bytes((old / "model.onnx").read_bytes()[:1000])
+    with pytest.raises(ServerError, match="asked to load image_encoder; it answered") as error:
+        server.load("image_encoder")
+    np.testing.assert_array_equal(outcome(client, PICTURES[1])[None], local.images(PICTURES[1]))
+    shutil.rmtree(new)
+    server.load("image_encoder")
+    np.testing.assert_array_equal(outcome(client, PICTURES[1])[None], local.images(PICTURES[1]))
+    happened("a damaged new version", "it is not loaded, the old one goes on", str(error.value))
