@@ -45,6 +45,9 @@ class ServeSettings(Section):
     gpus: tuple[int, ...] | None = None
     """Devices that engines run on, `instances` on each; absent: all."""
     rate_limit: RateLimit | None = None
+    text_cache_mb: int = Field(0, ge=0, le=65_536)
+    """Memory for the embeddings of ids that were asked before, kept by Triton itself; 0: no such cache. Triton keeps errors
+    too, and gives them out as empty answers until they fall out: only where texts are few and clients try again."""
     label_cache_mb: int = Field(64, ge=0, le=65_536)
     """Memory for the embeddings of label sets, per instance of `classify`; the least recently used set goes first."""
     index: Path | None = None

@@ -18,9 +18,12 @@ from clipress.serve.settings import ServeSettings
 from clipress.serve.sizing import Sizing, helpers
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 FP32, INT32, INT64, STRING = "TYPE_FP32", "TYPE_INT32", "TYPE_INT64", "TYPE_STRING"
+CACHE = "text_cache_mb"  # what a server must be told of, and so is kept in a configuration
 WARM_UPS = {"preprocess": "picture", "tokenize": "text"}  # files of real inputs: zeros are no picture
 
 
@@ -84,6 +87,20 @@ def config_from(text: str) -> ModelConfig:
         raise ExportError(f"A config.pbtxt is not readable: {error}.") from None
 
 
+def server_options(repository: Path) -> list[str]:
+    """Return what a server of this repository must be told beside where it is: its cache, where a model wants one."""
+    path = repository / "text_encoder" / "config.pbtxt"
+    if not path.is_file():
+        return []
+    kept = config_from(path.read_text(encoding="utf-8")).parameters
+    return [cache_option(int(kept[CACHE].string_value))] if CACHE in kept else []
+
+
+def cache_option(mb: int) -> str:
+    """Return what gives a server a cache of so many MB for the models that want one."""
+    return f"--cache-config=local,size={mb << 20}"
+
+
 def _encoder(served: Served, tower: str) -> ModelConfig:
     exported, settings, size = served.exported, served.settings, served.sizes[tower]
     side, length = exported.preprocess.size, exported.tokenizer.context_length
@@ -105,6 +122,8 @@ def _encoder(served: Served, tower: str) -> ModelConfig:
         config.dynamic_batching.preferred_batch_size.append(size.preferred_batch)
     if served.plans:
         _on_gpus(config, served.plans[tower], settings)
+    if tower == "text" and settings.text_cache_mb:
+        config.response_cache.enable = True
     for batch in sorted({1, largest}):  # before the first client, at both ends of memory use
         _warm_up(config, f"batch_{batch}", batch, sample)
     _tell(
@@ -114,6 +133,7 @@ def _encoder(served: Served, tower: str) -> ModelConfig:
         preprocess=exported.preprocess.model_dump_json(),
         tokenizer=exported.tokenizer.model_dump_json(),
         intra_op_thread_count=str(size.threads),  # the onnxruntime backend knows this one; model.py reads it too
+        **({CACHE: str(settings.text_cache_mb)} if config.response_cache.enable else {}),
     )
     return config
 
@@ -202,7 +222,7 @@ def _search(served: Served) -> ModelConfig:
 
 
 def _model(name: str, backend: str, max_batch: int) -> ModelConfig:
-    """Begin a configuration. No response cache: Triton's keeps errors too, and gives them out as empty answers."""
+    """Begin a configuration. A response cache is only there when asked for: Triton's keeps errors too."""
     from tritonclient.grpc import model_config_pb2 as triton
 
     config = triton.ModelConfig(name=name, backend=backend, max_batch_size=max_batch)

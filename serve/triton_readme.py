@@ -7,7 +7,7 @@ from string import Template
 from clipress.data.tokens import CLIP_BPE
 from clipress.models.exported import Tokenizer
 from clipress.serve.plans import Plans
-from clipress.serve.triton_config import Served
+from clipress.serve.triton_config import Served, cache_option
 
 README = Template("""\
 # Triton model repository: stage $stage ($precision), $backend backend, version $version
@@ -154,6 +154,8 @@ def _docker(served: Served) -> str:
     options = [f"--model-repository=/models/{served.backend}"]
     if settings.rate_limit is not None:
         options.append("--rate-limit=execution_count")
+    if settings.text_cache_mb:
+        options.append(cache_option(settings.text_cache_mb))
     plans = served.plans.get("image")
     if plans is not None and plans.version_compatible:
         options.append("--backend-config=tensorrt,version-compatible=true")

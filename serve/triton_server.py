@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipress.errors import ServerError
+from clipress.serve.triton_config import server_options
 from clipress.serve.triton_home import Triton, find_triton
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class TritonServer:
             *(sys.executable, "-I", "-S", "-c", TIED, str(os.getpid()), str(triton.binary)),
             f"--model-repository={self.repository.absolute()}",
             *triton.options,
+            *server_options(self.repository),
             "--model-control-mode=explicit",
             "--load-model=*",
             "--strict-readiness=true",

@@ -6,6 +6,7 @@ Skipped where no server is installed. One server answers all of them: its reposi
 import concurrent.futures
 import json
 import re
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -32,7 +33,8 @@ from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import MAX_PIXELS
 from clipress.models.exported import read_export
 from clipress.serve.classify import Classifier
-from clipress.serve.triton_repo import serve_version
+from clipress.serve.triton_repo import serve_version, triton_repo_from_export
+from clipress.serve.triton_server import TritonServer
 
 TEXTS = ["a photo of a cat", "a photo of the digit five", "Käfer, лиса", "word " * 200, ""]
 
@@ -210,3 +212,20 @@ def test_a_running_server_is_rolled_back_without_a_stop(served, client, exports)
         expected = Classifier(export, threads=1).probabilities(PICTURES, ["cat", "dog"])
         np.testing.assert_allclose(found, expected, atol=1e-6)
     assert np.abs(older - newer).max() > 1e-4
+
+
+def test_a_text_that_was_asked_before_comes_from_the_cache_where_one_is_asked_for(triton, exports, tmp_path):
+    settings = SETTINGS.model_copy(update={"text_cache_mb": 4})
+    (repository,) = triton_repo_from_export(exports[1], tmp_path, settings)
+    for model in MODELS - {"text_encoder"}:
+        shutil.rmtree(repository / model)
+    exported = read_export(exports[1])
+    ids = tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS[:2])
+    with TritonServer(repository, triton=triton) as server, triton_grpc.InferenceServerClient(server.grpc) as client:
+        before = executions(client, "text_encoder")[0]
+        for _ in range(3):
+            given = triton_grpc.InferInput("input_ids", list(ids.shape), "INT64")
+            given.set_data_from_numpy(ids)
+            found = client.infer("text_encoder", [given]).as_numpy("text_embeds")
+            np.testing.assert_array_equal(found, embeds_of(exported, "text", ids))
+        assert executions(client, "text_encoder")[0] == before + 1

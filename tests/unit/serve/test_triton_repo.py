@@ -23,6 +23,7 @@ from clipress.errors import ArtifactError, ExportError
 from clipress.models.exported import read_export
 from clipress.serve import triton_repo
 from clipress.serve.settings import ServeSettings
+from clipress.serve.triton_config import server_options
 from clipress.serve.triton_repo import serve_version, served_version, triton_repo_from_export
 
 SIZE, LENGTH, DIM, WORDS = 2, 3, 4, 10
@@ -192,6 +193,17 @@ def test_a_client_finds_all_it_needs_in_the_parameters(export, tmp_path, model):
         "context_length": 3,
         "kwargs": {"clean": 'lower "ä"'},
     }
+
+
+def test_only_the_text_encoder_is_cached_and_only_where_that_is_asked_for(export, tmp_path):
+    for mb, cached in ((0, set()), (3, {"text_encoder"})):
+        settings = ServeSettings(backend="python", text_cache_mb=mb)
+        (repository,) = triton_repo_from_export(export, tmp_path / str(mb), settings)
+        models = [path.parent.name for path in repository.glob("*/config.pbtxt")]
+        assert {model for model in models if config_in(repository, model).response_cache.enable} == cached
+        option = f"--cache-config=local,size={3 * 1024**2}"
+        assert server_options(repository) == ([option] if cached else [])
+        assert (option in (repository / "README.md").read_text()) == bool(cached)
 
 
 def test_a_largest_batch_of_one_is_warmed_up_once(export, tmp_path):
