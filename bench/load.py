@@ -101,7 +101,7 @@ class Measured:
             "windows": [round(rate, 2) for rate, _ in map(rate_and_latency, *self._windows())],
             "client_us": round(1e6 * used / max(len(self.requests), 1), 1),
             "client_cores": round(used / seconds, 3),
-            "server": server_figures(first.server, last.server),
+            "triton": server_figures(first.server, last.server),
         }
 
     def times(self) -> dict[str, list[float]]:

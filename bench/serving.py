@@ -179,7 +179,7 @@ def load_table(results: dict[str, Any]) -> str:
             f"{row['client_us']:.0f} us/request, {row['client_cores']:.2f} cores"
             + ("" if row["stable"] else ", not stable")
         )
-        for model, told in row["server"].items():
+        for model, told in row["triton"].items():
             batch = "" if told["mean_batch"] is None else f", mean batch {told['mean_batch']:.1f}"
             hits = f", {told['cache_hits']} from its cache" if told["cache_hits"] else ""
             lines.append(
