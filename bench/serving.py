@@ -49,17 +49,18 @@ def loads_from(concurrency: str | None, request_rate: str | None) -> list[Load]:
 
 def _sweep(option: str, text: str, kind: Callable[[str], float]) -> list[float]:
     try:
-        if ":" not in text:
-            values = [kind(part) for part in text.split(",")]
-        else:
-            start, end, *step = map(kind, text.split(":"))
-            values = [start]
-            while values[-1] < (after := values[-1] + (step[0] if step else values[-1])) <= end:
-                values.append(after)
+        values = _steps(*map(kind, text.split(":"))) if ":" in text else [kind(part) for part in text.split(",")]
     except (ValueError, TypeError):
         values = []
     if not values or min(values) <= 0 or not all(np.isfinite(values)):
         raise RecipeError(f"{option} {text}: numbers above 0 are asked for: 1,8,32 or START:END or START:END:STEP.")
+    return values
+
+
+def _steps(start: float, end: float, step: float | None = None) -> list[float]:
+    values = [start]
+    while values[-1] < (after := values[-1] + (values[-1] if step is None else step)) <= end:
+        values.append(after)
     return values
 
 

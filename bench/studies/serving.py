@@ -34,7 +34,8 @@ from clipress.bench.serving import MODELS, PICTURES, questions
 from clipress.bench.wire import Question, checked_ask, open_wire
 from clipress.data.evalsets import evalsets
 from clipress.data.pairs import SourceSpec
-from clipress.models.exported import cpu_session, read_export
+from clipress.data.transforms import fitted, normalised, open_image
+from clipress.models.exported import Exported, cpu_session, read_export
 from clipress.serve.settings import ServeSettings
 from clipress.serve.triton_config import config_from, config_text
 from clipress.serve.triton_repo import triton_repo_from_export
@@ -132,6 +133,13 @@ async def soaked(
         watcher.cancel()
         await wire.close()
     return found, furthest, memory
+
+
+def answers(exported: Exported, files: list[bytes]) -> np.ndarray:
+    """Return what local inference makes of pictures' files, one by one."""
+    preprocess, session = exported.preprocess, cpu_session(exported.onnx("image"), 1)
+    pixels = [normalised(fitted(open_image(file), preprocess)[None], preprocess) for file in files]
+    return np.concatenate([session.run(None, {"pixel_values": one})[0] for one in pixels])
 
 
 def resident(pid: int) -> int:
@@ -248,10 +256,13 @@ def markdown(told: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model, clients in product(MODELS, CONCURRENCY):
-        of = {
-            server: lambda key, server=server: middle_of(rows, server, model, clients, key)
+        was, now = (
+            {
+                key: middle_of(rows, server, model, clients, key)
+                for key in ("infer_per_s", "p50_ms", "p99_ms", "client_us")
+            }
             for server in ("naive", "generated")
-        }
+        )
         inner = [
             row["triton"][ENCODERS[model]]
             for row in rows
@@ -261,10 +272,10 @@ def markdown(told: dict[str, Any]) -> str:
             statistics.median(one[key] for one in inner) for key in ("mean_batch", "queue_ms", "compute_infer_ms")
         )
         lines.append(
-            f"| {model} | {clients} | {of['naive']('infer_per_s'):.0f} | {of['generated']('infer_per_s'):.0f} "
-            f"| {spread(ratios(rows, model, clients))} | {of['naive']('p50_ms'):.2f}, {of['naive']('p99_ms'):.2f} "
-            f"| {of['generated']('p50_ms'):.2f}, {of['generated']('p99_ms'):.2f} | {batch:.1f} | {queue:.2f}, {infer:.2f} "
-            f"| {of['generated']('client_us'):.0f} |"
+            f"| {model} | {clients} | {was['infer_per_s']:.0f} | {now['infer_per_s']:.0f} "
+            f"| {spread(ratios(rows, model, clients))} | {was['p50_ms']:.2f}, {was['p99_ms']:.2f} "
+            f"| {now['p50_ms']:.2f}, {now['p99_ms']:.2f} | {batch:.1f} | {queue:.2f}, {infer:.2f} "
+            f"| {now['client_us']:.0f} |"
         )
     lines += [
         "",
@@ -307,12 +318,7 @@ def main(folder: str, rounds: str = "7", seconds: str = "300") -> None:
         served = {name: server.http for name, (server, _) in servers.items()}
         rows = turns(served, made, export, int(rounds))
         most = middle_of(rows, "generated", SOAKED, max(CONCURRENCY), "infer_per_s")
-        pixels = [
-            np.frombuffer(made["image_encoder"].content(n), np.float32).reshape(made["image_encoder"].shape)
-            for n in range(PICTURES)
-        ]
-        session = cpu_session(exported.onnx("image"), 1)
-        expected = np.concatenate([session.run(None, {"pixel_values": row})[0] for row in pixels])
+        expected = answers(exported, [made[SOAKED].content(number)[4:] for number in range(PICTURES)])
         figures, seconds_rows = soak(
             served["generated"], made[SOAKED], SHARE * most, float(seconds), expected, servers["generated"][1]
         )
