@@ -203,10 +203,11 @@ class BenchCommands(RunByDefault):
     """`bench RUN --backend triton` is `bench load RUN`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        text = " ".join(args).replace("--backend=", "--backend ")
-        if "--backend triton" in text and (not args or args[0] not in self.commands):
-            left = [word for word in args if word not in ("--backend", "triton", "--backend=triton")]
-            return super().parse_args(ctx, ["load", *left])
+        for at, word in enumerate(args):
+            length = 1 if word == "--backend=triton" else 2 if args[at : at + 2] == ["--backend", "triton"] else 0
+            if length:
+                left = args[:at] + args[at + length :]
+                return super().parse_args(ctx, ["load", *(left[1:] if left[:1] == ["run"] else left)])
         return super().parse_args(ctx, args)
 
 
@@ -228,10 +229,11 @@ def bench() -> None:
 )
 @click.option(
     "--runner",
+    "--backend",
     "backends",
     multiple=True,
-    help="onnxruntime, onnxruntime-cuda, torch, torch-compiled or tensorrt; may be given several times.  "
-    "[default: the recipe's]",
+    help="onnxruntime, onnxruntime-cuda, torch, torch-compiled or tensorrt; may be given several times; or triton, see "
+    "clipress bench load --help.  [default: the recipe's]",
 )
 @click.option("--batch", type=click.IntRange(1), multiple=True, help="May be given several times.")
 @click.option("--threads", type=click.IntRange(1), help="Inside one operator.")

@@ -83,6 +83,8 @@ class Measured:
     load: Load
     requests: Sequence[Request]
     marks: Sequence[Mark]
+    windows: Sequence[float]
+    """Answers per second of each."""
     stable: bool
 
     def figures(self) -> dict[str, Any]:
@@ -98,7 +100,7 @@ class Measured:
             "requests": len(self.requests),
             "errors": len(self.requests) - len(good),
             "stable": self.stable,
-            "windows": [round(rate, 2) for rate, _ in map(rate_and_latency, *self._windows())],
+            "windows": self.windows,
             "client_us": round(1e6 * used / max(len(self.requests), 1), 1),
             "client_cores": round(used / seconds, 3),
             "triton": server_figures(first.server, last.server),
@@ -111,9 +113,6 @@ class Measured:
             "due_ms": [round(1000 * (one.due - start), 2) for one in self.requests],
             "latency_ms": [round(1000 * (one.done - one.due), 3) for one in self.requests],
         }
-
-    def _windows(self) -> tuple[list[Sequence[Request]], list[float]]:
-        return windows_of(self.requests, self.marks)
 
 
 def arrivals(rate: float, seed: int = 0) -> Iterator[float]:
@@ -136,12 +135,9 @@ def latency_figures(requests: Sequence[Request]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in (found | {"lag_p99_ms": percentile(lags, 99)}).items()}
 
 
-def windows_of(requests: Sequence[Request], marks: Sequence[Mark]) -> tuple[list[Sequence[Request]], list[float]]:
-    """Return each window's requests and its seconds; `requests` begin with those of the first window."""
-    cuts = [mark.requests - marks[0].requests for mark in marks]
-    pairs = list(pairwise(cuts))
-    seconds = [late.time - early.time for early, late in pairwise(marks)]
-    return [requests[start:end] for start, end in pairs], seconds
+def windows_of(requests: Sequence[Request], marks: Sequence[Mark]) -> list[tuple[Sequence[Request], float]]:
+    """Return each window's requests, and its seconds. `requests` are all since the load began."""
+    return [(requests[start.requests : end.requests], end.time - start.time) for start, end in pairwise(marks)]
 
 
 def rate_and_latency(requests: Sequence[Request], seconds: float) -> tuple[float, float]:
@@ -193,14 +189,13 @@ async def measure(
             await asyncio.sleep(windows.window / 1000)
             marks.append(await mark())
             recent = marks[-KEPT - 1 :]
-            found = [
-                rate_and_latency(*one) for one in zip(*windows_of(requests[recent[0].requests :], recent), strict=True)
-            ]
+            found = [rate_and_latency(*one) for one in windows_of(requests, recent)]
             stable = are_stable(found, windows.stability)
     finally:
         driver.cancel()
         await asyncio.gather(driver, return_exceptions=True)
-    return Measured(load, requests[recent[0].requests : recent[-1].requests], recent, stable)
+    kept = requests[recent[0].requests : recent[-1].requests]
+    return Measured(load, kept, recent, [round(rate, 2) for rate, _ in found], stable)
 
 
 async def _driven(ask: Ask, load: Load, numbers: Iterator[int], requests: list[Request]) -> None:

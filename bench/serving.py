@@ -162,9 +162,10 @@ def _conditions(protocol: str, windows: Windows) -> dict[str, Any]:
 
 
 def write_load(results: dict[str, Any], folder: Path) -> Path:
-    """Write load.json."""
+    """Write load.json; latencies are null where nothing was answered."""
     path = folder / "load.json"
-    write_text_whole(path, json.dumps(results, separators=(",", ":")) + "\n")
+    rows = [{key: None if value != value else value for key, value in row.items()} for row in results["rows"]]
+    write_text_whole(path, json.dumps({**results, "rows": rows}, separators=(",", ":"), allow_nan=False) + "\n")
     return path
 
 
