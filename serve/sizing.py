@@ -34,6 +34,8 @@ class Sizing:
     instances: int
     threads: int
     preferred_batch: int | None
+    small: bool = False
+    """By the bench: what is around it is no smaller."""
 
 
 def sizing(exported: Exported, tower: str, backend: str, settings: ServeSettings, bench: Path | None) -> Sizing:
@@ -41,16 +43,17 @@ def sizing(exported: Exported, tower: str, backend: str, settings: ServeSettings
     rows = [] if bench is None else _latencies(bench, exported, tower, backend)
     cores = os.cpu_count() or 1
     threads = settings.threads if settings.threads != "auto" else min(cores, _threads(exported, tower, rows))
-    small = 0 < _item_ms(rows) < SMALL_MS
+    small = backend != "tensorrt" and 0 < _item_ms(rows) < SMALL_MS
     by_cores = 1 if backend == "tensorrt" else max(1, cores // threads // (2 if small else 1))
     instances = settings.instances if settings.instances != "auto" else by_cores
     best = max(rows, key=lambda row: row["items_per_s"])["batch"] if rows else 1
-    return Sizing(instances, threads, best if 1 < best < settings.max_batch else None)
+    return Sizing(instances, threads, best if 1 < best < settings.max_batch else None, small)
 
 
-def helpers(settings: ServeSettings) -> int:
-    """Return how many instances the models around the encoders get: one per core."""
-    return (os.cpu_count() or 1) if settings.instances == "auto" else settings.instances
+def helpers(settings: ServeSettings, encoder: Sizing | None = None) -> int:
+    """Return how many instances a model around the encoders gets: one per core, half as many before a very small encoder."""
+    by_cores = max(1, (os.cpu_count() or 1) // (2 if encoder and encoder.small else 1))
+    return by_cores if settings.instances == "auto" else settings.instances
 
 
 def _threads(exported: Exported, tower: Any, rows: list[dict[str, Any]]) -> int:

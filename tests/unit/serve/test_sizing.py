@@ -69,7 +69,9 @@ def test_half_of_the_cores_are_left_to_the_server_around_a_very_small_model(
     tmp_path, median_ms, measured_with, instances
 ):
     found = sizing(exported(), "image", "python", ServeSettings(), results(tmp_path, {1: 5}, median_ms, measured_with))
-    assert (found.instances, found.threads) == (instances, 1)
+    assert (found.instances, found.threads, found.small) == (instances, 1, instances < 8)
+    assert helpers(ServeSettings(), found) == instances
+    assert helpers(ServeSettings(instances=3), found) == 3
 
 
 @pytest.mark.parametrize(
