@@ -239,8 +239,16 @@ def run(work: Coroutine[Any, Any, T], precise: bool) -> T:
     try:
         return loop.run_until_complete(work)
     finally:
-        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(_ended())
         loop.close()
+
+
+async def _ended() -> None:
+    """End what Ctrl-C has left."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
 
 
 def numbered() -> Iterator[int]:

@@ -212,6 +212,29 @@ def test_errors_are_counted_and_have_no_latency_and_a_dead_server_is_not_hammere
     assert dead_figures["infer_per_s"] == 0 and np.isnan(dead_figures["p99_ms"])
 
 
+def test_what_is_under_way_is_ended_when_the_user_stops_it():
+    ended = []
+
+    async def forever():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    async def work():
+        tasks = [asyncio.create_task(forever()) for _ in range(3)]
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(stop)
+        await asyncio.gather(*tasks)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(work(), False)
+    assert ended == [True] * 3
+
+
 COUNTED = {
     "model_stats": [
         {
