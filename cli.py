@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -222,9 +222,24 @@ class RunByDefault(click.Group):
         return super().parse_args(ctx, args if known else ["run", *args])
 
 
-@main.group(cls=RunByDefault)
+class BenchCommands(RunByDefault):
+    """`bench RUN --backend triton` is `bench load RUN`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for at, word in enumerate(args):
+            length = 1 if word == "--backend=triton" else 2 if args[at : at + 2] == ["--backend", "triton"] else 0
+            if length:
+                left = args[:at] + args[at + length :]
+                return super().parse_args(ctx, ["load", *(left[1:] if left[:1] == ["run"] else left)])
+        return super().parse_args(ctx, args)
+
+
+@main.group(cls=BenchCommands)
 def bench() -> None:
-    """Measure accuracy, size and latency: clipress bench RUN. Its options: clipress bench run --help."""
+    """Measure accuracy, size and latency: clipress bench RUN. Its options: clipress bench run --help.
+
+    Of a server: clipress bench RUN --backend triton. Its options: clipress bench load --help.
+    """
 
 
 @bench.command("run")
@@ -237,10 +252,11 @@ def bench() -> None:
 )
 @click.option(
     "--runner",
+    "--backend",
     "backends",
     multiple=True,
-    help="onnxruntime, onnxruntime-cuda, torch, torch-compiled or tensorrt; may be given several times.  "
-    "[default: the recipe's]",
+    help="onnxruntime, onnxruntime-cuda, torch, torch-compiled or tensorrt; may be given several times; or triton, see "
+    "clipress bench load --help.  [default: the recipe's]",
 )
 @click.option("--batch", type=click.IntRange(1), multiple=True, help="May be given several times.")
 @click.option("--threads", type=click.IntRange(1), help="Inside one operator.")
@@ -317,9 +333,14 @@ def bench_run(
     )
     if compared:
         click.echo(comparison(results))
-    if told := broken(wanted, results):
-        for line in told:
-            click.echo(f"Broken: {line}", err=True)
+    _tell_broken(ctx, broken(wanted, results))
+
+
+def _tell_broken(ctx: click.Context, broken: list[str]) -> None:
+    """Exit with 1 where a gate is broken."""
+    for line in broken:
+        click.echo(f"Broken: {line}", err=True)
+    if broken:
         ctx.exit(1)
 
 
@@ -350,13 +371,109 @@ def _command(ctx: click.Context) -> str:
     """Return the command as it was typed, for the record."""
     import shlex
 
-    words = ["clipress", "bench", *map(str, ctx.params["runs"])]
+    name = [] if ctx.info_name == "run" else [ctx.info_name]
+    words = ["clipress", "bench", *name, *map(str, ctx.params.get("runs") or [ctx.params["run"]])]
     for option in ctx.command.params:
         value = ctx.params.get(option.name)
         if isinstance(option, click.Option) and value not in (None, (), False):
             for one in value if isinstance(value, tuple) else (value,):
                 words += [option.opts[0]] if one is True else [option.opts[0], str(one)]
     return shlex.join(words)
+
+
+@bench.command("load")
+@RUN_ARGUMENT
+@STAGE_OPTION
+@click.option("--url", help="A server that runs, http://host:8000 or grpc://host:8001.  [default: one for RUN, here]")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="embed_image, image_encoder or embed_text; may be given several times.  [default: all]",
+)
+@click.option("--concurrency", help="Requests at any time, such as 1,8,32 or 1:32, which doubles.  [default: 1,8,32]")
+@click.option("--request-rate", help="Requests per second, answered or not, such as 100,200 or 100:500:100.")
+@click.option("--window", type=click.IntRange(1), default=2000, show_default=True, help="Milliseconds.")
+@click.option("--warm-up", type=click.IntRange(0), default=1000, show_default=True, help="Milliseconds per load.")
+@click.option(
+    "--stability",
+    type=click.FloatRange(0),
+    default=10,
+    show_default=True,
+    help="Percent by which the last three windows may differ; else there are more of them.",
+)
+@click.option("--trials", type=click.IntRange(3), default=10, show_default=True, help="Windows at most.")
+@click.option(
+    "--fail-if",
+    "gates",
+    multiple=True,
+    metavar="GATE",
+    help="Exit with 1 if this is true, such as 'p99_ms{model=embed_image, concurrency=32} > 50'; several allowed.",
+)
+@click.option("--out", type=FOLDER, help="Where load.json goes.  [default: RUN/bench]")
+@click.pass_context
+def bench_load(
+    ctx: click.Context,
+    run: Path,
+    stage: str | None,
+    url: str | None,
+    models: tuple[str, ...],
+    concurrency: str | None,
+    request_rate: str | None,
+    gates: tuple[str, ...],
+    out: Path | None,
+    **measured: float,
+) -> None:
+    """Put load on a Triton server. `clipress bench RUN --backend triton` is the same.
+
+    Without --url, one is started for RUN's repository, and stopped. Requests are RUN's test pictures, and texts that no
+    request had before.
+    """
+    from clipress.bench.gates import gate_from
+    from clipress.bench.load import Windows
+    from clipress.bench.serving import (
+        MODELS,
+        PLACES,
+        bench_server,
+        broken_by_load,
+        load_table,
+        loads_from,
+        places_of,
+        questions,
+        write_load,
+    )
+    from clipress.models.exported import read_export
+    from clipress.serve.client import address_from
+
+    for model in models:
+        if model not in MODELS:
+            raise RecipeError(f"--model {model}: load is not made for it.{nearest(model, MODELS)}")
+    loads, wanted = loads_from(concurrency, request_rate), [gate_from(text, PLACES) for text in gates]
+    broken_by_load(wanted, places_of(models or MODELS, loads))
+    plan = _plan_of(run)
+    name = _chosen(plan, stage) if stage else _served(run, plan)
+    server = address_from(url) if url else None
+    if url is None:
+        _export(run, plan, [name])
+    made = questions(read_export(_exported(run, name)), _test_sets(plan))
+    asked = [made[model] for model in dict.fromkeys(models or MODELS)]
+    about = {"recipe": plan.recipe.name, "stage": name, "command": _command(ctx)}
+    with _server_of(run, plan, name) if url is None else nullcontext(server) as there:
+        results = bench_server(there, asked, loads, Windows(**measured), about)
+    written = write_load(results, out or run / "bench")
+    click.echo(f"{load_table(results)}\nFigures, and every request's times: {written}")
+    _tell_broken(ctx, broken_by_load(wanted, results["rows"]))
+
+
+@contextmanager
+def _server_of(run: Path, plan: Plan, stage: str) -> Iterator[tuple[str, str, bool]]:
+    """Serve a run here, by the repository of the python backend, which is written if need be."""
+    from clipress.serve.triton_home import find_triton
+    from clipress.serve.triton_server import TritonServer
+
+    repository = _serve(run, plan, stage, ("python",), None)["python"]
+    with TritonServer(repository, triton=find_triton(click.echo)) as server:
+        yield "http", server.http, False
 
 
 @bench.command()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +42,8 @@ class Gate:
     bound: float
 
 
-def gate_from(text: str) -> Gate:
-    """Read a gate. Raises RecipeError when it has another form."""
+def gate_from(text: str, places: Sequence[str] = PLACES) -> Gate:
+    """Read a gate; `places` are the keys that say where. Raises RecipeError when it has another form."""
     form = FORM.fullmatch(text)
     if form is None:
         raise RecipeError(
@@ -51,14 +51,14 @@ def gate_from(text: str) -> Gate:
             f"'p99_ms{{stage=int8, batch=8}} > 10'; OP is one of {', '.join(OPERATORS)}."
         )
     metric, where, sign, bound = form.groups()
-    return Gate(text.strip(), metric, tuple(_places(where or "", text)), sign, float(bound))
+    return Gate(text.strip(), metric, tuple(_places(where or "", text, places)), sign, float(bound))
 
 
-def _places(where: str, text: str) -> Iterator[tuple[str, str]]:
+def _places(where: str, text: str, places: Sequence[str]) -> Iterator[tuple[str, str]]:
     for part in filter(None, map(str.strip, where.split(","))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
-        if key not in PLACES:
-            raise RecipeError(f"--fail-if '{text}': '{key}' says nothing about where.{nearest(key, PLACES)}")
+        if key not in places:
+            raise RecipeError(f"--fail-if '{text}': '{key}' says nothing about where.{nearest(key, places)}")
         if not equals or not value:
             raise RecipeError(f"--fail-if '{text}': '{key}=VALUE' is asked for, found '{part}'.")
         yield key, value.strip("\"'")
@@ -150,6 +150,16 @@ def _nothing(rows: Sequence[dict[str, Any]], gate: Gate) -> str:
     known = {key for row in rows for key in row.get("accuracy", {})} | set(WEIGHED)
     known |= {key for row in rows for timing in row.get("latency", ()) for key in timing if key in TIMED}
     if gate.metric not in known:
-        return f"--fail-if '{gate.text}': the results have no metric '{gate.metric}'.{nearest(gate.metric, known)}"
+        return unknown_metric(gate, known)
+    return nowhere(gate)
+
+
+def unknown_metric(gate: Gate, known: Iterable[str]) -> str:
+    """Say that the results have no such metric."""
+    return f"--fail-if '{gate.text}': the results have no metric '{gate.metric}'.{nearest(gate.metric, known)}"
+
+
+def nowhere(gate: Gate) -> str:
+    """Say that a metric was not measured at the place a gate speaks of."""
     asked = ", ".join(f"{key}={value}" for key, value in gate.where)
     return f"--fail-if '{gate.text}': {gate.metric} was measured nowhere with {asked or 'a value'}."

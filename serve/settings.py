@@ -34,10 +34,14 @@ class ServeSettings(Section):
     """Largest batch the server makes of waiting requests, and takes in one request; of engines, no more than they take."""
     queue_delay_us: int = Field(0, ge=0, le=1_000_000)
     """Microseconds a request may wait for company. A lone client pays them in full; at 0, busy servers batch all the same."""
-    queue_size: int = Field(1024, ge=0, le=1_000_000)
-    """Requests that may wait for a model; more are refused at once. 0: any number."""
-    queue_timeout_ms: int = Field(10_000, ge=0, le=3_600_000)
-    """Milliseconds a request may wait in a model's queue before it is refused. 0: for ever."""
+    queue_size: int = Field(0, ge=0, le=1_000_000)
+    """Requests that may wait for a model; more are refused at once. 0: any number.
+
+    With this or `queue_timeout_ms` Triton keeps its dynamic batcher from working ahead, and 2.51 then loses wake-ups:
+    requests wait half a second for nothing, the fewer instances the more often, and throughput may decay until the model
+    is loaded again (triton-inference-server/server#8870)."""
+    queue_timeout_ms: int = Field(0, ge=0, le=3_600_000)
+    """Milliseconds a request may wait in a model's queue before it is refused. 0: for ever. See `queue_size`."""
     instances: Count = "auto"
     """Copies of each model that work at the same time; auto: see serve/sizing.py."""
     threads: Count = "auto"

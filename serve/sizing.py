@@ -2,7 +2,8 @@
 
 Small models gain nothing from threads: one thread each, and as many instances as cores. A larger model gets as many
 threads as bring one item to about 20 ms by the bench's figures (threads taken to scale), and so many instances as the
-cores then allow. Without figures, one thread per 64 MB of its file. On GPUs one instance is enough: its work is queued
+cores then allow; half as many of a model that takes less than a millisecond, since what the server does around a run
+takes as long, and instances that take turns find their caches cold (bench/studies/serving.md). Without figures, one thread per 64 MB of its file. On GPUs one instance is enough: its work is queued
 there anyway, and a second one costs its memory again.
 
 The batch that the bench found the fastest per item is what the server forms by preference.
@@ -23,6 +24,7 @@ from clipress.serve.settings import ServeSettings
 
 ITEM_MS = 20.0
 THREAD_BYTES = 64 << 20
+SMALL_MS = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Sizing:
     instances: int
     threads: int
     preferred_batch: int | None
+    small: bool = False
+    """By the bench: what is around it is no smaller."""
 
 
 def sizing(exported: Exported, tower: str, backend: str, settings: ServeSettings, bench: Path | None) -> Sizing:
@@ -39,22 +43,28 @@ def sizing(exported: Exported, tower: str, backend: str, settings: ServeSettings
     rows = [] if bench is None else _latencies(bench, exported, tower, backend)
     cores = os.cpu_count() or 1
     threads = settings.threads if settings.threads != "auto" else min(cores, _threads(exported, tower, rows))
-    by_cores = 1 if backend == "tensorrt" else max(1, cores // threads)
+    small = backend != "tensorrt" and 0 < _item_ms(rows) < SMALL_MS
+    by_cores = 1 if backend == "tensorrt" else max(1, cores // threads // (2 if small else 1))
     instances = settings.instances if settings.instances != "auto" else by_cores
     best = max(rows, key=lambda row: row["items_per_s"])["batch"] if rows else 1
-    return Sizing(instances, threads, best if 1 < best < settings.max_batch else None)
+    return Sizing(instances, threads, best if 1 < best < settings.max_batch else None, small)
 
 
-def helpers(settings: ServeSettings) -> int:
-    """Return how many instances the models around the encoders get: one per core."""
-    return (os.cpu_count() or 1) if settings.instances == "auto" else settings.instances
+def helpers(settings: ServeSettings, encoder: Sizing | None = None) -> int:
+    """Return how many instances a model around the encoders gets: one per core, half as many before a very small encoder."""
+    by_cores = max(1, (os.cpu_count() or 1) // (2 if encoder and encoder.small else 1))
+    return by_cores if settings.instances == "auto" else settings.instances
 
 
 def _threads(exported: Exported, tower: Any, rows: list[dict[str, Any]]) -> int:
-    alone = [row["median_ms"] * row["threads"] for row in rows if row["batch"] == 1]
-    if alone:
-        return max(1, math.ceil(alone[0] / ITEM_MS))
+    if alone := _item_ms(rows):
+        return max(1, math.ceil(alone / ITEM_MS))
     return max(1, math.ceil(exported.files[tower].bytes / THREAD_BYTES))
+
+
+def _item_ms(rows: list[dict[str, Any]]) -> float:
+    """Return what one item takes one thread; 0: not measured."""
+    return next((row["median_ms"] * row["threads"] for row in rows if row["batch"] == 1), 0.0)
 
 
 def _latencies(bench: Path, exported: Exported, tower: str, backend: str) -> list[dict[str, Any]]:

@@ -159,7 +159,7 @@ def _preprocess(served: Served) -> ModelConfig:
     config = _model("preprocess", "python", served.largest_batch("image"))
     config.input.add(name="image", data_type=STRING, dims=[1])
     config.output.add(name="pixel_values", data_type=FP32, dims=[3, side, side])
-    _instances(config, helpers(served.settings))
+    _instances(config, helpers(served.settings, served.sizes["image"]))
     _batching(config, served.settings)
     _warm_up(config, "picture", 1, {"input_data_file": WARM_UPS["preprocess"]})
     _tell(config, preprocess=served.exported.preprocess.model_dump_json())

@@ -231,7 +231,10 @@ def _read_release(repository: Path, version: int) -> Release:
 
 
 def _same(files: Files, folder: Path) -> bool:
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    there = {
+        path.as_posix() for path in found if "__pycache__" not in path.parts
+    }  # a server that ran here leaves those
     return there == set(files) and all(_holds(folder / name, content) for name, content in files.items())
 
 

@@ -56,12 +56,22 @@ def test_without_figures_threads_follow_the_files_size(size, instances, threads)
 
 
 @pytest.mark.parametrize(
-    "median_ms, measured_with, instances, threads", [(0.2, 1, 8, 1), (20, 1, 8, 1), (30, 2, 2, 3), (900, 1, 1, 8)]
+    "median_ms, measured_with, instances, threads", [(1.2, 1, 8, 1), (20, 1, 8, 1), (30, 2, 2, 3), (900, 1, 1, 8)]
 )
 def test_with_figures_an_item_takes_about_twenty_milliseconds(tmp_path, median_ms, measured_with, instances, threads):
     bench = results(tmp_path, {1: 5, 8: 3}, median_ms, measured_with)
     found = sizing(exported(500 * MB), "image", "onnxruntime", ServeSettings(), bench)
     assert (found.instances, found.threads) == (instances, threads)
+
+
+@pytest.mark.parametrize("median_ms, measured_with, instances", [(0.2, 1, 4), (0.2, 4, 4), (0.3, 4, 8)])
+def test_half_of_the_cores_are_left_to_the_server_around_a_very_small_model(
+    tmp_path, median_ms, measured_with, instances
+):
+    found = sizing(exported(), "image", "python", ServeSettings(), results(tmp_path, {1: 5}, median_ms, measured_with))
+    assert (found.instances, found.threads, found.small) == (instances, 1, instances < 8)
+    assert helpers(ServeSettings(), found) == instances
+    assert helpers(ServeSettings(instances=3), found) == 3
 
 
 @pytest.mark.parametrize(

@@ -135,8 +135,7 @@ def test_the_image_encoder_is_described_as_triton_wants_it(export, tmp_path):
         output [ { name: "image_embeds" data_type: TYPE_FP32 dims: [ 4 ] } ]
         version_policy { latest { num_versions: 1 } }
         instance_group [ { kind: KIND_CPU count: 1 } ]
-        dynamic_batching { default_queue_policy {
-          default_timeout_microseconds: 10000000 allow_timeout_override: true max_queue_size: 1024 } }
+        dynamic_batching { }
         model_warmup [
           { name: "batch_1" batch_size: 1
             inputs { key: "pixel_values" value { data_type: TYPE_FP32 dims: [ 3, 2, 2 ] random_data: true } } },
@@ -150,7 +149,7 @@ def test_the_image_encoder_is_described_as_triton_wants_it(export, tmp_path):
 
 def test_the_text_encoder_follows_the_settings(export, tmp_path):
     settings = ServeSettings(
-        backend="python", max_batch=8, queue_delay_us=250, instances=2, threads=3, queue_size=9, queue_timeout_ms=0
+        backend="python", max_batch=8, queue_delay_us=250, instances=2, threads=3, queue_size=9, queue_timeout_ms=7
     )
     (repository,) = triton_repo_from_export(export, tmp_path, settings)
     config, parameters = without_parameters(config_in(repository, "text_encoder"))
@@ -162,7 +161,7 @@ def test_the_text_encoder_follows_the_settings(export, tmp_path):
         instance_group [ { kind: KIND_CPU count: 2 } ]
         dynamic_batching {
           max_queue_delay_microseconds: 250
-          default_queue_policy { allow_timeout_override: true max_queue_size: 9 } }
+          default_queue_policy { default_timeout_microseconds: 7000 allow_timeout_override: true max_queue_size: 9 } }
         model_warmup [
           { name: "batch_1" batch_size: 1
             inputs { key: "input_ids" value { data_type: TYPE_INT64 dims: [ 3 ] zero_data: true } } },
@@ -308,6 +307,13 @@ def test_an_export_that_has_not_changed_adds_nothing_and_touches_nothing(export,
     before, folder = snapshot(repository), repository.stat().st_ino
     assert snapshot(python_repository(export, tmp_path)) == before
     assert repository.stat().st_ino == folder  # a server or container that looks at it keeps what it sees
+
+
+def test_what_a_server_leaves_in_a_version_is_no_change(export, tmp_path):
+    left = python_repository(export, tmp_path) / "preprocess" / "1" / "__pycache__" / "model.cpython-311.pyc"
+    left.parent.mkdir()
+    left.write_bytes(b"compiled")
+    assert not (python_repository(export, tmp_path) / "preprocess" / "2").exists()
 
 
 def test_an_export_that_was_made_again_elsewhere_is_the_same(export, tmp_path):
@@ -468,7 +474,7 @@ def engine(export, tower, gpu="nvidia-h200", trt="10.16.1.11", precision="fp16",
 
 def test_engines_are_served_on_their_gpus_with_graphs_of_their_batches(export, tmp_path):
     plans = {tower: engine(export, tower) for tower in ("image", "text")}
-    settings = ServeSettings(backend="tensorrt", gpus=(0, 2), instances=2, queue_size=0, queue_timeout_ms=0)
+    settings = ServeSettings(backend="tensorrt", gpus=(0, 2), instances=2)
     (repository,) = triton_repo_from_export(export, tmp_path, settings)
     config, _ = without_parameters(config_in(repository, "image_encoder"))
     config.ClearField("model_warmup")
