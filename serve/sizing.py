@@ -3,8 +3,9 @@
 Small models gain nothing from threads: one thread each, and as many instances as cores. A larger model gets as many
 threads as bring one item to about 20 ms by the bench's figures (threads taken to scale), and so many instances as the
 cores then allow; half as many of a model that takes less than a millisecond, since what the server does around a run
-takes as long, and instances that take turns find their caches cold (bench/studies/serving.md). Without figures, one thread per 64 MB of its file. On GPUs one instance is enough: its work is queued
-there anyway, and a second one costs its memory again.
+takes as long, and instances that take turns find their caches cold (bench/studies/serving.md). Without figures, one thread
+per 64 MB of its file. On GPUs one instance is enough: its work is queued there anyway, and a second one costs its memory
+again.
 
 The batch that the bench found the fastest per item is what the server forms by preference.
 """
