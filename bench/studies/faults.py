@@ -8,19 +8,23 @@ faults_serving.json (tests of the real Triton). Writes faults.json and faults.md
 from __future__ import annotations
 
 import json
+import platform
 import sys
 from collections import Counter
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from clipress.bench.run import processor
+
 HERE = Path(__file__).parent
 PARTS = ("kills", "inputs", "fuzz", "serving")
 
 
 def cell(text: Any) -> str:
-    """Return a text as a table's cell."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    """Return a text as a table's cell; what cannot be seen is escaped."""
+    seen = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(str(text).split()))
+    return seen.replace("|", "\\|")
 
 
 def table(names: list[str], rows: list[list[Any]]) -> list[str]:
@@ -77,10 +81,20 @@ def main(folder: str) -> None:
     found = {name: json.loads((Path(folder) / f"faults_{name}.json").read_text(encoding="utf-8")) for name in PARTS}
     titles = {"kills": "Kills", "inputs": "Inputs", "fuzz": "Fuzzing", "serving": "The server"}
     told = {"kills": kills, "inputs": inputs, "fuzz": fuzz, "serving": serving}
-    lines = ["# Faults: what was done, and what happened", "", f"{date.today().isoformat()}, `{Path(__file__).name}`."]
+    conditions = {"date": date.today().isoformat(), "python": platform.python_version(), **processor()}
+    about = (
+        f"{conditions['date']}, {conditions['processor']}, {conditions['cores']} cores, Python {conditions['python']}"
+    )
+    lines = [
+        "# Faults: what was done, and what happened",
+        "",
+        f"`python bench/studies/{Path(__file__).name}`, {about}.",
+    ]
     for name in PARTS:
         lines += ["", f"## {titles[name]}", "", *told[name](found[name])]
-    (HERE / "faults.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (HERE / "faults.json").write_text(
+        json.dumps({"conditions": conditions, **found}, indent=1) + "\n", encoding="utf-8"
+    )
     (HERE / "faults.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
