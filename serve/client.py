@@ -176,9 +176,8 @@ class Client:
             scores, keys = self._started(ask()).result()
         except (_Rejected, _Unavailable) as error:
             raise ServerError(f"{self.url}, search: {error}") from None
-        return [
-            Hit(key.decode("utf-8", "surrogateescape"), float(score)) for key, score in zip(keys, scores, strict=True)
-        ]
+        found = zip(keys.ravel(), scores.ravel(), strict=True)  # [1, k]: the server takes several texts
+        return [Hit(key.decode("utf-8", "surrogateescape"), float(score)) for key, score in found]
 
     def _embedder(self, tower: str) -> Callable[[Sequence[bytes | str]], Awaitable[np.ndarray]]:
         async def ask(items: Sequence[bytes | str]) -> np.ndarray:

@@ -56,7 +56,7 @@ def search(inputs):
     (text,) = inputs["text"]
     keys = np.empty(k, object)
     keys[:] = [text + b"-%d" % number for number in range(k)]
-    return {"scores": np.linspace(1, 0, k), "keys": keys}
+    return {"scores": np.linspace(1, 0, k)[None], "keys": keys[None]}  # a row per text
 
 
 @pytest.fixture

@@ -33,6 +33,9 @@ from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import MAX_PIXELS
 from clipress.models.exported import read_export
 from clipress.serve.classify import Classifier
+from clipress.serve.client import Client
+from clipress.serve.index import open_index
+from clipress.serve.indexing import index_pictures
 from clipress.serve.triton_repo import serve_version, triton_repo_from_export
 from clipress.serve.triton_server import TritonServer
 
@@ -229,3 +232,24 @@ def test_a_text_that_was_asked_before_comes_from_the_cache_where_one_is_asked_fo
             found = client.infer("text_encoder", [given]).as_numpy("text_embeds")
             np.testing.assert_array_equal(found, embeds_of(exported, "text", ids))
         assert executions(client, "text_encoder")[0] == before + 1
+
+
+def test_the_nearest_pictures_of_an_index_are_found_as_they_are_here(triton, exports, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, content in enumerate(PICTURES):
+        (pictures / f"{number}-größe.png").write_bytes(content)
+    index_pictures(str(pictures), exports[1], tmp_path / "index", say=lambda _: None)
+    settings = SETTINGS.model_copy(update={"index": tmp_path / "index"})
+    (repository,) = triton_repo_from_export(exports[1], tmp_path / "triton", settings)
+    for model in ("image_encoder", "preprocess", "embed_image", "classify"):
+        shutil.rmtree(repository / model)
+    exported = read_export(exports[1])
+    ids = tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS[:1])
+    scores, (keys,) = open_index(tmp_path / "index").search(embeds_of(exported, "text", ids), 3)
+    with TritonServer(repository, triton=triton) as server:
+        for address in (f"http://{server.http}", f"grpc://{server.grpc}"):
+            with Client(address) as client:
+                found = client.search(TEXTS[0], 3)
+            assert [hit.key for hit in found] == keys
+            np.testing.assert_allclose([hit.score for hit in found], scores[0], atol=1e-6)
