@@ -244,9 +244,21 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path):
             TritonServer(tmp_path, grpc_port=port, triton=Triton(Path("/nowhere"))).start()
 
 
+RUNNING = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_a_test():
+    """A test that fails must not leave its command behind; the server ends with that."""
+    yield
+    while RUNNING:
+        RUNNING.pop().kill()
+
+
 def started(*command):
     """Start a command that serves; return it when it is ready, the server's process and what was printed."""
     process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True)
+    RUNNING.append(process)
     printed = []
     for line in process.stdout:
         printed.append(line)
