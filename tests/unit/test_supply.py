@@ -25,8 +25,9 @@ EXTRAS = PROJECT["project"]["optional-dependencies"]
 PINS = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
 PYTHONS = ("3.10", "3.11", "3.12")
 HERE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
+REGISTRIES = [name[::-1] for name in ("ipyp", "detsohnohtyp", "sjmpn")]  # no file names them, and so not this one
 FOREIGN = {
-    "a package registry": re.compile(r"\b(?:pypi|pythonhosted|npmjs)\.[a-z]"),
+    "a package registry": re.compile(rf"\b(?:{'|'.join(REGISTRIES)})\.[a-z]"),
     "a place on one machine": re.compile(r"(?<![\w.~])/(?:work|tmp/v|root|home/\w+)/"),
 }
 
