@@ -9,12 +9,11 @@ results.json records what is kept, and `clipress serve` takes it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipress.artifact import read_header
+from clipress.artifact import read_header, read_json
 from clipress.bench.compare import LEAST_ROUNDS, Ratio
 from clipress.errors import ArtifactError
 
@@ -76,7 +75,7 @@ def read_kept(results: Path, run: Path, last: str, backend: str = "onnxruntime")
     None where nothing was measured, or artefacts that have been made anew since.
     """
     try:
-        entries = json.loads(results.read_text(encoding="utf-8"))["kept"]
+        entries = read_json(results)["kept"]
         found = next(one for one in entries if (one["backend"], one["of"]) == (backend, last))
         asked = {found["of"]: found["of_hash"], found["artifact"]: found["hash"]}
         there = {name: read_header(run / name)["lineage"][-1]["hash"] for name in asked}

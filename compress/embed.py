@@ -7,7 +7,6 @@ killed and taken up again, or shared among processes, leaves the same bytes.
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +45,7 @@ from clipress.data.tokens import Tokenize
 from clipress.data.transforms import Augment, View, drawn_view, normalised, size_of, viewed
 from clipress.errors import ArtifactError, DataError, RecipeError
 from clipress.models.load import Clip, TeacherSpec
+from clipress.progress import progress_bar
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -159,7 +159,8 @@ def write_shards(
         collate_fn=_as_it_is,
         pin_memory=next(clip.model.parameters()).device.type == "cuda",
     )
-    with ThreadPoolExecutor(1, "write") as writer, _bar(todo, source.name, rank) as bar:
+    shown = progress_bar(todo, f"embed {source.name}", "picture", smoothing=0, disable=rank > 0)
+    with ThreadPoolExecutor(1, "write") as writer, shown as bar:
         written: Future | None = None
         for shard, part in groupby(_ahead(loads), key=attrgetter("shard")):
             encoded = _encoded(clip, part, manifest.precision, bar)
@@ -309,12 +310,6 @@ def _finish(folder: Path, shard: int, source: Source, manifest: Manifest, encode
     }
     image, text, views = (torch.cat([*getattr(encoded, name), empty]).cpu().numpy() for name, empty in nothing.items())
     write_shard(folder, shard, manifest, Rows(image, text, captions, offsets, views, ok))
-
-
-def _bar(total: int, title: str, rank: int) -> tqdm:
-    """A progress bar with an ETA over pictures; one line now and then where nobody watches."""
-    interval = 0.2 if sys.stderr.isatty() else 15.0
-    return tqdm(total=total, desc=f"embed {title}", unit="picture", smoothing=0, mininterval=interval, disable=rank > 0)
 
 
 def check_cache(cache: TeacherCache, clip: Clip, source: Source, count: int = 32) -> None:

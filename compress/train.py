@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from clipress.artifact import write_bytes_whole, writing
 from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
@@ -34,6 +32,7 @@ from clipress.data.pairs import Batches
 from clipress.data.training import TrainingSet
 from clipress.errors import ClipressError, Stopped
 from clipress.models.load import Clip
+from clipress.progress import progress_bar
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -125,7 +124,7 @@ def train(
     with (
         stop_requests() as asked,
         _log_to(context.log, fabric, start) as log,
-        _bar(steps, context.title, fabric, start) as bar,
+        progress_bar(steps, context.title, "step", initial=start, disable=not fabric.is_global_zero) as bar,
     ):
         for step, arrays in enumerate(batches(clip, config, context, steps, start), start):
             for item in unreadable.see(len(arrays["group"]), arrays.pop("broken")):
@@ -195,14 +194,6 @@ def _continued(learner: Learner, hooks: Sequence[Hook], context: Context) -> dic
                 hook.load_state(kept)
             return state["progress"]
     return {"step": 0, "skipped": 0, "record": {}, "seconds": 0}
-
-
-@contextmanager
-def _bar(steps: int, title: str, fabric: Fabric, start: int) -> Iterator[tqdm]:
-    """A progress bar with an ETA; one line now and then where nobody watches."""
-    shown = {"mininterval": 0.2 if sys.stderr.isatty() else 15.0, "disable": not fabric.is_global_zero}
-    with tqdm(total=steps, initial=start, desc=title, unit="step", **shown) as bar:
-        yield bar
 
 
 @contextmanager

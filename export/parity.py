@@ -53,9 +53,8 @@ def all_outputs(path: Path, float16: bool = False) -> Run:
     return lambda feeds: dict(zip(names, opened.run(None, dict(feeds)), strict=True))
 
 
-def check(clip: Clip, folder: Path, sets: Sequence[EvalSet], precision: str) -> dict[str, Any]:
-    """Compare both towers with torch. Returns the figures; raises ExportError when they are out of bounds."""
-    inputs = samples(clip.preprocess, clip.tokenize(), sets)
+def check(clip: Clip, folder: Path, inputs: Mapping[str, np.ndarray], precision: str) -> dict[str, Any]:
+    """Compare both towers with torch on `samples`. Returns the figures; raises ExportError when they are out of bounds."""
     towers = dict(zip(("image", "text"), clip.encoders(), strict=True))
     files = {tower: runner(folder / f"{tower}.onnx") for tower in towers}
     figures = compare(towers, files, inputs, precision, {tower: f"{tower}.onnx" for tower in towers})

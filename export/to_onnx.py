@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from clipress import __version__
-from clipress.artifact import Artifact, load_artifact, read_header, sha256, write_whole
+from clipress.artifact import Artifact, load_artifact, read_header, read_json, sha256, write_whole
 from clipress.data.evalsets import EvalSet
 from clipress.errors import ArtifactError, ExportError
 from clipress.export import int8, metadata, parity
@@ -79,9 +79,10 @@ def onnx_from_artifact(
     def fill(aside: Path) -> None:
         exporters = {tower: _export(clip, tower, aside / f"{tower}.onnx", settings) for tower in anatomy.TOWERS}
         described.update(_description(artifact, clip, folder.name, settings) | {"exporter": exporters})
-        described["parity"] = parity.check(clip, aside, sets, described["precision"])
+        inputs = parity.samples(clip.preprocess, clip.tokenize(), sets)
+        described["parity"] = parity.check(clip, aside, inputs, described["precision"])
         if _may_be_static(clip, settings):
-            described.update(_quickest(clip, aside, settings, sets, calibration() if calibration else sets))
+            described.update(_quickest(clip, aside, settings, inputs, calibration() if calibration else sets))
         for path in aside.glob("*.onnx"):
             _stamp(path, {**described, "tower": path.name.partition(".")[0]})
         described["files"] = {tower: _file(aside / f"{tower}.onnx") for tower in anatomy.TOWERS}
@@ -95,7 +96,7 @@ def onnx_from_artifact(
 def is_exported(folder: Path, target: Path, settings: OnnxSettings) -> bool:
     """Tell whether `target` holds a whole export of this very artefact with these settings."""
     try:
-        made = json.loads((target / "export.json").read_text(encoding="utf-8"))
+        made = read_json(target / "export.json")
         asked = (SCHEMA_VERSION, read_header(folder)["lineage"][-1]["hash"], settings.of_towers())
         found = (made["schema_version"], made["lineage_hash"], made["settings"])
         return asked == found and bool(read_export(target))
@@ -152,7 +153,7 @@ def _left_out(clip: Clip) -> list[str]:
 
 
 def _quickest(
-    clip: Clip, folder: Path, settings: OnnxSettings, sets: Sequence[EvalSet], calibration: Sequence[EvalSet]
+    clip: Clip, folder: Path, settings: OnnxSettings, inputs: Mapping[str, np.ndarray], calibration: Sequence[EvalSet]
 ) -> dict[str, Any]:
     """Put ONNX Runtime's own INT8 of the image tower in image.onnx's place where it is quicker, or asked for.
 
@@ -174,7 +175,7 @@ def _quickest(
         return told
     image.rename(qdq)
     static.rename(image)
-    return told | {"parity": parity.check(clip, folder, sets, "static int8")}
+    return told | {"parity": parity.check(clip, folder, inputs, "static int8")}
 
 
 def _pictures(clip: Clip, sets: Sequence[EvalSet]) -> Iterator[np.ndarray]:

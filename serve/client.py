@@ -8,7 +8,6 @@ sent again, later each time; one that it refused is not. What becomes of one pic
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future
@@ -21,10 +20,10 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
-from tqdm import tqdm
 
 from clipress.data.prompts import check_labels
 from clipress.errors import BackendMissing, DataError, ServerError
+from clipress.progress import progress_bar
 
 Protocol = Literal["auto", "http", "grpc"]
 Picture = str | Path | bytes
@@ -194,8 +193,7 @@ class Client:
         total = len(items) if isinstance(items, Sized) else None
         answered, lost = False, 0
         try:
-            interval = 0.2 if sys.stderr.isatty() else 15.0
-            with tqdm(total=total, desc=self.url, unit=unit, mininterval=interval, disable=not self.progress) as bar:
+            with progress_bar(total, self.url, unit, disable=not self.progress) as bar:
                 while True:
                     while len(waiting) < self.in_flight and (some := list(islice(iterator, group))):
                         waiting.append(self._started(self._group(some, ask, _content(some, unit))))

@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from clipress import __version__
-from clipress.artifact import sha256, write_bytes_whole, write_text_whole
+from clipress.artifact import flush, sha256, write_bytes_whole, write_text_whole
 from clipress.errors import ArtifactError, BackendMissing, DataError, nearest
 from clipress.recipe import Section, first_problem
 
@@ -289,8 +289,7 @@ def _put(folder: Path, kind: Kind, vectors: Any, keys: Sequence[str], encoder: E
     aside = folder / f".vectors.{os.getpid()}.tmp"
     try:
         faiss.write_index(vectors, str(aside))
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(aside)
         found = sha256(aside)
         vectors_file = File(file=f"index-{found[:12]}.faiss", bytes=aside.stat().st_size, sha256=found)
         aside.replace(folder / vectors_file.file)
@@ -312,20 +311,14 @@ def _put(folder: Path, kind: Kind, vectors: Any, keys: Sequence[str], encoder: E
         keys=keys_file,
         made_with={"clipress": __version__, "faiss": faiss.__version__},
     )
-    _flush(folder)  # both names are on disk before anything points at them
+    flush(folder)  # both names are on disk before anything points at them
     write_text_whole(folder / DESCRIPTION, json.dumps(description.model_dump(), indent=1) + "\n")
-    _flush(folder)
+    flush(folder)
     for pattern in ("index-*.faiss", "keys-*.jsonl", ".*.tmp", ".keys.*.new"):
         for path in folder.glob(pattern):
             if path.name not in (vectors_file.file, keys_file.file):
                 path.unlink(missing_ok=True)
     return description
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def need_faiss() -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
 import zipfile
 import zlib
 from collections import deque
@@ -25,7 +24,6 @@ from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from clipress.artifact import write_bytes_whole, write_text_whole
 from clipress.data.broken import NAMED
@@ -35,6 +33,7 @@ from clipress.data.transforms import fitted, normalised
 from clipress.errors import ArtifactError, DataError
 from clipress.metrics.retrieval import finite
 from clipress.models.exported import Exported, cpu_session, read_export
+from clipress.progress import progress_bar
 from clipress.recipe import digest
 from clipress.serve.index import (
     DESCRIPTION,
@@ -159,7 +158,7 @@ def _parts(pictures: Pictures, tower: ImageTower, home: Path, threads: int, say:
         for number, items in ((number, ranges[number]) for number in missing)
         for start in range(0, len(items), BATCH)
     ]
-    with _bar(len(pictures), done) as bar:
+    with progress_bar(len(pictures), "index", "picture", initial=done, smoothing=0.05) as bar:
         for number, group in groupby(_decoded(pictures, tower, batches, threads), key=itemgetter(0)):
             embeds, items, failed = [], [], {}
             for _, wanted, views in group:
@@ -248,9 +247,3 @@ def _tell(out: Path, skipped: list[tuple[str, str]], total: int, say: Say) -> No
     lines = ("\t".join(" ".join(cell.split()) for cell in pair) for pair in skipped)
     write_text_whole(out / SKIPPED, "\n".join(["key\treason", *lines]) + "\n")
     say(f"{len(skipped)} of {total:,} pictures are left out; they are named in {out / SKIPPED}")
-
-
-def _bar(total: int, done: int) -> tqdm:
-    """A progress bar with an ETA; one line now and then where nobody watches."""
-    interval = 0.2 if sys.stderr.isatty() else 15.0
-    return tqdm(total=total, initial=done, desc="index", unit="picture", smoothing=0.05, mininterval=interval)

@@ -12,13 +12,13 @@ The batch that the bench found the fastest per item is what the server forms by 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipress.artifact import read_json
 from clipress.errors import ArtifactError
 from clipress.models.exported import Exported
 from clipress.serve.settings import ServeSettings
@@ -74,7 +74,7 @@ def _latencies(bench: Path, exported: Exported, tower: str, backend: str) -> lis
     try:
         return [
             {key: latency[key] for key in ("batch", "threads", "median_ms", "items_per_s")}
-            for row in json.loads(bench.read_text(encoding="utf-8"))["rows"]
+            for row in read_json(bench)["rows"]
             if (row["stage"], row["backend"]) == (exported.stage, runner)
             and row["lineage"][-1]["hash"] == exported.lineage_hash
             for latency in row["latency"]
@@ -82,5 +82,5 @@ def _latencies(bench: Path, exported: Exported, tower: str, backend: str) -> lis
         ]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ArtifactError(f"{bench} is not readable ({error!r}). Measure again: clipress bench RUN") from None

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import shutil
 import struct
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from clipress.artifact import sha256, write_whole
+from clipress.artifact import read_json, sha256, write_whole
 from clipress.errors import ArtifactError, ExportError
 from clipress.models.exported import Exported, read_export
 from clipress.recipe import first_problem
@@ -219,11 +218,11 @@ def served_version(repository: Path) -> int:
 def _read_release(repository: Path, version: int) -> Release:
     path = repository / FIRST / str(version) / RELEASE
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = read_json(path)
         return Release.model_validate({**told, "export": {**told["export"], "folder": path.parent}})
     except ValidationError as error:
         raise ArtifactError(f"{path}, {first_problem(error)}. Delete {repository} and do: clipress serve RUN") from None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(
             f"{path} is not readable ({error}): this version was not made by this clipress, or is damaged. "
             f"Move {repository} away and do: clipress serve RUN"

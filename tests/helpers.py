@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,13 @@ def write_recipe(recipe: dict[str, Any], folder: Path) -> Path:
     path = folder / "recipe-under-test.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
+
+
+def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run a script with its arguments, or `-m` and a module, in two processes on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def clipress(*arguments: object) -> Result:

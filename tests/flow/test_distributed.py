@@ -1,14 +1,13 @@
 """One process and two see the same loss, the same gradients and the same scores."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_recipe
+from helpers import torchrun, write_recipe
 
 JOB = Path(__file__).with_name("distributed_job.py")
 
@@ -27,18 +26,8 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_see_what_one_sees(alone, strategy, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        JOB,
-        strategy,
-        tmp_path / "seen.pt",
-    ]
-    done = subprocess.run(command, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    done = torchrun(JOB, strategy, tmp_path / "seen.pt")
+    assert done.returncode == 0, done.stderr[-2000:]
     seen = torch.load(tmp_path / "seen.pt")
     assert seen.keys() == alone.keys()
     for case, wanted in alone.items():
@@ -62,10 +51,7 @@ def test_torchrun_runs_a_whole_recipe_and_one_process_writes(recipe, tmp_path):
     recipe["stages"] = recipe["stages"][:1]
     recipe["data"]["augment"] = {"shift": 0}
     path = write_recipe(recipe, tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "clipress", "run", path, "--out", tmp_path / "run"], capture_output=True, text=True
-    )
+    done = torchrun("-m", "clipress", "run", path, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("Try it: ") == 1
     rows = json.loads((tmp_path / "run" / "bench" / "results.json").read_text())["rows"]

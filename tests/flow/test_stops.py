@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import clipress, write_recipe
+from helpers import clipress, torchrun, write_recipe
 from PIL import Image
 
 from clipress.artifact import load_artifact, locked, read_header
@@ -156,16 +156,7 @@ def test_the_same_recipe_leaves_the_same_artefacts_in_every_stage_bit_for_bit(ti
 
 @pytest.mark.slow
 def test_processes_of_one_training_stop_at_the_same_step(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        STOPPED_JOB,
-        tmp_path,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = torchrun(STOPPED_JOB, tmp_path)
     assert done.returncode != 0 and "exitcode  : 75" in done.stderr, done.stderr[-3000:]
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [f"rank{n}-00000003.pt" for n in (0, 1)]
 

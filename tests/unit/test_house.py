@@ -11,9 +11,10 @@ import yaml
 import clipress
 
 ROOT = Path(clipress.__file__).parent
-BASE = {"artifact", "recipe", "errors"}
+BASE = {"artifact", "recipe", "errors", "progress"}
 MAY_IMPORT = {
     "errors": set(),
+    "progress": set(),
     "recipe": {"errors"},
     "artifact": {"errors", "recipe"},
     "metrics": BASE | {"data"},
