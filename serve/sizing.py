@@ -2,10 +2,11 @@
 
 Small models gain nothing from threads: one thread each, and as many instances as cores. A larger model gets as many
 threads as bring one item to about 20 ms by the bench's figures (threads taken to scale), and so many instances as the
-cores then allow; half as many of a model that takes less than a millisecond, since what the server does around a run
-takes as long, and instances that take turns find their caches cold (bench/studies/serving.md). Without figures, one thread
-per 64 MB of its file. On GPUs one instance is enough: its work is queued there anyway, and a second one costs its memory
-again.
+cores then allow. Without figures, one thread per 64 MB of its file. On GPUs one instance is enough: its work is queued there
+anyway, and a second one costs its memory again.
+
+Of a model that takes less than a millisecond, what the server does around a run takes as long: it gets half as many
+instances, and `embed_*` of the python backend, one instance per core, runs it in its own process (bench/studies/serving.md).
 
 The batch that the bench found the fastest per item is what the server forms by preference.
 """
@@ -36,7 +37,7 @@ class Sizing:
     threads: int
     preferred_batch: int | None
     small: bool = False
-    """By the bench: what is around it is no smaller."""
+    """By the bench: what the server does around it takes as long."""
 
 
 def sizing(exported: Exported, tower: str, backend: str, settings: ServeSettings, bench: Path | None) -> Sizing:

@@ -7,7 +7,7 @@ need nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 FP32, INT32, INT64, STRING = "TYPE_FP32", "TYPE_INT32", "TYPE_INT64", "TYPE_STRING"
+TAKES = {"image": "pixel_values", "text": "input_ids"}  # of the encoders
+STAND_BY = 1000  # to the rate limiter an instance of this priority has run that often when it has run once
 CACHE = "text_cache_mb"  # what a server must be told of, and so is kept in a configuration
-WARM_UPS = {"preprocess": "picture", "tokenize": "text"}  # files of real inputs: zeros are no picture
+PICTURE, TEXT = "picture", "text"  # files of real inputs, to warm up with: zeros are no picture
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Served:
     """Per tower."""
     plans: Mapping[str, Plans]
     """Per tower; empty unless the backend is tensorrt."""
+    fused: Set[str] = frozenset()
+    """Towers whose embed_* runs the encoder itself."""
 
     def largest_batch(self, tower: str) -> int:
         """Return how many rows a tower takes at once."""
@@ -52,8 +56,8 @@ def configs(served: Served, with_search: bool) -> dict[str, ModelConfig]:
         _encoder(served, "text"),
         _preprocess(served),
         _tokenize(served),
-        _ensemble(served, "image", ("preprocess", "image", "pixel_values")),
-        _ensemble(served, "text", ("tokenize", "text", "input_ids")),
+        _fused(served, "image") if "image" in served.fused else _ensemble(served, "image", "preprocess"),
+        _fused(served, "text") if "text" in served.fused else _ensemble(served, "text", "tokenize"),
         _classify(served),
         *([_search(served)] if with_search else []),
     ]
@@ -88,42 +92,42 @@ def config_from(text: str) -> ModelConfig:
 
 
 def server_options(repository: Path) -> list[str]:
-    """Return what a server of this repository must be told beside where it is: its cache, where a model wants one."""
-    path = repository / "text_encoder" / "config.pbtxt"
-    if not path.is_file():
-        return []
-    kept = config_from(path.read_text(encoding="utf-8")).parameters
-    return [cache_option(int(kept[CACHE].string_value))] if CACHE in kept else []
+    """Return what a server of this repository must be told beside where it is."""
+    return options_for([config_from(path.read_text(encoding="utf-8")) for path in repository.glob("*/config.pbtxt")])
 
 
-def cache_option(mb: int) -> str:
-    """Return what gives a server a cache of so many MB for the models that want one."""
-    return f"--cache-config=local,size={mb << 20}"
+def options_for(models: Collection[ModelConfig]) -> list[str]:
+    """Return what a server of these models must be told: to heed its rate limiter, to have a cache."""
+    limited = any(group.HasField("rate_limiter") for config in models for group in config.instance_group)
+    cache = max(
+        (int(config.parameters[CACHE].string_value) for config in models if CACHE in config.parameters), default=0
+    )
+    return [
+        *(["--rate-limit=execution_count"] if limited else []),
+        *([f"--cache-config=local,size={cache << 20}"] if cache else []),
+    ]
 
 
 def _encoder(served: Served, tower: str) -> ModelConfig:
     exported, settings, size = served.exported, served.settings, served.sizes[tower]
     side, length = exported.preprocess.size, exported.tokenizer.context_length
-    takes, type_, dims, sample = {  # random ids would exceed the vocabulary
-        "image": ("pixel_values", FP32, [3, side, side], {"random_data": True}),
-        "text": ("input_ids", INT64, [length], {"zero_data": True}),
+    type_, dims, sample = {  # random ids would exceed the vocabulary
+        "image": (FP32, [3, side, side], {"random_data": True}),
+        "text": (INT64, [length], {"zero_data": True}),
     }[tower]
     largest = served.largest_batch(tower)
     config = _model(f"{tower}_encoder", served.backend, largest)
-    config.input.add(name=takes, data_type=type_, dims=dims)
+    config.input.add(name=TAKES[tower], data_type=type_, dims=dims)
     config.output.add(name=f"{tower}_embeds", data_type=FP32, dims=[exported.embed_dim])
-    group = _instances(config, size.instances)
-    if settings.rate_limit is not None:
-        group.rate_limiter.priority = settings.rate_limit.priority
-        for name, count in settings.rate_limit.resources.items():
-            group.rate_limiter.resources.add(name=name, count=count)
+    if served.plans:
+        _on_gpus(config, size.instances, served.plans[tower], settings)
+    else:
+        _instances(config, size.instances)
+    _limited(config, settings)
     _batching(config, settings)
     if size.preferred_batch is not None and size.preferred_batch < largest:
         config.dynamic_batching.preferred_batch_size.append(size.preferred_batch)
-    if served.plans:
-        _on_gpus(config, served.plans[tower], settings)
-    if tower == "text" and settings.text_cache_mb:
-        config.response_cache.enable = True
+    _cached(config, tower, settings)
     for batch in sorted({1, largest}):  # before the first client, at both ends of memory use
         _warm_up(config, f"batch_{batch}", batch, sample)
     _tell(
@@ -138,9 +142,9 @@ def _encoder(served: Served, tower: str) -> ModelConfig:
     return config
 
 
-def _on_gpus(config: ModelConfig, plans: Plans, settings: ServeSettings) -> None:
+def _on_gpus(config: ModelConfig, count: int, plans: Plans, settings: ServeSettings) -> None:
     """Engines: on their GPUs, by the one profile they have, with CUDA graphs of the batches they are tuned for."""
-    (group,) = config.instance_group
+    group = config.instance_group.add(count=count)
     group.kind = group.KIND_GPU
     group.gpus.extend(settings.gpus or ())
     group.profile.append("0")
@@ -158,10 +162,10 @@ def _preprocess(served: Served) -> ModelConfig:
     side = served.exported.preprocess.size
     config = _model("preprocess", "python", served.largest_batch("image"))
     config.input.add(name="image", data_type=STRING, dims=[1])
-    config.output.add(name="pixel_values", data_type=FP32, dims=[3, side, side])
+    config.output.add(name=TAKES["image"], data_type=FP32, dims=[3, side, side])
     _instances(config, helpers(served.settings, served.sizes["image"]))
     _batching(config, served.settings)
-    _warm_up(config, "picture", 1, {"input_data_file": WARM_UPS["preprocess"]})
+    _warm_up(config, PICTURE, 1, {"input_data_file": PICTURE})
     _tell(config, preprocess=served.exported.preprocess.model_dump_json())
     return config
 
@@ -169,24 +173,37 @@ def _preprocess(served: Served) -> ModelConfig:
 def _tokenize(served: Served) -> ModelConfig:
     config = _model("tokenize", "python", served.largest_batch("text"))
     config.input.add(name="text", data_type=STRING, dims=[1])
-    config.output.add(name="input_ids", data_type=INT64, dims=[served.exported.tokenizer.context_length])
+    config.output.add(name=TAKES["text"], data_type=INT64, dims=[served.exported.tokenizer.context_length])
     _instances(config, 1)  # it has little to do
     _batching(config, served.settings)
-    _warm_up(config, "text", 1, {"input_data_file": WARM_UPS["tokenize"]})
+    _warm_up(config, TEXT, 1, {"input_data_file": TEXT})
     _tell(config, tokenizer=served.exported.tokenizer.model_dump_json())
     return config
 
 
-def _ensemble(served: Served, tower: str, before: tuple[str, str, str]) -> ModelConfig:
+def _fused(served: Served, tower: str) -> ModelConfig:
+    """Let what prepares an input run the encoder too: of a very small one, the way from model to model takes as long."""
+    config = {"image": _preprocess, "text": _tokenize}[tower](served)
+    config.name = f"embed_{tower}"
+    (gives,) = config.output
+    gives.name, gives.data_type, gives.dims[:] = f"{tower}_embeds", FP32, [served.exported.embed_dim]
+    config.ClearField("instance_group")
+    _instances(config, helpers(served.settings))
+    _limited(config, served.settings)
+    _cached(config, tower, served.settings)
+    _tell(config, intra_op_thread_count=str(served.sizes[tower].threads))
+    return config
+
+
+def _ensemble(served: Served, tower: str, first: str) -> ModelConfig:
     """Chain what prepares an input and its encoder. Neither queue nor instances: these are its parts' own."""
-    first, takes, between = before
-    gives = f"{tower}_embeds"
+    between, gives = TAKES[tower], f"{tower}_embeds"
     config = _model(f"embed_{tower}", "", served.largest_batch(tower))
     config.platform = "ensemble"
-    config.input.add(name=takes, data_type=STRING, dims=[1])
+    config.input.add(name=tower, data_type=STRING, dims=[1])
     config.output.add(name=gives, data_type=FP32, dims=[served.exported.embed_dim])
     prepared = config.ensemble_scheduling.step.add(model_name=first, model_version=-1)
-    prepared.input_map[takes], prepared.output_map[between] = takes, between
+    prepared.input_map[tower], prepared.output_map[between] = tower, between
     encoded = config.ensemble_scheduling.step.add(model_name=f"{tower}_encoder", model_version=-1)
     encoded.input_map[between], encoded.output_map[gives] = between, gives
     return config
@@ -230,10 +247,29 @@ def _model(name: str, backend: str, max_batch: int) -> ModelConfig:
     return config
 
 
-def _instances(config: ModelConfig, count: int) -> Any:
-    group = config.instance_group.add(count=count)
-    group.kind = group.KIND_CPU
-    return group
+def _instances(config: ModelConfig, count: int) -> None:
+    """Add instances on CPUs, of which the first works whenever it is idle: those that take turns find their caches cold."""
+    config.optimization.priority = config.optimization.PRIORITY_MAX  # nice 0; it is 5 otherwise, behind all others
+    first = config.instance_group.add(count=1)
+    first.kind = first.KIND_CPU
+    if count > 1:
+        others = config.instance_group.add(count=count - 1)
+        others.kind = others.KIND_CPU
+        first.rate_limiter.priority, others.rate_limiter.priority = 1, STAND_BY
+
+
+def _limited(config: ModelConfig, settings: ServeSettings) -> None:
+    if settings.rate_limit is not None:
+        for group in config.instance_group:
+            limiter = group.rate_limiter
+            limiter.priority = settings.rate_limit.priority * max(1, limiter.priority)
+            for name, count in settings.rate_limit.resources.items():
+                limiter.resources.add(name=name, count=count)
+
+
+def _cached(config: ModelConfig, tower: str, settings: ServeSettings) -> None:
+    if tower == "text" and settings.text_cache_mb:
+        config.response_cache.enable = True
 
 
 def _batching(config: ModelConfig, settings: ServeSettings) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from clipress.data.tokens import tokenizer_from_spec
+from clipress.data.transforms import Preprocess, fitted, normalised, open_image
 from clipress.errors import DataError
 
 MAX_PROMPTS = 100_000  # in one request; labels times templates grow fast
@@ -72,6 +75,37 @@ def numbers(request: Any, name: str, default: Sequence[int]) -> list[int]:
     return found
 
 
+class Pictures:
+    """What an image tower takes, made of requests for `image`: `read` of each one, then `prepared` of all at once."""
+
+    takes = "pixel_values"
+
+    def __init__(self, told: Mapping[str, str]) -> None:
+        self.preprocess = Preprocess(**json.loads(told["preprocess"]))
+
+    def read(self, request: Any) -> np.ndarray:
+        """Decode and fit: uint8 [B, S, S, 3]. Raises DataError."""
+        return np.stack([fitted(open_image(file), self.preprocess) for file in rows(request, "image")])
+
+    def prepared(self, pixels: np.ndarray) -> np.ndarray:
+        """Return float32 [B, 3, S, S]."""
+        return normalised(pixels, self.preprocess)
+
+
+class Texts:
+    """What a text tower takes, made of requests for `text`."""
+
+    takes = "input_ids"
+
+    def __init__(self, told: Mapping[str, str]) -> None:
+        self.prepared = tokenizer_from_spec(json.loads(told["tokenizer"]))
+        """Of objects [B]: int64 [B, L]."""
+
+    def read(self, request: Any) -> np.ndarray:
+        """Return objects [B]. Raises DataError."""
+        return np.asarray(texts(request, "text"), object)
+
+
 def answered_together(
     requests: Sequence[Any],
     gives: str,
@@ -80,9 +114,10 @@ def answered_together(
 ) -> list[Any]:
     """Answer all requests with one run: `read` makes rows of a request, `run` turns all rows into the output's."""
     found = [_tried(read, request) for request in requests]
-    good = [rows for rows in found if not isinstance(rows, Exception)]
-    ends = np.cumsum([len(rows) for rows in good])
-    parts = iter(np.split(run(np.concatenate(good)), ends[:-1]) if good else [])
+    good = [one for one in found if not isinstance(one, Exception)]
+    made = run(np.concatenate(good)) if good else None
+    ends = accumulate(map(len, good))
+    parts = (made[end - len(one) : end] for one, end in zip(good, ends, strict=True))
     return [failed(one) if isinstance(one, Exception) else _response({gives: next(parts)}) for one in found]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from string import Template
 
 from clipress.data.tokens import CLIP_BPE
 from clipress.models.exported import Tokenizer
 from clipress.serve.plans import Plans
-from clipress.serve.triton_config import Served, cache_option
+from clipress.serve.triton_config import Served
 
 README = Template("""\
 # Triton model repository: stage $stage ($precision), $backend backend, version $version
@@ -118,8 +119,8 @@ curl -s localhost:8000/v2/models/search/infer \\
 """
 
 
-def readme(served: Served, version: int, with_search: bool) -> str:
-    """Return the page of one version of a repository."""
+def readme(served: Served, version: int, with_search: bool, options: Sequence[str]) -> str:
+    """Return the page of one version of a repository; `options` are what its server must be told."""
     exported, settings = served.exported, served.settings
     length = exported.tokenizer.context_length
     return README.substitute(
@@ -137,7 +138,7 @@ def readme(served: Served, version: int, with_search: bool) -> str:
         ask_search=ASK_SEARCH if with_search else "",
         tag=settings.container,
         tokenizer=_tokenizer(exported.tokenizer),
-        docker=_docker(served),
+        docker=_docker(served, options),
         note=_note(served.plans.get("image")),
         ids=", ".join(["0"] * length),
     )
@@ -149,13 +150,9 @@ def _tokenizer(tokenizer: Tokenizer) -> str:
     return "ftfy regex tokenizers" if plain else "open_clip_torch transformers"
 
 
-def _docker(served: Served) -> str:
+def _docker(served: Served, more: Sequence[str]) -> str:
     settings = served.settings
-    options = [f"--model-repository=/models/{served.backend}"]
-    if settings.rate_limit is not None:
-        options.append("--rate-limit=execution_count")
-    if settings.text_cache_mb:
-        options.append(cache_option(settings.text_cache_mb))
+    options = [f"--model-repository=/models/{served.backend}", *more]
     plans = served.plans.get("image")
     if plans is not None and plans.version_compatible:
         options.append("--backend-config=tensorrt,version-compatible=true")

@@ -9,6 +9,8 @@
     preprocess ─► image_encoder = embed_image ─┐
     tokenize   ─► text_encoder  = embed_text  ─┴► classify, search
 
+Of very small encoders embed_* is no chain but one python model, which does both in one process.
+
 A changed export adds a version to every model, under one number, so that what is served together belongs together. A
 repository is written aside, its older versions linked, and renamed into place: all of a version is there, or nothing.
 """
@@ -34,7 +36,7 @@ from clipress.recipe import first_problem
 from clipress.serve.plans import Plans, plans_from_export
 from clipress.serve.settings import ServeSettings
 from clipress.serve.sizing import sizing
-from clipress.serve.triton_config import WARM_UPS, Served, config_from, config_text, configs
+from clipress.serve.triton_config import PICTURE, TEXT, Served, config_from, config_text, configs, options_for
 from clipress.serve.triton_readme import readme
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class Release(BaseModel):
     export: Exported
     plans: dict[str, Plans] = {}
     search: bool = False
+    fusible: bool = False
+    """embed_* bring the encoder's file, to run it themselves where it is very small."""
 
     def text(self) -> str:
         """Return it as JSON, the same for the same files wherever they were exported."""
@@ -108,21 +112,22 @@ def _add(exported: Exported, repository: Path, backend: str, settings: ServeSett
 
 def _files(exported: Exported, backend: str, settings: ServeSettings) -> tuple[Release, dict[str, Files]]:
     """Return what a version is, and every model's files of it."""
-    encoders: dict[str, Files] = {}
+    found: dict[str, Files] = {name: {"model.py": _code(name)} for name in ("preprocess", "tokenize", "classify")}
     plans: dict[str, Plans] = {}
     for tower, model in TOWERS.items():
+        embed: Files = {}
         if backend == "tensorrt":
             plans[tower], sources = plans_from_export(exported, tower, settings)
-            encoders[model] = {**sources}
+            found[model] = {**sources}
         else:
-            encoders[model] = {"model.onnx": exported.onnx(tower)}
-            if backend == "python":
-                encoders[model]["model.py"] = _code("python")
-    around = {name: {"model.py": _code(name)} for name in ("preprocess", "tokenize", "classify")}
-    found: dict[str, Files] = {**encoders, **around, "embed_image": {}, "embed_text": {}}
+            found[model] = {"model.onnx": exported.onnx(tower)}
+        if backend == "python":
+            embed = {**found[model], "model.py": _code("embed")}
+            found[model]["model.py"] = _code("python")
+        found[f"embed_{tower}"] = embed
     if settings.index is not None:
         found["search"] = {"model.py": _code("search"), **_index(settings.index, exported)}
-    release = Release(export=exported, plans=plans, search=settings.index is not None)
+    release = Release(export=exported, plans=plans, search=settings.index is not None, fusible=backend == "python")
     return release, {model: {**files, RELEASE: release.text().encode()} for model, files in found.items()}
 
 
@@ -156,7 +161,8 @@ def _write(
     """Put a repository in place that has the added files as `version`, all older ones, and serves `version`."""
     exported, backend = release.export, repository.name
     sizes = {tower: sizing(exported, tower, backend, settings, bench) for tower in TOWERS}
-    served = Served(exported, backend, settings, sizes, release.plans)
+    fused = {tower for tower, size in sizes.items() if release.fusible and size.small}
+    served = Served(exported, backend, settings, sizes, release.plans, fused)
     made = configs(served, release.search)
     if added:
         _check_clients(repository, made)
@@ -165,21 +171,22 @@ def _write(
         for config in made.values():
             config.version_policy.specific.versions.append(version)
     around: Files = {f"{model}/config.pbtxt": config_text(config).encode() for model, config in made.items()}
-    around |= _warm_up_files(exported.preprocess.size) | {
-        "README.md": readme(served, version, release.search).encode(),
+    around |= _warm_up_files(made, exported.preprocess.size) | {
+        "README.md": readme(served, version, release.search, options_for(made.values())).encode(),
     }
     if not added and all(_holds(repository / name, content) for name, content in around.items()):
         return  # a server that looks at this folder is not disturbed
 
     def fill(aside: Path) -> None:
+        put: dict[Path, Path] = {}  # sources, and where they are: of what two models have there is one copy
         for model in made:
             (aside / model).mkdir()
             for number in _versions(repository, model):
                 shutil.copytree(repository / model / str(number), aside / model / str(number), copy_function=_link)
             for name, content in added.get(model, {}).items():
-                _put(aside / model / str(version) / name, content)
+                _put(aside / model / str(version) / name, content, put)
         for name, content in around.items():
-            _put(aside / name, content)
+            _put(aside / name, content, put)
 
     write_whole(repository, fill)
 
@@ -242,15 +249,18 @@ def _holds(path: Path, content: bytes | Path) -> bool:
     return path.is_file() and sha256(path) == wanted
 
 
-def _put(path: Path, content: bytes | Path) -> None:
+def _put(path: Path, content: bytes | Path, put: dict[Path, Path]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         path.write_bytes(content)
+    elif content in put:
+        _link(put[content], path)
     else:
         shutil.copyfile(content, path)
+        put[content] = path
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: str | Path, target: str | Path) -> None:
     """Share a file that is never written again; copy it where the disk knows no links."""
     try:
         os.link(source, target)
@@ -258,14 +268,16 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _warm_up_files(size: int) -> Files:
-    """Return what `preprocess` and `tokenize` are asked before the first client, as Triton stores strings."""
+def _warm_up_files(made: Mapping[str, ModelConfig], size: int) -> Files:
+    """Return what models are asked before the first client where numbers will not do, as Triton stores strings."""
     from PIL import Image
 
     ramp = np.linspace(0, 255, size * size * 3).reshape(size, size, 3).astype(np.uint8)
     picture = io.BytesIO()
     Image.fromarray(ramp).save(picture, "JPEG")
-    inputs = {"preprocess": picture.getvalue(), "tokenize": b"a photo of a cat"}
+    contents = {PICTURE: picture.getvalue(), TEXT: b"a photo of a cat"}
     return {
-        f"{model}/warmup/{WARM_UPS[model]}": struct.pack("<I", len(given)) + given for model, given in inputs.items()
+        f"{model}/warmup/{name}": struct.pack("<I", len(contents[name])) + contents[name]
+        for model, config in made.items()
+        for name in {one.input_data_file for warm_up in config.model_warmup for one in warm_up.inputs.values()} - {""}
     }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import tritonclient.grpc as triton_grpc
@@ -64,3 +67,26 @@ NAMES = {"image": "pixel_values", "text": "input_ids"}
 def executions(client, model):
     (told,) = client.get_inference_statistics(model, as_json=True)["model_stats"]
     return int(told["execution_count"]), int(told["inference_count"])
+
+
+def measured(path, lineage_hash="0123456789abcdef", **item_ms):
+    """Write a results.json that says what one item takes each tower of the stage int8."""
+    latency = [
+        {"tower": tower, "batch": 1, "threads": 1, "median_ms": ms, "items_per_s": 1000 / ms}
+        for tower, ms in item_ms.items()
+    ]
+    row = {"stage": "int8", "backend": "onnxruntime", "lineage": [{"hash": lineage_hash}], "latency": latency}
+    path.write_text(json.dumps({"rows": [row]}), encoding="utf-8")
+    return path
+
+
+def processes(server):
+    """Return {pid: name} of a server and its models' processes."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, fields = stat.read_text().split("(", 1)[1].rsplit(") ", 1)
+            if int(fields.split()[3]) == server._process.pid and fields[0] != "Z":
+                words = (stat.parent / "cmdline").read_text().split("\0")
+                found[int(stat.parent.name)] = words[-3] if name.startswith("triton_python") else name
+    return found

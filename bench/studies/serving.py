@@ -1,10 +1,12 @@
 """What is serving worth? `python bench/studies/serving.py RUN [ROUNDS] [SOAK_SECONDS]`: RUN is a finished run (demo).
 
-Two repositories of one export on two Triton servers: as `clipress serve` writes it, and naive, with one instance of every
-model and no dynamic batching, all else alike. They are measured in turns, forth and back, a client asking one item per
-request over HTTP; the client shares the machine's cores. Before it, in the same rounds, bare ONNX Runtime. Then the first
-server is asked 80 % of what it answered at most, open loop, while every answer is compared with local inference and the
-memory of all its processes is read. Writes serving.json (raw rows and conditions) and serving.md beside this file.
+Three repositories of one export on three Triton servers: generated, as `clipress serve` writes it; naive, as one writes it
+without the bench, with ensembles, one instance of every model and no dynamic batching; unbatched, which is the generated one
+with one instance and no dynamic batching, all else alike. They are measured in turns, in an order drawn anew each time, a
+client asking one item per request over HTTP; the client shares the machine's cores. Before it, in the same rounds, bare
+ONNX Runtime. Then the first server is asked 80 % of what it answered at most, open loop, while every answer is compared
+with local inference and the memory of all its processes is read. Writes serving.json (raw rows and conditions) and
+serving.md beside this file.
 """
 
 from __future__ import annotations
@@ -12,16 +14,19 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import re
 import statistics
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from itertools import pairwise, product
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -45,6 +50,7 @@ from clipress.serve.triton_server import TritonServer
 HERE = Path(__file__).parent
 TURN = Windows(window=1000, warm_up=500, stability=0, trials=3)
 CONCURRENCY = (1, 32)
+SERVERS = ("generated", "naive", "unbatched")
 STAGE = "int8"
 SOAKED = "embed_image"
 ENCODERS = {"embed_image": "image_encoder", "image_encoder": "image_encoder", "embed_text": "text_encoder"}
@@ -52,13 +58,25 @@ SHARE = 0.8  # of the greatest load, in the soak
 WARM = 0.2  # of the soak, before memory counts
 
 
-def naive(repository: Path) -> None:
+def repositories(export: Path, bench: Path, folder: Path) -> dict[str, Path]:
+    """Write the repository of each server."""
+    settings, found = ServeSettings(backend="python", max_batch=32), {}
+    for name in SERVERS:
+        (found[name],) = triton_repo_from_export(export, folder / name, settings, None if name == "naive" else bench)
+        if name != "generated":
+            one_by_one(found[name])
+    return found
+
+
+def one_by_one(repository: Path) -> None:
     """Turn a repository into one with one instance of every model and no dynamic batching."""
     for path in repository.glob("*/config.pbtxt"):
         config = config_from(path.read_text(encoding="utf-8"))
         config.ClearField("dynamic_batching")
+        del config.instance_group[1:]
         for group in config.instance_group:
             group.count = 1
+            group.ClearField("rate_limiter")
         path.write_text(config_text(config), encoding="utf-8")
 
 
@@ -113,14 +131,16 @@ async def soaked(
 ) -> tuple[Measured, float, list[tuple[float, list[int]]]]:
     """Ask at a rate for a while; returns what came of it, the furthest answer from local inference, and memory in KB."""
     clock, memory, furthest = asyncio.get_running_loop().time, list[tuple[float, list[int]]](), 0.0
+    exact, size = [row.tobytes() for row in expected], expected[0].nbytes
     wire = open_wire("http", address, False)
     ask = await checked_ask(wire, question, address)
 
     async def compared(number: int) -> None:
         nonlocal furthest
-        row = np.frombuffer((await ask(number))[-4 * expected.shape[1] :], np.float32)
-        distance = float(np.abs(row - expected[number % len(expected)]).max())
-        furthest = furthest if distance <= furthest else distance  # no number is far, too
+        found = (await ask(number))[-size:]
+        if found != exact[number % len(exact)]:
+            distance = float(np.abs(np.frombuffer(found, np.float32) - expected[number % len(exact)]).max())
+            furthest = furthest if distance <= furthest else distance  # no number is far, too
 
     async def watch() -> None:
         while True:
@@ -152,9 +172,10 @@ def resident(pid: int) -> int:
 
 def by_second(found: Measured, memory: list[tuple[float, list[int]]]) -> list[dict[str, Any]]:
     """Return the soak second by second: answers, errors, latency in ms, memory of all processes in MB."""
-    rows = []
+    rows, ordered = [], sorted(found.requests, key=attrgetter("done"))
     for (start, sizes), (end, _) in pairwise(memory):
-        here = [one for one in found.requests if start <= one.done < end]
+        first, last = (bisect_left(ordered, moment, key=attrgetter("done")) for moment in (start, end))
+        here = ordered[first:last]
         rows.append(
             {
                 "second": round(start - found.marks[0].time),
@@ -190,32 +211,31 @@ def soak(address: str, question: Question, rate: float, seconds: float, expected
 
 
 def turns(served: dict[str, str], made: dict[str, Question], export: Path, rounds: int) -> list[dict[str, Any]]:
-    """Measure both servers in turns; one row per round, model, load and server."""
-    rows = []
+    """Measure the servers in turns, in an order drawn anew each time; one row per round, model, load and server."""
+    rows, chance = [], random.Random(0)
     for number in range(rounds):
         rows.append(
             {"round": number, "server": "bare", "model": "image_encoder", "p50_ms": bare(export, made["image_encoder"])}
         )
-        order = list(served) if number % 2 else list(served)[::-1]
-        for model, clients, server in product(MODELS, CONCURRENCY, order):
-            found = run(asked(served[server], made[model], Load(clients), TURN), False)
-            rows.append(
-                {"round": number, "server": server, "model": model, "host_load": os.getloadavg()[0], **found.figures()}
-            )
-            say(
-                f"{number} {server:<9} {model:<14} {clients:>2}: {rows[-1]['infer_per_s']:.0f}/s p50 {rows[-1]['p50_ms']:.2f} ms"
-            )
+        for model, clients in product(MODELS, CONCURRENCY):
+            for server in chance.sample(list(served), len(served)):
+                found = run(asked(served[server], made[model], Load(clients), TURN), False).figures()
+                rows.append(
+                    {"round": number, "server": server, "model": model, "host_load": os.getloadavg()[0], **found}
+                )
+                rate, middle = found["infer_per_s"], found["p50_ms"]
+                say(f"{number} {server:<9} {model:<14} {clients:>2}: {rate:.0f}/s p50 {middle:.2f} ms")
     return rows
 
 
-def ratios(rows: list[dict[str, Any]], model: str, clients: int) -> list[float]:
-    """Return generated over naive throughput, round by round."""
+def ratios(rows: list[dict[str, Any]], model: str, clients: int, base: str) -> list[float]:
+    """Return generated throughput over that of `base`, round by round."""
     found = {
         (row["round"], row["server"]): row["infer_per_s"]
         for row in rows
         if row["model"] == model and row.get("concurrency") == clients
     }
-    return [rate / found[number, "naive"] for (number, server), rate in found.items() if server == "generated"]
+    return [rate / found[number, base] for (number, server), rate in found.items() if server == "generated"]
 
 
 def overheads(rows: list[dict[str, Any]]) -> list[float]:
@@ -250,12 +270,13 @@ def markdown(told: dict[str, Any]) -> str:
         f"`{about['command']}`, {about['date']}, {about['processor']}, {about['cores']} cores that client and server share, "
         f"load average {about['load'][0]} before, {about['load'][1]} after, Triton {about['triton']} (python backend), "
         f"onnxruntime {about['onnxruntime']}. One item per request over HTTP, {len(CONCURRENCY)} loads, {about['rounds']} "
-        "rounds of both servers in turns. naive: one instance of every model, no dynamic batching, all else alike. "
-        "Figures are medians over rounds; ratios are of the same round: median (least to greatest).",
+        "rounds of all servers in turns, in drawn order. generated: as `clipress serve` writes it. naive: without the bench, with "
+        "ensembles, one instance of every model, no dynamic batching. unbatched: generated, but one instance and no "
+        "dynamic batching. Figures are medians over rounds; ratios are of the same round: median (least to greatest).",
         "",
-        "| model | concurrency | naive infer/s | generated infer/s | ratio | naive p50, p99 ms | generated p50, p99 ms "
-        "| mean batch | queue, infer ms | client us/request |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | concurrency | naive infer/s | generated infer/s | generated / naive | generated / unbatched "
+        "| naive p50, p99 ms | generated p50, p99 ms | mean batch | queue, infer ms | client us/request |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model, clients in product(MODELS, CONCURRENCY):
         was, now = (
@@ -266,7 +287,7 @@ def markdown(told: dict[str, Any]) -> str:
             for server in ("naive", "generated")
         )
         inner = [
-            row["triton"][ENCODERS[model]]
+            row["triton"].get(ENCODERS[model]) or row["triton"][model]
             for row in rows
             if (row["server"], row["model"], row.get("concurrency")) == ("generated", model, clients)
         ]
@@ -275,13 +296,13 @@ def markdown(told: dict[str, Any]) -> str:
         )
         lines.append(
             f"| {model} | {clients} | {was['infer_per_s']:.0f} | {now['infer_per_s']:.0f} "
-            f"| {spread(ratios(rows, model, clients))} | {was['p50_ms']:.2f}, {was['p99_ms']:.2f} "
-            f"| {now['p50_ms']:.2f}, {now['p99_ms']:.2f} | {batch:.1f} | {queue:.2f}, {infer:.2f} "
-            f"| {now['client_us']:.0f} |"
+            f"| {spread(ratios(rows, model, clients, 'naive'))} | {spread(ratios(rows, model, clients, 'unbatched'))} "
+            f"| {was['p50_ms']:.2f}, {was['p99_ms']:.2f} | {now['p50_ms']:.2f}, {now['p99_ms']:.2f} "
+            f"| {batch:.1f} | {queue:.2f}, {infer:.2f} | {now['client_us']:.0f} |"
         )
     lines += [
         "",
-        "Mean batch, queue and infer are the encoder's, from Triton's statistics. Overhead of the server at concurrency 1, "
+        "Mean batch, queue and infer are those of the model that runs the encoder, from Triton's statistics. Overhead of the server at concurrency 1, "
         f"image_encoder, its median less that of bare ONNX Runtime: {spread(overheads(rows))} ms.",
         "",
         f"Soak: {soaked['model']}, {soaked['seconds']:.0f} s at {soaked['request_rate']:.0f} requests/s, "
@@ -300,22 +321,15 @@ def say(text: str) -> None:
 
 
 def main(folder: str, rounds: str = "7", seconds: str = "300") -> None:
-    """Write both repositories, serve, measure, write."""
+    """Write the repositories, serve, measure, write."""
     import onnxruntime
 
     export = Path(folder) / "export" / STAGE
     exported, load = read_export(export), os.getloadavg()[0]
     sets = evalsets([SourceSpec(format="scenes", split="test"), SourceSpec(format="digits", split="test")])
     made = questions(exported, sets)
-    settings = ServeSettings(backend="python", max_batch=32)
     with TemporaryDirectory() as work, ExitStack() as stack:
-        found = {
-            name: triton_repo_from_export(export, Path(work, name), settings, Path(folder) / "bench" / "results.json")[
-                0
-            ]
-            for name in ("generated", "naive")
-        }
-        naive(found["naive"])
+        found = repositories(export, Path(folder) / "bench" / "results.json", Path(work))
         servers = {name: stack.enter_context(serving(repository)) for name, repository in found.items()}
         served = {name: server.http for name, (server, _) in servers.items()}
         with urlopen(f"http://{served['generated']}/v2") as metadata:

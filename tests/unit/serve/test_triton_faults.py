@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
-from asking import PICTURES, SETTINGS, asked, embeds_of, executions, picture, pixels_of, tensor
+from asking import PICTURES, SETTINGS, asked, embeds_of, executions, picture, pixels_of, processes, tensor
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
@@ -82,18 +82,6 @@ def rows():
 def happened(rows):
     """Remember what came back of a fault."""
     return lambda fault, expected, came: rows.append({"fault": fault, "expected": expected, "happened": came})
-
-
-def processes(server):
-    """Return {pid: name} of a server and its models' processes."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            name, fields = stat.read_text().split("(", 1)[1].rsplit(") ", 1)
-            if int(fields.split()[3]) == server._process.pid and fields[0] != "Z":
-                words = (stat.parent / "cmdline").read_text().split("\0")
-                found[int(stat.parent.name)] = words[-3] if name.startswith("triton_python") else name
-    return found
 
 
 def memory(server, field="VmRSS"):

@@ -5,12 +5,15 @@ Skipped where no server is installed. One server answers all of them: its reposi
 
 import concurrent.futures
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.request
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +27,10 @@ from asking import (
     classified,
     embeds_of,
     executions,
+    measured,
     picture,
     pixels_of,
+    processes,
 )
 from tritonclient.utils import InferenceServerException
 
@@ -232,6 +237,82 @@ def test_a_text_that_was_asked_before_comes_from_the_cache_where_one_is_asked_fo
             found = client.infer("text_encoder", [given]).as_numpy("text_embeds")
             np.testing.assert_array_equal(found, embeds_of(exported, "text", ids))
         assert executions(client, "text_encoder")[0] == before + 1
+
+
+@pytest.fixture(scope="module")
+def fused(triton, exports, tmp_path_factory):
+    """A server whose embed_* run the very small encoders themselves, in two instances each."""
+    folder = tmp_path_factory.mktemp("fused")
+    bench = measured(folder / "results.json", read_export(exports[1]).lineage_hash, image=0.2, text=0.2)
+    settings = SETTINGS.model_copy(update={"instances": 2})
+    (repository,) = triton_repo_from_export(exports[1], folder / "triton", settings, bench)
+    with TritonServer(repository, triton=triton) as server, triton_grpc.InferenceServerClient(server.grpc) as client:
+        yield server, client
+
+
+def test_a_very_small_encoder_answers_the_same_where_its_input_is_prepared(fused, exports):
+    _, client = fused
+    exported = read_export(exports[1])
+    images = embeds_of(exported, "image", pixels_of(exported, PICTURES))
+    texts = embeds_of(exported, "text", tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS))
+    encoded = [text.encode() for text in TEXTS]
+    np.testing.assert_allclose(asked(client, "embed_image", "image", PICTURES, "image_embeds"), images, atol=1e-6)
+    np.testing.assert_allclose(asked(client, "embed_text", "text", encoded, "text_embeds"), texts, atol=1e-6)
+    labels = ["cat", "red fox"]
+    expected = Classifier(exports[1], threads=1).probabilities(PICTURES, labels)
+    np.testing.assert_allclose(classified(client, PICTURES, labels), expected, atol=1e-6)
+
+
+def test_there_too_requests_are_one_run_and_a_bad_one_fails_alone(fused, exports):
+    _, client = fused
+    exported = read_export(exports[1])
+    expected = embeds_of(exported, "image", pixels_of(exported, PICTURES))
+
+    def one(file):
+        try:
+            return asked(client, "embed_image", "image", [file], "image_embeds")[0]
+        except InferenceServerException as error:
+            return error
+
+    runs = {model: np.asarray(executions(client, model)) for model in ("embed_image", "image_encoder")}
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        *good, bad = pool.map(one, [*PICTURES * 8, PICTURES[1][:200]])
+    assert isinstance(bad, InferenceServerException) and "not a picture" in str(bad)
+    np.testing.assert_allclose(good, np.tile(expected, (8, 1)), atol=1e-6)
+    batches, rows = np.asarray(executions(client, "embed_image")) - runs["embed_image"]
+    assert rows == 8 * len(PICTURES) + 1 and batches < rows / 2
+    assert executions(client, "image_encoder") == tuple(runs["image_encoder"])
+
+
+def test_a_lone_client_is_answered_by_the_first_instance(fused):
+    """Instances that take turns would find their caches cold."""
+    server, client = fused
+
+    def waits():
+        """How often each process of embed_image has waited for something."""
+        return {
+            name: int(re.search(r"\nvoluntary_ctxt_switches:\t(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+            for pid, name in processes(server).items()
+            if name.startswith("embed_image_")
+        }
+
+    before = waits()
+    for _ in range(200):
+        asked(client, "embed_image", "image", PICTURES[:1], "image_embeds")
+    first, other = (after - before[name] for name, after in sorted(waits().items()))
+    assert first >= 200 > 10 * other
+
+
+def test_a_model_of_several_instances_is_loaded_again_when_one_was_killed(fused, exports):
+    server, client = fused
+    exported = read_export(exports[1])
+    expected = embeds_of(exported, "image", pixels_of(exported, PICTURES[:1]))
+    (pid,) = (pid for pid, name in processes(server).items() if name == "embed_image_0_0")
+    os.kill(pid, signal.SIGKILL)
+    server.load("embed_image")
+    for _ in range(3):
+        found = asked(client, "embed_image", "image", PICTURES[:1], "image_embeds")
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_the_nearest_pictures_of_an_index_are_found_as_they_are_here(triton, exports, tmp_path):

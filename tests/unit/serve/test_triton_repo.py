@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 import onnx
 import pytest
+from asking import measured
 from google.protobuf import json_format, text_format
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -113,7 +114,10 @@ def test_each_backend_gets_a_repository_of_all_models(export, tmp_path):
         *(f"{tower}_encoder/1/model.onnx" for tower in ("image", "text")),
     }
     assert files_in(target / "onnxruntime") == both
-    assert files_in(target / "python") == both | {f"{tower}_encoder/1/model.py" for tower in ("image", "text")}
+    assert files_in(target / "python") == both | {
+        *(f"{tower}_encoder/1/model.py" for tower in ("image", "text")),
+        *(f"embed_{tower}/1/{file}" for tower in ("image", "text") for file in ("model.py", "model.onnx")),
+    }
     for tower in ("image", "text"):
         copied = target / "onnxruntime" / f"{tower}_encoder" / "1" / "model.onnx"
         assert copied.read_bytes() == (export / f"{tower}.onnx").read_bytes()
@@ -134,6 +138,7 @@ def test_the_image_encoder_is_described_as_triton_wants_it(export, tmp_path):
         input [ { name: "pixel_values" data_type: TYPE_FP32 dims: [ 3, 2, 2 ] } ]
         output [ { name: "image_embeds" data_type: TYPE_FP32 dims: [ 4 ] } ]
         version_policy { latest { num_versions: 1 } }
+        optimization { priority: PRIORITY_MAX }
         instance_group [ { kind: KIND_CPU count: 1 } ]
         dynamic_batching { }
         model_warmup [
@@ -149,7 +154,7 @@ def test_the_image_encoder_is_described_as_triton_wants_it(export, tmp_path):
 
 def test_the_text_encoder_follows_the_settings(export, tmp_path):
     settings = ServeSettings(
-        backend="python", max_batch=8, queue_delay_us=250, instances=2, threads=3, queue_size=9, queue_timeout_ms=7
+        backend="python", max_batch=8, queue_delay_us=250, instances=3, threads=3, queue_size=9, queue_timeout_ms=7
     )
     (repository,) = triton_repo_from_export(export, tmp_path, settings)
     config, parameters = without_parameters(config_in(repository, "text_encoder"))
@@ -158,7 +163,11 @@ def test_the_text_encoder_follows_the_settings(export, tmp_path):
         input [ { name: "input_ids" data_type: TYPE_INT64 dims: [ 3 ] } ]
         output [ { name: "text_embeds" data_type: TYPE_FP32 dims: [ 4 ] } ]
         version_policy { latest { num_versions: 1 } }
-        instance_group [ { kind: KIND_CPU count: 2 } ]
+        optimization { priority: PRIORITY_MAX }
+        instance_group [
+          { kind: KIND_CPU count: 1 rate_limiter { priority: 1 } },
+          { kind: KIND_CPU count: 2 rate_limiter { priority: 1000 } }
+        ]
         dynamic_batching {
           max_queue_delay_microseconds: 250
           default_queue_policy { default_timeout_microseconds: 7000 allow_timeout_override: true max_queue_size: 9 } }
@@ -194,15 +203,18 @@ def test_a_client_finds_all_it_needs_in_the_parameters(export, tmp_path, model):
     }
 
 
-def test_only_the_text_encoder_is_cached_and_only_where_that_is_asked_for(export, tmp_path):
-    for mb, cached in ((0, set()), (3, {"text_encoder"})):
-        settings = ServeSettings(backend="python", text_cache_mb=mb)
-        (repository,) = triton_repo_from_export(export, tmp_path / str(mb), settings)
+@pytest.mark.parametrize(("small", "cached"), [(False, {"text_encoder"}), (True, {"text_encoder", "embed_text"})])
+def test_only_what_encodes_texts_is_cached_and_only_where_that_is_asked_for(export, tmp_path, small, cached):
+    bench = measured(tmp_path / "results.json", text=0.2 if small else 2)
+    for mb in (0, 3):
+        settings = ServeSettings(backend="python", text_cache_mb=mb, instances=1)
+        (repository,) = triton_repo_from_export(export, tmp_path / str(mb), settings, bench)
         models = [path.parent.name for path in repository.glob("*/config.pbtxt")]
-        assert {model for model in models if config_in(repository, model).response_cache.enable} == cached
+        found = {model for model in models if config_in(repository, model).response_cache.enable}
+        assert found == (cached if mb else set())
         option = f"--cache-config=local,size={3 * 1024**2}"
-        assert server_options(repository) == ([option] if cached else [])
-        assert (option in (repository / "README.md").read_text()) == bool(cached)
+        assert server_options(repository) == ([option] if mb else [])
+        assert (option in (repository / "README.md").read_text()) == bool(mb)
 
 
 def test_a_largest_batch_of_one_is_warmed_up_once(export, tmp_path):
@@ -263,7 +275,7 @@ def test_a_changed_onnx_file_is_not_served(export, tmp_path):
 def test_the_readme_starts_the_server_its_backend_needs(export, tmp_path):
     pages = [
         (repository / "README.md").read_text(encoding="utf-8")
-        for repository in triton_repo_from_export(export, tmp_path, ServeSettings())
+        for repository in triton_repo_from_export(export, tmp_path, ServeSettings(instances=1))
     ]
     for page in pages:
         assert re.search(r"FROM nvcr\.io/nvidia/tritonserver:24\.10-py3\nRUN pip install 'numpy<2' onnxruntime", page)
@@ -274,6 +286,13 @@ def test_the_readme_starts_the_server_its_backend_needs(export, tmp_path):
         f"clipress-triton:24.10 tritonserver --model-repository=/models/{backend}"
         for backend in ("onnxruntime", "python")
     ]
+
+
+def test_a_server_of_several_instances_is_told_which_comes_first(export, tmp_path):
+    repository = python_repository(export, tmp_path, instances=2)
+    assert server_options(repository) == ["--rate-limit=execution_count"]
+    page = (repository / "README.md").read_text(encoding="utf-8")
+    assert "--model-repository=/models/python --rate-limit=execution_count\n" in page
 
 
 def changed(export, **described):
@@ -423,6 +442,55 @@ def test_pictures_and_texts_pass_through_what_prepares_them(export, tmp_path):
         assert not ensemble.instance_group and not ensemble.HasField("dynamic_batching")
 
 
+def test_a_very_small_encoder_is_run_where_its_input_is_prepared(export, tmp_path):
+    bench = measured(tmp_path / "results.json", image=0.9, text=1.1)
+    settings = ServeSettings(backend=("python", "onnxruntime"), max_batch=8, instances=2)
+    python, runtime = triton_repo_from_export(export, tmp_path, settings, bench)
+    config, _ = without_parameters(config_in(python, "embed_image"))
+    expected = """
+        name: "embed_image"  backend: "python"  max_batch_size: 8
+        input [ { name: "image" data_type: TYPE_STRING dims: [ 1 ] } ]
+        output [ { name: "image_embeds" data_type: TYPE_FP32 dims: [ 4 ] } ]
+        version_policy { latest { num_versions: 1 } }
+        optimization { priority: PRIORITY_MAX }
+        instance_group [
+          { kind: KIND_CPU count: 1 rate_limiter { priority: 1 } },
+          { kind: KIND_CPU count: 1 rate_limiter { priority: 1000 } }
+        ]
+        dynamic_batching { }
+        model_warmup [ { name: "picture" batch_size: 1
+            inputs { key: "image" value { data_type: TYPE_STRING dims: [ 1 ] input_data_file: "picture" } } } ]
+    """
+    assert config == text_format.Parse(expected, ModelConfig())
+    assert open_image((python / "embed_image" / "warmup" / "picture").read_bytes()[4:]).size == (SIZE, SIZE)
+    assert config_in(python, "embed_text").platform == "ensemble"
+    assert {config_in(runtime, f"embed_{tower}").platform for tower in ("image", "text")} == {"ensemble"}
+    copies = [python / model / "1" / "model.onnx" for model in ("image_encoder", "embed_image")]
+    assert copies[0].samefile(copies[1])
+
+
+def test_new_figures_change_how_a_version_runs_and_make_no_new_one(export, tmp_path):
+    settings = ServeSettings(backend="python", instances=1)
+    (repository,) = triton_repo_from_export(export, tmp_path, settings)
+    triton_repo_from_export(export, tmp_path, settings, measured(tmp_path / "results.json", image=0.2))
+    assert config_in(repository, "embed_image").backend == "python"
+    assert policies(repository) == {None} and not (repository / "embed_image" / "2").exists()
+
+
+def test_a_version_without_the_encoders_file_in_embed_stays_a_chain(export, tmp_path):
+    """Versions were written so before very small encoders were run there."""
+    bench = measured(tmp_path / "results.json", image=0.2, text=0.2)
+    settings = ServeSettings(backend="python", instances=1)
+    (repository,) = triton_repo_from_export(export, tmp_path, settings, bench)
+    for path in repository.glob("*/1/release.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "fusible": False}), encoding="utf-8")
+    changed(export)
+    triton_repo_from_export(export, tmp_path, settings, bench)
+    assert config_in(repository, "embed_text").backend == "python"
+    assert serve_version(repository, None, settings, bench) == 1
+    assert config_in(repository, "embed_text").platform == "ensemble"
+
+
 def test_the_warm_up_is_a_picture_and_a_text_as_triton_stores_strings(export, tmp_path):
     repository = python_repository(export, tmp_path)
     for model, name in (("preprocess", "picture"), ("tokenize", "text")):
@@ -437,11 +505,13 @@ def test_the_warm_up_is_a_picture_and_a_text_as_triton_stores_strings(export, tm
 
 def test_the_rate_limiter_gets_what_the_encoders_take(export, tmp_path):
     limit = {"resources": {"cores": 2}, "priority": 3}
-    repository = python_repository(export, tmp_path, rate_limit=limit)
-    for model in MODELS - {"embed_image", "embed_text"}:
-        (group,) = config_in(repository, model).instance_group
-        limits = [(resource.name, resource.count) for resource in group.rate_limiter.resources]
-        assert (limits, group.rate_limiter.priority) == (([("cores", 2)], 3) if "encoder" in model else ([], 0))
+    repository = python_repository(export, tmp_path, rate_limit=limit, instances=2)
+    for model in MODELS - {"embed_image", "embed_text", "tokenize"}:
+        groups = config_in(repository, model).instance_group
+        limits = [[(resource.name, resource.count) for resource in group.rate_limiter.resources] for group in groups]
+        assert limits == [[("cores", 2)] if "encoder" in model else []] * 2
+        times = 3 if "encoder" in model else 1
+        assert [group.rate_limiter.priority for group in groups] == [times, 1000 * times]
     assert "--rate-limit=execution_count" in (repository / "README.md").read_text(encoding="utf-8")
 
 
@@ -792,6 +862,36 @@ def test_texts_are_tokenized_together_and_one_that_is_no_utf8_fails_its_request_
     assert one.outputs["input_ids"].tolist() == [[5, 0, 0]]
     assert two.outputs["input_ids"].tolist() == [[1, 0, 0], [3, 0, 0]]
     assert "UTF-8" in bad.error and "100,001" in long.error
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_what_is_prepared_and_encoded_in_one_process_is_what_two_models_make_of_it(
+    export, tmp_path, python_backend, monkeypatch, tower
+):
+    monkeypatch.setattr("clipress.data.tokens.tokenizer_from_spec", lambda spec: lambda texts: ids(texts))
+    bench = measured(tmp_path / "results.json", image=0.2, text=0.2)
+    (repository,) = triton_repo_from_export(export, tmp_path, ServeSettings(backend="python", threads=2), bench)
+    model = started(repository, f"embed_{tower}")
+    assert model.session.get_session_options().intra_op_num_threads == 2
+    good = [[png(0)], [png(2), png(3)]] if tower == "image" else [[b"a"], [b"cat", b"tuna"]]
+    given = [good[0], [good[1][0], b"\xff"], good[1]]
+    one, bad, two = model.execute([strings(**{tower: [[item] for item in items]}) for items in given])
+    preprocess = read_export(export).preprocess
+    for response, items in zip((one, two), good, strict=True):
+        if tower == "image":
+            rows = [normalised(fitted(open_image(item), preprocess), preprocess).sum() for item in items]
+            expected = np.repeat(np.asarray(rows)[:, None], DIM, axis=1)
+        else:
+            expected = TABLE[ids([item.decode() for item in items])].mean(axis=1)
+        np.testing.assert_allclose(response.outputs[f"{tower}_embeds"], expected, rtol=1e-5)
+    assert bad.outputs == {} and bad.error.code == Fault.INVALID_ARG
+    assert ("not a picture" if tower == "image" else "UTF-8") in bad.error
+    model.finalize()
+    assert model.session is None
+
+
+def ids(texts):
+    return np.asarray([[len(text), 1, 0] for text in texts], np.int64)
 
 
 def probabilities(images, labels, templates=("a photo of a {}",), scale=20.590953826904297):
