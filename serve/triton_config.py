@@ -249,7 +249,6 @@ def _model(name: str, backend: str, max_batch: int) -> ModelConfig:
 
 def _instances(config: ModelConfig, count: int) -> None:
     """Add instances on CPUs, of which the first works whenever it is idle: those that take turns find their caches cold."""
-    config.optimization.priority = config.optimization.PRIORITY_MAX  # nice 0; it is 5 otherwise, behind all others
     first = config.instance_group.add(count=1)
     first.kind = first.KIND_CPU
     if count > 1:

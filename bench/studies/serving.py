@@ -264,6 +264,8 @@ def spread(values: list[float], form: str = ".2f") -> str:
 def markdown(told: dict[str, Any]) -> str:
     """Return the tables."""
     about, rows, soaked = told["conditions"], told["rows"], told["soak"]
+    slow = soaked["infer_per_s"] < 0.97 * soaked["request_rate"]
+    behind = " (at times the machine answered less than was asked, and requests waited)" if slow else ""
     lines = [
         "# What serving is worth",
         "",
@@ -308,7 +310,7 @@ def markdown(told: dict[str, Any]) -> str:
         f"Soak: {soaked['model']}, {soaked['seconds']:.0f} s at {soaked['request_rate']:.0f} requests/s, "
         f"{SHARE:.0%} of the greatest load above (Poisson arrivals, latency from when a request was due): "
         f"{soaked['requests']:,} requests, {soaked['errors']} errors, {soaked['infer_per_s']:.0f} answers/s, "
-        f"p50 {soaked['p50_ms']:.2f} ms, p99 {soaked['p99_ms']:.2f} ms. Furthest number of an answer from local inference: "
+        f"p50 {soaked['p50_ms']:.2f} ms, p99 {soaked['p99_ms']:.2f} ms{behind}. Furthest number of an answer from local inference: "
         f"{soaked['furthest_from_local']:.1e}. Memory of server and models after the first fifth: "
         f"{soaked['rss_mb'][2]:.0f} MB, {soaked['rss_percent'][0]:+.2f} % to {soaked['rss_percent'][1]:+.2f} %.",
     ]

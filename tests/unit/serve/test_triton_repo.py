@@ -138,7 +138,6 @@ def test_the_image_encoder_is_described_as_triton_wants_it(export, tmp_path):
         input [ { name: "pixel_values" data_type: TYPE_FP32 dims: [ 3, 2, 2 ] } ]
         output [ { name: "image_embeds" data_type: TYPE_FP32 dims: [ 4 ] } ]
         version_policy { latest { num_versions: 1 } }
-        optimization { priority: PRIORITY_MAX }
         instance_group [ { kind: KIND_CPU count: 1 } ]
         dynamic_batching { }
         model_warmup [
@@ -163,7 +162,6 @@ def test_the_text_encoder_follows_the_settings(export, tmp_path):
         input [ { name: "input_ids" data_type: TYPE_INT64 dims: [ 3 ] } ]
         output [ { name: "text_embeds" data_type: TYPE_FP32 dims: [ 4 ] } ]
         version_policy { latest { num_versions: 1 } }
-        optimization { priority: PRIORITY_MAX }
         instance_group [
           { kind: KIND_CPU count: 1 rate_limiter { priority: 1 } },
           { kind: KIND_CPU count: 2 rate_limiter { priority: 1000 } }
@@ -452,7 +450,6 @@ def test_a_very_small_encoder_is_run_where_its_input_is_prepared(export, tmp_pat
         input [ { name: "image" data_type: TYPE_STRING dims: [ 1 ] } ]
         output [ { name: "image_embeds" data_type: TYPE_FP32 dims: [ 4 ] } ]
         version_policy { latest { num_versions: 1 } }
-        optimization { priority: PRIORITY_MAX }
         instance_group [
           { kind: KIND_CPU count: 1 rate_limiter { priority: 1 } },
           { kind: KIND_CPU count: 1 rate_limiter { priority: 1000 } }
