@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import tritonclient.grpc as triton_grpc
 from PIL import Image
+from tritonclient.utils import InferenceServerException
 
 from clipress.data.transforms import fitted, normalised, open_image
 from clipress.models.exported import cpu_session
@@ -32,6 +33,14 @@ def column(values):
 
 def asked(client, model, name, values, gives, library=triton_grpc):
     return client.infer(model, [tensor(library, name, column(values))]).as_numpy(gives)
+
+
+def embedded_or_error(client, file):
+    """Ask for the embedding of one picture; return it, or what the server says instead."""
+    try:
+        return asked(client, "embed_image", "image", [file], "image_embeds")[0]
+    except InferenceServerException as error:
+        return error
 
 
 def classified(client, images, labels, templates=None):

@@ -23,7 +23,18 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
-from asking import PICTURES, SETTINGS, asked, embeds_of, executions, picture, pixels_of, processes, tensor
+from asking import (
+    PICTURES,
+    SETTINGS,
+    asked,
+    embedded_or_error,
+    embeds_of,
+    executions,
+    picture,
+    pixels_of,
+    processes,
+    tensor,
+)
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
@@ -282,10 +293,8 @@ def test_clients_that_go_away_leave_nothing_behind(served, client, local, happen
 
 
 def outcome(client, file):
-    try:
-        return asked(client, "embed_image", "image", [file], "image_embeds")[0]
-    except InferenceServerException as error:
-        return str(error.status()), error.message()
+    found = embedded_or_error(client, file)
+    return (str(found.status()), found.message()) if isinstance(found, InferenceServerException) else found
 
 
 def test_a_bad_picture_among_good_ones_that_are_batched_with_it_fails_alone(client, local, happened):

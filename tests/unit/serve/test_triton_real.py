@@ -13,6 +13,7 @@ import subprocess
 import sys
 import urllib.request
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from asking import (
     SETTINGS,
     asked,
     classified,
+    embedded_or_error,
     embeds_of,
     executions,
     measured,
@@ -134,14 +136,8 @@ def test_a_picture_that_cannot_be_read_is_an_error_of_its_request_alone(client, 
     exported = read_export(exports[1])
     expected = embeds_of(exported, "image", pixels_of(exported, PICTURES))
 
-    def one(file):
-        try:
-            return asked(client, "embed_image", "image", [file], "image_embeds")[0]
-        except InferenceServerException as error:
-            return error
-
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        *good, found = pool.map(one, [*PICTURES, bad])
+        *good, found = pool.map(partial(embedded_or_error, client), [*PICTURES, bad])
     assert isinstance(found, InferenceServerException) and told in str(found)
     np.testing.assert_allclose(good, expected, atol=1e-6)
 
@@ -268,15 +264,9 @@ def test_there_too_requests_are_one_run_and_a_bad_one_fails_alone(fused, exports
     exported = read_export(exports[1])
     expected = embeds_of(exported, "image", pixels_of(exported, PICTURES))
 
-    def one(file):
-        try:
-            return asked(client, "embed_image", "image", [file], "image_embeds")[0]
-        except InferenceServerException as error:
-            return error
-
     runs = {model: np.asarray(executions(client, model)) for model in ("embed_image", "image_encoder")}
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        *good, bad = pool.map(one, [*PICTURES * 8, PICTURES[1][:200]])
+        *good, bad = pool.map(partial(embedded_or_error, client), [*PICTURES * 8, PICTURES[1][:200]])
     assert isinstance(bad, InferenceServerException) and "not a picture" in str(bad)
     np.testing.assert_allclose(good, np.tile(expected, (8, 1)), atol=1e-6)
     batches, rows = np.asarray(executions(client, "embed_image")) - runs["embed_image"]
