@@ -487,16 +487,15 @@ def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, dur
     """Measure what blocks cost at smaller widths here: the table that a latency budget of `prune` reads."""
     import json
 
-    from tqdm import tqdm
-
     from clipress.artifact import write_text_whole
     from clipress.bench.costs import cost_table
     from clipress.bench.run import processor
     from clipress.models.load import clip_from_artifact
+    from clipress.progress import progress_bar
 
     plan = _plan_of(run)
     clip = clip_from_artifact(run / (_chosen(plan, stage) if stage else plan.artifacts[0]))
-    with tqdm(total=8, desc="costs", unit="kind") as bar:
+    with progress_bar(8, "costs", "kind") as bar:
         table = cost_table(clip, batch, threads, duration, lambda _: bar.update())
     write_text_whole(out, json.dumps(table | {"conditions": processor()}, indent=1) + "\n")
     click.echo(f"Cost table: {out}. Use it: prune: {{budget: {{latency: 0.5, costs: {out}}}}}")
@@ -918,7 +917,6 @@ def filter_(
     if (keep is None) == (count is None):
         raise click.UsageError("Either --keep or --count is asked for.")
     import torch
-    from tqdm import tqdm
 
     from clipress.artifact import write_text_whole
     from clipress.data.filter import embeddings, nearest_to_prompts, table
@@ -926,13 +924,14 @@ def filter_(
     from clipress.data.prompts import read_prompts
     from clipress.metrics.evaluate import encode_texts
     from clipress.models.load import clip_from_artifact
+    from clipress.progress import progress_bar
 
     texts = read_prompts(prompts_file)
     source = open_source(SourceSpec(format="images", images=images))
     clip = clip_from_artifact(model)
     clip.model.to("cuda" if torch.cuda.is_available() else "cpu")
     encode_image, encode_text = clip.encoders()
-    with tqdm(total=len(source), desc="filter", unit="picture") as bar:
+    with progress_bar(len(source), "filter", "picture") as bar:
         seen, indices = embeddings(source, encode_image, clip.preprocess, threads=threads, done=bar.update)
     wanted = encode_texts(encode_text, clip.tokenize(), texts)
     chosen = nearest_to_prompts(seen, wanted, count or max(round(keep * len(source)), 1), near_duplicates)
