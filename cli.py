@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from clipress.bench.run import Subject
     from clipress.bench.settings import BenchSettings
-    from clipress.compress.pipeline import Plan
+    from clipress.compress.plan import Plan
     from clipress.data.evalsets import EvalSet
     from clipress.metrics.outcomes import Outcomes
     from clipress.serve.settings import ServeSettings
@@ -179,6 +179,12 @@ def embed(
 @click.option("--labels", help="Also write classifier.onnx, an image classifier of these names, split by commas.")
 @click.option("--labels-file", type=FILE, help="The same from a text file, one per line, or `imagenet`.")
 @click.option("--template", "templates", multiple=True, help=f"{TEMPLATES}  [default: the recipe's]")
+@click.option(
+    "--verify",
+    "verified",
+    is_flag=True,
+    help="Export nothing: run the self-tests of exported files on this machine. RUN may be an export folder or a file.",
+)
 def export(
     run: Path,
     stages: tuple[str, ...],
@@ -188,11 +194,20 @@ def export(
     labels: str | None,
     labels_file: Path | None,
     templates: tuple[str, ...],
+    verified: bool,
 ) -> None:
     """Export a run's artefacts to ONNX, each checked against torch, and to TensorRT, each checked against ONNX Runtime.
 
     RUN may be one ONNX file, taken to the machine with the GPU on its own: clipress export image.onnx --tensorrt
+
+    Every file carries a self-test, so that a machine or a runtime on which INT8 overflows is noticed. clipress runs it when
+    it opens a file; to run it by hand where files were copied to: clipress export --verify FOLDER
     """
+    if verified:
+        if stages or tensorrt or precision or foreign or labels is not None or labels_file or templates:
+            raise RecipeError("--verify exports nothing and takes no other option.")
+        _verify(run)
+        return
     if not tensorrt and (precision or foreign):
         raise RecipeError("--precision and --foreign are about engines: add --tensorrt.")
     if run.suffix == ".onnx":
@@ -212,6 +227,19 @@ def export(
         raise RecipeError("--template is about the prompts of a classifier's labels: add --labels or --labels-file.")
     _export(run, plan, names, **asked)
     _engines(run, plan, names, tensorrt, precision)
+
+
+def _verify(source: Path) -> None:
+    from clipress.export.verify import verify
+    from clipress.runtime.cpu import processor
+
+    click.echo(str(processor()))
+    for one in verify(source):
+        mode = ", in exact mode" if one.exact_mode else ""
+        click.echo(
+            f"{one.path}: {one.precision}, agrees with exact arithmetic (least cosine {one.least_cosine:.6f}{mode}; "
+            f"{one.milliseconds:.0f} ms)"
+        )
 
 
 class RunByDefault(click.Group):
@@ -489,15 +517,15 @@ def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, dur
 
     from clipress.artifact import write_text_whole
     from clipress.bench.costs import cost_table
-    from clipress.bench.run import processor
     from clipress.models.load import clip_from_artifact
     from clipress.progress import progress_bar
+    from clipress.runtime.cpu import processor
 
     plan = _plan_of(run)
     clip = clip_from_artifact(run / (_chosen(plan, stage) if stage else plan.artifacts[0]))
     with progress_bar(8, "costs", "kind") as bar:
         table = cost_table(clip, batch, threads, duration, lambda _: bar.update())
-    write_text_whole(out, json.dumps(table | {"conditions": processor()}, indent=1) + "\n")
+    write_text_whole(out, json.dumps(table | {"conditions": processor().record()}, indent=1) + "\n")
     click.echo(f"Cost table: {out}. Use it: prune: {{budget: {{latency: 0.5, costs: {out}}}}}")
 
 
@@ -967,7 +995,8 @@ def show(artifact: Path) -> None:
     for key in ("sparsity", "quantization"):
         if header.get(key):
             held = header[key].get("weights") or header[key].get("modules")
-            click.echo(f"{key}: {header[key].get('pattern') or header[key].get('dtype')} on {len(held)} layers")
+            bits = {True: ", weights in 7 bits", False: ", weights in 8 bits"}.get(header[key].get("portable"), "")
+            click.echo(f"{key}: {header[key].get('pattern') or header[key].get('dtype')} on {len(held)} layers{bits}")
             for name, reason in header[key].get("skipped", {}).items():
                 click.echo(f"  {name} stays dense: {reason}")
     for record in header["lineage"]:
@@ -1020,7 +1049,7 @@ def _held(run: Path) -> Iterator[None]:
 def _checked(recipe: Any) -> Plan:
     """Check every room's section before any work is done."""
     from clipress.bench.settings import BenchSettings
-    from clipress.compress.pipeline import plan_from
+    from clipress.compress.plan import plan_from
     from clipress.export.settings import ExportSettings
     from clipress.recipe import checked
     from clipress.serve.settings import ServeSettings

@@ -20,8 +20,8 @@ from torch import nn
 from clipress.bench.latency import measure_in_turns
 from clipress.models import anatomy, surgery
 from clipress.models.anatomy import Block
-from clipress.models.exported import cpu_session
 from clipress.models.load import Clip
+from clipress.runtime.onnx_session import open_session
 
 SCHEMA_VERSION = 1
 POINTS = 6  # widths measured per kind
@@ -54,7 +54,7 @@ def _curve(block: Block, kind: str, levels: list[int], batch: int, threads: int,
         for level in levels:
             path = Path(folder) / f"{level}.onnx"
             _export(_narrow(block, kind, level), inputs, path)
-            session = cpu_session(path, threads)
+            session = open_session(path, threads)
             queries[str(level)] = lambda session=session: session.run(None, {"x": inputs})
         measured = measure_in_turns(queries, warm_up_ms=20, duration_ms=duration_ms, iterations=10)
     times = [float(np.median(measured[str(level)].latency)) for level in levels]

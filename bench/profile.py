@@ -18,6 +18,7 @@ import numpy as np
 from clipress.bench.layers import ELSE
 from clipress.bench.runners import noise
 from clipress.errors import ExportError
+from clipress.runtime.onnx_session import open_session
 
 WARM_UP = 3  # queries that are run and left out
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the dynamo exporter notes which module a node comes from
@@ -39,15 +40,8 @@ def profile(path: Path, tower: str, batch: int, threads: int, queries: int, laye
 
 
 def _events(path: Path, tower: str, batch: int, threads: int, queries: int) -> list[dict[str, Any]]:
-    import onnxruntime
-
     with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 3
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+        session = open_session(path, threads, profile_to=Path(folder) / "profile")
         takes = session.get_inputs()[0]
         inputs = noise(tower, (batch, *takes.shape[1:]))
         for _ in range(queries):

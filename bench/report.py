@@ -296,6 +296,8 @@ def _warnings(rows: Rows) -> list[str]:
             f"Unstable: the coefficient of variation is above {UNSTABLE} % in {len(unstable)} of {len(timings)} "
             f"measurements, up to {max(unstable):.0f} %: trust the ratios, which are paired, before single times."
         )
+    if exact := [row["stage"] for row in rows if row.get("exact_mode")]:
+        told.append(f"In ONNX Runtime's exact mode, since 8-bit weights overflow on this CPU: {', '.join(exact)}.")
     bound = [t for t in timings if t.get("enqueue_median_ms", 0) > BOUND * t["median_ms"]]
     if bound:
         told.append(f"Bound by enqueue time in {len(bound)} of {len(timings)} measurements: the host is what is slow.")

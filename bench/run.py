@@ -32,6 +32,7 @@ from clipress.bench.verdict import interval, kept, verdicts
 from clipress.data.evalsets import EvalSet
 from clipress.errors import ArtifactError
 from clipress.metrics.outcomes import percents, standard_errors
+from clipress.runtime.cpu import processor
 
 SCHEMA_VERSION = 1
 PROFILED = 20  # queries
@@ -96,7 +97,7 @@ def bench(
     def ratio(origin: str, other: str, case: Case) -> Ratio:
         return speed_up(timings[case][origin], timings[case][other])
 
-    told = verdicts(rows, cases, ratio, settings.max_loss)
+    told = verdicts(rows, cases, ratio, settings.max_loss, processor())
     return {
         "schema_version": SCHEMA_VERSION,
         "conditions": about | conditions(settings, sets, cpus, [row["device"] for row in rows]),
@@ -133,6 +134,7 @@ def _row(label: str, subject: Subject, runner: Runner) -> dict[str, Any]:
         "precision": runner.exported.precision,
         **cost(subject.artifact),
         "bytes": runner.exported.bytes,
+        "exact_mode": getattr(runner, "exact_mode", False),
         "parity": runner.exported.parity,
         "lineage": read_header(subject.artifact)["lineage"],
     }
@@ -245,7 +247,7 @@ def conditions(
         **{name: known for name in ("onnxruntime", "torch", "numpy") if (known := _version(name))},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        **processor(),
+        **processor().record(),
         "devices": list(dict.fromkeys(devices)),
         "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "threads": settings.threads,
@@ -274,21 +276,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:  # onnxruntime-gpu goes by another name
         return None
-
-
-def processor() -> dict[str, Any]:
-    """Return the processor's name, core count and the instruction sets that matter to INT8."""
-    name, flags = platform.processor() or platform.machine(), set()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            elif key.strip() == "flags":
-                flags = set(value.split())
-    known = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
-    return {"processor": name, "cores": os.cpu_count(), "isa": [flag for flag in known if flag in flags]}
 
 
 def write_results(results: dict[str, Any], folder: Path) -> Path:

@@ -21,12 +21,12 @@ from clipress import __version__
 from clipress.artifact import write_text_whole
 from clipress.bench.gates import OPERATORS, Gate, nowhere, unknown_metric
 from clipress.bench.load import Load, Windows, measure, numbered, run
-from clipress.bench.run import processor
 from clipress.bench.wire import Question, checked_ask, open_wire
 from clipress.data.evalsets import EvalSet
 from clipress.data.transforms import fitted, normalised
 from clipress.errors import RecipeError
 from clipress.models.exported import Exported
+from clipress.runtime.cpu import processor
 
 SCHEMA_VERSION = 1
 MODELS = ("embed_image", "image_encoder", "embed_text")
@@ -148,7 +148,7 @@ def _conditions(protocol: str, windows: Windows) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "clipress": __version__,
         "tritonclient": version("tritonclient"),
-        **processor(),
+        **processor().record(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "protocol": protocol,
         "window_ms": windows.window,

@@ -177,8 +177,9 @@ def _from_results(run: Path, take: Callable[[Any], dict[str, Any]]) -> dict[str,
 
 
 def _conditions(file: Path, run: Path) -> dict[str, Any]:
-    shown = ("date", "processor", "cores", "threads", "clipress", "torch", "onnxruntime")
+    shown = ("date", "processor", "isa", "cores", "threads", "clipress", "torch", "onnxruntime")
     known = _from_results(run, lambda results: {key: results["conditions"][key] for key in shown})
+    known["isa"] = " ".join(known["isa"])
     return {"command": f"clipress study {file}"} | known
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from clipress.artifact import read_header, read_json
 from clipress.bench.compare import LEAST_ROUNDS, Ratio
 from clipress.errors import ArtifactError
+from clipress.runtime.cpu import Processor
 
 METHODS = {"quantize": "INT8", "sparsify": "2:4"}
 MATTERS, UNDECIDED = 1.02, 1.10
@@ -24,12 +25,17 @@ Case = tuple[str, int]
 
 
 def verdicts(
-    rows: Sequence[dict[str, Any]], cases: Sequence[Case], ratio: Callable[[str, str, Case], Ratio], max_loss: float
+    rows: Sequence[dict[str, Any]],
+    cases: Sequence[Case],
+    ratio: Callable[[str, str, Case], Ratio],
+    max_loss: float,
+    cpu: Processor | None = None,
 ) -> list[dict[str, Any]]:
     """Return a verdict per INT8 or 2:4 row whose origin was measured too.
 
     ratio: (origin, row, case) -> how many times as fast the row is. The last case of the image tower decides.
     max_loss: points of accuracy that what is kept may cost; nothing is known of it where no accuracy was measured.
+    cpu: where it was measured, if on a CPU; what it lacks for INT8 is said.
     """
     told = []
     for row in rows:
@@ -37,7 +43,10 @@ def verdicts(
         if origin is None or not cases:
             continue
         ratios = {case: ratio(origin["stage"], row["stage"], case) for case in cases}
-        told.append(_verdict(row, origin, ratios, max_loss))
+        verdict = _verdict(row, origin, ratios, max_loss)
+        if cpu is not None and (why := _about_cpu(row, verdict, cpu)):
+            verdict["text"] += f" {why}"
+        told.append(verdict)
     return told
 
 
@@ -138,6 +147,19 @@ def _verdict(row: dict[str, Any], origin: dict[str, Any], ratios: dict[Case, Rat
             for (tower, batch), r in ratios.items()
         ],
     }
+
+
+def _about_cpu(row: dict[str, Any], verdict: dict[str, Any], cpu: Processor) -> str:
+    """Say why INT8 is slow here, where the CPU or the form of the file is what makes it so."""
+    if verdict["method"] != "INT8" or row["backend"] != "onnxruntime":
+        return ""
+    without = f"this CPU has no VNNI instructions ({' '.join(cpu.isa) or cpu.machine})"
+    if row.get("exact_mode"):
+        return (
+            f"It ran in ONNX Runtime's exact mode, since it has 8-bit weights and {without}: quantize with portable: true "
+            "to run at full speed."
+        )
+    return f"INT8 gains less here than elsewhere: {without}." if cpu.saturates and not verdict["faster"] else ""
 
 
 def largest_loss(row: dict[str, Any], origin: dict[str, Any]) -> tuple[float, str] | None:

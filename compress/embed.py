@@ -50,7 +50,8 @@ from clipress.progress import progress_bar
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from clipress.compress.pipeline import Plan, Teacher
+    from clipress.compress.pipeline import Teacher
+    from clipress.compress.plan import Plan
 
 HOME = "teacher-embeddings"
 Say = Callable[[str], None]

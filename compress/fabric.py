@@ -89,8 +89,15 @@ def whole(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather_shards(model: nn.Module) -> None:
-    """Turn FSDP2's shards back into plain parameters, in place."""
+    """Turn FSDP2's shards back into plain parameters of plain modules, in place."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # its hooks would gather again, and wait for processes that are done
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+            module.__class__ = type(module).__bases__[1]
         for name, parameter in list(module._parameters.items()):
             if hasattr(parameter, "full_tensor"):
                 module._parameters[name] = nn.Parameter(whole(parameter))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,25 +16,22 @@ import torch
 
 from clipress import __version__
 from clipress.artifact import (
-    LOCK,
     Artifact,
     cache_folder,
     is_first_process,
-    leftovers,
     load_artifact,
-    locked,
     read_header,
     save_artifact,
-    sweep,
-    write_text_whole,
 )
 from clipress.compress.context import Context
-from clipress.compress.fabric import Runtime, start_fabric
-from clipress.compress.stage import Stage, stages_from
+from clipress.compress.fabric import start_fabric
+from clipress.compress.plan import Plan, plan_from
+from clipress.compress.run_folder import claimed
+from clipress.compress.stage import Stage
 from clipress.data.evalsets import evalsets
-from clipress.data.pairs import DataSpec, fingerprint
+from clipress.data.pairs import fingerprint
 from clipress.data.teacher_cache import TeacherCache
-from clipress.errors import ArtifactError, RecipeError
+from clipress.errors import ArtifactError
 from clipress.metrics.evaluate import evaluate
 from clipress.models.load import (
     Clip,
@@ -44,81 +41,13 @@ from clipress.models.load import (
     clip_from_open_clip,
     save_for_open_clip,
 )
-from clipress.models.students import check, freeze, start_hash, student_from, towers_of_teacher
-from clipress.recipe import Recipe, checked, digest, read_recipe, recipe_text
+from clipress.models.students import freeze, start_hash, student_from, towers_of_teacher
+from clipress.recipe import Recipe, checked, digest
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-RECIPE = "recipe.yaml"
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A recipe whose every section has been checked."""
-
-    recipe: Recipe
-    data: DataSpec
-    runtime: Runtime
-    teachers: tuple[TeacherSpec, ...]
-    stages: tuple[Stage, ...]
-
-    @property
-    def artifacts(self) -> list[str]:
-        """Names of the artefacts the run leaves, in order."""
-        return (["teacher"] if self.teachers else []) + [stage.name for stage in self.stages]
-
-
-def plan_from(recipe: Recipe) -> Plan:
-    """Check everything that compressing needs, before anything is done."""
-    asked = recipe.teacher if isinstance(recipe.teacher, list) else [recipe.teacher]
-    teachers = tuple(checked(TeacherSpec, one, "teacher") for one in asked if one is not None)
-    stages = tuple(stages_from(recipe.stages))
-    if not teachers and recipe.student is None:
-        raise RecipeError("Either 'teacher' or 'student' is asked for, found neither: there is no model to start from.")
-    if len({teacher.cache is None for teacher in teachers}) > 1:
-        raise RecipeError(
-            "teacher: either every teacher has a 'cache' or none: training looks all of them up, or runs all."
-        )
-    if teachers and any(stage.name == "teacher" for stage in stages):
-        raise RecipeError("stages: 'teacher' is the name of the teacher's artefact; call the stage something else.")
-    if recipe.student is not None:
-        check(recipe.student, bool(teachers))
-    for teacher in teachers:
-        if teacher.recipe is not None:
-            plan_from(checked(Recipe, teacher.recipe, "teacher.recipe"))
-    data = checked(DataSpec, recipe.data, "data")
-    return Plan(recipe, data, checked(Runtime, recipe.runtime, "runtime"), teachers, stages)
-
-
-@contextmanager
-def claimed(run: Path, recipe: Recipe, wait: Say | None = None) -> Iterator[None]:
-    """Take a folder for a run and for this process alone, or refuse it when it holds something else.
-
-    A folder that another process is at work on is refused too; with `wait`, that is told and waited for.
-    """
-    _refuse_others(run, recipe)
-    with locked(run, wait):
-        _refuse_others(run, recipe)  # somebody may have been quicker
-        sweep(run)
-        if not (run / RECIPE).is_file():
-            write_text_whole(run / RECIPE, recipe_text(recipe))
-        yield
-
-
-def _refuse_others(run: Path, recipe: Recipe) -> None:
-    kept = run / RECIPE
-    if run.exists() and not run.is_dir():
-        raise ArtifactError(f"Run folder {run} was asked for; it is a file. Choose another with --out.")
-    if kept.is_file():
-        if read_recipe(kept) != recipe:
-            raise ArtifactError(
-                f"Run folder {run} already holds a different run (its {RECIPE} differs). Nothing was changed. "
-                "Choose another folder with --out, or remove this one."
-            )
-    elif run.is_dir() and {*run.iterdir()} - {run / LOCK, *leftovers(run)}:
-        raise ArtifactError(f"Run folder {run} is not empty and holds no {RECIPE}. Choose another with --out.")
 
 
 def compress(recipe: Recipe, run: Path, say: Say, fresh: bool = False, wait: Say | None = None) -> list[Path]:
@@ -127,7 +56,7 @@ def compress(recipe: Recipe, run: Path, say: Say, fresh: bool = False, wait: Say
     Returns the artefacts' folders, in order. `wait` is for a folder that several runs share, see `claimed`.
     """
     plan = plan_from(recipe)
-    with claimed(run, recipe, wait) if is_first_process() else nullcontext():
+    with claimed(run, plan, say, fresh, wait) if is_first_process() else nullcontext():
         return _compressed(plan, run, say, fresh)
 
 

@@ -31,6 +31,9 @@ class Quantize(Training):
     """What of the activations seen sets their scale; the other two cut off outliers."""
     percentile: float = Field(99.9, gt=50, le=100)
     """Of the absolute activations, with `method: percentile`."""
+    portable: bool = True
+    """Weights in 7 bits, exact on every CPU. In 8 bits they are for GPUs and for x86 CPUs with VNNI instructions; on others
+    ONNX Runtime must run them in a slower mode."""
     keep: Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)] = ()
     """Name patterns of modules that stay in full precision; `auto` among them adds the most sensitive ones."""
     max_damage: float = Field(0.01, ge=1e-9, lt=2)
@@ -52,7 +55,7 @@ def run(settings: Quantize, clip: Clip, context: Context) -> tuple[Clip, dict[st
     names = quantizers.quantizable(clip.model, settings.keep)
     clip.model.to(context.fabric.device)
     calibration = Calibration(clip, settings, context, settings.calibrate)
-    quantizers.attach(clip.model, names, calibration, settings.method, settings.percentile)
+    quantizers.attach(clip.model, names, calibration, settings.method, settings.percentile, settings.portable)
     details: dict[str, Any] = {}
     if settings.sensitivity or AUTO in settings.keep:
         details = _sensitivity(settings, clip, names, calibration, context)
@@ -66,6 +69,7 @@ def run(settings: Quantize, clip: Clip, context: Context) -> tuple[Clip, dict[st
         "keep": list(settings.keep),
         "calibrated_on": settings.calibrate,
         "method": settings.method,
+        "portable": settings.portable,
     }
     quantized = Clip(**{**clip.__dict__, "quantization": quantization})
     details |= {"quantized_modules": len(names), "steps": 0}

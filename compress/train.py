@@ -54,6 +54,23 @@ class HoldZeros(Hook):
             weight.mul_(mask)
 
 
+class HoldRange(Hook):
+    """Keep each output channel of the named weights within its largest magnitude of now.
+
+    INT8 in 7 bits needs it: the quantisers clip at 8 bits only.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        parameters = dict(model.named_parameters())
+        weights = [parameters[name] for name in names]
+        self.held = [(w, w.detach().abs().amax(tuple(range(1, w.ndim)), keepdim=True)) for w in weights]
+
+    @torch.no_grad()
+    def after_update(self, step: int) -> None:
+        for weight, limit in self.held:
+            weight.copy_(torch.maximum(torch.minimum(weight, limit), -limit))
+
+
 def batches(clip: Clip, config: Training, context: Context, steps: int, start: int = 0) -> DataLoader:
     """Return the loader of a stage: step t's batch depends on the seed and t alone."""
     sources = context.sources()
@@ -115,6 +132,8 @@ def train(
     learner = Learner(clip, config, terms, context)
     if clip.sparsity:  # only now are the weights where they stay, on a device or in shards
         hooks = [*hooks, HoldZeros(clip.model, clip.sparsity["weights"])]
+    if clip.quantization and clip.quantization.get("portable"):
+        hooks = [*hooks, HoldRange(clip.model, [f"{name}.weight" for name in clip.quantization["modules"]])]
     progress = _continued(learner, hooks, context)
     every = context.runtime.checkpoint if context.checkpoints and context.runtime.strategy != "fsdp2" else 0
     start, bad_in_a_row, skipped = progress["step"], 0, progress["skipped"]

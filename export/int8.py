@@ -12,12 +12,28 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from clipress.models.quantizers import PORTABLE
+
 
 def tidy(model: onnx.ModelProto) -> None:
     """Do all three, in place."""
     fold_weight_quantizers(model)
     shrink_embedding(model)
     patches_as_product(model)
+
+
+def is_portable(model: onnx.ModelProto) -> bool:
+    """Tell whether no product of a graph's int8 weights can overflow on any CPU: |weight| <= 64. True without INT8.
+
+    The token embedding does not count: it is looked up and never multiplied as integers.
+    """
+    stored = {item.name: item for item in model.graph.initializer if item.data_type == onnx.TensorProto.INT8}
+    weights = [
+        numpy_helper.to_array(stored[node.input[0]]).astype(np.int16)  # -128 has no magnitude in int8
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored
+    ]
+    return all(np.abs(weight).max(initial=0) <= PORTABLE for weight in weights)
 
 
 def fold_weight_quantizers(model: onnx.ModelProto) -> None:

@@ -15,6 +15,9 @@ It is JSON in `metadata_props`, under the key `clipress`; ONNX Runtime shows it:
     parity                           what its comparison with what it was made from gave
     opset, settings, exporter        how the towers were exported
     int8                             of a convolutional INT8 tower: which form it has, and what both took per picture
+    portable                         whether INT8 products overflow on no CPU; where not, ONNX Runtime needs its exact mode
+                                     (session.x64quantprecision) on x86 without VNNI instructions
+    self_test                        inputs from a seed and the outputs of exact arithmetic, see runtime/self_test.py
     versions                         of clipress, torch, onnx and onnxruntime when they were
     schema_version                   1
 """
@@ -27,13 +30,21 @@ from typing import Any
 
 import onnx
 
-KEY = "clipress"
+from clipress.export.int8 import is_portable
+from clipress.runtime.onnx_session import METADATA
+
+KEY = METADATA
 
 
 def stamp(model: onnx.ModelProto, about: Mapping[str, Any]) -> None:
     """Make a graph say this of itself, and nothing else."""
     onnx.helper.set_model_props(model, {KEY: json.dumps(about)})
     model.producer_name = "clipress"
+
+
+def stamp_portable(model: onnx.ModelProto) -> None:
+    """Make a graph say whether it is portable, which decides how it is opened until it is stamped for good."""
+    stamp(model, {"portable": is_portable(model)})
 
 
 def told(model: onnx.ModelProto) -> dict[str, Any] | None:

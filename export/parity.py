@@ -17,8 +17,8 @@ import numpy as np
 from clipress.data.evalsets import EvalSet
 from clipress.data.transforms import Preprocess
 from clipress.errors import ExportError
-from clipress.models.exported import cpu_session
 from clipress.models.load import Clip
+from clipress.runtime.onnx_session import open_session
 
 SAMPLES = 128  # pictures per set, with their captions
 # precision: (least cosine, least part of queries with the same first place, what counts as an equal score)
@@ -40,15 +40,15 @@ Run = Callable[[Feeds], dict[str, np.ndarray]]  # -> its outputs by theirs
 
 
 def runner(path: Path, float16: bool = False) -> Encode:
-    """Return a function from one batch to its embeddings; `float16` as in `cpu_session`."""
-    opened = cpu_session(path, float16=float16)
+    """Return a function from one batch to its embeddings; `float16` as in `open_session`."""
+    opened = open_session(path, float16=float16)
     name = opened.get_inputs()[0].name
     return lambda batch: opened.run(None, {name: batch})[0]
 
 
 def all_outputs(path: Path, float16: bool = False) -> Run:
-    """Return a function from a file's inputs to all its outputs, by names; `float16` as in `cpu_session`."""
-    opened = cpu_session(path, float16=float16)
+    """Return a function from a file's inputs to all its outputs, by names; `float16` as in `open_session`."""
+    opened = open_session(path, float16=float16)
     names = [output.name for output in opened.get_outputs()]
     return lambda feeds: dict(zip(names, opened.run(None, dict(feeds)), strict=True))
 

@@ -18,17 +18,19 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnx
 
-from clipress.models.exported import cpu_session
+from clipress.export import metadata
+from clipress.runtime.onnx_session import open_session
 
 # what convolutional networks put between convolutions; everything else stays in float32
 OPS = ["Conv", "Gemm", "MatMul", "Add", "Relu", "MaxPool", "GlobalAveragePool"]
 BATCHES, ROUNDS = (1, 8), 15
 
 
-def static_int8_from_onnx(source: Path, target: Path, pixels: Iterable[np.ndarray]) -> None:
+def static_int8_from_onnx(source: Path, target: Path, pixels: Iterable[np.ndarray], portable: bool = True) -> None:
     """Quantise a float32 image tower, all of it: of a layer that is left out ONNX Runtime rounds the weights all the same.
 
     pixels: real pictures, batches of float32 [B, 3, S, S], whose smallest and largest activations set the scales.
+    portable: weights from -64 to 64, which overflow on no CPU.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -54,12 +56,16 @@ def static_int8_from_onnx(source: Path, target: Path, pixels: Iterable[np.ndarra
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            reduce_range=portable,
         )
+    model = onnx.load(target)
+    metadata.stamp_portable(model)
+    onnx.save(model, target)
 
 
 def milliseconds(files: Mapping[str, Path]) -> dict[str, float]:
     """Return what one picture takes with each file, the mean over batches of 1 and 8: one thread, in turns, least of 15."""
-    sessions = {name: cpu_session(path, threads=1) for name, path in files.items()}
+    sessions = {name: open_session(path, threads=1) for name, path in files.items()}
     least: dict[tuple[str, int], float] = {}
     for _ in range(ROUNDS):
         for batch in BATCHES:

@@ -35,6 +35,7 @@ from clipress.models import anatomy, quantizers
 from clipress.models.convnets import is_convnet
 from clipress.models.exported import read_export
 from clipress.models.load import Clip, clip_from_artifact
+from clipress.runtime.onnx_session import self_test_of
 
 SCHEMA_VERSION = 1
 # Names must differ from every node torch makes, or the graph is invalid.
@@ -75,6 +76,7 @@ def onnx_from_artifact(
         )
     clip = clip_from_artifact(artifact)
     described: dict[str, Any] = {}
+    portable: list[bool] = []
 
     def fill(aside: Path) -> None:
         exporters = {tower: _export(clip, tower, aside / f"{tower}.onnx", settings) for tower in anatomy.TOWERS}
@@ -83,8 +85,12 @@ def onnx_from_artifact(
         described["parity"] = parity.check(clip, aside, inputs, described["precision"])
         if _may_be_static(clip, settings):
             described.update(_quickest(clip, aside, settings, inputs, calibration() if calibration else sets))
-        for path in aside.glob("*.onnx"):
-            _stamp(path, {**described, "tower": path.name.partition(".")[0]})
+        described["self_test"] = {}
+        for path in sorted(aside.glob("*.onnx")):
+            about = _stamp(path, {**described, "tower": path.name.partition(".")[0]})
+            described["self_test"][path.name] = about["self_test"]
+            portable.append(about["portable"])
+        described["portable"] = all(portable)
         described["files"] = {tower: _file(aside / f"{tower}.onnx") for tower in anatomy.TOWERS}
         described["explicit"] = {path.name.partition(".")[0]: _file(path) for path in aside.glob("*.qdq.onnx")}
         (aside / "export.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -99,7 +105,7 @@ def is_exported(folder: Path, target: Path, settings: OnnxSettings) -> bool:
         made = read_json(target / "export.json")
         asked = (SCHEMA_VERSION, read_header(folder)["lineage"][-1]["hash"], settings.of_towers())
         found = (made["schema_version"], made["lineage_hash"], made["settings"])
-        return asked == found and bool(read_export(target))
+        return asked == found and "self_test" in made and bool(read_export(target))
     except (OSError, ValueError, LookupError, TypeError, ArtifactError):
         return False
 
@@ -166,7 +172,7 @@ def _quickest(
         quantizers.only(clip.model, names, ())
         _export_with(Tower(clip.model, "image").eval(), sample(clip, "image", 2), "image", plain, settings.opset, False)
         quantizers.only(clip.model, names, names)
-        static_int8_from_onnx(plain, static, _pictures(clip, calibration))
+        static_int8_from_onnx(plain, static, _pictures(clip, calibration), bool(clip.quantization.get("portable")))
     taken = milliseconds({"qdq": image, "static": static})
     choice = min(taken, key=taken.__getitem__) if settings.int8 == "auto" else settings.int8
     told: dict[str, Any] = {"int8": {"form": choice, "milliseconds": taken}}
@@ -211,6 +217,7 @@ def _export(clip: Clip, tower: str, path: Path, settings: OnnxSettings) -> str:
     if clip.quantization:
         model = onnx.load(path)
         int8.tidy(model)
+        metadata.stamp_portable(model)
         onnx.save(model, path)
     return "torchscript"
 
@@ -237,9 +244,12 @@ def _export_with(module: nn.Module, inputs: Tensor, tower: str, path: Path, opse
         )
 
 
-def _stamp(path: Path, description: dict[str, Any]) -> None:
-    """Put the description into a file's metadata and check the file's form."""
+def _stamp(path: Path, description: dict[str, Any]) -> dict[str, Any]:
+    """Put the description and a self-test into a file's metadata, and check the file's form. Returns the metadata."""
     model = onnx.load(path)
-    metadata.stamp(model, description)
+    about = {key: value for key, value in description.items() if key != "self_test"}
+    about |= {"portable": int8.is_portable(model), "self_test": self_test_of(path)}
+    metadata.stamp(model, about)
     onnx.checker.check_model(model)
     onnx.save(model, path)
+    return about

@@ -83,8 +83,9 @@ def prepare(source: Path, folder: Path, settings: TensorRTSettings, foreign: boo
     precision = engine_precision(model, settings.precision)
     path = folder / f"{tower}.{precision}.onnx"
     lowered = lower(model, settings.precision)
-    if described:
-        metadata.stamp(lowered, {**described, "precision": precision})
+    if described:  # its self-test was for the source; an engine has a parity gate of its own
+        about = {key: value for key, value in described.items() if key != "self_test"}
+        metadata.stamp(lowered, about | {"precision": precision})
     write_bytes_whole(path, lowered.SerializeToString())
     return Prepared(source, path, tower, precision, described, takes.name, floats, profile)
 

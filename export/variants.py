@@ -29,11 +29,13 @@ from clipress.data.evalsets import EvalSet
 from clipress.data.prompts import check_labels, prompts_by_class, read_classes, read_templates
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.export import compose, metadata, parity
+from clipress.export.int8 import is_portable
 from clipress.export.precision import lower
 from clipress.export.settings import OnnxSettings
 from clipress.metrics.retrieval import finite
 from clipress.metrics.zeroshot import class_embeddings
 from clipress.models.exported import Exported, read_export
+from clipress.runtime.onnx_session import self_test_of
 
 NAMES = {"image": "pixel_values", "text": "input_ids"}
 TOWERS_OF = {"classifier": ("image",), "joint": ("image", "text")}
@@ -197,11 +199,14 @@ def _made_of(exported: Exported, *towers: str) -> dict[str, Any]:
 def _write(folder: Path, one: Variant, described: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> None:
     """Write a variant aside, check it, and put it in place."""
     model, check = one.build(inputs)
+    metadata.stamp_portable(model)
     with TemporaryDirectory(dir=folder, prefix=".") as aside:
         path = Path(aside) / f"{one.name}.onnx"
         onnx.save(model, path)
         figures = check(path)
-    metadata.stamp(model, {**described, "tower": one.name, **one.about, "parity": figures})
+        test = self_test_of(path, float16="16" in one.about.get("precision", ""))
+    about = {**described, "tower": one.name, **one.about, "parity": figures}
+    metadata.stamp(model, about | {"portable": is_portable(model), "self_test": test})
     write_bytes_whole(_path(folder, one), model.SerializeToString())
 
 

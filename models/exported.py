@@ -1,4 +1,4 @@
-"""An export folder as every room reads it: export.json with types, ONNX files checked, sessions opened alike."""
+"""An export folder as every room reads it: export.json with types, ONNX files checked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from clipress.artifact import read_json, sha256
 from clipress.data.transforms import Preprocess
-from clipress.errors import ArtifactError, ExportError
+from clipress.errors import ArtifactError
 from clipress.recipe import first_problem
 
 
@@ -46,6 +46,8 @@ class Exported(BaseModel):
     preprocess: Preprocess
     tokenizer: Tokenizer
     lineage_hash: str
+    portable: bool = False
+    """Whether INT8 products overflow on no CPU: weights of 7 bits, or none of INT8. Files of before did not say."""
     parity: dict[str, Any] = {}
     """What the comparison with torch gave."""
     files: dict[Literal["image", "text"], OnnxFile] = Field(min_length=2)
@@ -91,27 +93,3 @@ def read_export(folder: str | Path) -> Exported:
                 f"{path.name} says {file.sha256[:12]}. Make it again: clipress export RUN"
             )
     return exported
-
-
-def cpu_session(path: Path, threads: int = 0, float16: bool = False) -> Any:
-    """Open an ONNX file on the CPU; 0 threads leaves their number to ONNX Runtime. Raises ExportError.
-
-    `float16` must be said of files that compute in it: ONNX Runtime crashes as it lays their convolutions out for the CPU
-    (microsoft/onnxruntime#15494), so that one optimiser is left out.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    if threads > 1:  # threads that spin starve their neighbours on small machines
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        crashing = ["NchwcTransformer"] if float16 else []
-        return onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"], disabled_optimizers=crashing)
-    except Exception as error:  # onnxruntime's own errors have no common type
-        raise ExportError(
-            f"{path} cannot be opened by ONNX Runtime {onnxruntime.__version__}: {error}. "
-            "Update onnxruntime, or make the file again: clipress export RUN"
-        ) from None

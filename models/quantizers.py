@@ -3,6 +3,9 @@
 Symmetric int8, weights per output channel, activations per tensor; Linears and Convs only. modelopt's stock INT8
 config skips every module called `visual`, the whole image tower of an open_clip model, without a word: so the rules are
 written here, and what came out is checked.
+
+x86 CPUs without VNNI instructions add two products of 8 bits in 16, and saturate there: 2 * 255 * 127 is too much. Weights
+of at most `PORTABLE` levels never do that, in any runtime and however it packs them: 2 * 255 * 64 = 32,640.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from clipress.errors import ArtifactError, RecipeError
 
 KINDS = (nn.Linear, nn.Conv2d)
+LEVELS, PORTABLE = 127, 64  # the largest magnitude of a rounded weight: what int8 holds, and what is exact on every CPU
 Method = Literal["max", "entropy", "percentile"]
 
 
@@ -37,10 +41,12 @@ def attach(
     calibrate: Callable[[nn.Module], None] | None,
     method: Method = "max",
     percentile: float = 99.9,
+    portable: bool = True,
 ) -> nn.Module:
     """Put quantisers on the named modules, in place, and calibrate them by running `calibrate(model)`.
 
-    Weight scales are the largest weight of each output channel. `method` sets the activations' scale: `max`, the
+    The largest weight of each output channel becomes 127, or 64 where the model is to be `portable`; training must not
+    let weights grow beyond it then (`train.HoldRange`). `method` sets the activations' scale: `max`, the
     largest absolute value seen; `percentile`, the value that so many percent of them stay under; `entropy`, the
     threshold whose 128 levels lose the least information (Migacz, 8-bit inference with TensorRT, GTC 2017).
     Without `calibrate` the scales are still to be loaded.
@@ -65,6 +71,10 @@ def attach(
     switched_on = [n for n in names if modules[n].input_quantizer.is_enabled and modules[n].weight_quantizer.is_enabled]
     if switched_on != names:
         raise RuntimeError(f"modelopt left modules unquantised: {sorted(set(names) - set(switched_on))}")
+    if calibrate and portable:
+        for name in names:
+            scale = modules[name].weight_quantizer
+            scale.amax = scale.amax * (LEVELS / PORTABLE)
     return model
 
 

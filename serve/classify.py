@@ -14,7 +14,8 @@ from clipress.data.transforms import fitted, normalised, open_image
 from clipress.errors import DataError
 from clipress.metrics.retrieval import finite
 from clipress.metrics.zeroshot import class_embeddings
-from clipress.models.exported import cpu_session, read_export
+from clipress.models.exported import read_export
+from clipress.runtime.onnx_session import open_session
 
 TEMPLATES = ("a photo of a {}",)
 BATCH = 32  # what is held in memory at once
@@ -30,7 +31,7 @@ class Classifier:
 
     def __init__(self, export: str | Path, threads: int = 0) -> None:
         self._export = read_export(export)
-        self._sessions = {tower: cpu_session(self._export.onnx(tower), threads) for tower in self._export.files}
+        self._sessions = {tower: open_session(self._export.onnx(tower), threads) for tower in self._export.files}
         self._tokenize = tokenizer_from_spec(self._export.tokenizer.model_dump())
 
     def label_embeddings(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:

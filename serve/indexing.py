@@ -32,9 +32,10 @@ from clipress.data.pictures import Pictures, open_pictures
 from clipress.data.transforms import fitted, normalised
 from clipress.errors import ArtifactError, DataError
 from clipress.metrics.retrieval import finite
-from clipress.models.exported import Exported, cpu_session, read_export
+from clipress.models.exported import Exported, read_export
 from clipress.progress import progress_bar
 from clipress.recipe import digest
+from clipress.runtime.onnx_session import open_session
 from clipress.serve.index import (
     DESCRIPTION,
     Description,
@@ -62,7 +63,7 @@ class ImageTower:
 
     def __init__(self, exported: Exported, threads: int) -> None:
         self.exported = exported
-        self._session = cpu_session(exported.onnx("image"), threads)
+        self._session = open_session(exported.onnx("image"), threads)
         self._takes = self._session.get_inputs()[0].name
 
     @property

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from clipress.errors import ExportError
 from clipress.models.exported import Exported
+from clipress.runtime.cpu import processor
+from clipress.runtime.onnx_session import EXACT_MODE
 from clipress.serve.plans import Plans
 from clipress.serve.settings import ServeSettings
 from clipress.serve.sizing import Sizing, helpers
@@ -119,6 +121,8 @@ def _encoder(served: Served, tower: str) -> ModelConfig:
     config = _model(f"{tower}_encoder", served.backend, largest)
     config.input.add(name=TAKES[tower], data_type=type_, dims=dims)
     config.output.add(name=f"{tower}_embeds", data_type=FP32, dims=[exported.embed_dim])
+    if served.backend == "onnxruntime" and exported.precision == "int8" and not exported.portable:
+        _exactly(config)
     if served.plans:
         _on_gpus(config, size.instances, served.plans[tower], settings)
     else:
@@ -140,6 +144,17 @@ def _encoder(served: Served, tower: str) -> ModelConfig:
         **({CACHE: str(settings.text_cache_mb)} if config.response_cache.enable else {}),
     )
     return config
+
+
+def _exactly(config: ModelConfig) -> None:
+    """Ask for exact products of 8-bit weights, which overflow on x86 CPUs without VNNI instructions.
+
+    Triton's onnxruntime backend hands few options on (as of June 2026 not this one), so on a CPU that overflows its optimiser is
+    turned down too: INT8 is computed in float32 then, correct and no faster than float32.
+    """
+    _tell(config, **{EXACT_MODE: "1"})
+    if processor().saturates:
+        config.optimization.graph.level = -1
 
 
 def _on_gpus(config: ModelConfig, count: int, plans: Plans, settings: ServeSettings) -> None:

@@ -139,7 +139,7 @@ def readme(served: Served, version: int, with_search: bool, options: Sequence[st
         tag=settings.container,
         tokenizer=_tokenizer(exported.tokenizer),
         docker=_docker(served, options),
-        note=_note(served.plans.get("image")),
+        note=_note(served.plans.get("image")) + _about_int8(served),
         ids=", ".join(["0"] * length),
     )
 
@@ -160,6 +160,18 @@ def _docker(served: Served, more: Sequence[str]) -> str:
     return (
         f'docker run --rm{gpus} -p 127.0.0.1:8000-8002:8000-8002 -v "$(dirname "$PWD"):/models:ro" --shm-size=1g \\\n'
         f"  clipress-triton:{settings.container} tritonserver {' '.join(options)}"
+    )
+
+
+def _about_int8(served: Served) -> str:
+    """Return what must be known before 8-bit weights are served on another CPU."""
+    exported = served.exported
+    if served.backend != "onnxruntime" or exported.precision != "int8" or exported.portable:
+        return ""
+    return (
+        "\nThis model has INT8 weights in 8 bits, whose products overflow on x86 CPUs without VNNI instructions. The\n"
+        "onnxruntime backend has no exact mode, so its answers there would be wrong: serve such CPUs by the python backend,\n"
+        "or quantize with portable: true. `clipress export --verify FOLDER` tests an export on the machine it is on.\n"
     )
 
 

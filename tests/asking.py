@@ -13,7 +13,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from clipress.data.transforms import fitted, normalised, open_image
-from clipress.models.exported import cpu_session
+from clipress.runtime.onnx_session import open_session
 from clipress.serve.settings import ServeSettings
 
 SETTINGS = ServeSettings(backend="python", max_batch=8, instances=1, threads=1, queue_delay_us=20_000)
@@ -67,7 +67,7 @@ def pixels_of(exported, pictures):
 
 
 def embeds_of(exported, tower, rows):
-    return cpu_session(exported.onnx(tower), 1).run(None, {NAMES[tower]: rows})[0]
+    return open_session(exported.onnx(tower), 1).run(None, {NAMES[tower]: rows})[0]
 
 
 NAMES = {"image": "pixel_values", "text": "input_ids"}

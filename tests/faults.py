@@ -43,11 +43,12 @@ from clipress.data.teacher_cache import Manifest, Rows, TeacherCache, write_mani
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import Preprocess, fitted, open_image
 from clipress.errors import ClipressError
-from clipress.models.exported import cpu_session, read_export
+from clipress.models.exported import read_export
 from clipress.models.importers import import_checkpoint
 from clipress.models.load import artifact_from_clip, clip_from_artifact, new_clip
 from clipress.models.tensorrt import load_engine
 from clipress.recipe import read_recipe
+from clipress.runtime.onnx_session import open_session
 
 MEMORY = 1 << 30  # bytes of address space that an input may cost
 
@@ -825,7 +826,7 @@ for _location in ("../../../../../../etc/passwd", "/etc/passwd"):
         f"ONNX weights that lie in {_location}, opened by ONNX Runtime", "refused: .*cannot be opened by ONNX Runtime"
     )
     def _(folder: Path, location: str = _location) -> Any:
-        return cpu_session(graph(folder, weights(location=location)))
+        return open_session(graph(folder, weights(location=location)))
 
 
 @fault("ONNX weights behind a link", "refused: with exit code 2: .*is not a readable ONNX file")
@@ -851,7 +852,7 @@ def _(folder: Path) -> Any:
 
 @fault("an exabyte opened by ONNX Runtime", "refused: .*cannot be opened by ONNX Runtime")
 def _(folder: Path) -> Any:
-    return cpu_session(graph(folder, weights(dims=[1 << 30, 1 << 30])))
+    return open_session(graph(folder, weights(dims=[1 << 30, 1 << 30])))
 
 
 @fault("an engine without sidecar", "refused: .*nothing says whose this one is")

@@ -10,7 +10,8 @@ import numpy as np
 
 from clipress.bench.runners import input_shape, noise
 from clipress.errors import ArtifactError
-from clipress.models.exported import Exported, cpu_session, read_export
+from clipress.models.exported import Exported, read_export
+from clipress.runtime.onnx_session import open_session, runs_exactly
 
 TYPES = {"image": "tensor(float)", "text": "tensor(int64)"}
 
@@ -28,9 +29,10 @@ class OnnxRuntimeRunner:
     def __init__(self, folder: Path, threads: int) -> None:
         self.exported = read_export(folder)
         self._threads = threads
-        self._sessions = {tower: cpu_session(self.exported.onnx(tower), threads) for tower in self.exported.files}
+        self._sessions = {tower: open_session(self.exported.onnx(tower), threads) for tower in self.exported.files}
         for tower, session in self._sessions.items():
             check_form(session, tower, self.exported)
+        self.exact_mode = any(map(runs_exactly, self._sessions.values()))
 
     def encode(self, tower: str) -> Callable[[np.ndarray], np.ndarray]:
         """Return a function from one batch of inputs to embeddings [B, D]."""
@@ -44,7 +46,7 @@ class OnnxRuntimeRunner:
 
     def fresh_query(self, tower: str, batch: int) -> Callable[[], Any]:
         """Return the same inference in a session of its own, opened now."""
-        return self._query(cpu_session(self.exported.onnx(tower), self._threads), tower, batch)
+        return self._query(open_session(self.exported.onnx(tower), self._threads), tower, batch)
 
     def _query(self, session: Any, tower: str, batch: int) -> Callable[[], Any]:
         takes = session.get_inputs()[0]

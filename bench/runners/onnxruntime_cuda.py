@@ -10,8 +10,9 @@ import numpy as np
 
 from clipress.bench.runners import noise
 from clipress.bench.runners.onnxruntime import check_form
-from clipress.errors import ExportError, RecipeError
+from clipress.errors import RecipeError
 from clipress.models.exported import read_export
+from clipress.runtime.onnx_session import open_session
 
 
 class OnnxRuntimeCudaRunner:
@@ -40,12 +41,7 @@ class OnnxRuntimeCudaRunner:
                 f"Runner {self.backend} was asked for; this onnxruntime {onnxruntime.__version__} offers "
                 f"{', '.join(offered)}. Install onnxruntime-gpu in its place, or choose another --runner."
             )
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            session = onnxruntime.InferenceSession(str(path), options, [self.provider])
-        except Exception as error:  # onnxruntime's own errors have no common type
-            raise ExportError(f"{path} cannot be opened by ONNX Runtime on {self.place}: {error}.") from None
+        session = open_session(path, provider=self.provider)
         if session.get_providers()[0] != self.provider:  # it falls back to the CPU without a word
             raise RecipeError(f"Runner {self.backend} was asked for; ONNX Runtime found no GPU that it can use.")
         return session

@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from clipress.bench.run import processor
+from clipress.runtime.cpu import processor
 
 HERE = Path(__file__).parent
 PARTS = ("kills", "inputs", "fuzz", "serving")
@@ -81,7 +81,7 @@ def main(folder: str) -> None:
     found = {name: json.loads((Path(folder) / f"faults_{name}.json").read_text(encoding="utf-8")) for name in PARTS}
     titles = {"kills": "Kills", "inputs": "Inputs", "fuzz": "Fuzzing", "serving": "The server"}
     told = {"kills": kills, "inputs": inputs, "fuzz": fuzz, "serving": serving}
-    conditions = {"date": date.today().isoformat(), "python": platform.python_version(), **processor()}
+    conditions = {"date": date.today().isoformat(), "python": platform.python_version(), **processor().record()}
     about = (
         f"{conditions['date']}, {conditions['processor']}, {conditions['cores']} cores, Python {conditions['python']}"
     )

@@ -35,13 +35,14 @@ from urllib.request import urlopen
 import numpy as np
 
 from clipress.bench.load import Load, Measured, Windows, latency_figures, measure, numbered, run
-from clipress.bench.run import processor
 from clipress.bench.serving import MODELS, PICTURES, questions
 from clipress.bench.wire import Question, checked_ask, open_wire
 from clipress.data.evalsets import evalsets
 from clipress.data.pairs import SourceSpec
 from clipress.data.transforms import fitted, normalised, open_image
-from clipress.models.exported import Exported, cpu_session, read_export
+from clipress.models.exported import Exported, read_export
+from clipress.runtime.cpu import processor
+from clipress.runtime.onnx_session import open_session
 from clipress.serve.settings import ServeSettings
 from clipress.serve.triton_config import config_from, config_text
 from clipress.serve.triton_repo import triton_repo_from_export
@@ -116,7 +117,7 @@ async def asked(address: str, question: Question, load: Load, windows: Windows) 
 
 def bare(export: Path, question: Question) -> float:
     """Return the median in ms of bare ONNX Runtime on the same rows."""
-    session = cpu_session(read_export(export).onnx("image"), 1)
+    session = open_session(read_export(export).onnx("image"), 1)
     rows = [np.frombuffer(question.content(n), np.float32).reshape(question.shape) for n in range(8)]
     times = []
     for number in range(2000):
@@ -159,7 +160,7 @@ async def soaked(
 
 def answers(exported: Exported, files: list[bytes]) -> np.ndarray:
     """Return what local inference makes of pictures' files, one by one."""
-    preprocess, session = exported.preprocess, cpu_session(exported.onnx("image"), 1)
+    preprocess, session = exported.preprocess, open_session(exported.onnx("image"), 1)
     pixels = [normalised(fitted(open_image(file), preprocess)[None], preprocess) for file in files]
     return np.concatenate([session.run(None, {"pixel_values": one})[0] for one in pixels])
 
@@ -346,7 +347,7 @@ def main(folder: str, rounds: str = "7", seconds: str = "300") -> None:
         "conditions": {
             "command": "python bench/studies/serving.py RUN",
             "date": date.today().isoformat(),
-            **processor(),
+            **processor().record(),
             "load": [round(load, 1), round(os.getloadavg()[0], 1)],
             "rounds": int(rounds),
             "triton": triton,

@@ -25,7 +25,6 @@ from clipress.artifact import save_artifact
 from clipress.bench.compare import speed_up
 from clipress.bench.cost import cost
 from clipress.bench.latency import Timings, measure_in_turns, summary
-from clipress.bench.run import processor
 from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
 from clipress.compress.prune.budget import Align, Budget
 from clipress.compress.prune.criterion import CRITERIA
@@ -39,6 +38,7 @@ from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models import quantizers, surgery
 from clipress.models.load import Clip, artifact_from_clip, new_clip
+from clipress.runtime.cpu import processor
 
 HERE = Path(__file__).parent
 BATCHES = (1, 8)
@@ -72,7 +72,9 @@ def in_int8(clip: Clip, pictures: np.ndarray) -> Clip:
     names = [name for name in quantizers.quantizable(copy.model) if name.startswith("visual.")]
     with torch.no_grad():
         quantizers.attach(copy.model, names, lambda model: model.encode_image(torch.from_numpy(pictures)))
-    return replace(copy, quantization={"dtype": "int8", "modules": names, "calibrated_on": len(pictures)})
+    return replace(
+        copy, quantization={"dtype": "int8", "modules": names, "calibrated_on": len(pictures), "portable": True}
+    )
 
 
 def variants(tower: str, pictures: np.ndarray) -> dict[str, Clip]:
@@ -195,7 +197,7 @@ def main(work: str | None = None, duration: str = "4000") -> None:
     conditions = {
         "command": "python bench/studies/speed.py",
         "date": date.today().isoformat(),
-        "processor": processor()["processor"],
+        "processor": str(processor()),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,

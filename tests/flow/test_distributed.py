@@ -47,14 +47,17 @@ def test_whose_rows_a_process_scores_makes_no_difference(alone):
         assert own["losses"] == pytest.approx(everyone["losses"], rel=1e-6)
 
 
-def test_torchrun_runs_a_whole_recipe_and_one_process_writes(recipe, tmp_path):
-    recipe["stages"] = recipe["stages"][:1]
+@pytest.mark.parametrize(("strategy", "number"), [("ddp", 0), ("fsdp2", 3)])
+def test_torchrun_runs_a_whole_recipe_and_one_process_writes(recipe, tmp_path, strategy, number):
+    recipe["stages"] = [recipe["stages"][number]]
+    recipe["runtime"] = {"strategy": strategy}
     recipe["data"]["augment"] = {"shift": 0}
     path = write_recipe(recipe, tmp_path)
     done = torchrun("-m", "clipress", "run", path, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("Try it: ") == 1
     rows = json.loads((tmp_path / "run" / "bench" / "results.json").read_text())["rows"]
-    assert [row["stage"] for row in rows] == ["teacher", "pruned"]
-    steps = (tmp_path / "run" / "logs" / "pruned.jsonl").read_text().splitlines()
-    assert len(steps) == recipe["stages"][0]["prune"]["steps"]
+    kind, name = {0: ("prune", "pruned"), 3: ("quantize", "int8")}[number]
+    assert [row["stage"] for row in rows] == ["teacher", name]
+    steps = (tmp_path / "run" / "logs" / f"{name}.jsonl").read_text().splitlines()
+    assert len(steps) == recipe["stages"][0][kind]["steps"]

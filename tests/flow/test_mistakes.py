@@ -59,7 +59,8 @@ def test_a_folder_that_holds_a_different_run_is_left_alone(recipe, tmp_path, tin
     run, _ = tiny_run
     before = snapshot(run)
     recipe["seed"] = 1
-    told(clipress("run", write_recipe(recipe, tmp_path), "--out", run), "different run", "--out")
+    refused = clipress("run", write_recipe(recipe, tmp_path), "--out", run)
+    told(refused, "pruned depends on seed", "int8 depends on seed", "--out", "--fresh", f"{run / 'int8'}")
     assert snapshot(run) == before
 
 

@@ -19,8 +19,11 @@ MAY_IMPORT = {
     "artifact": {"errors", "recipe"},
     "metrics": BASE | {"data"},
     "data": BASE | {"data", "metrics"},
+    "runtime": {"errors", "runtime"},
     "models": BASE | {"data", "metrics", "models"},
-    **{room: BASE | {"data", "metrics", "models", room} for room in ("compress", "export", "bench", "serve")},
+    **{
+        room: BASE | {"data", "metrics", "models", "runtime", room} for room in ("compress", "export", "bench", "serve")
+    },
 }
 MAY_IMPORT["metrics"] |= {"metrics"}
 

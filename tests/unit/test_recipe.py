@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from clipress.compress.pipeline import plan_from
+from clipress.compress.plan import plan_from
 from clipress.compress.stage import stages_from
 from clipress.errors import RecipeError
 from clipress.recipe import Recipe, checked, read_recipe, recipe_text

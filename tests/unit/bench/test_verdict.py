@@ -6,6 +6,7 @@ import pytest
 
 from clipress.bench.compare import Ratio
 from clipress.bench.verdict import judged, kept, read_kept, verdicts
+from clipress.runtime.cpu import Processor
 
 CASES = [("image", 1), ("image", 8), ("text", 1), ("text", 8)]
 FASTER, SLOWER = Ratio(1.5, 1.4, 1.6, 20), Ratio(0.9, 0.88, 0.93, 20)
@@ -168,3 +169,31 @@ def test_figures_of_artefacts_that_were_made_anew_are_not_believed(run, changed)
 def test_results_of_another_form_keep_nothing(run, content):
     (run / "results.json").write_text(content)
     assert read_kept(run / "results.json", run, "int8") is None
+
+
+OLD, NEW = Processor("Old", "x86_64", 2, ("avx2",)), Processor("New", "x86_64", 2, ("avx2", "avx512f", "avx512_vnni"))
+
+
+@pytest.mark.parametrize(
+    ("cpu", "ratio", "exact", "why"),
+    [
+        (OLD, SLOWER, False, "INT8 gains less here than elsewhere: this CPU has no VNNI instructions (avx2)."),
+        (OLD, SLOWER, True, "It ran in ONNX Runtime's exact mode, since it has 8-bit weights and this CPU has no VNNI"),
+        (OLD, FASTER, True, "quantize with portable: true to run at full speed."),
+        (OLD, FASTER, False, ""),
+        (NEW, SLOWER, False, ""),
+    ],
+)
+def test_a_verdict_on_int8_says_what_the_cpu_has_to_do_with_it(rows, cpu, ratio, exact, why):
+    rows[3]["exact_mode"] = exact
+    (told,) = verdicts([rows[2], rows[3]], CASES, lambda *_: ratio, 1.0, cpu)
+    assert why in told["text"] and ("VNNI" in told["text"]) == bool(why)
+    assert told["keep"] == ("int8" if ratio is FASTER else "sparse")
+
+
+def test_the_cpu_has_nothing_to_do_with_sparsity_or_other_backends(rows):
+    told = verdicts(rows, CASES, lambda *_: SLOWER, 1.0, OLD)
+    assert [("VNNI" in one["text"]) for one in told] == [False, True]
+    for one in rows:
+        one["backend"] = "torch"
+    assert all("VNNI" not in one["text"] for one in verdicts(rows, CASES, lambda *_: SLOWER, 1.0, OLD))

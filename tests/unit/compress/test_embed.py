@@ -310,7 +310,8 @@ def test_a_teacher_is_known_by_the_hash_that_a_run_gives_it(recipe, tmp_path):
     """Else a run would not find what the command has made."""
     from clipress.artifact import read_header
     from clipress.compress.embed import embed_recipe
-    from clipress.compress.pipeline import compress, plan_from
+    from clipress.compress.pipeline import compress
+    from clipress.compress.plan import plan_from
     from clipress.recipe import Recipe
 
     recipe["teacher"]["recipe"]["stages"][0]["distill"]["steps"] = 1

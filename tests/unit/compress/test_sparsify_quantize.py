@@ -1,9 +1,13 @@
 """2:4 and INT8 on plain models, against what arithmetic says."""
 
+import copy
+
 import pytest
 import torch
+from helpers import RECIPE, SHORT, clipress, write_recipe
 from torch import nn
 
+from clipress.artifact import load_artifact
 from clipress.compress.sparsify import is_two_of_four, zero_two_of_four
 from clipress.errors import RecipeError
 from clipress.models import quantizers
@@ -69,7 +73,7 @@ def test_convolutions_are_counted_along_their_input_channels():
     assert not is_two_of_four(weight)
 
 
-def quantized(calibrate=True, keep=()):
+def quantized(calibrate=True, keep=(), portable=True):
     clip = new_clip(tiny_architecture(layers=1), 0)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(8, 3, 32, 32, generator=generator)
@@ -80,7 +84,7 @@ def quantized(calibrate=True, keep=()):
             model.encode_image(pixels), model.encode_text(ids)
 
     names = quantizers.quantizable(clip.model, keep)
-    return quantizers.attach(clip.model, names, show if calibrate else None), names, pixels
+    return quantizers.attach(clip.model, names, show if calibrate else None, portable=portable), names, pixels
 
 
 def test_both_towers_are_quantised_and_calibrated():
@@ -94,17 +98,33 @@ def test_both_towers_are_quantised_and_calibrated():
         assert modules[name].weight_quantizer.amax.numel() == modules[name].weight.shape[0]
 
 
-def test_a_quantised_linear_rounds_to_255_levels_per_channel():
-    model, _, _ = quantized()
+@pytest.mark.parametrize(("portable", "largest"), [(True, 64), (False, 127)])
+def test_a_quantised_linear_rounds_to_levels_of_seven_bits_or_of_eight(portable, largest):
+    model, _, _ = quantized(portable=portable)
     linear = dict(model.named_modules())["visual.transformer.resblocks.0.mlp.c_fc"]
     x = torch.linspace(-1, 1, 32).expand(2, -1) * float(linear.input_quantizer.amax)
 
-    def rounded(values, step):
-        return (values / step).round().clamp(-127, 127) * step
+    def rounded(values, step, levels):
+        return (values / step).round().clamp(-levels, levels) * step
 
-    weight = rounded(linear.weight, linear.weight.abs().amax(1, keepdim=True) / 127)
-    wanted = rounded(x, linear.input_quantizer.amax / 127) @ weight.T + linear.bias
+    weight = rounded(linear.weight, linear.weight.abs().amax(1, keepdim=True) / largest, largest)
+    wanted = rounded(x, linear.input_quantizer.amax / 127, 127) @ weight.T + linear.bias
     torch.testing.assert_close(linear(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_training_leaves_portable_weights_within_the_levels_they_were_calibrated_to(tmp_path):
+    recipe = copy.deepcopy(RECIPE)
+    recipe["stages"] = [{"quantize": {"calibrate": 32, **SHORT, "lr": 0.05}}]  # a rate that moves weights far
+    done = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    artifact = load_artifact(tmp_path / "run" / "int8")
+    before = load_artifact(tmp_path / "run" / "teacher").weights
+    assert artifact.quantization["portable"]
+    for name in artifact.quantization["modules"]:
+        weight, scale = artifact.weights[f"{name}.weight"], artifact.weights[f"{name}.weight_quantizer._amax"] / 127
+        assert not torch.equal(weight, before[f"{name}.weight"])
+        levels = (weight / scale.reshape(-1, *[1] * (weight.ndim - 1))).round().abs()
+        assert levels.max() == 64
 
 
 def test_modules_named_in_keep_stay_in_full_precision():

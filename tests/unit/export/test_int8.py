@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
+from int8_models import CONVOLUTIONAL, quantised
 from onnx import TensorProto, helper, numpy_helper
 
 from clipress.artifact import save_artifact
@@ -17,20 +17,11 @@ from clipress.export import int8, parity, static_int8, to_onnx
 from clipress.export.settings import OnnxSettings, TensorRTSettings
 from clipress.export.to_tensorrt import prepare_export
 from clipress.export.variants import variants_from_export
-from clipress.models import anatomy, quantizers
+from clipress.models import anatomy
 from clipress.models.exported import read_export
-from clipress.models.load import Clip, artifact_from_clip, new_clip
+from clipress.models.load import artifact_from_clip
 from clipress.models.tiny import tiny_architecture
 
-CONVOLUTIONAL = {
-    **tiny_architecture(layers=1),
-    "vision_cfg": {
-        "timm_model_name": "test_resnet",
-        "timm_pool": "avg",
-        "timm_proj": "linear",
-        "image_size": 32,
-    },
-}
 KEPT = "visual.trunk.layer1.0.conv1"
 
 
@@ -122,24 +113,6 @@ def patch_embedding(rng, bias=True, size=(8, 12), **attributes):
 @pytest.fixture(scope="module")
 def sets():
     return evalsets([SourceSpec(format="scenes", split="test", limit=20)])
-
-
-def quantised(architecture, sets, keep=()):
-    clip = new_clip(architecture, 0)
-    inputs = parity.samples(clip.preprocess, clip.tokenize(), sets)
-
-    def calibrate(model):
-        model.eval()
-        model.encode_image(torch.from_numpy(inputs["image"]))
-        model.encode_text(torch.from_numpy(inputs["text"]))
-
-    names = quantizers.quantizable(clip.model, keep)
-    with torch.no_grad():
-        clip.model.train()
-        for _ in range(20):  # norms that fit what they see
-            clip.model.encode_image(torch.from_numpy(inputs["image"]))
-        quantizers.attach(clip.model, names, calibrate)
-    return Clip(**{**clip.__dict__, "quantization": {"dtype": "int8", "modules": names, "calibrated_on": 16}})
 
 
 @pytest.fixture(scope="module")

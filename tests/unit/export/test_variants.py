@@ -22,9 +22,10 @@ from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.export.variants import variants_from_export
 from clipress.models import quantizers
-from clipress.models.exported import cpu_session, read_export
+from clipress.models.exported import read_export
 from clipress.models.load import Clip, artifact_from_clip, new_clip
 from clipress.models.tiny import tiny_architecture
+from clipress.runtime.onnx_session import open_session
 from clipress.serve.classify import Classifier
 
 LABELS, TEMPLATES = ("red circle", "blue square", "7"), ("a photo of a {}", "the {}, drawn")
@@ -81,13 +82,13 @@ def real_inputs(folder, sets):
 
 def told(path):
     """Return the metadata as ONNX Runtime shows them."""
-    return json.loads(cpu_session(path).get_modelmeta().custom_metadata_map["clipress"])
+    return json.loads(open_session(path).get_modelmeta().custom_metadata_map["clipress"])
 
 
 def test_a_classifier_needs_no_text_and_gives_the_probabilities_that_both_towers_give(export, sets):
     path = variants_from_export(export, OnnxSettings(**ASKED), sets)["classifier"]
     assert path == export / "classifier.onnx"
-    opened, classifier = cpu_session(path), Classifier(export, threads=1)
+    opened, classifier = open_session(path), Classifier(export, threads=1)
     files = [png(sets[0].source.image(i)) for i in range(10)]
     assert [one.name for one in opened.get_inputs()] == ["pixel_values"]
     for batch in (1, 3, 10):
@@ -118,7 +119,7 @@ def test_a_classifier_is_made_again_only_when_what_is_asked_for_changes_or_it_is
     assert told(path)["labels"] == ["a", "b"]
     path.write_bytes(path.read_bytes()[:500])
     variants_from_export(fp32, OnnxSettings(**{**ASKED, "labels": ("a", "b")}), sets)
-    assert cpu_session(path).get_outputs()[0].shape[1] == 2
+    assert open_session(path).get_outputs()[0].shape[1] == 2
 
 
 def test_a_file_that_does_not_agree_is_not_written(fp32, sets, monkeypatch):
@@ -148,7 +149,7 @@ def test_labels_come_from_a_file_too(fp32, sets, tmp_path):
 def test_the_joint_file_gives_what_the_towers_give_for_any_two_batches(export, sets, bias):
     describe(export, logit_bias=bias)
     path = variants_from_export(export, OnnxSettings(joint=True), sets)["joint"]
-    opened, towers = cpu_session(path), {t: parity.runner(export / f"{t}.onnx") for t in ("image", "text")}
+    opened, towers = open_session(path), {t: parity.runner(export / f"{t}.onnx") for t in ("image", "text")}
     assert [(one.name, one.shape[0]) for one in opened.get_inputs()] == [
         ("pixel_values", "image_batch"),
         ("input_ids", "text_batch"),
@@ -190,7 +191,7 @@ def test_float16_files_agree_with_the_ones_they_were_made_from_and_are_smaller(e
     inputs = real_inputs(export, sets)
     for name in ("image", "text", "classifier", "joint"):
         source, path = export / f"{name}.onnx", export / f"{name}.{precision}.onnx"
-        before, after = cpu_session(source), cpu_session(path, float16=True)
+        before, after = open_session(source), open_session(path, float16=True)
         feeds = {"pixel_values": inputs["image"][:3], "input_ids": inputs["text"][:4]}
         feeds = {one.name: feeds[one.name] for one in before.get_inputs()}
         for wanted, found in zip(before.run(None, feeds), after.run(None, feeds), strict=True):

@@ -22,7 +22,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from clipress.data.transforms import fitted, normalised, open_image
 from clipress.errors import ArtifactError, ExportError
 from clipress.models.exported import read_export
-from clipress.serve import triton_repo
+from clipress.runtime.cpu import Processor
+from clipress.serve import triton_config, triton_repo
 from clipress.serve.settings import ServeSettings
 from clipress.serve.triton_config import server_options
 from clipress.serve.triton_repo import serve_version, served_version, triton_repo_from_export
@@ -199,6 +200,25 @@ def test_a_client_finds_all_it_needs_in_the_parameters(export, tmp_path, model):
         "context_length": 3,
         "kwargs": {"clean": 'lower "ä"'},
     }
+
+
+@pytest.mark.parametrize(
+    ("portable", "isa", "asked", "level"),
+    [(True, (), False, 0), (False, ("avx512_vnni",), True, 0), (False, (), True, -1)],
+)
+def test_weights_in_8_bits_are_served_exactly_where_they_would_overflow(
+    export, tmp_path, monkeypatch, portable, isa, asked, level
+):
+    changed(export, precision="int8", portable=portable)
+    monkeypatch.setattr(triton_config, "processor", lambda: Processor("A CPU", "x86_64", 2, isa))
+    triton_repo_from_export(export, tmp_path / "triton", ServeSettings(backend=("onnxruntime", "python")))
+    config = config_in(tmp_path / "triton" / "onnxruntime", "image_encoder")
+    assert (config.parameters["session.x64quantprecision"].string_value == "1") is asked
+    assert config.optimization.graph.level == level
+    page = (tmp_path / "triton" / "onnxruntime" / "README.md").read_text(encoding="utf-8")
+    assert ("serve such CPUs by the python backend" in page) is asked
+    python = config_in(tmp_path / "triton" / "python", "image_encoder")  # its sessions know the CPU they are on
+    assert "session.x64quantprecision" not in python.parameters and not python.optimization.HasField("graph")
 
 
 @pytest.mark.parametrize(("small", "cached"), [(False, {"text_encoder"}), (True, {"text_encoder", "embed_text"})])

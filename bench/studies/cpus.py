@@ -1,0 +1,110 @@
+"""Run Python as on another CPU: instruction sets hidden from the process at full speed, or a whole CPU emulated.
+
+    this machine        as it is
+    avx512_vnni         without AMX
+    avx_vnni            without AMX and AVX-512
+    avx512              without AMX and VNNI: products of 8-bit weights overflow
+    avx2                without AMX, VNNI and AVX-512: they overflow too
+    emulated avx2       the same by qemu-user (Haswell), on any machine, some hundred times slower
+    emulated arm        ARM with dot products; `emulated old arm`: a Cortex-A72, which has none
+
+Hiding needs a C compiler and an x86 CPU that can fault on CPUID; emulation needs `qemu-x86_64` (Debian: qemu-user). A child
+process sees its own environment's packages, clipress included.
+
+ARM needs `qemu-aarch64` and, at $ARM64_ROOT, an arm64 system: usr/bin/python3.11 with its libraries (Debian's arm64 packages,
+unpacked), site/ with arm64 wheels of numpy and onnxruntime, and a proc/cpuinfo of an ARM CPU, which onnxruntime reads. Its
+programs see these packages only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+NATIVE, EMULATED = "this machine", "emulated avx2"
+HIDDEN = {
+    "avx512_vnni": "amx",
+    "avx_vnni": "amx avx512",
+    "avx512": "amx vnni",
+    "avx2": "amx vnni avx512",
+}
+ARM, OLD_ARM = "emulated arm", "emulated old arm"
+MODELS = {EMULATED: "Haswell-noTSX", ARM: "max", OLD_ARM: "cortex-a72"}  # qemu's names
+SHIM = Path(__file__).with_name("hide_isa.c")
+# A virtual environment's python is a link, which emulation resolves away: its packages are put in place by hand.
+START = "import runpy, site, sys; site.addsitedir({packages!r}); sys.argv = sys.argv[1:]; "
+
+
+@cache
+def missing(cpu: str) -> str | None:
+    """Return why this machine cannot be a CPU, None where it can."""
+    if cpu == NATIVE:
+        return None
+    if cpu in MODELS and not shutil.which(_qemu(cpu)):
+        return f"there is no {_qemu(cpu)} here (Debian: apt-get install qemu-user)"
+    if cpu in (ARM, OLD_ARM):
+        return None if "ARM64_ROOT" in os.environ else "$ARM64_ROOT names no arm64 system"
+    if cpu == EMULATED:
+        return None
+    flags = _flags()
+    if cpu not in flags and cpu != "avx512":
+        return f"this CPU has no {cpu}"
+    if cpu == "avx512" and "avx512f" not in flags:
+        return "this CPU has no AVX-512"
+    try:
+        done = subprocess.run([sys.executable, "-S", "-c", ""], env=_hiding(cpu), capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"{SHIM.name} cannot be compiled: {error}"
+    return None if done.returncode == 0 else "this machine cannot fault on CPUID"
+
+
+def python(
+    cpu: str, script: Path | str, *arguments: object, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python file as on a CPU. Returns what it printed; its exit status is the caller's to look at."""
+    words = [str(script), *map(str, arguments)]
+    given = {**os.environ, **(environment or {})}
+    if cpu == EMULATED:
+        start = (
+            START.format(packages=sysconfig.get_path("purelib")) + "runpy.run_path(sys.argv[0], run_name='__main__')"
+        )
+        command = [_qemu(cpu), "-cpu", MODELS[cpu], str(Path(sys.executable).resolve()), "-c", start, *words]
+    elif cpu in MODELS:
+        root = Path(os.environ["ARM64_ROOT"])
+        command = [_qemu(cpu), "-cpu", MODELS[cpu], "-L", str(root), str(root / "usr/bin/python3.11"), *words]
+        given |= {"PYTHONPATH": str(root / "site")}
+    else:
+        command = [sys.executable, *words]
+        given |= {} if cpu == NATIVE else _hiding(cpu)
+    return subprocess.run(command, capture_output=True, text=True, env=given)
+
+
+def _qemu(cpu: str) -> str:
+    return "qemu-x86_64" if cpu == EMULATED else "qemu-aarch64"
+
+
+def _hiding(cpu: str) -> dict[str, str]:
+    return {**os.environ, "LD_PRELOAD": str(_shim()), "HIDE_ISA": HIDDEN[cpu]}
+
+
+@cache
+def _shim() -> Path:
+    library = Path(tempfile.mkdtemp(prefix="clipress-cpus-")) / "hide_isa.so"
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise OSError("no C compiler")
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, SHIM], check=True, capture_output=True)
+    return library
+
+
+def _flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))

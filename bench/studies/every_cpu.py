@@ -1,0 +1,220 @@
+"""Is INT8 right, and is it fast, on every CPU? `python bench/studies/every_cpu.py RUN [WORK]`: RUN is a finished demo.
+
+Files of the demo, and of ViT-B/32's and ResNet-18's shapes with random weights, in float32 and INT8: weights in 8 bits, the
+same in ONNX Runtime's exact mode, weights in 7 bits. Each is run on every CPU that `cpus.py` offers here, by a program of
+plain ONNX Runtime. Cosine: the least one of a row with the file's own result when Q/DQ is computed in float32. Speed: times
+as fast as float32 on that CPU, one thread, forms in turns, the median over rounds. Writes every_cpu.{json,md} beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from tqdm import tqdm
+
+from clipress.artifact import save_artifact
+from clipress.bench.studies import cpus
+from clipress.bench.studies.speed import TEXT, TOWERS
+from clipress.data.evalsets import evalsets
+from clipress.data.pairs import SourceSpec
+from clipress.export import parity
+from clipress.export.settings import OnnxSettings
+from clipress.export.to_onnx import onnx_from_artifact
+from clipress.models import quantizers
+from clipress.models.load import Clip, artifact_from_clip, clip_from_artifact, new_clip
+from clipress.runtime.cpu import processor
+from clipress.runtime.onnx_session import reference_session
+
+HERE = Path(__file__).parent
+FORMS = ("fp32", "8 bits", "8 bits, exact mode", "7 bits")
+TAKES = {"image": "pixel_values", "text": "input_ids"}
+ROUNDS, TURN = 12, 0.15  # turns of a form, and how many seconds one lasts at least
+CHILD = """
+import json, sys, time
+import numpy as np, onnxruntime
+def session(path, exact):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+job = json.load(open(sys.argv[1]))
+opened = {form: session(path, "exact" in form) for form, path in job["files"].items()}
+data = np.load(job["inputs"])
+rows, found = data["rows"][: job["rows"]], {"cosine": {}, "times": {}}
+takes = opened["fp32"].get_inputs()[0].name
+for form, one in opened.items():
+    a, b = one.run(None, {takes: rows})[0].astype("d"), data[form][: len(rows)].astype("d")
+    found["cosine"][form] = float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
+for batch in job["batches"]:
+    fed = {takes: np.resize(rows, (batch, *rows.shape[1:]))}
+    times = {form: [] for form in opened}
+    for number in range(job["rounds"]):
+        for form in list(opened)[:: 1 if number % 2 else -1]:
+            taken, until = [], time.perf_counter() + job["turn"]
+            while not taken or time.perf_counter() < until:
+                start = time.perf_counter()
+                opened[form].run(None, fed)
+                taken.append(time.perf_counter() - start)
+            times[form].append(sorted(taken)[len(taken) // 2] * 1000)
+    found["times"][batch] = times
+json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
+def in_int8(clip: Clip, inputs: dict[str, np.ndarray], portable: bool) -> Clip:
+    """Return a copy that is calibrated on inputs of both towers."""
+    copy = clip.copy()
+    names = quantizers.quantizable(copy.model)
+
+    def show(model: torch.nn.Module) -> None:
+        model.encode_image(torch.from_numpy(inputs["image"]))
+        model.encode_text(torch.from_numpy(inputs["text"]))
+
+    with torch.no_grad():
+        quantizers.attach(copy.model, names, show, portable=portable)
+    about = {"dtype": "int8", "modules": names, "calibrated_on": len(inputs["image"]), "portable": portable}
+    return Clip(**{**copy.__dict__, "quantization": about})
+
+
+def dense(model: str, run: Path) -> Clip:
+    """Return what is made INT8: the demo's last stage in float32, or a shape with random weights."""
+    if model == "demo":
+        return clip_from_artifact(run / "sparse")
+    text = TEXT if model == "ResNet-18" else open_clip.get_model_config("ViT-B-32")["text_cfg"]
+    return new_clip({**TOWERS[model], "text_cfg": text}, 0)
+
+
+def exported(model: str, run: Path, home: Path) -> dict[str, dict[str, Any]]:
+    """Export a model's forms. Returns per tower the files by form, and the inputs with what exact arithmetic gives."""
+    folder = home / model.replace("/", "")
+    sets = evalsets([SourceSpec(format="scenes", split="test", limit=32)])
+    clip = dense(model, run)
+    inputs = parity.samples(clip.preprocess, clip.tokenize(), sets)
+    inputs = {tower: rows[:32] for tower, rows in inputs.items()}
+    if model == "ResNet-18":
+        clip.model.train()
+        with torch.no_grad():  # norms of what they really see
+            for _ in range(10):
+                clip.model.encode_image(torch.from_numpy(inputs["image"]))
+        clip.model.eval()
+    clips = {"fp32": clip, "8 bits": in_int8(clip, inputs, False), "7 bits": in_int8(clip, inputs, True)}
+    for form, one in clips.items():
+        artifact = save_artifact(
+            artifact_from_clip(one, ({"stage": form, "hash": form},), {}), folder / "artifacts" / form
+        )
+        static = "static" if model == "ResNet-18" and one.quantization else "auto"
+        settings = OnnxSettings(exporter="torchscript", int8=static)
+        onnx_from_artifact(artifact, folder / form, settings, sets)
+    towers = ("image",) if model == "ResNet-18" else ("image", "text")
+    return {tower: _files(folder, tower, inputs[tower]) for tower in towers}
+
+
+def _files(folder: Path, tower: str, rows: np.ndarray) -> dict[str, Any]:
+    files = {form: str(folder / form.partition(",")[0] / f"{tower}.onnx") for form in FORMS}
+    expected = {form: reference_session(Path(path)).run(None, {TAKES[tower]: rows})[0] for form, path in files.items()}
+    np.savez(folder / f"{tower}.npz", rows=rows, **expected)
+    return {"files": files, "inputs": str(folder / f"{tower}.npz")}
+
+
+def measured(cpu: str, files: dict[str, Any], batches: Iterable[int], rows: int) -> dict[str, Any]:
+    """Run a tower's forms on a CPU; an emulated one is not timed."""
+    emulated = cpu in cpus.MODELS
+    job = {**files, "batches": [] if emulated else [*batches], "rows": rows, "rounds": ROUNDS, "turn": TURN}
+    with tempfile.TemporaryDirectory() as folder:
+        child, given, out = (Path(folder) / name for name in ("child.py", "job.json", "out.json"))
+        child.write_text(CHILD, encoding="utf-8")
+        given.write_text(json.dumps(job), encoding="utf-8")
+        done = cpus.python(cpu, child, given, out)
+        if done.returncode:
+            raise RuntimeError(f"{cpu}: {done.stderr.strip()[-400:]}")
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def rows_of(cpu: str, model: str, tower: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row per form: its cosine and, per batch, its median time and how many times as fast as float32 it is."""
+    rows = []
+    for form in FORMS:
+        row = {"cpu": cpu, "model": model, "tower": tower, "form": form, "cosine": found["cosine"][form]}
+        for batch, times in found["times"].items():
+            ratios = sorted(dense / own for dense, own in zip(times["fp32"], times[form], strict=True))
+            to_8_bits = [wide / own for wide, own in zip(times["8 bits"], times[form], strict=True)]
+            row[f"batch {batch}"] = {
+                "median_ms": round(median(times[form]), 4),
+                "speed_up": round(median(ratios), 4),
+                "quartiles": [round(ratios[len(ratios) // 4], 4), round(ratios[-1 - len(ratios) // 4], 4)],
+                "of_8_bits": round(median(to_8_bits), 4),
+            }
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
+    """Return the table: a line per CPU, model and tower, the forms side by side."""
+    lines = [
+        "# INT8 on every CPU",
+        "",
+        f"`{conditions['command']}`, {conditions['date']}, {conditions['processor']} ({' '.join(conditions['isa'])}), one "
+        f"thread, onnxruntime {conditions['onnxruntime']}; instruction sets hidden from the process, or a CPU emulated, as "
+        "bench/studies/cpus.py does it. Cosine: least of a row with exact arithmetic. Speed: times as fast as float32 on that "
+        "CPU at the larger batch (32 of the demo, else 8); a CPU that is emulated is not timed.",
+        "",
+        "| CPU | model | tower | cosine: 8 bits | 8 bits, exact mode | 7 bits | speed: 8 bits | 8 bits, exact mode | 7 bits |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups = dict.fromkeys((row["cpu"], row["model"], row["tower"]) for row in rows)
+    for group in groups:
+        mine = {row["form"]: row for row in rows if (row["cpu"], row["model"], row["tower"]) == group}
+        cells = [*group, *(f"{mine[form]['cosine']:.6f}" for form in FORMS[1:])]
+        for form in FORMS[1:]:
+            timed = [value for key, value in mine[form].items() if key.startswith("batch")]
+            cells.append(f"{timed[-1]['speed_up']:.2f}" if timed else "–")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(run: str, work: str | None = None) -> None:
+    """Build, export, run on every CPU, write."""
+    import onnxruntime
+
+    torch.set_num_threads(1)
+    home = Path(work or tempfile.mkdtemp(prefix="clipress-every-cpu-"))
+    for precision in ("int8", "static int8"):  # most weights are random: nothing to rank
+        parity.LIMITS[precision] = (0.9, 0.0, 1.0)
+    models = {model: exported(model, Path(run), home) for model in ("demo", "ViT-B/32", "ResNet-18")}
+    every = (cpus.NATIVE, *cpus.HIDDEN, *cpus.MODELS)
+    rows: list[dict[str, Any]] = []
+    for cpu in tqdm(every, unit="CPU"):
+        if reason := cpus.missing(cpu):
+            sys.stderr.write(f"{cpu} is left out: {reason}\n")
+            continue
+        for model, towers in models.items():
+            few = cpu in cpus.MODELS and model != "demo"
+            for tower, files in towers.items():
+                found = measured(cpu, files, (1, 32 if model == "demo" else 8), 2 if few else 32)
+                rows += rows_of(cpu, model, tower, found)
+    conditions = {
+        "command": "python bench/studies/every_cpu.py RUN",
+        "date": date.today().isoformat(),
+        **processor().record(),
+        "onnxruntime": onnxruntime.__version__,
+    }
+    content = json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n"
+    (HERE / "every_cpu.json").write_text(content, encoding="utf-8")
+    (HERE / "every_cpu.md").write_text(markdown(rows, conditions), encoding="utf-8")
+    sys.stdout.write(markdown(rows, conditions))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

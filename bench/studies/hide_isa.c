@@ -1,0 +1,77 @@
+/* Hides instruction sets of an x86-64 Linux machine from one program, so that it runs as on an older CPU, at full speed.
+
+     cc -O2 -shared -fPIC -o hide_isa.so hide_isa.c
+     LD_PRELOAD=./hide_isa.so HIDE_ISA="amx vnni avx512" python ...
+
+   Libraries such as ONNX Runtime and PyTorch ask the CPUID instruction what they may use. The kernel can make that
+   instruction fault (arch_prctl, on CPUs with cpuid_fault); the handler answers in its place with some bits cleared.
+   /proc/cpuinfo is not changed. Exits with 99 where CPUs cannot do it. A program that installs a SIGSEGV handler of its own
+   (python -X faulthandler, pytest without -p no:faulthandler) must not. */
+
+#define _GNU_SOURCE
+#include <asm/prctl.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#define BIT(n) (1u << (n))
+
+/* leaf 7, sub-leaf 0: ebx, ecx, edx; sub-leaf 1: eax */
+static uint32_t hidden_ebx, hidden_ecx, hidden_edx, hidden_eax1;
+
+static long allow_cpuid(int allowed) { return syscall(SYS_arch_prctl, ARCH_SET_CPUID, allowed); }
+
+static void answer(int signal_number, siginfo_t *info, void *context) {
+  greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
+  const uint8_t *instruction = (const uint8_t *)registers[REG_RIP];
+  (void)info;
+  if (instruction[0] != 0x0f || instruction[1] != 0xa2) { /* not CPUID: a real fault, which happens again */
+    signal(signal_number, SIG_DFL);
+    return;
+  }
+  uint32_t leaf = registers[REG_RAX], sub_leaf = registers[REG_RCX], a, b, c, d;
+  allow_cpuid(1);
+  __asm__ volatile("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(leaf), "c"(sub_leaf));
+  allow_cpuid(0);
+  if (leaf == 7 && sub_leaf == 0) {
+    b &= ~hidden_ebx;
+    c &= ~hidden_ecx;
+    d &= ~hidden_edx;
+  }
+  if (leaf == 7 && sub_leaf == 1)
+    a &= ~hidden_eax1;
+  registers[REG_RAX] = a;
+  registers[REG_RBX] = b;
+  registers[REG_RCX] = c;
+  registers[REG_RDX] = d;
+  registers[REG_RIP] += 2;
+}
+
+__attribute__((constructor)) static void hide(void) {
+  const char *names = getenv("HIDE_ISA");
+  if (!names)
+    return;
+  if (strstr(names, "amx")) /* bf16, tile, int8 */
+    hidden_edx |= BIT(22) | BIT(24) | BIT(25);
+  if (strstr(names, "vnni")) { /* avx512_vnni; avx_vnni */
+    hidden_ecx |= BIT(11);
+    hidden_eax1 |= BIT(4);
+  }
+  if (strstr(names, "avx512")) { /* f dq ifma cd bw vl; vbmi vbmi2 vnni bitalg vpopcntdq; 4vnniw 4fmaps vp2intersect fp16; bf16 */
+    hidden_ebx |= BIT(16) | BIT(17) | BIT(21) | BIT(28) | BIT(30) | BIT(31);
+    hidden_ecx |= BIT(1) | BIT(6) | BIT(11) | BIT(12) | BIT(14);
+    hidden_edx |= BIT(2) | BIT(3) | BIT(8) | BIT(23);
+    hidden_eax1 |= BIT(5);
+  }
+  struct sigaction action;
+  memset(&action, 0, sizeof action);
+  action.sa_sigaction = answer;
+  action.sa_flags = SA_SIGINFO | SA_NODEFER;
+  sigaction(SIGSEGV, &action, 0);
+  if (allow_cpuid(0))
+    _exit(99);
+}

@@ -1,0 +1,51 @@
+"""A recipe's sections, checked: what compressing needs is known to be right before anything is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clipress.compress.fabric import Runtime
+from clipress.compress.stage import Stage, stages_from
+from clipress.data.pairs import DataSpec
+from clipress.errors import RecipeError
+from clipress.models.load import TeacherSpec
+from clipress.models.students import check
+from clipress.recipe import Recipe, checked
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe whose every section has been checked."""
+
+    recipe: Recipe
+    data: DataSpec
+    runtime: Runtime
+    teachers: tuple[TeacherSpec, ...]
+    stages: tuple[Stage, ...]
+
+    @property
+    def artifacts(self) -> list[str]:
+        """Names of the artefacts the run leaves, in order."""
+        return (["teacher"] if self.teachers else []) + [stage.name for stage in self.stages]
+
+
+def plan_from(recipe: Recipe) -> Plan:
+    """Check everything that compressing needs, before anything is done."""
+    asked = recipe.teacher if isinstance(recipe.teacher, list) else [recipe.teacher]
+    teachers = tuple(checked(TeacherSpec, one, "teacher") for one in asked if one is not None)
+    stages = tuple(stages_from(recipe.stages))
+    if not teachers and recipe.student is None:
+        raise RecipeError("Either 'teacher' or 'student' is asked for, found neither: there is no model to start from.")
+    if len({teacher.cache is None for teacher in teachers}) > 1:
+        raise RecipeError(
+            "teacher: either every teacher has a 'cache' or none: training looks all of them up, or runs all."
+        )
+    if teachers and any(stage.name == "teacher" for stage in stages):
+        raise RecipeError("stages: 'teacher' is the name of the teacher's artefact; call the stage something else.")
+    if recipe.student is not None:
+        check(recipe.student, bool(teachers))
+    for teacher in teachers:
+        if teacher.recipe is not None:
+            plan_from(checked(Recipe, teacher.recipe, "teacher.recipe"))
+    data = checked(DataSpec, recipe.data, "data")
+    return Plan(recipe, data, checked(Runtime, recipe.runtime, "runtime"), teachers, stages)

@@ -1,0 +1,90 @@
+"""This machine's CPU: its name, its instruction sets, and whether INT8 products overflow on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+CPUINFO = Path("/proc/cpuinfo")
+X86 = ("x86_64", "AMD64", "i386", "i686")
+VNNI = ("avx512_vnni", "avx_vnni")
+SHOWN = ("avx2", "avx512f", *VNNI, "amx_int8", "asimddp", "i8mm", "sve")  # what INT8 kernels are written for
+NUMPY = {"AVX2": "avx2", "AVX512F": "avx512f", "AVX512VNNI": "avx512_vnni"}  # numpy's names of some of them
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A CPU as far as INT8 is concerned."""
+
+    name: str
+    machine: str
+    """Such as x86_64, as `platform.machine()` says it."""
+    cores: int
+    isa: tuple[str, ...]
+    """Instruction sets, by Linux's names."""
+
+    @property
+    def saturates(self) -> bool:
+        """Whether kernels of u8 x s8 add two products in 16 bits: x86 without VNNI instructions.
+
+        Weights beyond 64 overflow there, unless ONNX Runtime runs in its exact mode.
+        """
+        return self.machine in X86 and not set(VNNI) & set(self.isa)
+
+    def record(self) -> dict[str, Any]:
+        """Return it the way results record it."""
+        return {"processor": self.name, "cores": self.cores, "isa": list(self.isa)}
+
+    def __str__(self) -> str:
+        return f"{self.name}, {' '.join(self.isa) or self.machine}"
+
+
+@cache
+def processor() -> Processor:
+    """Return the CPU of this process, which may be an emulated one."""
+    name, flags = _described(CPUINFO)
+    fallback = platform.processor() or platform.machine()
+    return Processor(name or fallback, platform.machine(), os.cpu_count() or 1, instruction_sets(flags, _by_numpy()))
+
+
+def instruction_sets(flags: Set[str], numpy_found: Mapping[str, bool] | None) -> tuple[str, ...]:
+    """Return the instruction sets among `SHOWN` that a process can use.
+
+    Linux's flags name them all, but an emulator or a container may show those of another CPU. numpy asks the CPU itself
+    about some of them: where the two differ, only numpy is believed.
+    """
+    if numpy_found is not None and "AVX2" in numpy_found:
+        asked = {linux: bool(numpy_found.get(name)) for name, linux in NUMPY.items()}
+        if any((name in flags) != there for name, there in asked.items()):
+            flags = {name for name, there in asked.items() if there}
+    return tuple(name for name in SHOWN if name in flags)
+
+
+def _described(path: Path) -> tuple[str, set[str]]:
+    """Return a CPU's name and flags as Linux describes it."""
+    name, flags = "", set()
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = (part.strip() for part in line.partition(":"))
+            if key == "model name":
+                name = value
+            elif key in ("flags", "Features"):
+                flags = set(value.split())
+    return name, flags
+
+
+def _by_numpy() -> Mapping[str, bool] | None:
+    """Return what numpy's own dispatch found, None where this release keeps it elsewhere."""
+    try:
+        from numpy._core._multiarray_umath import __cpu_features__ as found
+    except ImportError:
+        try:
+            from numpy.core._multiarray_umath import __cpu_features__ as found  # numpy 1
+        except ImportError:
+            return None
+    return found

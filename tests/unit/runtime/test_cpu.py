@@ -1,0 +1,44 @@
+"""What a CPU is called and can do, where the sources of that differ too."""
+
+import pytest
+
+from clipress.runtime.cpu import Processor, instruction_sets
+
+NEW = {"sse4_2", "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8"}
+
+
+def numpy_says(*found):
+    return {name: name in found for name in ("AVX2", "AVX512F", "AVX512VNNI", "FMA3")}
+
+
+def test_linux_names_all_sets_where_numpy_finds_the_same_cpu():
+    found = instruction_sets(NEW, numpy_says("AVX2", "AVX512F", "AVX512VNNI"))
+    assert found == ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
+
+
+@pytest.mark.parametrize(
+    ("emulated", "sets"), [(("AVX2",), ("avx2",)), (("AVX2", "AVX512F"), ("avx2", "avx512f")), ((), ())]
+)
+def test_only_what_numpy_found_counts_where_linux_describes_another_cpu(emulated, sets):
+    assert instruction_sets(NEW, numpy_says(*emulated)) == sets
+
+
+def test_linux_is_believed_where_numpy_says_nothing():
+    assert instruction_sets({"avx2", "avx_vnni"}, None) == ("avx2", "avx_vnni")
+    assert instruction_sets({"asimd", "asimddp", "i8mm"}, {"NEON": True}) == ("asimddp", "i8mm")  # ARM
+
+
+@pytest.mark.parametrize(
+    ("machine", "isa", "saturates"),
+    [
+        ("x86_64", ("avx2",), True),
+        ("x86_64", ("avx2", "avx512f"), True),
+        ("AMD64", (), True),
+        ("x86_64", ("avx2", "avx_vnni"), False),
+        ("x86_64", ("avx2", "avx512f", "avx512_vnni"), False),
+        ("aarch64", (), False),
+        ("arm64", ("asimddp",), False),
+    ],
+)
+def test_products_overflow_on_x86_without_vnni(machine, isa, saturates):
+    assert Processor("A CPU", machine, 2, isa).saturates is saturates
