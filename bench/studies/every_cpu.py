@@ -2,8 +2,11 @@
 
 Files of the demo, and of ViT-B/32's and ResNet-18's shapes with random weights, in float32 and INT8: weights in 8 bits, the
 same in ONNX Runtime's exact mode, weights in 7 bits. Each is run on every CPU that `cpus.py` offers here, by a program of
-plain ONNX Runtime. Cosine: the least one of a row with the file's own result when Q/DQ is computed in float32. Speed: times
-as fast as float32 on that CPU, one thread, forms in turns, the median over rounds. Writes every_cpu.{json,md} beside this file.
+plain ONNX Runtime. *Integers*: the least cosine of a row with the same file in exact mode on the same CPU, which shows
+overflow alone; ARM has no such mode, and needs none. *Float*: the least cosine with the file's own result when Q/DQ is computed
+in float32, where sums in another order round some activations the other way. Speed: times as fast as float32 on that CPU, one
+thread, forms in turns, the median over rounds; an emulated CPU is not timed, and its large shapes get one row. Writes
+every_cpu.{json,md} beside this file, after each CPU.
 """
 
 from __future__ import annotations
@@ -53,10 +56,16 @@ job = json.load(open(sys.argv[1]))
 opened = {form: session(path, "exact" in form) for form, path in job["files"].items()}
 data = np.load(job["inputs"])
 rows, found = data["rows"][: job["rows"]], {"cosine": {}, "times": {}}
-takes = opened["fp32"].get_inputs()[0].name
+takes = next(iter(opened.values())).get_inputs()[0].name
+def least(a, b):
+    a, b = a.astype("d"), b.astype("d")
+    return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
+found["integers"] = {}
 for form, one in opened.items():
-    a, b = one.run(None, {takes: rows})[0].astype("d"), data[form][: len(rows)].astype("d")
-    found["cosine"][form] = float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
+    answer = one.run(None, {takes: rows})[0]
+    found["cosine"][form] = least(answer, data[form][: len(rows)])
+    if form != "fp32":
+        found["integers"][form] = least(answer, session(job["files"][form], True).run(None, {takes: rows})[0])
 for batch in job["batches"]:
     fed = {takes: np.resize(rows, (batch, *rows.shape[1:]))}
     times = {form: [] for form in opened}
@@ -131,6 +140,11 @@ def _files(folder: Path, tower: str, rows: np.ndarray) -> dict[str, Any]:
 def measured(cpu: str, files: dict[str, Any], batches: Iterable[int], rows: int) -> dict[str, Any]:
     """Run a tower's forms on a CPU; an emulated one is not timed."""
     emulated = cpu in cpus.MODELS
+    if rows == 1:  # float32 is nothing to emulate for long
+        files = {
+            **files,
+            "files": {form: path for form, path in files["files"].items() if form in ("8 bits", "7 bits")},
+        }
     job = {**files, "batches": [] if emulated else [*batches], "rows": rows, "rounds": ROUNDS, "turn": TURN}
     with tempfile.TemporaryDirectory() as folder:
         child, given, out = (Path(folder) / name for name in ("child.py", "job.json", "out.json"))
@@ -145,8 +159,9 @@ def measured(cpu: str, files: dict[str, Any], batches: Iterable[int], rows: int)
 def rows_of(cpu: str, model: str, tower: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row per form: its cosine and, per batch, its median time and how many times as fast as float32 it is."""
     rows = []
-    for form in FORMS:
-        row = {"cpu": cpu, "model": model, "tower": tower, "form": form, "cosine": found["cosine"][form]}
+    for form in found["cosine"]:
+        cosines = {"float": found["cosine"][form], "integers": found["integers"].get(form)}
+        row = {"cpu": cpu, "model": model, "tower": tower, "form": form, **cosines}
         for batch, times in found["times"].items():
             ratios = sorted(dense / own for dense, own in zip(times["fp32"], times[form], strict=True))
             to_8_bits = [wide / own for wide, own in zip(times["8 bits"], times[form], strict=True)]
@@ -167,19 +182,24 @@ def markdown(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
         "",
         f"`{conditions['command']}`, {conditions['date']}, {conditions['processor']} ({' '.join(conditions['isa'])}), one "
         f"thread, onnxruntime {conditions['onnxruntime']}; instruction sets hidden from the process, or a CPU emulated, as "
-        "bench/studies/cpus.py does it. Cosine: least of a row with exact arithmetic. Speed: times as fast as float32 on that "
-        "CPU at the larger batch (32 of the demo, else 8); a CPU that is emulated is not timed.",
+        "bench/studies/cpus.py does it. *Integers*: least cosine of a row with exact integer arithmetic, all else alike. *Float*: "
+        "with Q/DQ computed in float32, where sums in another order round some activations the other way. Speed: times as "
+        "fast as float32 on that CPU at the larger batch (32 of the demo, else 8), and in brackets 7 bits against 8; a CPU "
+        "that is emulated is not timed.",
         "",
-        "| CPU | model | tower | cosine: 8 bits | 8 bits, exact mode | 7 bits | speed: 8 bits | 8 bits, exact mode | 7 bits |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| CPU | model | tower | integers: 8 bits | 7 bits | float: 8 bits | 8 bits, exact mode | 7 bits | speed: 8 bits | "
+        "8 bits, exact mode | 7 bits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups = dict.fromkeys((row["cpu"], row["model"], row["tower"]) for row in rows)
     for group in groups:
         mine = {row["form"]: row for row in rows if (row["cpu"], row["model"], row["tower"]) == group}
-        cells = [*group, *(f"{mine[form]['cosine']:.6f}" for form in FORMS[1:])]
+        columns = [(form, "integers") for form in ("8 bits", "7 bits")] + [(form, "float") for form in FORMS[1:]]
+        cells = [*group, *(f"{mine[form][kind]:.6f}" if form in mine else "–" for form, kind in columns)]
         for form in FORMS[1:]:
-            timed = [value for key, value in mine[form].items() if key.startswith("batch")]
-            cells.append(f"{timed[-1]['speed_up']:.2f}" if timed else "–")
+            timed = [value for key, value in mine.get(form, {}).items() if key.startswith("batch")]
+            of_8_bits = f" ({timed[-1]['of_8_bits']:.3f})" if timed and form == "7 bits" else ""
+            cells.append(f"{timed[-1]['speed_up']:.2f}{of_8_bits}" if timed else "–")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -195,6 +215,12 @@ def main(run: str, work: str | None = None) -> None:
     models = {model: exported(model, Path(run), home) for model in ("demo", "ViT-B/32", "ResNet-18")}
     every = (cpus.NATIVE, *cpus.HIDDEN, *cpus.MODELS)
     rows: list[dict[str, Any]] = []
+    conditions = {
+        "command": "python bench/studies/every_cpu.py RUN",
+        "date": date.today().isoformat(),
+        **processor().record(),
+        "onnxruntime": onnxruntime.__version__,
+    }
     for cpu in tqdm(every, unit="CPU"):
         if reason := cpus.missing(cpu):
             sys.stderr.write(f"{cpu} is left out: {reason}\n")
@@ -202,17 +228,11 @@ def main(run: str, work: str | None = None) -> None:
         for model, towers in models.items():
             few = cpu in cpus.MODELS and model != "demo"
             for tower, files in towers.items():
-                found = measured(cpu, files, (1, 32 if model == "demo" else 8), 2 if few else 32)
+                found = measured(cpu, files, (1, 32 if model == "demo" else 8), 1 if few else 32)
                 rows += rows_of(cpu, model, tower, found)
-    conditions = {
-        "command": "python bench/studies/every_cpu.py RUN",
-        "date": date.today().isoformat(),
-        **processor().record(),
-        "onnxruntime": onnxruntime.__version__,
-    }
-    content = json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n"
-    (HERE / "every_cpu.json").write_text(content, encoding="utf-8")
-    (HERE / "every_cpu.md").write_text(markdown(rows, conditions), encoding="utf-8")
+        content = json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n"
+        (HERE / "every_cpu.json").write_text(content, encoding="utf-8")
+        (HERE / "every_cpu.md").write_text(markdown(rows, conditions), encoding="utf-8")
     sys.stdout.write(markdown(rows, conditions))
 
 
