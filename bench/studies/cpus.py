@@ -12,8 +12,8 @@ Hiding needs a C compiler and an x86 CPU that can fault on CPUID; emulation need
 process sees its own environment's packages, clipress included.
 
 ARM needs `qemu-aarch64` and, at $ARM64_ROOT, an arm64 system: usr/bin/python3.11 with its libraries (Debian's arm64 packages,
-unpacked), site/ with arm64 wheels of numpy and onnxruntime, and a proc/cpuinfo of an ARM CPU, which onnxruntime reads. Its
-programs see these packages only.
+unpacked), and site/ with arm64 wheels of numpy and onnxruntime. Its programs see these packages only. onnxruntime reads the
+CPU's features from /proc/cpuinfo, so one is written there.
 """
 
 from __future__ import annotations
@@ -37,6 +37,13 @@ HIDDEN = {
 }
 ARM, OLD_ARM = "emulated arm", "emulated old arm"
 MODELS = {EMULATED: "Haswell-noTSX", ARM: "max", OLD_ARM: "cortex-a72"}  # qemu's names
+FEATURES = {  # and the number of the part
+    ARM: (
+        "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp",
+        "0xd0c",
+    ),
+    OLD_ARM: ("fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid", "0xd08"),
+}
 SHIM = Path(__file__).with_name("hide_isa.c")
 # A virtual environment's python is a link, which emulation resolves away: its packages are put in place by hand.
 START = "import runpy, site, sys; site.addsitedir({packages!r}); sys.argv = sys.argv[1:]; "
@@ -78,12 +85,21 @@ def python(
         command = [_qemu(cpu), "-cpu", MODELS[cpu], str(Path(sys.executable).resolve()), "-c", start, *words]
     elif cpu in MODELS:
         root = Path(os.environ["ARM64_ROOT"])
+        (root / "proc").mkdir(exist_ok=True)
+        (root / "proc" / "cpuinfo").write_text(_arm_cpuinfo(*FEATURES[cpu]), encoding="utf-8")
         command = [_qemu(cpu), "-cpu", MODELS[cpu], "-L", str(root), str(root / "usr/bin/python3.11"), *words]
         given |= {"PYTHONPATH": str(root / "site")}
     else:
         command = [sys.executable, *words]
         given |= {} if cpu == NATIVE else _hiding(cpu)
     return subprocess.run(command, capture_output=True, text=True, env=given)
+
+
+def _arm_cpuinfo(features: str, part: str) -> str:
+    about = {"BogoMIPS": "50.00", "Features": features, "CPU implementer": "0x41", "CPU architecture": "8"}
+    about |= {"CPU variant": "0x0", "CPU part": part, "CPU revision": "1"}
+    core = "".join(f"{key}\t: {value}\n" for key, value in about.items())
+    return "".join(f"processor\t: {number}\n{core}\n" for number in range(os.cpu_count() or 1))
 
 
 def _qemu(cpu: str) -> str:

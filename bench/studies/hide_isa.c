@@ -5,11 +5,12 @@
 
    Libraries such as ONNX Runtime and PyTorch ask the CPUID instruction what they may use. The kernel can make that
    instruction fault (arch_prctl, on CPUs with cpuid_fault); the handler answers in its place with some bits cleared.
-   /proc/cpuinfo is not changed. Exits with 99 where CPUs cannot do it. A program that installs a SIGSEGV handler of its own
-   (python -X faulthandler, pytest without -p no:faulthandler) must not. */
+   /proc/cpuinfo is not changed. Exits with 99 where CPUs cannot do it. Handlers that a program installs for SIGSEGV itself
+   (Python's faulthandler, Triton) are left out. */
 
 #define _GNU_SOURCE
 #include <asm/prctl.h>
+#include <dlfcn.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -25,12 +26,33 @@ static uint32_t hidden_ebx, hidden_ecx, hidden_edx, hidden_eax1;
 
 static long allow_cpuid(int allowed) { return syscall(SYS_arch_prctl, ARCH_SET_CPUID, allowed); }
 
-static void answer(int signal_number, siginfo_t *info, void *context) {
+typedef int (*set_action)(int, const struct sigaction *, struct sigaction *);
+typedef sighandler_t (*set_handler)(int, sighandler_t);
+static int hiding;
+
+static int real_sigaction(int number, const struct sigaction *action, struct sigaction *before) {
+  return ((set_action)dlsym(RTLD_NEXT, "sigaction"))(number, action, before);
+}
+
+int sigaction(int number, const struct sigaction *action, struct sigaction *before) {
+  return real_sigaction(number, number == SIGSEGV && hiding ? 0 : action, before);
+}
+
+sighandler_t signal(int number, sighandler_t handler) {
+  if (number == SIGSEGV && hiding)
+    return SIG_DFL;
+  return ((set_handler)dlsym(RTLD_NEXT, "signal"))(number, handler);
+}
+
+static void answer(int number, siginfo_t *info, void *context) {
   greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
   const uint8_t *instruction = (const uint8_t *)registers[REG_RIP];
   (void)info;
   if (instruction[0] != 0x0f || instruction[1] != 0xa2) { /* not CPUID: a real fault, which happens again */
-    signal(signal_number, SIG_DFL);
+    struct sigaction ordinary;
+    memset(&ordinary, 0, sizeof ordinary);
+    ordinary.sa_handler = SIG_DFL;
+    real_sigaction(number, &ordinary, 0);
     return;
   }
   uint32_t leaf = registers[REG_RAX], sub_leaf = registers[REG_RCX], a, b, c, d;
@@ -71,7 +93,8 @@ __attribute__((constructor)) static void hide(void) {
   memset(&action, 0, sizeof action);
   action.sa_sigaction = answer;
   action.sa_flags = SA_SIGINFO | SA_NODEFER;
-  sigaction(SIGSEGV, &action, 0);
+  real_sigaction(SIGSEGV, &action, 0);
+  hiding = 1;
   if (allow_cpuid(0))
     _exit(99);
 }
