@@ -24,7 +24,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -72,12 +71,10 @@ def missing(cpu: str) -> str | None:
     return None if done.returncode == 0 else "this machine cannot fault on CPUID"
 
 
-def python(
-    cpu: str, script: Path | str, *arguments: object, environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def python(cpu: str, script: Path | str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a Python file as on a CPU. Returns what it printed; its exit status is the caller's to look at."""
     words = [str(script), *map(str, arguments)]
-    given = {**os.environ, **(environment or {})}
+    given = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "HIDE_ISA")}
     if cpu == EMULATED:
         start = (
             START.format(packages=sysconfig.get_path("purelib")) + "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -91,7 +88,7 @@ def python(
         given |= {"PYTHONPATH": str(root / "site")}
     else:
         command = [sys.executable, *words]
-        given |= {} if cpu == NATIVE else _hiding(cpu)
+        given = dict(os.environ) if cpu == NATIVE else _hiding(cpu)
     return subprocess.run(command, capture_output=True, text=True, env=given)
 
 

@@ -160,7 +160,8 @@ def rows_of(cpu: str, model: str, tower: str, found: dict[str, Any]) -> list[dic
     """Return a row per form: its cosine and, per batch, its median time and how many times as fast as float32 it is."""
     rows = []
     for form in found["cosine"]:
-        cosines = {"float": found["cosine"][form], "integers": found["integers"].get(form)}
+        integers = None if cpu in (cpus.ARM, cpus.OLD_ARM) else found["integers"].get(form)
+        cosines = {"float": found["cosine"][form], "integers": integers}
         row = {"cpu": cpu, "model": model, "tower": tower, "form": form, **cosines}
         for batch, times in found["times"].items():
             ratios = sorted(dense / own for dense, own in zip(times["fp32"], times[form], strict=True))
@@ -195,7 +196,8 @@ def markdown(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
     for group in groups:
         mine = {row["form"]: row for row in rows if (row["cpu"], row["model"], row["tower"]) == group}
         columns = [(form, "integers") for form in ("8 bits", "7 bits")] + [(form, "float") for form in FORMS[1:]]
-        cells = [*group, *(f"{mine[form][kind]:.6f}" if form in mine else "–" for form, kind in columns)]
+        found = [mine.get(form, {}).get(kind) for form, kind in columns]
+        cells = [*group, *("–" if one is None else f"{one:.6f}" for one in found)]
         for form in FORMS[1:]:
             timed = [value for key, value in mine.get(form, {}).items() if key.startswith("batch")]
             of_8_bits = f" ({timed[-1]['of_8_bits']:.3f})" if timed and form == "7 bits" else ""

@@ -20,13 +20,14 @@ from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models.load import artifact_from_clip
 from clipress.models.tiny import tiny_architecture
+from clipress.runtime.cpu import processor
 
 MODES = ("default", "exact")
 JOB = Path(__file__).parents[2] / "session_job.py"
 FILES = {"image": "vit/image.onnx", "text": "vit/text.onnx", "convolutional": "resnet/image.onnx"}
 WIDE = "wide/image.onnx"  # weights in 8 bits
 NAMES = {"image": "pixel_values", "text": "input_ids"}
-OVERFLOWING = {cpus.EMULATED, "avx2", "avx512"}
+OVERFLOWING = {cpus.EMULATED, "avx2", "avx512", *([cpus.NATIVE] if processor().saturates else [])}
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ def export(tmp_path):
         "schema_version": 1,
         "stage": "int8",
         "precision": "int8",
+        "portable": True,
         "embed_dim": DIM,
         "logit_scale": 20.590953826904297,
         "preprocess": {"size": SIZE, "mean": [0.5, 0.25, 0.75], "std": [0.5, 0.5, 1.0]},
