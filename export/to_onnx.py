@@ -76,7 +76,6 @@ def onnx_from_artifact(
         )
     clip = clip_from_artifact(artifact)
     described: dict[str, Any] = {}
-    portable: list[bool] = []
 
     def fill(aside: Path) -> None:
         exporters = {tower: _export(clip, tower, aside / f"{tower}.onnx", settings) for tower in anatomy.TOWERS}
@@ -85,12 +84,10 @@ def onnx_from_artifact(
         described["parity"] = parity.check(clip, aside, inputs, described["precision"])
         if _may_be_static(clip, settings):
             described.update(_quickest(clip, aside, settings, inputs, calibration() if calibration else sets))
-        described["self_test"] = {}
-        for path in sorted(aside.glob("*.onnx")):
-            about = _stamp(path, {**described, "tower": path.name.partition(".")[0]})
-            described["self_test"][path.name] = about["self_test"]
-            portable.append(about["portable"])
-        described["portable"] = all(portable)
+        files = sorted(aside.glob("*.onnx"))
+        stamped = {path.name: _stamp(path, {**described, "tower": path.name.partition(".")[0]}) for path in files}
+        described["portable"] = all(about["portable"] for about in stamped.values())
+        described["self_test"] = {name: about["self_test"] for name, about in stamped.items()}
         described["files"] = {tower: _file(aside / f"{tower}.onnx") for tower in anatomy.TOWERS}
         described["explicit"] = {path.name.partition(".")[0]: _file(path) for path in aside.glob("*.qdq.onnx")}
         (aside / "export.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -247,8 +244,7 @@ def _export_with(module: nn.Module, inputs: Tensor, tower: str, path: Path, opse
 def _stamp(path: Path, description: dict[str, Any]) -> dict[str, Any]:
     """Put the description and a self-test into a file's metadata, and check the file's form. Returns the metadata."""
     model = onnx.load(path)
-    about = {key: value for key, value in description.items() if key != "self_test"}
-    about |= {"portable": int8.is_portable(model), "self_test": self_test_of(path)}
+    about = {**description, "portable": int8.is_portable(model), "self_test": self_test_of(path)}
     metadata.stamp(model, about)
     onnx.checker.check_model(model)
     onnx.save(model, path)

@@ -47,7 +47,7 @@ class Processor:
 @cache
 def processor() -> Processor:
     """Return the CPU of this process, which may be an emulated one."""
-    name, flags = _described(CPUINFO)
+    name, flags = described_by_linux()
     fallback = platform.processor() or platform.machine()
     return Processor(name or fallback, platform.machine(), os.cpu_count() or 1, instruction_sets(flags, _by_numpy()))
 
@@ -65,11 +65,11 @@ def instruction_sets(flags: Set[str], numpy_found: Mapping[str, bool] | None) ->
     return tuple(name for name in SHOWN if name in flags)
 
 
-def _described(path: Path) -> tuple[str, set[str]]:
-    """Return a CPU's name and flags as Linux describes it."""
+def described_by_linux() -> tuple[str, set[str]]:
+    """Return the CPU's name and flags in /proc/cpuinfo, which may be those of another one; empty elsewhere."""
     name, flags = "", set()
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    if CPUINFO.is_file():
+        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = (part.strip() for part in line.partition(":"))
             if key == "model name":
                 name = value

@@ -45,6 +45,11 @@ class Served:
     fused: Set[str] = frozenset()
     """Towers whose embed_* runs the encoder itself."""
 
+    @property
+    def needs_exact_mode(self) -> bool:
+        """Whether a session of Triton's own would overflow on x86 CPUs without VNNI instructions."""
+        return self.backend == "onnxruntime" and self.exported.precision == "int8" and not self.exported.portable
+
     def largest_batch(self, tower: str) -> int:
         """Return how many rows a tower takes at once."""
         asked = self.settings.max_batch
@@ -121,7 +126,7 @@ def _encoder(served: Served, tower: str) -> ModelConfig:
     config = _model(f"{tower}_encoder", served.backend, largest)
     config.input.add(name=TAKES[tower], data_type=type_, dims=dims)
     config.output.add(name=f"{tower}_embeds", data_type=FP32, dims=[exported.embed_dim])
-    if served.backend == "onnxruntime" and exported.precision == "int8" and not exported.portable:
+    if served.needs_exact_mode:
         _exactly(config)
     if served.plans:
         _on_gpus(config, size.instances, served.plans[tower], settings)

@@ -165,8 +165,7 @@ def _docker(served: Served, more: Sequence[str]) -> str:
 
 def _about_int8(served: Served) -> str:
     """Return what must be known before 8-bit weights are served on another CPU."""
-    exported = served.exported
-    if served.backend != "onnxruntime" or exported.precision != "int8" or exported.portable:
+    if not served.needs_exact_mode:
         return ""
     return (
         "\nThis model has INT8 weights in 8 bits, whose products overflow on x86 CPUs without VNNI instructions. The\n"

@@ -27,6 +27,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from clipress.runtime.cpu import described_by_linux
+
 NATIVE, EMULATED = "this machine", "emulated avx2"
 HIDDEN = {
     "avx512_vnni": "amx",
@@ -45,7 +47,10 @@ FEATURES = {  # and the number of the part
 }
 SHIM = Path(__file__).with_name("hide_isa.c")
 # A virtual environment's python is a link, which emulation resolves away: its packages are put in place by hand.
-START = "import runpy, site, sys; site.addsitedir({packages!r}); sys.argv = sys.argv[1:]; "
+START = (
+    "import runpy, site, sys; site.addsitedir({packages!r}); sys.argv = sys.argv[1:]; "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 
 
 @cache
@@ -59,11 +64,9 @@ def missing(cpu: str) -> str | None:
         return None if "ARM64_ROOT" in os.environ else "$ARM64_ROOT names no arm64 system"
     if cpu == EMULATED:
         return None
-    flags = _flags()
-    if cpu not in flags and cpu != "avx512":
-        return f"this CPU has no {cpu}"
-    if cpu == "avx512" and "avx512f" not in flags:
-        return "this CPU has no AVX-512"
+    needed = "avx512f" if cpu == "avx512" else cpu
+    if needed not in described_by_linux()[1]:
+        return f"this CPU has no {needed}"
     try:
         done = subprocess.run([sys.executable, "-S", "-c", ""], env=_hiding(cpu), capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -76,9 +79,7 @@ def python(cpu: str, script: Path | str, *arguments: object) -> subprocess.Compl
     words = [str(script), *map(str, arguments)]
     given = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "HIDE_ISA")}
     if cpu == EMULATED:
-        start = (
-            START.format(packages=sysconfig.get_path("purelib")) + "runpy.run_path(sys.argv[0], run_name='__main__')"
-        )
+        start = START.format(packages=sysconfig.get_path("purelib"))
         command = [_qemu(cpu), "-cpu", MODELS[cpu], str(Path(sys.executable).resolve()), "-c", start, *words]
     elif cpu in MODELS:
         root = Path(os.environ["ARM64_ROOT"])
@@ -115,9 +116,3 @@ def _shim() -> Path:
         raise OSError("no C compiler")
     subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, SHIM], check=True, capture_output=True)
     return library
-
-
-def _flags() -> set[str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))

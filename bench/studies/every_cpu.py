@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -27,13 +26,12 @@ from tqdm import tqdm
 
 from clipress.artifact import save_artifact
 from clipress.bench.studies import cpus
-from clipress.bench.studies.speed import TEXT, TOWERS
+from clipress.bench.studies.speed import TEXT, TOWERS, in_int8, settle_norms
 from clipress.data.evalsets import evalsets
 from clipress.data.pairs import SourceSpec
 from clipress.export import parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
-from clipress.models import quantizers
 from clipress.models.load import Clip, artifact_from_clip, clip_from_artifact, new_clip
 from clipress.runtime.cpu import processor
 from clipress.runtime.onnx_session import reference_session
@@ -82,21 +80,6 @@ json.dump(found, open(sys.argv[2], "w"))
 """
 
 
-def in_int8(clip: Clip, inputs: dict[str, np.ndarray], portable: bool) -> Clip:
-    """Return a copy that is calibrated on inputs of both towers."""
-    copy = clip.copy()
-    names = quantizers.quantizable(copy.model)
-
-    def show(model: torch.nn.Module) -> None:
-        model.encode_image(torch.from_numpy(inputs["image"]))
-        model.encode_text(torch.from_numpy(inputs["text"]))
-
-    with torch.no_grad():
-        quantizers.attach(copy.model, names, show, portable=portable)
-    about = {"dtype": "int8", "modules": names, "calibrated_on": len(inputs["image"]), "portable": portable}
-    return Clip(**{**copy.__dict__, "quantization": about})
-
-
 def dense(model: str, run: Path) -> Clip:
     """Return what is made INT8: the demo's last stage in float32, or a shape with random weights."""
     if model == "demo":
@@ -112,13 +95,10 @@ def exported(model: str, run: Path, home: Path) -> dict[str, dict[str, Any]]:
     clip = dense(model, run)
     inputs = parity.samples(clip.preprocess, clip.tokenize(), sets)
     inputs = {tower: rows[:32] for tower, rows in inputs.items()}
+    samples = {"pixels": torch.from_numpy(inputs["image"]), "ids": torch.from_numpy(inputs["text"])}
     if model == "ResNet-18":
-        clip.model.train()
-        with torch.no_grad():  # norms of what they really see
-            for _ in range(10):
-                clip.model.encode_image(torch.from_numpy(inputs["image"]))
-        clip.model.eval()
-    clips = {"fp32": clip, "8 bits": in_int8(clip, inputs, False), "7 bits": in_int8(clip, inputs, True)}
+        settle_norms(clip, samples["pixels"])
+    clips = {"fp32": clip, "8 bits": in_int8(clip, samples, False), "7 bits": in_int8(clip, samples, True)}
     for form, one in clips.items():
         artifact = save_artifact(
             artifact_from_clip(one, ({"stage": form, "hash": form},), {}), folder / "artifacts" / form
@@ -137,15 +117,13 @@ def _files(folder: Path, tower: str, rows: np.ndarray) -> dict[str, Any]:
     return {"files": files, "inputs": str(folder / f"{tower}.npz")}
 
 
-def measured(cpu: str, files: dict[str, Any], batches: Iterable[int], rows: int) -> dict[str, Any]:
-    """Run a tower's forms on a CPU; an emulated one is not timed."""
+def measured(cpu: str, model: str, tower: dict[str, Any]) -> dict[str, Any]:
+    """Run a tower's forms on a CPU; of an emulated one nothing is timed, and large shapes get one row and no float32."""
     emulated = cpu in cpus.MODELS
-    if rows == 1:  # float32 is nothing to emulate for long
-        files = {
-            **files,
-            "files": {form: path for form, path in files["files"].items() if form in ("8 bits", "7 bits")},
-        }
-    job = {**files, "batches": [] if emulated else [*batches], "rows": rows, "rounds": ROUNDS, "turn": TURN}
+    forms, rows = (("8 bits", "7 bits"), 1) if emulated and model != "demo" else (FORMS, 32)
+    files = {form: tower["files"][form] for form in forms}
+    batches = [] if emulated else [1, 32 if model == "demo" else 8]
+    job = {"files": files, "inputs": tower["inputs"], "batches": batches, "rows": rows, "rounds": ROUNDS, "turn": TURN}
     with tempfile.TemporaryDirectory() as folder:
         child, given, out = (Path(folder) / name for name in ("child.py", "job.json", "out.json"))
         child.write_text(CHILD, encoding="utf-8")
@@ -228,10 +206,8 @@ def main(run: str, work: str | None = None) -> None:
             sys.stderr.write(f"{cpu} is left out: {reason}\n")
             continue
         for model, towers in models.items():
-            few = cpu in cpus.MODELS and model != "demo"
             for tower, files in towers.items():
-                found = measured(cpu, files, (1, 32 if model == "demo" else 8), 1 if few else 32)
-                rows += rows_of(cpu, model, tower, found)
+                rows += rows_of(cpu, model, tower, measured(cpu, model, files))
         content = json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n"
         (HERE / "every_cpu.json").write_text(content, encoding="utf-8")
         (HERE / "every_cpu.md").write_text(markdown(rows, conditions), encoding="utf-8")

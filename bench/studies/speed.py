@@ -26,6 +26,7 @@ from clipress.bench.compare import speed_up
 from clipress.bench.cost import cost
 from clipress.bench.latency import Timings, measure_in_turns, summary
 from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
+from clipress.compress.calibrate import Samples, embeddings
 from clipress.compress.prune.budget import Align, Budget
 from clipress.compress.prune.criterion import CRITERIA
 from clipress.compress.prune.gates import Gates
@@ -36,7 +37,7 @@ from clipress.data.transforms import Preprocess
 from clipress.export import parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
-from clipress.models import quantizers, surgery
+from clipress.models import anatomy, quantizers, surgery
 from clipress.models.load import Clip, artifact_from_clip, new_clip
 from clipress.runtime.cpu import processor
 
@@ -66,32 +67,38 @@ def pruned(clip: Clip, macs: float, align: Align) -> Clip:
     return cut
 
 
-def in_int8(clip: Clip, pictures: np.ndarray) -> Clip:
-    """Return a copy whose image tower is calibrated on pictures."""
+def in_int8(clip: Clip, samples: Samples, portable: bool = True) -> Clip:
+    """Return a copy in which the towers that have samples are INT8, calibrated on them."""
     copy = clip.copy()
-    names = [name for name in quantizers.quantizable(copy.model) if name.startswith("visual.")]
+    towers = {"image": "pixels" in samples, "text": "ids" in samples}
+    names = [name for name in quantizers.quantizable(copy.model) if towers[anatomy.tower_of(name)]]
     with torch.no_grad():
-        quantizers.attach(copy.model, names, lambda model: model.encode_image(torch.from_numpy(pictures)))
-    return replace(
-        copy, quantization={"dtype": "int8", "modules": names, "calibrated_on": len(pictures), "portable": True}
-    )
+        quantizers.attach(copy.model, names, lambda model: embeddings(model, samples), portable=portable)
+    about = {"dtype": "int8", "modules": names, "calibrated_on": len(samples["pixels"]), "portable": portable}
+    return replace(copy, quantization=about)
 
 
-def variants(tower: str, pictures: np.ndarray) -> dict[str, Clip]:
+def settle_norms(clip: Clip, pixels: torch.Tensor) -> None:
+    """Let batch norms measure what they really see; random weights have none of that."""
+    clip.model.train()
+    with torch.no_grad():
+        for _ in range(10):
+            clip.model.encode_image(pixels)
+    clip.model.eval()
+
+
+def variants(tower: str, pixels: torch.Tensor) -> dict[str, Clip]:
     """Return every model of a tower by its name, the float32 dense one first."""
+    samples = {"pixels": pixels}
     clip = new_clip({**TOWERS[tower], "text_cfg": TEXT}, 0)
     if tower == "ResNet-18":
-        clip.model.train()
-        with torch.no_grad():  # norms of what they really see
-            for _ in range(10):
-                clip.model.encode_image(torch.from_numpy(pictures))
-        clip.model.eval()
-        return {"dense": clip, "dense int8": in_int8(clip, pictures)}
+        settle_norms(clip, pixels)
+        return {"dense": clip, "dense int8": in_int8(clip, samples)}
     made = {"dense": clip}
     for macs in (0.5, 0.25):
         made[f"{macs:.0%} aligned"] = pruned(clip, macs, Align())
         made[f"{macs:.0%} not aligned"] = pruned(clip, macs, UNALIGNED)
-    made |= {f"{name} int8": in_int8(one, pictures) for name, one in made.items()}
+    made |= {f"{name} int8": in_int8(one, samples) for name, one in made.items()}
     return made
 
 
@@ -175,8 +182,8 @@ def models_of(tower: str, home: Path) -> dict[str, dict[str, Any]]:
     if not index.is_file():
         sets = evalsets([SourceSpec(format="scenes", split="test", limit=16)])
         found: dict[str, dict[str, Any]] = {}
-        pictures = np.concatenate(list(sets[0].pixel_batches(Preprocess(size=224))))
-        for name, clip in variants(tower, pictures).items():
+        pixels = torch.from_numpy(np.concatenate(list(sets[0].pixel_batches(Preprocess(size=224)))))
+        for name, clip in variants(tower, pixels).items():
             sys.stderr.write(f"{tower} {name}\n")
             found |= exported(name, clip, home, sets)
         index.write_text(json.dumps(found), encoding="utf-8")

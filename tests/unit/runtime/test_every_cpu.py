@@ -18,7 +18,7 @@ from clipress.data.pairs import SourceSpec
 from clipress.export import metadata, parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
-from clipress.models.load import artifact_from_clip
+from clipress.models.load import artifact_from_clip, clip_from_artifact
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.cpu import processor
 
@@ -66,15 +66,8 @@ def home(sets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def samples(home, sets):
-    clip_inputs = parity.samples(*tokenised(home), sets)
-    return {tower: rows[:6] for tower, rows in clip_inputs.items()}
-
-
-def tokenised(home):
-    from clipress.models.load import clip_from_artifact
-
     clip = clip_from_artifact(home / "artifacts" / "vit")
-    return clip.preprocess, clip.tokenize()
+    return {tower: rows[:6] for tower, rows in parity.samples(clip.preprocess, clip.tokenize(), sets).items()}
 
 
 def product(weights):
