@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from clipress.bench.run import Subject
     from clipress.bench.settings import BenchSettings
     from clipress.compress.plan import Plan
-    from clipress.data.evalsets import EvalSet
+    from clipress.data.eval_sets import EvalSet
     from clipress.metrics.outcomes import Outcomes
     from clipress.serve.settings import ServeSettings
 
@@ -39,7 +39,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except Stopped as stop:
-            from clipress.artifact import is_first_process
+            from clipress.storage import is_first_process
 
             if is_first_process():
                 click.echo(stop, err=True)
@@ -96,7 +96,7 @@ def run(recipe: str, out: Path | None, sets: tuple[str, ...], resume: bool) -> N
     stopped or killed at any time: the same command goes on. On SIGTERM a stage that trains writes a checkpoint after the
     step in hand and the command exits with 75; on Ctrl-C likewise, with 130.
     """
-    from clipress.artifact import is_first_process
+    from clipress.storage import is_first_process
 
     folder, plan = _compress(recipe, out, sets, resume)
     if not is_first_process():  # the others were there to train
@@ -121,7 +121,7 @@ def compress(recipe: str, out: Path | None, sets: tuple[str, ...], resume: bool)
 
     May be stopped or killed at any time, see `clipress run --help`.
     """
-    from clipress.artifact import is_first_process
+    from clipress.storage import is_first_process
 
     folder, plan = _compress(recipe, out, sets, resume)
     if is_first_process():
@@ -159,10 +159,10 @@ def embed(
     from clipress.recipe import read_recipe
 
     read = read_recipe(_recipe_path(recipe), sets)
-    from clipress.compress.embed import embed_recipe
+    from clipress.compress.teacher_cache import embed_recipe
 
     folders = embed_recipe(_checked(read), out, views, dtype, teachers, click.echo)
-    from clipress.artifact import is_first_process
+    from clipress.storage import is_first_process
 
     if is_first_process():
         click.echo(f"{len(folders)} caches: {', '.join(map(str, folders))}")
@@ -323,7 +323,7 @@ def bench_run(
     One RUN: all its artefacts. With --stage, or several RUNs: a comparison with the first one named, every ratio with a
     95 % interval. All take turns in one process; settings and data are those of the first run's recipe.
     """
-    from clipress.bench.gates import broken, check, gate_from
+    from clipress.bench.fail_if import broken, check, gate_from
     from clipress.bench.report import comparison
     from clipress.bench.settings import Backend, BenchSettings
     from clipress.recipe import checked
@@ -457,9 +457,9 @@ def bench_load(
     Without --url, one is started for RUN's repository, and stopped. Requests are RUN's test pictures, and texts that no
     request had before.
     """
-    from clipress.bench.gates import gate_from
-    from clipress.bench.load import Windows
-    from clipress.bench.serving import (
+    from clipress.bench.fail_if import gate_from
+    from clipress.bench.server.load import Windows
+    from clipress.bench.server.run import (
         MODELS,
         PLACES,
         bench_server,
@@ -470,7 +470,7 @@ def bench_load(
         questions,
         write_load,
     )
-    from clipress.models.exported import read_export
+    from clipress.runtime.export_folder import read_export
     from clipress.serve.client import address_from
 
     for model in models:
@@ -496,7 +496,7 @@ def bench_load(
 @contextmanager
 def _server_of(run: Path, plan: Plan, stage: str) -> Iterator[tuple[str, str, bool]]:
     """Serve a run here, by the repository of the python backend, which is written if need be."""
-    from clipress.serve.triton_home import find_triton
+    from clipress.serve.triton_install import find_triton
     from clipress.serve.triton_server import TritonServer
 
     repository = _serve(run, plan, stage, ("python",), None)["python"]
@@ -515,11 +515,11 @@ def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, dur
     """Measure what blocks cost at smaller widths here: the table that a latency budget of `prune` reads."""
     import json
 
-    from clipress.artifact import write_text_whole
-    from clipress.bench.costs import cost_table
+    from clipress.bench.latency_table import cost_table
     from clipress.models.load import clip_from_artifact
     from clipress.progress import progress_bar
     from clipress.runtime.cpu import processor
+    from clipress.storage import write_text_whole
 
     plan = _plan_of(run)
     clip = clip_from_artifact(run / (_chosen(plan, stage) if stage else plan.artifacts[0]))
@@ -762,7 +762,7 @@ def evaluate_(
     Each figure has its standard error. A difference has the 95 % interval of a paired bootstrap: both artefacts answer
     the same items.
     """
-    from clipress.data.evalsets import evalsets, probe_sets
+    from clipress.data.eval_sets import evalsets, probe_sets
     from clipress.data.pairs import fingerprint
     from clipress.metrics.outcomes import paired_difference, percent, standard_error
 
@@ -789,7 +789,7 @@ def evaluate_(
     if out:
         import json
 
-        from clipress.artifact import write_text_whole
+        from clipress.storage import write_text_whole
 
         conditions = {"clipress": __version__, "backend": "torch", "split": split, "data": fingerprint(specs)}
         content = {"schema_version": 1, "stage": name, "compare": other, "conditions": conditions, "metrics": metrics}
@@ -838,7 +838,7 @@ def import_(checkpoint: Path, out: Path, form: str, model: str | None) -> None:
 @main.command()
 @click.argument("file", type=FILE)
 @click.option("--runs", type=FOLDER, help="Where the runs go.  [default: runs/studies/<name>]")
-@click.option("--out", type=FOLDER, default=Path("bench/studies"), show_default=True, help="Where the tables go.")
+@click.option("--out", type=FOLDER, default=Path("studies"), show_default=True, help="Where the tables go.")
 @click.option(
     "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time; they share the cores."
 )
@@ -847,7 +847,7 @@ def study(file: Path, runs: Path | None, out: Path, jobs: int) -> None:
 
     Each run has a process of its own, so that its memory can be measured. Finished runs are not done again.
     """
-    from clipress.bench.study import run_study
+    from clipress.studies.methods import run_study
 
     click.echo(run_study(file, runs, out, jobs))
 
@@ -883,8 +883,8 @@ def prompts(classes: Path, templates: tuple[str, ...], out: Path) -> None:
     """Write the prompts of a class list: a file with one name per line, or `imagenet`."""
     import json
 
-    from clipress.artifact import write_text_whole
     from clipress.data.prompts import prompts_by_class, read_classes, read_templates
+    from clipress.storage import write_text_whole
 
     shapes = [shape for template in templates for shape in read_templates(template)]
     told = prompts_by_class(read_classes(classes).names, shapes)
@@ -946,13 +946,13 @@ def filter_(
         raise click.UsageError("Either --keep or --count is asked for.")
     import torch
 
-    from clipress.artifact import write_text_whole
     from clipress.data.filter import embeddings, nearest_to_prompts, table
     from clipress.data.pairs import SourceSpec, open_source
     from clipress.data.prompts import read_prompts
     from clipress.metrics.evaluate import encode_texts
     from clipress.models.load import clip_from_artifact
     from clipress.progress import progress_bar
+    from clipress.storage import write_text_whole
 
     texts = read_prompts(prompts_file)
     source = open_source(SourceSpec(format="images", images=images))
@@ -1039,7 +1039,7 @@ def _hold(run: Path) -> None:
 
 @contextmanager
 def _held(run: Path) -> Iterator[None]:
-    from clipress.artifact import locked, sweep
+    from clipress.storage import locked, sweep
 
     with locked(run):
         sweep(run)
@@ -1094,7 +1094,7 @@ def _export_of(model: Path) -> Path:
 
 
 def _test_sets(plan: Plan) -> list[EvalSet]:
-    from clipress.data.evalsets import evalsets
+    from clipress.data.eval_sets import evalsets
 
     return evalsets(plan.data.test or plan.data.val or plan.data.train)
 
@@ -1109,10 +1109,10 @@ def _label_settings(labels: str | None, file: Path | None, templates: tuple[str,
 
 
 def _export(run: Path, plan: Plan, stages: list[str], **asked: Any) -> None:
-    from clipress.data.evalsets import evalsets
+    from clipress.data.eval_sets import evalsets
+    from clipress.export.extra_models import variants_from_export
     from clipress.export.settings import ExportSettings, OnnxSettings
     from clipress.export.to_onnx import is_exported, onnx_from_artifact
-    from clipress.export.variants import variants_from_export
     from clipress.recipe import checked
 
     recipe = checked(ExportSettings, plan.recipe.export, "export").onnx
@@ -1147,7 +1147,7 @@ def _engines(run: Path, plan: Plan, stages: list[str], asked: bool = False, prec
     from clipress.export.settings import TensorRTSettings
     from clipress.export.to_tensorrt import engines_from_export, prepare_export
     from clipress.export.trtexec import write_script
-    from clipress.models.tensorrt import find_machine
+    from clipress.runtime.tensorrt import find_machine
 
     settings = checked(TensorRTSettings, {**(raw or {}), **_given(precision=precision)}, "export.tensorrt")
     try:
@@ -1169,7 +1169,7 @@ def _engines(run: Path, plan: Plan, stages: list[str], asked: bool = False, prec
 def _engine(source: Path, precision: str | None, foreign: bool) -> None:
     from clipress.export.settings import TensorRTSettings
     from clipress.export.to_tensorrt import engine_from_onnx, prepare
-    from clipress.models.tensorrt import find_machine
+    from clipress.runtime.tensorrt import find_machine
 
     settings = TensorRTSettings(**_given(precision=precision))
     prepared = prepare(source, source.parent, settings, foreign)
@@ -1177,7 +1177,7 @@ def _engine(source: Path, precision: str | None, foreign: bool) -> None:
 
 
 def _tell(stage: str, engines: Iterable[Path]) -> None:
-    from clipress.models.tensorrt import read_sidecar
+    from clipress.runtime.tensorrt import read_sidecar
 
     for path in engines:
         sidecar = read_sidecar(path)
@@ -1223,7 +1223,7 @@ def _bench(
 
 def _served(run: Path, plan: Plan) -> str:
     """Return the artefact to serve where none is named: the last one, or what bench says to keep in its place."""
-    from clipress.bench.verdict import read_kept
+    from clipress.bench.selection import read_kept
 
     last, results = plan.artifacts[-1], run / "bench" / "results.json"
     kept = read_kept(results, run, last) or last

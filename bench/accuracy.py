@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from clipress.artifact import write_whole
 from clipress.bench.runners import Runner
-from clipress.data.evalsets import EvalSet
+from clipress.data.eval_sets import EvalSet
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.metrics.evaluate import evaluate_items
 from clipress.metrics.outcomes import Outcomes, write_outcomes
+from clipress.storage import write_whole
 
 
 def accuracy(runner: Runner, sets: Sequence[EvalSet]) -> dict[str, Outcomes]:

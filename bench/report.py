@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeAlias
 
-from clipress.artifact import write_text_whole
+from clipress.storage import write_text_whole
 
 Rows: TypeAlias = list[dict[str, Any]]
 Case: TypeAlias = tuple[str, int]  # a tower and a batch

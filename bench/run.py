@@ -19,20 +19,21 @@ import numpy as np
 from tqdm import tqdm
 
 from clipress import __version__
-from clipress.artifact import read_header, write_text_whole, write_whole
+from clipress.artifact import read_header
 from clipress.bench.accuracy import accuracy, write_items
-from clipress.bench.affinity import pinned
 from clipress.bench.compare import Ratio, speed_up
 from clipress.bench.cost import cost
+from clipress.bench.cpu_pinning import pinned
 from clipress.bench.latency import ROUNDS, TURN_MS, Timings, measure_in_turns, summary
 from clipress.bench.profile import profile
 from clipress.bench.runners import Runner, input_shape, noise, open_runner
+from clipress.bench.selection import interval, kept, verdicts
 from clipress.bench.settings import BenchSettings
-from clipress.bench.verdict import interval, kept, verdicts
-from clipress.data.evalsets import EvalSet
+from clipress.data.eval_sets import EvalSet
 from clipress.errors import ArtifactError
 from clipress.metrics.outcomes import percents, standard_errors
 from clipress.runtime.cpu import processor
+from clipress.storage import write_text_whole, write_whole
 
 SCHEMA_VERSION = 1
 PROFILED = 20  # queries

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from clipress.artifact import flush, writing
+from clipress.storage import flush, writing
 
 log = logging.getLogger("clipress.checkpoint")
 KEPT = 2

@@ -15,20 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clipress import __version__
-from clipress.artifact import (
-    Artifact,
-    cache_folder,
-    is_first_process,
-    load_artifact,
-    read_header,
-    save_artifact,
-)
+from clipress.artifact import Artifact, load_artifact, read_header, save_artifact
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
 from clipress.compress.plan import Plan, plan_from
 from clipress.compress.run_folder import claimed
 from clipress.compress.stage import Stage
-from clipress.data.evalsets import evalsets
+from clipress.data.eval_sets import evalsets
 from clipress.data.pairs import fingerprint
 from clipress.data.teacher_cache import TeacherCache
 from clipress.errors import ArtifactError
@@ -43,6 +36,7 @@ from clipress.models.load import (
 )
 from clipress.models.students import freeze, start_hash, student_from, towers_of_teacher
 from clipress.recipe import Recipe, checked, digest
+from clipress.storage import cache_folder, is_first_process
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -251,7 +245,7 @@ def _caches(plan: Plan, brought: Sequence[Teacher], context: Context, say: Say) 
     """Return what the teachers say of the training data, per source and teacher, where the recipe wants that kept."""
     if not any(spec.cache for spec in plan.teachers):
         return ()
-    from clipress.compress.embed import caches_of
+    from clipress.compress.teacher_cache import caches_of
 
     each = [
         caches_of(t, s.cache, plan, context.fabric, say, wait=say) for t, s in zip(brought, plan.teachers, strict=True)

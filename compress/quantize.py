@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from clipress.compress.calibrate import Calibration
+from clipress.compress.calibration import Calibration
 from clipress.compress.context import Context, Training
 from clipress.compress.losses import Losses, terms_from
 from clipress.compress.sensitivity import held, keep_sensitive, sensitivities

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clipress.artifact import HEADER, LOCK, leftovers, locked, sweep, write_text_whole
+from clipress.artifact import HEADER
 from clipress.compress.plan import Plan, plan_from
 from clipress.errors import ArtifactError
 from clipress.recipe import Recipe, read_recipe, recipe_text
+from clipress.storage import LOCK, leftovers, locked, sweep, write_text_whole
 
 RECIPE = "recipe.yaml"
 INPUTS = ("seed", "teacher", "student", "data", "runtime")

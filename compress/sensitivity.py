@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clipress.compress.calibrate import Samples, embeddings
+from clipress.compress.calibration import Samples, embeddings
 from clipress.errors import RecipeError
 from clipress.models import quantizers
 from clipress.models.anatomy import tower_of

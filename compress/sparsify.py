@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from clipress.compress.calibrate import Calibration
+from clipress.compress.calibration import Calibration
 from clipress.compress.context import Context, Training
 from clipress.compress.losses import Losses, terms_from
 from clipress.compress.train import train

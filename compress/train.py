@@ -20,19 +20,19 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from clipress.artifact import write_bytes_whole, writing
 from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
 from clipress.compress.context import Context, Hook, Training, steps_of
 from clipress.compress.fabric import everywhere, largest, means
 from clipress.compress.learner import Learner
 from clipress.compress.losses import terms_from
-from clipress.compress.stopping import EXIT_CODES, leave_stops_to_the_parent, stop_requests
-from clipress.data.broken import BrokenRecords
+from clipress.compress.signals import EXIT_CODES, leave_stops_to_the_parent, stop_requests
+from clipress.data.bad_records import BrokenRecords
+from clipress.data.dataset import TrainingSet
 from clipress.data.pairs import Batches
-from clipress.data.training import TrainingSet
 from clipress.errors import ClipressError, Stopped
 from clipress.models.load import Clip
 from clipress.progress import progress_bar
+from clipress.storage import write_bytes_whole, writing
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

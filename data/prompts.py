@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipress.artifact import read_json
 from clipress.errors import DataError
+from clipress.storage import read_json
 
 _PLACEHOLDER = re.compile(r"\{(?:c|label)?\}")
 _WNID_LINE = re.compile(r"(n\d{8})\s+(\S.*)")

@@ -14,7 +14,7 @@ a picture that cannot be read keeps its row, so rows never shift.
                       /views.npy          int32 [items * views, 7]: left, top, right, bottom (0: no crop), down, right, flip
                       /ok.npy             bool [items]
 
-Nothing here needs torch. `compress/embed.py` makes caches.
+Nothing here needs torch. `compress/teacher_cache.py` makes caches.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, NonNegativeInt, ValidationError
 
-from clipress.artifact import read_json, sha256, write_text_whole, write_whole
 from clipress.data.transforms import Augment, Preprocess, View
 from clipress.errors import ArtifactError, ClipressError
 from clipress.recipe import Section, digest, first_problem
+from clipress.storage import read_json, sha256, write_text_whole, write_whole
 
 SCHEMA_VERSION = 1
 MANIFEST, SHARD = "manifest.json", "shard.json"

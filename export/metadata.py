@@ -30,7 +30,7 @@ from typing import Any
 
 import onnx
 
-from clipress.export.int8 import is_portable
+from clipress.export.int8_graph import is_portable
 from clipress.runtime.onnx_session import METADATA
 
 KEY = METADATA

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from clipress.data.evalsets import EvalSet
+from clipress.data.eval_sets import EvalSet
 from clipress.data.transforms import Preprocess
 from clipress.errors import ExportError
 from clipress.models.load import Clip

@@ -25,17 +25,19 @@ import torch
 from torch import Tensor, nn
 
 from clipress import __version__
-from clipress.artifact import Artifact, load_artifact, read_header, read_json, sha256, write_whole
-from clipress.data.evalsets import EvalSet
+from clipress.artifact import Artifact, load_artifact, read_header
+from clipress.data.eval_sets import EvalSet
 from clipress.errors import ArtifactError, ExportError
-from clipress.export import int8, metadata, parity
+from clipress.export import int8_graph as int8
+from clipress.export import metadata, parity
 from clipress.export.settings import DYNAMO_OPSET, OnnxSettings
 from clipress.export.static_int8 import milliseconds, static_int8_from_onnx
 from clipress.models import anatomy, quantizers
 from clipress.models.convnets import is_convnet
-from clipress.models.exported import read_export
 from clipress.models.load import Clip, clip_from_artifact
+from clipress.runtime.export_folder import read_export
 from clipress.runtime.onnx_session import self_test_of
+from clipress.storage import read_json, sha256, write_whole
 
 SCHEMA_VERSION = 1
 # Names must differ from every node torch makes, or the graph is invalid.

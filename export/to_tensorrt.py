@@ -1,7 +1,7 @@
 """ONNX -> TensorRT engines, one per tower, that agree with ONNX Runtime on the file they were built from.
 
     <export>/tensorrt/<tower>.<precision>.onnx                              what TensorRT parses: the precision is in it
-    <export>/tensorrt/<tower>.<gpu>.trt<version>.<precision>.engine{,.json,.log}    see models/tensorrt.py
+    <export>/tensorrt/<tower>.<gpu>.trt<version>.<precision>.engine{,.json,.log}    see runtime/tensorrt.py
 
 Networks are strongly typed, as TensorRT 11 has them only; INT8 is the Q/DQ of the exported file. Nothing here needs a
 precision flag, which is what changed most between 10 and 11.
@@ -20,15 +20,14 @@ import onnx
 from onnx import numpy_helper
 
 from clipress import __version__
-from clipress.artifact import cache_folder, sha256, write_bytes_whole, write_text_whole
-from clipress.data.evalsets import EvalSet
+from clipress.data.eval_sets import EvalSet
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.errors import ArtifactError, ExportError
 from clipress.export import metadata, parity
 from clipress.export.precision import engine_precision, lower
 from clipress.export.settings import TensorRTSettings
-from clipress.models.exported import read_export
-from clipress.models.tensorrt import (
+from clipress.runtime.export_folder import read_export
+from clipress.runtime.tensorrt import (
     Engine,
     Machine,
     Profile,
@@ -39,6 +38,7 @@ from clipress.models.tensorrt import (
     numbers,
     read_sidecar,
 )
+from clipress.storage import cache_folder, sha256, write_bytes_whole, write_text_whole
 
 SAID = (
     "(Sparsity) Layers eligible for sparse math: ",

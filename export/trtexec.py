@@ -10,9 +10,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from clipress.artifact import write_text_whole
 from clipress.export.settings import TensorRTSettings
 from clipress.export.to_tensorrt import Prepared
+from clipress.storage import write_text_whole
 
 HEAD = """\
 #!/bin/sh

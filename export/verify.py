@@ -11,7 +11,7 @@ import onnx
 
 from clipress.errors import ArtifactError, ExportError
 from clipress.export import metadata
-from clipress.models.exported import read_export
+from clipress.runtime.export_folder import read_export
 from clipress.runtime.onnx_session import check, open_session, runs_exactly, told_by
 
 

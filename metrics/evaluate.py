@@ -13,7 +13,7 @@ from clipress.metrics.retrieval import retrieval
 from clipress.metrics.zeroshot import class_embeddings, classification, unit
 
 if TYPE_CHECKING:
-    from clipress.data.evalsets import EvalSet
+    from clipress.data.eval_sets import EvalSet
     from clipress.data.pairs import Classes
     from clipress.data.transforms import Preprocess
 

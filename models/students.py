@@ -3,7 +3,7 @@
     student: {model: ViT-B-16}                                  an open_clip name
     student: {image: vit-t-16, text: clip-kd}                   two towers, by name, by size or by config
     student: {image: {timm: resnet18}, text: teacher}           one tower new, the other the teacher's, left as it is
-    student: {inherit: {image: {layers: 6}, text: {ffn: 512}}}  cut out of the teacher (models/inherit.py)
+    student: {inherit: {image: {layers: 6}, text: {ffn: 512}}}  cut out of the teacher (models/weight_inheritance.py)
     student: {embed_dim: 512, vision_cfg: {...}, text_cfg: {...}}  a whole open_clip config
 
 Where there is a teacher, the student shares its preprocessing and its tokenizer, and its picture and embedding sizes
@@ -23,12 +23,12 @@ from typing import Any
 from pydantic import Field
 from torch import nn
 
-from clipress.artifact import sha256
 from clipress.errors import RecipeError, nearest
 from clipress.models import anatomy, surgery
-from clipress.models.inherit import Size, inherited
 from clipress.models.load import Clip, clip_from_open_clip, new_clip
+from clipress.models.weight_inheritance import Size, inherited
 from clipress.recipe import Section, checked, digest
+from clipress.storage import sha256
 
 TEACHER = "teacher"
 # How ids are to be read is the tokenizer's, so the teacher's, and not a matter of the tower's size.

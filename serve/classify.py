@@ -14,7 +14,7 @@ from clipress.data.transforms import fitted, normalised, open_image
 from clipress.errors import DataError
 from clipress.metrics.retrieval import finite
 from clipress.metrics.zeroshot import class_embeddings
-from clipress.models.exported import read_export
+from clipress.runtime.export_folder import read_export
 from clipress.runtime.onnx_session import open_session
 
 TEMPLATES = ("a photo of a {}",)

@@ -25,16 +25,15 @@ from pathlib import Path
 
 import numpy as np
 
-from clipress.artifact import write_bytes_whole, write_text_whole
-from clipress.data.broken import NAMED
+from clipress.data.bad_records import NAMED
 from clipress.data.formats.files import MAX_SKIPPED
-from clipress.data.pictures import Pictures, open_pictures
+from clipress.data.image_list import Pictures, open_pictures
 from clipress.data.transforms import fitted, normalised
 from clipress.errors import ArtifactError, DataError
 from clipress.metrics.retrieval import finite
-from clipress.models.exported import Exported, read_export
 from clipress.progress import progress_bar
 from clipress.recipe import digest
+from clipress.runtime.export_folder import Exported, read_export
 from clipress.runtime.onnx_session import open_session
 from clipress.serve.index import (
     DESCRIPTION,
@@ -48,6 +47,7 @@ from clipress.serve.index import (
     read_description,
     write_index,
 )
+from clipress.storage import write_bytes_whole, write_text_whole
 
 log = logging.getLogger("clipress.serve")
 PART, BATCH = 4096, 32

@@ -6,7 +6,7 @@ cores then allow. Without figures, one thread per 64 MB of its file. On GPUs one
 anyway, and a second one costs its memory again.
 
 Of a model that takes less than a millisecond, what the server does around a run takes as long: it gets half as many
-instances, and `embed_*` of the python backend, one instance per core, runs it in its own process (bench/studies/serving.md).
+instances, and `embed_*` of the python backend, one instance per core, runs it in its own process (studies/serving.md).
 
 The batch that the bench found the fastest per item is what the server forms by preference.
 """
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipress.artifact import read_json
 from clipress.errors import ArtifactError
-from clipress.models.exported import Exported
+from clipress.runtime.export_folder import Exported
 from clipress.serve.settings import ServeSettings
+from clipress.storage import read_json
 
 ITEM_MS = 20.0
 THREAD_BYTES = 64 << 20

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clipress.errors import ExportError
-from clipress.models.exported import Exported
 from clipress.runtime.cpu import processor
+from clipress.runtime.export_folder import Exported
 from clipress.runtime.onnx_session import EXACT_MODE
-from clipress.serve.plans import Plans
+from clipress.serve.engines import Plans
 from clipress.serve.settings import ServeSettings
 from clipress.serve.sizing import Sizing, helpers
 

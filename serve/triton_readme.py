@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from string import Template
 
 from clipress.data.tokens import CLIP_BPE
-from clipress.models.exported import Tokenizer
-from clipress.serve.plans import Plans
+from clipress.runtime.export_folder import Tokenizer
+from clipress.serve.engines import Plans
 from clipress.serve.triton_config import Served
 
 README = Template("""\

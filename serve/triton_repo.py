@@ -29,15 +29,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from clipress.artifact import read_json, sha256, write_whole
 from clipress.errors import ArtifactError, ExportError
-from clipress.models.exported import Exported, read_export
 from clipress.recipe import first_problem
-from clipress.serve.plans import Plans, plans_from_export
+from clipress.runtime.export_folder import Exported, read_export
+from clipress.serve.engines import Plans, plans_from_export
 from clipress.serve.settings import ServeSettings
 from clipress.serve.sizing import sizing
 from clipress.serve.triton_config import PICTURE, TEXT, Served, config_from, config_text, configs, options_for
 from clipress.serve.triton_readme import readme
+from clipress.storage import read_json, sha256, write_whole
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipress.errors import ServerError
 from clipress.serve.triton_config import server_options
-from clipress.serve.triton_home import Triton, find_triton
+from clipress.serve.triton_install import Triton, find_triton
 
 if TYPE_CHECKING:
     from tritonclient.grpc import InferenceServerClient

@@ -12,7 +12,7 @@ from click.testing import Result
 from helpers import RECIPE, clipress, write_recipe
 
 from clipress.errors import BackendMissing
-from clipress.serve.triton_home import Triton, find_triton
+from clipress.serve.triton_install import Triton, find_triton
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads that wait for one another only cost time
 

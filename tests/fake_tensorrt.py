@@ -18,7 +18,7 @@ import onnx
 import onnxruntime
 from onnx import helper
 
-from clipress.models.tensorrt import Machine
+from clipress.runtime.tensorrt import Machine
 
 API = json.loads(Path(__file__).with_name("tensorrt_api.json").read_text(encoding="utf-8"))
 VERSIONS = ("10.12.0.36", "11.4.0.106")

@@ -33,8 +33,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save
 
-from clipress.artifact import load_artifact, read_header, save_artifact, sha256
-from clipress.bench.study import read_study
+from clipress.artifact import load_artifact, read_header, save_artifact
 from clipress.cli import main
 from clipress.data.formats.webdataset import shard_paths
 from clipress.data.pairs import SourceSpec, open_source
@@ -43,12 +42,14 @@ from clipress.data.teacher_cache import Manifest, Rows, TeacherCache, write_mani
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import Preprocess, fitted, open_image
 from clipress.errors import ClipressError
-from clipress.models.exported import read_export
 from clipress.models.importers import import_checkpoint
 from clipress.models.load import artifact_from_clip, clip_from_artifact, new_clip
-from clipress.models.tensorrt import load_engine
 from clipress.recipe import read_recipe
+from clipress.runtime.export_folder import read_export
 from clipress.runtime.onnx_session import open_session
+from clipress.runtime.tensorrt import load_engine
+from clipress.storage import sha256
+from clipress.studies.methods import read_study
 
 MEMORY = 1 << 30  # bytes of address space that an input may cost
 
@@ -1083,7 +1084,7 @@ for _name, _content in (
 
     @fault(_name, "refused: .*holds no readable results")
     def _(folder: Path, content: str = _content) -> Any:
-        from clipress.bench.study import Case, row_of
+        from clipress.studies.methods import Case, row_of
 
         (folder / "bench").mkdir()
         (folder / "bench" / "results.json").write_text(content)

@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from clipress.bench.settings import BenchSettings
     from clipress.data.transforms import Preprocess
-    from clipress.models.exported import Tokenizer
+    from clipress.runtime.export_folder import Tokenizer
 
 
 class Subject(Protocol):

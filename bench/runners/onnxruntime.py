@@ -10,7 +10,7 @@ import numpy as np
 
 from clipress.bench.runners import input_shape, noise
 from clipress.errors import ArtifactError
-from clipress.models.exported import Exported, read_export
+from clipress.runtime.export_folder import Exported, read_export
 from clipress.runtime.onnx_session import open_session, runs_exactly
 
 TYPES = {"image": "tensor(float)", "text": "tensor(int64)"}

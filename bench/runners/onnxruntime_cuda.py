@@ -11,7 +11,7 @@ import numpy as np
 from clipress.bench.runners import noise
 from clipress.bench.runners.onnxruntime import check_form
 from clipress.errors import RecipeError
-from clipress.models.exported import read_export
+from clipress.runtime.export_folder import read_export
 from clipress.runtime.onnx_session import open_session
 
 

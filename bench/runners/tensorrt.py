@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from clipress.models.exported import read_export
-from clipress.models.tensorrt import Engine, Machine, Query, engine_path, find_machine, load_engine
+from clipress.runtime.export_folder import read_export
+from clipress.runtime.tensorrt import Engine, Machine, Query, engine_path, find_machine, load_engine
 
 
 class TensorRTRunner:

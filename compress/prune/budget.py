@@ -16,11 +16,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from clipress.artifact import read_json
 from clipress.compress.prune.gates import Site
 from clipress.errors import RecipeError
 from clipress.models import anatomy
 from clipress.recipe import Section
+from clipress.storage import read_json
 
 UNITS = ("params", "macs", "latency", "upop")
 UPOP_COSTS = {"attn": 36, "ffn": 1}  # as published, for every model; true costs are 16 to 32 to 1

@@ -12,11 +12,11 @@ from typing import Any
 
 from PIL import Image
 
-from clipress.artifact import read_json
 from clipress.data.formats.text import NORMALISERS
 from clipress.data.pairs import Classes, SourceSpec
 from clipress.data.transforms import open_image
 from clipress.errors import DataError
+from clipress.storage import read_json
 
 log = logging.getLogger("clipress.data")
 MAX_LINE, MAX_JSON = 1 << 24, 1 << 32  # letters, bytes

@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipress.artifact import cache_folder
 from clipress.data.formats.files import judge
 from clipress.data.formats.text import NORMALISERS
 from clipress.data.pairs import Classes, SourceSpec
 from clipress.data.prompts import read_classes, read_templates
 from clipress.data.transforms import open_image
 from clipress.errors import DataError
+from clipress.storage import cache_folder
 
 PICTURES = ("jpg", "png", "jpeg", "webp")
 VERSION = 2  # of the kept indices

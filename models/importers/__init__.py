@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from clipress import __version__
-from clipress.artifact import Artifact, sha256
+from clipress.artifact import Artifact
 from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models.load import Clip, artifact_from_clip
 from clipress.recipe import digest
+from clipress.storage import sha256
 
 # The first one that recognises a file takes it: the surest signs come first.
 FORMATS = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clipress.artifact import read_json
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models.importers import State, weights_from_file
 from clipress.models.importers.openai import clip_from_weights, root
 from clipress.models.load import Clip, refuse_absurd
+from clipress.storage import read_json
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

@@ -36,9 +36,9 @@ import torch
 import yaml
 
 import clipress
-from clipress import artifact
+from clipress import artifact, storage
 from clipress.cli import main as clipress_command
-from clipress.compress import embed
+from clipress.compress import teacher_cache as embed
 from clipress.compress.learner import Learner
 from clipress.models.tiny import tiny_architecture
 from clipress.serve import indexing
@@ -188,7 +188,7 @@ def content(folder: Path) -> dict[str, str]:
     """Return a hash of every file that must be the same, and of what a header says aside from times and memory."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != artifact.LOCK:
+        if path.is_file() and path.name != storage.LOCK:
             raw = path.read_bytes()
             if path.name == artifact.HEADER:
                 header = json.loads(raw)
@@ -203,7 +203,7 @@ def content(folder: Path) -> dict[str, str]:
 
 def junk(run: Path) -> list[str]:
     """Return what a job should not have left."""
-    left = [path for path in run.rglob(".*") if path.name != artifact.LOCK]
+    left = [path for path in run.rglob(".*") if path.name != storage.LOCK]
     return [str(path.relative_to(run)) for path in [*left, *run.glob("checkpoints")]]
 
 

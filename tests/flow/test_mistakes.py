@@ -173,7 +173,7 @@ def test_an_onnx_file_of_others_in_an_export_is_not_measured(tiny_run, tmp_path)
     import onnx
     from onnx import TensorProto, helper
 
-    from clipress.artifact import sha256
+    from clipress.storage import sha256
 
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
     takes, gives = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 8]) for name in "xy")

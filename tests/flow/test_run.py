@@ -120,8 +120,8 @@ def test_a_second_run_does_nothing_again_and_a_changed_stage_redoes_what_follows
     assert again.output.count("already there") == 5, again.output
     recipe["stages"][3]["quantize"]["steps"] = 1
     (copy / "recipe.yaml").unlink()
-    from clipress.artifact import write_text_whole
     from clipress.recipe import Recipe, recipe_text
+    from clipress.storage import write_text_whole
 
     write_text_whole(copy / "recipe.yaml", recipe_text(Recipe(**recipe)))
     changed = clipress("compress", write_recipe(recipe, tmp_path), "--out", copy)

@@ -12,8 +12,9 @@ import pytest
 from helpers import clipress, torchrun, write_recipe
 from PIL import Image
 
-from clipress.artifact import load_artifact, locked, read_header
+from clipress.artifact import load_artifact, read_header
 from clipress.compress.learner import Learner
+from clipress.storage import locked
 
 KILLS = Path(__file__).with_name("kill_jobs.py")
 STOPPED_JOB = Path(__file__).with_name("stopped_job.py")

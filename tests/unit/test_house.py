@@ -11,15 +11,16 @@ import yaml
 import clipress
 
 ROOT = Path(clipress.__file__).parent
-BASE = {"artifact", "recipe", "errors", "progress"}
+BASE = {"artifact", "recipe", "storage", "errors", "progress"}
 MAY_IMPORT = {
     "errors": set(),
     "progress": set(),
     "recipe": {"errors"},
-    "artifact": {"errors", "recipe"},
+    "storage": {"errors"},
+    "artifact": {"errors", "recipe", "storage"},
     "metrics": BASE | {"data"},
     "data": BASE | {"data", "metrics"},
-    "runtime": {"errors", "runtime"},
+    "runtime": BASE | {"data", "runtime"},
     "models": BASE | {"data", "metrics", "models"},
     **{
         room: BASE | {"data", "metrics", "models", "runtime", room} for room in ("compress", "export", "bench", "serve")
@@ -31,8 +32,6 @@ MAY_IMPORT["metrics"] |= {"metrics"}
 def modules():
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT).parts
-        if parts[:2] == ("bench", "studies"):  # programs of their own, on top of everything
-            continue
         if parts[0] in MAY_IMPORT or parts[0].removesuffix(".py") in MAY_IMPORT:
             yield path, parts[0].removesuffix(".py")
 

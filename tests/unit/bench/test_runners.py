@@ -9,7 +9,6 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from clipress.artifact import sha256
 from clipress.bench.run import check_answers
 from clipress.bench.runners import noise, open_runner
 from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
@@ -17,6 +16,7 @@ from clipress.bench.runners.onnxruntime_cuda import OnnxRuntimeCudaRunner
 from clipress.bench.settings import BenchSettings
 from clipress.errors import ArtifactError, ClipressError, RecipeError
 from clipress.models.load import artifact_from_clip, clip_from_artifact
+from clipress.storage import sha256
 
 SHAPES = {"image": (3, 3, 32, 32), "text": (3, 24)}
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

@@ -12,15 +12,15 @@ from clipress.bench.latency import measure_in_turns
 from clipress.bench.runners import tensorrt
 from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
 from clipress.bench.runners.tensorrt import TensorRTRunner
-from clipress.data.evalsets import evalsets
+from clipress.data.eval_sets import evalsets
 from clipress.data.pairs import SourceSpec
 from clipress.errors import ArtifactError, BackendMissing, ExportError
 from clipress.export.settings import OnnxSettings, TensorRTSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.export.to_tensorrt import engines_from_export, prepare_export
 from clipress.models.load import artifact_from_clip, new_clip
-from clipress.models.tensorrt import find_machine
 from clipress.models.tiny import tiny_architecture
+from clipress.runtime.tensorrt import find_machine
 
 SETTINGS = TensorRTSettings(batch={"opt": 2, "max": 4})
 

@@ -7,8 +7,8 @@ import open_clip
 import pytest
 from PIL import Image
 
+from clipress.data.dataset import TrainingSet
 from clipress.data.pairs import Batches, Draw, SourceSpec, open_source
-from clipress.data.training import TrainingSet
 from clipress.data.transforms import Augment, Preprocess, fitted, normalised, open_image
 from clipress.errors import DataError
 

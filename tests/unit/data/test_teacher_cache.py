@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clipress.data.dataset import TrainingSet
 from clipress.data.pairs import Draw, SourceSpec, open_source
 from clipress.data.teacher_cache import (
     CacheSettings,
@@ -20,7 +21,6 @@ from clipress.data.teacher_cache import (
     write_manifest,
     write_shard,
 )
-from clipress.data.training import TrainingSet
 from clipress.data.transforms import Augment, Preprocess, View, augmented, drawn_view, fitted, viewed
 from clipress.errors import ArtifactError, ClipressError, DataError, RecipeError
 from clipress.recipe import checked

@@ -10,7 +10,7 @@ import torch
 from onnx import numpy_helper
 
 from clipress.artifact import save_artifact
-from clipress.data.evalsets import evalsets
+from clipress.data.eval_sets import evalsets
 from clipress.data.pairs import SourceSpec
 from clipress.errors import ExportError, RecipeError
 from clipress.export import parity, to_onnx

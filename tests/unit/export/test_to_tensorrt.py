@@ -12,19 +12,19 @@ from fake_tensorrt import VERSIONS, fake_machine, fake_tensorrt, product
 from helpers import clipress, write_recipe
 
 from clipress.artifact import save_artifact
-from clipress.data.evalsets import evalsets
+from clipress.data.eval_sets import evalsets
 from clipress.data.pairs import SourceSpec
 from clipress.errors import ArtifactError, BackendMissing, ExportError, RecipeError
 from clipress.export.settings import ExportSettings, OnnxSettings, TensorRTSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.export.to_tensorrt import engine_from_onnx, engines_from_export, prepare, prepare_export
 from clipress.export.trtexec import write_script
-from clipress.models import cuda
-from clipress.models import tensorrt as machines
 from clipress.models.load import artifact_from_clip, new_clip
-from clipress.models.tensorrt import load_engine, read_sidecar
 from clipress.models.tiny import tiny_architecture
 from clipress.recipe import checked
+from clipress.runtime import cuda
+from clipress.runtime import tensorrt as machines
+from clipress.runtime.tensorrt import load_engine, read_sidecar
 
 ALL = {
     "precision": "fp16",

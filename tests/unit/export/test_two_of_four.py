@@ -16,7 +16,7 @@ from clipress.compress.context import Context
 from clipress.compress.fabric import Runtime, start_fabric
 from clipress.compress.quantize import Quantize
 from clipress.compress.sparsify import Sparsify
-from clipress.data.evalsets import evalsets
+from clipress.data.eval_sets import evalsets
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.export import parity
 from clipress.export.settings import OnnxSettings

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipress.data.evalsets import evalsets, probe_sets
+from clipress.data.eval_sets import evalsets, probe_sets
 from clipress.data.pairs import SourceSpec
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, DataError

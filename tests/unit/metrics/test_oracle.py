@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from clipress.data.evalsets import evalsets
+from clipress.data.eval_sets import evalsets
 from clipress.data.pairs import SourceSpec
 from clipress.data.transforms import Preprocess
 from clipress.metrics.evaluate import evaluate

@@ -9,7 +9,7 @@ import torchvision
 
 from clipress.artifact import load_artifact, save_artifact
 from clipress.compress.pipeline import compress
-from clipress.data.evalsets import evalsets
+from clipress.data.eval_sets import evalsets
 from clipress.data.pairs import SourceSpec
 from clipress.data.transforms import Preprocess
 from clipress.errors import RecipeError

@@ -12,8 +12,7 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 from onnx.reference import ReferenceEvaluator
 
 from clipress.artifact import save_artifact
-from clipress.bench.studies import cpus
-from clipress.data.evalsets import evalsets
+from clipress.data.eval_sets import evalsets
 from clipress.data.pairs import SourceSpec
 from clipress.export import metadata, parity
 from clipress.export.settings import OnnxSettings
@@ -21,6 +20,7 @@ from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models.load import artifact_from_clip, clip_from_artifact
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.cpu import processor
+from clipress.studies import cpus
 
 MODES = ("default", "exact")
 JOB = Path(__file__).parents[2] / "session_job.py"

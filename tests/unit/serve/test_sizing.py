@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clipress.errors import ArtifactError
-from clipress.models.exported import Exported
+from clipress.runtime.export_folder import Exported
 from clipress.serve import sizing as sizing_module
 from clipress.serve.settings import ServeSettings
 from clipress.serve.sizing import Sizing, helpers, sizing

@@ -40,7 +40,7 @@ from tritonclient.utils import InferenceServerException
 
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.errors import ServerError
-from clipress.models.exported import read_export
+from clipress.runtime.export_folder import read_export
 from clipress.serve.classify import Classifier
 from clipress.serve.client import Client
 from clipress.serve.triton_repo import triton_repo_from_export

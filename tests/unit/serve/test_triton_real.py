@@ -38,7 +38,7 @@ from tritonclient.utils import InferenceServerException
 
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import MAX_PIXELS
-from clipress.models.exported import read_export
+from clipress.runtime.export_folder import read_export
 from clipress.serve.classify import Classifier
 from clipress.serve.client import Client
 from clipress.serve.index import open_index

@@ -21,8 +21,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from clipress.data.transforms import fitted, normalised, open_image
 from clipress.errors import ArtifactError, ExportError
-from clipress.models.exported import read_export
 from clipress.runtime.cpu import Processor
+from clipress.runtime.export_folder import read_export
 from clipress.serve import triton_config, triton_repo
 from clipress.serve.settings import ServeSettings
 from clipress.serve.triton_config import server_options

@@ -20,7 +20,7 @@ import tritonclient.grpc as triton_client
 from tritonclient.utils import InferenceServerException
 
 from clipress.errors import ServerError
-from clipress.serve.triton_home import Triton
+from clipress.serve.triton_install import Triton
 from clipress.serve.triton_server import SHARED_MEMORY, TritonServer
 
 PROBE = """

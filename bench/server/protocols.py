@@ -1,0 +1,236 @@
+"""How load reaches a Triton server: HTTP or gRPC, with requests that are made before they are timed.
+
+A load generator shares the cores with what it measures, so as little as possible is done per request: bytes go out and
+come back, and of an answer only the status is looked at. By HTTP that costs a fifth of what tritonclient's own client
+takes, which is why it is what `clipress bench` uses for a server of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+from clipress.bench.server.load import STEPS, Ask, Statistics
+from clipress.errors import ServerError
+
+CONNECTIONS = 256  # by HTTP; further requests wait, and their latency counts from when they were due
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+STATISTICS = "/inference.GRPCInferenceService/ModelStatistics"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked: one tensor of one row, in another content for every number."""
+
+    model: str
+    takes: str
+    gives: str
+    datatype: str
+    shape: tuple[int, ...]
+    content: Callable[[int], bytes]
+    """Of request n, as Triton has tensors on the wire."""
+
+
+class Refused(Exception):
+    """The server answered, and it is an error."""
+
+
+class Wire(Protocol):
+    """A connection to a server. Raises Refused or OSError."""
+
+    def ask(self, question: Question) -> Ask:
+        """Return what sends request number n of a question and returns the answer as it came, bytes."""
+
+    async def statistics(self) -> Statistics:
+        """Return what the server has counted of every model."""
+
+    async def close(self) -> None:
+        """Let go of the server."""
+
+
+def open_wire(protocol: str, address: str, tls: bool) -> Wire:
+    """Return a connection to `host:port`, by http or grpc; it is made when it is first asked."""
+    return Http(address, tls) if protocol == "http" else Grpc(address, tls)
+
+
+async def checked_ask(wire: Wire, question: Question, url: str) -> Ask:
+    """Return a question's `ask` after one answer. Raises ServerError where there is none."""
+    ask = wire.ask(question)
+    try:
+        await ask(0)
+    except Exception as error:
+        raise ServerError(
+            f"{url} was asked for {question.model}, and there is no answer: {error or type(error).__name__}"
+        ) from None
+    return ask
+
+
+class Http:
+    """Keep-alive connections, as many as requests are under way."""
+
+    def __init__(self, address: str, tls: bool) -> None:
+        self._authority, _, path = address.partition("/")
+        self._path, self._tls = f"/{path}" if path else "", tls
+        self._free: list[_Connection] = []
+        self._limit = asyncio.Semaphore(CONNECTIONS)
+
+    def ask(self, question: Question) -> Ask:
+        @lru_cache
+        def head(size: int) -> bytes:
+            tensor = {"name": question.takes, "shape": question.shape, "datatype": question.datatype}
+            told = {
+                "inputs": [{**tensor, "parameters": {"binary_data_size": size}}],
+                "outputs": [{"name": question.gives, "parameters": {"binary_data": True}}],
+            }
+            text = json.dumps(told).encode()
+            length = f"Inference-Header-Content-Length: {len(text)}\r\n"
+            return self._head("POST", f"models/{question.model}/infer", len(text) + size, length) + text
+
+        async def ask(number: int) -> bytes:
+            content = question.content(number)
+            return await self._answer(head(len(content)) + content)
+
+        return ask
+
+    async def statistics(self) -> Statistics:
+        return counted(json.loads(await self._answer(self._head("GET", "models/stats", 0))))
+
+    async def close(self) -> None:
+        for connection in self._free:
+            connection.transport.close()
+        self._free.clear()
+        await asyncio.sleep(0)  # transports close in the loop's next turn
+
+    def _head(self, method: str, path: str, size: int, more: str = "") -> bytes:
+        return (
+            f"{method} {self._path}/v2/{path} HTTP/1.1\r\nHost: {self._authority}\r\nContent-Length: {size}\r\n{more}\r\n"
+        ).encode()
+
+    async def _answer(self, message: bytes) -> bytes:
+        async with self._limit:
+            connection = self._free.pop() if self._free else await self._connected()
+            status, body = await connection.answer(message)
+            if not connection.transport.is_closing():
+                self._free.append(connection)
+        if status != 200:
+            raise Refused(body.decode(errors="replace"))
+        return body
+
+    async def _connected(self) -> _Connection:
+        host, _, port = self._authority.rpartition(":")
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(_Connection, host.strip("[]"), int(port), ssl=self._tls or None)
+        return connection
+
+
+class _Connection(asyncio.Protocol):
+    """One request at a time."""
+
+    transport: asyncio.Transport
+    _waiting: asyncio.Future[tuple[int, bytes]] | None = None
+    _found = b""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._waiting and not self._waiting.done():
+            self._waiting.set_exception(error or ConnectionResetError("the server closed the connection"))
+
+    def data_received(self, data: bytes) -> None:
+        self._found += data
+        head, end, body = self._found.partition(b"\r\n\r\n")
+        if not end or self._waiting is None or self._waiting.done():
+            return
+        if len(body) >= _length(head):
+            self._found = b""
+            self._waiting.set_result((int(head[9:12]), body))
+
+    async def answer(self, message: bytes) -> tuple[int, bytes]:
+        if self.transport.is_closing():
+            raise ConnectionResetError("the server closed the connection")
+        self._waiting = asyncio.get_running_loop().create_future()
+        self.transport.write(message)
+        try:
+            return await self._waiting
+        except asyncio.CancelledError:
+            self.transport.abort()  # what it would answer next belongs to nobody
+            raise
+
+
+def _length(head: bytes) -> int:
+    for line in head.split(b"\r\n")[1:]:
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length":
+            return int(value)
+    return 0
+
+
+class Grpc:
+    """One channel; requests are serialised by us, answers are left as they are."""
+
+    def __init__(self, address: str, tls: bool) -> None:
+        import grpc
+
+        options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
+        self._channel = (
+            grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(), options)
+            if tls
+            else grpc.aio.insecure_channel(address, options)
+        )
+        self._infer = self._channel.unary_unary(INFER)
+
+    def ask(self, question: Question) -> Ask:
+        from grpc.aio import AioRpcError
+        from tritonclient.grpc.service_pb2 import ModelInferRequest
+
+        request = ModelInferRequest(model_name=question.model)
+        request.inputs.add(name=question.takes, datatype=question.datatype, shape=question.shape)
+        request.outputs.add(name=question.gives)
+        request.raw_input_contents.append(b"")
+
+        async def ask(number: int) -> bytes:
+            request.raw_input_contents[0] = question.content(number)
+            try:
+                return await self._infer(request.SerializeToString())
+            except AioRpcError as error:  # it prints as a page
+                raise Refused(error.details()) from None
+
+        return ask
+
+    async def statistics(self) -> Statistics:
+        from google.protobuf.json_format import MessageToDict
+        from tritonclient.grpc.service_pb2 import ModelStatisticsRequest, ModelStatisticsResponse
+
+        call = self._channel.unary_unary(
+            STATISTICS, ModelStatisticsRequest.SerializeToString, ModelStatisticsResponse.FromString
+        )
+        return counted(MessageToDict(await call(ModelStatisticsRequest()), preserving_proto_field_name=True))
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+def counted(told: dict[str, Any]) -> Statistics:
+    """Read Triton's answer about all models; times in nanoseconds, summed over requests. Versions of one are added up."""
+    found: Statistics = {}
+    for one in told["model_stats"]:
+        parts = one.get("inference_stats", {})
+        new = {
+            "requests": _number(parts, "success", "count"),
+            "rows": int(one.get("inference_count", 0)),
+            "executions": int(one.get("execution_count", 0)),
+            "cache_hits": _number(parts, "cache_hit", "count"),
+            **{step: _number(parts, step, "ns") for step in STEPS},
+        }
+        old = found.get(one["name"], {})
+        found[one["name"]] = {key: value + old.get(key, 0) for key, value in new.items()}
+    return found
+
+
+def _number(parts: dict[str, Any], name: str, kind: str) -> int:
+    return int(parts.get(name, {}).get(kind, 0))

@@ -1,0 +1,171 @@
+"""Training arrays from draws: pictures and captions read, augmented, tokenised, with what cached teachers say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clipress.data.bad_records import Record, readable
+from clipress.data.pairs import Draw, Source
+from clipress.data.tokens import Tokenize
+from clipress.data.transforms import Augment, Library, Preprocess, augmented, normalised, viewed
+from clipress.errors import DataError
+
+if TYPE_CHECKING:
+    from clipress.data.teacher_cache import TeacherCache
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a draw came to: a record, and which of its views and captions."""
+
+    source: int
+    record: Record
+    view: int
+    caption: int
+    pixels: np.ndarray | None  # uint8 [S, S, 3]
+
+
+class TrainingSet:
+    """Turn lists of `Draw`s into arrays: pixels float32 [B,3,S,S], ids int64 [B,L], group and label int64 [B].
+
+    Labels number the classes of all labelled sources, one source after the other; -1 where a source has none. Where a
+    source has no pictures there are no pixels, where one has no captions no ids. `broken` lists the records that could
+    not be read; others took their places.
+
+    With `caches`, one per teacher for each source, pictures are seen only as teachers have seen them, and for teacher t
+    there are teacher_image_t and teacher_text_t, unit rows float32 [B,D], and their lengths teacher_image_norm_t and
+    teacher_text_norm_t, float32 [B].
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        preprocess: Preprocess,
+        tokenize: Tokenize,
+        augment: Augment,
+        seed: int,
+        caches: Sequence[Sequence[TeacherCache]] = (),
+        library: Library = "pillow",
+    ) -> None:
+        self.library = library
+        self.sources, self.preprocess, self.augment, self.seed = list(sources), preprocess, augment, seed
+        self.caches = [list(row) for row in caches]
+        self.has_images = all(source.has_images for source in self.sources)
+        self.has_texts = all(source.has_texts for source in self.sources)
+        if not (self.has_images or self.has_texts):
+            raise DataError(
+                "data.train: some sources have only pictures and some only texts; train on one kind at a time."
+            )
+        self._tokenize = tokenize
+        self._ids: dict[str, np.ndarray] = {}  # a caption is tokenised once
+        classes = [len(source.classes.names) if getattr(source, "classes", None) else 0 for source in self.sources]
+        self._first_label = [sum(classes[:place]) if count else None for place, count in enumerate(classes)]
+        if self.caches:
+            _check_caches(self.sources, self.caches, preprocess, augment)
+
+    def ids(self, texts: Sequence[str]) -> np.ndarray:
+        """Tokenise texts: int64 [N, L]."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
+        if new:
+            known = self._tokenize(new).astype(np.int32)
+            if len(self._ids) > 500_000:
+                self._ids.clear()
+            self._ids.update(zip(new, known, strict=True))
+        return np.stack([self._ids[text] for text in texts]).astype(np.int64)
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+        rows = [self._chosen(draw) for draw in draws]
+        groups = [self.sources[row.source].group(row.record.index) for row in rows]
+        firsts = [self._first_label[row.source] for row in rows]
+        arrays: dict[str, Any] = {
+            "group": np.asarray([row.source << 40 | group for row, group in zip(rows, groups, strict=True)], np.int64),
+            "label": np.asarray(
+                [-1 if first is None else first + group for first, group in zip(firsts, groups, strict=True)], np.int64
+            ),
+            "broken": [broken for row in rows for broken in row.record.broken],
+        }
+        if self.has_images:
+            arrays["pixels"] = normalised(np.stack([row.pixels for row in rows]), self.preprocess)
+        if self.has_texts:
+            arrays["ids"] = self.ids([row.record.captions[row.caption] for row in rows])
+        return arrays | (self._taught(rows) if self.caches else {})
+
+    def _chosen(self, draw: Draw) -> Chosen:
+        """Read what a draw asks for; all choices follow from (seed, draw)."""
+        source, key = self.sources[draw.source], [self.seed, draw.source, draw.epoch, draw.index]
+        rng = np.random.default_rng(key)
+        sides = (self.has_images, self.has_texts)
+        record, view = readable(source, draw.index, key, *sides), 0
+        if self.caches:
+            cache = self.caches[draw.source][0]
+            while not cache.ok(record.index):  # the teacher could not read it: another stands in
+                record = readable(source, int(rng.integers(len(source))), key, *sides)
+            view = int(rng.integers(cache.manifest.views)) if self.has_images else 0
+        pixels = None
+        if self.has_images and self.caches:
+            pixels = viewed(record.image, self.preprocess, cache.view(record.index, view), self.library)
+        elif self.has_images:
+            pixels = augmented(record.image, self.preprocess, self.augment, rng, self.library)
+        caption = int(rng.integers(len(record.captions))) if self.has_texts else 0
+        return Chosen(draw.source, record, view, caption, pixels)
+
+    def _taught(self, rows: Sequence[Chosen]) -> dict[str, np.ndarray]:
+        """Look up what every teacher says about the chosen views and captions."""
+        sources, arrays = np.asarray([row.source for row in rows]), {}
+        for teacher, first in enumerate(self.caches[0]):
+            for side in ("image",) * self.has_images + ("text",) * self.has_texts:
+                unit, norm = np.empty((len(rows), first.manifest.dim), np.float32), np.empty(len(rows), np.float32)
+                for source in np.unique(sources):
+                    here = np.flatnonzero(sources == source)
+                    unit[here], norm[here] = _looked_up(self.caches[source][teacher], side, [rows[at] for at in here])
+                arrays |= {f"teacher_{side}_{teacher}": unit, f"teacher_{side}_norm_{teacher}": norm}
+        return arrays
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+
+def _looked_up(cache: TeacherCache, side: str, rows: Sequence[Chosen]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a teacher says: unit rows [n, D] and their lengths [n]."""
+    if side == "image":
+        places = [cache.image_row(row.record.index, row.view) for row in rows]
+        return cache.images(places), cache.image_norms(places)
+    places = [cache.text_row(row.record.index, row.caption) for row in rows]
+    return cache.texts(places), cache.text_norms(places)
+
+
+def _check_caches(
+    sources: Sequence[Source], caches: Sequence[Sequence[TeacherCache]], preprocess: Preprocess, augment: Augment
+) -> None:
+    """Refuse caches of other data, of views that are not what the recipe asks for, or of teachers that saw others."""
+    if len(caches) != len(sources) or len({len(row) for row in caches}) != 1 or not caches[0]:
+        raise DataError(
+            f"Teacher embeddings: {len(sources)} sources need caches of the same teachers; "
+            f"found {list(map(len, caches))}."
+        )
+    for source, row in zip(sources, caches, strict=True):
+        for cache, leader in zip(row, caches[0], strict=True):
+            known = cache.manifest
+            for what, found, wanted in (
+                ("content of the source", known.fingerprint, source.fingerprint),
+                ("number of items", len(cache), len(source)),
+                ("augmentation", known.augment, augment),
+                ("teacher", known.teacher, leader.manifest.teacher),
+                ("views", cache.views_hash, row[0].views_hash),
+            ):
+                if found != wanted:
+                    raise DataError(
+                        f"Teacher embeddings in {cache.folder} do not fit {source.name}: {what} {found}; "
+                        f"{wanted} is asked for. Do: clipress embed RECIPE"
+                    )
+            if augment.shift and known.preprocess.size != preprocess.size:
+                raise DataError(
+                    f"Teacher embeddings in {cache.folder}: 'augment.shift' counts pixels, and the teacher's "
+                    f"pictures are {known.preprocess.size} wide, the student's {preprocess.size}. Use 'augment.crop_scale' instead."
+                )
+        if row[0].failed == len(source):
+            raise DataError(f"Teacher embeddings in {row[0].folder}: no picture of {source.name} could be read.")

@@ -1,0 +1,178 @@
+"""Where a Triton server is found: on PATH, else in the cache, else in a wheel that holds a whole one (nvidia-pytriton).
+
+    $CLIPRESS_CACHE/triton/<version>/<interpreter>/
+        pytriton/tritonserver/    binary, python backend, response cache
+        nvidia_pytriton.libs/     what they link to
+        python/                   a virtual environment with NumPy 1 and nothing else
+
+The wheel is unpacked, not installed: it would pin the NumPy of everybody. Its python backend takes the environment of
+the first `python3` on PATH, and under NumPy 2 answers with empty tensors and no error; so it gets an environment of its
+own. All other packages come from the interpreter that runs clipress: a .pth file adds the folders that MODULES names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clipress.errors import BackendMissing
+from clipress.storage import cache_folder, write_whole
+
+VERSION = "0.7.0"  # of nvidia-pytriton; the server in it is 2.51
+MODULES = "CLIPRESS_TRITON_MODULES"
+PTH = f"import os, site; list(map(site.addsitedir, filter(None, os.environ.get({MODULES!r}, '').split(os.pathsep))))\n"
+WAY_OUT = "Put a tritonserver on PATH, or start the repository in Triton's container as its README.md says."
+
+
+@dataclass(frozen=True)
+class Triton:
+    """A server that can be started: its binary, the options that name its own folders, what its environment adds."""
+
+    binary: Path
+    options: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_triton(tell: Callable[[str], None] = lambda _: None) -> Triton:
+    """Return the `tritonserver` on PATH, which brings its own backends, else the one in the cache.
+
+    Where the cache has none it is fetched, some 60 MB, once for every interpreter; `tell` hears of it. Several
+    processes may call this at once. Raises BackendMissing when it cannot be had, or cannot run here.
+    """
+    if own := shutil.which("tritonserver"):
+        return Triton(Path(own))
+    home = cache_folder().absolute() / "triton" / VERSION / _interpreter()
+    if not home.is_dir():
+        if not sys.platform.startswith("linux"):
+            raise BackendMissing(f"Triton was asked for; it runs on Linux only, and this is {sys.platform}. {WAY_OUT}")
+        with _alone(home.parent):
+            if not home.is_dir():  # another process may have been faster
+                tell(f"Fetching Triton (nvidia-pytriton {VERSION}, some 60 MB) into {home}, once.")
+                write_whole(home, _bring)
+    return _in_folder(home)
+
+
+def _interpreter() -> str:
+    known = hashlib.sha256(sys.base_prefix.encode()).hexdigest()[:8]
+    return f"{sys.implementation.name}{sys.version_info.major}.{sys.version_info.minor}-{known}"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    import fcntl  # Unix only
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise BackendMissing(
+            f"Triton was to be fetched into {folder}: {error}. Name another folder in $CLIPRESS_CACHE. {WAY_OUT}"
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _in_folder(home: Path) -> Triton:
+    server = home / "pytriton" / "tritonserver"
+    libraries = [home / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR"), Path(sys.base_prefix, "lib")]
+    modules = [Path(folder).absolute() for folder in sys.path if folder and Path(folder).is_dir()]
+    return Triton(
+        server / "bin" / "tritonserver",
+        (f"--backend-directory={server / 'backends'}", f"--cache-directory={server / 'caches'}"),
+        {
+            "PATH": _joined(home / "python" / "bin", os.environ.get("PATH", os.defpath)),
+            "LD_LIBRARY_PATH": _joined(*libraries, os.environ.get("LD_LIBRARY_PATH")),
+            MODULES: _joined(*modules),
+        },
+    )
+
+
+def _joined(*folders: str | Path | None) -> str:
+    """An empty entry would mean the current folder, so none is left in."""
+    return os.pathsep.join(str(folder) for folder in folders if folder)
+
+
+def _bring(home: Path) -> None:
+    wheels = home / "wheel"
+    _pip("download", "--no-deps", "--dest", wheels, f"nvidia-pytriton=={VERSION}")
+    for wheel in wheels.glob("*.whl"):
+        _unpack(wheel, home)
+    shutil.rmtree(wheels)
+    _fit(home)
+    environment = home / "python"
+    venv.create(environment, symlinks=True)
+    packages = environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    _pip("install", "--no-deps", "--no-compile", "--only-binary", ":all:", "--target", packages, "numpy<2")
+    (packages / "clipress.pth").write_text(PTH, encoding="utf-8")
+    _try(home)
+
+
+def _pip(*words: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", *words]
+    done = subprocess.run(
+        [*map(str, command), "--quiet", "--no-input", "--disable-pip-version-check"], capture_output=True, text=True
+    )
+    if done.returncode:
+        told = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in told if line.startswith("ERROR")] or told
+        raise BackendMissing(
+            f"Triton was asked for. There is none on PATH, and `pip {words[0]} {words[-1]}` failed on {_here()}: "
+            f"{' '.join(errors[-2:])} {WAY_OUT}"
+        )
+
+
+def _here() -> str:
+    return f"{platform.platform()} with Python {platform.python_version()}"
+
+
+def _unpack(wheel: Path, home: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if not (home / name).resolve().is_relative_to(home.resolve()):
+                raise BackendMissing(f"{wheel.name} holds '{name}', outside its own folder: it is not to be trusted.")
+        archive.extractall(home)
+
+
+def _fit(home: Path) -> None:
+    """Make binaries executable, and the python backend's stub the one of this interpreter."""
+    server = home / "pytriton" / "tritonserver"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        known = sorted(path.name for path in stub.parent.parent.glob("*"))
+        raise BackendMissing(f"Triton's python backend was asked for Python {version}; there is: {', '.join(known)}.")
+    fitted = server / "backends" / "python" / stub.name
+    shutil.copyfile(stub, fitted)
+    shutil.rmtree(stub.parent.parent)
+    for binary in (fitted, server / "bin" / "tritonserver"):
+        binary.chmod(0o755)
+
+
+def _try(home: Path) -> None:
+    """Start both binaries for nothing: the loader then says what this machine lacks (glibc, libpython, ...)."""
+    triton = _in_folder(home)
+    stub = home / "pytriton" / "tritonserver" / "backends" / "python" / "triton_python_backend_stub"
+    for command in ([triton.binary, "--help"], [stub]):
+        try:
+            done = subprocess.run(
+                command, env={**os.environ, **triton.environment}, capture_output=True, text=True, timeout=60
+            )
+            failed = done.stderr if done.returncode in (126, 127) or done.returncode < 0 else ""
+        except (OSError, subprocess.TimeoutExpired) as error:
+            failed = str(error)
+        if failed:
+            raise BackendMissing(
+                f"Triton was fetched, and its {Path(command[0]).name} cannot run on {_here()}: {failed.strip()} {WAY_OUT}"
+            )

@@ -1,0 +1,48 @@
+"""A measurement stays on the CPUs it names, and leaves the process as it was."""
+
+import os
+
+import pytest
+
+from clipress.bench.cpu_pinning import pinned
+from clipress.errors import RecipeError
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin")
+
+
+@pytest.fixture
+def allowed(monkeypatch):
+    """A machine with CPUs 2 to 5; returns where the process is."""
+    now = [{2, 3, 4, 5}]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: now[0])
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cpus: now.__setitem__(0, set(cpus)))
+    return now
+
+
+@pytest.mark.parametrize(
+    "cpus, threads, expected", [(None, 1, [5]), (None, 9, [2, 3, 4, 5]), ((3, 2), 1, [2, 3]), ((), 1, [2, 3, 4, 5])]
+)
+def test_it_stays_on_as_many_cpus_as_threads_or_on_those_named(allowed, cpus, threads, expected):
+    with pinned(cpus, threads) as found:
+        assert found == expected and allowed[0] == set(expected)
+    assert allowed[0] == {2, 3, 4, 5}
+
+
+def test_it_is_put_back_after_an_error(allowed):
+    with pytest.raises(KeyError), pinned(None, 1):
+        raise KeyError
+    assert allowed[0] == {2, 3, 4, 5}
+
+
+def test_a_cpu_that_is_not_allowed_is_named(allowed):
+    with (
+        pytest.raises(RecipeError, match="CPU 0, 9 was asked for; this process may use 2, 3, 4, 5"),
+        pinned((0, 2, 9), 1),
+    ):
+        pass
+
+
+def test_a_system_that_cannot_pin_says_nothing(monkeypatch):
+    monkeypatch.delattr(os, "sched_setaffinity")
+    with pinned(None, 1) as found:
+        assert found is None

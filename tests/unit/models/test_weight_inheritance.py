@@ -1,0 +1,288 @@
+"""Students cut out of their teacher, against slow constructions of the same."""
+
+import re
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from clipress.artifact import load_artifact, save_artifact
+from clipress.errors import RecipeError
+from clipress.models import anatomy, surgery
+from clipress.models.load import artifact_from_clip, clip_from_artifact, new_clip, save_for_open_clip
+from clipress.models.tiny import tiny_architecture
+from clipress.models.weight_inheritance import Size, inherited
+
+HEAD = 16
+
+
+def clip_of(layers=2, width=32, ffn=None, seed=0, **more):
+    """A CLIP whose heads are all 16 wide, and whose biases and gains all have something to lose."""
+    architecture = tiny_architecture(layers=layers, width=width)
+    for tower in anatomy.CONFIG_KEYS.values():
+        architecture[tower]["mlp_ratio"] = (ffn or 4 * width) / width
+    clip = new_clip(architecture | more, seed)
+    torch.manual_seed(seed)
+    for parameter in clip.model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 0.8, 0.4)
+    clip.model.eval()
+    return clip
+
+
+@torch.no_grad()
+def outputs(model):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 400, (3, 24), generator=generator)
+    ids[:, -1] = 49407
+    pixels = torch.randn(3, 3, 32, 32, generator=generator)
+    return model.eval().encode_image(pixels), model.encode_text(ids)
+
+
+def assert_same(found, wanted, close=1e-5):
+    for a, b in zip(outputs(found), outputs(wanted), strict=True):
+        torch.testing.assert_close(a, b, atol=close, rtol=close)
+
+
+def worst(scores, kept):
+    """All but the best, by a plain sort."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[kept:]
+
+
+@torch.no_grad()
+def silence(block, heads, ffn):
+    """Zero the weights of all but the best heads and hidden units, found one by one."""
+    attn = block.attn
+    rows = [slice(h * HEAD, (h + 1) * HEAD) for h in range(attn.heads)]
+    v, out = attn.v.weight.double().numpy(), attn.out.weight.double().numpy()
+    for h in worst([np.sqrt((v[r] ** 2).sum()) * np.sqrt((out[:, r] ** 2).sum()) for r in rows], heads):
+        for linear in (attn.q, attn.k, attn.v):
+            linear.weight[rows[h]] = 0
+            linear.bias[rows[h]] = 0
+    first, second = block.ffn_in.weight.double().numpy(), block.ffn_out.weight.double().numpy()
+    units = [np.sqrt((first[i] ** 2).sum()) * np.sqrt((second[:, i] ** 2).sum()) for i in range(len(first))]
+    for i in worst(units, ffn):
+        block.ffn_in.weight[i] = 0
+        block.ffn_in.bias[i] = 0
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+@pytest.mark.parametrize(("heads", "ffn"), [(1, 37), (2, 128), (3, 5)])
+def test_dropped_heads_and_units_equal_zeroed_ones(heads, ffn, custom_text, tmp_path):
+    teacher = clip_of(width=48, ffn=128, custom_text=custom_text)
+    before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+    size = Size(heads=heads, ffn=ffn)
+    student = inherited(teacher, {"image": size, "text": size})
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.model.state_dict().items())
+    for block in anatomy.blocks(student.model):
+        assert (block.attn.heads, block.ffn_in.out_features, block.width) == (heads, ffn, 48)
+    for block in anatomy.blocks(teacher.model):
+        silence(block, heads, ffn)
+    assert_same(student.model, teacher.model)
+    # open_clip's config says as many heads as fill the width, or nothing
+    assert save_for_open_clip(student, tmp_path / "open_clip") is (heads == 3)
+    save_artifact(artifact_from_clip(student, (), {}), tmp_path / "a")
+    for wanted, found in zip(
+        outputs(student.model), outputs(clip_from_artifact(load_artifact(tmp_path / "a")).model), strict=True
+    ):
+        assert torch.equal(found, wanted)
+
+
+def test_one_tower_may_keep_the_teachers_sizes():
+    teacher = clip_of(width=48)
+    student = inherited(teacher, {"text": Size(ffn=16)})
+    assert torch.equal(outputs(student.model)[0], outputs(teacher.model)[0])
+    assert student.architecture["vision_cfg"] == teacher.architecture["vision_cfg"]
+    assert not torch.allclose(outputs(student.model)[1], outputs(teacher.model)[1])
+    assert (student.preprocess, student.tokenizer) == (teacher.preprocess, teacher.tokenizer)
+
+
+def test_open_clips_config_says_every_feed_forward_exactly(tmp_path):
+    assert int(112 * (244 / 112)) == 243  # how open_clip would read the plain ratio
+    student = inherited(clip_of(layers=1, width=112), {"image": Size(ffn=244)})
+    assert student.model.visual.transformer.resblocks[0].mlp.c_fc.out_features == 244
+    assert save_for_open_clip(student, tmp_path / "open_clip")
+
+
+@pytest.mark.parametrize(("of", "kept", "wanted"), [(4, 2, [0, 2]), (5, 3, [0, 1, 3]), (4, 1, [0]), (3, 3, [0, 1, 2])])
+def test_layers_are_evenly_spaced_from_the_first(of, kept, wanted):
+    teacher = clip_of(layers=of)
+    student = inherited(teacher, {"image": Size(layers=kept), "text": Size(layers=kept)})
+    for tower in anatomy.TOWERS:
+        own, theirs = (
+            [block.ffn_in.weight for block in anatomy.blocks(clip.model) if block.tower == tower]
+            for clip in (student, teacher)
+        )
+        assert len(own) == kept and all(torch.equal(a, theirs[i]) for a, i in zip(own, wanted, strict=True))
+    assert student.architecture["text_cfg"]["layers"] == student.architecture["vision_cfg"]["layers"] == kept
+
+
+def places(rng, of, count, width=1):
+    """Choose some places, each `width` long, in order."""
+    chosen = np.sort(rng.choice(of, count, replace=False))
+    return (chosen[:, None] * width + np.arange(width)).ravel()
+
+
+def planted(small, big, seed=0):
+    """Hide a small model in a large one: its weights at random places of layers 0 and 2, next to nothing elsewhere."""
+    rng = np.random.default_rng(seed)
+    source, target = (clip.model.state_dict() for clip in (small, big))
+    channels = {tower: places(rng, 64, 32) for tower in anatomy.TOWERS}
+    at = {name: tuple(map(np.arange, tensor.shape)) for name, tensor in source.items()}
+    inner = {}
+    for name in source:
+        tower, block = anatomy.tower_of(name), re.search(r"resblocks\.(\d)\.", name)
+        heads, ffn = inner.setdefault((tower, block and block[1]), (places(rng, 4, 2, HEAD), places(rng, 200, 90)))
+        for axis, side in enumerate(source[name].shape):
+            if block is None:  # 32 channels; 17 and 24 places; embeddings are 40 wide
+                here = {32: channels.get(tower)}
+            elif "attn.out" in name or "c_proj" in name:
+                here = {32: channels[tower]} if axis == 0 else {32: heads, 90: ffn}
+            elif "ln_" in name or axis == 1:
+                here = {32: channels[tower]}
+            else:
+                here = {32: heads, 90: ffn}
+            if here.get(side) is not None:
+                at[name] = (*at[name][:axis], here[side], *at[name][axis + 1 :])
+    for tensor in target.values():
+        tensor.copy_(1e-4 * torch.from_numpy(rng.standard_normal(tuple(tensor.shape))))
+    for name, tensor in source.items():
+        place = target[re.sub(r"resblocks\.1\.", "resblocks.2.", name)].numpy()
+        place[np.ix_(*at[name]) if tensor.ndim else ()] = tensor.numpy()
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_a_small_model_hidden_in_a_large_one_is_found_again(custom_text, tmp_path):
+    small = clip_of(layers=2, width=32, ffn=90, embed_dim=40, custom_text=custom_text)
+    big = clip_of(layers=4, width=64, ffn=200, embed_dim=40, custom_text=custom_text)
+    planted(small, big)
+    size = Size(layers=2, heads=2, width=32, ffn=90)
+    student = inherited(big, {"image": size, "text": size})
+    assert_same(student.model, small.model, close=1e-6)
+    assert surgery.shapes(student.model) == surgery.shapes(small.model)
+    assert save_for_open_clip(student, tmp_path / "open_clip")  # an ordinary architecture
+    stock = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}", require_pretrained=True)
+    assert_same(stock, small.model)
+
+
+def slow_channels(weights, tower, layers, count):
+    """The channels with the largest norms in what writes and reads them, matrix by matrix, in plain numpy."""
+    state = {name: tensor.double().numpy() for name, tensor in weights.items()}
+    top = "visual." if tower == "image" else ""
+    ends = {
+        "image": [("conv1.weight", "c...", None), ("positional_embedding", "nc", None), ("proj", "cd", "ln_post")],
+        "text": [
+            ("token_embedding.weight", "nc", None),
+            ("positional_embedding", "nc", None),
+            ("text_projection", "cd", "ln_final"),
+        ],
+    }[tower]
+    parts = [(top + name, form, norm and f"{top}{norm}.weight") for name, form, norm in ends]
+    for layer in layers:
+        at = f"{top}transformer.resblocks.{layer}."
+        parts += [(f"{at}attn.{p}.weight", "dc", f"{at}ln_1.weight") for p in "qkv"]
+        parts += [(f"{at}attn.out.weight", "cd", None), (f"{at}mlp.c_proj.weight", "cd", None)]
+        parts += [(f"{at}mlp.c_fc.weight", "dc", f"{at}ln_2.weight")]
+    total = 0
+    for name, form, gain in parts:
+        width = state[name].shape[form.index("c")]
+        norms = np.array([np.linalg.norm(np.take(state[name], c, axis=form.index("c"))) for c in range(width)])
+        norms *= np.abs(state[gain]) if gain else 1
+        total = total + norms / norms.mean()
+    return sorted(sorted(range(len(total)), key=lambda c: -total[c])[:count])
+
+
+@pytest.mark.parametrize("width", [20, 41])
+@pytest.mark.parametrize("tower", anatomy.TOWERS)
+def test_width_keeps_the_channels_that_weigh_most_over_the_whole_tower(tower, width):
+    teacher = clip_of(layers=2, width=48, seed=3)
+    student = inherited(teacher, {tower: Size(width=width)})
+    theirs, own = teacher.model.state_dict(), student.model.state_dict()
+    kept = slow_channels(theirs, tower, (0, 1), width)
+    assert kept != list(range(width))
+    at = ("visual." if tower == "image" else "") + "transformer.resblocks.1."
+    for name, axis in (("attn.q.weight", 1), ("attn.out.weight", 0), ("mlp.c_proj.bias", 0), ("ln_2.weight", 0)):
+        assert torch.equal(own[at + name], theirs[at + name].index_select(axis, torch.tensor(kept)))
+    # heads stay as many and as wide as they were: 3 of 16 beside so many channels, which no open_clip config can say
+    block = next(block for block in anatomy.blocks(student.model) if block.tower == tower)
+    assert (block.attn.heads, block.attn.qk_dim, block.attn.scale, block.width) == (3, HEAD, HEAD**-0.5, width)
+    other = 1 - anatomy.TOWERS.index(tower)
+    assert torch.equal(outputs(student.model)[other], outputs(teacher.model)[other])
+
+
+def test_a_teacher_that_has_been_cut_gives_what_it_has_left(tmp_path):
+    teacher = clip_of(layers=2)
+    for number, block in enumerate(anatomy.blocks(teacher.model)):
+        dims = torch.arange(HEAD).expand(2, HEAD) < 8 + 2 * number
+        surgery.cut(block, surgery.Keep(dims, dims, torch.arange(128) < 64 + number))
+    student = inherited(teacher, {"image": Size(layers=1, width=24), "text": Size(heads=1)})
+    first, *_, last = anatomy.blocks(student.model)
+    assert (first.attn.qk_dim, first.ffn_in.out_features, last.attn.qk_dim, last.ffn_in.out_features) == (8, 64, 14, 67)
+    assert first.attn.scale == HEAD**-0.5
+    save_artifact(artifact_from_clip(student, (), {}), tmp_path / "a")
+    again = clip_from_artifact(tmp_path / "a")
+    assert all(torch.equal(a, b) for a, b in zip(outputs(again.model), outputs(student.model), strict=True))
+
+
+def test_layer_scales_are_inherited_with_their_channels():
+    teacher = clip_of(width=48)
+    teacher.architecture["vision_cfg"]["ls_init_value"] = 0.5
+    teacher = new_clip(teacher.architecture, 0)
+    student = inherited(teacher, {"image": Size(width=32, heads=2)})
+    assert student.model.visual.transformer.resblocks[0].ls_1.gamma.shape == (32,)
+    assert outputs(student.model)[0].shape == (3, 32)
+
+
+TIMM = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 32}
+RESNET = {"layers": [1, 1, 1, 1], "width": 16, "head_width": 64, "image_size": 32}
+
+
+def test_timms_transformers_give_heads_and_units():
+    teacher = clip_of(vision_cfg=TIMM, custom_text=True)
+    student = inherited(teacher, {"image": Size(heads=1, ffn=48)})
+    for block in anatomy.blocks(teacher.model):
+        if block.tower == "image":
+            dim = block.attn.v_dim
+            assert dim == 32  # silence() counts in heads of 16
+            _silence_timm(block)
+    torch.testing.assert_close(outputs(student.model)[0], outputs(teacher.model)[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def _silence_timm(block):
+    attn, dim = block.attn, block.attn.v_dim
+    score = [
+        attn.v.weight[h * dim : (h + 1) * dim].norm() * attn.out.weight[:, h * dim : (h + 1) * dim].norm()
+        for h in range(attn.heads)
+    ]
+    for h in worst(score, 1):
+        attn.v.weight[h * dim : (h + 1) * dim] = 0
+        attn.v.bias[h * dim : (h + 1) * dim] = 0
+    for i in worst((block.ffn_in.weight.norm(dim=1) * block.ffn_out.weight.norm(dim=0)).tolist(), 48):
+        block.ffn_out.weight[:, i] = 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "told"),
+    [
+        ({"vision_cfg": TIMM, "custom_text": True}, Size(width=32), "timm's name fixes layers and width"),
+        ({"vision_cfg": TIMM, "custom_text": True}, Size(layers=1), "timm's name fixes layers and width"),
+        ({"vision_cfg": RESNET}, Size(heads=1), "no transformer blocks to inherit from"),
+        ({}, Size(heads=3), r"image\.heads: 3 was asked for, and the teacher has 2"),
+        ({}, Size(ffn=129), r"image\.ffn: 129 was asked for, and the teacher has 128"),
+    ],
+)
+def test_sizes_that_the_teacher_cannot_give_are_told(changes, size, told):
+    with pytest.raises(RecipeError, match=told):
+        inherited(clip_of(**changes), {"image": size})
+
+
+def test_width_is_refused_where_it_is_the_embeddings_or_where_a_part_is_unknown():
+    teacher = clip_of(custom_text=True)
+    teacher.architecture["text_cfg"]["proj_type"] = "none"
+    with pytest.raises(RecipeError, match=r"text\.width: without a projection"):
+        inherited(new_clip(teacher.architecture, 0), {"text": Size(width=16)})
+    teacher.architecture["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2}
+    with pytest.raises(RecipeError, match=r"image\.width: visual\.attn_pool.*Leave 'width' out"):
+        inherited(new_clip(teacher.architecture, 0), {"image": Size(width=16)})
