@@ -516,15 +516,15 @@ def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, dur
     import json
 
     from clipress.bench.latency_table import cost_table
-    from clipress.models.load import clip_from_artifact
+    from clipress.models.load import model_from_artifact
     from clipress.progress import progress_bar
     from clipress.runtime.cpu import processor
     from clipress.storage import write_text_whole
 
     plan = _plan_of(run)
-    clip = clip_from_artifact(run / (_chosen(plan, stage) if stage else plan.artifacts[0]))
+    model = model_from_artifact(run / (_chosen(plan, stage) if stage else plan.artifacts[0]))
     with progress_bar(8, "costs", "kind") as bar:
-        table = cost_table(clip, batch, threads, duration, lambda _: bar.update())
+        table = cost_table(model, batch, threads, duration, lambda _: bar.update())
     write_text_whole(out, json.dumps(table | {"conditions": processor().record()}, indent=1) + "\n")
     click.echo(f"Cost table: {out}. Use it: prune: {{budget: {{latency: 0.5, costs: {out}}}}}")
 
@@ -801,13 +801,13 @@ def _items(artifact: Path, sets: list[EvalSet], probes: list[tuple[EvalSet, Eval
     """Evaluate an artefact in torch; on pairs of a training and a test set, by linear probe."""
     from clipress.metrics.evaluate import encode_all, evaluate_items
     from clipress.metrics.probe import linear_probe
-    from clipress.models.load import clip_from_artifact
+    from clipress.models.load import model_from_artifact
 
-    clip = clip_from_artifact(artifact)
-    encode_image, encode_text = clip.encoders()
-    items = evaluate_items(encode_image, encode_text, sets, clip.preprocess, clip.tokenize())
+    model = model_from_artifact(artifact)
+    encode_image, encode_text = model.encoders()
+    items = evaluate_items(encode_image, encode_text, sets, model.preprocess, model.tokenize())
     for train, test in probes:
-        features = [encode_all(encode_image, part.pixel_batches(clip.preprocess)) for part in (train, test)]
+        features = [encode_all(encode_image, part.pixel_batches(model.preprocess)) for part in (train, test)]
         found = linear_probe(features[0], train.labels(), features[1], test.labels())
         items |= {f"{test.name}/{metric}": outcomes for metric, outcomes in found.items()}
     return items
@@ -950,18 +950,18 @@ def filter_(
     from clipress.data.pairs import SourceSpec, open_source
     from clipress.data.prompts import read_prompts
     from clipress.metrics.evaluate import encode_texts
-    from clipress.models.load import clip_from_artifact
+    from clipress.models.load import model_from_artifact
     from clipress.progress import progress_bar
     from clipress.storage import write_text_whole
 
     texts = read_prompts(prompts_file)
     source = open_source(SourceSpec(format="images", images=images))
-    clip = clip_from_artifact(model)
-    clip.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    encode_image, encode_text = clip.encoders()
+    teacher = model_from_artifact(model)
+    teacher.module.to("cuda" if torch.cuda.is_available() else "cpu")
+    encode_image, encode_text = teacher.encoders()
     with progress_bar(len(source), "filter", "picture") as bar:
-        seen, indices = embeddings(source, encode_image, clip.preprocess, threads=threads, done=bar.update)
-    wanted = encode_texts(encode_text, clip.tokenize(), texts)
+        seen, indices = embeddings(source, encode_image, teacher.preprocess, threads=threads, done=bar.update)
+    wanted = encode_texts(encode_text, teacher.tokenize(), texts)
     chosen = nearest_to_prompts(seen, wanted, count or max(round(keep * len(source)), 1), near_duplicates)
     write_text_whole(out, table([source.paths[int(index)] for index in indices], chosen, texts))
     use = f"{{format: images, images: {images}, annotations: {out}}}"

@@ -7,12 +7,16 @@ from typing import Any
 
 from clipress.bench.layers import layer_costs
 from clipress.models import anatomy
-from clipress.models.load import clip_from_artifact
+from clipress.models.load import model_from_artifact
 
 
 def cost(artifact: Path) -> dict[str, Any]:
     """Return parameters with and without embeddings and in blocks, MACs of one image and one text, and both per layer."""
-    clip = clip_from_artifact(artifact)
-    layers = layer_costs(clip)
+    model = model_from_artifact(artifact)
+    layers = layer_costs(model)
     per_tower = {tower: sum(row["macs"] for row in layers if row["tower"] == tower) for tower in anatomy.TOWERS}
-    return anatomy.counts(clip.model) | {"macs": sum(per_tower.values()), "macs_per_tower": per_tower, "layers": layers}
+    return anatomy.counts(model.module) | {
+        "macs": sum(per_tower.values()),
+        "macs_per_tower": per_tower,
+        "layers": layers,
+    }

@@ -20,16 +20,18 @@ from torch import nn
 from clipress.bench.latency import measure_in_turns
 from clipress.models import anatomy, surgery
 from clipress.models.anatomy import Block
-from clipress.models.load import Clip
+from clipress.models.load import Model
 from clipress.runtime.onnx_session import open_session
 
 SCHEMA_VERSION = 1
 POINTS = 6  # widths measured per kind
 
 
-def cost_table(clip: Clip, batch: int, threads: int, duration_ms: float, done: Callable[[str], None]) -> dict[str, Any]:
+def cost_table(
+    model: Model, batch: int, threads: int, duration_ms: float, done: Callable[[str], None]
+) -> dict[str, Any]:
     """Measure both towers' blocks. Returns the table's `towers`; `done` is told each tower and kind."""
-    firsts = {block.tower: block for block in reversed(anatomy.blocks(clip.model))}
+    firsts = {block.tower: block for block in reversed(anatomy.blocks(model.module))}
     towers = {}
     for tower, block in firsts.items():
         full = {

@@ -15,22 +15,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipress.models import anatomy
-from clipress.models.load import Clip
+from clipress.models.load import Model
 
 ELSE = "all else"
 
 
-def layer_costs(clip: Clip) -> list[dict[str, Any]]:
+def layer_costs(model: Model) -> list[dict[str, Any]]:
     """Return `{tower, name, params, macs}` per layer; macs are those of one image or one text.
 
     Attention's products are counted with torch's own counter; INT8 and 2:4 do the same products and count as dense.
     """
     rows = []
     for tower in anatomy.TOWERS:
-        parts = dict(_parts(clip.model, tower))
-        counted = _macs(clip, tower, parts)
+        parts = dict(_parts(model.module, tower))
+        counted = _macs(model, tower, parts)
         params = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
-        params[ELSE] = sum(p.numel() for p in anatomy.tower_parameters(clip.model, tower)) - sum(params.values())
+        params[ELSE] = sum(p.numel() for p in anatomy.tower_parameters(model.module, tower)) - sum(params.values())
         rows += [{"tower": tower, "name": name, "params": params[name], "macs": counted[name]} for name in params]
     return rows
 
@@ -47,7 +47,7 @@ def _parts(model: nn.Module, tower: str) -> Iterator[tuple[str, nn.Module]]:
     yield from found
 
 
-def _macs(clip: Clip, tower: str, parts: dict[str, nn.Module]) -> dict[str, int]:
+def _macs(model: Model, tower: str, parts: dict[str, nn.Module]) -> dict[str, int]:
     counted = dict.fromkeys([*parts, ELSE], 0)
     entered: dict[str, int] = {}
     # plain products: not every release of the counter knows the fused kernels
@@ -65,9 +65,9 @@ def _macs(clip: Clip, tower: str, parts: dict[str, nn.Module]) -> dict[str, int]
             hooks.append(module.register_forward_hook(lambda *_, name=name: leave(name)))
         try:
             if tower == "image":
-                clip.model.encode_image(torch.zeros(1, 3, *anatomy.image_size(clip.model)))
+                model.module.encode_image(torch.zeros(1, 3, *anatomy.image_size(model.module)))
             else:
-                clip.model.encode_text(torch.ones(1, anatomy.context_length(clip.model), dtype=torch.int64))
+                model.module.encode_text(torch.ones(1, anatomy.context_length(model.module), dtype=torch.int64))
         finally:
             for hook in hooks:
                 hook.remove()

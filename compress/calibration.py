@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from clipress.compress.context import Context, Training
 from clipress.compress.train import batches
 from clipress.errors import DataError
-from clipress.models.load import Clip
+from clipress.models.load import Model
 
 Samples = dict[str, Tensor]
 """Of a batch: `pixels` float32 [B, 3, S, S], `ids` int64 [B, L]; either may be missing."""
@@ -19,9 +19,9 @@ Samples = dict[str, Tensor]
 class Calibration:
     """The first `pairs` training pairs of a stage, rounded up to whole batches. Call it with a model to show them."""
 
-    def __init__(self, clip: Clip, config: Training, context: Context, pairs: int) -> None:
+    def __init__(self, model: Model, config: Training, context: Context, pairs: int) -> None:
         self.device, self.title = context.fabric.device, context.title
-        self.loader = batches(clip, config, context, -(-pairs // config.batch_size))
+        self.loader = batches(model, config, context, -(-pairs // config.batch_size))
 
     def __iter__(self) -> Iterator[Samples]:
         """Yield `Samples`, on the model's device. Raises DataError when all pictures were one and the same."""

@@ -15,7 +15,7 @@ from clipress.compress.fabric import Runtime
 from clipress.data.pairs import DataSpec, open_source
 from clipress.data.teacher_cache import TeacherCache
 from clipress.errors import RecipeError
-from clipress.models.load import Clip
+from clipress.models.load import Model
 from clipress.recipe import Section
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Context:
     fabric: Fabric
     data: DataSpec
     seed: int
-    teachers: tuple[Clip, ...] = ()
+    teachers: tuple[Model, ...] = ()
     runtime: Runtime = field(default_factory=Runtime)
     log: Path | None = None
     """JSON lines; None keeps none."""

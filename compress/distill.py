@@ -10,7 +10,7 @@ from typing import Any
 from clipress.compress.context import Context, Training
 from clipress.compress.losses import Losses, terms_from
 from clipress.compress.train import train
-from clipress.models.load import Clip
+from clipress.models.load import Model
 
 
 class Distill(Training):
@@ -24,6 +24,6 @@ class Distill(Training):
         terms_from(self.losses, "distill.losses")
 
 
-def run(settings: Distill, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
+def run(settings: Distill, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Train the student."""
-    return clip, train(clip, settings, terms_from(settings.losses, "distill.losses"), context)
+    return model, train(model, settings, terms_from(settings.losses, "distill.losses"), context)

@@ -31,7 +31,7 @@ from clipress.compress.losses import (
 from clipress.errors import RecipeError
 from clipress.metrics.evaluate import classifier
 from clipress.models import anatomy
-from clipress.models.load import Clip
+from clipress.models.load import Model
 from clipress.models.students import rest
 
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 class Learner:
     """Everything that takes part in a step: student, teachers, objective, optimisers."""
 
-    def __init__(self, clip: Clip, config: Training, terms: Mapping[str, Loss.Settings], context: Context) -> None:
-        self.clip, self.config, self.context, self.fabric = clip, config, context, context.fabric
+    def __init__(self, model: Model, config: Training, terms: Mapping[str, Loss.Settings], context: Context) -> None:
+        self.student, self.config, self.context, self.fabric = model, config, context, context.fabric
         needs = needs_of(terms)
         teachers = context.teachers if "teacher" in needs else ()
         if "teacher" in needs and not teachers:
@@ -147,23 +147,23 @@ class Learner:
                 f"{context.title}: losses {sorted(terms)} compare with a teacher, and the recipe has none."
             )
         for number, teacher in enumerate(teachers):
-            _refuse_strangers(clip, teacher, terms if number == 0 else (), context)
-        self.sides = _learning(clip, config, needs, context)
+            _refuse_strangers(model, teacher, terms if number == 0 else (), context)
+        self.sides = _learning(model, config, needs, context)
         self.shown = SIDES if "pairs" in needs else self.sides
         tokens = self.sides if "tokens" in needs else ()
-        sizes = _sizes(clip, teachers, self.sides, tokens)
+        sizes = _sizes(model, teachers, self.sides, tokens)
         self.objective = Objective(terms, sizes, context.seed).to(self.fabric.device)
         frozen = [side for side in SIDES if side not in self.sides]
-        self.held = [p for side in frozen for p in anatomy.tower_parameters(clip.model, side) if p.requires_grad]
+        self.held = [p for side in frozen for p in anatomy.tower_parameters(model.module, side) if p.requires_grad]
         for parameter in self.held:
             parameter.requires_grad_(False)
-        clip.model.train()
-        rest(clip.model)
+        model.module.train()
+        rest(model.module)
         if context.runtime.checkpointing:
-            clip.model.set_grad_checkpointing(True)
+            model.module.set_grad_checkpointing(True)
         # the slow copy is whole on each process
-        self.twin = MomentumTwin(clip.model, config, context) if "momentum" in needs else None
-        self.towers = Towers(clip.model, tokens, frozen)
+        self.twin = MomentumTwin(model.module, config, context) if "momentum" in needs else None
+        self.towers = Towers(model.module, tokens, frozen)
         self.module = self.fabric.setup_module(self.towers)
         groups = parameter_groups(self.module, config.weight_decay)
         self.optimizer = self.fabric.setup_optimizers(
@@ -174,7 +174,7 @@ class Learner:
         self.own = torch.optim.AdamW(learned, lr=config.lr, betas=config.betas) if learns else None
         self.taught = len(teachers)
         run = () if context.caches else teachers
-        self.mentors = [Towers(t.model, tokens).to(self.fabric.device).eval() for t in run]
+        self.mentors = [Towers(t.module, tokens).to(self.fabric.device).eval() for t in run]
         self.classes = _classifier(teachers[0], context) if "labels" in needs else None
 
     def gradients(
@@ -184,7 +184,9 @@ class Learner:
 
         When it is not, nothing of the step is left in what later steps look at.
         """
-        statistics = [(buffer, buffer.clone()) for norm in _batch_norms(self.clip.model) for buffer in norm.buffers()]
+        statistics = [
+            (buffer, buffer.clone()) for norm in _batch_norms(self.student.module) for buffer in norm.buffers()
+        ]
         past = self.twin.past if self.twin is not None else {}
         total, terms, finite = self._gradients(step, arrays, hooks)
         if not finite:
@@ -234,7 +236,7 @@ class Learner:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
-        _clamp_scale(self.clip.model)
+        _clamp_scale(self.student.module)
         self.objective.clamp_scales()
 
     def forget_gradients(self) -> None:
@@ -245,7 +247,7 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """Return what the next step depends on."""
         state = {
-            "student": self.clip.model.state_dict(),
+            "student": self.student.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state_dict(),
             "rng": torch.get_rng_state(),
@@ -260,7 +262,7 @@ class Learner:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.clip.model.load_state_dict(state["student"])
+        self.student.module.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.objective.load_state_dict(state["objective"])
         if self.own is not None:
@@ -275,19 +277,19 @@ class Learner:
         """Leave the student as a plain model in evaluation mode, nothing frozen, nothing hooked."""
         for towers in (self.towers, *self.mentors):
             towers.close()
-        gather_shards(self.clip.model)
+        gather_shards(self.student.module)
         for parameter in self.held:
             parameter.requires_grad_(True)
         if self.context.runtime.checkpointing:
-            self.clip.model.set_grad_checkpointing(False)
-        self.clip.model.eval()
+            self.student.module.set_grad_checkpointing(False)
+        self.student.module.eval()
 
     def _without_graph(self, inputs: Mapping[str, Tensor], parts: int) -> dict[str, Tensor]:
         """Encode a batch part by part, keeping outputs only: leaves [B, ...] the loss is differentiated to (GradCache).
 
         Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup".
         """
-        with torch.no_grad(), _still_statistics(self.clip.model):
+        with torch.no_grad(), _still_statistics(self.student.module):
             seen = [self.module(**part) for part in _split(inputs, parts)]
         outputs = {name: torch.cat([one[name] for one in seen]) for name in seen[0] if name != "scale"}
         return {name: rows.requires_grad_() for name, rows in (outputs | {"scale": seen[0]["scale"]}).items()}
@@ -373,7 +375,7 @@ class Learner:
         return nn.utils.clip_grad_norm_(learned, self.config.clip)
 
 
-def _learning(clip: Clip, config: Training, needs: frozenset[str], context: Context) -> tuple[str, ...]:
+def _learning(model: Model, config: Training, needs: frozenset[str], context: Context) -> tuple[str, ...]:
     """Return the towers that learn: asked for, not the teacher's own, and with data to learn from."""
     sources = context.sources()
     there = {"image": all(s.has_images for s in sources), "text": all(s.has_texts for s in sources)}
@@ -383,7 +385,7 @@ def _learning(clip: Clip, config: Training, needs: frozenset[str], context: Cont
             f"{context.title}: its losses look at pairs, and the training data have no {lacking[0]}s. Use losses that look "
             "at one tower alone, such as feature, or data with both."
         )
-    trainable = [side for side in SIDES if any(p.requires_grad for p in anatomy.tower_parameters(clip.model, side))]
+    trainable = [side for side in SIDES if any(p.requires_grad for p in anatomy.tower_parameters(model.module, side))]
     sides = tuple(side for side in trainable if config.towers in ("both", side) and there[side])
     if not sides:
         raise RecipeError(
@@ -393,7 +395,7 @@ def _learning(clip: Clip, config: Training, needs: frozenset[str], context: Cont
     return sides
 
 
-def _refuse_strangers(student: Clip, teacher: Clip, terms: Iterable[str], context: Context) -> None:
+def _refuse_strangers(student: Model, teacher: Model, terms: Iterable[str], context: Context) -> None:
     """A teacher that is run sees the student's pixels and ids; some losses want embeddings of one width."""
     title = context.title
     if context.caches and "tokens" in needs_of(terms):
@@ -409,7 +411,7 @@ def _refuse_strangers(student: Clip, teacher: Clip, terms: Iterable[str], contex
                 f"{title}: teacher and student must share their {what}; found {other} and {own}. "
                 "With 'teacher.cache' they need not."
             )
-    widths = [clip.architecture["embed_dim"] for clip in (teacher, student)]
+    widths = [model.architecture["embed_dim"] for model in (teacher, student)]
     strict = sorted(name for name in terms if "width" in loss_type(name, title).needs)
     if strict and widths[0] != widths[1]:
         raise RecipeError(
@@ -418,15 +420,15 @@ def _refuse_strangers(student: Clip, teacher: Clip, terms: Iterable[str], contex
         )
 
 
-def _sizes(student: Clip, teachers: Sequence[Clip], sides: Sequence[str], tokens: Sequence[str]) -> Sizes:
-    def shapes(clip: Clip) -> dict[str, tuple[int, int]]:
-        return {side: anatomy.token_shape(clip.model, side) for side in tokens}
+def _sizes(student: Model, teachers: Sequence[Model], sides: Sequence[str], tokens: Sequence[str]) -> Sizes:
+    def shapes(model: Model) -> dict[str, tuple[int, int]]:
+        return {side: anatomy.token_shape(model.module, side) for side in tokens}
 
     return Sizes(
         student.architecture["embed_dim"],
         tuple(teacher.architecture["embed_dim"] for teacher in teachers),
         tuple(sides),
-        anatomy.image_size(student.model),
+        anatomy.image_size(student.module),
         student_tokens=shapes(student),
         teacher_tokens=shapes(teachers[0]) if teachers else None,
     )
@@ -438,7 +440,7 @@ def _split(rows: Mapping[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
     return [{name: chunks[number] for name, chunks in pieces.items()} for number in range(count)]
 
 
-def _classifier(teacher: Clip, context: Context) -> Tensor:
+def _classifier(teacher: Model, context: Context) -> Tensor:
     """Return the teacher's text classifier of all labelled sources, one after the other: unit rows [C, D]."""
     _, encode = teacher.encoders()
     found = []

@@ -27,11 +27,11 @@ from clipress.data.teacher_cache import TeacherCache
 from clipress.errors import ArtifactError
 from clipress.metrics.evaluate import evaluate
 from clipress.models.load import (
-    Clip,
+    Model,
     TeacherSpec,
-    artifact_from_clip,
-    clip_from_artifact,
-    clip_from_open_clip,
+    artifact_from_model,
+    model_from_artifact,
+    model_from_open_clip,
     save_for_open_clip,
 )
 from clipress.models.students import freeze, start_hash, student_from, towers_of_teacher
@@ -62,7 +62,7 @@ def _compressed(plan: Plan, run: Path, say: Say, fresh: bool) -> list[Path]:
     data = fingerprint(plan.data.train)
     folders: list[Path] = []
     brought = [bring_teacher(spec, say) for spec in plan.teachers]
-    teachers = tuple(teacher.clip for teacher in brought)
+    teachers = tuple(teacher.model for teacher in brought)
     lineage: tuple[dict[str, Any], ...] = ()
     if brought:
         folders.append(run / "teacher")
@@ -70,7 +70,7 @@ def _compressed(plan: Plan, run: Path, say: Say, fresh: bool) -> list[Path]:
         _keep(brought[0], folders[0], plan, context, say)
     taught_by = "+".join(teacher.hash for teacher in brought) or "none"
     teacher = teachers[0] if teachers else None
-    clip = student_from(recipe.student, teacher, recipe.seed) if recipe.student is not None else teacher.copy()
+    model = student_from(recipe.student, teacher, recipe.seed) if recipe.student is not None else teacher.copy()
     if recipe.student is not None:
         lineage = ({"stage": "start", "hash": start_hash(recipe.student, recipe.seed)},)
     for number, stage in enumerate(plan.stages):
@@ -80,7 +80,7 @@ def _compressed(plan: Plan, run: Path, say: Say, fresh: bool) -> list[Path]:
         done = None if fresh else _finished(folder, record["hash"])
         if done:
             say(f"{stage.name}: already there, its inputs have not changed ({folder})")
-            clip, lineage = clip_from_artifact(done), done.lineage
+            model, lineage = model_from_artifact(done), done.lineage
         else:
             say(f"{stage.name}: {stage.kind} {_settings(stage)}")
             if not context.caches:
@@ -97,12 +97,12 @@ def _compressed(plan: Plan, run: Path, say: Say, fresh: bool) -> list[Path]:
                 checkpoints=checkpoints,
                 title=stage.name,
             )
-            freeze(clip.model, towers_of_teacher(recipe.student))  # what was loaded or cut came back trainable
-            clip, details = stage.run(clip, own)
+            freeze(model.module, towers_of_teacher(recipe.student))  # what was loaded or cut came back trainable
+            model, details = stage.run(model, own)
             seconds = round(time.perf_counter() - began, 1)
             record |= {"details": details, "seconds": seconds, "peak_memory_mb": peak_memory_mb()}
             lineage = (*lineage, record)
-            _leave(clip, lineage, folder, plan, context, say)
+            _leave(model, lineage, folder, plan, context, say)
             _forget_checkpoints(run, fabric)
         folders.append(folder)
     _forget_checkpoints(run, fabric)  # of a process that was killed right after its last stage
@@ -183,27 +183,27 @@ def _finished(folder: Path, wanted: str) -> Artifact | None:
 
 
 def _leave(
-    clip: Clip, lineage: tuple[dict[str, Any], ...], folder: Path, plan: Plan, context: Context, say: Say
+    model: Model, lineage: tuple[dict[str, Any], ...], folder: Path, plan: Plan, context: Context, say: Say
 ) -> None:
     """Measure a stage's result on the validation sets and write its artefact."""
     if context.fabric.is_global_zero:
-        _write(clip, lineage, _measured(clip, plan), folder, say)
+        _write(model, lineage, _measured(model, plan), folder, say)
     context.fabric.barrier()
 
 
-def _measured(clip: Clip, plan: Plan) -> dict[str, Any]:
+def _measured(model: Model, plan: Plan) -> dict[str, Any]:
     if not plan.data.val:
         return {}
-    accuracy = evaluate(*clip.encoders(), evalsets(plan.data.val), clip.preprocess, clip.tokenize())
+    accuracy = evaluate(*model.encoders(), evalsets(plan.data.val), model.preprocess, model.tokenize())
     conditions = {"split": "val", "backend": "torch", "precision": "fp32", "data": fingerprint(plan.data.val)}
     return {"accuracy": {key: round(value, 3) for key, value in accuracy.items()}, "conditions": conditions}
 
 
-def _write(clip: Clip, lineage: tuple[dict[str, Any], ...], metrics: dict[str, Any], folder: Path, say: Say) -> None:
+def _write(model: Model, lineage: tuple[dict[str, Any], ...], metrics: dict[str, Any], folder: Path, say: Say) -> None:
     if metrics:
         say(f"{folder.name}: " + "  ".join(f"{key} {value:.1f}" for key, value in metrics["accuracy"].items()))
-    artifact = artifact_from_clip(clip, lineage, metrics)
-    save_artifact(artifact, folder, lambda aside: save_for_open_clip(clip, aside / "open_clip"))
+    artifact = artifact_from_model(model, lineage, metrics)
+    save_artifact(artifact, folder, lambda aside: save_for_open_clip(model, aside / "open_clip"))
     total, in_blocks = artifact.counts["params"], artifact.counts["block_params"]
     say(f"{folder.name}: {total:,} parameters, {in_blocks:,} of them in blocks -> {folder}")
 
@@ -212,7 +212,7 @@ def _write(clip: Clip, lineage: tuple[dict[str, Any], ...], metrics: dict[str, A
 class Teacher:
     """A teacher that was brought in: the model, what made it, and what it was measured at if it was."""
 
-    clip: Clip
+    model: Model
     lineage: tuple[dict[str, Any], ...]
     metrics: dict[str, Any] | None
 
@@ -225,12 +225,12 @@ class Teacher:
 def bring_teacher(spec: TeacherSpec, say: Say) -> Teacher:
     """Load a teacher, or make it by its recipe."""
     if spec.model is not None:
-        clip = clip_from_open_clip(spec.model, spec.checkpoint)
+        model = model_from_open_clip(spec.model, spec.checkpoint)
         weights = digest(
-            *(f"{name} {tensor.double().sum().item()!r}" for name, tensor in clip.model.state_dict().items())
+            *(f"{name} {tensor.double().sum().item()!r}" for name, tensor in model.module.state_dict().items())
         )
         known = {"stage": "teacher", "model": spec.model, "checkpoint": spec.checkpoint, "hash": weights}
-        return Teacher(clip, (known,), None)
+        return Teacher(model, (known,), None)
     source: Artifact | Path = spec.artifact
     if spec.recipe is not None:
         inner = checked(Recipe, spec.recipe, "teacher.recipe")
@@ -238,7 +238,7 @@ def bring_teacher(spec: TeacherSpec, say: Say) -> Teacher:
         say(f"teacher: from recipe '{inner.name}', kept in {home}")
         source = compress(inner, home, say, wait=say)[-1]
     artifact = load_artifact(source)
-    return Teacher(clip_from_artifact(artifact), artifact.lineage, artifact.metrics)
+    return Teacher(model_from_artifact(artifact), artifact.lineage, artifact.metrics)
 
 
 def _caches(plan: Plan, brought: Sequence[Teacher], context: Context, say: Say) -> tuple[tuple[TeacherCache, ...], ...]:
@@ -256,6 +256,6 @@ def _caches(plan: Plan, brought: Sequence[Teacher], context: Context, say: Say) 
 def _keep(teacher: Teacher, folder: Path, plan: Plan, context: Context, say: Say) -> None:
     """Leave a copy of the teacher in the run folder."""
     if context.fabric.is_global_zero and not _finished(folder, teacher.hash):
-        metrics = _measured(teacher.clip, plan) if teacher.metrics is None else teacher.metrics
-        _write(teacher.clip, teacher.lineage, metrics, folder, say)
+        metrics = _measured(teacher.model, plan) if teacher.metrics is None else teacher.metrics
+        _write(teacher.model, teacher.lineage, metrics, folder, say)
     context.fabric.barrier()

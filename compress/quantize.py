@@ -16,7 +16,7 @@ from clipress.compress.losses import Losses, terms_from
 from clipress.compress.sensitivity import held, keep_sensitive, sensitivities
 from clipress.compress.train import train
 from clipress.models import quantizers
-from clipress.models.load import Clip
+from clipress.models.load import Model
 
 AUTO = "auto"
 
@@ -50,19 +50,19 @@ class Quantize(Training):
         terms_from(self.losses, "quantize.losses")
 
 
-def run(settings: Quantize, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
+def run(settings: Quantize, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Calibrate, leave sensitive layers out where asked, then train with the rounding in place."""
-    names = quantizers.quantizable(clip.model, settings.keep)
-    clip.model.to(context.fabric.device)
-    calibration = Calibration(clip, settings, context, settings.calibrate)
-    quantizers.attach(clip.model, names, calibration, settings.method, settings.percentile, settings.portable)
+    names = quantizers.quantizable(model.module, settings.keep)
+    model.module.to(context.fabric.device)
+    calibration = Calibration(model, settings, context, settings.calibrate)
+    quantizers.attach(model.module, names, calibration, settings.method, settings.percentile, settings.portable)
     details: dict[str, Any] = {}
     if settings.sensitivity or AUTO in settings.keep:
-        details = _sensitivity(settings, clip, names, calibration, context)
+        details = _sensitivity(settings, model, names, calibration, context)
         kept = details.get("kept", [])
-        quantizers.detach(clip.model, kept)
+        quantizers.detach(model.module, kept)
         names = [name for name in names if name not in kept]
-        quantizers.only(clip.model, names, names)
+        quantizers.only(model.module, names, names)
     quantization = {
         "dtype": settings.dtype,
         "modules": names,
@@ -71,7 +71,7 @@ def run(settings: Quantize, clip: Clip, context: Context) -> tuple[Clip, dict[st
         "method": settings.method,
         "portable": settings.portable,
     }
-    quantized = Clip(**{**clip.__dict__, "quantization": quantization})
+    quantized = Model(**{**model.__dict__, "quantization": quantization})
     details |= {"quantized_modules": len(names), "steps": 0}
     if settings.steps != 0:
         details |= train(quantized, settings, terms_from(settings.losses, "quantize.losses"), context)
@@ -79,12 +79,12 @@ def run(settings: Quantize, clip: Clip, context: Context) -> tuple[Clip, dict[st
 
 
 def _sensitivity(
-    settings: Quantize, clip: Clip, names: list[str], calibration: Calibration, context: Context
+    settings: Quantize, model: Model, names: list[str], calibration: Calibration, context: Context
 ) -> dict[str, Any]:
     """Return the report and, with `keep: auto`, what to keep; the first process's samples decide for all."""
     samples = held(calibration)
-    report = sensitivities(clip.model, names, samples)
+    report = sensitivities(model.module, names, samples)
     details: dict[str, Any] = {"sensitivity": [asdict(layer) for layer in report]}
     if AUTO in settings.keep:
-        details["kept"], details["damage"] = keep_sensitive(clip.model, report, samples, settings.max_damage)
+        details["kept"], details["damage"] = keep_sensitive(model.module, report, samples, settings.max_damage)
     return context.fabric.broadcast(details)

@@ -19,7 +19,7 @@ from clipress.compress.calibration import Calibration
 from clipress.compress.context import Context, Training
 from clipress.compress.losses import Losses, terms_from
 from clipress.compress.train import train
-from clipress.models.load import Clip
+from clipress.models.load import Model
 
 PROJECTIONS = ("proj", "text_projection")  # matrices that open_clip's transformers keep as parameters
 
@@ -42,19 +42,19 @@ class Sparsify(Training):
         terms_from(self.losses, "sparsify.losses")
 
 
-def run(settings: Sparsify, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
+def run(settings: Sparsify, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Zero two of every four weights, then fine-tune what is left."""
     show = None
     if settings.method == "sparsegpt":
-        clip.model.to(context.fabric.device)
-        show = Calibration(clip, settings, context, settings.calibrate)
-    zeros = zero_two_of_four(clip.model, show)
+        model.module.to(context.fabric.device)
+        show = Calibration(model, settings, context, settings.calibrate)
+    zeros = zero_two_of_four(model.module, show)
     for line in told(zeros):
         context.say(f"{context.title}: {line}")
     if show:  # each process has seen its own share of the samples
-        clip.model.load_state_dict(context.fabric.broadcast(clip.model.state_dict()))
+        model.module.load_state_dict(context.fabric.broadcast(model.module.state_dict()))
     sparsity = {"pattern": settings.pattern, "method": settings.method, **zeros._asdict()}
-    sparse = Clip(**{**clip.__dict__, "sparsity": sparsity})
+    sparse = Model(**{**model.__dict__, "sparsity": sparsity})
     details = train(sparse, settings, terms_from(settings.losses, "sparsify.losses"), context)
     kept = {"skipped": zeros.skipped, "by_magnitude": zeros.by_magnitude}
     return sparse, details | {"sparse_weights": len(zeros.weights), **kept}

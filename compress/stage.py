@@ -10,7 +10,7 @@ from typing import Any
 from clipress.errors import RecipeError, nearest
 from clipress.recipe import Section, checked
 
-# kind: (module, settings type); the module has `run(settings, clip, context) -> (Clip, details)`.
+# kind: (module, settings type); the module has `run(settings, clip, context) -> (Model, details)`.
 KINDS = {
     "distill": ("clipress.compress.distill", "Distill"),
     "prune": ("clipress.compress.prune.search", "Prune"),
@@ -42,9 +42,9 @@ class Stage:
     name: str
     settings: Section
 
-    def run(self, clip: Any, context: Any) -> tuple[Any, dict[str, Any]]:
+    def run(self, model: Any, context: Any) -> tuple[Any, dict[str, Any]]:
         """Run the stage on a student; returns the new student and details for the lineage."""
-        return importlib.import_module(KINDS[self.kind][0]).run(self.settings, clip, context)
+        return importlib.import_module(KINDS[self.kind][0]).run(self.settings, model, context)
 
 
 def stages_from(raw: Sequence[Mapping[str, Any]]) -> list[Stage]:

@@ -43,7 +43,7 @@ from clipress.data.teacher_cache import (
 from clipress.data.tokens import Tokenize
 from clipress.data.transforms import Augment, View, drawn_view, normalised, size_of, viewed
 from clipress.errors import ArtifactError, DataError, RecipeError
-from clipress.models.load import Clip, TeacherSpec
+from clipress.models.load import Model, TeacherSpec
 from clipress.progress import progress_bar
 from clipress.storage import cache_folder, locked, sweep
 
@@ -60,7 +60,7 @@ T = TypeVar("T")
 
 
 def build_cache(
-    clip: Clip,
+    model: Model,
     source: Source,
     augment: Augment,
     views: int,
@@ -83,11 +83,11 @@ def build_cache(
     a thread of this one does. The cache lies in a folder of its own under `home`. When others are making the same one,
     ArtifactError is raised, or `wait` is told and they are waited for.
     """
-    manifest = manifest_of(clip, source, augment, views, teacher_hash, dtype, precision)
+    manifest = manifest_of(model, source, augment, views, teacher_hash, dtype, precision)
     folder = home / manifest.key
     to_do = len(finished_shards(folder, manifest)) < manifest.shards
     with locked(folder, wait) if to_do and rank == 0 else nullcontext():
-        write_shards(clip, source, manifest, home, say, rank, world, workers, batch)
+        write_shards(model, source, manifest, home, say, rank, world, workers, batch)
         barrier()
     cache = TeacherCache.open(folder)
     if rank == 0:
@@ -96,7 +96,7 @@ def build_cache(
 
 
 def manifest_of(
-    clip: Clip, source: Source, augment: Augment, views: int, teacher_hash: str, dtype: Dtype, precision: Precision
+    model: Model, source: Source, augment: Augment, views: int, teacher_hash: str, dtype: Dtype, precision: Precision
 ) -> Manifest:
     """Describe a cache before it is made; the description decides where it lies."""
     if views > 1 and augment == Augment():
@@ -104,20 +104,20 @@ def manifest_of(
             f"cache: {views} views of {source.name} were asked for, and 'data.augment' is empty: "
             "they would all be the same. Ask for one view, or augment."
         )
-    device, model = next(clip.model.parameters()).device, clip.model
-    bias = getattr(model, "logit_bias", None)
+    device, module = next(model.module.parameters()).device, model.module
+    bias = getattr(module, "logit_bias", None)
     return Manifest(
         teacher=teacher_hash,
-        logit_scale=float(model.logit_scale.detach().double().exp()),
+        logit_scale=float(module.logit_scale.detach().double().exp()),
         logit_bias=None if bias is None else float(bias),
-        preprocess=clip.preprocess,
-        tokenizer=clip.tokenizer,
+        preprocess=model.preprocess,
+        tokenizer=model.tokenizer,
         source=source.name,
         fingerprint=source.fingerprint,
         items=len(source),
         augment=augment,
         views=views if source.has_images else 0,
-        dim=clip.architecture["embed_dim"],
+        dim=model.architecture["embed_dim"],
         dtype=dtype,
         precision="bf16" if uses_bf16(precision, device.type) else "fp32",
         made_with={
@@ -131,7 +131,7 @@ def manifest_of(
 
 
 def write_shards(
-    clip: Clip,
+    model: Model,
     source: Source,
     manifest: Manifest,
     home: Path,
@@ -152,19 +152,19 @@ def write_shards(
     say(f"{source.name}: embedding {todo:,} of {len(source):,} pictures, {manifest.views} view(s) each -> {folder}")
     failed: list[str] = []
     loads = DataLoader(
-        _Loads(source, manifest, clip.tokenize()),
+        _Loads(source, manifest, model.tokenize()),
         batch_size=None,
         sampler=_jobs(source, manifest, missing, batch),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         collate_fn=_as_it_is,
-        pin_memory=next(clip.model.parameters()).device.type == "cuda",
+        pin_memory=next(model.module.parameters()).device.type == "cuda",
     )
     shown = progress_bar(todo, f"embed {source.name}", "picture", smoothing=0, disable=rank > 0)
     with ThreadPoolExecutor(1, "write") as writer, shown as bar:
         written: Future | None = None
         for shard, part in groupby(_ahead(loads), key=attrgetter("shard")):
-            encoded = _encoded(clip, part, manifest.precision, bar)
+            encoded = _encoded(model, part, manifest.precision, bar)
             if written is not None:
                 written.result()
             written = writer.submit(_finish, folder, shard, source, manifest, encoded, failed)
@@ -269,25 +269,25 @@ def _ahead(batches: Iterable[T], depth: int = 4) -> Iterator[T]:
             yield batch
 
 
-def _encoded(clip: Clip, loads: Iterable[_Load], precision: str, bar: tqdm) -> _Encoded:
+def _encoded(model: Model, loads: Iterable[_Load], precision: str, bar: tqdm) -> _Encoded:
     """Run the model over a shard's batches."""
-    clip.model.eval()
+    model.module.eval()
     done = _Encoded([], [], [], [])
     for load in loads:
         if load.ids is not None:
-            done.text.append(_raw(clip, "text", load.ids, precision))
+            done.text.append(_raw(model, "text", load.ids, precision))
             continue
-        done.image.append(_raw(clip, "image", load.pixels, precision))
+        done.image.append(_raw(model, "image", load.pixels, precision))
         done.views.append(load.views)
         done.errors.extend(load.errors)
         bar.update(len(load.errors))
     return done
 
 
-def _raw(clip: Clip, tower: Literal["image", "text"], batch: Tensor, precision: str) -> Tensor:
+def _raw(model: Model, tower: Literal["image", "text"], batch: Tensor, precision: str) -> Tensor:
     """Return embeddings as the model gives them, not normalised: float32 [B, D]."""
-    device = next(clip.model.parameters()).device
-    encode = clip.model.encode_image if tower == "image" else clip.model.encode_text
+    device = next(model.module.parameters()).device
+    encode = model.module.encode_image if tower == "image" else model.module.encode_text
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         return encode(batch.to(device, non_blocking=True), normalize=False).float()
 
@@ -313,22 +313,22 @@ def _finish(folder: Path, shard: int, source: Source, manifest: Manifest, encode
     write_shard(folder, shard, manifest, Rows(image, text, captions, offsets, views, ok))
 
 
-def check_cache(cache: TeacherCache, clip: Clip, source: Source, count: int = 32) -> None:
+def check_cache(cache: TeacherCache, model: Model, source: Source, count: int = 32) -> None:
     """Embed a few stored views and captions again; ArtifactError when the teacher or the pictures have changed."""
     manifest = cache.manifest
     chosen = np.random.default_rng(0).choice(len(cache), min(count, len(cache)), replace=False).tolist()
     items = [item for item in chosen if cache.ok(item)]
     sides: list[tuple[Literal["image", "text"], Tensor, np.ndarray]] = []
     if source.has_images:
-        pictures = [viewed(source.image(item), clip.preprocess, cache.view(item, 0)) for item in items]
-        pixels = torch.from_numpy(normalised(np.stack(pictures), clip.preprocess))
+        pictures = [viewed(source.image(item), model.preprocess, cache.view(item, 0)) for item in items]
+        pixels = torch.from_numpy(normalised(np.stack(pictures), model.preprocess))
         sides.append(("image", pixels, cache.images([cache.image_row(item) for item in items])))
     if source.has_texts:
-        ids = torch.from_numpy(clip.tokenize()([source.captions(item)[0] for item in items]))
+        ids = torch.from_numpy(model.tokenize()([source.captions(item)[0] for item in items]))
         sides.append(("text", ids, cache.texts([cache.text_row(item) for item in items])))
-    clip.model.eval()
+    model.module.eval()
     for tower, batch, kept in sides:
-        found = _raw(clip, tower, batch, manifest.precision).cpu().numpy()
+        found = _raw(model, tower, batch, manifest.precision).cpu().numpy()
         cosines = (found * kept).sum(1) / (np.linalg.norm(found, axis=1) * np.linalg.norm(kept, axis=1))
         if not cosines.min() > 0.999:
             worst = items[int(cosines.argmin())]
@@ -373,11 +373,11 @@ def caches_of(
 
     With `wait`, another process that builds the same one is waited for; else that is an error.
     """
-    teacher.clip.model.to(fabric.device)
+    teacher.model.module.to(fabric.device)
     caches = []
     for source in map(open_source, plan.data.train):
         cache = build_cache(
-            teacher.clip,
+            teacher.model,
             source,
             plan.data.augment,
             settings.views,
@@ -392,6 +392,6 @@ def caches_of(
             barrier=fabric.barrier,
             wait=wait,
         )
-        check_cache(cache, teacher.clip, source, 8)  # a source's fingerprint does not cover the bytes of its pictures
+        check_cache(cache, teacher.model, source, 8)  # a source's fingerprint does not cover the bytes of its pictures
         caches.append(cache)
     return caches

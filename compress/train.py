@@ -30,7 +30,7 @@ from clipress.data.bad_records import BrokenRecords
 from clipress.data.dataset import TrainingSet
 from clipress.data.pairs import Batches
 from clipress.errors import ClipressError, Stopped
-from clipress.models.load import Clip
+from clipress.models.load import Model
 from clipress.progress import progress_bar
 from clipress.storage import write_bytes_whole, writing
 
@@ -71,13 +71,13 @@ class HoldRange(Hook):
             weight.copy_(torch.maximum(torch.minimum(weight, limit), -limit))
 
 
-def batches(clip: Clip, config: Training, context: Context, steps: int, start: int = 0) -> DataLoader:
+def batches(model: Model, config: Training, context: Context, steps: int, start: int = 0) -> DataLoader:
     """Return the loader of a stage: step t's batch depends on the seed and t alone."""
     sources = context.sources()
     dataset = TrainingSet(
         sources,
-        clip.preprocess,
-        clip.tokenize(),
+        model.preprocess,
+        model.tokenize(),
         context.data.augment,
         context.seed,
         context.caches,
@@ -117,23 +117,23 @@ def learning_rate(step: int, steps: int, config: Training) -> float:
 
 
 def train(
-    clip: Clip,
+    model: Model,
     config: Training,
     losses: Mapping[str, Any] | tuple[str, ...],
     context: Context,
     hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
-    """Train `clip.model` in place with the weighted loss terms. Returns steps, seconds and the last losses.
+    """Train `clip.module` in place with the weighted loss terms. Returns steps, seconds and the last losses.
 
     Raises Stopped, after the step in hand and with a checkpoint of it, when SIGTERM or Ctrl-C came to any process.
     """
     fabric, steps = context.fabric, steps_of(config, context)
     terms = terms_from(losses, context.title)
-    learner = Learner(clip, config, terms, context)
-    if clip.sparsity:  # only now are the weights where they stay, on a device or in shards
-        hooks = [*hooks, HoldZeros(clip.model, clip.sparsity["weights"])]
-    if clip.quantization and clip.quantization.get("portable"):
-        hooks = [*hooks, HoldRange(clip.model, [f"{name}.weight" for name in clip.quantization["modules"]])]
+    learner = Learner(model, config, terms, context)
+    if model.sparsity:  # only now are the weights where they stay, on a device or in shards
+        hooks = [*hooks, HoldZeros(model.module, model.sparsity["weights"])]
+    if model.quantization and model.quantization.get("portable"):
+        hooks = [*hooks, HoldRange(model.module, [f"{name}.weight" for name in model.quantization["modules"]])]
     progress = _continued(learner, hooks, context)
     every = context.runtime.checkpoint if context.checkpoints and context.runtime.strategy != "fsdp2" else 0
     start, bad_in_a_row, skipped = progress["step"], 0, progress["skipped"]
@@ -145,7 +145,7 @@ def train(
         _log_to(context.log, fabric, start) as log,
         progress_bar(steps, context.title, "step", initial=start, disable=not fabric.is_global_zero) as bar,
     ):
-        for step, arrays in enumerate(batches(clip, config, context, steps, start), start):
+        for step, arrays in enumerate(batches(model, config, context, steps, start), start):
             for item in unreadable.see(len(arrays["group"]), arrays.pop("broken")):
                 log({"step": step, "broken": asdict(item)})
             arrays = {name: tensor.to(fabric.device, non_blocking=True) for name, tensor in arrays.items()}

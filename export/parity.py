@@ -17,7 +17,7 @@ import numpy as np
 from clipress.data.eval_sets import EvalSet
 from clipress.data.transforms import Preprocess
 from clipress.errors import ExportError
-from clipress.models.load import Clip
+from clipress.models.load import Model
 from clipress.runtime.onnx_session import open_session
 
 SAMPLES = 128  # pictures per set, with their captions
@@ -53,9 +53,9 @@ def all_outputs(path: Path, float16: bool = False) -> Run:
     return lambda feeds: dict(zip(names, opened.run(None, dict(feeds)), strict=True))
 
 
-def check(clip: Clip, folder: Path, inputs: Mapping[str, np.ndarray], precision: str) -> dict[str, Any]:
+def check(model: Model, folder: Path, inputs: Mapping[str, np.ndarray], precision: str) -> dict[str, Any]:
     """Compare both towers with torch on `samples`. Returns the figures; raises ExportError when they are out of bounds."""
-    towers = dict(zip(("image", "text"), clip.encoders(), strict=True))
+    towers = dict(zip(("image", "text"), model.encoders(), strict=True))
     files = {tower: runner(folder / f"{tower}.onnx") for tower in towers}
     figures = compare(towers, files, inputs, precision, {tower: f"{tower}.onnx" for tower in towers})
     return {"images": len(inputs["image"]), "texts": len(inputs["text"]), "batches": [*BATCHES, "all"], **figures}

@@ -34,7 +34,7 @@ from clipress.export.settings import DYNAMO_OPSET, OnnxSettings
 from clipress.export.static_int8 import milliseconds, static_int8_from_onnx
 from clipress.models import anatomy, quantizers
 from clipress.models.convnets import is_convnet
-from clipress.models.load import Clip, clip_from_artifact
+from clipress.models.load import Model, model_from_artifact
 from clipress.runtime.export_folder import read_export
 from clipress.runtime.onnx_session import self_test_of
 from clipress.storage import read_json, sha256, write_whole
@@ -76,16 +76,16 @@ def onnx_from_artifact(
             f"{folder} has weights that are not numbers (NaN): {broken[0]}{more}. Nothing was written. The training that "
             "made it went wrong: look at its log, make it again."
         )
-    clip = clip_from_artifact(artifact)
+    model = model_from_artifact(artifact)
     described: dict[str, Any] = {}
 
     def fill(aside: Path) -> None:
-        exporters = {tower: _export(clip, tower, aside / f"{tower}.onnx", settings) for tower in anatomy.TOWERS}
-        described.update(_description(artifact, clip, folder.name, settings) | {"exporter": exporters})
-        inputs = parity.samples(clip.preprocess, clip.tokenize(), sets)
-        described["parity"] = parity.check(clip, aside, inputs, described["precision"])
-        if _may_be_static(clip, settings):
-            described.update(_quickest(clip, aside, settings, inputs, calibration() if calibration else sets))
+        exporters = {tower: _export(model, tower, aside / f"{tower}.onnx", settings) for tower in anatomy.TOWERS}
+        described.update(_description(artifact, model, folder.name, settings) | {"exporter": exporters})
+        inputs = parity.samples(model.preprocess, model.tokenize(), sets)
+        described["parity"] = parity.check(model, aside, inputs, described["precision"])
+        if _may_be_static(model, settings):
+            described.update(_quickest(model, aside, settings, inputs, calibration() if calibration else sets))
         files = sorted(aside.glob("*.onnx"))
         stamped = {path.name: _stamp(path, {**described, "tower": path.name.partition(".")[0]}) for path in files}
         described["portable"] = all(about["portable"] for about in stamped.values())
@@ -113,16 +113,16 @@ def _file(path: Path) -> dict[str, Any]:
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _description(artifact: Artifact, clip: Clip, stage: str, settings: OnnxSettings) -> dict[str, Any]:
+def _description(artifact: Artifact, model: Model, stage: str, settings: OnnxSettings) -> dict[str, Any]:
     import onnxruntime
 
-    bias = getattr(clip.model, "logit_bias", None)
+    bias = getattr(model.module, "logit_bias", None)
     return {
         "schema_version": SCHEMA_VERSION,
         "stage": stage,
-        "precision": "int8" if clip.quantization else "fp32",
+        "precision": "int8" if model.quantization else "fp32",
         "embed_dim": int(artifact.architecture["embed_dim"]),
-        "logit_scale": float(clip.model.logit_scale.detach().exp()),
+        "logit_scale": float(model.module.logit_scale.detach().exp()),
         "logit_bias": None if bias is None else float(bias.detach()),
         "preprocess": artifact.preprocess,
         "tokenizer": artifact.tokenizer,
@@ -138,27 +138,27 @@ def _description(artifact: Artifact, clip: Clip, stage: str, settings: OnnxSetti
     }
 
 
-def _may_be_static(clip: Clip, settings: OnnxSettings) -> bool:
+def _may_be_static(model: Model, settings: OnnxSettings) -> bool:
     """Tell whether ONNX Runtime's own INT8 of the image tower is to be tried. Raises ExportError where it cannot be."""
-    if not clip.quantization or settings.int8 == "qdq":
+    if not model.quantization or settings.int8 == "qdq":
         return False
     found = None
-    if not is_convnet(clip.model):
+    if not is_convnet(model.module):
         found = "the image tower is no convolutional one: only those gain by it"
-    elif kept := [n for n in _left_out(clip) if anatomy.tower_of(n) == "image"]:
+    elif kept := [n for n in _left_out(model) if anatomy.tower_of(n) == "image"]:
         found = f"{kept[0]} was to stay in full precision, which that form cannot do"
     if found and settings.int8 == "static":
         raise ExportError(f"export.onnx.int8: static was asked for, and {found}. Use int8: auto.")
     return not found
 
 
-def _left_out(clip: Clip) -> list[str]:
+def _left_out(model: Model) -> list[str]:
     """Return the layers that could be INT8 and are not."""
-    return [name for name in quantizers.quantizable(clip.model) if name not in clip.quantization["modules"]]
+    return [name for name in quantizers.quantizable(model.module) if name not in model.quantization["modules"]]
 
 
 def _quickest(
-    clip: Clip, folder: Path, settings: OnnxSettings, inputs: Mapping[str, np.ndarray], calibration: Sequence[EvalSet]
+    model: Model, folder: Path, settings: OnnxSettings, inputs: Mapping[str, np.ndarray], calibration: Sequence[EvalSet]
 ) -> dict[str, Any]:
     """Put ONNX Runtime's own INT8 of the image tower in image.onnx's place where it is quicker, or asked for.
 
@@ -167,11 +167,13 @@ def _quickest(
     image, qdq, static = (folder / name for name in ("image.onnx", "image.qdq.onnx", "image.static.onnx"))
     with TemporaryDirectory() as aside:
         plain = Path(aside) / "image.onnx"
-        names = clip.quantization["modules"]
-        quantizers.only(clip.model, names, ())
-        _export_with(Tower(clip.model, "image").eval(), sample(clip, "image", 2), "image", plain, settings.opset, False)
-        quantizers.only(clip.model, names, names)
-        static_int8_from_onnx(plain, static, _pictures(clip, calibration), bool(clip.quantization.get("portable")))
+        names = model.quantization["modules"]
+        quantizers.only(model.module, names, ())
+        _export_with(
+            Tower(model.module, "image").eval(), sample(model, "image", 2), "image", plain, settings.opset, False
+        )
+        quantizers.only(model.module, names, names)
+        static_int8_from_onnx(plain, static, _pictures(model, calibration), bool(model.quantization.get("portable")))
     taken = milliseconds({"qdq": image, "static": static})
     choice = min(taken, key=taken.__getitem__) if settings.int8 == "auto" else settings.int8
     told: dict[str, Any] = {"int8": {"form": choice, "milliseconds": taken}}
@@ -180,31 +182,34 @@ def _quickest(
         return told
     image.rename(qdq)
     static.rename(image)
-    return told | {"parity": parity.check(clip, folder, inputs, "static int8")}
+    return told | {"parity": parity.check(model, folder, inputs, "static int8")}
 
 
-def _pictures(clip: Clip, sets: Sequence[EvalSet]) -> Iterator[np.ndarray]:
+def _pictures(model: Model, sets: Sequence[EvalSet]) -> Iterator[np.ndarray]:
     """Yield as many pictures as the artefact was calibrated on, float32 [<=16, 3, S, S]."""
-    batches = (batch for one in sets for batch in one.pixel_batches(clip.preprocess, 16))
-    return islice(batches, -(-clip.quantization.get("calibrated_on", 512) // 16))
+    batches = (batch for one in sets for batch in one.pixel_batches(model.preprocess, 16))
+    return islice(batches, -(-model.quantization.get("calibrated_on", 512) // 16))
 
 
-def sample(clip: Clip, tower: str, batch: int) -> Tensor:
+def sample(model: Model, tower: str, batch: int) -> Tensor:
     """Return an input of the right shape and type; its content does not matter."""
     if tower == "image":
-        return torch.zeros(batch, 3, *anatomy.image_size(clip.model))
-    return torch.ones(batch, anatomy.context_length(clip.model), dtype=torch.int64)
+        return torch.zeros(batch, 3, *anatomy.image_size(model.module))
+    return torch.ones(batch, anatomy.context_length(model.module), dtype=torch.int64)
 
 
-def _export(clip: Clip, tower: str, path: Path, settings: OnnxSettings) -> str:
+def _export(model: Model, tower: str, path: Path, settings: OnnxSettings) -> str:
     """Write one tower; returns the exporter that did it."""
     choice = settings.exporter
-    if clip.quantization or settings.opset < DYNAMO_OPSET:  # dynamo cannot trace modelopt's quantisers
+    if model.quantization or settings.opset < DYNAMO_OPSET:  # dynamo cannot trace modelopt's quantisers
         choice = "torchscript"
-    module, inputs = Tower(clip.model, tower).eval(), sample(clip, tower, 2)  # a batch of 1 would become a constant
+    tower_module, inputs = (
+        Tower(model.module, tower).eval(),
+        sample(model, tower, 2),
+    )  # a batch of 1 would become a constant
     if choice in ("auto", "dynamo"):
         try:
-            _export_with(module, inputs, tower, path, settings.opset, dynamo=True)
+            _export_with(tower_module, inputs, tower, path, settings.opset, dynamo=True)
             return "dynamo"
         except Exception as error:
             if choice == "dynamo":
@@ -212,12 +217,12 @@ def _export(clip: Clip, tower: str, path: Path, settings: OnnxSettings) -> str:
                     f"The dynamo exporter failed on the {tower} tower: {error}. Try exporter: auto."
                 ) from error
             path.unlink(missing_ok=True)
-    _export_with(module, inputs, tower, path, settings.opset, dynamo=False)
-    if clip.quantization:
-        model = onnx.load(path)
-        int8.tidy(model)
-        metadata.stamp_portable(model)
-        onnx.save(model, path)
+    _export_with(tower_module, inputs, tower, path, settings.opset, dynamo=False)
+    if model.quantization:
+        graph = onnx.load(path)
+        int8.tidy(graph)
+        metadata.stamp_portable(graph)
+        onnx.save(graph, path)
     return "torchscript"
 
 

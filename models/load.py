@@ -28,19 +28,19 @@ LIMIT = 1 << 22
 
 
 @dataclass(frozen=True)
-class Clip:
+class Model:
     """A model in memory with everything that must travel with it."""
 
-    model: nn.Module
+    module: nn.Module
     architecture: dict[str, Any]
     preprocess: Preprocess
     tokenizer: dict[str, Any]
     sparsity: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
 
-    def copy(self) -> Clip:
+    def copy(self) -> Model:
         """Return a copy whose model can be changed freely."""
-        return replace(self, model=copy.deepcopy(self.model))
+        return replace(self, module=copy.deepcopy(self.module))
 
     def tokenize(self) -> Callable:
         """Return this model's tokenizer: texts -> int64 ids [N, L]."""
@@ -48,17 +48,17 @@ class Clip:
 
     def encoders(self) -> tuple[Callable, Callable]:
         """Return (images, texts) -> embeddings, arrays in and out, unit length, in evaluation mode."""
-        device = next(self.model.parameters()).device
+        device = next(self.module.parameters()).device
 
         def encoder(encode: Callable) -> Callable:
             def run(batch: np.ndarray) -> np.ndarray:
-                self.model.eval()
+                self.module.eval()
                 with torch.inference_mode():
                     return encode(torch.from_numpy(batch).to(device), normalize=True).float().cpu().numpy()
 
             return run
 
-        return encoder(self.model.encode_image), encoder(self.model.encode_text)
+        return encoder(self.module.encode_image), encoder(self.module.encode_text)
 
 
 class TeacherSpec(Section):
@@ -118,7 +118,7 @@ def _is_resized(model: nn.Module) -> bool:
     return hasattr(trunk, "set_input_size") and anatomy.image_size(model) != tuple(trunk.default_cfg["input_size"][1:])
 
 
-def new_clip(architecture: dict[str, Any], seed: int) -> Clip:
+def new_model(architecture: dict[str, Any], seed: int) -> Model:
     """Build a CLIP to be trained from scratch: random weights, or timm's own where the config asks for them.
 
     The config it keeps no longer asks: whoever loads the model later needs its weights only.
@@ -138,10 +138,10 @@ def new_clip(architecture: dict[str, Any], seed: int) -> Clip:
     if pretrained:
         architecture = {**architecture, "vision_cfg": {**vision, "timm_model_pretrained": False}}
     height, _ = anatomy.image_size(model)
-    return Clip(model, architecture, Preprocess(size=height), tokenizer_spec(architecture))
+    return Model(model, architecture, Preprocess(size=height), tokenizer_spec(architecture))
 
 
-def clip_from_open_clip(name: str, checkpoint: str | None, where: str = "teacher") -> Clip:
+def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teacher") -> Model:
     """Load a model by its open_clip name with weights from a file or a pretrained tag; `where` begins messages."""
     import open_clip
     from open_clip.transformer import QuickGELU
@@ -169,10 +169,10 @@ def clip_from_open_clip(name: str, checkpoint: str | None, where: str = "teacher
     if any(isinstance(module, QuickGELU) for module in model.modules()):
         config["quick_gelu"] = True
     preprocess = preprocess_from_open_clip(open_clip.get_model_preprocess_cfg(model))
-    return Clip(surgery.use_own_attention(model).eval(), config, preprocess, tokenizer_spec(config))
+    return Model(surgery.use_own_attention(model).eval(), config, preprocess, tokenizer_spec(config))
 
 
-def clip_from_artifact(source: Artifact | str | Path) -> Clip:
+def model_from_artifact(source: Artifact | str | Path) -> Model:
     """Rebuild a model from nothing but its artefact; outputs are bitwise those it was saved with."""
     artifact = source if isinstance(source, Artifact) else load_artifact(source)
     try:
@@ -193,7 +193,7 @@ def clip_from_artifact(source: Artifact | str | Path) -> Clip:
         raise ArtifactError(
             f"The artefact's weights do not fit its own shapes: {str(error).splitlines()[-1]}"
         ) from None
-    return Clip(
+    return Model(
         model.eval(), artifact.architecture, preprocess, artifact.tokenizer, artifact.sparsity, artifact.quantization
     )
 
@@ -218,34 +218,34 @@ def _refuse_misfits(artifact: Artifact) -> None:
             )
 
 
-def artifact_from_clip(clip: Clip, lineage: tuple[dict[str, Any], ...], metrics: dict[str, Any]) -> Artifact:
+def artifact_from_model(model: Model, lineage: tuple[dict[str, Any], ...], metrics: dict[str, Any]) -> Artifact:
     """Pack a model for saving."""
     quantizer_state = ("_quantizer._amax",)
     weights: dict[str, Tensor] = {
         name: tensor
-        for name, tensor in clip.model.state_dict().items()
+        for name, tensor in model.module.state_dict().items()
         if "_quantizer." not in name or name.endswith(quantizer_state)
     }
     return Artifact(
-        architecture=clip.architecture,
-        shapes=surgery.shapes(clip.model),
+        architecture=model.architecture,
+        shapes=surgery.shapes(model.module),
         weights=weights,
-        preprocess=clip.preprocess.model_dump(mode="json"),
-        tokenizer=clip.tokenizer,
-        sparsity=clip.sparsity,
-        quantization=clip.quantization,
+        preprocess=model.preprocess.model_dump(mode="json"),
+        tokenizer=model.tokenizer,
+        sparsity=model.sparsity,
+        quantization=model.quantization,
         lineage=lineage,
         metrics=metrics,
-        counts=anatomy.counts(clip.model),
+        counts=anatomy.counts(model.module),
     )
 
 
-def save_for_open_clip(clip: Clip, folder: Path) -> bool:
+def save_for_open_clip(model: Model, folder: Path) -> bool:
     """Write an uncut, unquantised model so that plain open_clip loads it (`local-dir:FOLDER`); False if it is neither."""
     if (
-        clip.quantization
-        or _is_resized(clip.model)
-        or surgery.shapes(clip.model) != surgery.shapes(build(clip.architecture))
+        model.quantization
+        or _is_resized(model.module)
+        or surgery.shapes(model.module) != surgery.shapes(build(model.architecture))
     ):
         return False
     import json
@@ -253,9 +253,9 @@ def save_for_open_clip(clip: Clip, folder: Path) -> bool:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: t.detach().cpu().contiguous() for name, t in surgery.stock_weights(clip.model).items()}
+    weights = {name: t.detach().cpu().contiguous() for name, t in surgery.stock_weights(model.module).items()}
     save_file(weights, folder / "open_clip_model.safetensors")
-    p = clip.preprocess
+    p = model.preprocess
     preprocess = {
         "mean": p.mean,
         "std": p.std,
@@ -263,6 +263,6 @@ def save_for_open_clip(clip: Clip, folder: Path) -> bool:
         "resize_mode": p.resize_mode,
         "fill_color": p.fill_color,
     }
-    text = json.dumps({"model_cfg": clip.architecture, "preprocess_cfg": preprocess}, indent=2)
+    text = json.dumps({"model_cfg": model.architecture, "preprocess_cfg": preprocess}, indent=2)
     (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
     return True

@@ -25,7 +25,7 @@ from torch import nn
 
 from clipress.errors import RecipeError, nearest
 from clipress.models import anatomy, surgery
-from clipress.models.load import Clip, clip_from_open_clip, new_clip
+from clipress.models.load import Model, model_from_open_clip, new_model
 from clipress.models.weight_inheritance import Size, inherited
 from clipress.recipe import Section, checked, digest
 from clipress.storage import sha256
@@ -126,17 +126,17 @@ def check(raw: Mapping[str, Any], has_teacher: bool) -> None:
         _own_towers(student)
 
 
-def student_from(raw: Mapping[str, Any], teacher: Clip | None, seed: int) -> Clip:
+def student_from(raw: Mapping[str, Any], teacher: Model | None, seed: int) -> Model:
     """Build the student of a recipe; its random weights depend on the seed alone.
 
     Raises RecipeError for a section that makes no sense, or that the teacher cannot serve.
     """
     check(raw, teacher is not None)
     if _is_config(raw):
-        clip = new_clip(dict(raw), seed)
+        model = new_model(dict(raw), seed)
         if teacher is None:
-            return clip
-        return replace(clip, preprocess=teacher.preprocess.model_copy(update={"size": clip.preprocess.size}))
+            return model
+        return replace(model, preprocess=teacher.preprocess.model_copy(update={"size": model.preprocess.size}))
     student = checked(Student, raw, "student")
     if teacher is not None and student.image_size is not None:
         _refuse_other("picture size", student.image_size, teacher.preprocess.size)
@@ -146,8 +146,8 @@ def student_from(raw: Mapping[str, Any], teacher: Clip | None, seed: int) -> Cli
         )
     if student.inherit is not None:
         return inherited(teacher, student.inherit.sizes())
-    clip = _of_two_towers(student, teacher, seed) if student.model is None else _named(student, teacher, seed)
-    return clip if teacher is None else _shared(clip, teacher)
+    model = _of_two_towers(student, teacher, seed) if student.model is None else _named(student, teacher, seed)
+    return model if teacher is None else _shared(model, teacher)
 
 
 def towers_of_teacher(raw: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -180,12 +180,12 @@ def _is_config(raw: Mapping[str, Any]) -> bool:
     return not raw.keys().isdisjoint({"vision_cfg", "text_cfg"})
 
 
-def _named(student: Student, teacher: Clip | None, seed: int) -> Clip:
+def _named(student: Student, teacher: Model | None, seed: int) -> Model:
     """Build a model by its open_clip name."""
     import open_clip
 
     if (student.checkpoint or "random") != "random":
-        return clip_from_open_clip(student.model, student.checkpoint, "student")
+        return model_from_open_clip(student.model, student.checkpoint, "student")
     config = open_clip.get_model_config(student.model)
     if config is None:
         raise RecipeError(
@@ -196,10 +196,10 @@ def _named(student: Student, teacher: Clip | None, seed: int) -> Clip:
     config["vision_cfg"].pop("timm_model_pretrained", None)
     config["text_cfg"] |= _tokens(teacher)
     config["embed_dim"] = student.embed_dim or config["embed_dim"]
-    return new_clip(config, seed)
+    return new_model(config, seed)
 
 
-def _of_two_towers(student: Student, teacher: Clip | None, seed: int) -> Clip:
+def _of_two_towers(student: Student, teacher: Model | None, seed: int) -> Model:
     """Build image and text tower as they are described, and put the teacher's in place."""
     own, taken = _own_towers(student), [t for t in anatomy.TOWERS if getattr(student, t) == TEACHER]
     theirs = teacher.architecture if teacher else {}
@@ -224,20 +224,20 @@ def _of_two_towers(student: Student, teacher: Clip | None, seed: int) -> Clip:
         beside = theirs.keys() - made.keys() - ({"custom_text"} if "text" not in taken else set())
         made |= {key: copy.deepcopy(theirs[key]) for key in beside}
         made |= {key: copy.deepcopy(theirs[key]) for key in (anatomy.CONFIG_KEYS[tower] for tower in taken)}
-    clip = new_clip(made, seed)
+    model = new_model(made, seed)
     for tower in taken:
-        surgery.adopt(clip.model, teacher.model, tower)
+        surgery.adopt(model.module, teacher.module, tower)
     if taken:  # the scale of similarities too
-        beside = {n: t for n, t in teacher.model.state_dict().items() if anatomy.tower_of(n) is None}
-        clip.model.load_state_dict(beside, strict=False)
-    return clip
+        beside = {n: t for n, t in teacher.module.state_dict().items() if anatomy.tower_of(n) is None}
+        model.module.load_state_dict(beside, strict=False)
+    return model
 
 
-def _shared(clip: Clip, teacher: Clip) -> Clip:
+def _shared(model: Model, teacher: Model) -> Model:
     """Let the student see what the teacher sees."""
-    _refuse_other("picture size", clip.preprocess.size, teacher.preprocess.size)
-    _refuse_other("tokenizer", clip.tokenizer, teacher.tokenizer)
-    return replace(clip, preprocess=teacher.preprocess)
+    _refuse_other("picture size", model.preprocess.size, teacher.preprocess.size)
+    _refuse_other("tokenizer", model.tokenizer, teacher.tokenizer)
+    return replace(model, preprocess=teacher.preprocess)
 
 
 def _refuse_other(what: str, own: Any, shared: Any) -> None:
@@ -245,12 +245,12 @@ def _refuse_other(what: str, own: Any, shared: Any) -> None:
         raise RecipeError(f"student: it must share the teacher's {what}, {shared}; found {own}.")
 
 
-def _tokens(teacher: Clip | None) -> dict[str, Any]:
+def _tokens(teacher: Model | None) -> dict[str, Any]:
     """Return the settings of a text tower that the teacher's tokenizer decides."""
     if teacher is None:
         return {}
     text = teacher.architecture["text_cfg"]
-    known = {"context_length": teacher.tokenizer["context_length"], "vocab_size": int(teacher.model.vocab_size)}
+    known = {"context_length": teacher.tokenizer["context_length"], "vocab_size": int(teacher.module.vocab_size)}
     return known | {key: copy.deepcopy(text[key]) for key in TOKENS if key in text}
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from clipress.errors import ArtifactError, RecipeError
 from clipress.models import anatomy, surgery
 from clipress.models.anatomy import Block
-from clipress.models.load import Clip, build
+from clipress.models.load import Model, build
 from clipress.recipe import Section
 
 
@@ -42,29 +42,29 @@ class Size(Section):
     """Hidden units of each feed-forward."""
 
 
-def inherited(teacher: Clip, sizes: Mapping[str, Size]) -> Clip:
+def inherited(teacher: Model, sizes: Mapping[str, Size]) -> Model:
     """Return a student that keeps the given sizes of the teacher's towers, everything else as it is.
 
     It is an ordinary open_clip architecture wherever every layer's heads fill the width; otherwise its blocks have shapes
     of their own, as after pruning. Raises RecipeError for sizes that the teacher cannot give.
     """
-    clip = teacher.copy()
-    model, architecture = clip.model, copy.deepcopy(clip.architecture)
+    model = teacher.copy()
+    module, architecture = model.module, copy.deepcopy(model.architecture)
     for tower, size in sizes.items():
-        _check(model, tower, size)
-        for block in _take_layers(model, tower, size.layers):
+        _check(module, tower, size)
+        for block in _take_layers(module, tower, size.layers):
             _take_units(block, size)
-    weights = model.state_dict()
+    weights = module.state_dict()
     for tower, size in sizes.items():
-        if anatomy.transformer(model, tower) is not None:
-            architecture[anatomy.CONFIG_KEYS[tower]].update(_config(model, tower, size.width))
+        if anatomy.transformer(module, tower) is not None:
+            architecture[anatomy.CONFIG_KEYS[tower]].update(_config(module, tower, size.width))
         if size.width is not None:
-            axes = anatomy.residual_axes(model, tower)
+            axes = anatomy.residual_axes(module, tower)
             kept = _largest(_channel_scores(weights, axes), size.width)
             weights |= {name: weights[name].index_select(axis, kept) for name, (axis, _) in axes.items()}
-    student = surgery.reshape(build(architecture), surgery.shapes(model))
+    student = surgery.reshape(build(architecture), surgery.shapes(module))
     student.load_state_dict(weights)
-    return Clip(student.eval(), architecture, clip.preprocess, clip.tokenizer)
+    return Model(student.eval(), architecture, model.preprocess, model.tokenizer)
 
 
 def _check(model: nn.Module, tower: str, size: Size) -> None:

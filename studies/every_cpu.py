@@ -30,7 +30,7 @@ from clipress.data.pairs import SourceSpec
 from clipress.export import parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
-from clipress.models.load import Clip, artifact_from_clip, clip_from_artifact, new_clip
+from clipress.models.load import Model, artifact_from_model, model_from_artifact, new_model
 from clipress.runtime.cpu import processor
 from clipress.runtime.onnx_session import reference_session
 from clipress.studies import cpus
@@ -80,33 +80,33 @@ json.dump(found, open(sys.argv[2], "w"))
 """
 
 
-def dense(model: str, run: Path) -> Clip:
+def dense(model: str, run: Path) -> Model:
     """Return what is made INT8: the demo's last stage in float32, or a shape with random weights."""
     if model == "demo":
-        return clip_from_artifact(run / "sparse")
+        return model_from_artifact(run / "sparse")
     text = TEXT if model == "ResNet-18" else open_clip.get_model_config("ViT-B-32")["text_cfg"]
-    return new_clip({**TOWERS[model], "text_cfg": text}, 0)
+    return new_model({**TOWERS[model], "text_cfg": text}, 0)
 
 
-def exported(model: str, run: Path, home: Path) -> dict[str, dict[str, Any]]:
+def exported(module: str, run: Path, home: Path) -> dict[str, dict[str, Any]]:
     """Export a model's forms. Returns per tower the files by form, and the inputs with what exact arithmetic gives."""
-    folder = home / model.replace("/", "")
+    folder = home / module.replace("/", "")
     sets = evalsets([SourceSpec(format="scenes", split="test", limit=32)])
-    clip = dense(model, run)
-    inputs = parity.samples(clip.preprocess, clip.tokenize(), sets)
+    model = dense(module, run)
+    inputs = parity.samples(model.preprocess, model.tokenize(), sets)
     inputs = {tower: rows[:32] for tower, rows in inputs.items()}
     samples = {"pixels": torch.from_numpy(inputs["image"]), "ids": torch.from_numpy(inputs["text"])}
-    if model == "ResNet-18":
-        settle_norms(clip, samples["pixels"])
-    clips = {"fp32": clip, "8 bits": in_int8(clip, samples, False), "7 bits": in_int8(clip, samples, True)}
+    if module == "ResNet-18":
+        settle_norms(model, samples["pixels"])
+    clips = {"fp32": model, "8 bits": in_int8(model, samples, False), "7 bits": in_int8(model, samples, True)}
     for form, one in clips.items():
         artifact = save_artifact(
-            artifact_from_clip(one, ({"stage": form, "hash": form},), {}), folder / "artifacts" / form
+            artifact_from_model(one, ({"stage": form, "hash": form},), {}), folder / "artifacts" / form
         )
-        static = "static" if model == "ResNet-18" and one.quantization else "auto"
+        static = "static" if module == "ResNet-18" and one.quantization else "auto"
         settings = OnnxSettings(exporter="torchscript", int8=static)
         onnx_from_artifact(artifact, folder / form, settings, sets)
-    towers = ("image",) if model == "ResNet-18" else ("image", "text")
+    towers = ("image",) if module == "ResNet-18" else ("image", "text")
     return {tower: _files(folder, tower, inputs[tower]) for tower in towers}
 
 

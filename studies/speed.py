@@ -38,7 +38,7 @@ from clipress.export import parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models import anatomy, quantizers, surgery
-from clipress.models.load import Clip, artifact_from_clip, new_clip
+from clipress.models.load import Model, artifact_from_model, new_model
 from clipress.runtime.cpu import processor
 
 HERE = Path(__file__).parent
@@ -54,11 +54,11 @@ TOWERS: dict[str, dict[str, Any]] = {
 UNALIGNED = Align(head_dim=1, ffn=1, heads=1, channels=1)
 
 
-def pruned(clip: Clip, macs: float, align: Align) -> Clip:
+def pruned(model: Model, macs: float, align: Align) -> Model:
     """Return a copy cut to a part of the blocks' MACs by random scores."""
-    cut = clip.copy()
+    cut = model.copy()
     settings = Prune(budget=Budget(image={"macs": macs}), criterion="random", align=align, steps=1)
-    gates = Gates(cut.model, CRITERIA["random"].space, {"image": settings.sites.image, "text": ()})
+    gates = Gates(cut.module, CRITERIA["random"].space, {"image": settings.sites.image, "text": ()})
     search = Search(cut, gates, settings, 1, 0, lambda total: total)
     search.update(1.0)
     for block, keep in gates.keeps():
@@ -67,46 +67,48 @@ def pruned(clip: Clip, macs: float, align: Align) -> Clip:
     return cut
 
 
-def in_int8(clip: Clip, samples: Samples, portable: bool = True) -> Clip:
+def in_int8(model: Model, samples: Samples, portable: bool = True) -> Model:
     """Return a copy in which the towers that have samples are INT8, calibrated on them."""
-    copy = clip.copy()
+    copy = model.copy()
     towers = {"image": "pixels" in samples, "text": "ids" in samples}
-    names = [name for name in quantizers.quantizable(copy.model) if towers[anatomy.tower_of(name)]]
+    names = [name for name in quantizers.quantizable(copy.module) if towers[anatomy.tower_of(name)]]
     with torch.no_grad():
-        quantizers.attach(copy.model, names, lambda model: embeddings(model, samples), portable=portable)
+        quantizers.attach(copy.module, names, lambda module: embeddings(module, samples), portable=portable)
     about = {"dtype": "int8", "modules": names, "calibrated_on": len(samples["pixels"]), "portable": portable}
     return replace(copy, quantization=about)
 
 
-def settle_norms(clip: Clip, pixels: torch.Tensor) -> None:
+def settle_norms(model: Model, pixels: torch.Tensor) -> None:
     """Let batch norms measure what they really see; random weights have none of that."""
-    clip.model.train()
+    model.module.train()
     with torch.no_grad():
         for _ in range(10):
-            clip.model.encode_image(pixels)
-    clip.model.eval()
+            model.module.encode_image(pixels)
+    model.module.eval()
 
 
-def variants(tower: str, pixels: torch.Tensor) -> dict[str, Clip]:
+def variants(tower: str, pixels: torch.Tensor) -> dict[str, Model]:
     """Return every model of a tower by its name, the float32 dense one first."""
     samples = {"pixels": pixels}
-    clip = new_clip({**TOWERS[tower], "text_cfg": TEXT}, 0)
+    model = new_model({**TOWERS[tower], "text_cfg": TEXT}, 0)
     if tower == "ResNet-18":
-        settle_norms(clip, pixels)
-        return {"dense": clip, "dense int8": in_int8(clip, samples)}
-    made = {"dense": clip}
+        settle_norms(model, pixels)
+        return {"dense": model, "dense int8": in_int8(model, samples)}
+    made = {"dense": model}
     for macs in (0.5, 0.25):
-        made[f"{macs:.0%} aligned"] = pruned(clip, macs, Align())
-        made[f"{macs:.0%} not aligned"] = pruned(clip, macs, UNALIGNED)
+        made[f"{macs:.0%} aligned"] = pruned(model, macs, Align())
+        made[f"{macs:.0%} not aligned"] = pruned(model, macs, UNALIGNED)
     made |= {f"{name} int8": in_int8(one, samples) for name, one in made.items()}
     return made
 
 
-def exported(name: str, clip: Clip, home: Path, sets: list[EvalSet]) -> dict[str, dict[str, Any]]:
+def exported(name: str, model: Model, home: Path, sets: list[EvalSet]) -> dict[str, dict[str, Any]]:
     """Export a model. Returns folder, MACs and bytes of its image tower by variant; a ResNet's INT8 in both forms."""
-    artifact = save_artifact(artifact_from_clip(clip, ({"stage": name, "hash": name},), {}), home / "artifacts" / name)
+    artifact = save_artifact(
+        artifact_from_model(model, ({"stage": name, "hash": name},), {}), home / "artifacts" / name
+    )
     found = {}
-    forms = ("qdq", "static") if clip.quantization and hasattr(clip.model.visual, "trunk") else ("auto",)
+    forms = ("qdq", "static") if model.quantization and hasattr(model.module.visual, "trunk") else ("auto",)
     for form in forms:
         label = name if form == "auto" else f"{name} {form}"
         folder = home / "export" / label
@@ -183,9 +185,9 @@ def models_of(tower: str, home: Path) -> dict[str, dict[str, Any]]:
         sets = evalsets([SourceSpec(format="scenes", split="test", limit=16)])
         found: dict[str, dict[str, Any]] = {}
         pixels = torch.from_numpy(np.concatenate(list(sets[0].pixel_batches(Preprocess(size=224)))))
-        for name, clip in variants(tower, pixels).items():
+        for name, model in variants(tower, pixels).items():
             sys.stderr.write(f"{tower} {name}\n")
-            found |= exported(name, clip, home, sets)
+            found |= exported(name, model, home, sets)
         index.write_text(json.dumps(found), encoding="utf-8")
     return json.loads(index.read_text(encoding="utf-8"))
 

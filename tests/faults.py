@@ -43,7 +43,7 @@ from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import Preprocess, fitted, open_image
 from clipress.errors import ClipressError
 from clipress.models.importers import import_checkpoint
-from clipress.models.load import artifact_from_clip, clip_from_artifact, new_clip
+from clipress.models.load import artifact_from_model, model_from_artifact, new_model
 from clipress.recipe import read_recipe
 from clipress.runtime.export_folder import read_export
 from clipress.runtime.onnx_session import open_session
@@ -641,7 +641,7 @@ def _(folder: Path) -> Any:
 def damaged(folder: Path, **changes: Any) -> Path:
     """Write a small artefact, and change its header; `shapes=None` takes a key out."""
     lineage = ({"stage": "import", "hash": "0"},)
-    home = save_artifact(artifact_from_clip(new_clip(small(), 0), lineage, {}), folder / "artefact")
+    home = save_artifact(artifact_from_model(new_model(small(), 0), lineage, {}), folder / "artefact")
     header = json.loads((home / "clipress.json").read_text())
     header = {key: value for key, value in {**header, **changes}.items() if value is not None or key == "sparsity"}
     (home / "clipress.json").write_text(json.dumps(header))
@@ -649,7 +649,7 @@ def damaged(folder: Path, **changes: Any) -> Path:
 
 
 for _name, _expected, _changes in (
-    ("an artefact as it should be", "accepted: Clip", {}),
+    ("an artefact as it should be", "accepted: Model", {}),
     ("an artefact whose architecture is a list", "refused: .*architecture: Input should be a valid dict", {"architecture": []}),
     ("an artefact whose lineage is a number", "refused: .*lineage: Input should be a valid list", {"lineage": 5}),
     ("an artefact whose lineage has no hashes", "refused: .*lineage.0.hash: Field required", {"lineage": [{"stage": "a"}]}),
@@ -668,7 +668,7 @@ for _name, _expected, _changes in (
     ("an artefact that quantises what it has not", "refused: .*modules the model does not have", {"quantization": {"modules": ["../x"]}}),
     ("an artefact of a later clipress", "refused: .*schema_version 99", {"schema_version": 99}),
 ):  # fmt: skip
-    FAULTS.append(Fault(_name, _expected, lambda f, c=_changes: type(clip_from_artifact(damaged(f, **c))).__name__))
+    FAULTS.append(Fault(_name, _expected, lambda f, c=_changes: type(model_from_artifact(damaged(f, **c))).__name__))
 
 
 @fault("an artefact with absurd block shapes", "refused: .*(make no sense|do not fit)")
@@ -677,7 +677,7 @@ def _(folder: Path) -> Any:
     header = json.loads((home / "clipress.json").read_text())
     next(iter(header["shapes"].values())).update(heads=1 << 20, qk_dim=1 << 20)
     (home / "clipress.json").write_text(json.dumps(header))
-    return clip_from_artifact(home)
+    return model_from_artifact(home)
 
 
 @fault("an artefact without weights", r"refused: .*no model\.safetensors")
@@ -703,14 +703,14 @@ def _(folder: Path) -> Any:
     header = json.loads((home / "clipress.json").read_text())
     header["weights_sha256"] = sha256(home / "model.safetensors")
     (home / "clipress.json").write_text(json.dumps(header))
-    return clip_from_artifact(home)
+    return model_from_artifact(home)
 
 
-@fault("an artefact whose folder is a link", "accepted: Clip")
+@fault("an artefact whose folder is a link", "accepted: Model")
 def _(folder: Path) -> Any:
     home = damaged(folder)
     (folder / "link").symlink_to(home)
-    return type(clip_from_artifact(folder / "link")).__name__
+    return type(model_from_artifact(folder / "link")).__name__
 
 
 @fault("a header of 70 MB", "refused: .*longer than 64,000,000 bytes")
@@ -1108,7 +1108,7 @@ for _name, _expected, _content in (
         from clipress.models import anatomy
 
         (folder / "costs.json").write_text(content)
-        block = next(iter(anatomy.blocks(new_clip(small(), 0).model)))
+        block = next(iter(anatomy.blocks(new_model(small(), 0).module)))
         return _measured(SimpleNamespace(block=block, kind="ffn", units=256), read_costs(folder / "costs.json"))
 
 

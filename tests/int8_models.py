@@ -4,7 +4,7 @@ import torch
 
 from clipress.export import parity
 from clipress.models import quantizers
-from clipress.models.load import Clip, new_clip
+from clipress.models.load import Model, new_model
 from clipress.models.tiny import tiny_architecture
 
 CONVOLUTIONAL = {
@@ -20,19 +20,19 @@ CONVOLUTIONAL = {
 
 def quantised(architecture, sets, keep=(), portable=True):
     """Build a model and make it INT8, calibrated on the first samples of `sets`."""
-    clip = new_clip(architecture, 0)
-    inputs = parity.samples(clip.preprocess, clip.tokenize(), sets)
+    model = new_model(architecture, 0)
+    inputs = parity.samples(model.preprocess, model.tokenize(), sets)
 
-    def calibrate(model):
-        model.eval()
-        model.encode_image(torch.from_numpy(inputs["image"]))
-        model.encode_text(torch.from_numpy(inputs["text"]))
+    def calibrate(module):
+        module.eval()
+        module.encode_image(torch.from_numpy(inputs["image"]))
+        module.encode_text(torch.from_numpy(inputs["text"]))
 
-    names = quantizers.quantizable(clip.model, keep)
+    names = quantizers.quantizable(model.module, keep)
     with torch.no_grad():
-        clip.model.train()
+        model.module.train()
         for _ in range(20):  # norms that fit what they see
-            clip.model.encode_image(torch.from_numpy(inputs["image"]))
-        quantizers.attach(clip.model, names, calibrate, portable=portable)
+            model.module.encode_image(torch.from_numpy(inputs["image"]))
+        quantizers.attach(model.module, names, calibrate, portable=portable)
     quantization = {"dtype": "int8", "modules": names, "calibrated_on": 16, "portable": portable}
-    return Clip(**{**clip.__dict__, "quantization": quantization})
+    return Model(**{**model.__dict__, "quantization": quantization})

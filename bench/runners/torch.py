@@ -14,7 +14,7 @@ from clipress.artifact import WEIGHTS
 from clipress.bench.latency import Enqueued
 from clipress.bench.runners import Loaded, input_shape, noise
 from clipress.errors import RecipeError
-from clipress.models.load import clip_from_artifact
+from clipress.models.load import model_from_artifact
 from clipress.runtime.export_folder import Tokenizer
 
 
@@ -39,18 +39,18 @@ class TorchRunner:
         if two_four and dtype != "bf16":
             raise RecipeError("2:4 kernels were asked for in fp32; torch has them in bf16: add --dtype bf16.")
         torch.set_num_threads(threads)
-        clip = clip_from_artifact(artifact)
-        self._model = clip.model.eval().to(self._device)
+        model = model_from_artifact(artifact)
+        self._model = model.module.eval().to(self._device)
         self._dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         self._model.to(self._dtype)
-        precision = "int8 simulated" if clip.quantization else dtype
-        if two_four and clip.sparsity and not clip.quantization:
-            used = use_two_four_kernels(self._model, clip.sparsity["weights"])
-            precision = f"bf16, 2:4 in {used} of {len(clip.sparsity['weights'])}"
+        precision = "int8 simulated" if model.quantization else dtype
+        if two_four and model.sparsity and not model.quantization:
+            used = use_two_four_kernels(self._model, model.sparsity["weights"])
+            precision = f"bf16, 2:4 in {used} of {len(model.sparsity['weights'])}"
         self.exported = Loaded(
             precision,
-            clip.preprocess,
-            Tokenizer(**clip.tokenizer),
+            model.preprocess,
+            Tokenizer(**model.tokenizer),
             (artifact / WEIGHTS).stat().st_size,
             {},
         )

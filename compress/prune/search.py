@@ -30,7 +30,7 @@ from clipress.compress.train import train
 from clipress.errors import ClipressError, RecipeError
 from clipress.models import convnets, surgery
 from clipress.models.anatomy import counts
-from clipress.models.load import Clip
+from clipress.models.load import Model
 from clipress.recipe import Section
 
 log = logging.getLogger("clipress.prune")
@@ -91,17 +91,17 @@ class Goal:
     fixed: float
 
 
-def goals_of(clip: Clip, sites: Sequence[Site], budget: Budget) -> list[Goal]:
+def goals_of(model: Model, sites: Sequence[Site], budget: Budget) -> list[Goal]:
     """Work out what each limit means for this model. Raises RecipeError when there is nothing to cut under it."""
     table = read_costs(budget.costs) if budget.costs is not None else None
     goals = []
     for towers, limit in budget.limits():
         members = [i for i, site in enumerate(sites) if site.block.tower in towers]
-        if not members and convnets.is_convnet(clip.model) and "image" in towers:
+        if not members and convnets.is_convnet(model.module) and "image" in towers:
             continue
         if not members:
             raise RecipeError(f"prune: nothing of the {' and '.join(towers)} tower may be cut; look at 'sites'.")
-        curves, total, fixed = cost_curves(clip.model, [sites[i] for i in members], limit.unit, table)
+        curves, total, fixed = cost_curves(model.module, [sites[i] for i in members], limit.unit, table)
         goals.append(Goal(members, curves, limit.unit, limit.fraction(total), total, fixed))
     return goals
 
@@ -109,11 +109,11 @@ def goals_of(clip: Clip, sites: Sequence[Site], budget: Budget) -> list[Goal]:
 class Search(Hook):
     """Accumulate scores, and set the masks when it is time."""
 
-    def __init__(self, clip: Clip, gates: Gates, settings: Prune, steps: int, seed: int, reduce: Callable) -> None:
-        self.clip, self.gates, self.settings, self.steps, self.reduce = clip, gates, settings, steps, reduce
+    def __init__(self, model: Model, gates: Gates, settings: Prune, steps: int, seed: int, reduce: Callable) -> None:
+        self.model, self.gates, self.settings, self.steps, self.reduce = model, gates, settings, steps, reduce
         self.criterion = CRITERIA[settings.criterion]
         self.seen = Accumulator(self.criterion, gates.sites, seed)
-        self.goals = goals_of(clip, gates.sites, settings.budget)
+        self.goals = goals_of(model, gates.sites, settings.budget)
         self.updates, self.seed = 0, seed
         self._masks([torch.ones_like(site.mask) for site in gates.sites], 1.0)  # an impossible budget says so now
         for site in gates.sites:
@@ -138,7 +138,7 @@ class Search(Hook):
         """Accumulate gradients of random projections of both embeddings; the weights' own gradients are not touched."""
         self.gates.clear()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        model = self.clip.model
+        model = self.model.module
         outputs = model.encode_image(arrays["pixels"], normalize=True), model.encode_text(arrays["ids"], normalize=True)
         signs = [(torch.randint(0, 2, y.shape, generator=generator) * 2 - 1).to(y) for y in outputs]
         projected = sum((y * sign).sum() for y, sign in zip(outputs, signs, strict=True))
@@ -207,25 +207,25 @@ class Search(Hook):
         ]
 
 
-def run(settings: Prune, clip: Clip, context: Context) -> tuple[Clip, dict[str, Any]]:
+def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Search and cut. The result computes what the masked model computed."""
     terms = terms_from(settings.losses, "prune.losses") | terms_from(settings.guide, "prune.guide")
     fabric = context.fabric
-    clip.model.to(fabric.device)
-    gates = Gates(clip.model, CRITERIA[settings.criterion].space, settings.sites.model_dump())
-    before = counts(clip.model)["block_params"]
+    model.module.to(fabric.device)
+    gates = Gates(model.module, CRITERIA[settings.criterion].space, settings.sites.model_dump())
+    before = counts(model.module)["block_params"]
 
     def reduce(total: Tensor) -> Tensor:
         return total if fabric.world_size == 1 else fabric.all_reduce(total, reduce_op="sum")
 
     search = None
     if gates.sites:
-        search = Search(clip, gates, settings, steps_of(settings, context), context.seed, reduce)
-    channels = _convolutional(settings, clip, context)
+        search = Search(model, gates, settings, steps_of(settings, context), context.seed, reduce)
+    channels = _convolutional(settings, model, context)
     hooks: list[Hook] = [hook for hook in (search, channels) if hook is not None]
     if not hooks:
         raise RecipeError("prune: 'sites' leaves nothing that may be cut.")
-    details = train(clip, settings, terms, context, hooks)
+    details = train(model, settings, terms, context, hooks)
     if search is not None:
         _refuse_unfinished(search, details)
         details |= {"mask_updates": search.updates, "samples_left_out": search.seen.left_out}
@@ -234,18 +234,18 @@ def run(settings: Prune, clip: Clip, context: Context) -> tuple[Clip, dict[str, 
     gates.remove()
     if channels is not None:
         details |= channels.cut()
-    kept = counts(clip.model)["block_params"] / before
-    shapes = surgery.shapes(clip.model)
-    return clip, details | {"criterion": settings.criterion, "block_params_kept": round(kept, 4), "shapes": shapes}
+    kept = counts(model.module)["block_params"] / before
+    shapes = surgery.shapes(model.module)
+    return model, details | {"criterion": settings.criterion, "block_params_kept": round(kept, 4), "shapes": shapes}
 
 
-def _convolutional(settings: Prune, clip: Clip, context: Context) -> ConvPruning | None:
+def _convolutional(settings: Prune, model: Model, context: Context) -> ConvPruning | None:
     """Return what scores and cuts the image tower when it is convolutional and may be cut."""
     limit = settings.budget.image or (settings.budget if settings.budget.text is None else None)
-    if limit is None or not settings.sites.image or not convnets.is_convnet(clip.model):
+    if limit is None or not settings.sites.image or not convnets.is_convnet(model.module):
         return None
     align, floor = settings.align.channels, settings.floor.channels
-    return ConvPruning(clip.model, settings.criterion, limit, align=align, floor=floor, seed=context.seed)
+    return ConvPruning(model.module, settings.criterion, limit, align=align, floor=floor, seed=context.seed)
 
 
 def _refuse_unfinished(search: Search, details: dict[str, Any]) -> None:

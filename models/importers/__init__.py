@@ -1,4 +1,4 @@
-"""Foreign CLIP checkpoints -> a `Clip` with our attention, or an artefact.
+"""Foreign CLIP checkpoints -> a `Model` with our attention, or an artefact.
 
 A checkpoint is read as data: safetensors, or a pickle that holds tensors and nothing that could run. To add a format: a
 file here with `recognises(state)` and `clip_from_state(state, model_name)`, and a line in `FORMATS`.
@@ -22,7 +22,7 @@ from torch import Tensor
 from clipress import __version__
 from clipress.artifact import Artifact
 from clipress.errors import ArtifactError, RecipeError, nearest
-from clipress.models.load import Clip, artifact_from_clip
+from clipress.models.load import Model, artifact_from_model
 from clipress.recipe import digest
 from clipress.storage import sha256
 
@@ -40,7 +40,7 @@ MAX_SIDE, MAX_TENSORS, MAX_BYTES = 1 << 20, 1 << 16, 8_000_000_000
 State = Mapping[str, Tensor]
 
 
-def import_checkpoint(path: Path, form: str = "auto", model: str | None = None) -> Clip:
+def import_checkpoint(path: Path, form: str = "auto", model: str | None = None) -> Model:
     """Read a foreign checkpoint into a CLIP in fp32.
 
     Args:
@@ -55,19 +55,19 @@ def import_checkpoint(path: Path, form: str = "auto", model: str | None = None) 
     return _imported(Path(path), form, model)[0]
 
 
-def artifact_from_checkpoint(path: Path, form: str = "auto", model: str | None = None) -> Artifact:
+def artifact_from_checkpoint(path: Path, form: str = "auto", module: str | None = None) -> Artifact:
     """Read a foreign checkpoint, as `import_checkpoint` does, into an artefact whose lineage begins with it."""
     path = Path(path)
-    clip, used = _imported(path, form, model)
+    model, used = _imported(path, form, module)
     source = _module("open_clip").weights_in(path) if path.is_dir() else path
-    record = {"stage": "import", "kind": "import", "format": used, "model": model, "file": source.name}
+    record = {"stage": "import", "kind": "import", "format": used, "model": module, "file": source.name}
     record |= {"sha256": sha256(source), "versions": {"clipress": __version__}}
     # the weights may be the same and mean something else: heads, activation and preprocessing count too
-    record["hash"] = digest("import", record["sha256"], used, clip.architecture, clip.preprocess.model_dump())
-    return artifact_from_clip(clip, (record,), {})
+    record["hash"] = digest("import", record["sha256"], used, model.architecture, model.preprocess.model_dump())
+    return artifact_from_model(model, (record,), {})
 
 
-def _imported(path: Path, form: str, model: str | None) -> tuple[Clip, str]:
+def _imported(path: Path, form: str, model: str | None) -> tuple[Model, str]:
     if form != "auto" and form not in FORMATS:
         raise RecipeError(f"Checkpoint format '{form}' was asked for; there is none.{nearest(form, FORMATS)}")
     try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 from clipress.models.importers import State, open_clip
-from clipress.models.importers.openai import ROOTS, architecture_from_shapes, clip_from_weights, root
-from clipress.models.load import Clip
+from clipress.models.importers.openai import ROOTS, architecture_from_shapes, model_from_weights, root
+from clipress.models.load import Model
 
 log = logging.getLogger("clipress.models")
 # What the losses train beside the student; none of it belongs to the CLIP.
@@ -21,11 +21,11 @@ def recognises(state: State) -> bool:
     return open_clip.recognises(state) and any(root(name) in EXTRAS for name in state)
 
 
-def clip_from_state(state: State, model_name: str | None) -> Clip:
+def clip_from_state(state: State, model_name: str | None) -> Model:
     """Build the student: by name, or by its shapes when it is a plain ViT (heads 64 wide, GELU)."""
     student = {name: tensor for name, tensor in state.items() if root(name) in ROOTS | {"text", "logit_bias"}}
     if dropped := sorted(state.keys() - student.keys()):
         log.warning("%d tensors are not part of the CLIP and are ignored: %s", len(dropped), ", ".join(dropped[:8]))
     if model_name is not None:
         return open_clip.clip_from_state(student, model_name)
-    return clip_from_weights(architecture_from_shapes(student, quick_gelu=False), student)
+    return model_from_weights(architecture_from_shapes(student, quick_gelu=False), student)

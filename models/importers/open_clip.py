@@ -8,8 +8,8 @@ from typing import Any
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models.importers import State, weights_from_file
-from clipress.models.importers.openai import clip_from_weights, root
-from clipress.models.load import Clip, refuse_absurd
+from clipress.models.importers.openai import model_from_weights, root
+from clipress.models.load import Model, refuse_absurd
 from clipress.storage import read_json
 
 CONFIG = "open_clip_config.json"
@@ -21,7 +21,7 @@ def recognises(state: State) -> bool:
     return "logit_scale" in state and any(root(name) == "visual" for name in state)
 
 
-def clip_from_state(state: State, model_name: str | None) -> Clip:
+def clip_from_state(state: State, model_name: str | None) -> Model:
     """Build a model by its open_clip name. Preprocessing is what the name's pretrained tags agree on."""
     import open_clip
 
@@ -52,7 +52,7 @@ def weights_in(folder: Path) -> Path:
     raise ArtifactError(f"the folder has none of {', '.join(WEIGHTS)}; weights are never made up.")
 
 
-def clip_from_folder(folder: Path) -> Clip:
+def clip_from_folder(folder: Path) -> Model:
     """Read a folder with open_clip_config.json and weights; no name is needed, nothing is downloaded."""
     try:
         config = read_json(folder / CONFIG)
@@ -70,11 +70,11 @@ def clip_from_folder(folder: Path) -> Clip:
     return _clip(architecture, weights_from_file(weights_in(folder)), known)
 
 
-def _clip(architecture: dict[str, Any], state: State, preprocess: dict[str, Any]) -> Clip:
+def _clip(architecture: dict[str, Any], state: State, preprocess: dict[str, Any]) -> Model:
     from open_clip.model import convert_to_custom_text_state_dict
 
     refuse_absurd(architecture)
     architecture["vision_cfg"].pop("timm_model_pretrained", None)  # a download, to be overwritten at once
     if architecture.get("custom_text"):
         state = convert_to_custom_text_state_dict(dict(state))
-    return clip_from_weights(architecture, state, preprocess)
+    return model_from_weights(architecture, state, preprocess)

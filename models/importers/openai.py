@@ -17,7 +17,7 @@ from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, ClipressError, RecipeError
 from clipress.models import anatomy, surgery
 from clipress.models.importers import NOTES, State
-from clipress.models.load import Clip, build, refuse_absurd
+from clipress.models.load import Model, build, refuse_absurd
 from clipress.recipe import checked
 
 HEAD = 64
@@ -32,11 +32,11 @@ def recognises(state: State) -> bool:
     return not NOTES.isdisjoint(state) and "text_projection" in state
 
 
-def clip_from_state(state: State, model_name: str | None) -> Clip:
+def clip_from_state(state: State, model_name: str | None) -> Model:
     """Build the model that the shapes tell; names and shapes must fit to the last one."""
     refuse_name(model_name)
     weights = {name: tensor for name, tensor in state.items() if name not in NOTES}
-    return clip_from_weights(architecture_from_shapes(weights, quick_gelu=True), weights)
+    return model_from_weights(architecture_from_shapes(weights, quick_gelu=True), weights)
 
 
 def refuse_name(model_name: str | None) -> None:
@@ -111,12 +111,12 @@ def _count(state: State, prefix: str) -> int:
     return len({name[len(prefix) :].partition(".")[0] for name in state if name.startswith(prefix)})
 
 
-def clip_from_weights(
+def model_from_weights(
     architecture: dict[str, Any],
     weights: State,
     preprocess: Mapping[str, Any] | None = None,
     shapes: dict[str, dict[str, Any]] | None = None,
-) -> Clip:
+) -> Model:
     """Put weights in stock naming into the model of an architecture, whose blocks may be narrower (`shapes`).
 
     Every name and shape is compared before memory is taken. Raises ArtifactError naming the first tensor that is wrong.
@@ -144,7 +144,7 @@ def clip_from_weights(
     if height != width:
         raise ArtifactError(f"it wants pictures of {height} x {width} pixels; clipress works on square ones.")
     known = checked(Preprocess, {"size": height, **(preprocess or {})}, "preprocess")
-    return Clip(model.eval(), architecture, known, tokenizer)
+    return Model(model.eval(), architecture, known, tokenizer)
 
 
 def _compare(wanted: State, weights: State) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from clipress.errors import ArtifactError
 from clipress.models.importers import State, open_clip
-from clipress.models.importers.openai import HEAD, architecture_from_shapes, clip_from_weights, root
-from clipress.models.load import Clip
+from clipress.models.importers.openai import HEAD, architecture_from_shapes, model_from_weights, root
+from clipress.models.load import Model
 
 # _image_encoder.module.visual.conv1.weight -> visual.conv1.weight; _logit_scale.module.logit_scale -> logit_scale
 _WRAPPER = re.compile(r"_?(image_encoder|text_encoder|logit_scale)(_without_ddp)?\.(module\.)*")
@@ -23,7 +23,7 @@ def recognises(state: State) -> bool:
     return any(_WRAPPER.match(name) and ".visual." in name for name in state)
 
 
-def clip_from_state(state: State, model_name: str | None) -> Clip:
+def clip_from_state(state: State, model_name: str | None) -> Model:
     """Take the towers out of their wrappers and build the model, by name or by its shapes."""
     weights = {_WRAPPER.sub("", name, count=1): tensor for name, tensor in state.items()}
     if any(root(name) == "l0_module" for name in weights) or any(_is_cut(name, weights[name]) for name in weights):
@@ -33,7 +33,7 @@ def clip_from_state(state: State, model_name: str | None) -> Clip:
         )
     if model_name is not None:
         return open_clip.clip_from_state(weights, model_name)
-    return clip_from_weights(architecture_from_shapes(weights, quick_gelu=False), weights)
+    return model_from_weights(architecture_from_shapes(weights, quick_gelu=False), weights)
 
 
 def _is_cut(name: str, tensor: Tensor) -> bool:

@@ -16,12 +16,12 @@ from clipress.models.importers.openai import (
     HEAD,
     ROOTS,
     architecture_from_shapes,
-    clip_from_weights,
+    model_from_weights,
     refuse_name,
     root,
     shape,
 )
-from clipress.models.load import Clip
+from clipress.models.load import Model
 
 log = logging.getLogger("clipress.models")
 _IN_PROJ = re.compile(r"(visual\.)?transformer\.resblocks\.\d+\.attn\.in_proj_weight")
@@ -38,7 +38,7 @@ def _is_slim(state: State, name: str) -> bool:
     return _IN_PROJ.fullmatch(name) is not None and len(sides) == 2 and sides[0] != 3 * sides[1]
 
 
-def clip_from_state(state: State, model_name: str | None) -> Clip:
+def clip_from_state(state: State, model_name: str | None) -> Model:
     """Build the model, slim or dense, that computes what the published code computes from this file."""
     refuse_name(model_name)
     masks = [tensor for name, tensor in state.items() if "alpha" in name]
@@ -46,7 +46,7 @@ def clip_from_state(state: State, model_name: str | None) -> Clip:
         log.warning("The file holds search masks that are not all 1. They are ignored: the model is the unmasked one.")
     weights = {name: tensor for name, tensor in state.items() if root(name) in ROOTS and "alpha" not in name}
     architecture = architecture_from_shapes(weights, quick_gelu=True)
-    return clip_from_weights(architecture, weights, shapes=_shapes(weights, architecture))
+    return model_from_weights(architecture, weights, shapes=_shapes(weights, architecture))
 
 
 def _shapes(weights: State, architecture: dict[str, Any]) -> dict[str, dict[str, Any]]:

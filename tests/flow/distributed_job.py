@@ -16,7 +16,7 @@ from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates
 from clipress.compress.train import batches
 from clipress.data.pairs import DataSpec, SourceSpec
-from clipress.models.load import new_clip
+from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
 ABOUT_AS_LOUD = {"feature": 100.0, "masked-feature": 100.0, "gradient": 0.1, "upop-kd": 0.1}
@@ -44,9 +44,9 @@ def case(local, embed_dim):
     losses = {name: {"weight": ABOUT_AS_LOUD.get(name, 1.0)} for name in names}
     losses["masked-feature"]["patch"] = 8
     student, *teachers = (
-        new_clip(tiny_architecture(layers=1, embed_dim=width), seed) for seed, width in enumerate((embed_dim, 32, 24))
+        new_model(tiny_architecture(layers=1, embed_dim=width), seed) for seed, width in enumerate((embed_dim, 32, 24))
     )
-    gates = Gates(student.model, "separate")
+    gates = Gates(student.module, "separate")
     context = Context(fabric, data, 0, tuple(teachers), Runtime(local_loss=local), title="job")
     config = Training(steps=1, batch_size=16, clip=1e9)
     learner = Learner(student, config, terms_from(losses, "job"), context)
@@ -60,7 +60,7 @@ def case(local, embed_dim):
     sums.add()
     seen = {
         "losses": {name: fabric.all_reduce(part.detach(), reduce_op="mean").item() for name, part in parts.items()},
-        "gradients": {name: whole(p.grad) for name, p in student.model.named_parameters()},
+        "gradients": {name: whole(p.grad) for name, p in student.module.named_parameters()},
         "learned": {name: alike(p.grad) for name, p in learner.objective.named_parameters()},
         "scores": [fabric.all_reduce(score, reduce_op="sum") for score in sums.sums],
     }

@@ -9,7 +9,7 @@ from clipress.compress.fabric import Runtime, start_fabric
 from clipress.compress.train import train
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.errors import Stopped
-from clipress.models.load import new_clip
+from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
 
@@ -23,7 +23,7 @@ fabric = start_fabric(Runtime(accelerator="cpu"))
 data, home = DataSpec(train=(SourceSpec(format="digits", limit=40),)), Path(sys.argv[1])
 context = Context(fabric, data, 0, log=home / "log.jsonl", checkpoints=home / "kept", title="job")
 try:
-    clip = new_clip(tiny_architecture(layers=1), 0)
+    clip = new_model(tiny_architecture(layers=1), 0)
     train(clip, Training(steps=9, batch_size=8), {"contrastive": 1.0}, context, [Stop()])
 except Stopped as stop:
     sys.exit(stop.exit_code)

@@ -210,11 +210,11 @@ def test_calibration_data_that_are_empty_or_all_the_same(recipe, tmp_path, tiny_
 def broken(tiny_run, tmp_path):
     """A whole artefact with a weight that is no number."""
     from clipress.artifact import save_artifact
-    from clipress.models.load import artifact_from_clip, clip_from_artifact
+    from clipress.models.load import artifact_from_model, model_from_artifact
 
-    clip = clip_from_artifact(tiny_run[0] / "recovered")
-    clip.model.visual.conv1.weight.data[0, 0, 0, 0] = float("nan")
-    return save_artifact(artifact_from_clip(clip, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "broken")
+    model = model_from_artifact(tiny_run[0] / "recovered")
+    model.module.visual.conv1.weight.data[0, 0, 0, 0] = float("nan")
+    return save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "broken")
 
 
 def test_a_model_with_weights_that_are_nan_is_not_compressed(recipe, tmp_path, broken):

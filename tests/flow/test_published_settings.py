@@ -12,7 +12,7 @@ from PIL import Image
 import clipress
 from clipress.artifact import read_header, save_artifact
 from clipress.compress.pipeline import compress
-from clipress.models.load import artifact_from_clip, new_clip
+from clipress.models.load import artifact_from_model, new_model
 from clipress.recipe import Recipe, checked, read_recipe
 
 CONFIGS = Path(clipress.__file__).parent / "configs"
@@ -53,7 +53,7 @@ def teachers(tmp_path_factory):
             "text_cfg": {"context_length": 77, "vocab_size": 49408, "heads": 2, **tower},
         }
         lineage = ({"stage": "teacher", "hash": f"small-{width}"},)
-        save_artifact(artifact_from_clip(new_clip(config, 0), lineage, {}), home / str(width))
+        save_artifact(artifact_from_model(new_model(config, 0), lineage, {}), home / str(width))
     return home
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from clipress.artifact import load_artifact, read_header
 from clipress.compress.sparsify import is_two_of_four
 from clipress.data import digits
-from clipress.models.load import clip_from_artifact
+from clipress.models.load import model_from_artifact
 
 STAGES = ["teacher", "pruned", "recovered", "sparse", "int8"]
 
@@ -91,12 +91,12 @@ def test_int8_runs_as_integer_kernels(tiny_run, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_artefact_is_read_back_with_bitwise_the_same_outputs(tiny_run, stage, tmp_path):
     from clipress.artifact import save_artifact
-    from clipress.models.load import artifact_from_clip
+    from clipress.models.load import artifact_from_model
 
     run, _ = tiny_run
-    first = clip_from_artifact(run / stage)
-    save_artifact(artifact_from_clip(first, (), {}), tmp_path / "again")
-    second = clip_from_artifact(tmp_path / "again")
+    first = model_from_artifact(run / stage)
+    save_artifact(artifact_from_model(first, (), {}), tmp_path / "again")
+    second = model_from_artifact(tmp_path / "again")
     pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype("f")
     ids = first.tokenize()(["a red circle", "two"])
     for inputs, a, b in zip((pixels, ids), first.encoders(), second.encoders(), strict=True):

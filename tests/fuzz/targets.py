@@ -97,10 +97,10 @@ def small() -> dict[str, Any]:
 def saved() -> Path:
     """Write a small artefact once."""
     from clipress.artifact import save_artifact
-    from clipress.models.load import artifact_from_clip, new_clip
+    from clipress.models.load import artifact_from_model, new_model
 
     lineage = ({"stage": "a", "hash": "b"},)
-    return save_artifact(artifact_from_clip(new_clip(small(), 0), lineage, {"accuracy": {}}), HOME / "artefact")
+    return save_artifact(artifact_from_model(new_model(small(), 0), lineage, {"accuracy": {}}), HOME / "artefact")
 
 
 EXPORT = {
@@ -125,7 +125,7 @@ def artifact(data: bytes) -> None:
     """Artefact, export folder, engine's sidecar, teacher cache: header edited or raw, weights raw."""
     from clipress.artifact import load_artifact
     from clipress.data.teacher_cache import Manifest, TeacherCache, read_manifest
-    from clipress.models.load import clip_from_artifact
+    from clipress.models.load import model_from_artifact
     from clipress.runtime.export_folder import read_export
     from clipress.runtime.tensorrt import load_engine
 
@@ -145,7 +145,7 @@ def artifact(data: bytes) -> None:
         if kind % 8 == 0:
             weights.write_bytes((home / "model.safetensors").read_bytes())
             written(good, header)
-            clip_from_artifact(HOME)
+            model_from_artifact(HOME)
         elif kind % 8 == 1:
             weights.write_bytes(rest)
             header.write_text(json.dumps(good | {"weights_sha256": hashlib.sha256(rest).hexdigest()}))
@@ -154,7 +154,7 @@ def artifact(data: bytes) -> None:
             weights.write_bytes((home / "model.safetensors").read_bytes())
             shapes = edited({key: good[key] for key in ("architecture", "shapes", "preprocess", "tokenizer")}, rest)
             header.write_text(json.dumps(good | shapes if isinstance(shapes, dict) else good))
-            clip_from_artifact(HOME)
+            model_from_artifact(HOME)
         elif kind % 8 == 4:
             read_export(written(EXPORT, HOME / "export.json").parent)
         elif kind % 8 == 5:

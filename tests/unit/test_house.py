@@ -11,11 +11,12 @@ import yaml
 import clipress
 
 ROOT = Path(clipress.__file__).parent
-BASE = {"artifact", "recipe", "storage", "errors", "progress"}
+BASE = {"artifact", "recipe", "storage", "errors", "progress", "registry"}
 MAY_IMPORT = {
     "errors": set(),
     "progress": set(),
     "recipe": {"errors"},
+    "registry": {"errors"},
     "storage": {"errors"},
     "artifact": {"errors", "recipe", "storage"},
     "metrics": BASE | {"data"},

@@ -4,15 +4,15 @@ import pytest
 
 from clipress.bench.layers import ELSE, layer_costs
 from clipress.models import anatomy
-from clipress.models.load import Clip, build, new_clip
+from clipress.models.load import Model, build, new_model
 from clipress.models.tiny import tiny_architecture
 
 WIDTH, LAYERS, PATCHES, EMBED, LENGTH = 48, 3, 16, 20, 24
 
 
 @pytest.fixture(scope="module")
-def clip():
-    return new_clip(tiny_architecture(width=WIDTH, layers=LAYERS, embed_dim=EMBED), 0)
+def model():
+    return new_model(tiny_architecture(width=WIDTH, layers=LAYERS, embed_dim=EMBED), 0)
 
 
 def block_macs(tokens):
@@ -20,8 +20,8 @@ def block_macs(tokens):
     return linear + 2 * tokens * tokens * WIDTH
 
 
-def test_every_block_costs_what_arithmetic_says(clip):
-    rows = layer_costs(clip)
+def test_every_block_costs_what_arithmetic_says(model):
+    rows = layer_costs(model)
     assert [row["tower"] for row in rows] == ["image"] * 4 + ["text"] * 4
     assert rows[1]["name"] == "visual.transformer.resblocks.1" and rows[3]["name"] == rows[7]["name"] == ELSE
     assert [row["macs"] for row in rows[:3]] == [block_macs(PATCHES + 1)] * 3
@@ -31,27 +31,29 @@ def test_every_block_costs_what_arithmetic_says(clip):
     assert {row["params"] for row in rows if row["name"] != ELSE} == {weights + biases + norms}
 
 
-def test_a_cut_block_costs_less_by_what_was_cut(clip):
+def test_a_cut_block_costs_less_by_what_was_cut(model):
     from clipress.models import surgery
 
-    whole = layer_costs(clip)
-    shapes = surgery.shapes(clip.model)
+    whole = layer_costs(model)
+    shapes = surgery.shapes(model.module)
     name = "visual.transformer.resblocks.1"
     shapes[name] = {**shapes[name], "ffn": 4 * WIDTH - 64}
-    cut = Clip(surgery.reshape(build(clip.architecture), shapes), clip.architecture, clip.preprocess, clip.tokenizer)
+    cut = Model(
+        surgery.reshape(build(model.architecture), shapes), model.architecture, model.preprocess, model.tokenizer
+    )
     found = layer_costs(cut)
     assert whole[1]["macs"] - found[1]["macs"] == (PATCHES + 1) * 2 * WIDTH * 64
     assert whole[1]["params"] - found[1]["params"] == 2 * WIDTH * 64 + 64
     assert [row for i, row in enumerate(found) if i != 1] == [row for i, row in enumerate(whole) if i != 1]
 
 
-def test_the_layers_of_a_model_add_up_to_it_whatever_its_image_tower_is(clip):
+def test_the_layers_of_a_model_add_up_to_it_whatever_its_image_tower_is(model):
     text = {"context_length": LENGTH, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
     resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
     convolutional = {"embed_dim": 16, "vision_cfg": resnet, "text_cfg": text}
-    for model in (clip, new_clip(convolutional, 0)):
-        model.model.eval()  # batch norms need more than one picture otherwise
-        rows = layer_costs(model)
-        assert sum(row["params"] for row in rows) == anatomy.counts(model.model)["params"] - 1  # logit_scale
+    for one in (model, new_model(convolutional, 0)):
+        one.module.eval()  # batch norms need more than one picture otherwise
+        rows = layer_costs(one)
+        assert sum(row["params"] for row in rows) == anatomy.counts(one.module)["params"] - 1  # logit_scale
         assert all(row["macs"] >= 0 and row["params"] >= 0 for row in rows)
     assert {"visual.conv1", "visual.layer1.0", "visual.layer4.0", "visual.attnpool"} <= {row["name"] for row in rows}

@@ -15,7 +15,7 @@ from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
 from clipress.bench.runners.onnxruntime_cuda import OnnxRuntimeCudaRunner
 from clipress.bench.settings import BenchSettings
 from clipress.errors import ArtifactError, ClipressError, RecipeError
-from clipress.models.load import artifact_from_clip, clip_from_artifact
+from clipress.models.load import artifact_from_model, model_from_artifact
 from clipress.storage import sha256
 
 SHAPES = {"image": (3, 3, 32, 32), "text": (3, 24)}
@@ -170,8 +170,8 @@ def test_embeddings_that_are_not_numbers_are_refused_before_anything_is_timed(ti
 def test_a_model_whose_weights_are_nan_is_refused_in_torch_too(tiny_run, tmp_path):
     from clipress.artifact import save_artifact
 
-    clip = clip_from_artifact(tiny_run[0] / "pruned")
-    next(clip.model.visual.parameters()).data.fill_(float("nan"))
-    save_artifact(artifact_from_clip(clip, (), {}), tmp_path / "nan")
+    model = model_from_artifact(tiny_run[0] / "pruned")
+    next(model.module.visual.parameters()).data.fill_(float("nan"))
+    save_artifact(artifact_from_model(model, (), {}), tmp_path / "nan")
     with pytest.raises(ArtifactError, match="NaN or infinite"):
         check_answers("nan", open_runner("torch", tmp_path / "nan", tmp_path, BenchSettings()))

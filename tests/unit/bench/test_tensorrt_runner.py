@@ -18,7 +18,7 @@ from clipress.errors import ArtifactError, BackendMissing, ExportError
 from clipress.export.settings import OnnxSettings, TensorRTSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.export.to_tensorrt import engines_from_export, prepare_export
-from clipress.models.load import artifact_from_clip, new_clip
+from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.tensorrt import find_machine
 
@@ -34,8 +34,8 @@ def with_engines(export, machine, settings):
 
 def export_with_engines(folder, machine, settings=SETTINGS):
     sets = evalsets([SourceSpec(format="scenes", split="test", limit=10)])
-    clip = new_clip(tiny_architecture(layers=1), 0)
-    artifact = save_artifact(artifact_from_clip(clip, ({"stage": "x", "hash": "abc"},), {}), folder / "x")
+    model = new_model(tiny_architecture(layers=1), 0)
+    artifact = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), folder / "x")
     onnx_from_artifact(artifact, folder / "export" / "x", OnnxSettings(exporter="torchscript"), sets)
     return with_engines(folder / "export" / "x", machine, settings)
 

@@ -13,7 +13,7 @@ from clipress.compress.quantize import Quantize
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.errors import ArtifactError, DataError, RecipeError
 from clipress.models import quantizers
-from clipress.models.load import new_clip
+from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.recipe import checked
 
@@ -99,10 +99,12 @@ def test_a_smaller_scale_clips_what_is_larger():
 
 @pytest.mark.parametrize("method", ["max", "percentile"])
 def test_the_stage_calibrates_on_the_training_pictures(digits, method):
-    clip, details = quantize.run(settings(method=method, keep=OTHERS), new_clip(tiny_architecture(layers=1), 0), digits)
-    assert clip.quantization["modules"] == [ONLY] and details["quantized_modules"] == 1
-    assert clip.quantization["method"] == method
-    assert float(dict(clip.model.named_modules())[ONLY].input_quantizer.amax) > 0
+    model, details = quantize.run(
+        settings(method=method, keep=OTHERS), new_model(tiny_architecture(layers=1), 0), digits
+    )
+    assert model.quantization["modules"] == [ONLY] and details["quantized_modules"] == 1
+    assert model.quantization["method"] == method
+    assert float(dict(model.module.named_modules())[ONLY].input_quantizer.amax) > 0
 
 
 @pytest.mark.parametrize("given", [{"method": "minmax"}, {"percentile": 101}, {"percentile": 0.999}])
@@ -122,22 +124,22 @@ def test_calibration_on_one_picture_again_and_again_is_refused(fabric, tmp_path)
     source = folder_of([(9, 90, 200)] * 8, tmp_path)
     context = Context(fabric, DataSpec(train=(source,)), 0, title="int8")
     with pytest.raises(DataError, match="all 16 calibration pictures are the same"):
-        quantize.run(settings(), new_clip(tiny_architecture(layers=1), 0), context)
+        quantize.run(settings(), new_model(tiny_architecture(layers=1), 0), context)
 
 
 def test_calibration_without_data_is_refused(fabric, tmp_path):
     (tmp_path / "one").mkdir()
     context = Context(fabric, DataSpec(train=(SourceSpec(format="folder", images=tmp_path),)), 0, title="int8")
     with pytest.raises(DataError, match="no usable records") as told:
-        quantize.run(settings(), new_clip(tiny_architecture(layers=1), 0), context)
+        quantize.run(settings(), new_model(tiny_architecture(layers=1), 0), context)
     assert told.value.exit_code == 2 and "\n" not in str(told.value)
 
 
 def test_weights_that_are_not_finite_are_named(digits):
-    clip = new_clip(tiny_architecture(layers=1), 0)
-    clip.model.visual.conv1.weight.data[0, 0, 0, 0] = float("nan")
+    model = new_model(tiny_architecture(layers=1), 0)
+    model.module.visual.conv1.weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(ArtifactError, match=r"not finite: visual\.conv1\.weight\.") as told:
-        quantize.run(settings(), clip, digits)
+        quantize.run(settings(), model, digits)
     assert told.value.exit_code == 2
 
 

@@ -14,7 +14,7 @@ from clipress.compress.train import train
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.data.transforms import Augment
 from clipress.errors import ArtifactError
-from clipress.models.load import new_clip
+from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
 LOSSES = {"contrastive": 1.0, "feature": 10.0, "ita": 1.0}  # a projection that learns, a slow copy, a queue
@@ -40,7 +40,7 @@ def fabric():
 
 def context(fabric, folder, every=2):
     data = DataSpec(train=(SourceSpec(format="digits", limit=40),), augment=Augment(shift=2))
-    teacher = new_clip(tiny_architecture(layers=1), 1)
+    teacher = new_model(tiny_architecture(layers=1), 1)
     return Context(
         fabric,
         data,
@@ -55,9 +55,9 @@ def context(fabric, folder, every=2):
 
 def trained(own, hooks=()):
     torch.manual_seed(0)
-    student = new_clip(tiny_architecture(layers=1, embed_dim=16), 0)
+    student = new_model(tiny_architecture(layers=1, embed_dim=16), 0)
     record = train(student, Training(steps=7, batch_size=8, lr=1e-3, queue=16), LOSSES, own, hooks)
-    return student.model.state_dict(), record["last"]
+    return student.module.state_dict(), record["last"]
 
 
 @pytest.mark.parametrize("stop", [1, 3, 6])
@@ -80,8 +80,8 @@ def test_a_stopped_search_cuts_what_an_uninterrupted_one_cuts(fabric, tmp_path, 
     )  # fmt: skip
 
     def cut(own):
-        clip, details = prune(settings, new_clip(tiny_architecture(layers=1), 0), own)
-        return clip.model.state_dict(), details["shapes"]
+        model, details = prune(settings, new_model(tiny_architecture(layers=1), 0), own)
+        return model.module.state_dict(), details["shapes"]
 
     wanted, shapes = cut(context(fabric, tmp_path / "a", every=3))
     own = context(fabric, tmp_path / "b", every=3)

@@ -18,7 +18,7 @@ from clipress.compress.train import train
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.errors import ArtifactError, ClipressError, RecipeError
 from clipress.models.convnets import conv_shapes, is_convnet, layers, reshape_convs
-from clipress.models.load import build, new_clip
+from clipress.models.load import build, new_model
 from clipress.models.tiny import tiny_architecture
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
@@ -67,7 +67,7 @@ def first_model(name):
     return model.eval()
 
 
-def new_model(name):
+def fresh_model(name):
     """A model whose norms and biases are all different and none of them trivial."""
     return copy.deepcopy(first_model(name))
 
@@ -86,9 +86,9 @@ def features(model):
 
 def pruned(tower, **limit):
     """Return the model before and after a random cut."""
-    model = new_model(tower)
+    model = fresh_model(tower)
     ConvPruning(model, "random", Limit(**limit or {"params": 0.7}), align=4).cut()
-    return new_model(tower), model
+    return fresh_model(tower), model
 
 
 def kept_rows(before, after):
@@ -129,7 +129,7 @@ def counted(model, unit):
 
 @pytest.mark.parametrize(("unit", "fraction"), [("params", 0.7), ("params", 0.9), ("macs", 0.5)])
 def test_a_budget_is_met_within_one_aligned_step(tower, unit, fraction):
-    uncut, cut = new_model(tower), new_model(tower)
+    uncut, cut = fresh_model(tower), fresh_model(tower)
     pruning = ConvPruning(cut, "random", Limit(**{unit: fraction}), align=4)
     costs = pruning.costs
     largest = max(costs.saved(costs.widths, site, 4) for site in range(len(costs.widths)))
@@ -159,7 +159,7 @@ def test_an_absolute_budget_is_met():
 
 
 def test_widths_are_aligned_and_above_their_floor(tower):
-    model = new_model(tower)
+    model = fresh_model(tower)
     pruning = ConvPruning(model, "random", Limit(params=0.95), align=4, floor=0.3)
     pruning.fraction = pruning.costs.of(pruning.least) / pruning.costs.total  # all that may go
     before, _, after = conv_shapes(model), pruning.cut(), conv_shapes(model)
@@ -189,11 +189,11 @@ def test_what_the_head_reads_keeps_its_width(name):
     ],
 )
 def test_every_set_of_channels_that_can_go_is_found(tower, stem, streams, inside):
-    assert len(ConvPruning(new_model(tower), "random", Limit(params=0.99)).sites) == stem + streams + inside
+    assert len(ConvPruning(fresh_model(tower), "random", Limit(params=0.99)).sites) == stem + streams + inside
 
 
 def test_grouped_convolutions_are_left_whole():
-    model = new_model("resnet")
+    model = fresh_model("resnet")
     model.visual.trunk.layer1[0].conv2 = nn.Conv2d(32, 32, 3, padding=1, groups=4)
     sites = ConvPruning(model, "random", Limit(params=0.99)).sites
     touched = {name for site in sites for name in (*site.made_by, *site.read_by)}
@@ -202,7 +202,7 @@ def test_grouped_convolutions_are_left_whole():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_looking_at_a_tower_changes_nothing_in_it(training):
-    model = new_model("modified resnet").train(training)
+    model = fresh_model("modified resnet").train(training)
     before = copy.deepcopy(model.state_dict())
     ConvPruning(model, "fisher", Limit(macs=0.5))
     assert model.visual.training is training and all(p.grad is None for p in model.parameters())
@@ -210,7 +210,7 @@ def test_looking_at_a_tower_changes_nothing_in_it(training):
 
 
 def test_a_frozen_tower_is_cut_like_any_other():
-    model = new_model("efficientnet")
+    model = fresh_model("efficientnet")
     wanted = ConvPruning(model, "random", Limit(macs=0.5)).sites
     assert ConvPruning(model.requires_grad_(False), "random", Limit(macs=0.5)).sites == wanted
 
@@ -221,7 +221,7 @@ def loss_of(model, batch):
 
 @pytest.mark.parametrize(("criterion", "power"), [("fisher", 2), ("taylor", 1)])
 def test_scores_are_those_of_a_gate_on_what_is_read(tower, criterion, power):
-    model = new_model(tower)
+    model = fresh_model(tower)
     pruning = ConvPruning(model, criterion, Limit(params=0.9))
     found, batches = layers(model), pixels(model, 4).split(2)
     for batch in batches:
@@ -245,7 +245,7 @@ def test_scores_are_those_of_a_gate_on_what_is_read(tower, criterion, power):
 
 
 def test_magnitude_cuts_the_channels_with_the_smallest_weights():
-    model = new_model("modified resnet")
+    model = fresh_model("modified resnet")
     weak, block = [3, 5, 6, 11], model.visual.layer2[0]
     with torch.no_grad():
         for tensor in (block.conv1.weight, block.bn1.weight, block.bn1.bias):
@@ -258,7 +258,7 @@ def test_magnitude_cuts_the_channels_with_the_smallest_weights():
 
 
 def test_a_micro_batch_that_is_not_finite_is_left_out_and_counted():
-    model = new_model("resnet")
+    model = fresh_model("resnet")
     pruning = ConvPruning(model, "fisher", Limit(params=0.8))
     loss_of(model, pixels(model)).backward()
     pruning.add()
@@ -271,19 +271,19 @@ def test_a_micro_batch_that_is_not_finite_is_left_out_and_counted():
 
 def test_a_search_that_saw_no_gradient_says_so():
     with pytest.raises(ClipressError, match="fisher saw no finite gradient"):
-        ConvPruning(new_model("resnet"), "fisher", Limit(params=0.8)).cut()
+        ConvPruning(fresh_model("resnet"), "fisher", Limit(params=0.8)).cut()
 
 
 def test_the_training_loop_feeds_the_scores(tmp_path):
     architecture = tiny_architecture(layers=1) | {"vision_cfg": TOWERS["resnet"]["vision_cfg"], "custom_text": True}
-    clip = new_clip(architecture, 0)
+    model = new_model(architecture, 0)
     data = DataSpec(train=(SourceSpec(format="digits", limit=16),))
-    pruning = ConvPruning(clip.model, "fisher", Limit(params=0.7))
+    pruning = ConvPruning(model.module, "fisher", Limit(params=0.7))
     context = Context(start_fabric(Runtime(accelerator="cpu", precision="fp32")), data, 0, title="t")
-    train(clip, Training(steps=2, batch_size=4), {"contrastive": 1.0}, context, [pruning])
+    train(model, Training(steps=2, batch_size=4), {"contrastive": 1.0}, context, [pruning])
     assert pruning.taken_in == 2 and all(score.sum() > 0 for score in pruning.scores())
     pruning.cut()
-    assert counted(clip.model, "params") <= 0.7 * counted(build(architecture), "params")
+    assert counted(model.module, "params") <= 0.7 * counted(build(architecture), "params")
 
 
 def test_a_cut_tower_is_rebuilt_bitwise_from_its_sizes_and_weights(tower):
@@ -324,9 +324,9 @@ def test_an_impossible_budget_says_the_smallest_possible():
     with pytest.raises(
         RecipeError, match=r"params 0\.050 of the image tower was asked for.*possible is 0\.\d+"
     ) as told:
-        ConvPruning(new_model("modified resnet"), "random", Limit(params=0.05), align=4)
+        ConvPruning(fresh_model("modified resnet"), "random", Limit(params=0.05), align=4)
     smallest = float(str(told.value).split("possible is ")[1].split()[0])
-    ConvPruning(new_model("modified resnet"), "random", Limit(params=smallest + 0.001), align=4)
+    ConvPruning(fresh_model("modified resnet"), "random", Limit(params=smallest + 0.001), align=4)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_an_impossible_budget_says_the_smallest_possible():
 )
 def test_what_convolutions_cannot_do_is_refused(criterion, limit, told):
     with pytest.raises(RecipeError, match=told):
-        ConvPruning(new_model("resnet"), criterion, limit)
+        ConvPruning(fresh_model("resnet"), criterion, limit)
 
 
 LAYER = "visual.trunk.blocks.1.0.conv_exp"

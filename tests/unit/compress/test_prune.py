@@ -13,7 +13,7 @@ from clipress.compress.prune.schedule import SCHEDULES, progress
 from clipress.compress.prune.search import Prune
 from clipress.errors import RecipeError
 from clipress.models import anatomy, surgery
-from clipress.models.load import new_clip
+from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
 SPACES = ["separate", "upop"]
@@ -21,7 +21,7 @@ HEADS = {"image": ("heads", "ffn"), "text": ("heads",)}
 
 
 def tiny():
-    model = new_clip(tiny_architecture(layers=1), 0).model
+    model = new_model(tiny_architecture(layers=1), 0).module
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.3, 0.3)
@@ -275,12 +275,12 @@ class TestSearch:
 
         fabric = start_fabric(Runtime(accelerator="cpu"))
         context = Context(fabric, DataSpec(train=(SourceSpec(format="digits", limit=40),)), 0, title="t")
-        clip = new_clip(architecture or tiny_architecture(layers=1), 0)
-        before = {b.tower: sum(p.numel() for p in b.module.parameters()) for b in anatomy.blocks(clip.model)}
+        model = new_model(architecture or tiny_architecture(layers=1), 0)
+        before = {b.tower: sum(p.numel() for p in b.module.parameters()) for b in anatomy.blocks(model.module)}
         base = {"steps": 4, "interval": 2, "batch_size": 8, "align": {"head_dim": 4, "ffn": 8}}
-        clip, details = run(Prune(**{**base, **settings}), clip, context)
-        after = {b.tower: sum(p.numel() for p in b.module.parameters()) for b in anatomy.blocks(clip.model)}
-        return clip, details, {tower: after[tower] / before[tower] for tower in before}
+        model, details = run(Prune(**{**base, **settings}), model, context)
+        after = {b.tower: sum(p.numel() for p in b.module.parameters()) for b in anatomy.blocks(model.module)}
+        return model, details, {tower: after[tower] / before[tower] for tower in before}
 
     @pytest.mark.parametrize("criterion", CRITERIA)
     def test_every_criterion_meets_the_budget(self, criterion):
@@ -288,9 +288,9 @@ class TestSearch:
         assert 0.5 < details["block_params_kept"] <= 0.6
 
     def test_a_site_that_cannot_be_aligned_says_why(self, caplog):
-        clip, _, _ = self.prune(budget={"params": 0.6}, align={"head_dim": 6, "ffn": 8})
+        model, _, _ = self.prune(budget={"params": 0.6}, align={"head_dim": 6, "ffn": 8})
         assert "transformer.resblocks.0.qk has 16 units, which is no multiple of align (6)" in caplog.text
-        assert {block.attn.qk_dim for block in anatomy.blocks(clip.model)} <= {6, 12, 16}
+        assert {block.attn.qk_dim for block in anatomy.blocks(model.module)} <= {6, 12, 16}
 
     def test_each_tower_can_have_its_own_budget(self):
         _, _, kept = self.prune(budget={"image": {"params": 0.4}, "text": {"params": 0.8}})
@@ -301,15 +301,15 @@ class TestSearch:
         assert kept["text"] == 1 and kept["image"] <= 0.5
 
     def test_a_budget_can_be_a_number_of_parameters(self):
-        clip, _, _ = self.prune(budget={"max_params": 20_000})
-        assert 17_000 < anatomy.counts(clip.model)["block_params"] <= 20_000
+        model, _, _ = self.prune(budget={"max_params": 20_000})
+        assert 17_000 < anatomy.counts(model.module)["block_params"] <= 20_000
 
     def test_whole_heads_go(self):
-        clip, _, _ = self.prune(
+        model, _, _ = self.prune(
             budget={"params": 0.75}, sites={"image": ["heads"], "text": ["heads"]}, floor={"heads": 0}
         )
-        assert {block.attn.heads for block in anatomy.blocks(clip.model)} < {0, 1, 2}
-        assert all(block.attn.qk_dim in (0, 16) for block in anatomy.blocks(clip.model))
+        assert {block.attn.heads for block in anatomy.blocks(model.module)} < {0, 1, 2}
+        assert all(block.attn.qk_dim in (0, 16) for block in anatomy.blocks(model.module))
 
     def test_a_cost_table_rules_a_latency_budget(self, tmp_path):
         import json
@@ -318,10 +318,10 @@ class TestSearch:
         slow_ffn = {kind: {"levels": [0, n], "ms": [0.0, 8.0 if kind == "ffn" else 1.0]} for kind, n in levels.items()}
         table = {"schema_version": 1, "towers": {"image": slow_ffn, "text": slow_ffn}}
         (tmp_path / "costs.json").write_text(json.dumps(table))
-        clip, _, _ = self.prune(budget={"latency": 0.5, "costs": tmp_path / "costs.json"}, criterion="random")
+        model, _, _ = self.prune(budget={"latency": 0.5, "costs": tmp_path / "costs.json"}, criterion="random")
         spent = sum(
             block.attn.qk_dim / 16 + block.attn.v_dim / 16 + 8 * block.ffn_in.out_features / 128
-            for block in anatomy.blocks(clip.model)
+            for block in anatomy.blocks(model.module)
         )
         assert 9 <= spent <= 10  # of twenty
 
@@ -330,26 +330,28 @@ class TestSearch:
             self.prune(budget={"latency": 0.5, "costs": tmp_path / "costs.json"})
 
     def test_the_probe_leaves_the_weights_gradients_alone(self):
-        clip, _, _ = self.prune(budget={"params": 0.9}, criterion="gauss-newton", lr=0.0, weight_decay=0.0)
-        kept = new_clip(tiny_architecture(layers=1), 0).model
-        assert torch.equal(clip.model.visual.conv1.weight, kept.visual.conv1.weight)
+        model, _, _ = self.prune(budget={"params": 0.9}, criterion="gauss-newton", lr=0.0, weight_decay=0.0)
+        kept = new_model(tiny_architecture(layers=1), 0).module
+        assert torch.equal(model.module.visual.conv1.weight, kept.visual.conv1.weight)
 
     def test_a_convolutional_tower_is_cut_in_the_same_stage_and_read_back(self, tmp_path):
         from clipress.artifact import save_artifact
-        from clipress.models.load import artifact_from_clip, clip_from_artifact
+        from clipress.models.load import artifact_from_model, model_from_artifact
 
         vision = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64, "patch_size": None}
         resnet = tiny_architecture(layers=1) | {"vision_cfg": vision}
-        whole = new_clip(resnet, 0).model
-        clip, details, kept = self.prune(resnet, budget={"params": 0.8}, align={"head_dim": 4, "ffn": 8, "channels": 4})
-        image = [sum(p.numel() for p in model.visual.parameters()) for model in (whole, clip.model)]
+        whole = new_model(resnet, 0).module
+        model, details, kept = self.prune(
+            resnet, budget={"params": 0.8}, align={"head_dim": 4, "ffn": 8, "channels": 4}
+        )
+        image = [sum(p.numel() for p in module.visual.parameters()) for module in (whole, model.module)]
         assert kept["text"] <= 0.8 and 0.7 < image[1] / image[0] <= 0.8
         assert details["image_tower_kept"] == pytest.approx(image[1] / image[0], abs=1e-4)
-        save_artifact(artifact_from_clip(clip, (), {}), tmp_path / "a")
-        again = clip_from_artifact(tmp_path / "a").model
+        save_artifact(artifact_from_model(model, (), {}), tmp_path / "a")
+        again = model_from_artifact(tmp_path / "a").module
         pixels = torch.randn(2, 3, 64, 64)
         with torch.no_grad():
-            assert torch.equal(again.encode_image(pixels), clip.model.eval().encode_image(pixels))
+            assert torch.equal(again.encode_image(pixels), model.module.eval().encode_image(pixels))
 
     def test_a_convolutional_tower_refuses_a_criterion_it_has_no_gates_for(self):
         vision = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64, "patch_size": None}

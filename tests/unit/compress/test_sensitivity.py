@@ -11,7 +11,7 @@ from clipress.compress.sensitivity import keep_sensitive, sensitivities
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.errors import RecipeError
 from clipress.models import quantizers
-from clipress.models.load import artifact_from_clip, clip_from_artifact, new_clip
+from clipress.models.load import artifact_from_model, model_from_artifact, new_model
 from clipress.models.tiny import tiny_architecture
 
 DELICATE = "visual.transformer.resblocks.0.mlp.c_proj"
@@ -19,12 +19,12 @@ DELICATE = "visual.transformer.resblocks.0.mlp.c_proj"
 
 def with_an_outlier():
     """A CLIP in which hidden unit 0 of a feed-forward is huge and read by no one: only rounding notices it."""
-    clip = new_clip(tiny_architecture(layers=1), 0)
-    mlp = clip.model.visual.transformer.resblocks[0].mlp
+    model = new_model(tiny_architecture(layers=1), 0)
+    mlp = model.module.visual.transformer.resblocks[0].mlp
     with torch.no_grad():
         mlp.c_fc.bias[0] = 3000.0
         mlp.c_proj.weight[:, 0] = 0
-    return clip
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -112,40 +112,40 @@ def settings(**given):
 
 
 def test_keep_auto_keeps_the_sensitive_layer_and_says_so(digits):
-    clip, details = quantize.run(settings(keep="auto", max_damage=0.002), with_an_outlier(), digits)
-    assert details["kept"] == [DELICATE] and DELICATE not in clip.quantization["modules"]
+    model, details = quantize.run(settings(keep="auto", max_damage=0.002), with_an_outlier(), digits)
+    assert details["kept"] == [DELICATE] and DELICATE not in model.quantization["modules"]
     assert details["sensitivity"][0]["module"] == DELICATE and len(details["sensitivity"]) == 13
     assert max(details["damage"].values()) <= 0.002 and details["quantized_modules"] == 12
-    modules = dict(clip.model.named_modules())
+    modules = dict(model.module.named_modules())
     rounding = {name for name in modules if name.endswith("_quantizer") and modules[name].is_enabled}
     assert rounding == {
-        f"{name}.{part}_quantizer" for name in clip.quantization["modules"] for part in ("input", "weight")
+        f"{name}.{part}_quantizer" for name in model.quantization["modules"] for part in ("input", "weight")
     }
 
 
 def test_what_auto_kept_is_saved_and_loaded_as_a_plain_layer(digits):
-    clip, _ = quantize.run(settings(keep=("auto", "*.attn.*"), max_damage=0.002), with_an_outlier(), digits)
-    artifact = artifact_from_clip(clip, ({"stage": "int8", "hash": "x"},), {})
+    model, _ = quantize.run(settings(keep=("auto", "*.attn.*"), max_damage=0.002), with_an_outlier(), digits)
+    artifact = artifact_from_model(model, ({"stage": "int8", "hash": "x"},), {})
     assert f"{DELICATE}.weight" in artifact.weights and f"{DELICATE}.input_quantizer._amax" not in artifact.weights
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    again = clip_from_artifact(artifact)
+    again = model_from_artifact(artifact)
     with torch.no_grad():
-        assert torch.equal(again.model.encode_image(pixels), clip.model.eval().encode_image(pixels))
+        assert torch.equal(again.module.encode_image(pixels), model.module.eval().encode_image(pixels))
 
 
 def test_the_report_can_be_had_without_keeping_anything(digits):
-    clip, details = quantize.run(settings(sensitivity=True), with_an_outlier(), digits)
-    assert len(details["sensitivity"]) == 13 == len(clip.quantization["modules"]) and "kept" not in details
-    modules = dict(clip.model.named_modules())
-    assert all(modules[name].input_quantizer.is_enabled for name in clip.quantization["modules"])
+    model, details = quantize.run(settings(sensitivity=True), with_an_outlier(), digits)
+    assert len(details["sensitivity"]) == 13 == len(model.quantization["modules"]) and "kept" not in details
+    modules = dict(model.module.named_modules())
+    assert all(modules[name].input_quantizer.is_enabled for name in model.quantization["modules"])
 
 
 def test_training_goes_on_with_what_was_kept(digits):
-    clip, details = quantize.run(
+    model, details = quantize.run(
         settings(keep="auto", max_damage=0.002, steps=2, losses=["contrastive"]), with_an_outlier(), digits
     )
     assert details["steps"] == 2 and DELICATE in details["kept"]
-    assert not dict(clip.model.named_modules())[DELICATE].input_quantizer.is_enabled
+    assert not dict(model.module.named_modules())[DELICATE].input_quantizer.is_enabled
 
 
 def test_no_report_unless_asked_for(digits):

@@ -16,7 +16,7 @@ from clipress.compress.losses import terms_from
 from clipress.compress.train import MAX_BAD_STEPS, batches, train
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.errors import ArtifactError, ClipressError, Stopped
-from clipress.models.load import new_clip
+from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
 LOSSES = {"contrastive": 1.0, "feature": 10.0, "ita": 1.0}
@@ -41,7 +41,7 @@ def fabric():
 
 def context(fabric, folder, every=100, **more):
     data = DataSpec(train=(SourceSpec(format="digits", limit=40),), **more)
-    teacher, runtime = new_clip(tiny_architecture(layers=1), 1), Runtime(checkpoint=every)
+    teacher, runtime = new_model(tiny_architecture(layers=1), 1), Runtime(checkpoint=every)
     return Context(
         fabric, data, 0, (teacher,), runtime, folder / "log.jsonl", checkpoints=folder / "kept", title="made"
     )
@@ -49,9 +49,9 @@ def context(fabric, folder, every=100, **more):
 
 def trained(own, hooks=(), config=CONFIG):
     torch.manual_seed(0)
-    student = new_clip(tiny_architecture(layers=1, embed_dim=16), 0)
+    student = new_model(tiny_architecture(layers=1, embed_dim=16), 0)
     train(student, config, LOSSES, own, hooks)
-    return student.model.state_dict()
+    return student.module.state_dict()
 
 
 def same(a, b):
@@ -132,8 +132,8 @@ def test_a_log_that_was_cut_off_does_not_stand_in_the_way(fabric, tmp_path):
 
 def test_a_row_of_steps_that_are_not_finite_never_becomes_a_checkpoint(fabric, tmp_path):
     own = context(fabric, tmp_path, every=2)
-    student = new_clip(tiny_architecture(layers=1), 0)
-    poison = At(5, lambda: student.model.visual.proj.data.fill_(float("nan")))
+    student = new_model(tiny_architecture(layers=1), 0)
+    poison = At(5, lambda: student.module.visual.proj.data.fill_(float("nan")))
     with pytest.raises(ClipressError, match=f"contrastive was not finite for {MAX_BAD_STEPS} steps"):
         train(student, Training(steps=50, batch_size=8), {"contrastive": 1.0}, own, [poison])
     assert steps_saved(own.checkpoints) == [2, 4]
@@ -143,15 +143,15 @@ def test_a_row_of_steps_that_are_not_finite_never_becomes_a_checkpoint(fabric, t
 
 def test_a_step_that_is_not_finite_leaves_nothing_in_queues_and_running_statistics(fabric, tmp_path):
     """A norm behind the patches stands for those of a convolutional tower."""
-    own, student = context(fabric, tmp_path), new_clip(tiny_architecture(layers=1, embed_dim=16), 0)
-    student.model.visual.conv1 = nn.Sequential(student.model.visual.conv1, nn.BatchNorm2d(32))
+    own, student = context(fabric, tmp_path), new_model(tiny_architecture(layers=1, embed_dim=16), 0)
+    student.module.visual.conv1 = nn.Sequential(student.module.visual.conv1, nn.BatchNorm2d(32))
     learner = Learner(student, CONFIG, terms_from(LOSSES, "made"), own)
     first, second = list(batches(student, CONFIG, own, 2))
     for arrays in (first, second):
         arrays.pop("broken")
     assert learner.gradients(0, first, ())[2]
     queue = {name: rows.clone() for name, rows in learner.twin.past.items()}
-    norm = student.model.visual.conv1[1]
+    norm = student.module.visual.conv1[1]
     mean, counted = norm.running_mean.clone(), norm.num_batches_tracked.clone()
     second["pixels"][3] = float("nan")
     assert not learner.gradients(1, second, ())[2]
@@ -161,7 +161,7 @@ def test_a_step_that_is_not_finite_leaves_nothing_in_queues_and_running_statisti
 
 
 def test_gradients_of_what_a_loss_learns_are_looked_at_too(fabric, tmp_path):
-    own, student = context(fabric, tmp_path), new_clip(tiny_architecture(layers=1, embed_dim=16), 0)
+    own, student = context(fabric, tmp_path), new_model(tiny_architecture(layers=1, embed_dim=16), 0)
     learner = Learner(student, CONFIG, terms_from(LOSSES, "made"), own)
     parameter = next(p for p in learner.objective.parameters() if p.requires_grad)
     parameter.register_hook(lambda gradient: gradient * float("inf"))

@@ -10,7 +10,7 @@ from clipress.compress.fabric import Runtime, start_fabric
 from clipress.compress.sparsegpt import compensated
 from clipress.compress.sparsify import Sparsify, is_two_of_four, zero_two_of_four
 from clipress.data.pairs import DataSpec, SourceSpec
-from clipress.models.load import new_clip
+from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
 
@@ -109,11 +109,11 @@ def test_the_stage_leaves_a_plain_model_whose_zeros_hold():
         say=said.append,
     )
     settings = Sparsify(method="sparsegpt", steps=2, calibrate=16, batch_size=8, losses=["contrastive"])
-    clip = new_clip(tiny_architecture(layers=1), 0)
-    names = list(clip.model.state_dict())
-    made, details = sparsify.run(settings, clip, context)
-    weights = dict(made.model.named_parameters())
-    assert list(made.model.state_dict()) == names and details["sparse_weights"] == 12
+    model = new_model(tiny_architecture(layers=1), 0)
+    names = list(model.module.state_dict())
+    made, details = sparsify.run(settings, model, context)
+    weights = dict(made.module.named_parameters())
+    assert list(made.module.state_dict()) == names and details["sparse_weights"] == 12
     assert all(is_two_of_four(weights[name]) and (weights[name] != 0).any() for name in made.sparsity["weights"])
     assert details["skipped"] == made.sparsity["skipped"] and made.sparsity["method"] == "sparsegpt"
     assert said[0] == "sparse: 2:4 in 12 weights" and details["by_magnitude"] == []
@@ -133,7 +133,7 @@ def test_what_sparsegpt_left_to_magnitude_is_listed_and_told():
 
 @pytest.mark.parametrize("frozen", ["transformer", "visual"])
 def test_what_is_not_trained_stays_as_it_was(frozen):
-    model = new_clip(tiny_architecture(layers=1), 0).model
+    model = new_model(tiny_architecture(layers=1), 0).module
     getattr(model, frozen).requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in getattr(model, frozen).state_dict().items()}
     pixels, ids = torch.randn(4, 3, 32, 32), torch.randint(1, 400, (4, 24))

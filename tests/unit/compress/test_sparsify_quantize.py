@@ -11,7 +11,7 @@ from clipress.artifact import load_artifact
 from clipress.compress.sparsify import is_two_of_four, zero_two_of_four
 from clipress.errors import RecipeError
 from clipress.models import quantizers
-from clipress.models.load import new_clip
+from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
 
@@ -20,7 +20,7 @@ def layers(model):
 
 
 def test_the_two_smallest_of_every_four_weights_go():
-    model = new_clip(tiny_architecture(layers=1), 0).model
+    model = new_model(tiny_architecture(layers=1), 0).module
     before = {name: layer.weight.detach().clone() for name, layer in layers(model).items()}
     names, skipped, _ = zero_two_of_four(model)
     assert skipped.keys() == {"visual.conv1", "visual.proj", "text_projection"}  # three input channels; no layers
@@ -37,7 +37,7 @@ def test_the_two_smallest_of_every_four_weights_go():
 
 
 def test_the_model_is_plain_afterwards():
-    model = new_clip(tiny_architecture(layers=1), 0).model
+    model = new_model(tiny_architecture(layers=1), 0).module
     kinds = [type(module) for module in model.modules()]
     names = list(model.state_dict())
     zero_two_of_four(model)
@@ -45,7 +45,7 @@ def test_the_model_is_plain_afterwards():
 
 
 def test_what_is_not_trained_stays_dense():
-    model = new_clip(tiny_architecture(layers=1), 0).model
+    model = new_model(tiny_architecture(layers=1), 0).module
     model.transformer.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names, skipped, _ = zero_two_of_four(model)
@@ -74,17 +74,17 @@ def test_convolutions_are_counted_along_their_input_channels():
 
 
 def quantized(calibrate=True, keep=(), portable=True):
-    clip = new_clip(tiny_architecture(layers=1), 0)
+    model = new_model(tiny_architecture(layers=1), 0)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(8, 3, 32, 32, generator=generator)
     ids = torch.randint(1, 400, (8, 24), generator=generator)
 
-    def show(model):
+    def show(module):
         with torch.no_grad():
-            model.encode_image(pixels), model.encode_text(ids)
+            module.encode_image(pixels), module.encode_text(ids)
 
-    names = quantizers.quantizable(clip.model, keep)
-    return quantizers.attach(clip.model, names, show if calibrate else None, portable=portable), names, pixels
+    names = quantizers.quantizable(model.module, keep)
+    return quantizers.attach(model.module, names, show if calibrate else None, portable=portable), names, pixels
 
 
 def test_both_towers_are_quantised_and_calibrated():

@@ -18,15 +18,15 @@ from clipress.data.pairs import Draw, SourceSpec, open_source
 from clipress.data.teacher_cache import TeacherCache, read_manifest
 from clipress.data.transforms import Augment
 from clipress.errors import ArtifactError, ClipressError, DataError, RecipeError
-from clipress.models.load import artifact_from_clip, new_clip
+from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
 
 BOTH = Augment(shift=1, crop_scale=(0.5, 1))
 
 
 @pytest.fixture(scope="module")
-def clip():
-    return new_clip(tiny_architecture(layers=1), 0)
+def model():
+    return new_model(tiny_architecture(layers=1), 0)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,10 @@ def say(_):
     pass
 
 
-def in_small_shards(clip, source, home, rank=0, world=1, workers=0):
+def in_small_shards(model, source, home, rank=0, world=1, workers=0):
     """Embed with 8 items per shard; returns the folder."""
-    manifest = manifest_of(clip, source, BOTH, 2, "hash", "fp16", "auto").model_copy(update={"items_per_shard": 8})
-    return write_shards(clip, source, manifest, home, say, rank, world, workers, batch=6)
+    manifest = manifest_of(model, source, BOTH, 2, "hash", "fp16", "auto").model_copy(update={"items_per_shard": 8})
+    return write_shards(model, source, manifest, home, say, rank, world, workers, batch=6)
 
 
 def content(folder):
@@ -65,10 +65,10 @@ class Counted:
         return self.source.image(index)
 
 
-def test_training_looks_up_what_the_teachers_say_about_the_very_same_batch(clip, digits, tmp_path):
+def test_training_looks_up_what_the_teachers_say_about_the_very_same_batch(model, digits, tmp_path):
     """Two sources, two teachers with embeddings of different widths."""
     sources = [digits, open_source(SourceSpec(format="scenes", limit=30))]
-    teachers = [clip, new_clip(tiny_architecture(layers=1, embed_dim=48), 1)]
+    teachers = [model, new_model(tiny_architecture(layers=1, embed_dim=48), 1)]
     caches = [
         [
             build_cache(t, source, BOTH, 3, tmp_path, teacher_hash=str(t.architecture["embed_dim"]), say=say)
@@ -76,22 +76,22 @@ def test_training_looks_up_what_the_teachers_say_about_the_very_same_batch(clip,
         ]
         for source in sources
     ]
-    data = TrainingSet(sources, clip.preprocess, clip.tokenize(), BOTH, 0, caches)
+    data = TrainingSet(sources, model.preprocess, model.tokenize(), BOTH, 0, caches)
     arrays = data.__getitems__([Draw(n % 2, n, epoch) for epoch in range(2) for n in range(30)])
     pixels, ids = torch.from_numpy(arrays["pixels"]), torch.from_numpy(arrays["ids"])
     for number, teacher in enumerate(teachers):
         with torch.no_grad():
-            raw = {"image": teacher.model.encode_image(pixels), "text": teacher.model.encode_text(ids)}
+            raw = {"image": teacher.module.encode_image(pixels), "text": teacher.module.encode_text(ids)}
         for tower, wanted in raw.items():
             unit, norm = arrays[f"teacher_{tower}_{number}"], arrays[f"teacher_{tower}_norm_{number}"]
             np.testing.assert_allclose(unit, torch.nn.functional.normalize(wanted, dim=-1), atol=5e-4)
             np.testing.assert_allclose(norm, wanted.norm(dim=-1), rtol=1e-4)
 
 
-def test_one_view_without_augmentation_is_the_one_of_evaluation(clip, digits, tmp_path):
-    cache = build_cache(clip, digits, Augment(), 1, tmp_path, teacher_hash="hash", say=say)
-    (pixels,) = EvalSet(digits, None).pixel_batches(clip.preprocess)
-    np.testing.assert_allclose(cache.images(range(40)), clip.encoders()[0](pixels), atol=5e-4)
+def test_one_view_without_augmentation_is_the_one_of_evaluation(model, digits, tmp_path):
+    cache = build_cache(model, digits, Augment(), 1, tmp_path, teacher_hash="hash", say=say)
+    (pixels,) = EvalSet(digits, None).pixel_batches(model.preprocess)
+    np.testing.assert_allclose(cache.images(range(40)), model.encoders()[0](pixels), atol=5e-4)
     assert cache.manifest.logit_scale == pytest.approx(1 / 0.07)
 
 
@@ -103,7 +103,7 @@ from clipress.compress.teacher_cache import manifest_of, write_shards
 from clipress.data import teacher_cache
 from clipress.data.pairs import SourceSpec, open_source
 from clipress.data.transforms import Augment
-from clipress.models.load import new_clip
+from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
 whole = teacher_cache.write_whole
@@ -115,15 +115,15 @@ def write_whole(target, fill):
     whole(target, half if target.name == "00002" else fill)
 
 teacher_cache.write_whole = write_whole
-clip, source = new_clip(tiny_architecture(layers=1), 0), open_source(SourceSpec(format="digits", limit=40))
+clip, source = new_model(tiny_architecture(layers=1), 0), open_source(SourceSpec(format="digits", limit=40))
 manifest = manifest_of(clip, source, Augment(shift=1, crop_scale=(0.5, 1)), 2, "hash", "fp16", "auto")
 manifest = manifest.model_copy(update={"items_per_shard": 8})
 write_shards(clip, source, manifest, Path(sys.argv[1]), lambda _: None, batch=6)
 """
 
 
-def test_a_killed_build_is_taken_up_again_and_leaves_the_same_bytes(clip, digits, tmp_path):
-    whole = in_small_shards(clip, digits, tmp_path / "whole")
+def test_a_killed_build_is_taken_up_again_and_leaves_the_same_bytes(model, digits, tmp_path):
+    whole = in_small_shards(model, digits, tmp_path / "whole")
     done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed"], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = tmp_path / "killed" / whole.name
@@ -131,51 +131,51 @@ def test_a_killed_build_is_taken_up_again_and_leaves_the_same_bytes(clip, digits
     with pytest.raises(ArtifactError, match="3 of 5 shards are missing, the first is 00002"):
         TeacherCache.open(left)
     counted = Counted(digits)
-    in_small_shards(clip, counted, tmp_path / "killed")
+    in_small_shards(model, counted, tmp_path / "killed")
     assert sorted(counted.asked) == list(range(16, 40))  # only what was not there
     assert {name: data for name, data in content(left).items() if name[0] != "."} == content(whole)
 
 
-def test_what_killed_builds_left_is_removed_when_all_is_there(clip, digits, tmp_path):
-    folder = build_cache(clip, digits, Augment(), 1, tmp_path, teacher_hash="hash", say=say).folder
+def test_what_killed_builds_left_is_removed_when_all_is_there(model, digits, tmp_path):
+    folder = build_cache(model, digits, Augment(), 1, tmp_path, teacher_hash="hash", say=say).folder
     (folder / ".manifest.json.1.tmp").write_text("half")
     (folder / ".00000.1.tmp").mkdir()
     (folder / ".00000.1.tmp" / "image.npy").write_text("half")
-    build_cache(clip, digits, Augment(), 1, tmp_path, teacher_hash="hash", say=say)
+    build_cache(model, digits, Augment(), 1, tmp_path, teacher_hash="hash", say=say)
     assert not list(folder.glob(".*.tmp"))
 
 
-def test_a_shard_that_is_cut_short_is_made_again_and_no_other(clip, digits, tmp_path):
-    folder = in_small_shards(clip, digits, tmp_path)
+def test_a_shard_that_is_cut_short_is_made_again_and_no_other(model, digits, tmp_path):
+    folder = in_small_shards(model, digits, tmp_path)
     before, path = content(folder), folder / "00003" / "text.npy"
     path.write_bytes(path.read_bytes()[:-1])
     counted = Counted(digits)
-    assert in_small_shards(clip, counted, tmp_path) == folder
+    assert in_small_shards(model, counted, tmp_path) == folder
     assert sorted(counted.asked) == list(range(24, 32)) and content(folder) == before
 
 
-def test_two_processes_side_by_side_write_what_one_writes(clip, digits, tmp_path):
-    alone = in_small_shards(clip, digits, tmp_path / "alone")
+def test_two_processes_side_by_side_write_what_one_writes(model, digits, tmp_path):
+    alone = in_small_shards(model, digits, tmp_path / "alone")
     sources = [Counted(digits), Counted(digits)]
     for rank, source in enumerate(sources):
-        together = in_small_shards(clip, source, tmp_path / "together", rank=rank, world=2)
+        together = in_small_shards(model, source, tmp_path / "together", rank=rank, world=2)
     assert content(together) == content(alone)
     assert not set(sources[0].asked) & set(sources[1].asked)
     TeacherCache.open(together, verify=True)
 
 
-def test_processes_that_decode_change_nothing(clip, digits, tmp_path):
-    here = in_small_shards(clip, digits, tmp_path / "here")
-    assert content(in_small_shards(clip, digits, tmp_path / "there", workers=2)) == content(here)
+def test_processes_that_decode_change_nothing(model, digits, tmp_path):
+    here = in_small_shards(model, digits, tmp_path / "here")
+    assert content(in_small_shards(model, digits, tmp_path / "there", workers=2)) == content(here)
 
 
-def test_a_second_build_computes_nothing_says_so_and_sweeps_up(clip, digits, tmp_path):
+def test_a_second_build_computes_nothing_says_so_and_sweeps_up(model, digits, tmp_path):
     told = []
     arguments = {"teacher_hash": "hash", "say": told.append}
-    folder = build_cache(clip, digits, BOTH, 2, tmp_path, **arguments).folder
+    folder = build_cache(model, digits, BOTH, 2, tmp_path, **arguments).folder
     (folder / ".00000.1.tmp").mkdir()
     counted = Counted(digits)
-    build_cache(clip, counted, BOTH, 2, tmp_path, **arguments)
+    build_cache(model, counted, BOTH, 2, tmp_path, **arguments)
     assert not counted.asked and "are there already" in told[-1]
     assert not (folder / ".00000.1.tmp").exists()
 
@@ -189,13 +189,13 @@ def test_a_second_build_computes_nothing_says_so_and_sweeps_up(clip, digits, tmp
         {"augment": Augment(shift=2)},
         {"views": 1},
         {"source": SourceSpec(format="digits", limit=39)},
-        {"clip": tiny_architecture(embed_dim=16)},
+        {"model": tiny_architecture(embed_dim=16)},
     ],
 )
-def test_whatever_decides_the_content_decides_the_folder(clip, digits, other):
-    same = {"clip": clip, "source": digits, "augment": BOTH, "views": 2, "teacher_hash": "h", "dtype": "fp16"}
+def test_whatever_decides_the_content_decides_the_folder(model, digits, other):
+    same = {"model": model, "source": digits, "augment": BOTH, "views": 2, "teacher_hash": "h", "dtype": "fp16"}
     same |= {"precision": "fp32"}
-    make = {"source": open_source, "clip": lambda architecture: new_clip(architecture, 0)}
+    make = {"source": open_source, "model": lambda architecture: new_model(architecture, 0)}
     other = {key: make.get(key, lambda value: value)(value) for key, value in other.items()}
     assert manifest_of(**same).key == manifest_of(**same).key != manifest_of(**(same | other)).key
 
@@ -213,63 +213,63 @@ def pictures(tmp_path):
     return open_source(SourceSpec(format="folder", images=folder, templates=("a {}", "the {}")))
 
 
-def test_a_broken_picture_is_counted_and_its_neighbours_stay_where_they_are(clip, pictures, tmp_path):
+def test_a_broken_picture_is_counted_and_its_neighbours_stay_where_they_are(model, pictures, tmp_path):
     told = []
-    cache = build_cache(clip, pictures, BOTH, 2, tmp_path, teacher_hash="hash", say=told.append)
+    cache = build_cache(model, pictures, BOTH, 2, tmp_path, teacher_hash="hash", say=told.append)
     assert [item for item in range(10) if not cache.ok(item)] == [3] and cache.failed == 1
     assert "1 pictures could not be read" in told[-1] and "a.png is not a picture" in told[-1]
-    check_cache(cache, clip, pictures)
-    data = TrainingSet([pictures], clip.preprocess, clip.tokenize(), BOTH, 0, [[cache]])
+    check_cache(cache, model, pictures)
+    data = TrainingSet([pictures], model.preprocess, model.tokenize(), BOTH, 0, [[cache]])
     arrays = data.__getitems__([Draw(0, item, epoch) for item in range(10) for epoch in range(3)])
-    wanted = clip.encoders()[0](arrays["pixels"])
+    wanted = model.encoders()[0](arrays["pixels"])
     np.testing.assert_allclose(arrays["teacher_image_0"], wanted, atol=5e-4)
 
 
-def test_many_broken_pictures_stop_the_build(clip, pictures, tmp_path):
+def test_many_broken_pictures_stop_the_build(model, pictures, tmp_path):
     for number in (1, 2):
         (tmp_path / "pictures" / str(number) / "a.png").unlink()
     with pytest.raises(
         DataError, match=r"3 of 10 pictures in a row cannot be read \(first: .*are the pictures still there"
     ):
-        build_cache(clip, pictures, BOTH, 2, tmp_path, teacher_hash="hash", say=say)
+        build_cache(model, pictures, BOTH, 2, tmp_path, teacher_hash="hash", say=say)
 
 
-def test_texts_that_come_often_are_encoded_once(clip, digits, tmp_path):
-    cache = build_cache(clip, digits, BOTH, 1, tmp_path, teacher_hash="hash", say=say)
+def test_texts_that_come_often_are_encoded_once(model, digits, tmp_path):
+    cache = build_cache(model, digits, BOTH, 1, tmp_path, teacher_hash="hash", say=say)
     captions = [caption for item in range(len(digits)) for caption in digits.captions(item)]
     shard = cache._shards[0]
     assert shard.texts == len(set(captions)) < shard.captions == len(captions)
-    wanted = clip.encoders()[1](clip.tokenize()(captions))
+    wanted = model.encoders()[1](model.tokenize()(captions))
     np.testing.assert_allclose(cache.texts(range(len(captions))), wanted, atol=5e-4)
 
 
-def test_changed_pictures_or_another_teacher_are_found_by_a_few_samples(clip, pictures, tmp_path):
-    cache = build_cache(clip, pictures, BOTH, 2, tmp_path, teacher_hash="hash", say=say)
+def test_changed_pictures_or_another_teacher_are_found_by_a_few_samples(model, pictures, tmp_path):
+    cache = build_cache(model, pictures, BOTH, 2, tmp_path, teacher_hash="hash", say=say)
     with pytest.raises(ArtifactError, match=r"the image embedding of item \d+ has cosine"):
-        check_cache(cache, new_clip(tiny_architecture(layers=1), 9), pictures)
+        check_cache(cache, new_model(tiny_architecture(layers=1), 9), pictures)
     for number in range(10):
         Image.new("RGB", (50, 40)).save(tmp_path / "pictures" / str(number) / "a.png")
     with pytest.raises(ArtifactError, match="the image embedding of item"):
-        check_cache(cache, clip, pictures)
+        check_cache(cache, model, pictures)
 
 
 def test_a_teacher_that_gives_no_numbers_is_told_and_nothing_is_kept(digits, tmp_path):
-    broken = new_clip(tiny_architecture(layers=1), 0)
+    broken = new_model(tiny_architecture(layers=1), 0)
     broken.model.visual.proj.data.fill_(float("nan"))
     with pytest.raises(ClipressError, match="of digits that are not finite"):
         build_cache(broken, digits, Augment(), 1, tmp_path, teacher_hash="hash", say=say)
     assert not list(tmp_path.glob("*/0*"))
 
 
-def test_many_views_of_pictures_that_are_not_augmented_are_refused(clip, digits, tmp_path):
+def test_many_views_of_pictures_that_are_not_augmented_are_refused(model, digits, tmp_path):
     with pytest.raises(RecipeError, match=r"3 views of digits were asked for, and 'data\.augment' is empty"):
-        build_cache(clip, digits, Augment(), 3, tmp_path, teacher_hash="hash", say=say)
+        build_cache(model, digits, Augment(), 3, tmp_path, teacher_hash="hash", say=say)
 
 
 @pytest.fixture
-def with_artifact(recipe, clip, tmp_path):
+def with_artifact(recipe, model, tmp_path):
     """The tiny recipe, its teacher an artefact with a hash."""
-    artifact = artifact_from_clip(clip, ({"stage": "start", "hash": "0123"},), {})
+    artifact = artifact_from_model(model, ({"stage": "start", "hash": "0123"},), {})
     recipe["teacher"] = {"artifact": str(save_artifact(artifact, tmp_path / "teacher"))}
     recipe["data"]["train"] = [{"format": "digits", "limit": 12}, {"format": "scenes", "limit": 12}]
     return recipe
@@ -290,8 +290,8 @@ def test_the_command_embeds_every_training_source_once(with_artifact, tmp_path):
 
 def test_the_command_uses_the_teachers_it_is_given_and_the_users_cache(with_artifact, tmp_path, monkeypatch):
     monkeypatch.setenv("CLIPRESS_CACHE", str(tmp_path / "cache"))
-    other = new_clip(tiny_architecture(layers=1, embed_dim=16), 3)
-    save_artifact(artifact_from_clip(other, ({"stage": "start", "hash": "4567"},), {}), tmp_path / "other")
+    other = new_model(tiny_architecture(layers=1, embed_dim=16), 3)
+    save_artifact(artifact_from_model(other, ({"stage": "start", "hash": "4567"},), {}), tmp_path / "other")
     path = write_recipe(with_artifact, tmp_path)
     done = clipress("embed", path, "--teacher", tmp_path / "teacher", "--teacher", tmp_path / "other")
     assert done.exit_code == 0, done.output
@@ -324,7 +324,7 @@ def test_a_teacher_is_known_by_the_hash_that_a_run_gives_it(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
-def test_pictures_or_texts_alone_are_embedded_and_looked_up(clip, tmp_path, side):
+def test_pictures_or_texts_alone_are_embedded_and_looked_up(model, tmp_path, side):
     spec = {
         "image": {"format": "images", "images": tmp_path},
         "text": {"format": "captions", "annotations": tmp_path / "c.tsv"},
@@ -334,16 +334,16 @@ def test_pictures_or_texts_alone_are_embedded_and_looked_up(clip, tmp_path, side
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     (tmp_path / "c.tsv").write_text("".join(f"picture number {n}\thttp://x/{n}\n" for n in range(10)))
     source = open_source(SourceSpec(**spec[side]))
-    cache = build_cache(clip, source, Augment(shift=1), 2, tmp_path / "home", teacher_hash="t", say=say)
-    check_cache(cache, clip, source)
-    found = TrainingSet([source], clip.preprocess, clip.tokenize(), Augment(shift=1), 0, [[cache]])
+    cache = build_cache(model, source, Augment(shift=1), 2, tmp_path / "home", teacher_hash="t", say=say)
+    check_cache(cache, model, source)
+    found = TrainingSet([source], model.preprocess, model.tokenize(), Augment(shift=1), 0, [[cache]])
     arrays = found.__getitems__([Draw(0, index, 0) for index in range(10)])
     other = {"image": "text", "text": "image"}[side]
     assert f"teacher_{other}_0" not in arrays and {"image": "ids", "text": "pixels"}[side] not in arrays
     with torch.no_grad():
         raw = (
-            clip.model.encode_image(torch.from_numpy(arrays["pixels"]))
+            model.module.encode_image(torch.from_numpy(arrays["pixels"]))
             if side == "image"
-            else clip.model.encode_text(torch.from_numpy(arrays["ids"]))
+            else model.module.encode_text(torch.from_numpy(arrays["ids"]))
         ).numpy()
     np.testing.assert_allclose(arrays[f"teacher_{side}_0"] * arrays[f"teacher_{side}_norm_0"][:, None], raw, atol=2e-3)

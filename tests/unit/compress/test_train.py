@@ -12,7 +12,7 @@ from clipress.compress.learner import parameter_groups
 from clipress.compress.train import MAX_BAD_STEPS, learning_rate, train
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.errors import ClipressError, RecipeError
-from clipress.models.load import new_clip
+from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
 
@@ -48,7 +48,7 @@ def test_a_constant_rate_stays_after_its_warm_up():
 
 
 def test_norms_biases_and_the_scale_do_not_decay():
-    model = new_clip(tiny_architecture(), 0).model
+    model = new_model(tiny_architecture(), 0).module
     decayed, others = parameter_groups(model, 0.1)
     assert all(p.ndim >= 2 for p in decayed["params"]) and all(p.ndim < 2 for p in others["params"])
     assert others["weight_decay"] == 0 and decayed["weight_decay"] == 0.1
@@ -60,12 +60,12 @@ def test_epochs_are_passes_over_the_first_source(context):
 
 
 def test_training_lowers_the_loss_and_logs_every_step(context):
-    clip = new_clip(tiny_architecture(layers=1), 0)
-    record = train(clip, Training(steps=25, batch_size=16, lr=2e-3), {"contrastive": 1.0}, context)
+    model = new_model(tiny_architecture(layers=1), 0)
+    record = train(model, Training(steps=25, batch_size=16, lr=2e-3), {"contrastive": 1.0}, context)
     log = rows(context)
     assert [row["step"] for row in log] == list(range(25)) and record["steps"] == 25
     assert sum(row["loss"] for row in log[-5:]) < 0.9 * sum(row["loss"] for row in log[:5])
-    assert float(clip.model.logit_scale.detach().exp()) <= 100.001
+    assert float(model.module.logit_scale.detach().exp()) <= 100.001
 
 
 class Poison(Hook):
@@ -84,8 +84,8 @@ class Poison(Hook):
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_named(context):
-    clip = new_clip(tiny_architecture(layers=1), 0)
-    poison = Poison(clip.model, {2})
+    model = new_model(tiny_architecture(layers=1), 0)
+    poison = Poison(model.module, {2})
     before = poison.before
 
     def before_and_heal(step, arrays):
@@ -94,22 +94,22 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(context):
         before(step, arrays)
 
     poison.before = before_and_heal
-    record = train(clip, Training(steps=5, batch_size=8, lr=1e-3), {"contrastive": 1.0}, context, [poison])
+    record = train(model, Training(steps=5, batch_size=8, lr=1e-3), {"contrastive": 1.0}, context, [poison])
     assert record["skipped_steps"] == 1
     assert [row["skipped"] for row in rows(context) if "skipped" in row] == [["contrastive"]]
-    assert all(p.isfinite().all() for p in clip.model.parameters())
+    assert all(p.isfinite().all() for p in model.module.parameters())
 
 
 def test_too_many_bad_steps_stop_the_run_with_the_terms_name(context):
-    clip = new_clip(tiny_architecture(layers=1), 0)
-    clip.model.visual.proj.data.fill_(float("nan"))
+    model = new_model(tiny_architecture(layers=1), 0)
+    model.module.visual.proj.data.fill_(float("nan"))
     with pytest.raises(ClipressError, match=f"contrastive was not finite for {MAX_BAD_STEPS} steps"):
-        train(clip, Training(steps=50, batch_size=8), {"contrastive": 1.0}, context)
+        train(model, Training(steps=50, batch_size=8), {"contrastive": 1.0}, context)
 
 
 def test_a_loss_that_needs_a_teacher_says_so(context):
     with pytest.raises(RecipeError, match="compare with a teacher"):
-        train(new_clip(tiny_architecture(layers=1), 0), Training(steps=1), {"feature": 1.0}, context)
+        train(new_model(tiny_architecture(layers=1), 0), Training(steps=1), {"feature": 1.0}, context)
 
 
 @pytest.mark.parametrize(
@@ -120,26 +120,26 @@ def test_a_loss_that_needs_a_teacher_says_so(context):
     ],
 )
 def test_a_teacher_that_does_not_fit_the_student_is_told(context, change, loss, told):
-    student, teacher = (new_clip(tiny_architecture(layers=1, **own), 0) for own in (change, {}))
+    student, teacher = (new_model(tiny_architecture(layers=1, **own), 0) for own in (change, {}))
     with pytest.raises(RecipeError, match=told):
         train(student, Training(steps=1), {loss: 1.0}, replace(context, teachers=(teacher,)))
 
 
 def test_the_teacher_is_not_trained(fabric, context):
-    student, teacher = new_clip(tiny_architecture(layers=1), 0), new_clip(tiny_architecture(layers=1), 1)
-    before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+    student, teacher = new_model(tiny_architecture(layers=1), 0), new_model(tiny_architecture(layers=1), 1)
+    before = {name: tensor.clone() for name, tensor in teacher.module.state_dict().items()}
     train(
         student,
         Training(steps=2, batch_size=8, lr=1e-2),
         {"feature": 1.0, "affinity": 1.0},
         replace(context, teachers=(teacher,)),
     )
-    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.model.state_dict().items())
-    assert all(p.grad is None for p in teacher.model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.module.state_dict().items())
+    assert all(p.grad is None for p in teacher.module.parameters())
 
 
 def student_and_teacher(**own):
-    return new_clip(tiny_architecture(layers=1, **own), 0), new_clip(tiny_architecture(layers=1), 1)
+    return new_model(tiny_architecture(layers=1, **own), 0), new_model(tiny_architecture(layers=1), 1)
 
 
 class Gradients(Hook):
@@ -160,7 +160,7 @@ def test_how_a_step_is_worked_through_does_not_change_its_gradient(context, chan
     seen, last = [], []
     for runtime in (Runtime(), Runtime(**change)):
         student, teacher = student_and_teacher(embed_dim=16)
-        look = Gradients(student.model)
+        look = Gradients(student.module)
         own = replace(context, teachers=(teacher,), runtime=runtime)
         losses = {"contrastive": 1.0, "affinity": 1.0, "feature": 10.0, "ita": 1.0, "tokens": 1.0, "labels": 0.1}
         losses |= {"masked-feature": 10.0, "fused": 1.0}
@@ -189,17 +189,17 @@ def test_batch_norms_count_a_batch_once_however_many_parts_it_has():
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_a_frozen_tower_keeps_its_weights_and_is_not_run_for_nothing(context, tower):
     student, teacher = student_and_teacher()
-    before = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in student.module.state_dict().items()}
     runs = []
-    other = {"image": student.model.transformer, "text": student.model.visual}[tower]
+    other = {"image": student.module.transformer, "text": student.module.visual}[tower]
     handle = other.register_forward_hook(lambda *_: runs.append(1))
     config = Training(steps=2, batch_size=8, lr=1e-2, towers=tower)
     train(student, config, {"feature": 1.0}, replace(context, teachers=(teacher,)))
     handle.remove()
-    moved = {name for name, tensor in student.model.state_dict().items() if not torch.equal(before[name], tensor)}
+    moved = {name for name, tensor in student.module.state_dict().items() if not torch.equal(before[name], tensor)}
     assert runs == [] and moved
     assert {name.startswith("visual.") for name in moved} == {tower == "image"}
-    assert all(parameter.requires_grad for parameter in student.model.parameters())
+    assert all(parameter.requires_grad for parameter in student.module.parameters())
 
 
 @pytest.mark.parametrize("losses", [("tokens",), ("masked-feature",), ("kl", "l1", "ce"), ("mse",), ("cross",)])
@@ -214,7 +214,7 @@ def test_one_tower_can_be_distilled_alone(context, losses, tower):
 def test_token_features_leave_no_hooks_behind(context):
     student, teacher = student_and_teacher()
     train(student, Training(steps=1, batch_size=8), {"tokens": 1.0}, replace(context, teachers=(teacher,)))
-    assert not any(module._forward_hooks for clip in (student, teacher) for module in clip.model.modules())
+    assert not any(module._forward_hooks for model in (student, teacher) for module in model.module.modules())
 
 
 def test_labels_alone_train_a_classifier(context):
@@ -225,16 +225,16 @@ def test_labels_alone_train_a_classifier(context):
 
 
 def test_token_features_of_other_counts_are_refused_before_training(context):
-    student = new_clip(tiny_architecture(layers=1, patch=16), 0)
+    student = new_model(tiny_architecture(layers=1, patch=16), 0)
     with pytest.raises(RecipeError, match="image tower of the student has 5 tokens, the teacher's 17"):
         train(student, Training(steps=1), ("tokens",), replace(context, teachers=(student_and_teacher()[1],)))
 
 
 def test_widths_that_differ_are_bridged_by_maps_that_learn_and_stay_out_of_the_student(context):
     student, teacher = student_and_teacher(embed_dim=16)
-    names = set(student.model.state_dict())
+    names = set(student.module.state_dict())
     record = train(
         student, Training(steps=30, batch_size=16, lr=5e-3), {"feature": 100.0}, replace(context, teachers=(teacher,))
     )
     log = rows(context)
-    assert record["last"]["feature"] < 0.5 * log[0]["feature"] and set(student.model.state_dict()) == names
+    assert record["last"]["feature"] < 0.5 * log[0]["feature"] and set(student.module.state_dict()) == names

@@ -158,11 +158,11 @@ def test_what_was_downloaded_is_read_as_shards(tmp_path):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     from clipress.artifact import save_artifact
-    from clipress.models.load import artifact_from_clip, new_clip
+    from clipress.models.load import artifact_from_model, new_model
     from clipress.models.tiny import tiny_architecture
 
     return save_artifact(
-        artifact_from_clip(new_clip(tiny_architecture(), 0), (), {}), tmp_path_factory.mktemp("t") / "a"
+        artifact_from_model(new_model(tiny_architecture(), 0), (), {}), tmp_path_factory.mktemp("t") / "a"
     )
 
 
@@ -188,13 +188,13 @@ def test_the_kept_pictures_are_those_the_teacher_ranks_first(teacher, folder):
     assert scores == sorted(scores, reverse=True) and {prompt for *_, prompt in everything} <= {"a red circle", "a cat"}
 
     from clipress.data.transforms import fitted, normalised, open_image
-    from clipress.models.load import clip_from_artifact
+    from clipress.models.load import model_from_artifact
 
-    clip = clip_from_artifact(teacher)
-    encode_image, encode_text = clip.encoders()
-    wanted = encode_text(clip.tokenize()(["a red circle", "a cat"]))
+    model = model_from_artifact(teacher)
+    encode_image, encode_text = model.encoders()
+    wanted = encode_text(model.tokenize()(["a red circle", "a cat"]))
     for name, score, _ in everything:
-        pixels = normalised(fitted(open_image(folder / "pictures" / name), clip.preprocess)[None], clip.preprocess)
+        pixels = normalised(fitted(open_image(folder / "pictures" / name), model.preprocess)[None], model.preprocess)
         assert float(score) == pytest.approx(float((encode_image(pixels) @ wanted.T).max()), abs=2e-5)
 
     clipress(*arguments, "--keep", 0.34, "--out", folder / "third.tsv")

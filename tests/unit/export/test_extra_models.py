@@ -23,7 +23,7 @@ from clipress.export.extra_models import variants_from_export
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models import quantizers
-from clipress.models.load import Clip, artifact_from_clip, new_clip
+from clipress.models.load import Model, artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.export_folder import read_export
 from clipress.runtime.onnx_session import open_session
@@ -41,19 +41,19 @@ def sets():
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory, sets):
     """Export folders of one model, in float32 and with INT8 products."""
-    run, clip = tmp_path_factory.mktemp("run"), new_clip(tiny_architecture(layers=1), 0)
-    copy, inputs = clip.copy(), parity.samples(clip.preprocess, clip.tokenize(), sets)
+    run, model = tmp_path_factory.mktemp("run"), new_model(tiny_architecture(layers=1), 0)
+    copy, inputs = model.copy(), parity.samples(model.preprocess, model.tokenize(), sets)
 
-    def calibrate(model):
-        model.encode_image(torch.from_numpy(inputs["image"]))
-        model.encode_text(torch.from_numpy(inputs["text"]))
+    def calibrate(module):
+        module.encode_image(torch.from_numpy(inputs["image"]))
+        module.encode_text(torch.from_numpy(inputs["text"]))
 
     with torch.no_grad():
-        names = quantizers.quantizable(copy.model)
-        quantizers.attach(copy.model, names, calibrate)
-    int8 = Clip(**{**copy.__dict__, "quantization": {"dtype": "int8", "modules": names}})
-    for name, one in (("fp32", clip), ("int8", int8)):
-        artifact = save_artifact(artifact_from_clip(one, ({"stage": name, "hash": f"of {name}"},), {}), run / name)
+        names = quantizers.quantizable(copy.module)
+        quantizers.attach(copy.module, names, calibrate)
+    int8 = Model(**{**copy.__dict__, "quantization": {"dtype": "int8", "modules": names}})
+    for name, one in (("fp32", model), ("int8", int8)):
+        artifact = save_artifact(artifact_from_model(one, ({"stage": name, "hash": f"of {name}"},), {}), run / name)
         with pytest.MonkeyPatch.context() as patch:  # an untrained text tower rounds worse than a trained one
             patch.setitem(parity.LIMITS, "int8", (0.99, 0.5, 5e-3))
             onnx_from_artifact(artifact, run / "export" / name, OnnxSettings(exporter="torchscript"), sets)

@@ -19,7 +19,7 @@ from clipress.export.extra_models import variants_from_export
 from clipress.export.settings import OnnxSettings, TensorRTSettings
 from clipress.export.to_tensorrt import prepare_export
 from clipress.models import anatomy
-from clipress.models.load import artifact_from_clip
+from clipress.models.load import artifact_from_model
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.export_folder import read_export
 
@@ -125,8 +125,8 @@ def artifacts(sets, tmp_path_factory):
         "kept": quantised(CONVOLUTIONAL, sets, (KEPT,)),
     }
     return {
-        name: save_artifact(artifact_from_clip(clip, ({"stage": name, "hash": name},), {}), folder / name)
-        for name, clip in clips.items()
+        name: save_artifact(artifact_from_model(model, ({"stage": name, "hash": name},), {}), folder / name)
+        for name, model in clips.items()
     }
 
 

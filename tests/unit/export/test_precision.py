@@ -14,36 +14,36 @@ from clipress.errors import ExportError
 from clipress.export import precision, to_onnx
 from clipress.export.settings import OnnxSettings
 from clipress.models import quantizers
-from clipress.models.load import Clip, new_clip
+from clipress.models.load import Model, new_model
 from clipress.models.tiny import tiny_architecture
 
 
 @pytest.fixture(scope="module")
-def clip():
-    return new_clip(tiny_architecture(layers=1), 0)
+def model():
+    return new_model(tiny_architecture(layers=1), 0)
 
 
 @pytest.fixture(scope="module")
-def inputs(clip):
+def inputs(model):
     pixels = np.random.default_rng(0).standard_normal((5, 3, 32, 32)).astype("f")
-    return {"image": pixels, "text": clip.tokenize()([f"a red circle {i}" for i in range(5)])}
+    return {"image": pixels, "text": model.tokenize()([f"a red circle {i}" for i in range(5)])}
 
 
 @pytest.fixture(scope="module")
-def int8(clip, inputs):
-    copy = clip.copy()
+def int8(model, inputs):
+    copy = model.copy()
 
-    def calibrate(model):
-        model.encode_image(torch.from_numpy(inputs["image"]))
-        model.encode_text(torch.from_numpy(inputs["text"]))
+    def calibrate(module):
+        module.encode_image(torch.from_numpy(inputs["image"]))
+        module.encode_text(torch.from_numpy(inputs["text"]))
 
     with torch.no_grad():
-        quantizers.attach(copy.model, quantizers.quantizable(copy.model), calibrate)
-    return Clip(**{**copy.__dict__, "quantization": {"dtype": "int8"}})
+        quantizers.attach(copy.module, quantizers.quantizable(copy.module), calibrate)
+    return Model(**{**copy.__dict__, "quantization": {"dtype": "int8"}})
 
 
-def exported(clip, tower, folder, exporter="torchscript"):
-    to_onnx._export(clip, tower, folder / f"{tower}.onnx", OnnxSettings(exporter=exporter))
+def exported(model, tower, folder, exporter="torchscript"):
+    to_onnx._export(model, tower, folder / f"{tower}.onnx", OnnxSettings(exporter=exporter))
     return onnx.load(folder / f"{tower}.onnx")
 
 
@@ -59,16 +59,16 @@ def types(model):
 
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_a_float16_tower_agrees_with_torch_and_takes_and_gives_float32(clip, inputs, tmp_path, tower, exporter):
-    model = exported(clip, tower, tmp_path, exporter)
-    lowered = precision.lower(model, "fp16")
-    wanted = dict(zip(("image", "text"), clip.encoders(), strict=True))[tower](inputs[tower])
+def test_a_float16_tower_agrees_with_torch_and_takes_and_gives_float32(model, inputs, tmp_path, tower, exporter):
+    module = exported(model, tower, tmp_path, exporter)
+    lowered = precision.lower(module, "fp16")
+    wanted = dict(zip(("image", "text"), model.encoders(), strict=True))[tower](inputs[tower])
     found = run(lowered, inputs[tower], tmp_path)
     assert found.dtype == np.float32
     assert (found * wanted).sum(1).min() > 0.9999
     assert abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-6  # the last normalisation is still float32's
     assert types(lowered)[TensorProto.FLOAT16] > 10 and types(lowered)[TensorProto.FLOAT] <= 2
-    assert len(lowered.SerializeToString()) < 0.8 * len(model.SerializeToString())
+    assert len(lowered.SerializeToString()) < 0.8 * len(module.SerializeToString())
 
 
 @pytest.mark.parametrize("rest", ["fp32", "fp16"])
@@ -91,12 +91,12 @@ def test_an_int8_tower_keeps_its_quantisers_whatever_the_rest_is_in(int8, inputs
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_bfloat16_weights_are_the_float32_ones_rounded(clip, tmp_path, tower):
-    model = exported(clip, tower, tmp_path)
-    lowered = precision.lower(model, "bf16")
+def test_bfloat16_weights_are_the_float32_ones_rounded(model, tmp_path, tower):
+    module = exported(model, tower, tmp_path)
+    lowered = precision.lower(module, "bf16")
     found = {item.name: item for item in lowered.graph.initializer}
     checked = 0
-    for item in model.graph.initializer:
+    for item in module.graph.initializer:
         if item.data_type == TensorProto.FLOAT:
             wanted = numpy_helper.to_array(item).astype(ml_dtypes.bfloat16)
             np.testing.assert_array_equal(numpy_helper.to_array(found[item.name]).astype("f"), wanted.astype("f"))

@@ -16,7 +16,7 @@ from clipress.errors import ExportError, RecipeError
 from clipress.export import parity, to_onnx
 from clipress.export.settings import OnnxSettings
 from clipress.models import anatomy, surgery
-from clipress.models.load import artifact_from_clip, clip_from_artifact, new_clip
+from clipress.models.load import artifact_from_model, model_from_artifact, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.recipe import checked
 from clipress.serve.settings import ServeSettings
@@ -30,14 +30,14 @@ def sets():
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
     """A cut model, saved."""
-    clip = new_clip(tiny_architecture(layers=1), 0)
-    for block in anatomy.blocks(clip.model):
+    model = new_model(tiny_architecture(layers=1), 0)
+    for block in anatomy.blocks(model.module):
         keep = surgery.Keep(
             torch.arange(16).expand(2, 16) < 8, torch.arange(16).expand(2, 16) < 12, torch.arange(128) % 2 == 0
         )
         surgery.cut(block, keep)
     return save_artifact(
-        artifact_from_clip(clip, ({"stage": "x", "hash": "abc"},), {}), tmp_path_factory.mktemp("a") / "x"
+        artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), tmp_path_factory.mktemp("a") / "x"
     )
 
 
@@ -49,14 +49,14 @@ def test_towers_agree_with_torch_at_any_batch(artifact, sets, tmp_path, exporter
     made = to_onnx.onnx_from_artifact(artifact, tmp_path / "e", OnnxSettings(opset=opset, exporter=exporter), sets)
     assert made["exporter"] == {"image": exporter, "text": exporter}
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["export.json", "image.onnx", "text.onnx"]
-    clip = clip_from_artifact(artifact)
+    model = model_from_artifact(artifact)
     rng = np.random.default_rng(0)
     for path in (tmp_path / "e").glob("*.onnx"):
         assert [(entry.domain, entry.version) for entry in onnx.load(path).opset_import] == [("", opset)]
     for batch in (1, 3, ServeSettings().max_batch):
         pixels = rng.standard_normal((batch, 3, 32, 32)).astype("f")
-        ids = clip.tokenize()([f"a red circle {i}" for i in range(batch)])
-        for tower, encode, inputs in zip(("image", "text"), clip.encoders(), (pixels, ids), strict=True):
+        ids = model.tokenize()([f"a red circle {i}" for i in range(batch)])
+        for tower, encode, inputs in zip(("image", "text"), model.encoders(), (pixels, ids), strict=True):
             found = parity.runner(tmp_path / "e" / f"{tower}.onnx")(inputs)
             np.testing.assert_allclose(found, encode(inputs), atol=2e-6)
             np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
@@ -69,9 +69,9 @@ def test_int8_towers_agree_with_torch_on_another_opset_too(tiny_run, sets, tmp_p
     assert (made["precision"], made["opset"]) == ("int8", opset)
     assert made["parity"]["batches"] == [1, 3, "all"]
     assert all(onnx.load(path).opset_import[0].version == opset for path in (tmp_path / "e").glob("*.onnx"))
-    clip, rng = clip_from_artifact(artifact), np.random.default_rng(0)
+    model, rng = model_from_artifact(artifact), np.random.default_rng(0)
     pixels = rng.standard_normal((ServeSettings().max_batch, 3, 32, 32)).astype("f")
-    wanted, found = clip.encoders()[0](pixels), parity.runner(tmp_path / "e" / "image.onnx")(pixels)
+    wanted, found = model.encoders()[0](pixels), parity.runner(tmp_path / "e" / "image.onnx")(pixels)
     assert (wanted * found).sum(1).min() > 0.999
 
 

@@ -19,7 +19,7 @@ from clipress.export.settings import ExportSettings, OnnxSettings, TensorRTSetti
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.export.to_tensorrt import engine_from_onnx, engines_from_export, prepare, prepare_export
 from clipress.export.trtexec import write_script
-from clipress.models.load import artifact_from_clip, new_clip
+from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.recipe import checked
 from clipress.runtime import cuda
@@ -45,8 +45,8 @@ def sets():
 @pytest.fixture(scope="module")
 def original(tmp_path_factory, sets):
     folder = tmp_path_factory.mktemp("run")
-    clip = new_clip(tiny_architecture(layers=1), 0)
-    artifact = save_artifact(artifact_from_clip(clip, ({"stage": "x", "hash": "abc"},), {}), folder / "x")
+    model = new_model(tiny_architecture(layers=1), 0)
+    artifact = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), folder / "x")
     onnx_from_artifact(artifact, folder / "export" / "x", OnnxSettings(exporter="torchscript"), sets)
     return folder / "export" / "x"
 

@@ -21,7 +21,7 @@ from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.export import parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
-from clipress.models.load import artifact_from_clip, clip_from_artifact, new_clip
+from clipress.models.load import artifact_from_model, model_from_artifact, new_model
 from clipress.models.tiny import tiny_architecture
 
 SHORT = {"steps": 2, "batch_size": 8, "losses": ["contrastive"], "lr": 1e-3}
@@ -42,18 +42,18 @@ def run(request, tmp_path_factory):
     (name, method), folder = request.param, tmp_path_factory.mktemp("run")
     sets = evalsets([SourceSpec(format="scenes", split="test", limit=10)])
     data = DataSpec(train=(SourceSpec(format="scenes", limit=40),))
-    clip = new_clip(ARCHITECTURES[name], 0)
+    model = new_model(ARCHITECTURES[name], 0)
     for stage, kind, settings in (
         ("sparse", sparsify, Sparsify(method=method, calibrate=16, **SHORT)),
         ("int8", quantize, Quantize(calibrate=16, **SHORT)),
     ):
-        context = Context(start_fabric(Runtime(accelerator="cpu")), data, 0, teachers=(clip.copy(),), title=stage)
-        clip, _ = kind.run(settings, clip, context)
-        save_artifact(artifact_from_clip(clip, ({"stage": stage, "hash": stage},), {}), folder / stage)
+        context = Context(start_fabric(Runtime(accelerator="cpu")), data, 0, teachers=(model.copy(),), title=stage)
+        model, _ = kind.run(settings, model, context)
+        save_artifact(artifact_from_model(model, ({"stage": stage, "hash": stage},), {}), folder / stage)
         with pytest.MonkeyPatch.context() as patch:  # an untrained model rounds worse than a trained one
             patch.setitem(parity.LIMITS, "int8", (0.9, 0.1, 5e-3))
             onnx_from_artifact(folder / stage, folder / "export" / stage, OnnxSettings(exporter="torchscript"), sets)
-        clip = clip_from_artifact(folder / stage)
+        model = model_from_artifact(folder / stage)
     return folder
 
 

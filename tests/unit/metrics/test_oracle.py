@@ -16,7 +16,7 @@ from clipress.metrics.evaluate import evaluate
 from clipress.metrics.outcomes import percents
 from clipress.metrics.retrieval import retrieval
 from clipress.metrics.zeroshot import classification, unit
-from clipress.models.load import new_clip
+from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
 pytestmark = pytest.mark.oracle
@@ -98,11 +98,11 @@ def test_zero_shot_of_random_embeddings(theirs, used):
 
 
 def test_a_model_on_pictures_with_prompts_averaged_over_templates_and_all_captions(theirs):
-    clip, size = new_clip(tiny_architecture(), 0), Preprocess(size=32)
+    model, size = new_model(tiny_architecture(), 0), Preprocess(size=32)
     specs = [SourceSpec(format=form, split="test", limit=limit) for form, limit in (("scenes", 20), ("digits", 60))]
     scenes, digits = evalsets(specs)
-    tokenize = clip.tokenize()
-    found = evaluate(*clip.encoders(), [scenes, digits], size, tokenize)
+    tokenize = model.tokenize()
+    found = evaluate(*model.encoders(), [scenes, digits], size, tokenize)
 
     def tokenizer(texts):
         return torch.from_numpy(tokenize(texts))
@@ -110,12 +110,12 @@ def test_a_model_on_pictures_with_prompts_averaged_over_templates_and_all_captio
     pictures = [torch.from_numpy(np.concatenate(list(s.pixel_batches(size)))) for s in (scenes, digits)]
     captions = [list(scenes.source.captions(i)) for i in range(20)]
     loader = retrieval_loader(pictures[0], captions)
-    wanted = theirs[1].evaluate(clip.model.eval(), loader, tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
+    wanted = theirs[1].evaluate(model.module.eval(), loader, tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
     items = Items(zip(pictures[1], digits.labels().tolist(), strict=True))
     items.classes = digits.classes.names
     templates = [template.replace("{}", "{c}") for template in digits.classes.templates]
     wanted |= theirs[0].evaluate(
-        clip.model, DataLoader(items, 16), tokenizer, items.classes, templates, "cpu", amp=False
+        model.module, DataLoader(items, 16), tokenizer, items.classes, templates, "cpu", amp=False
     )
     names = {"text_r": "text_retrieval_recall@", "image_r": "image_retrieval_recall@"}
     ours = {names[way] + k: found[f"scenes/{way}{k}"] for way in names for k in ("1", "5", "10")}

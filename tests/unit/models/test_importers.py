@@ -17,7 +17,7 @@ from clipress.artifact import load_artifact, save_artifact
 from clipress.errors import ArtifactError, RecipeError
 from clipress.models import surgery
 from clipress.models.importers import artifact_from_checkpoint, import_checkpoint
-from clipress.models.load import clip_from_artifact, new_clip, save_for_open_clip
+from clipress.models.load import model_from_artifact, new_model, save_for_open_clip
 from clipress.models.tiny import tiny_architecture
 from clipress.storage import sha256
 
@@ -55,8 +55,8 @@ def outputs(model, size=32):
     return model.encode_image(pixels), model.encode_text(ids)
 
 
-def assert_same(clip, wanted):
-    for found, want in zip(outputs(clip.model, clip.preprocess.size), wanted, strict=True):
+def assert_same(model, wanted):
+    for found, want in zip(outputs(model.module, model.preprocess.size), wanted, strict=True):
         torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
 
 
@@ -134,13 +134,13 @@ DENSE = {
 
 @pytest.mark.parametrize("case", DENSE)
 def test_a_checkpoint_computes_what_the_model_it_came_from_computes(case, name, tmp_path):
-    write, quick_gelu, model, form = DENSE[case]
+    write, quick_gelu, module, form = DENSE[case]
     stock = source(quick_gelu)
     torch.save(write(stock.state_dict()), tmp_path / "weights.pt")
-    clip = import_checkpoint(tmp_path / "weights.pt", form, model and name)
-    assert_same(clip, outputs(stock))
-    assert clip.preprocess.size == 32 and clip.tokenizer["context_length"] == 77
-    torch.testing.assert_close(clip.model.logit_scale, stock.logit_scale)
+    model = import_checkpoint(tmp_path / "weights.pt", form, module and name)
+    assert_same(model, outputs(stock))
+    assert model.preprocess.size == 32 and model.tokenizer["context_length"] == 77
+    torch.testing.assert_close(model.module.logit_scale, stock.logit_scale)
 
 
 def test_the_activation_of_the_formats_differs_so_the_comparison_can_fail(tmp_path):
@@ -155,17 +155,17 @@ def test_the_activation_of_the_formats_differs_so_the_comparison_can_fail(tmp_pa
 def test_half_precision_weights_become_fp32(dtype, tmp_path):
     stock = copy.deepcopy(source(quick_gelu=True)).to(dtype)
     torch.save({**stock.state_dict(), **NOTES}, tmp_path / "weights.pt")
-    clip = import_checkpoint(tmp_path / "weights.pt")
-    assert {parameter.dtype for parameter in clip.model.parameters()} == {torch.float32}
-    assert_same(clip, outputs(stock.float()))
+    model = import_checkpoint(tmp_path / "weights.pt")
+    assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
+    assert_same(model, outputs(stock.float()))
 
 
 def test_openais_resnet_is_read(tmp_path):
     stock = source(quick_gelu=True, resnet=True)
     torch.save({**stock.state_dict(), **NOTES}, tmp_path / "weights.pt")
-    clip = import_checkpoint(tmp_path / "weights.pt")
-    assert clip.architecture["vision_cfg"] == RESNET and clip.preprocess.size == 64
-    assert_same(clip, outputs(stock, 64))
+    model = import_checkpoint(tmp_path / "weights.pt")
+    assert model.architecture["vision_cfg"] == RESNET and model.preprocess.size == 64
+    assert_same(model, outputs(stock, 64))
 
 
 def test_safetensors_are_read(name, tmp_path):
@@ -180,9 +180,9 @@ def test_a_custom_text_tower_takes_weights_in_the_old_naming(tmp_path):
     open_clip.add_model_config(tmp_path / "importers-custom.json")
     stock = source()
     torch.save(stock.state_dict(), tmp_path / "weights.pt")
-    clip = import_checkpoint(tmp_path / "weights.pt", model="importers-custom")
-    assert hasattr(clip.model, "text")
-    assert_same(clip, outputs(stock))
+    model = import_checkpoint(tmp_path / "weights.pt", model="importers-custom")
+    assert hasattr(model.module, "text")
+    assert_same(model, outputs(stock))
 
 
 # UPop, slimmed: an independent forward of the dense weights with the published code's slicing and scale
@@ -268,9 +268,9 @@ def slim_file(tmp_path):
 
 
 def test_a_slimmed_upop_model_computes_what_the_published_code_computes(slim_file):
-    clip = import_checkpoint(slim_file)
-    assert_same(clip, reference_outputs(source(quick_gelu=True).state_dict()))
-    found = surgery.shapes(clip.model)
+    model = import_checkpoint(slim_file)
+    assert_same(model, reference_outputs(source(quick_gelu=True).state_dict()))
+    found = surgery.shapes(model.module)
     for at, (dim, hidden) in KEPT.items():
         assert found[at] == {"heads": 2, "qk_dim": dim, "v_dim": dim, "scale": dim**-0.5, "ffn": hidden}
 
@@ -302,8 +302,8 @@ def test_the_shapes_survive_saving_and_loading_the_artefact(slim_file, tmp_path)
     save_artifact(artifact, tmp_path / "artefact")
     read = load_artifact(tmp_path / "artefact")
     assert read.shapes == artifact.shapes and read.counts == artifact.counts
-    wanted = outputs(import_checkpoint(slim_file).model)
-    for found, want in zip(outputs(clip_from_artifact(read).model), wanted, strict=True):
+    wanted = outputs(import_checkpoint(slim_file).module)
+    for found, want in zip(outputs(model_from_artifact(read).module), wanted, strict=True):
         assert torch.equal(found, want)
 
 
@@ -321,11 +321,11 @@ def test_the_lineage_begins_with_the_file(slim_file, tmp_path):
 
 
 def test_a_folder_needs_no_name(tmp_path):
-    clip = new_clip({"embed_dim": 64, "vision_cfg": VIT, "text_cfg": TEXT, "quick_gelu": True}, 0)
-    preprocess = clip.preprocess.model_copy(update={"mean": (0.5, 0.4, 0.3), "resize_mode": "squash"})
-    save_for_open_clip(type(clip)(clip.model, clip.architecture, preprocess, clip.tokenizer), tmp_path / "hub")
+    model = new_model({"embed_dim": 64, "vision_cfg": VIT, "text_cfg": TEXT, "quick_gelu": True}, 0)
+    preprocess = model.preprocess.model_copy(update={"mean": (0.5, 0.4, 0.3), "resize_mode": "squash"})
+    save_for_open_clip(type(model)(model.module, model.architecture, preprocess, model.tokenizer), tmp_path / "hub")
     read = import_checkpoint(tmp_path / "hub")
-    assert_same(read, outputs(clip.model.eval()))
+    assert_same(read, outputs(model.module.eval()))
     assert read.preprocess == preprocess
     (record,) = artifact_from_checkpoint(tmp_path / "hub").lineage
     assert (record["format"], record["file"]) == ("open_clip", "open_clip_model.safetensors")
@@ -334,8 +334,8 @@ def test_a_folder_needs_no_name(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    clip = new_clip(tiny_architecture(), 0)
-    assert save_for_open_clip(clip, tmp_path / "hub")
+    model = new_model(tiny_architecture(), 0)
+    assert save_for_open_clip(model, tmp_path / "hub")
     return tmp_path / "hub"
 
 

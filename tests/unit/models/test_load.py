@@ -6,7 +6,7 @@ import torch
 
 from clipress.artifact import load_artifact, save_artifact
 from clipress.errors import ArtifactError, RecipeError
-from clipress.models.load import TeacherSpec, artifact_from_clip, clip_from_artifact, clip_from_open_clip, new_clip
+from clipress.models.load import TeacherSpec, artifact_from_model, model_from_artifact, model_from_open_clip, new_model
 from clipress.models.tiny import tiny_architecture
 
 
@@ -24,11 +24,11 @@ def test_a_checkpoint_file_gives_the_same_embeddings_as_open_clip(tiny_name, tmp
     torch.manual_seed(3)
     stock = open_clip.create_model(tiny_name).eval()
     torch.save({"state_dict": {f"module.{k}": v for k, v in stock.state_dict().items()}}, tmp_path / "epoch_1.pt")
-    clip = clip_from_open_clip(tiny_name, str(tmp_path / "epoch_1.pt"))
+    model = model_from_open_clip(tiny_name, str(tmp_path / "epoch_1.pt"))
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(clip.model.encode_image(pixels), stock.encode_image(pixels), atol=1e-5, rtol=1e-5)
-    assert clip.preprocess.size == 32 and clip.tokenizer["context_length"] == 24
+        torch.testing.assert_close(model.module.encode_image(pixels), stock.encode_image(pixels), atol=1e-5, rtol=1e-5)
+    assert model.preprocess.size == 32 and model.tokenizer["context_length"] == 24
 
 
 def test_a_truncated_checkpoint_is_told(tiny_name, tmp_path):
@@ -36,22 +36,22 @@ def test_a_truncated_checkpoint_is_told(tiny_name, tmp_path):
     torch.save(open_clip.create_model(tiny_name).state_dict(), path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ArtifactError, match=r"cut\.pt.*does not load.*truncated"):
-        clip_from_open_clip(tiny_name, str(path))
+        model_from_open_clip(tiny_name, str(path))
 
 
 def test_a_missing_checkpoint_is_told(tiny_name):
     with pytest.raises(ArtifactError, match=r"nowhere\.pt.*neither a file nor a pretrained tag"):
-        clip_from_open_clip(tiny_name, "nowhere.pt")
+        model_from_open_clip(tiny_name, "nowhere.pt")
 
 
 def test_an_unknown_model_name_is_told_with_the_nearest_one():
     with pytest.raises(RecipeError, match="Did you mean 'ViT-B-32'"):
-        clip_from_open_clip("ViT-B-3", "random")
+        model_from_open_clip("ViT-B-3", "random")
 
 
 def test_random_weights_must_be_asked_for(tiny_name):
     with pytest.raises(RecipeError, match="needs a checkpoint"):
-        clip_from_open_clip(tiny_name, None)
+        model_from_open_clip(tiny_name, None)
 
 
 @pytest.mark.parametrize("given", [{}, {"artifact": "a", "model": "b"}])
@@ -62,7 +62,7 @@ def test_a_teacher_comes_from_exactly_one_place(given):
 
 @pytest.fixture
 def saved(tmp_path):
-    return save_artifact(artifact_from_clip(new_clip(tiny_architecture(), 0), (), {}), tmp_path / "artefact")
+    return save_artifact(artifact_from_model(new_model(tiny_architecture(), 0), (), {}), tmp_path / "artefact")
 
 
 def test_truncated_weights_are_told(saved):
@@ -100,7 +100,7 @@ def test_shapes_that_do_not_fit_the_weights_are_told(saved):
     next(iter(header["shapes"].values()))["ffn"] = 96
     (saved / "clipress.json").write_text(json.dumps(header))
     with pytest.raises(ArtifactError, match="do not fit its own shapes"):
-        clip_from_artifact(saved)
+        model_from_artifact(saved)
 
 
 def test_a_failed_write_keeps_what_was_there(saved, monkeypatch):
@@ -111,7 +111,7 @@ def test_a_failed_write_keeps_what_was_there(saved, monkeypatch):
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(ArtifactError, match="could not be written"):
-        save_artifact(artifact_from_clip(new_clip(tiny_architecture(), 5), (), {}), saved)
+        save_artifact(artifact_from_model(new_model(tiny_architecture(), 5), (), {}), saved)
     assert (saved / "clipress.json").read_text() == before
     assert load_artifact(saved)
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]

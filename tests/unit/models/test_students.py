@@ -16,7 +16,7 @@ from clipress.errors import RecipeError
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models import anatomy, surgery
-from clipress.models.load import Clip, artifact_from_clip, clip_from_artifact, new_clip, save_for_open_clip
+from clipress.models.load import Model, artifact_from_model, model_from_artifact, new_model, save_for_open_clip
 from clipress.models.students import IMAGES, TEXTS, check, freeze, rest, start_hash, student_from, towers_of_teacher
 from clipress.models.tiny import tiny_architecture
 from clipress.recipe import Recipe
@@ -35,71 +35,71 @@ def named(image):
     return student(image, embed_dim=32, image_size=SIZES.get(image, 32))
 
 
-def inputs(clip, seed=0):
+def inputs(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 400, (3, clip.tokenizer["context_length"]), generator=generator)
-    ids[:, -1] = int(clip.model.vocab_size) - 1
-    return torch.randn(3, 3, clip.preprocess.size, clip.preprocess.size, generator=generator), ids
+    ids = torch.randint(1, 400, (3, model.tokenizer["context_length"]), generator=generator)
+    ids[:, -1] = int(model.module.vocab_size) - 1
+    return torch.randn(3, 3, model.preprocess.size, model.preprocess.size, generator=generator), ids
 
 
-def loss(clip):
+def loss(model):
     """A number that every trained weight has a part in."""
-    pixels, ids = inputs(clip)
-    model = clip.model
-    return model.encode_image(pixels).sum() + model.encode_text(ids).sum() + model.logit_scale.exp()
+    pixels, ids = inputs(model)
+    module = model.module
+    return module.encode_image(pixels).sum() + module.encode_text(ids).sum() + module.logit_scale.exp()
 
 
 @torch.no_grad()
-def outputs(clip):
-    pixels, ids = inputs(clip)
-    model = clip.model.eval()
-    return model.encode_image(pixels), model.encode_text(ids)
+def outputs(model):
+    pixels, ids = inputs(model)
+    module = model.module.eval()
+    return module.encode_image(pixels), module.encode_text(ids)
 
 
 def teacher_clip(custom_text=False, cut=False, seed=5, **changes):
     """A teacher whose preprocessing, tokenizer length and logit scale are all its own."""
     made = tiny_architecture() | {"custom_text": custom_text, "quick_gelu": True}
-    clip = new_clip(made | changes, seed)
+    model = new_model(made | changes, seed)
     torch.manual_seed(seed)
-    for parameter in clip.model.parameters():  # biases start at zero and gains at one; give them something to lose
+    for parameter in model.module.parameters():  # biases start at zero and gains at one; give them something to lose
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.8, 0.4)
-    torch.nn.init.constant_(clip.model.logit_scale, 3.0)
+    torch.nn.init.constant_(model.module.logit_scale, 3.0)
     if cut:
-        for block in anatomy.blocks(clip.model):
+        for block in anatomy.blocks(model.module):
             half = torch.arange(16).expand(2, 16) < 8
             surgery.cut(block, surgery.Keep(half, half, torch.arange(128) % 2 == 0))
     preprocess = Preprocess(size=32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), resize_mode="squash")
-    return Clip(clip.model.eval(), clip.architecture, preprocess, clip.tokenizer)
+    return Model(model.module.eval(), model.architecture, preprocess, model.tokenizer)
 
 
-def assert_comes_back_bitwise(clip, folder):
-    save_artifact(artifact_from_clip(clip, ({"stage": "x", "hash": "abc"},), {}), folder)
-    again = clip_from_artifact(load_artifact(folder))
-    for wanted, found in zip(outputs(clip), outputs(again), strict=True):
+def assert_comes_back_bitwise(model, folder):
+    save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), folder)
+    again = model_from_artifact(load_artifact(folder))
+    for wanted, found in zip(outputs(model), outputs(again), strict=True):
         assert torch.equal(found, wanted)
-    assert (again.preprocess, again.tokenizer) == (clip.preprocess, clip.tokenizer)
+    assert (again.preprocess, again.tokenizer) == (model.preprocess, model.tokenizer)
 
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_every_named_image_tower_learns_all_over_and_comes_back_bitwise(image, tmp_path):
-    clip = named(image)
-    clip.model.train()
-    loss(clip).backward()
-    unused = [name for name, p in clip.model.named_parameters() if p.grad is None]
+    model = named(image)
+    model.module.train()
+    loss(model).backward()
+    unused = [name for name, p in model.module.named_parameters() if p.grad is None]
     assert not unused  # else DDP waits for them for ever
-    assert outputs(clip)[0].shape == (3, 32) and outputs(clip)[1].shape == (3, 32)
-    assert_comes_back_bitwise(clip, tmp_path / "a")
+    assert outputs(model)[0].shape == (3, 32) and outputs(model)[1].shape == (3, 32)
+    assert_comes_back_bitwise(model, tmp_path / "a")
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_named_text_tower_learns_all_over_and_comes_back_bitwise(text, tmp_path):
     teacher = teacher_clip(text_cfg={**TEXT, "context_length": 77})  # its vocabulary is small
-    clip = student("vit-1x32-p16", text, teacher)
-    loss(clip).backward()
-    assert all(p.grad is not None for p in clip.model.parameters())
-    assert outputs(clip)[1].shape == (3, 32)
-    assert_comes_back_bitwise(clip, tmp_path / "a")
+    model = student("vit-1x32-p16", text, teacher)
+    loss(model).backward()
+    assert all(p.grad is not None for p in model.module.parameters())
+    assert outputs(model)[1].shape == (3, 32)
+    assert_comes_back_bitwise(model, tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -107,23 +107,23 @@ def test_every_named_text_tower_learns_all_over_and_comes_back_bitwise(text, tmp
 )
 def test_students_of_every_family_export_and_agree(image, tmp_path):
     text = {**TEXT, "vocab_size": 49408}
-    clip = student(image, text, embed_dim=32, image_size=SIZES.get(image, 32))
-    folder = save_artifact(artifact_from_clip(clip, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "a")
+    model = student(image, text, embed_dim=32, image_size=SIZES.get(image, 32))
+    folder = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "a")
     settings = OnnxSettings(exporter="torchscript")
     made = onnx_from_artifact(folder, tmp_path / "e", settings, evalsets(SAMPLE))
     assert made["parity"]["image_min_cosine"] > 0.9999
 
 
 def test_students_with_batch_norm_keep_statistics_while_learning_and_use_them_afterwards():
-    clip = named("resnet-18")
-    pixels, _ = inputs(clip)
-    (norm, *_) = [m for m in clip.model.visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    before, fixed = norm.running_mean.clone(), outputs(clip)[0]
-    clip.model.train().encode_image(pixels)
+    model = named("resnet-18")
+    pixels, _ = inputs(model)
+    (norm, *_) = [m for m in model.module.visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    before, fixed = norm.running_mean.clone(), outputs(model)[0]
+    model.module.train().encode_image(pixels)
     assert not torch.equal(norm.running_mean, before)
     with torch.no_grad():
-        alone = clip.model.eval().encode_image(pixels[:1])
-    torch.testing.assert_close(alone, outputs(clip)[0][:1])  # a picture's neighbours no longer matter
+        alone = model.module.eval().encode_image(pixels[:1])
+    torch.testing.assert_close(alone, outputs(model)[0][:1])  # a picture's neighbours no longer matter
     assert not torch.allclose(alone, fixed[:1])
 
 
@@ -135,20 +135,20 @@ def test_named_towers_are_the_published_ones():
     d, tokens = 192, 1 + (32 // 16) ** 2
     block = 2 * 2 * d + (4 * d * d + 4 * d) + (8 * d * d + 5 * d)  # norms, attention, feed-forward
     ends = d * 3 * 16 * 16 + d + tokens * d + 2 * 2 * d + d * 32  # patches, class, positions, norms, projection
-    assert parameters(named("vit-t-16").model.visual) == 12 * block + ends
+    assert parameters(named("vit-t-16").module.visual) == 12 * block + ends
     resnet = torchvision.models.resnet18()
-    assert parameters(named("resnet-18").model.visual) == parameters(resnet) - parameters(resnet.fc) + 512 * 32
+    assert parameters(named("resnet-18").module.visual) == parameters(resnet) - parameters(resnet.fc) + 512 * 32
     mobilenet = torchvision.models.mobilenet_v3_small(num_classes=32)
-    assert parameters(named("mobilenetv3-s").model.visual) == parameters(mobilenet)
+    assert parameters(named("mobilenetv3-s").module.visual) == parameters(mobilenet)
     swin = torchvision.models.swin_t()
     # timm's head has no bias here
     assert (
-        parameters(student("swin-t", embed_dim=32).model.visual) == parameters(swin) - parameters(swin.head) + 768 * 32
+        parameters(student("swin-t", embed_dim=32).module.visual) == parameters(swin) - parameters(swin.head) + 768 * 32
     )
     rn50 = open_clip.get_model_config("RN50")["vision_cfg"]
     assert IMAGES["resnet-50"].items() <= rn50.items()
     heads = {
-        b.tower: (b.attn.heads, b.attn.qk_dim) for b in anatomy.blocks(student("clip-distill", "clip-distill").model)
+        b.tower: (b.attn.heads, b.attn.qk_dim) for b in anatomy.blocks(student("clip-distill", "clip-distill").module)
     }
     assert heads == {"image": (24, 24), "text": (8, 16)}
     assert TEXTS["clip-kd"] == {"width": 384, "heads": 6, "layers": 12}
@@ -162,23 +162,23 @@ def test_named_towers_are_the_published_ones():
     ],
 )
 def test_a_short_size_says_layers_width_and_patch(image, text, wanted):
-    clip = student(image, text, image_size=32)
+    model = student(image, text, image_size=32)
     found = {"image": [], "text": []}
-    for block in anatomy.blocks(clip.model):
+    for block in anatomy.blocks(model.module):
         found[block.tower].append((block.width, block.attn.heads, block.attn.qk_dim))
     assert found == wanted
-    assert clip.tokenizer == {"name": "clip-bpe", "context_length": 77, "kwargs": {}}
-    assert clip.model.vocab_size == 49408 and clip.architecture["embed_dim"] == 512
+    assert model.tokenizer == {"name": "clip-bpe", "context_length": 77, "kwargs": {}}
+    assert model.module.vocab_size == 49408 and model.architecture["embed_dim"] == 512
     patch = int(image.rpartition("p")[2])
-    assert clip.model.visual.conv1.weight.shape[-1] == patch
+    assert model.module.visual.conv1.weight.shape[-1] == patch
 
 
 def test_any_timm_tower_is_built_at_the_size_asked_for(tmp_path):
     for name, size in (("test_efficientnet", 48), ("vit_tiny_patch16_224", 64)):
-        clip = student({"timm": name}, embed_dim=24, image_size=size)
-        assert outputs(clip)[0].shape == (3, 24)
-        assert_comes_back_bitwise(clip, tmp_path / name)
-        assert clip.architecture["vision_cfg"]["timm_model_pretrained"] is False
+        model = student({"timm": name}, embed_dim=24, image_size=size)
+        assert outputs(model)[0].shape == (3, 24)
+        assert_comes_back_bitwise(model, tmp_path / name)
+        assert model.architecture["vision_cfg"]["timm_model_pretrained"] is False
 
 
 def test_a_resized_timm_tower_is_not_offered_to_plain_open_clip(tmp_path):
@@ -203,10 +203,10 @@ def test_timms_own_weights_are_fetched_once_and_never_asked_for_again(monkeypatc
         return made
 
     monkeypatch.setattr(timm_model.timm, "create_model", create_model)
-    clip = student({"timm": "test_resnet", "pretrained": True}, embed_dim=16, image_size=32)
-    assert asked == [True] and bool((clip.model.visual.trunk.conv1[0].weight == 0.25).all())
-    again = clip_from_artifact(artifact_from_clip(clip, (), {}))
-    assert asked[0] and not any(asked[1:]) and torch.equal(outputs(again)[0], outputs(clip)[0])
+    model = student({"timm": "test_resnet", "pretrained": True}, embed_dim=16, image_size=32)
+    assert asked == [True] and bool((model.module.visual.trunk.conv1[0].weight == 0.25).all())
+    again = model_from_artifact(artifact_from_model(model, (), {}))
+    assert asked[0] and not any(asked[1:]) and torch.equal(outputs(again)[0], outputs(model)[0])
 
 
 def test_timms_weights_that_cannot_be_had_are_told(monkeypatch):
@@ -226,10 +226,10 @@ def test_the_seed_decides_the_weights():
 
 def test_a_whole_open_clip_config_goes_on_working_and_sees_what_the_teacher_sees():
     config = tiny_architecture(width=16)
-    wanted = new_clip(config, 3)
+    wanted = new_model(config, 3)
     alone, taught = student_from(config, None, 3), student_from(config, teacher_clip(), 3)
-    for clip in (alone, taught):
-        assert all(torch.equal(a, b) for a, b in zip(outputs(clip), outputs(wanted), strict=True))
+    for model in (alone, taught):
+        assert all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(wanted), strict=True))
     assert alone.preprocess == wanted.preprocess and taught.preprocess == teacher_clip().preprocess
 
 
@@ -241,10 +241,10 @@ def tiny_name(tmp_path):
 
 
 def test_an_open_clip_name_has_random_weights_and_the_teachers_sizes(tiny_name):
-    clip = student_from({"model": tiny_name}, teacher_clip(), 7)
-    assert clip.preprocess == teacher_clip().preprocess and outputs(clip)[0].shape == (3, 32)
+    model = student_from({"model": tiny_name}, teacher_clip(), 7)
+    assert model.preprocess == teacher_clip().preprocess and outputs(model)[0].shape == (3, 32)
     again = student_from({"model": tiny_name}, teacher_clip(), 7)
-    assert torch.equal(outputs(clip)[0], outputs(again)[0])
+    assert torch.equal(outputs(model)[0], outputs(again)[0])
     alone = student_from({"model": tiny_name, "embed_dim": 48}, None, 7)
     assert alone.preprocess.size == 64 and outputs(alone)[1].shape == (3, 48)
 
@@ -254,9 +254,9 @@ def test_a_checkpoint_gives_an_open_clip_name_its_weights(tiny_name, tmp_path):
     stock = open_clip.create_model(tiny_name).eval()
     torch.save(stock.state_dict(), tmp_path / "weights.pt")
     section = {"model": tiny_name, "checkpoint": str(tmp_path / "weights.pt")}
-    clip = student_from(section, None, 0)
+    model = student_from(section, None, 0)
     with torch.no_grad():
-        torch.testing.assert_close(outputs(clip)[0], stock.encode_image(inputs(clip)[0]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(outputs(model)[0], stock.encode_image(inputs(model)[0]), atol=1e-5, rtol=1e-5)
     with pytest.raises(RecipeError, match="share the teacher's picture size, 32; found 64"):
         student_from(section, teacher_clip(), 0)
     before = start_hash(section, 0)
@@ -268,9 +268,9 @@ def test_a_checkpoint_gives_an_open_clip_name_its_weights(tiny_name, tmp_path):
 def test_a_new_tower_reads_texts_as_the_teachers_tokenizer_writes_them():
     teacher = teacher_clip()
     teacher.architecture["text_cfg"]["pool_type"] = "last"
-    clip = student("resnet-18", "1x32", teacher)
-    assert clip.tokenizer == teacher.tokenizer and clip.preprocess == teacher.preprocess
-    assert clip.architecture["text_cfg"]["pool_type"] == "last" and clip.architecture["embed_dim"] == 32
+    model = student("resnet-18", "1x32", teacher)
+    assert model.tokenizer == teacher.tokenizer and model.preprocess == teacher.preprocess
+    assert model.architecture["text_cfg"]["pool_type"] == "last" and model.architecture["embed_dim"] == 32
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -279,14 +279,14 @@ def test_a_new_tower_reads_texts_as_the_teachers_tokenizer_writes_them():
 def test_a_tower_is_taken_from_the_teacher_whole(tower, custom_text, cut, tmp_path):
     teacher = teacher_clip(custom_text, cut)
     section = {"image": {"timm": "test_resnet"}, "text": "1x32"} | {tower: "teacher"}
-    clip = student_from(section, teacher, 0)
+    model = student_from(section, teacher, 0)
     number = anatomy.TOWERS.index(tower)
     assert towers_of_teacher(section) == (tower,)
-    assert torch.equal(outputs(clip)[number], outputs(teacher)[number])
-    assert not torch.equal(outputs(clip)[1 - number], outputs(teacher)[1 - number])
-    assert clip.model.logit_scale.item() == 3.0 and clip.preprocess == teacher.preprocess
+    assert torch.equal(outputs(model)[number], outputs(teacher)[number])
+    assert not torch.equal(outputs(model)[1 - number], outputs(teacher)[1 - number])
+    assert model.module.logit_scale.item() == 3.0 and model.preprocess == teacher.preprocess
     with torch.no_grad():  # a copy: the teacher keeps its weights
-        for parameter in clip.model.parameters():
+        for parameter in model.module.parameters():
             parameter.zero_()
     assert outputs(teacher)[number].abs().sum() > 0
     assert_comes_back_bitwise(student_from(section, teacher, 0), tmp_path / "a")
@@ -295,21 +295,21 @@ def test_a_tower_is_taken_from_the_teacher_whole(tower, custom_text, cut, tmp_pa
 def test_frozen_towers_neither_learn_nor_gather_statistics():
     teacher = teacher_clip(vision_cfg={"timm_model_name": "test_resnet", "timm_proj": "linear", "image_size": 32})
     section = {"image": "teacher", "text": "1x32"}
-    clip = student_from(section, teacher, 0)
-    freeze(clip.model, towers_of_teacher(section))
-    clip.model.train()
-    rest(clip.model)
-    loss(clip).backward()
-    learning = {anatomy.tower_of(name) for name, p in clip.model.named_parameters() if p.grad is not None}
-    assert learning == {"text", None} and clip.model.transformer.training
-    assert torch.equal(outputs(clip)[0], outputs(teacher)[0])
+    model = student_from(section, teacher, 0)
+    freeze(model.module, towers_of_teacher(section))
+    model.module.train()
+    rest(model.module)
+    loss(model).backward()
+    learning = {anatomy.tower_of(name) for name, p in model.module.named_parameters() if p.grad is not None}
+    assert learning == {"text", None} and model.module.transformer.training
+    assert torch.equal(outputs(model)[0], outputs(teacher)[0])
 
 
 def test_a_run_leaves_the_teachers_tower_alone_in_every_stage_and_after_a_stop(tmp_path):
     short = {"losses": ["contrastive"], "steps": 3, "batch_size": 8, "lr": 1e-2}
     vision = {"timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
     save_artifact(
-        artifact_from_clip(teacher_clip(vision_cfg=vision), ({"stage": "x", "hash": "abc"},), {}), tmp_path / "teacher"
+        artifact_from_model(teacher_clip(vision_cfg=vision), ({"stage": "x", "hash": "abc"},), {}), tmp_path / "teacher"
     )
     recipe = {
         "name": "one-tower",
@@ -328,7 +328,7 @@ def test_a_run_leaves_the_teachers_tower_alone_in_every_stage_and_after_a_stop(t
     (run / "second" / "clipress.json").unlink()  # as if the run had been stopped: the second stage starts from a file
     compress(Recipe(**recipe), run, lambda _: None)
     teacher, *stages = [
-        outputs(clip_from_artifact(run / name)) for name in ("teacher", "distilled", "second", "sparse", "int8")
+        outputs(model_from_artifact(run / name)) for name in ("teacher", "distilled", "second", "sparse", "int8")
     ]
     for before, (image, text) in zip([teacher, *stages], stages, strict=False):
         assert torch.equal(image, teacher[0]) and not torch.equal(text, before[1])
@@ -381,6 +381,6 @@ def test_a_section_that_the_teacher_cannot_serve_is_told(section, told):
 
 def test_an_int8_teacher_gives_no_towers():
     teacher = teacher_clip()
-    int8 = Clip(**{**teacher.__dict__, "quantization": {"dtype": "int8"}})
+    int8 = Model(**{**teacher.__dict__, "quantization": {"dtype": "int8"}})
     with pytest.raises(RecipeError, match="INT8"):
         student_from({"image": "resnet-18", "text": "teacher"}, int8, 0)

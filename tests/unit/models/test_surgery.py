@@ -6,7 +6,7 @@ import torch
 
 from clipress.artifact import load_artifact, save_artifact
 from clipress.models import anatomy, surgery
-from clipress.models.load import artifact_from_clip, build, clip_from_artifact, new_clip, save_for_open_clip
+from clipress.models.load import artifact_from_model, build, model_from_artifact, new_model, save_for_open_clip
 from clipress.models.tiny import tiny_architecture
 
 
@@ -46,11 +46,11 @@ def mask_by_hand(block, keep):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_cut_model_computes_what_the_masked_model_computes(seed):
-    masked = new_clip(tiny_architecture(layers=2), seed).model
+    masked = new_model(tiny_architecture(layers=2), seed).module
     for parameter in masked.parameters():  # biases start at zero; give them something to lose
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.5, 0.5)
-    cut = new_clip(tiny_architecture(layers=2), seed).model
+    cut = new_model(tiny_architecture(layers=2), seed).module
     cut.load_state_dict(masked.state_dict())
     for number, (a, b) in enumerate(zip(anatomy.blocks(masked), anatomy.blocks(cut), strict=True)):
         keep = random_keep(a, 10 * seed + number)
@@ -76,7 +76,7 @@ def test_own_attention_computes_what_open_clip_computes(custom_text, quick_gelu)
 
 
 def test_the_softmax_scale_is_the_original_one_after_cutting():
-    model = new_clip(tiny_architecture(), 0).model
+    model = new_model(tiny_architecture(), 0).module
     block = anatomy.blocks(model)[0]
     keep = surgery.Keep(
         torch.arange(16).expand(2, 16) < 4, torch.ones(2, 16, dtype=torch.bool), torch.ones(128, dtype=torch.bool)
@@ -86,28 +86,28 @@ def test_the_softmax_scale_is_the_original_one_after_cutting():
 
 
 def test_a_cut_artefact_is_read_back_with_bitwise_the_same_outputs(tmp_path):
-    clip = new_clip(tiny_architecture(), 1)
-    for number, block in enumerate(anatomy.blocks(clip.model)):
+    model = new_model(tiny_architecture(), 1)
+    for number, block in enumerate(anatomy.blocks(model.module)):
         surgery.cut(block, random_keep(block, number))
-    save_artifact(artifact_from_clip(clip, (), {}), tmp_path / "a")
-    again = clip_from_artifact(load_artifact(tmp_path / "a"))
-    for wanted, found in zip(outputs(clip.model), outputs(again.model), strict=True):
+    save_artifact(artifact_from_model(model, (), {}), tmp_path / "a")
+    again = model_from_artifact(load_artifact(tmp_path / "a"))
+    for wanted, found in zip(outputs(model.module), outputs(again.module), strict=True):
         assert torch.equal(wanted, found)
 
 
 def test_an_uncut_model_is_written_so_that_plain_open_clip_loads_it(tmp_path):
-    clip = new_clip(tiny_architecture(), 2)
-    assert save_for_open_clip(clip, tmp_path / "open_clip")
+    model = new_model(tiny_architecture(), 2)
+    assert save_for_open_clip(model, tmp_path / "open_clip")
     stock = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}", require_pretrained=True)
-    for wanted, found in zip(outputs(clip.model), outputs(stock), strict=True):
+    for wanted, found in zip(outputs(model.module), outputs(stock), strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_a_cut_model_is_not_offered_to_plain_open_clip(tmp_path):
-    clip = new_clip(tiny_architecture(), 2)
-    block = anatomy.blocks(clip.model)[0]
+    model = new_model(tiny_architecture(), 2)
+    block = anatomy.blocks(model.module)[0]
     surgery.cut(block, random_keep(block, 0))
-    assert not save_for_open_clip(clip, tmp_path / "open_clip")
+    assert not save_for_open_clip(model, tmp_path / "open_clip")
     assert not (tmp_path / "open_clip").exists()
 
 
@@ -148,14 +148,14 @@ def test_timms_vision_transformers_are_taken_apart_cut_and_read_back(tmp_path):
     again = surgery.stock_weights(own)
     assert again.keys() == names.keys() and all(torch.equal(again[name], names[name]) for name in names)
 
-    clip = new_clip(config, 0)
-    masked = new_clip(config, 0).model.eval()
-    for number, (a, b) in enumerate(zip(anatomy.blocks(masked), anatomy.blocks(clip.model), strict=True)):
+    model = new_model(config, 0)
+    masked = new_model(config, 0).module.eval()
+    for number, (a, b) in enumerate(zip(anatomy.blocks(masked), anatomy.blocks(model.module), strict=True)):
         keep = random_keep(a, number)
         mask_by_hand(a, keep)
         surgery.cut(b, keep)
-    save_artifact(artifact_from_clip(clip, (), {}), tmp_path / "a")
-    read = clip_from_artifact(tmp_path / "a").model
+    save_artifact(artifact_from_model(model, (), {}), tmp_path / "a")
+    read = model_from_artifact(tmp_path / "a").module
     with torch.no_grad():
         torch.testing.assert_close(read.encode_image(pixels), masked.encode_image(pixels), atol=1e-5, rtol=1e-5)
-        assert torch.equal(read.encode_image(pixels), clip.model.eval().encode_image(pixels))
+        assert torch.equal(read.encode_image(pixels), model.module.eval().encode_image(pixels))

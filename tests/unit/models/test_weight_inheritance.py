@@ -10,7 +10,7 @@ import torch
 from clipress.artifact import load_artifact, save_artifact
 from clipress.errors import RecipeError
 from clipress.models import anatomy, surgery
-from clipress.models.load import artifact_from_clip, clip_from_artifact, new_clip, save_for_open_clip
+from clipress.models.load import artifact_from_model, model_from_artifact, new_model, save_for_open_clip
 from clipress.models.tiny import tiny_architecture
 from clipress.models.weight_inheritance import Size, inherited
 
@@ -22,13 +22,13 @@ def clip_of(layers=2, width=32, ffn=None, seed=0, **more):
     architecture = tiny_architecture(layers=layers, width=width)
     for tower in anatomy.CONFIG_KEYS.values():
         architecture[tower]["mlp_ratio"] = (ffn or 4 * width) / width
-    clip = new_clip(architecture | more, seed)
+    model = new_model(architecture | more, seed)
     torch.manual_seed(seed)
-    for parameter in clip.model.parameters():
+    for parameter in model.module.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.8, 0.4)
-    clip.model.eval()
-    return clip
+    model.module.eval()
+    return model
 
 
 @torch.no_grad()
@@ -71,20 +71,20 @@ def silence(block, heads, ffn):
 @pytest.mark.parametrize(("heads", "ffn"), [(1, 37), (2, 128), (3, 5)])
 def test_dropped_heads_and_units_equal_zeroed_ones(heads, ffn, custom_text, tmp_path):
     teacher = clip_of(width=48, ffn=128, custom_text=custom_text)
-    before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in teacher.module.state_dict().items()}
     size = Size(heads=heads, ffn=ffn)
     student = inherited(teacher, {"image": size, "text": size})
-    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.model.state_dict().items())
-    for block in anatomy.blocks(student.model):
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.module.state_dict().items())
+    for block in anatomy.blocks(student.module):
         assert (block.attn.heads, block.ffn_in.out_features, block.width) == (heads, ffn, 48)
-    for block in anatomy.blocks(teacher.model):
+    for block in anatomy.blocks(teacher.module):
         silence(block, heads, ffn)
-    assert_same(student.model, teacher.model)
+    assert_same(student.module, teacher.module)
     # open_clip's config says as many heads as fill the width, or nothing
     assert save_for_open_clip(student, tmp_path / "open_clip") is (heads == 3)
-    save_artifact(artifact_from_clip(student, (), {}), tmp_path / "a")
+    save_artifact(artifact_from_model(student, (), {}), tmp_path / "a")
     for wanted, found in zip(
-        outputs(student.model), outputs(clip_from_artifact(load_artifact(tmp_path / "a")).model), strict=True
+        outputs(student.module), outputs(model_from_artifact(load_artifact(tmp_path / "a")).module), strict=True
     ):
         assert torch.equal(found, wanted)
 
@@ -92,16 +92,16 @@ def test_dropped_heads_and_units_equal_zeroed_ones(heads, ffn, custom_text, tmp_
 def test_one_tower_may_keep_the_teachers_sizes():
     teacher = clip_of(width=48)
     student = inherited(teacher, {"text": Size(ffn=16)})
-    assert torch.equal(outputs(student.model)[0], outputs(teacher.model)[0])
+    assert torch.equal(outputs(student.module)[0], outputs(teacher.module)[0])
     assert student.architecture["vision_cfg"] == teacher.architecture["vision_cfg"]
-    assert not torch.allclose(outputs(student.model)[1], outputs(teacher.model)[1])
+    assert not torch.allclose(outputs(student.module)[1], outputs(teacher.module)[1])
     assert (student.preprocess, student.tokenizer) == (teacher.preprocess, teacher.tokenizer)
 
 
 def test_open_clips_config_says_every_feed_forward_exactly(tmp_path):
     assert int(112 * (244 / 112)) == 243  # how open_clip would read the plain ratio
     student = inherited(clip_of(layers=1, width=112), {"image": Size(ffn=244)})
-    assert student.model.visual.transformer.resblocks[0].mlp.c_fc.out_features == 244
+    assert student.module.visual.transformer.resblocks[0].mlp.c_fc.out_features == 244
     assert save_for_open_clip(student, tmp_path / "open_clip")
 
 
@@ -111,8 +111,8 @@ def test_layers_are_evenly_spaced_from_the_first(of, kept, wanted):
     student = inherited(teacher, {"image": Size(layers=kept), "text": Size(layers=kept)})
     for tower in anatomy.TOWERS:
         own, theirs = (
-            [block.ffn_in.weight for block in anatomy.blocks(clip.model) if block.tower == tower]
-            for clip in (student, teacher)
+            [block.ffn_in.weight for block in anatomy.blocks(model.module) if block.tower == tower]
+            for model in (student, teacher)
         )
         assert len(own) == kept and all(torch.equal(a, theirs[i]) for a, i in zip(own, wanted, strict=True))
     assert student.architecture["text_cfg"]["layers"] == student.architecture["vision_cfg"]["layers"] == kept
@@ -127,7 +127,7 @@ def places(rng, of, count, width=1):
 def planted(small, big, seed=0):
     """Hide a small model in a large one: its weights at random places of layers 0 and 2, next to nothing elsewhere."""
     rng = np.random.default_rng(seed)
-    source, target = (clip.model.state_dict() for clip in (small, big))
+    source, target = (model.module.state_dict() for model in (small, big))
     channels = {tower: places(rng, 64, 32) for tower in anatomy.TOWERS}
     at = {name: tuple(map(np.arange, tensor.shape)) for name, tensor in source.items()}
     inner = {}
@@ -159,11 +159,11 @@ def test_a_small_model_hidden_in_a_large_one_is_found_again(custom_text, tmp_pat
     planted(small, big)
     size = Size(layers=2, heads=2, width=32, ffn=90)
     student = inherited(big, {"image": size, "text": size})
-    assert_same(student.model, small.model, close=1e-6)
-    assert surgery.shapes(student.model) == surgery.shapes(small.model)
+    assert_same(student.module, small.module, close=1e-6)
+    assert surgery.shapes(student.module) == surgery.shapes(small.module)
     assert save_for_open_clip(student, tmp_path / "open_clip")  # an ordinary architecture
     stock = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}", require_pretrained=True)
-    assert_same(stock, small.model)
+    assert_same(stock, small.module)
 
 
 def slow_channels(weights, tower, layers, count):
@@ -198,40 +198,40 @@ def slow_channels(weights, tower, layers, count):
 def test_width_keeps_the_channels_that_weigh_most_over_the_whole_tower(tower, width):
     teacher = clip_of(layers=2, width=48, seed=3)
     student = inherited(teacher, {tower: Size(width=width)})
-    theirs, own = teacher.model.state_dict(), student.model.state_dict()
+    theirs, own = teacher.module.state_dict(), student.module.state_dict()
     kept = slow_channels(theirs, tower, (0, 1), width)
     assert kept != list(range(width))
     at = ("visual." if tower == "image" else "") + "transformer.resblocks.1."
     for name, axis in (("attn.q.weight", 1), ("attn.out.weight", 0), ("mlp.c_proj.bias", 0), ("ln_2.weight", 0)):
         assert torch.equal(own[at + name], theirs[at + name].index_select(axis, torch.tensor(kept)))
     # heads stay as many and as wide as they were: 3 of 16 beside so many channels, which no open_clip config can say
-    block = next(block for block in anatomy.blocks(student.model) if block.tower == tower)
+    block = next(block for block in anatomy.blocks(student.module) if block.tower == tower)
     assert (block.attn.heads, block.attn.qk_dim, block.attn.scale, block.width) == (3, HEAD, HEAD**-0.5, width)
     other = 1 - anatomy.TOWERS.index(tower)
-    assert torch.equal(outputs(student.model)[other], outputs(teacher.model)[other])
+    assert torch.equal(outputs(student.module)[other], outputs(teacher.module)[other])
 
 
 def test_a_teacher_that_has_been_cut_gives_what_it_has_left(tmp_path):
     teacher = clip_of(layers=2)
-    for number, block in enumerate(anatomy.blocks(teacher.model)):
+    for number, block in enumerate(anatomy.blocks(teacher.module)):
         dims = torch.arange(HEAD).expand(2, HEAD) < 8 + 2 * number
         surgery.cut(block, surgery.Keep(dims, dims, torch.arange(128) < 64 + number))
     student = inherited(teacher, {"image": Size(layers=1, width=24), "text": Size(heads=1)})
-    first, *_, last = anatomy.blocks(student.model)
+    first, *_, last = anatomy.blocks(student.module)
     assert (first.attn.qk_dim, first.ffn_in.out_features, last.attn.qk_dim, last.ffn_in.out_features) == (8, 64, 14, 67)
     assert first.attn.scale == HEAD**-0.5
-    save_artifact(artifact_from_clip(student, (), {}), tmp_path / "a")
-    again = clip_from_artifact(tmp_path / "a")
-    assert all(torch.equal(a, b) for a, b in zip(outputs(again.model), outputs(student.model), strict=True))
+    save_artifact(artifact_from_model(student, (), {}), tmp_path / "a")
+    again = model_from_artifact(tmp_path / "a")
+    assert all(torch.equal(a, b) for a, b in zip(outputs(again.module), outputs(student.module), strict=True))
 
 
 def test_layer_scales_are_inherited_with_their_channels():
     teacher = clip_of(width=48)
     teacher.architecture["vision_cfg"]["ls_init_value"] = 0.5
-    teacher = new_clip(teacher.architecture, 0)
+    teacher = new_model(teacher.architecture, 0)
     student = inherited(teacher, {"image": Size(width=32, heads=2)})
-    assert student.model.visual.transformer.resblocks[0].ls_1.gamma.shape == (32,)
-    assert outputs(student.model)[0].shape == (3, 32)
+    assert student.module.visual.transformer.resblocks[0].ls_1.gamma.shape == (32,)
+    assert outputs(student.module)[0].shape == (3, 32)
 
 
 TIMM = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 32}
@@ -241,12 +241,12 @@ RESNET = {"layers": [1, 1, 1, 1], "width": 16, "head_width": 64, "image_size": 3
 def test_timms_transformers_give_heads_and_units():
     teacher = clip_of(vision_cfg=TIMM, custom_text=True)
     student = inherited(teacher, {"image": Size(heads=1, ffn=48)})
-    for block in anatomy.blocks(teacher.model):
+    for block in anatomy.blocks(teacher.module):
         if block.tower == "image":
             dim = block.attn.v_dim
             assert dim == 32  # silence() counts in heads of 16
             _silence_timm(block)
-    torch.testing.assert_close(outputs(student.model)[0], outputs(teacher.model)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs(student.module)[0], outputs(teacher.module)[0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -282,7 +282,7 @@ def test_width_is_refused_where_it_is_the_embeddings_or_where_a_part_is_unknown(
     teacher = clip_of(custom_text=True)
     teacher.architecture["text_cfg"]["proj_type"] = "none"
     with pytest.raises(RecipeError, match=r"text\.width: without a projection"):
-        inherited(new_clip(teacher.architecture, 0), {"text": Size(width=16)})
+        inherited(new_model(teacher.architecture, 0), {"text": Size(width=16)})
     teacher.architecture["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2}
     with pytest.raises(RecipeError, match=r"image\.width: visual\.attn_pool.*Leave 'width' out"):
-        inherited(new_clip(teacher.architecture, 0), {"image": Size(width=16)})
+        inherited(new_model(teacher.architecture, 0), {"image": Size(width=16)})

@@ -17,7 +17,7 @@ from clipress.data.pairs import SourceSpec
 from clipress.export import metadata, parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
-from clipress.models.load import artifact_from_clip, clip_from_artifact
+from clipress.models.load import artifact_from_model, model_from_artifact
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.cpu import processor
 from clipress.studies import cpus
@@ -56,8 +56,8 @@ def home(sets, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for precision in ("int8", "static int8"):  # untrained towers round worse than trained ones
             patch.setitem(parity.LIMITS, precision, (0.98, 0.3, 5e-2))
-        for name, (clip, form) in clips.items():
-            artifact = artifact_from_clip(clip, ({"stage": name, "hash": name},), {})
+        for name, (model, form) in clips.items():
+            artifact = artifact_from_model(model, ({"stage": name, "hash": name},), {})
             save_artifact(artifact, folder / "artifacts" / name)
             settings = OnnxSettings(exporter="torchscript", int8=form)
             onnx_from_artifact(folder / "artifacts" / name, folder / name, settings, sets)
@@ -66,8 +66,8 @@ def home(sets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def samples(home, sets):
-    clip = clip_from_artifact(home / "artifacts" / "vit")
-    return {tower: rows[:6] for tower, rows in parity.samples(clip.preprocess, clip.tokenize(), sets).items()}
+    model = model_from_artifact(home / "artifacts" / "vit")
+    return {tower: rows[:6] for tower, rows in parity.samples(model.preprocess, model.tokenize(), sets).items()}
 
 
 def product(weights):
