@@ -37,7 +37,10 @@ class Artifact:
     """Per block: heads, qk_dim, v_dim (per head), softmax scale and ffn width."""
     weights: Mapping[str, Tensor] = field(repr=False)
     preprocess: dict[str, Any]
-    tokenizer: dict[str, Any]
+    tokenizer: dict[str, Any] | None
+    """None for a model that reads no texts."""
+    task: str = "clip"
+    """What the model is for: a name in tasks.TASKS."""
     sparsity: dict[str, Any] | None = None
     """2:4: the pattern and the weights that hold it."""
     quantization: dict[str, Any] | None = None
@@ -93,7 +96,8 @@ class _Header(BaseModel):
     architecture: dict[str, Any]
     shapes: dict[str, dict[str, Any]]
     preprocess: dict[str, Any]
-    tokenizer: dict[str, Any]
+    tokenizer: dict[str, Any] | None = None
+    task: str = "clip"
     sparsity: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
     lineage: list[_Record]

@@ -516,10 +516,10 @@ def costs(run: Path, stage: str | None, out: Path, batch: int, threads: int, dur
     import json
 
     from clipress.bench.latency_table import cost_table
-    from clipress.models.load import model_from_artifact
     from clipress.progress import progress_bar
     from clipress.runtime.cpu import processor
     from clipress.storage import write_text_whole
+    from clipress.tasks import model_from_artifact
 
     plan = _plan_of(run)
     model = model_from_artifact(run / (_chosen(plan, stage) if stage else plan.artifacts[0]))
@@ -801,7 +801,7 @@ def _items(artifact: Path, sets: list[EvalSet], probes: list[tuple[EvalSet, Eval
     """Evaluate an artefact in torch; on pairs of a training and a test set, by linear probe."""
     from clipress.metrics.evaluate import encode_all, evaluate_items
     from clipress.metrics.probe import linear_probe
-    from clipress.models.load import model_from_artifact
+    from clipress.tasks import model_from_artifact
 
     model = model_from_artifact(artifact)
     encode_image, encode_text = model.encoders()
@@ -950,9 +950,9 @@ def filter_(
     from clipress.data.pairs import SourceSpec, open_source
     from clipress.data.prompts import read_prompts
     from clipress.metrics.evaluate import encode_texts
-    from clipress.models.load import model_from_artifact
     from clipress.progress import progress_bar
     from clipress.storage import write_text_whole
+    from clipress.tasks import model_from_artifact
 
     texts = read_prompts(prompts_file)
     source = open_source(SourceSpec(format="images", images=images))
@@ -1023,12 +1023,12 @@ def _compress(recipe: str, out: Path | None, sets: tuple[str, ...], resume: bool
 
     read = read_recipe(_recipe_path(recipe), sets)
     from clipress.compress import pipeline  # after the recipe's outline is known to be right: this import takes seconds
-    from clipress.compress.fabric import leave
+    from clipress.compress.fabric import shut_down_distributed
 
     plan = _checked(read)
     folder = out or Path("runs") / read.name
     pipeline.compress(read, folder, click.echo, fresh=not resume)
-    leave()
+    shut_down_distributed()
     return folder, plan
 
 

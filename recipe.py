@@ -93,7 +93,8 @@ def _told(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
 def first_problem(error: ValidationError) -> str:
     """Say where a file that was read is wrong, and how: `place: message`."""
     problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    place, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
 
 
 def _section_in(annotation: Any) -> type[BaseModel]:

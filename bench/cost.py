@@ -7,7 +7,7 @@ from typing import Any
 
 from clipress.bench.layers import layer_costs
 from clipress.models import anatomy
-from clipress.models.load import model_from_artifact
+from clipress.tasks import model_from_artifact
 
 
 def cost(artifact: Path) -> dict[str, Any]:

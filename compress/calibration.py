@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from clipress.compress.context import Context, Training
+from clipress.compress.context import Context
+from clipress.compress.settings import Training
 from clipress.compress.train import batches
 from clipress.errors import DataError
 from clipress.models.load import Model

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from clipress.compress.context import Context, Training
+from clipress.compress.context import Context
 from clipress.compress.losses import Losses, terms_from
+from clipress.compress.settings import Training
 from clipress.compress.train import train
 from clipress.models.load import Model
 

@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
+from clipress.compress.settings import Runtime
 from clipress.models import anatomy
-from clipress.recipe import Section
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-
-class Runtime(Section):
-    """The `runtime` section. Several processes: start the same command with torchrun."""
-
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on a GPU that has it, else fp32."""
-    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
-    """auto: DDP when there are several processes."""
-    accumulate: int = Field(1, ge=1)
-    """Parts a batch is worked through in; the losses still see the whole batch, so the step is the same one."""
-    checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    checkpoint: int = Field(200, ge=0)
-    """Steps between checkpoints, from which a stopped stage is continued; 0 writes none, and so does fsdp2."""
-    local_loss: bool = True
-    """Each process scores its own rows against all; else every process scores all. The gradient is the same."""
 
 
 def uses_bf16(precision: str, device: str) -> bool:
@@ -62,27 +43,31 @@ def start_fabric(runtime: Runtime) -> Fabric:
     return fabric
 
 
-def _shard(towers: nn.Module, mesh: Any) -> nn.Module:
+def _shard(module: nn.Module, mesh: Any) -> nn.Module:
     """FSDP2: shard every block, then what is left."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = mesh["data_parallel"]
-    scale = towers.model.logit_scale  # FSDP2 refuses parameters without dimensions
-    if scale.ndim == 0:
-        towers.model.logit_scale = nn.Parameter(scale.detach().reshape(1))
-    for block in anatomy.blocks(towers.model):
+    for owner, name in _scalars(module):  # FSDP2 refuses parameters without dimensions
+        setattr(owner, name, nn.Parameter(getattr(owner, name).detach().reshape(1)))
+        owner.scalars_given_a_dimension = {*getattr(owner, "scalars_given_a_dimension", ()), name}
+    for block in anatomy.blocks(module.model):
         fully_shard(block.module, mesh=mesh)
-    return fully_shard(towers, mesh=mesh)
+    return fully_shard(module, mesh=mesh)
 
 
-def leave() -> None:
+def _scalars(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    return [(m, name) for m in module.modules() for name, p in m.named_parameters(recurse=False) if p.ndim == 0]
+
+
+def shut_down_distributed() -> None:
     """Let the processes go their ways: nothing is gathered from here on. Without it, leaving may abort."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
-def whole(parameter: Tensor) -> Tensor:
+def full_tensor(parameter: Tensor) -> Tensor:
     """Return a parameter as it is, or gathered from FSDP2's shards."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
@@ -100,9 +85,10 @@ def gather_shards(model: nn.Module) -> None:
             module.__class__ = type(module).__bases__[1]
         for name, parameter in list(module._parameters.items()):
             if hasattr(parameter, "full_tensor"):
-                module._parameters[name] = nn.Parameter(whole(parameter))
-    if model.logit_scale.ndim == 1:
-        model.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(()))
+                module._parameters[name] = nn.Parameter(full_tensor(parameter))
+    for module in model.modules():
+        for name in module.__dict__.pop("scalars_given_a_dimension", ()):
+            setattr(module, name, nn.Parameter(getattr(module, name).detach().reshape(())))
 
 
 def gathered(local: Tensor, fabric: Fabric) -> Tensor:
@@ -112,13 +98,13 @@ def gathered(local: Tensor, fabric: Fabric) -> Tensor:
     return fabric.all_gather(local, sync_grads=local.requires_grad).flatten(0, 1)
 
 
-def means(values: Sequence[Tensor], fabric: Fabric) -> list[float]:
+def all_mean(values: Sequence[Tensor], fabric: Fabric) -> list[float]:
     """Average scalars over processes: each has the loss of its own rows."""
     stacked = torch.stack([value.detach() for value in values])
     return (stacked if fabric.world_size == 1 else fabric.all_reduce(stacked, reduce_op="mean")).tolist()
 
 
-def everywhere(value: bool, fabric: Fabric) -> bool:
+def all_true(value: bool, fabric: Fabric) -> bool:
     """Tell whether something holds on every process; all must decide alike."""
     if fabric.world_size == 1:
         return value
@@ -127,7 +113,7 @@ def everywhere(value: bool, fabric: Fabric) -> bool:
     )
 
 
-def largest(value: float, fabric: Fabric) -> float:
+def all_max(value: float, fabric: Fabric) -> float:
     """Return the largest of all processes' values."""
     if fabric.world_size == 1:
         return value

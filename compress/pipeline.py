@@ -26,17 +26,11 @@ from clipress.data.pairs import fingerprint
 from clipress.data.teacher_cache import TeacherCache
 from clipress.errors import ArtifactError
 from clipress.metrics.evaluate import evaluate
-from clipress.models.load import (
-    Model,
-    TeacherSpec,
-    artifact_from_model,
-    model_from_artifact,
-    model_from_open_clip,
-    save_for_open_clip,
-)
+from clipress.models.load import Model, TeacherSpec, artifact_from_model, model_from_open_clip, save_for_open_clip
 from clipress.models.students import freeze, start_hash, student_from, towers_of_teacher
 from clipress.recipe import Recipe, checked, digest
 from clipress.storage import cache_folder, is_first_process
+from clipress.tasks import model_from_artifact
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clipress.compress.fabric import Runtime
+from clipress.compress.settings import Runtime
 from clipress.compress.stage import Stage, stages_from
 from clipress.data.pairs import DataSpec
 from clipress.errors import RecipeError

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from clipress.compress.calibration import Calibration
-from clipress.compress.context import Context, Training
+from clipress.compress.context import Context
 from clipress.compress.losses import Losses, terms_from
 from clipress.compress.sensitivity import held, keep_sensitive, sensitivities
+from clipress.compress.settings import Training
 from clipress.compress.train import train
 from clipress.models import quantizers
 from clipress.models.load import Model

@@ -16,8 +16,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from clipress.compress.calibration import Calibration
-from clipress.compress.context import Context, Training
+from clipress.compress.context import Context
 from clipress.compress.losses import Losses, terms_from
+from clipress.compress.settings import Training
 from clipress.compress.train import train
 from clipress.models.load import Model
 

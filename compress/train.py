@@ -21,10 +21,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
-from clipress.compress.context import Context, Hook, Training, steps_of
-from clipress.compress.fabric import everywhere, largest, means
+from clipress.compress.context import Context, steps_of
+from clipress.compress.fabric import all_max, all_mean, all_true
+from clipress.compress.hook import Hook
 from clipress.compress.learner import Learner
 from clipress.compress.losses import terms_from
+from clipress.compress.settings import Training
 from clipress.compress.signals import EXIT_CODES, leave_stops_to_the_parent, stop_requests
 from clipress.data.bad_records import BrokenRecords
 from clipress.data.dataset import TrainingSet
@@ -160,7 +162,7 @@ def train(
                 for hook in hooks:
                     hook.after_update(step)
                 bad_in_a_row = 0
-                record = dict(zip(("loss", *parts), means([total, *parts.values()], fabric), strict=True))
+                record = dict(zip(("loss", *parts), all_mean([total, *parts.values()], fabric), strict=True))
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
             else:
                 skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
@@ -172,11 +174,11 @@ def train(
                         f"(last step {step}). Lower 'lr' (now {config.lr}) or look at the data. Checkpoints "
                         "from before are kept."
                     )
-            learner.forget_gradients()
+            learner.clear_gradients()
             bar.update()
             seconds = round(time.perf_counter() - began, 3)
             log({"step": step, "lr": rate, "seconds": seconds, **record})
-            stop = largest(asked.signal, fabric)
+            stop = all_max(asked.signal, fabric)
             due = every and (((step + 1) % every == 0 and step + 1 < steps) or stop)
             if due and not bad_in_a_row:  # what led into trouble must not take the place of what is good
                 progress = {"step": step + 1, "skipped": skipped, "record": record, "seconds": seconds}
@@ -207,7 +209,7 @@ def _continued(learner: Learner, hooks: Sequence[Hook], context: Context) -> dic
         if state is not None and state["world"] != fabric.world_size and any(state["hooks"]):
             logger.warning("%s starts over: its scores were spread over %d processes.", context.title, state["world"])
             state = None
-        if everywhere(state is not None, fabric):
+        if all_true(state is not None, fabric):
             learner.load_state(state["learner"])
             for hook, kept in zip(hooks, state["hooks"], strict=True):
                 hook.load_state(kept)

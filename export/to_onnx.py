@@ -34,10 +34,11 @@ from clipress.export.settings import DYNAMO_OPSET, OnnxSettings
 from clipress.export.static_int8 import milliseconds, static_int8_from_onnx
 from clipress.models import anatomy, quantizers
 from clipress.models.convnets import is_convnet
-from clipress.models.load import Model, model_from_artifact
+from clipress.models.load import Model
 from clipress.runtime.export_folder import read_export
 from clipress.runtime.onnx_session import self_test_of
 from clipress.storage import read_json, sha256, write_whole
+from clipress.tasks import model_from_artifact
 
 SCHEMA_VERSION = 1
 # Names must differ from every node torch makes, or the graph is invalid.

@@ -14,12 +14,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from clipress.artifact import Artifact, load_artifact
+from clipress.artifact import Artifact
 from clipress.data.teacher_cache import CacheSettings
 from clipress.data.tokens import check_spec, tokenizer_from_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess, preprocess_from_open_clip
 from clipress.errors import ArtifactError, RecipeError, nearest
-from clipress.models import anatomy, surgery
+from clipress.models import anatomy, quantizers, surgery
 from clipress.recipe import Section, first_problem
 
 # A config's largest numbers: what a module of Python, or a table of positions, is made for is told before it is made.
@@ -34,17 +34,19 @@ class Model:
     module: nn.Module
     architecture: dict[str, Any]
     preprocess: Preprocess
-    tokenizer: dict[str, Any]
+    tokenizer: dict[str, Any] | None
     sparsity: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
+    task: str = "clip"
+    """What it is for: a name in tasks.TASKS."""
 
     def copy(self) -> Model:
         """Return a copy whose model can be changed freely."""
         return replace(self, module=copy.deepcopy(self.module))
 
-    def tokenize(self) -> Callable:
-        """Return this model's tokenizer: texts -> int64 ids [N, L]."""
-        return tokenizer_from_spec(self.tokenizer)
+    def tokenize(self) -> Callable | None:
+        """Return this model's tokenizer, texts -> int64 ids [N, L]; None for a model that reads no texts."""
+        return None if self.tokenizer is None else tokenizer_from_spec(self.tokenizer)
 
     def encoders(self) -> tuple[Callable, Callable]:
         """Return (images, texts) -> embeddings, arrays in and out, unit length, in evaluation mode."""
@@ -172,49 +174,52 @@ def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teache
     return Model(surgery.use_own_attention(model).eval(), config, preprocess, tokenizer_spec(config))
 
 
-def model_from_artifact(source: Artifact | str | Path) -> Model:
-    """Rebuild a model from nothing but its artefact; outputs are bitwise those it was saved with."""
-    artifact = source if isinstance(source, Artifact) else load_artifact(source)
+def rebuild(artifact: Artifact, build: Callable[[dict[str, Any]], nn.Module]) -> Model:
+    """Rebuild a model from its artifact by its task's `build`; outputs are bitwise those it was saved with."""
     try:
         preprocess = Preprocess.model_validate(artifact.preprocess)
     except ValidationError as error:
-        raise ArtifactError(f"The artefact's preprocess, {first_problem(error)}.") from None
-    check_spec(artifact.tokenizer)
-    _refuse_misfits(artifact)
-    model = surgery.reshape(build(artifact.architecture), artifact.shapes)
+        raise ArtifactError(f"The artifact's preprocess, {first_problem(error)}.") from None
+    if artifact.tokenizer is not None:
+        check_spec(artifact.tokenizer)
+    _refuse_misfits(artifact, build)
+    module = surgery.reshape(build(artifact.architecture), artifact.shapes)
     weights = dict(artifact.weights)
     if artifact.quantization:
-        from clipress.models import quantizers
-
-        quantizers.restore(model, artifact.quantization, weights)
+        quantizers.restore(module, artifact.quantization, weights)
     try:
-        model.load_state_dict(weights, strict=True)
+        module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ArtifactError(
-            f"The artefact's weights do not fit its own shapes: {str(error).splitlines()[-1]}"
+            f"The artifact's weights do not fit its own shapes: {str(error).splitlines()[-1]}"
         ) from None
     return Model(
-        model.eval(), artifact.architecture, preprocess, artifact.tokenizer, artifact.sparsity, artifact.quantization
+        module.eval(),
+        artifact.architecture,
+        preprocess,
+        artifact.tokenizer,
+        artifact.sparsity,
+        artifact.quantization,
+        artifact.task,
     )
 
 
-def _refuse_misfits(artifact: Artifact) -> None:
-    """Compare every weight's shape with what architecture and shapes ask for, before memory is taken."""
-    refuse_absurd(artifact.architecture)
+def _refuse_misfits(artifact: Artifact, build: Callable[[dict[str, Any]], nn.Module]) -> None:
+    """Compare every weight's shape with what architecture and shapes require, before memory is taken."""
     try:
         with torch.device("meta"):
             wanted = surgery.reshape(build(artifact.architecture), artifact.shapes).state_dict()
     except ArtifactError:
         raise
-    except Exception as error:  # a config can fail anywhere in open_clip
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"open_clip cannot build the artefact's architecture: {told}.") from None
+    except Exception as error:  # a config can fail anywhere in the library that builds from it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"The artifact's architecture cannot be built: {reason}.") from None
     for name, tensor in wanted.items():
         found = artifact.weights[name].shape if name in artifact.weights else None
         if found != tensor.shape:
-            told = "missing" if found is None else list(found)
+            shape = "missing" if found is None else list(found)
             raise ArtifactError(
-                f"The artefact's weights do not fit its own shapes: {name} is {told}, {list(tensor.shape)} is asked for."
+                f"The artifact's weights do not fit its own shapes: expected {name} {list(tensor.shape)}, found {shape}."
             )
 
 
@@ -234,6 +239,7 @@ def artifact_from_model(model: Model, lineage: tuple[dict[str, Any], ...], metri
         tokenizer=model.tokenizer,
         sparsity=model.sparsity,
         quantization=model.quantization,
+        task=model.task,
         lineage=lineage,
         metrics=metrics,
         counts=anatomy.counts(model.module),

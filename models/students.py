@@ -168,7 +168,7 @@ def freeze(model: nn.Module, towers: Iterable[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def rest(model: nn.Module) -> None:
+def eval_frozen_modules(model: nn.Module) -> None:
     """Put what is not trained into evaluation mode, in place, so that statistics of its norms stay too."""
     for module in model.modules():
         parameters = list(module.parameters())

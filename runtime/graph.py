@@ -40,6 +40,16 @@ class Input(BaseModel):
         return rng.integers(1, self.largest + 1, shape)
 
 
+class Output(BaseModel):
+    """One output of a graph, float32."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    shape: tuple[int, ...]
+    """Without the batch."""
+
+
 class Graph(BaseModel):
     """One exported function of a model."""
 
@@ -48,10 +58,23 @@ class Graph(BaseModel):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     """Names the file, `<name>.onnx`, and rows and options that speak of the graph."""
     inputs: tuple[Input, ...] = Field(min_length=1)
-    outputs: tuple[str, ...] = Field(min_length=1)
+    outputs: tuple[Output, ...] = Field(min_length=1)
     """The first one is what implementations are compared by."""
     agrees: Agreement = "embeddings"
 
     def example(self, batch: int) -> dict[str, np.ndarray]:
         """Return random inputs of the right form."""
         return {one.name: one.example(batch) for one in self.inputs}
+
+
+def clip_graphs(size: int, length: int, dim: int) -> dict[str, Graph]:
+    """Return a CLIP's graphs; `size` of its images in pixels, `length` of its texts in ids, `dim` of its embeddings.
+
+    They stand here since exports of version 1 do not describe their graphs, and are CLIPs.
+    """
+    pixels = Input(name="pixel_values", dtype="float32", shape=(3, size, size))
+    ids = Input(name="input_ids", dtype="int64", shape=(length,), largest=399)
+    return {
+        side: Graph(name=side, inputs=(takes,), outputs=(Output(name=f"{side}_embeds", shape=(dim,)),))
+        for side, takes in (("image", pixels), ("text", ids))
+    }

@@ -30,11 +30,12 @@ from clipress.data.pairs import SourceSpec
 from clipress.export import parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
-from clipress.models.load import Model, artifact_from_model, model_from_artifact, new_model
+from clipress.models.load import Model, artifact_from_model, new_model
 from clipress.runtime.cpu import processor
 from clipress.runtime.onnx_session import reference_session
 from clipress.studies import cpus
 from clipress.studies.speed import TEXT, TOWERS, in_int8, settle_norms
+from clipress.tasks import model_from_artifact
 
 HERE = Path(__file__).parent
 FORMS = ("fp32", "8 bits", "8 bits, exact mode", "7 bits")

@@ -14,8 +14,8 @@ from clipress.artifact import WEIGHTS
 from clipress.bench.latency import Enqueued
 from clipress.bench.runners import Loaded, input_shape, noise
 from clipress.errors import RecipeError
-from clipress.models.load import model_from_artifact
 from clipress.runtime.export_folder import Tokenizer
+from clipress.tasks import model_from_artifact
 
 
 class TorchRunner:

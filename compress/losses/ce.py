@@ -6,9 +6,11 @@ L = CE(softmax(V), v) + CE(softmax(T), t), mean over pairs;  v, t are logits [B,
 
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, each_side, soft_cross_entropy
+from clipress.compress.losses import LOSSES, Loss, each_side, soft_cross_entropy
+from clipress.tasks.training import Batch
 
 
+@LOSSES.register("ce")
 class Ce(Loss):
     """Cross-entropy of embeddings against the teacher's."""
 

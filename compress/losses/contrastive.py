@@ -5,14 +5,16 @@ L = (CE(s v t^T, T) + CE(s t v^T, T)) / 2;  v, t unit features, s = exp(logit_sc
 
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, soft_cross_entropy
+from clipress.compress.losses import LOSSES, Loss, soft_cross_entropy
+from clipress.tasks.training import Batch
 
 
+@LOSSES.register("contrastive")
 class Contrastive(Loss):
     """Pull pairs of one group together. The targets are the same both ways, since groups are."""
 
     needs = frozenset({"pairs"})
 
     def forward(self, batch: Batch) -> Tensor:
-        to_text, to_image = batch.student.logits()
+        to_text, to_image = batch.student.similarities()
         return (soft_cross_entropy(to_text, batch.targets) + soft_cross_entropy(to_image, batch.targets)) / 2

@@ -7,14 +7,16 @@ gradient, and zero when the student has caught up.
 
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, kl_divergence
+from clipress.compress.losses import LOSSES, Loss, kl_divergence
+from clipress.tasks.training import Batch
 
 
+@LOSSES.register("crd")
 class Crd(Loss):
     """Divergence of the student's similarity rows from the teacher's."""
 
     needs = frozenset({"pairs", "teacher"})
 
     def forward(self, batch: Batch) -> Tensor:
-        rows = zip(batch.student.logits(), batch.teacher.logits(), strict=True)
+        rows = zip(batch.student.similarities(), batch.teacher.similarities(), strict=True)
         return sum(kl_divergence(own, wanted) for own, wanted in rows) / 2

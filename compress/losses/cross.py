@@ -7,9 +7,12 @@ it gets weight 1. The published code leaves out the exp of c; here it is not lef
 
 from torch import Tensor
 
-from clipress.compress.losses import SIDES, Batch, Loss, Scale, Sizes, crossed_logits, kl_divergence
+from clipress.compress.losses import LOSSES, Loss, Scale, crossed_logits, kl_divergence
+from clipress.tasks.clip import SIDES
+from clipress.tasks.training import Batch, Sizes
 
 
+@LOSSES.register("cross")
 class Cross(Loss):
     """Divergence of student-to-teacher similarity rows from teacher-to-teacher ones."""
 
@@ -20,6 +23,6 @@ class Cross(Loss):
         self.scale = Scale()
 
     def forward(self, batch: Batch) -> Tensor:
-        wanted = dict(zip(SIDES, batch.teacher.logits(), strict=True))
+        wanted = dict(zip(SIDES, batch.teacher.similarities(), strict=True))
         rows = zip(batch.sides, crossed_logits(batch, self.scale()), strict=True)
         return sum(kl_divergence(logits, wanted[side]) for side, logits in rows) / len(batch.sides)

@@ -8,10 +8,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, Sizes, soft_cross_entropy
+from clipress.compress.losses import LOSSES, Loss, soft_cross_entropy
 from clipress.errors import RecipeError
+from clipress.tasks.training import Batch, Sizes
 
 
+@LOSSES.register("ensemble")
 class Ensemble(Loss):
     """Cross-entropy of the student's similarity rows against the mean of the teachers'."""
 
@@ -31,6 +33,8 @@ class Ensemble(Loss):
 
     def forward(self, batch: Batch) -> Tensor:
         scales = self.settings.scales or [teacher.scale for teacher in batch.teachers]
-        rows = [replace(one, scale=scale).logits() for one, scale in zip(batch.teachers, scales, strict=True)]
+        rows = [replace(one, scale=scale).similarities() for one, scale in zip(batch.teachers, scales, strict=True)]
         wanted = (sum(logits.softmax(-1) for logits in way) / len(way) for way in zip(*rows, strict=True))
-        return sum(soft_cross_entropy(own, aim) for own, aim in zip(batch.student.logits(), wanted, strict=True)) / 2
+        return (
+            sum(soft_cross_entropy(own, aim) for own, aim in zip(batch.student.similarities(), wanted, strict=True)) / 2
+        )

@@ -6,9 +6,11 @@ L = MSE(v, V) + MSE(t, T), mean over pairs and dims; hence the published weight 
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, each_side
+from clipress.compress.losses import LOSSES, Loss, each_side
+from clipress.tasks.training import Batch
 
 
+@LOSSES.register("feature")
 class Feature(Loss):
     """Mean squared difference of unit embeddings [B, D], image plus text."""
 

@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipress.compress.losses import SIDES, Batch, Loss, Scale, Sizes, soft_cross_entropy
+from clipress.compress.losses import LOSSES, Loss, Scale, soft_cross_entropy
+from clipress.tasks.clip import SIDES
+from clipress.tasks.training import Batch, Sizes
 
 
+@LOSSES.register("fused")
 class Fused(Loss):
     """Contrastive loss on linear mixtures of both models' embeddings."""
 

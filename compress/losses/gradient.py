@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Features, Loss, positives
+from clipress.compress.losses import LOSSES, Loss
+from clipress.tasks.clip import positives
+from clipress.tasks.training import Batch, Features
 
 
+@LOSSES.register("gradient")
 class Gradient(Loss):
     """Mean squared difference of the analytic gradients, all processes' pairs together."""
 

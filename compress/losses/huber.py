@@ -6,9 +6,11 @@ L = H(v, V) + H(t, T), before normalisation, mean over pairs and dims;  H(x) = x
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, each_side
+from clipress.compress.losses import LOSSES, Loss, each_side
+from clipress.tasks.training import Batch
 
 
+@LOSSES.register("huber")
 class Huber(Loss):
     """Raw embeddings [B, D] copy the teacher's; a dim that is far off does not rule the rest."""
 

@@ -7,9 +7,11 @@ A tower that does not learn asks nothing.
 
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, Scale, Sizes, crossed_logits, soft_cross_entropy
+from clipress.compress.losses import LOSSES, Loss, Scale, crossed_logits, soft_cross_entropy
+from clipress.tasks.training import Batch, Sizes
 
 
+@LOSSES.register("interactive")
 class Interactive(Loss):
     """Contrast the student's embeddings with the teacher's of the other tower."""
 

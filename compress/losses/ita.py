@@ -6,9 +6,11 @@ the slow copy, Q the queue of past features, T uniform over a row's positives an
 
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, soft_cross_entropy
+from clipress.compress.losses import LOSSES, Loss, soft_cross_entropy
+from clipress.tasks.training import Batch
 
 
+@LOSSES.register("ita")
 class Ita(Loss):
     """Contrast online features with the slow copy's, against targets the slow copy has a say in."""
 
@@ -19,6 +21,6 @@ class Ita(Loss):
         total = 0.0
         for query, slow_query, keys in ((own.image, slow.image, slow.all_text), (own.text, slow.text, slow.all_image)):
             opinion = (own.scale.detach() * slow_query @ keys.T).softmax(-1)
-            targets = slow.share * opinion + (1 - slow.share) * slow.targets
+            targets = slow.alpha * opinion + (1 - slow.alpha) * slow.targets
             total = total + soft_cross_entropy(own.scale * query @ keys.T, targets)
         return total / 2

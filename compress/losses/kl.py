@@ -7,9 +7,11 @@ temperature. The weight is CLIP Distill's, beside `l1` and `ce`. It halves the t
 from pydantic import Field
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, each_side, kl_divergence
+from clipress.compress.losses import LOSSES, Loss, each_side, kl_divergence
+from clipress.tasks.training import Batch
 
 
+@LOSSES.register("kl")
 class Kl(Loss):
     """Divergence of softened embeddings from the teacher's."""
 

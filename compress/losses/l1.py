@@ -7,9 +7,11 @@ is 1.
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, each_side
+from clipress.compress.losses import LOSSES, Loss, each_side
+from clipress.tasks.training import Batch
 
 
+@LOSSES.register("l1")
 class L1(Loss):
     """Raw embeddings [B, D] copy the teacher's, length included."""
 

@@ -8,14 +8,16 @@ head only. Pairs without a label contribute nothing, and a batch of them is wort
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, Sizes
+from clipress.compress.losses import LOSSES, Loss
 from clipress.errors import RecipeError
+from clipress.tasks.training import Batch, Sizes
 
 
+@LOSSES.register("labels")
 class Labels(Loss):
     """Cross-entropy against labels, averaged over the labelled pairs of all processes."""
 
-    needs = frozenset({"teacher", "space", "labels"})
+    needs = frozenset({"space", "labels"})
 
     class Settings(Loss.Settings):
         scale: float = 100.0
@@ -26,7 +28,7 @@ class Labels(Loss):
             raise RecipeError("labels: pictures are classified, and the image tower does not learn. Change 'towers'.")
 
     def forward(self, batch: Batch) -> Tensor:
-        logits = self.settings.scale * batch.matched.image @ batch.classes.T
+        logits = batch.class_scores(self.settings.scale)
         rows = F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="none")
         labelled = (batch.all_labels >= 0).sum().clamp(min=1)
         return rows.mean() * len(batch.all_labels) / labelled  # processes may hold unequal numbers of labels

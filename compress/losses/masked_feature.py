@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, Sizes, each_side
+from clipress.compress.losses import LOSSES, Loss, each_side
 from clipress.errors import RecipeError
+from clipress.tasks.training import Batch, Sizes
 
 
+@LOSSES.register("masked-feature")
 class MaskedFeature(Loss):
     """Mean squared difference of unit embeddings [B, D], the image tower seeing a part only."""
 
@@ -33,7 +35,7 @@ class MaskedFeature(Loss):
             size = "x".join(map(str, sizes.image))
             raise RecipeError(f"masked-feature: patches of {settings.patch} pixels do not tile {size}. Set 'patch'.")
 
-    def hide(self, pixels: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+    def mask_patches(self, pixels: Tensor, draw: Callable[..., Tensor]) -> Tensor:
         patch = self.settings.patch
         rows, columns = (side // patch for side in pixels.shape[2:])
         place = draw(rows * columns).argsort(1)  # of each patch in a random order

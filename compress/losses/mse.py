@@ -6,9 +6,11 @@ L = MSE(v, V) + MSE(t, T), before normalisation, mean over pairs and dims.
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, each_side
+from clipress.compress.losses import LOSSES, Loss, each_side
+from clipress.tasks.training import Batch
 
 
+@LOSSES.register("mse")
 class Mse(Loss):
     """Raw embeddings [B, D] copy the teacher's, length included."""
 

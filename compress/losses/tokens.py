@@ -8,10 +8,12 @@ norm's learned factors. DGMR has images only; of texts every position counts, pa
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipress.compress.losses import Batch, Loss, Sizes
+from clipress.compress.losses import LOSSES, Loss
 from clipress.errors import RecipeError
+from clipress.tasks.training import Batch, Sizes
 
 
+@LOSSES.register("tokens")
 class Tokens(Loss):
     """Mean squared difference of token features."""
 

@@ -10,9 +10,11 @@ On the steps that move the masks only L_rel is taken, as in the published code.
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipress.compress.losses import Batch, Loss, soft_cross_entropy
+from clipress.compress.losses import LOSSES, Loss, soft_cross_entropy
+from clipress.tasks.training import Batch
 
 
+@LOSSES.register("upop-kd")
 class UpopKd(Loss):
     """Follow a frozen copy of the uncut model in ranking, features and similarities."""
 
@@ -27,7 +29,7 @@ class UpopKd(Loss):
         ):
             logits, truth = own.scale * query @ keys.T, wanted.scale * teacher_query @ teacher_keys.T
             opinion = (own.scale.detach() * slow_query @ keys.T).softmax(-1)
-            targets = slow.share * opinion + (1 - slow.share) * truth.softmax(-1)
+            targets = slow.alpha * opinion + (1 - slow.alpha) * truth.softmax(-1)
             ranking = ranking + soft_cross_entropy(logits, targets)
             if not batch.masks_move:
                 copying = copying + F.mse_loss(logits, truth)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clipress.compress.context import Hook
-from clipress.compress.fabric import whole
+from clipress.compress.fabric import full_tensor
+from clipress.compress.hook import Hook
 from clipress.compress.prune.budget import Limit
 from clipress.errors import ClipressError, RecipeError
 from clipress.models import anatomy
@@ -209,7 +209,7 @@ def _gate_gradient(conv: nn.Conv2d) -> Tensor:
     """Sum weight * gradient per input channel, float64 [in]."""
     if conv.weight.grad is None:
         return torch.zeros(conv.in_channels, dtype=torch.float64, device=conv.weight.device)
-    return (whole(conv.weight).double() * whole(conv.weight.grad).double()).sum((0, 2, 3))
+    return (full_tensor(conv.weight).double() * full_tensor(conv.weight.grad).double()).sum((0, 2, 3))
 
 
 def _magnitude(site: Channels, found: dict[str, nn.Module]) -> Tensor:

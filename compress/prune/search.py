@@ -19,13 +19,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from clipress.compress.context import Context, Hook, Training, steps_of
+from clipress.compress.context import Context, steps_of
+from clipress.compress.hook import Hook
 from clipress.compress.losses import Losses, terms_from
 from clipress.compress.prune.budget import Align, Budget, Floor, cost_curves, keep_masks, read_costs, stride
 from clipress.compress.prune.convnets import ConvPruning
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates, Site
 from clipress.compress.prune.schedule import progress
+from clipress.compress.settings import Training
 from clipress.compress.train import train
 from clipress.errors import ClipressError, RecipeError
 from clipress.models import convnets, surgery

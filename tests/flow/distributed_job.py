@@ -8,12 +8,13 @@ import sys
 
 import torch
 
-from clipress.compress.context import Context, Training
-from clipress.compress.fabric import Runtime, start_fabric
+from clipress.compress.context import Context
+from clipress.compress.fabric import start_fabric
 from clipress.compress.learner import Learner
-from clipress.compress.losses import TERMS, needs_of, terms_from
+from clipress.compress.losses import LOSSES, needs_of, terms_from
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates
+from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import batches
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.models.load import new_model
@@ -40,7 +41,7 @@ def alike(gradient):
 
 
 def case(local, embed_dim):
-    names = [name for name in TERMS if embed_dim == 32 or "width" not in needs_of(terms_from((name,), "job"))]
+    names = [name for name in LOSSES if embed_dim == 32 or "width" not in needs_of(terms_from((name,), "job"))]
     losses = {name: {"weight": ABOUT_AS_LOUD.get(name, 1.0)} for name in names}
     losses["masked-feature"]["patch"] = 8
     student, *teachers = (

@@ -4,8 +4,10 @@ import signal
 import sys
 from pathlib import Path
 
-from clipress.compress.context import Context, Hook, Training
-from clipress.compress.fabric import Runtime, start_fabric
+from clipress.compress.context import Context
+from clipress.compress.fabric import start_fabric
+from clipress.compress.hook import Hook
+from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import train
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.errors import Stopped

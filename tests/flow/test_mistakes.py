@@ -210,7 +210,8 @@ def test_calibration_data_that_are_empty_or_all_the_same(recipe, tmp_path, tiny_
 def broken(tiny_run, tmp_path):
     """A whole artefact with a weight that is no number."""
     from clipress.artifact import save_artifact
-    from clipress.models.load import artifact_from_model, model_from_artifact
+    from clipress.models.load import artifact_from_model
+    from clipress.tasks import model_from_artifact
 
     model = model_from_artifact(tiny_run[0] / "recovered")
     model.module.visual.conv1.weight.data[0, 0, 0, 0] = float("nan")

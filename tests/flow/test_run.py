@@ -15,7 +15,7 @@ from PIL import Image
 from clipress.artifact import load_artifact, read_header
 from clipress.compress.sparsify import is_two_of_four
 from clipress.data import digits
-from clipress.models.load import model_from_artifact
+from clipress.tasks import model_from_artifact
 
 STAGES = ["teacher", "pruned", "recovered", "sparse", "int8"]
 

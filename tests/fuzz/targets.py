@@ -125,9 +125,9 @@ def artifact(data: bytes) -> None:
     """Artefact, export folder, engine's sidecar, teacher cache: header edited or raw, weights raw."""
     from clipress.artifact import load_artifact
     from clipress.data.teacher_cache import Manifest, TeacherCache, read_manifest
-    from clipress.models.load import model_from_artifact
     from clipress.runtime.export_folder import read_export
     from clipress.runtime.tensorrt import load_engine
+    from clipress.tasks import model_from_artifact
 
     if not (HOME / "artefact").is_dir():
         saved()

@@ -23,8 +23,10 @@ MAY_IMPORT = {
     "data": BASE | {"data", "metrics"},
     "runtime": BASE | {"data", "runtime"},
     "models": BASE | {"data", "metrics", "models"},
+    "tasks": BASE | {"data", "metrics", "models", "runtime", "tasks"},
     **{
-        room: BASE | {"data", "metrics", "models", "runtime", room} for room in ("compress", "export", "bench", "serve")
+        room: BASE | {"data", "metrics", "models", "runtime", "tasks", room}
+        for room in ("compress", "export", "bench", "serve")
     },
 }
 MAY_IMPORT["metrics"] |= {"metrics"}

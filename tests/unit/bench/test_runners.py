@@ -15,8 +15,9 @@ from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
 from clipress.bench.runners.onnxruntime_cuda import OnnxRuntimeCudaRunner
 from clipress.bench.settings import BenchSettings
 from clipress.errors import ArtifactError, ClipressError, RecipeError
-from clipress.models.load import artifact_from_model, model_from_artifact
+from clipress.models.load import artifact_from_model
 from clipress.storage import sha256
+from clipress.tasks import model_from_artifact
 
 SHAPES = {"image": (3, 3, 32, 32), "text": (3, 24)}
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

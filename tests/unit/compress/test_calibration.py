@@ -8,8 +8,9 @@ from torch import nn
 
 from clipress.compress import quantize
 from clipress.compress.context import Context
-from clipress.compress.fabric import Runtime, start_fabric
+from clipress.compress.fabric import start_fabric
 from clipress.compress.quantize import Quantize
+from clipress.compress.settings import Runtime
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.errors import ArtifactError, DataError, RecipeError
 from clipress.models import quantizers

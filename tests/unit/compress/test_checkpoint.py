@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
-from clipress.compress.context import Context, Hook, Training
-from clipress.compress.fabric import Runtime, start_fabric
+from clipress.compress.context import Context
+from clipress.compress.fabric import start_fabric
+from clipress.compress.hook import Hook
 from clipress.compress.prune.search import Prune
 from clipress.compress.prune.search import run as prune
+from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import train
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.data.transforms import Augment

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipress.compress.context import Context, Training
-from clipress.compress.fabric import Runtime, start_fabric
+from clipress.compress.context import Context
+from clipress.compress.fabric import start_fabric
 from clipress.compress.prune.budget import Limit
 from clipress.compress.prune.convnets import ConvPruning, Costs, narrowed
+from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import train
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.errors import ArtifactError, ClipressError, RecipeError

@@ -7,26 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipress.compress.losses import (
-    MAX_LOG_SCALE,
-    SIDES,
-    TERMS,
-    Batch,
-    Features,
-    Momentum,
-    Objective,
-    Sizes,
-    needs_of,
-    positives,
-    terms_from,
-)
+from clipress.compress.losses import LOSSES, Objective, needs_of, terms_from
 from clipress.errors import RecipeError
+from clipress.tasks.clip import MAX_LOG_SCALE, SIDES, positives
+from clipress.tasks.training import Batch, Features, Momentum, Sizes
 
 PAIRS, WIDTH, TOKENS, TOKEN_WIDTH, QUEUE = 6, 4, 3, 3, 2
 GROUPS = torch.tensor([0, 1, 2, 1, 3, 0])  # two groups come twice, in either half
 LABELS = torch.tensor([2, -1, -1, 0, 1, 1])  # the halves hold unequal numbers of labels
 VARIANTS = [
-    *((name, {}) for name in TERMS),
+    *((name, {}) for name in LOSSES),
     ("interactive", {"published": True}),
     ("fused", {"published": True}),
     ("gradient", {"published": True}),
@@ -65,7 +55,7 @@ def world(wide=False):
     slow = [F.normalize(noise(*shape, seed=30 + k), dim=-1) for k, shape in enumerate(shapes)]
     classes = F.normalize(noise(3, width, seed=40), dim=-1)
     return SimpleNamespace(
-        student=student, teachers=teachers, momentum=Momentum(*slow, targets=targets, share=0.3), classes=classes
+        student=student, teachers=teachers, momentum=Momentum(*slow, targets=targets, alpha=0.3), classes=classes
     )
 
 
@@ -305,7 +295,7 @@ def slow_ways(s, t, slow):
 def ita(s, m, t, loss, of):
     slow = of.momentum
     ways = slow_ways(s, t, slow)
-    return sum(cross_entropy(rows, mixed(opinion, slow.targets, slow.share)) for rows, opinion, _ in ways) / 2
+    return sum(cross_entropy(rows, mixed(opinion, slow.targets, slow.alpha)) for rows, opinion, _ in ways) / 2
 
 
 def upop_kd_ranking(s, m, t, loss, of):
@@ -374,7 +364,9 @@ def test_the_mean_over_processes_is_the_loss_of_one(name, settings, wide):
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [n for n in TERMS if n != "labels" and "pairs" not in needs_of(terms_from((n,), "x"))])
+@pytest.mark.parametrize(
+    "name", [n for n in LOSSES if n != "labels" and "pairs" not in needs_of(terms_from((n,), "x"))]
+)
 def test_a_tower_that_does_not_learn_is_not_looked_at(name):
     of, shares = world(wide=True), []
     for sides in (("image",), ("text",), SIDES):
@@ -385,7 +377,7 @@ def test_a_tower_that_does_not_learn_is_not_looked_at(name):
 
 
 def test_every_loss_has_a_reference():
-    assert REFERENCES.keys() == TERMS.keys()
+    assert REFERENCES.keys() == LOSSES.keys()
 
 
 def test_learnable_parts_start_alike_and_scales_stay_where_clip_keeps_its_own():
@@ -436,7 +428,7 @@ def test_gradients_of_the_right_temperature_do_not_vanish_as_the_published_ones_
 def hidden(ratio, rows=slice(None), pictures=8):
     losses = objective({"masked-feature": {"ratio": ratio, "patch": 8}})
     values = torch.rand(pictures, 16, generator=torch.Generator().manual_seed(0))
-    return losses.hide(torch.ones(pictures, 3, 32, 32)[rows], lambda patches: values[rows, :patches])
+    return losses.mask_patches(torch.ones(pictures, 3, 32, 32)[rows], lambda patches: values[rows, :patches])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.75, 1.0])

@@ -269,8 +269,9 @@ class TestSearch:
     @staticmethod
     def prune(architecture=None, **settings):
         from clipress.compress.context import Context
-        from clipress.compress.fabric import Runtime, start_fabric
+        from clipress.compress.fabric import start_fabric
         from clipress.compress.prune.search import run
+        from clipress.compress.settings import Runtime
         from clipress.data.pairs import DataSpec, SourceSpec
 
         fabric = start_fabric(Runtime(accelerator="cpu"))
@@ -336,7 +337,8 @@ class TestSearch:
 
     def test_a_convolutional_tower_is_cut_in_the_same_stage_and_read_back(self, tmp_path):
         from clipress.artifact import save_artifact
-        from clipress.models.load import artifact_from_model, model_from_artifact
+        from clipress.models.load import artifact_from_model
+        from clipress.tasks import model_from_artifact
 
         vision = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64, "patch_size": None}
         resnet = tiny_architecture(layers=1) | {"vision_cfg": vision}

@@ -5,14 +5,16 @@ import torch
 
 from clipress.compress import quantize
 from clipress.compress.context import Context
-from clipress.compress.fabric import Runtime, start_fabric
+from clipress.compress.fabric import start_fabric
 from clipress.compress.quantize import Quantize
 from clipress.compress.sensitivity import keep_sensitive, sensitivities
+from clipress.compress.settings import Runtime
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.errors import RecipeError
 from clipress.models import quantizers
-from clipress.models.load import artifact_from_model, model_from_artifact, new_model
+from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
+from clipress.tasks import model_from_artifact
 
 DELICATE = "visual.transformer.resblocks.0.mlp.c_proj"
 
@@ -43,7 +45,7 @@ def calibrated():
         }
         for _ in range(2)
     ]
-    model = with_an_outlier().model
+    model = with_an_outlier().module
 
     def show(model):
         with torch.no_grad():
@@ -56,7 +58,7 @@ def calibrated():
 
 def cosine(model, samples):
     """Mean cosine to a model without quantisers, of the image tower."""
-    plain = with_an_outlier().model.eval()
+    plain = with_an_outlier().module.eval()
     pixels = torch.cat([one["pixels"] for one in samples])
     with torch.no_grad():
         return torch.cosine_similarity(model.encode_image(pixels), plain.encode_image(pixels)).mean().item()

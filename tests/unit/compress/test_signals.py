@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from clipress.compress.checkpoint import steps_saved
-from clipress.compress.context import Context, Hook, Training
-from clipress.compress.fabric import Runtime, start_fabric
+from clipress.compress.context import Context
+from clipress.compress.fabric import start_fabric
+from clipress.compress.hook import Hook
 from clipress.compress.learner import Learner
 from clipress.compress.losses import terms_from
+from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import MAX_BAD_STEPS, batches, train
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.errors import ArtifactError, ClipressError, Stopped
@@ -150,13 +152,13 @@ def test_a_step_that_is_not_finite_leaves_nothing_in_queues_and_running_statisti
     for arrays in (first, second):
         arrays.pop("broken")
     assert learner.gradients(0, first, ())[2]
-    queue = {name: rows.clone() for name, rows in learner.twin.past.items()}
+    queue = {name: rows.clone() for name, rows in learner.ema.past.items()}
     norm = student.module.visual.conv1[1]
     mean, counted = norm.running_mean.clone(), norm.num_batches_tracked.clone()
     second["pixels"][3] = float("nan")
     assert not learner.gradients(1, second, ())[2]
-    assert queue.keys() == learner.twin.past.keys() and queue
-    assert all(torch.equal(rows, queue[name]) for name, rows in learner.twin.past.items())
+    assert queue.keys() == learner.ema.past.keys() and queue
+    assert all(torch.equal(rows, queue[name]) for name, rows in learner.ema.past.items())
     assert torch.equal(norm.running_mean, mean) and torch.equal(norm.num_batches_tracked, counted)
 
 

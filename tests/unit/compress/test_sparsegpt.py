@@ -6,7 +6,8 @@ from torch import nn
 
 from clipress.compress import sparsify
 from clipress.compress.context import Context
-from clipress.compress.fabric import Runtime, start_fabric
+from clipress.compress.fabric import start_fabric
+from clipress.compress.settings import Runtime
 from clipress.compress.sparsegpt import compensated
 from clipress.compress.sparsify import Sparsify, is_two_of_four, zero_two_of_four
 from clipress.data.pairs import DataSpec, SourceSpec

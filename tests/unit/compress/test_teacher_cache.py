@@ -255,7 +255,7 @@ def test_changed_pictures_or_another_teacher_are_found_by_a_few_samples(model, p
 
 def test_a_teacher_that_gives_no_numbers_is_told_and_nothing_is_kept(digits, tmp_path):
     broken = new_model(tiny_architecture(layers=1), 0)
-    broken.model.visual.proj.data.fill_(float("nan"))
+    broken.module.visual.proj.data.fill_(float("nan"))
     with pytest.raises(ClipressError, match="of digits that are not finite"):
         build_cache(broken, digits, Augment(), 1, tmp_path, teacher_hash="hash", say=say)
     assert not list(tmp_path.glob("*/0*"))

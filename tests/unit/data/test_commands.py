@@ -188,7 +188,7 @@ def test_the_kept_pictures_are_those_the_teacher_ranks_first(teacher, folder):
     assert scores == sorted(scores, reverse=True) and {prompt for *_, prompt in everything} <= {"a red circle", "a cat"}
 
     from clipress.data.transforms import fitted, normalised, open_image
-    from clipress.models.load import model_from_artifact
+    from clipress.tasks import model_from_artifact
 
     model = model_from_artifact(teacher)
     encode_image, encode_text = model.encoders()

@@ -16,10 +16,11 @@ from clipress.errors import ExportError, RecipeError
 from clipress.export import parity, to_onnx
 from clipress.export.settings import OnnxSettings
 from clipress.models import anatomy, surgery
-from clipress.models.load import artifact_from_model, model_from_artifact, new_model
+from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.recipe import checked
 from clipress.serve.settings import ServeSettings
+from clipress.tasks import model_from_artifact
 
 
 @pytest.fixture(scope="module")

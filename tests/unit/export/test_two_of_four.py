@@ -13,16 +13,18 @@ from onnx import numpy_helper
 from clipress.artifact import load_artifact, save_artifact
 from clipress.compress import quantize, sparsify
 from clipress.compress.context import Context
-from clipress.compress.fabric import Runtime, start_fabric
+from clipress.compress.fabric import start_fabric
 from clipress.compress.quantize import Quantize
+from clipress.compress.settings import Runtime
 from clipress.compress.sparsify import Sparsify
 from clipress.data.eval_sets import evalsets
 from clipress.data.pairs import DataSpec, SourceSpec
 from clipress.export import parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
-from clipress.models.load import artifact_from_model, model_from_artifact, new_model
+from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
+from clipress.tasks import model_from_artifact
 
 SHORT = {"steps": 2, "batch_size": 8, "losses": ["contrastive"], "lr": 1e-3}
 RESNET = {

@@ -17,9 +17,10 @@ from clipress.artifact import load_artifact, save_artifact
 from clipress.errors import ArtifactError, RecipeError
 from clipress.models import surgery
 from clipress.models.importers import artifact_from_checkpoint, import_checkpoint
-from clipress.models.load import model_from_artifact, new_model, save_for_open_clip
+from clipress.models.load import new_model, save_for_open_clip
 from clipress.models.tiny import tiny_architecture
 from clipress.storage import sha256
+from clipress.tasks import model_from_artifact
 
 TEXT = {"context_length": 77, "vocab_size": 500, "width": 128, "heads": 2, "layers": 2}
 VIT = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 2, "head_width": 64}

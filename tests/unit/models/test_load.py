@@ -6,8 +6,9 @@ import torch
 
 from clipress.artifact import load_artifact, save_artifact
 from clipress.errors import ArtifactError, RecipeError
-from clipress.models.load import TeacherSpec, artifact_from_model, model_from_artifact, model_from_open_clip, new_model
+from clipress.models.load import TeacherSpec, artifact_from_model, model_from_open_clip, new_model
 from clipress.models.tiny import tiny_architecture
+from clipress.tasks import model_from_artifact
 
 
 @pytest.fixture

@@ -16,10 +16,20 @@ from clipress.errors import RecipeError
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models import anatomy, surgery
-from clipress.models.load import Model, artifact_from_model, model_from_artifact, new_model, save_for_open_clip
-from clipress.models.students import IMAGES, TEXTS, check, freeze, rest, start_hash, student_from, towers_of_teacher
+from clipress.models.load import Model, artifact_from_model, new_model, save_for_open_clip
+from clipress.models.students import (
+    IMAGES,
+    TEXTS,
+    check,
+    eval_frozen_modules,
+    freeze,
+    start_hash,
+    student_from,
+    towers_of_teacher,
+)
 from clipress.models.tiny import tiny_architecture
 from clipress.recipe import Recipe
+from clipress.tasks import model_from_artifact
 
 TEXT = {"context_length": 16, "vocab_size": 500, "width": 32, "heads": 2, "layers": 1}
 # the least size, of whole patches and windows, at which a tower still has something to look at
@@ -298,7 +308,7 @@ def test_frozen_towers_neither_learn_nor_gather_statistics():
     model = student_from(section, teacher, 0)
     freeze(model.module, towers_of_teacher(section))
     model.module.train()
-    rest(model.module)
+    eval_frozen_modules(model.module)
     loss(model).backward()
     learning = {anatomy.tower_of(name) for name, p in model.module.named_parameters() if p.grad is not None}
     assert learning == {"text", None} and model.module.transformer.training

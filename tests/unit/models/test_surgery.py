@@ -6,8 +6,9 @@ import torch
 
 from clipress.artifact import load_artifact, save_artifact
 from clipress.models import anatomy, surgery
-from clipress.models.load import artifact_from_model, build, model_from_artifact, new_model, save_for_open_clip
+from clipress.models.load import artifact_from_model, build, new_model, save_for_open_clip
 from clipress.models.tiny import tiny_architecture
+from clipress.tasks import model_from_artifact
 
 
 def inputs(seed: int = 0):

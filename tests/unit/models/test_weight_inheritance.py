@@ -10,9 +10,10 @@ import torch
 from clipress.artifact import load_artifact, save_artifact
 from clipress.errors import RecipeError
 from clipress.models import anatomy, surgery
-from clipress.models.load import artifact_from_model, model_from_artifact, new_model, save_for_open_clip
+from clipress.models.load import artifact_from_model, new_model, save_for_open_clip
 from clipress.models.tiny import tiny_architecture
 from clipress.models.weight_inheritance import Size, inherited
+from clipress.tasks import model_from_artifact
 
 HEAD = 16
 

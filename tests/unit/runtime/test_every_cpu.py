@@ -17,10 +17,11 @@ from clipress.data.pairs import SourceSpec
 from clipress.export import metadata, parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
-from clipress.models.load import artifact_from_model, model_from_artifact
+from clipress.models.load import artifact_from_model
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.cpu import processor
 from clipress.studies import cpus
+from clipress.tasks import model_from_artifact
 
 MODES = ("default", "exact")
 JOB = Path(__file__).parents[2] / "session_job.py"

@@ -144,14 +144,14 @@ def test_the_number_of_threads_reaches_the_runtime(export, texts_seen):
 
 
 def test_a_folder_without_an_export_says_how_to_make_one(tmp_path):
-    with pytest.raises(ArtifactError, match=r"no export\.json in it. Do: clipress export RUN"):
+    with pytest.raises(ArtifactError, match=r"no export\.json. Create it with: clipress export RUN"):
         read_export(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_a_missing_onnx_file_says_how_to_make_it_again(export, tower):
     (export / f"{tower}.onnx").unlink()
-    with pytest.raises(ArtifactError, match=rf"no {tower}\.onnx. Make it again: clipress export RUN"):
+    with pytest.raises(ArtifactError, match=rf"no {tower}\.onnx. Export it again: clipress export RUN"):
         Classifier(export)
 
 

@@ -1,0 +1,69 @@
+"""Large batches in chunks: the losses see the whole batch, the student a chunk at a time.
+
+Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+
+def encode_in_chunks(module: nn.Module, inputs: Mapping[str, Tensor], chunks: int) -> dict[str, Tensor]:
+    """Encode a batch chunk by chunk, keeping outputs only: leaves [B, ...] that the loss is differentiated to."""
+    with torch.no_grad(), frozen_statistics(module):
+        seen = [module(**chunk) for chunk in split(inputs, chunks)]
+    outputs = {name: torch.cat([one[name] for one in seen]) for name, rows in seen[0].items() if rows.ndim}
+    scalars = {name: value for name, value in seen[0].items() if not value.ndim}
+    return {name: rows.requires_grad_() for name, rows in (outputs | scalars).items()}
+
+
+def backward_in_chunks(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    leaves: Mapping[str, Tensor],
+    chunks: int,
+    fabric: Fabric,
+    after_chunk: Callable[[], None],
+) -> None:
+    """Encode once more with a graph, chunk by chunk, and pass on the gradients that the loss left on the leaves."""
+    rows = {name: leaf.grad for name, leaf in leaves.items() if leaf.ndim and leaf.grad is not None}
+    scalars = {name: leaf.grad for name, leaf in leaves.items() if not leaf.ndim}
+    pieces = list(zip(split(inputs, chunks), split(rows, chunks), strict=True))
+    for number, (chunk, grads) in enumerate(pieces):
+        last = number == len(pieces) - 1
+        with fabric.no_backward_sync(module, enabled=not last):
+            outputs = module(**chunk)
+            linear = sum((outputs[name] * grad).sum() for name, grad in grads.items() if outputs[name].requires_grad)
+            for name, grad in scalars.items():  # a scalar's gradient is whole already: it is added once
+                linear = linear + outputs[name] * (grad if last and grad is not None else 0.0)
+            fabric.backward(linear)
+        after_chunk()
+
+
+def split(rows: Mapping[str, Tensor], chunks: int) -> list[dict[str, Tensor]]:
+    """Split every tensor along its first axis."""
+    pieces = {name: tensor.chunk(chunks) for name, tensor in rows.items()}
+    count = len(next(iter(pieces.values())))
+    return [{name: parts[number] for name, parts in pieces.items()} for number in range(count)]
+
+
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """Return every batch norm in a module."""
+    return [inner for inner in module.modules() if isinstance(inner, nn.modules.batchnorm._BatchNorm)]
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch norms as they are: the pass that counts comes later."""
+    norms = batch_norms(module)
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    yield
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum

@@ -1,0 +1,339 @@
+"""Contrastive image-text models: two towers, graphs `image` and `text`, retrieval and zero-shot classification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipress.errors import ExportError, RecipeError
+from clipress.metrics.evaluate import classifier, evaluate_items
+from clipress.metrics.outcomes import Outcomes
+from clipress.models import anatomy, students
+from clipress.models.load import Model, build, model_from_open_clip, refuse_absurd, save_for_open_clip
+from clipress.runtime.graph import Arrays, Graph, Run, clip_graphs
+from clipress.tasks import SAMPLES, TASKS, Task, Tokenize, runs_of
+from clipress.tasks.training import Batch, Features, Gather, Lesson, Momentum, Outputs, Sizes, TrainingJob
+
+if TYPE_CHECKING:
+    from clipress.data.eval_sets import EvalSet
+    from clipress.data.transforms import Preprocess
+
+SIDES = ("image", "text")
+MAX_LOG_SCALE = float(np.log(100))  # CLIP's clamp
+ARRAYS = {"image": "pixels", "text": "ids"}  # of a training batch
+INPUTS = {"image": "pixel_values", "text": "input_ids"}
+OUTPUTS = {"image": "image_embeds", "text": "text_embeds"}
+
+
+@TASKS.register("clip")
+class Clip(Task):
+    """CLIP and its relatives with two towers."""
+
+    name = "clip"
+    towers = SIDES
+    main_graph = "image"
+    figures = ("/top1", "/text_r1", "/image_r1")
+    provides = frozenset({"pairs", "teacher", "space", "width", "keys", "momentum", "tokens", "masked", "labels"})
+
+    def build(self, architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
+        refuse_absurd(architecture)
+        return build(architecture, seed)
+
+    def check_student(self, section: Mapping[str, Any], has_teacher: bool) -> None:
+        students.check(section, has_teacher)
+
+    def student_from(self, section: Mapping[str, Any], teacher: Model | None, seed: int) -> Model:
+        return students.student_from(section, teacher, seed)
+
+    def load_pretrained(self, name: str, checkpoint: str | None, where: str) -> Model:
+        return model_from_open_clip(name, checkpoint, where)
+
+    def towers_of_teacher(self, section: Mapping[str, Any] | None) -> tuple[str, ...]:
+        return students.towers_of_teacher(section)
+
+    def graphs(self, model: Model) -> dict[str, Graph]:
+        return clip_graphs(
+            model.preprocess.size, anatomy.context_length(model.module), int(model.architecture["embed_dim"])
+        )
+
+    def call(self, module: nn.Module, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        encode = module.encode_image if graph == "image" else module.encode_text
+        return {OUTPUTS[graph]: encode(inputs[INPUTS[graph]], normalize=True)}
+
+    def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {side: {INPUTS[side]: arrays[name]} for side, name in ARRAYS.items() if name in arrays}
+
+    def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
+        if not sets:
+            raise ExportError("Parity is checked on real samples: add 'test', 'val' or 'train' data to the recipe.")
+        pixels, texts = [], []
+        for evalset in sets:
+            taken = next(evalset.pixel_batches(preprocess, SAMPLES))
+            pixels.append(taken)
+            texts += [evalset.source.captions(i)[0] for i in range(len(taken))]
+        ids = tokenize(list(dict.fromkeys(texts)))
+        return {"image": {INPUTS["image"]: np.concatenate(pixels)}, "text": {INPUTS["text"]: ids}}
+
+    def evaluate(
+        self, run: Mapping[str, Run], sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None
+    ) -> dict[str, Outcomes]:
+        return evaluate_items(*(encoder(run, side) for side in SIDES), sets, preprocess, tokenize)
+
+    def needs(self, of_losses: frozenset[str]) -> frozenset[str]:
+        # classes are the teacher's prompts, in its embedding space
+        return of_losses | {"teacher", "classes"} if "labels" in of_losses else of_losses
+
+    def lesson(self, job: TrainingJob) -> ClipLesson:
+        return ClipLesson(job)
+
+    def describe(self, model: Model) -> dict[str, Any]:
+        bias = getattr(model.module, "logit_bias", None)
+        return {
+            "embed_dim": int(model.architecture["embed_dim"]),
+            "logit_scale": float(model.module.logit_scale.detach().exp()),
+            "logit_bias": None if bias is None else float(bias.detach()),
+        }
+
+    def save_for_library(self, model: Model, folder: Path) -> bool:
+        return save_for_open_clip(model, folder)
+
+
+def encoder(run: Mapping[str, Run], side: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Return one graph as a function from rows of its input to embeddings [B, D]."""
+    return lambda rows: run[side]({INPUTS[side]: rows})[OUTPUTS[side]]
+
+
+class EncoderPair(nn.Module):
+    """One forward for both towers, so that DDP and FSDP see every parameter used."""
+
+    def __init__(self, model: nn.Module, tokens: Sequence[str] = (), frozen: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.model, self.frozen = model, tuple(frozen)
+        self.tokens: dict[str, Tensor] = {}
+        layers = {side: anatomy.token_layer(model, side) for side in tokens}
+        self.handles = [
+            layer.register_forward_hook(lambda _, __, out, side=side: self.tokens.update({side: out}))
+            for side, layer in layers.items()
+        ]
+
+    def forward(
+        self, pixels: Tensor | None = None, ids: Tensor | None = None, masked: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Encode the given inputs. Returns raw embeddings [B, D] per side, `masked`, tokens where hooked, and `scale`."""
+        outputs = {"scale": self.model.logit_scale.exp().reshape(())}
+        encode = {"image": (self.model.encode_image, pixels), "text": (self.model.encode_text, ids)}
+        for side, (encoder, inputs) in encode.items():
+            if inputs is not None:
+                with torch.no_grad() if side in self.frozen else nullcontext():
+                    outputs[side] = encoder(inputs).float()
+        outputs |= {f"{side}_tokens": tokens.float() for side, tokens in self.tokens.items()}
+        self.tokens.clear()
+        if masked is not None:
+            outputs["masked"] = self.model.encode_image(masked).float()
+            self.tokens.clear()
+        return outputs
+
+    def close(self) -> None:
+        """Leave the model without hooks."""
+        for handle in self.handles:
+            handle.remove()
+
+
+class ClipLesson(Lesson):
+    """Contrastive learning and distillation of both towers, or of one."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        for number, teacher in enumerate(job.teachers):
+            _refuse_other_inputs(job, teacher, job.same_width if number == 0 else ())
+        self.job, self.needs = job, job.needs
+        self.learning = _learning(job)
+        self.shown = SIDES if "pairs" in job.needs else self.learning
+        self.shown_to_teachers = SIDES if {"pairs", "keys"} & job.needs else self.learning
+        self.tokens = self.learning if "tokens" in job.needs else ()
+        self.sizes = _sizes(job, self.learning, self.tokens)
+        self.classes = _classes(job) if "classes" in job.needs else None
+
+    def module(self, module: nn.Module) -> EncoderPair:
+        is_student = module is self.job.student.module
+        return EncoderPair(module, self.tokens, [s for s in SIDES if s not in self.learning] if is_student else ())
+
+    def inputs(self, arrays: Mapping[str, Tensor], mask: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
+        inputs = self._of(arrays, self.shown)
+        if mask is not None and "image" in self.learning:
+            inputs["masked"] = mask(arrays["pixels"])
+        return inputs
+
+    def teacher_inputs(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._of(arrays, self.shown_to_teachers)
+
+    def _of(self, arrays: Mapping[str, Tensor], sides: Sequence[str]) -> dict[str, Tensor]:
+        return {ARRAYS[side]: arrays[ARRAYS[side]] for side in sides}
+
+    def cached_outputs(self, arrays: Mapping[str, Tensor], teacher: int, scale: float | None) -> Outputs:
+        raw = {
+            side: arrays[f"teacher_{side}_{teacher}"] * arrays[f"teacher_{side}_norm_{teacher}"][:, None]
+            for side in SIDES
+            if f"teacher_{side}_{teacher}" in arrays
+        }
+        return raw | {"scale": torch.tensor(scale, device=arrays["group"].device)}
+
+    def batch(
+        self,
+        outputs: Outputs,
+        teachers: Sequence[Outputs],
+        arrays: Mapping[str, Tensor],
+        projections: Mapping[str, nn.Module],
+        gather: Gather,
+    ) -> Batch:
+        projected = None
+        if projections:
+            own = {side: projections[side](outputs[side]) for side in self.learning}
+            if "masked" in outputs:
+                own["masked"] = projections["image"](outputs["masked"])
+            projected = _features({**own, "scale": outputs["scale"]}, gather)
+        groups = gather.rows(arrays["group"])
+        return Batch(
+            _features(outputs, gather),
+            tuple(_features(one, gather) for one in teachers),
+            positives(gather.own(arrays["group"]), groups),
+            groups,
+            projected=projected,
+            labels=gather.own(arrays["label"]),
+            all_labels=gather.rows(arrays["label"]),
+            classes=None if self.classes is None else self.classes.to(outputs["scale"].device),
+            sides=self.learning,
+        )
+
+    def momentum(
+        self, slow: Outputs, batch: Batch, arrays: Mapping[str, Tensor], past: Mapping[str, Tensor], gather: Gather
+    ) -> tuple[Momentum, dict[str, Tensor]]:
+        features = _features(slow, gather)
+        groups = gather.rows(arrays["group"])
+        new = {"image": features.all_image, "text": features.all_text, "group": groups}
+        if batch.teachers:
+            new |= {"teacher_image": batch.teacher.all_image, "teacher_text": batch.teacher.all_text}
+        seen = {name: torch.cat([rows, past[name]]) if past else rows for name, rows in new.items()}
+        result = Momentum(
+            image=features.image,
+            text=features.text,
+            all_image=seen["image"],
+            all_text=seen["text"],
+            teacher_image=seen.get("teacher_image"),
+            teacher_text=seen.get("teacher_text"),
+            targets=positives(gather.own(arrays["group"]), seen["group"]),
+            alpha=0.0,
+        )
+        # the queue holds online features, as UPop's code does
+        return result, {
+            **new,
+            "image": batch.student.all_image.detach(),
+            "text": batch.student.all_text.detach(),
+        }
+
+    @torch.no_grad()
+    def keep_in_range(self, module: nn.Module) -> None:
+        module.logit_scale.clamp_(0, MAX_LOG_SCALE)
+
+
+def positives(groups: Tensor, all_groups: Tensor) -> Tensor:
+    """Return the targets [B, N] of rows in `groups` [B] among `all_groups` [N]: uniform over a row's right answers."""
+    same = (groups[:, None] == all_groups[None, :]).float()
+    return same / same.sum(1, keepdim=True)
+
+
+def _features(outputs: Outputs, gather: Gather) -> Features:
+    """Normalize a model's outputs and gather them."""
+    unit = {side: F.normalize(outputs[side], dim=-1) if side in outputs else None for side in SIDES}
+    everyone = {side: None if rows is None else gather.rows(rows) for side, rows in unit.items()}
+    own = unit if gather.local else everyone
+    aside = {name: outputs.get(name) for name in (*SIDES, "masked", "image_tokens", "text_tokens")}
+    aside = {name: None if rows is None else gather.own(rows) for name, rows in aside.items()}
+    return Features(
+        own["image"],
+        own["text"],
+        everyone["image"],
+        everyone["text"],
+        outputs["scale"],
+        raw_image=aside["image"],
+        raw_text=aside["text"],
+        image_tokens=aside["image_tokens"],
+        text_tokens=aside["text_tokens"],
+        masked_image=None if aside["masked"] is None else F.normalize(aside["masked"], dim=-1),
+    )
+
+
+def _learning(job: TrainingJob) -> tuple[str, ...]:
+    """Return the towers that learn: allowed by the setting, not the teacher's own, and with data to learn from."""
+    there = {"image": job.sources_have("images"), "text": job.sources_have("texts")}
+    lacking = [side for side in SIDES if not there[side]]
+    if lacking and {"pairs", "keys"} & job.needs:
+        raise RecipeError(
+            f"{job.title}: its losses compare images with texts, and the training data have no {lacking[0]}s. Use losses "
+            "that read one tower alone, such as feature, or data with both."
+        )
+    module = job.student.module
+    trainable = [side for side in SIDES if any(p.requires_grad for p in anatomy.tower_parameters(module, side))]
+    sides = tuple(side for side in trainable if job.towers in ("both", side) and there[side])
+    if not sides:
+        raise RecipeError(
+            f"{job.title}: nothing can learn. 'towers' is {job.towers}, trainable are {trainable}, the data have "
+            f"{[side for side in SIDES if there[side]]}."
+        )
+    return sides
+
+
+def _refuse_other_inputs(job: TrainingJob, teacher: Model, same_width: Sequence[str]) -> None:
+    """A teacher that runs sees the student's pixels and ids; some losses need embeddings of one width."""
+    if job.cached and "tokens" in job.needs:
+        raise RecipeError(
+            f"{job.title}: a teacher's cache holds no token features. Leave out 'tokens' or 'teacher.cache'."
+        )
+    student = job.student
+    for what, own, other in (
+        ("preprocessing", student.preprocess.model_dump(), teacher.preprocess.model_dump()),
+        ("tokenizer", student.tokenizer, teacher.tokenizer),
+    ):
+        if own != other and not job.cached:
+            raise RecipeError(
+                f"{job.title}: teacher and student must share their {what}; found {other} and {own}. "
+                "With 'teacher.cache' they need not."
+            )
+    widths = [model.architecture["embed_dim"] for model in (teacher, student)]
+    if same_width and widths[0] != widths[1]:
+        raise RecipeError(
+            f"{job.title}: losses {sorted(same_width)} compare embeddings; the teacher's have {widths[0]} dims, the "
+            f"student's {widths[1]}. Give the student the same embed_dim, or use affinity or feature."
+        )
+
+
+def _sizes(job: TrainingJob, sides: Sequence[str], tokens: Sequence[str]) -> Sizes:
+    def shapes(model: Model) -> dict[str, tuple[int, int]]:
+        return {side: anatomy.token_shape(model.module, side) for side in tokens}
+
+    return Sizes(
+        job.student.architecture["embed_dim"],
+        tuple(teacher.architecture["embed_dim"] for teacher in job.teachers),
+        tuple(sides),
+        anatomy.image_size(job.student.module),
+        student_tokens=shapes(job.student),
+        teacher_tokens=shapes(job.teachers[0]) if job.teachers else None,
+    )
+
+
+def _classes(job: TrainingJob) -> Tensor:
+    """Return the teacher's text classifier of all labelled sources, one after the other: unit rows [C, D]."""
+    teacher = job.teachers[0]
+    encode, found = encoder(runs_of(teacher), "text"), []
+    for source in job.sources:
+        if classes := getattr(source, "classes", None):
+            found.append(classifier(encode, teacher.tokenize(), classes))
+    if not found:
+        raise RecipeError(f"{job.title}: a loss on labels needs classes, and no training source has any.")
+    return torch.from_numpy(np.concatenate(found)).float()
