@@ -46,6 +46,8 @@ class Recipe(Section):
 
     name: FolderName
     """Names the run folder."""
+    task: str = "clip"
+    """What the model is for: a name in tasks.TASKS."""
     seed: int = Field(0, ge=0, lt=1 << 32)
     """Decides initial weights, order of the data and augmentation."""
     teacher: dict[str, Any] | list[dict[str, Any]] | None = None

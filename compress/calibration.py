@@ -1,4 +1,4 @@
-"""Calibration: training pairs shown to a model without gradients, and what they must be for that to mean anything."""
+"""Calibration: training data run through a model without gradients, and what they must be for that to mean anything."""
 
 from __future__ import annotations
 
@@ -12,47 +12,43 @@ from clipress.compress.settings import Training
 from clipress.compress.train import batches
 from clipress.errors import DataError
 from clipress.models.load import Model
+from clipress.tasks import Task, task_named
 
-Samples = dict[str, Tensor]
-"""Of a batch: `pixels` float32 [B, 3, S, S], `ids` int64 [B, L]; either may be missing."""
+Samples = dict[str, dict[str, Tensor]]
+"""Of a batch: the inputs of every graph that the data have inputs for, graph -> input -> rows [B, ...]."""
 
 
 class Calibration:
-    """The first `pairs` training pairs of a stage, rounded up to whole batches. Call it with a model to show them."""
+    """The first `items` training items of a stage, rounded up to whole batches. Call it with a module to run them."""
 
-    def __init__(self, model: Model, config: Training, context: Context, pairs: int) -> None:
-        self.device, self.title = context.fabric.device, context.title
-        self.loader = batches(model, config, context, -(-pairs // config.batch_size))
+    def __init__(self, model: Model, config: Training, context: Context, items: int) -> None:
+        self.device, self.title, self.task = context.fabric.device, context.title, task_named(model.task)
+        self.loader = batches(model, config, context, -(-items // config.batch_size))
 
     def __iter__(self) -> Iterator[Samples]:
-        """Yield `Samples`, on the model's device. Raises DataError when all pictures were one and the same."""
-        first, varied, shown = None, False, 0
+        """Yield `Samples`, on the model's device. Raises DataError when all images are the same one."""
+        first, varied, seen = None, False, 0
         for arrays in self.loader:
-            samples: Samples = {name: arrays[name].to(self.device) for name in ("pixels", "ids") if name in arrays}
-            shown += len(arrays["group"])
-            if "pixels" in samples:
-                first = samples["pixels"][0] if first is None else first
-                varied = varied or bool((samples["pixels"] != first).any())
-            yield samples
-        if first is not None and shown > 1 and not varied:
+            tensors = {name: a.to(self.device) for name, a in arrays.items() if isinstance(a, Tensor)}
+            seen += len(arrays["group"])
+            if "pixels" in tensors:
+                first = tensors["pixels"][0] if first is None else first
+                varied = varied or bool((tensors["pixels"] != first).any())
+            yield self.task.inputs_of(tensors)
+        if first is not None and seen > 1 and not varied:
             raise DataError(
-                f"{self.title}: all {shown} calibration pictures are the same, and scales set on one picture fit no "
-                "other. Give data.train different pictures."
+                f"{self.title}: all {seen} calibration images are the same, and scales set on one image fit no other. "
+                "Give data.train different images."
             )
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> None:
-        """Run both towers on every sample."""
-        model.eval()
+    def __call__(self, module: nn.Module) -> None:
+        """Run every graph on every sample."""
+        module.eval()
         for samples in self:
-            embeddings(model, samples)
+            outputs_of(self.task, module, samples)
 
 
-def embeddings(model: nn.Module, samples: Samples) -> dict[str, Tensor]:
-    """Return what each tower makes of its samples: rows [B, D], under `image` and `text`."""
-    found = {}
-    if "pixels" in samples:
-        found["image"] = model.encode_image(samples["pixels"])
-    if "ids" in samples:
-        found["text"] = model.encode_text(samples["ids"])
-    return found
+def outputs_of(task: Task, module: nn.Module, samples: Samples) -> dict[str, Tensor]:
+    """Return every graph's first output for its samples: rows [B, ...] by graph."""
+    return {name: next(iter(task.call(module, name, inputs).values())) for name, inputs in samples.items()}

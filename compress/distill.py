@@ -10,6 +10,7 @@ from typing import Any
 from clipress.compress.context import Context
 from clipress.compress.losses import Losses, terms_from
 from clipress.compress.settings import Training
+from clipress.compress.stage import stage
 from clipress.compress.train import train
 from clipress.models.load import Model
 
@@ -25,6 +26,12 @@ class Distill(Training):
         terms_from(self.losses, "distill.losses")
 
 
+@stage(
+    "distill",
+    Distill,
+    makes="distilled",
+    never_after={"quantize": "training would leave the INT8 scales behind; quantize trains itself"},
+)
 def run(settings: Distill, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Train the student."""
     return model, train(model, settings, terms_from(settings.losses, "distill.losses"), context)

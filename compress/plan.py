@@ -9,8 +9,8 @@ from clipress.compress.stage import Stage, stages_from
 from clipress.data.pairs import DataSpec
 from clipress.errors import RecipeError
 from clipress.models.load import TeacherSpec
-from clipress.models.students import check
 from clipress.recipe import Recipe, checked
+from clipress.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Plan:
 
 def plan_from(recipe: Recipe) -> Plan:
     """Check everything that compressing needs, before anything is done."""
+    task = TASKS.find(recipe.task, "task")()
     asked = recipe.teacher if isinstance(recipe.teacher, list) else [recipe.teacher]
     teachers = tuple(checked(TeacherSpec, one, "teacher") for one in asked if one is not None)
     stages = tuple(stages_from(recipe.stages))
@@ -43,7 +44,7 @@ def plan_from(recipe: Recipe) -> Plan:
     if teachers and any(stage.name == "teacher" for stage in stages):
         raise RecipeError("stages: 'teacher' is the name of the teacher's artefact; call the stage something else.")
     if recipe.student is not None:
-        check(recipe.student, bool(teachers))
+        task.check_student(recipe.student, bool(teachers))
     for teacher in teachers:
         if teacher.recipe is not None:
             plan_from(checked(Recipe, teacher.recipe, "teacher.recipe"))

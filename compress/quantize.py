@@ -15,6 +15,7 @@ from clipress.compress.context import Context
 from clipress.compress.losses import Losses, terms_from
 from clipress.compress.sensitivity import held, keep_sensitive, sensitivities
 from clipress.compress.settings import Training
+from clipress.compress.stage import stage
 from clipress.compress.train import train
 from clipress.models import quantizers
 from clipress.models.load import Model
@@ -51,6 +52,7 @@ class Quantize(Training):
         terms_from(self.losses, "quantize.losses")
 
 
+@stage("quantize", Quantize, makes="int8", never_after={"quantize": "the model is INT8 already"})
 def run(settings: Quantize, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Calibrate, leave sensitive layers out where asked, then train with the rounding in place."""
     names = quantizers.quantizable(model.module, settings.keep)
@@ -84,8 +86,8 @@ def _sensitivity(
 ) -> dict[str, Any]:
     """Return the report and, with `keep: auto`, what to keep; the first process's samples decide for all."""
     samples = held(calibration)
-    report = sensitivities(model.module, names, samples)
+    report = sensitivities(model, names, samples)
     details: dict[str, Any] = {"sensitivity": [asdict(layer) for layer in report]}
     if AUTO in settings.keep:
-        details["kept"], details["damage"] = keep_sensitive(model.module, report, samples, settings.max_damage)
+        details["kept"], details["damage"] = keep_sensitive(model, report, samples, settings.max_damage)
     return context.fabric.broadcast(details)

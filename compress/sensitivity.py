@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clipress.compress.calibration import Samples, embeddings
+from clipress.compress.calibration import Samples, outputs_of
 from clipress.errors import RecipeError
 from clipress.models import quantizers
 from clipress.models.anatomy import tower_of
+from clipress.models.load import Model
+from clipress.tasks import task_named
 
 PAIRS = 256  # each layer costs a pass over them
 
@@ -35,12 +37,12 @@ def held(batches: Iterable[Samples]) -> list[Samples]:
     kept: list[Samples] = []
     for samples in batches:
         kept.append(samples)
-        if sum(len(next(iter(one.values()))) for one in kept) >= PAIRS:
+        if sum(_rows(one) for one in kept) >= PAIRS:
             break
     return kept
 
 
-def sensitivities(model: nn.Module, names: Sequence[str], samples: Sequence[Samples]) -> list[Layer]:
+def sensitivities(model: Model, names: Sequence[str], samples: Sequence[Samples]) -> list[Layer]:
     """Measure every calibrated module of `names` alone in INT8, in evaluation mode. Returns the most damaging first.
 
     Which modules round afterwards is the caller's to set.
@@ -52,7 +54,7 @@ def sensitivities(model: nn.Module, names: Sequence[str], samples: Sequence[Samp
 
 
 def keep_sensitive(
-    model: nn.Module, report: Sequence[Layer], samples: Sequence[Samples], limit: float
+    model: Model, report: Sequence[Layer], samples: Sequence[Samples], limit: float
 ) -> tuple[list[str], dict[str, float]]:
     """Choose the modules to leave in full precision so that no tower's damage is over `limit`.
 
@@ -78,27 +80,34 @@ def keep_sensitive(
 
 @torch.no_grad()
 def _embedded(
-    model: nn.Module, names: Sequence[str], rounding: Sequence[str], samples: Sequence[Samples]
+    model: Model, names: Sequence[str], rounding: Sequence[str], samples: Sequence[Samples]
 ) -> dict[str, Tensor]:
-    """Return both towers' unit embeddings, float64 [N, D], with some of the modules rounding."""
-    model.eval()
-    quantizers.only(model, names, rounding)
+    """Return every graph's outputs as unit rows, float64 [N, D], with some of the modules rounding."""
+    task = task_named(model.task)
+    model.module.eval()
+    quantizers.only(model.module, names, rounding)
     found: dict[str, list[Tensor]] = {}
     for one in samples:
-        for tower, rows in embeddings(model, one).items():
-            found.setdefault(tower, []).append(nn.functional.normalize(rows.double(), dim=-1))
-    return {tower: torch.cat(rows) for tower, rows in found.items()}
+        for graph, rows in outputs_of(task, model.module, one).items():
+            found.setdefault(graph, []).append(nn.functional.normalize(rows.double(), dim=-1))
+    return {graph: torch.cat(rows) for graph, rows in found.items()}
 
 
 def _damage(
-    model: nn.Module,
+    model: Model,
     names: Sequence[str],
     rounding: Sequence[str],
     samples: Sequence[Samples],
     exact: dict[str, Tensor],
     tower: str,
 ) -> float:
-    side = "pixels" if tower == "image" else "ids"
-    rounded = _embedded(model, names, rounding, [{side: one[side]} for one in samples])[tower]
-    damage = max(1 - (rounded * exact[tower]).sum(1).mean().item(), 0.0)
+    # a tower that is a graph of its own changes that one alone
+    graphs = [tower] if tower in exact else list(exact)
+    rounded = _embedded(model, names, rounding, [{graph: one[graph] for graph in graphs} for one in samples])
+    damage = max(max(1 - (rounded[graph] * exact[graph]).sum(1).mean().item(), 0.0) for graph in graphs)
     return float(f"{damage:.4g}")  # it goes into the lineage
+
+
+def _rows(samples: Samples) -> int:
+    first = next(iter(samples.values()))
+    return len(next(iter(first.values())))

@@ -19,6 +19,7 @@ from clipress.compress.calibration import Calibration
 from clipress.compress.context import Context
 from clipress.compress.losses import Losses, terms_from
 from clipress.compress.settings import Training
+from clipress.compress.stage import stage
 from clipress.compress.train import train
 from clipress.models.load import Model
 
@@ -43,6 +44,15 @@ class Sparsify(Training):
         terms_from(self.losses, "sparsify.losses")
 
 
+@stage(
+    "sparsify",
+    Sparsify,
+    makes="sparse",
+    never_after={
+        "quantize": "INT8 scales belong to the weights as they are",
+        "sparsify": "the weights have the pattern already",
+    },
+)
 def run(settings: Sparsify, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Zero two of every four weights, then fine-tune what is left."""
     show = None

@@ -1,50 +1,63 @@
-"""Stage kinds, and the order in which they can work. To add one: a file with its settings and `run`, a line in `KINDS`."""
+"""Stages of a recipe: their kinds, registered where they are written, and the order in which they can work."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clipress.errors import RecipeError, nearest
+from clipress.compress.context import Context
+from clipress.errors import RecipeError
+from clipress.models.load import Model
 from clipress.recipe import Section, checked
+from clipress.registry import Registry
 
-# kind: (module, settings type); the module has `run(settings, clip, context) -> (Model, details)`.
-KINDS = {
-    "distill": ("clipress.compress.distill", "Distill"),
-    "prune": ("clipress.compress.prune.search", "Prune"),
-    "sparsify": ("clipress.compress.sparsify", "Sparsify"),
-    "quantize": ("clipress.compress.quantize", "Quantize"),
-}
-MAKES = {"distill": "distilled", "prune": "pruned", "sparsify": "sparse", "quantize": "int8"}
-# What must not come before a kind, and why.
-NEVER_AFTER = {
-    "prune": {
-        "sparsify": "cutting units would break the 2:4 pattern",
-        "quantize": "INT8 scales belong to uncut layers",
-    },
-    "sparsify": {
-        "quantize": "INT8 scales belong to the weights as they are",
-        "sparsify": "the pattern is there already",
-    },
-    "distill": {"quantize": "training would leave the INT8 scales behind; quantize trains itself"},
-    "quantize": {"quantize": "the model is INT8 already"},
-}
+Details = dict[str, Any]
+"""What a stage leaves in the lineage."""
+Run = Callable[[Any, Model, Context], tuple[Model, Details]]
+"""(settings, student, context) -> the new student, and details."""
 RIGHT_ORDER = "distill -> prune -> distill -> sparsify -> quantize"
 
 
 @dataclass(frozen=True)
+class StageKind:
+    """A kind of stage."""
+
+    name: str
+    settings: type[Section]
+    run: Run
+    makes: str
+    """The artifact's name, unless a recipe sets another."""
+    never_after: Mapping[str, str]
+    """Kinds that must not come before it, each with the reason."""
+
+
+STAGES: Registry[StageKind] = Registry("stage", "clipress.compress", "clipress.compress.prune")
+
+
+def stage(
+    name: str, settings: type[Section], makes: str, never_after: Mapping[str, str] | None = None
+) -> Callable[[Run], Run]:
+    """Register a function as a kind of stage."""
+
+    def add(run: Run) -> Run:
+        STAGES.register(name)(StageKind(name, settings, run, makes, never_after or {}))
+        return run
+
+    return add
+
+
+@dataclass(frozen=True)
 class Stage:
-    """One entry of a recipe's stages: its kind, the name of the artefact it makes, its settings."""
+    """One entry of a recipe's stages: its kind, the name of the artifact it makes, its settings."""
 
     kind: str
     name: str
     settings: Section
 
-    def run(self, model: Any, context: Any) -> tuple[Any, dict[str, Any]]:
+    def run(self, model: Model, context: Context) -> tuple[Model, Details]:
         """Run the stage on a student; returns the new student and details for the lineage."""
-        return importlib.import_module(KINDS[self.kind][0]).run(self.settings, model, context)
+        return STAGES[self.kind].run(self.settings, model, context)
 
 
 def stages_from(raw: Sequence[Mapping[str, Any]]) -> list[Stage]:
@@ -53,29 +66,28 @@ def stages_from(raw: Sequence[Mapping[str, Any]]) -> list[Stage]:
     for number, entry in enumerate(raw):
         where = f"stages.{number}"
         if len(entry) != 1:
-            raise RecipeError(f"{where}: one stage kind with its settings is asked for, found {sorted(entry)}.")
-        kind, settings = next(iter(entry.items()))
-        if kind not in KINDS:
-            raise RecipeError(f"{where}: there is no stage '{kind}'.{nearest(kind, KINDS)}")
+            raise RecipeError(f"{where}: expected one stage kind with its settings, found {sorted(entry)}.")
+        name, settings = next(iter(entry.items()))
+        kind = STAGES.find(name, where)
         for earlier in stages:
-            if reason := NEVER_AFTER[kind].get(earlier.kind):
+            if reason := kind.never_after.get(earlier.kind):
                 raise RecipeError(
-                    f"{where}: {kind} cannot come after {earlier.kind}: {reason}. The order that works: {RIGHT_ORDER}."
+                    f"{where}: {name} cannot come after {earlier.kind}: {reason}. The order that works: {RIGHT_ORDER}."
                 )
-        module, type_name = KINDS[kind]
-        config = checked(getattr(importlib.import_module(module), type_name), settings, f"{where}.{kind}")
-        stages.append(Stage(kind, _name(kind, config, stages), config))
+        config = checked(kind.settings, settings, f"{where}.{name}")
+        stages.append(Stage(name, _artifact_name(kind, config, stages), config))
     return stages
 
 
-def _name(kind: str, config: Section, earlier: Sequence[Stage]) -> str:
-    after_pruning = kind == "distill" and any(stage.kind == "prune" for stage in earlier)
-    name = getattr(config, "name", None) or ("recovered" if after_pruning else MAKES[kind])
+def _artifact_name(kind: StageKind, config: Section, earlier: Sequence[Stage]) -> str:
+    after_pruning = kind.name == "distill" and any(stage.kind == "prune" for stage in earlier)
+    given = getattr(config, "name", None)
+    name = given or ("recovered" if after_pruning else kind.makes)
     taken = {stage.name for stage in earlier}
-    if getattr(config, "name", None) and name in taken:
+    if given and name in taken:
         raise RecipeError(f"stages: two stages are named '{name}'.")
     if not name.replace("-", "").replace("_", "").isalnum():
-        raise RecipeError(f"stages: '{name}' names a folder; letters, digits, '-' and '_' are asked for.")
+        raise RecipeError(f"stages: '{name}' names a folder; use letters, digits, '-' and '_'.")
     if name not in taken:
         return name
     return next(f"{name}-{n}" for n in range(2, 99) if f"{name}-{n}" not in taken)

@@ -50,8 +50,8 @@ from clipress.storage import cache_folder, locked, sweep
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from clipress.compress.pipeline import Teacher
     from clipress.compress.plan import Plan
+    from clipress.compress.teachers import Teacher
 
 HOME = "teacher-embeddings"
 Say = Callable[[str], None]
@@ -343,7 +343,7 @@ def embed_recipe(
     plan: Plan, home: Path | None, views: int | None, dtype: Dtype | None, artifacts: Sequence[Path], say: Say
 ) -> list[Path]:
     """Embed a recipe's training sources with its teachers, or with the given artefacts; returns the caches' folders."""
-    from clipress.compress.pipeline import bring_teacher  # which itself builds caches
+    from clipress.compress.pipeline import load_teacher  # which itself builds caches
 
     specs = [TeacherSpec(artifact=path) for path in artifacts] or plan.teachers
     if not specs:
@@ -355,7 +355,7 @@ def embed_recipe(
     for spec in specs:
         settings = spec.cache or asked
         given = CacheSettings(views=views or settings.views, dtype=dtype or settings.dtype)
-        caches = caches_of(bring_teacher(spec, say), given, plan, fabric, say, home)
+        caches = caches_of(load_teacher(spec, plan.recipe.task, say), given, plan, fabric, say, home)
         folders += [cache.folder for cache in caches]
     return folders
 

@@ -1,15 +1,32 @@
-"""The teachers of a stage: run on each batch, or looked up in the caches that the loader reads."""
+"""A loaded teacher, and the teachers of a stage: run on each batch, or looked up in the caches that the loader reads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipress.compress.context import Context
+from clipress.compress.lineage import Lineage
 from clipress.models.load import Model
 from clipress.tasks.training import Lesson, Outputs
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A loaded teacher: the model, its lineage, and its validation figures if it has any."""
+
+    model: Model
+    lineage: Lineage
+    metrics: dict[str, Any] | None
+
+    @property
+    def hash(self) -> str:
+        """Identity of everything that made it."""
+        return self.lineage[-1]["hash"]
 
 
 class Teachers:

@@ -35,7 +35,7 @@ from clipress.runtime.cpu import processor
 from clipress.runtime.onnx_session import reference_session
 from clipress.studies import cpus
 from clipress.studies.speed import TEXT, TOWERS, in_int8, settle_norms
-from clipress.tasks import model_from_artifact
+from clipress.tasks import model_from_artifact, task_named
 
 HERE = Path(__file__).parent
 FORMS = ("fp32", "8 bits", "8 bits, exact mode", "7 bits")
@@ -94,11 +94,11 @@ def exported(module: str, run: Path, home: Path) -> dict[str, dict[str, Any]]:
     folder = home / module.replace("/", "")
     sets = evalsets([SourceSpec(format="scenes", split="test", limit=32)])
     model = dense(module, run)
-    inputs = parity.samples(model.preprocess, model.tokenize(), sets)
-    inputs = {tower: rows[:32] for tower, rows in inputs.items()}
-    samples = {"pixels": torch.from_numpy(inputs["image"]), "ids": torch.from_numpy(inputs["text"])}
+    inputs = task_named(model.task).samples(sets, model.preprocess, model.tokenize())
+    inputs = {graph: {name: rows[:32] for name, rows in one.items()} for graph, one in inputs.items()}
+    samples = {g: {n: torch.from_numpy(rows) for n, rows in one.items()} for g, one in inputs.items()}
     if module == "ResNet-18":
-        settle_norms(model, samples["pixels"])
+        settle_norms(model, samples["image"]["pixel_values"])
     clips = {"fp32": model, "8 bits": in_int8(model, samples, False), "7 bits": in_int8(model, samples, True)}
     for form, one in clips.items():
         artifact = save_artifact(
@@ -108,7 +108,7 @@ def exported(module: str, run: Path, home: Path) -> dict[str, dict[str, Any]]:
         settings = OnnxSettings(exporter="torchscript", int8=static)
         onnx_from_artifact(artifact, folder / form, settings, sets)
     towers = ("image",) if module == "ResNet-18" else ("image", "text")
-    return {tower: _files(folder, tower, inputs[tower]) for tower in towers}
+    return {tower: _files(folder, tower, next(iter(inputs[tower].values()))) for tower in towers}
 
 
 def _files(folder: Path, tower: str, rows: np.ndarray) -> dict[str, Any]:

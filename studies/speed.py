@@ -26,7 +26,7 @@ from clipress.bench.compare import speed_up
 from clipress.bench.cost import cost
 from clipress.bench.latency import Timings, measure_in_turns, summary
 from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
-from clipress.compress.calibration import Samples, embeddings
+from clipress.compress.calibration import Samples, outputs_of
 from clipress.compress.prune.budget import Align, Budget
 from clipress.compress.prune.criterion import CRITERIA
 from clipress.compress.prune.gates import Gates
@@ -40,6 +40,7 @@ from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models import anatomy, quantizers, surgery
 from clipress.models.load import Model, artifact_from_model, new_model
 from clipress.runtime.cpu import processor
+from clipress.tasks import task_named
 
 HERE = Path(__file__).parent
 BATCHES = (1, 8)
@@ -69,12 +70,12 @@ def pruned(model: Model, macs: float, align: Align) -> Model:
 
 def in_int8(model: Model, samples: Samples, portable: bool = True) -> Model:
     """Return a copy in which the towers that have samples are INT8, calibrated on them."""
-    copy = model.copy()
-    towers = {"image": "pixels" in samples, "text": "ids" in samples}
-    names = [name for name in quantizers.quantizable(copy.module) if towers[anatomy.tower_of(name)]]
+    copy, task = model.copy(), task_named(model.task)
+    names = [name for name in quantizers.quantizable(copy.module) if anatomy.tower_of(name) in samples]
     with torch.no_grad():
-        quantizers.attach(copy.module, names, lambda module: embeddings(module, samples), portable=portable)
-    about = {"dtype": "int8", "modules": names, "calibrated_on": len(samples["pixels"]), "portable": portable}
+        quantizers.attach(copy.module, names, lambda module: outputs_of(task, module, samples), portable=portable)
+    count = len(next(iter(samples["image"].values())))
+    about = {"dtype": "int8", "modules": names, "calibrated_on": count, "portable": portable}
     return replace(copy, quantization=about)
 
 
@@ -89,7 +90,7 @@ def settle_norms(model: Model, pixels: torch.Tensor) -> None:
 
 def variants(tower: str, pixels: torch.Tensor) -> dict[str, Model]:
     """Return every model of a tower by its name, the float32 dense one first."""
-    samples = {"pixels": pixels}
+    samples = {"image": {"pixel_values": pixels}}
     model = new_model({**TOWERS[tower], "text_cfg": TEXT}, 0)
     if tower == "ResNet-18":
         settle_norms(model, pixels)

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from clipress.compress.calibration import outputs_of
 from clipress.compress.context import Context, steps_of
 from clipress.compress.hook import Hook
 from clipress.compress.losses import Losses, terms_from
@@ -28,12 +29,14 @@ from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates, Site
 from clipress.compress.prune.schedule import progress
 from clipress.compress.settings import Training
+from clipress.compress.stage import stage
 from clipress.compress.train import train
 from clipress.errors import ClipressError, RecipeError
 from clipress.models import convnets, surgery
 from clipress.models.anatomy import counts
 from clipress.models.load import Model
 from clipress.recipe import Section
+from clipress.tasks import task_named
 
 log = logging.getLogger("clipress.prune")
 Kind = Literal["heads", "qk", "v", "ffn"]
@@ -137,11 +140,11 @@ class Search(Hook):
             self.gates.clear()
 
     def _probe(self, step: int, arrays: Mapping[str, Tensor]) -> None:
-        """Accumulate gradients of random projections of both embeddings; the weights' own gradients are not touched."""
+        """Accumulate gradients of random projections of every graph's output; the weights' own gradients are not touched."""
         self.gates.clear()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        model = self.model.module
-        outputs = model.encode_image(arrays["pixels"], normalize=True), model.encode_text(arrays["ids"], normalize=True)
+        task = task_named(self.model.task)
+        outputs = outputs_of(task, self.model.module, task.inputs_of(arrays)).values()
         signs = [(torch.randint(0, 2, y.shape, generator=generator) * 2 - 1).to(y) for y in outputs]
         projected = sum((y * sign).sum() for y, sign in zip(outputs, signs, strict=True))
         copies = [copy for site in self.gates.sites for copy in site.copies]
@@ -209,6 +212,15 @@ class Search(Hook):
         ]
 
 
+@stage(
+    "prune",
+    Prune,
+    makes="pruned",
+    never_after={
+        "sparsify": "cutting units would break the 2:4 pattern",
+        "quantize": "INT8 scales belong to uncut layers",
+    },
+)
 def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Search and cut. The result computes what the masked model computed."""
     terms = terms_from(settings.losses, "prune.losses") | terms_from(settings.guide, "prune.guide")

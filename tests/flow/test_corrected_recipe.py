@@ -23,7 +23,7 @@ def hashes(run):
 
 def taken(done):
     """The stages a command took as they were."""
-    return [stage for stage in ("pruned", "recovered", "sparse", "int8") if f"\n{stage}: already there" in done.output]
+    return [stage for stage in ("pruned", "recovered", "sparse", "int8") if f"\n{stage}: reused" in done.output]
 
 
 def test_a_typo_that_stopped_the_first_stage_is_corrected_in_the_same_folder(recipe, tmp_path):

@@ -198,7 +198,7 @@ def calibrated_on(recipe, tmp_path, teacher, colours):
 
 
 @pytest.mark.parametrize(
-    ("colours", "words"), [([], "no usable records"), (["red"] * 16, "all 8 calibration pictures are the same")]
+    ("colours", "words"), [([], "no usable records"), (["red"] * 16, "all 8 calibration images are the same")]
 )
 def test_calibration_data_that_are_empty_or_all_the_same(recipe, tmp_path, tiny_run, colours, words):
     path = calibrated_on(recipe, tmp_path, tiny_run[0] / "recovered", colours)

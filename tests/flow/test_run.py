@@ -117,7 +117,7 @@ def test_a_second_run_does_nothing_again_and_a_changed_stage_redoes_what_follows
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     again = clipress("compress", write_recipe(recipe, tmp_path), "--out", copy)
-    assert again.output.count("already there") == 5, again.output
+    assert again.output.count(": reused,") == 5, again.output
     recipe["stages"][3]["quantize"]["steps"] = 1
     (copy / "recipe.yaml").unlink()
     from clipress.recipe import Recipe, recipe_text
@@ -126,7 +126,7 @@ def test_a_second_run_does_nothing_again_and_a_changed_stage_redoes_what_follows
     write_text_whole(copy / "recipe.yaml", recipe_text(Recipe(**recipe)))
     changed = clipress("compress", write_recipe(recipe, tmp_path), "--out", copy)
     assert changed.exit_code == 0, changed.output
-    assert changed.output.count("already there") == 4 and "int8: quantize" in changed.output
+    assert changed.output.count(": reused,") == 4 and "int8: quantize" in changed.output
     assert read_header(copy / "sparse") == read_header(run / "sparse")
 
 

@@ -87,7 +87,7 @@ def test_fresh_does_finished_stages_over(short, tmp_path):
     path = write_recipe(short, tmp_path)
     for fresh, finished in (((), 0), ((), 1), (("--fresh",), 0)):
         result = clipress("compress", path, "--out", tmp_path / "run", *fresh)
-        assert result.exit_code == 0 and result.output.count("distilled: already there") == finished, result.output
+        assert result.exit_code == 0 and result.output.count("distilled: reused") == finished, result.output
 
 
 def test_a_run_that_another_process_is_at_work_on_is_refused(short, tmp_path):
@@ -124,7 +124,7 @@ def test_a_changed_caption_makes_a_stage_anew_and_what_follows_it(short, tmp_pat
             result = clipress(*command)
             assert result.exit_code == 0, result.output
         compressed = clipress("compress", path, "--out", run).output
-        assert compressed.count("already there") == 2 and clipress("export", run).output.count("exported already") == 3
+        assert compressed.count(": reused,") == 2 and clipress("export", run).output.count("exported already") == 3
         return [record["hash"] for record in read_header(run / "sparse")["lineage"][-2:]]
 
     first = done_again()
@@ -146,7 +146,7 @@ def without_times(run, stage):
 def test_the_same_recipe_leaves_the_same_artefacts_in_every_stage_bit_for_bit(tiny_run, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("CLIPRESS_CACHE", str(tmp_path / "cache"))  # the teacher is made anew, too
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
-    assert result.exit_code == 0 and "already there" not in result.output, result.output
+    assert result.exit_code == 0 and ": reused," not in result.output, result.output
     for stage in ("teacher", "pruned", "recovered", "sparse", "int8"):
         wanted, found = (load_artifact(run / stage).weights for run in (tiny_run[0], tmp_path / "run"))
         assert wanted.keys() == found.keys() and all(wanted[name].equal(found[name]) for name in wanted), stage

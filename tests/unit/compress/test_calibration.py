@@ -124,7 +124,7 @@ def folder_of(pictures, path):
 def test_calibration_on_one_picture_again_and_again_is_refused(fabric, tmp_path):
     source = folder_of([(9, 90, 200)] * 8, tmp_path)
     context = Context(fabric, DataSpec(train=(source,)), 0, title="int8")
-    with pytest.raises(DataError, match="all 16 calibration pictures are the same"):
+    with pytest.raises(DataError, match="all 16 calibration images are the same"):
         quantize.run(settings(), new_model(tiny_architecture(layers=1), 0), context)
 
 

@@ -40,28 +40,29 @@ def calibrated():
     generator = torch.Generator().manual_seed(0)
     samples = [
         {
-            "pixels": torch.randn(8, 3, 32, 32, generator=generator),
-            "ids": torch.randint(1, 400, (8, 24), generator=generator),
+            "image": {"pixel_values": torch.randn(8, 3, 32, 32, generator=generator)},
+            "text": {"input_ids": torch.randint(1, 400, (8, 24), generator=generator)},
         }
         for _ in range(2)
     ]
-    model = with_an_outlier().module
+    model = with_an_outlier()
 
-    def show(model):
+    def show(module):
         with torch.no_grad():
             for one in samples:
-                model.encode_image(one["pixels"]), model.encode_text(one["ids"])
+                module.encode_image(one["image"]["pixel_values"]), module.encode_text(one["text"]["input_ids"])
 
-    names = quantizers.quantizable(model)
-    return quantizers.attach(model.eval(), names, show), names, samples
+    names = quantizers.quantizable(model.module)
+    quantizers.attach(model.module.eval(), names, show)
+    return model, names, samples
 
 
 def cosine(model, samples):
     """Mean cosine to a model without quantisers, of the image tower."""
     plain = with_an_outlier().module.eval()
-    pixels = torch.cat([one["pixels"] for one in samples])
+    pixels = torch.cat([one["image"]["pixel_values"] for one in samples])
     with torch.no_grad():
-        return torch.cosine_similarity(model.encode_image(pixels), plain.encode_image(pixels)).mean().item()
+        return torch.cosine_similarity(model.module.encode_image(pixels), plain.encode_image(pixels)).mean().item()
 
 
 def test_the_layer_with_the_outlier_is_the_most_sensitive(calibrated):
@@ -77,9 +78,9 @@ def test_the_layer_with_the_outlier_is_the_most_sensitive(calibrated):
 def test_damage_is_one_minus_the_cosine_to_the_model_without_quantisers(calibrated):
     model, names, samples = calibrated
     report = {layer.module: layer.damage for layer in sensitivities(model, names, samples)}
-    quantizers.only(model, names, [DELICATE])
+    quantizers.only(model.module, names, [DELICATE])
     assert report[DELICATE] == pytest.approx(1 - cosine(model, samples), rel=1e-3)
-    quantizers.only(model, names, [])
+    quantizers.only(model.module, names, [])
     assert cosine(model, samples) == pytest.approx(1, abs=1e-6)
 
 
@@ -88,7 +89,7 @@ def test_sensitive_layers_go_back_until_the_damage_is_under_the_limit(calibrated
     report = sensitivities(model, names, samples)
     kept, damage = keep_sensitive(model, report, samples, limit=report[0].damage / 2)
     assert kept == [DELICATE]
-    quantizers.only(model, names, [name for name in names if name not in kept])
+    quantizers.only(model.module, names, [name for name in names if name not in kept])
     assert (
         damage["image"] == pytest.approx(1 - cosine(model, samples), abs=1e-7)
         and damage["image"] <= report[0].damage / 2
