@@ -763,7 +763,7 @@ def evaluate_(
     the same items.
     """
     from clipress.data.eval_sets import evalsets, probe_sets
-    from clipress.data.pairs import fingerprint
+    from clipress.data.sources import fingerprint
     from clipress.metrics.outcomes import paired_difference, percent, standard_error
 
     plan = _plan_of(run)
@@ -865,7 +865,8 @@ def pictures(folder: Path, form: str, count: int) -> None:
     """Write pictures of an embedded set's test split as PNG files, with their captions beside them."""
     from PIL import Image
 
-    from clipress.data.pairs import SourceSpec, open_source
+    from clipress.data.sources import open_source
+    from clipress.data.spec import SourceSpec
 
     source = open_source(SourceSpec(format=form, split="test", limit=count))
     folder.mkdir(parents=True, exist_ok=True)
@@ -947,8 +948,9 @@ def filter_(
     import torch
 
     from clipress.data.filter import embeddings, nearest_to_prompts, table
-    from clipress.data.pairs import SourceSpec, open_source
     from clipress.data.prompts import read_prompts
+    from clipress.data.sources import open_source
+    from clipress.data.spec import SourceSpec
     from clipress.metrics.evaluate import encode_texts
     from clipress.progress import progress_bar
     from clipress.storage import write_text_whole

@@ -55,7 +55,7 @@ class Recipe(Section):
     student: dict[str, Any] | None = None
     """models.students.Student, or an open_clip config, to start from; absent: a copy of the teacher."""
     data: dict[str, Any]
-    """data.pairs.DataSpec."""
+    """data.spec.DataSpec."""
     stages: list[dict[str, dict[str, Any] | None]] = []
     """In order; each a mapping of one stage kind to its settings."""
     runtime: dict[str, Any] = {}

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipress.compress.settings import Runtime, Training
-from clipress.data.pairs import DataSpec, open_source
+from clipress.data.sources import open_source
+from clipress.data.spec import DataSpec
 from clipress.data.teacher_cache import TeacherCache
 from clipress.models.load import Model
 

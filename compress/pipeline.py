@@ -20,7 +20,7 @@ from clipress.compress.stage import Stage
 from clipress.compress.teacher_cache import caches_of
 from clipress.compress.teachers import Teacher
 from clipress.data.eval_sets import evalsets
-from clipress.data.pairs import fingerprint
+from clipress.data.sources import fingerprint
 from clipress.data.teacher_cache import TeacherCache
 from clipress.errors import ArtifactError
 from clipress.metrics.outcomes import percents

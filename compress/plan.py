@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from clipress.compress.settings import Runtime
 from clipress.compress.stage import Stage, stages_from
-from clipress.data.pairs import DataSpec
+from clipress.data.spec import DataSpec
 from clipress.errors import RecipeError
 from clipress.models.load import TeacherSpec
 from clipress.recipe import Recipe, checked

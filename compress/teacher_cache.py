@@ -28,7 +28,7 @@ from tqdm import tqdm
 from clipress import __version__
 from clipress.compress.fabric import start_fabric, uses_bf16
 from clipress.data.formats.files import MAX_SKIPPED
-from clipress.data.pairs import Source, open_source
+from clipress.data.sources import Source, open_source
 from clipress.data.teacher_cache import (
     CacheSettings,
     Dtype,

@@ -30,7 +30,7 @@ from clipress.compress.settings import Training
 from clipress.compress.signals import EXIT_CODES, leave_stops_to_the_parent, stop_requests
 from clipress.data.bad_records import BrokenRecords
 from clipress.data.dataset import TrainingSet
-from clipress.data.pairs import Batches
+from clipress.data.sampler import Batches
 from clipress.errors import ClipressError, Stopped
 from clipress.models.load import Model
 from clipress.progress import progress_bar

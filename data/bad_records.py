@@ -16,7 +16,7 @@ import numpy as np
 from clipress.errors import DataError
 
 if TYPE_CHECKING:
-    from clipress.data.pairs import Source
+    from clipress.data.sources import Source
 
 log = logging.getLogger("clipress.data")
 ATTEMPTS = 20  # so many unreadable records in a row are no accident

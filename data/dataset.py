@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipress.data.bad_records import Record, readable
-from clipress.data.pairs import Draw, Source
+from clipress.data.sampler import Draw
+from clipress.data.sources import Source
 from clipress.data.tokens import Tokenize
 from clipress.data.transforms import Augment, Library, Preprocess, augmented, normalised, viewed
 from clipress.errors import DataError

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipress.data.pairs import Classes, Source, SourceSpec, open_source
+from clipress.data.sources import Classes, Source, open_source
+from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Preprocess, fitted, normalised
 from clipress.errors import DataError, nearest
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clipress.data.bad_records import Broken, BrokenRecords
-from clipress.data.pairs import Source
+from clipress.data.sources import Source
 from clipress.data.transforms import Preprocess, fitted, normalised
 from clipress.errors import DataError
 

@@ -16,7 +16,7 @@ from PIL import Image
 from clipress.data.formats import images
 from clipress.data.formats.files import Files, judge, pictures_under
 from clipress.data.formats.webdataset import bytes_at, index_of, names_of, shard_paths
-from clipress.data.pairs import SourceSpec
+from clipress.data.spec import SourceSpec
 from clipress.data.transforms import open_image
 from clipress.errors import DataError
 from clipress.recipe import digest

@@ -14,7 +14,7 @@ from clipress.metrics.zeroshot import class_embeddings, classification, unit
 
 if TYPE_CHECKING:
     from clipress.data.eval_sets import EvalSet
-    from clipress.data.pairs import Classes
+    from clipress.data.sources import Classes
     from clipress.data.transforms import Preprocess
 
 log = logging.getLogger("clipress.metrics")

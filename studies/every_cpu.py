@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from clipress.artifact import save_artifact
 from clipress.data.eval_sets import evalsets
-from clipress.data.pairs import SourceSpec
+from clipress.data.spec import SourceSpec
 from clipress.export import parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact

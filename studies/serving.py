@@ -38,7 +38,7 @@ from clipress.bench.server.load import Load, Measured, Windows, latency_figures,
 from clipress.bench.server.protocols import Question, checked_ask, open_wire
 from clipress.bench.server.run import MODELS, PICTURES, questions
 from clipress.data.eval_sets import evalsets
-from clipress.data.pairs import SourceSpec
+from clipress.data.spec import SourceSpec
 from clipress.data.transforms import fitted, normalised, open_image
 from clipress.runtime.cpu import processor
 from clipress.runtime.export_folder import Exported, read_export

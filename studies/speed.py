@@ -32,7 +32,7 @@ from clipress.compress.prune.criterion import CRITERIA
 from clipress.compress.prune.gates import Gates
 from clipress.compress.prune.search import Prune, Search
 from clipress.data.eval_sets import EvalSet, evalsets
-from clipress.data.pairs import SourceSpec
+from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Preprocess
 from clipress.export import parity
 from clipress.export.settings import OnnxSettings

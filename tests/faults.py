@@ -36,8 +36,9 @@ from safetensors.torch import save
 from clipress.artifact import load_artifact, read_header, save_artifact
 from clipress.cli import main
 from clipress.data.formats.webdataset import shard_paths
-from clipress.data.pairs import SourceSpec, open_source
 from clipress.data.prompts import check_labels, read_classes, read_prompts
+from clipress.data.sources import open_source
+from clipress.data.spec import SourceSpec
 from clipress.data.teacher_cache import Manifest, Rows, TeacherCache, write_manifest, write_shard
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import Preprocess, fitted, open_image

@@ -9,10 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from clipress.data.formats.files import Files, lines_of, needed
-from clipress.data.pairs import SourceSpec
+from clipress.data.sources import FORMATS
+from clipress.data.spec import SourceSpec
 from clipress.errors import DataError
 
 
+@FORMATS.register("captions")
 def read(spec: SourceSpec) -> Files:
     """Read the captions and leave the addresses."""
     path = needed(spec.annotations, "annotations", "captions")

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipress.data.formats.files import Files, needed, pictures_under
-from clipress.data.pairs import Classes, SourceSpec
 from clipress.data.prompts import read_classes, read_templates
+from clipress.data.sources import FORMATS, Classes
+from clipress.data.spec import SourceSpec
 from clipress.errors import DataError
 
 
+@FORMATS.register("folder")
 def read(spec: SourceSpec) -> Files:
     """Read labelled pictures from `images`."""
     root = needed(spec.images, "images", "folder", folder=True)

@@ -7,10 +7,12 @@ of 2014 and 2017 are just file names under `images`.
 from __future__ import annotations
 
 from clipress.data.formats.files import Files, json_of, needed
-from clipress.data.pairs import SourceSpec
+from clipress.data.sources import FORMATS
+from clipress.data.spec import SourceSpec
 from clipress.errors import DataError
 
 
+@FORMATS.register("coco")
 def read(spec: SourceSpec) -> Files:
     """Read an annotation file; every image has all its captions."""
     path = needed(spec.annotations, "annotations", "coco")

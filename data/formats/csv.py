@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clipress.data.formats.files import Files, lines_of, needed
-from clipress.data.pairs import SourceSpec
+from clipress.data.sources import FORMATS
+from clipress.data.spec import SourceSpec
 from clipress.errors import DataError
 
 
+@FORMATS.register("csv")
 def read(spec: SourceSpec) -> Files:
     """Read a pairs file; paths are relative to `images` when it is given."""
     path = needed(spec.annotations, "annotations", "csv")

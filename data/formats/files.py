@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image
 
 from clipress.data.formats.text import NORMALISERS
-from clipress.data.pairs import Classes, SourceSpec
+from clipress.data.sources import Classes
+from clipress.data.spec import SourceSpec
 from clipress.data.transforms import open_image
 from clipress.errors import DataError
 from clipress.storage import read_json

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from clipress.data.formats.files import Files, lines_of, needed, pictures_under
-from clipress.data.pairs import SourceSpec
+from clipress.data.sources import FORMATS
+from clipress.data.spec import SourceSpec
 
 
+@FORMATS.register("images")
 def read(spec: SourceSpec) -> Files:
     """Read the pictures under `images`; with `annotations`, those in its first column, below a line `filepath`."""
     root = needed(spec.images, "images", "images", folder=True)

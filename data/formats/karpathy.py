@@ -8,10 +8,12 @@ are right answers to one another.
 from __future__ import annotations
 
 from clipress.data.formats.files import Files, json_of, needed
-from clipress.data.pairs import SourceSpec
+from clipress.data.sources import FORMATS
+from clipress.data.spec import SourceSpec
 from clipress.errors import DataError
 
 
+@FORMATS.register("karpathy")
 def read(spec: SourceSpec) -> Files:
     """Read a retrieval annotation file; image paths are relative to `images`."""
     path = needed(spec.annotations, "annotations", "karpathy")

@@ -25,8 +25,9 @@ from PIL import Image
 
 from clipress.data.formats.files import judge
 from clipress.data.formats.text import NORMALISERS
-from clipress.data.pairs import Classes, SourceSpec
 from clipress.data.prompts import read_classes, read_templates
+from clipress.data.sources import FORMATS, Classes
+from clipress.data.spec import SourceSpec
 from clipress.data.transforms import open_image
 from clipress.errors import DataError
 from clipress.storage import cache_folder
@@ -44,6 +45,7 @@ _BRACES, _RANGE = re.compile(r"\{([^{}]*)\}"), re.compile(r"(\d{1,18})\.\.(\d{1,
 _META = re.compile(r"__[^/]*__($|/)")
 
 
+@FORMATS.register("webdataset")
 def read(spec: SourceSpec) -> Shards:
     """Read shards; which they are is said by `shards`."""
     if not spec.shards:

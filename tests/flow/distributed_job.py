@@ -16,7 +16,7 @@ from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates
 from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import batches
-from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.data.spec import DataSpec, SourceSpec
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 

@@ -9,7 +9,7 @@ from clipress.compress.fabric import start_fabric
 from clipress.compress.hook import Hook
 from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import train
-from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.data.spec import DataSpec, SourceSpec
 from clipress.errors import Stopped
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture

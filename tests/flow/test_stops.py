@@ -117,7 +117,7 @@ def test_a_changed_caption_makes_a_stage_anew_and_what_follows_it(short, tmp_pat
     path, run = write_recipe(short, tmp_path), tmp_path / "run"
 
     def done_again():
-        from clipress.data.pairs import open_source
+        from clipress.data.sources import open_source
 
         open_source.cache_clear()  # as a new process
         for command in (["compress", path, "--out", run], ["export", run]):

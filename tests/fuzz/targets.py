@@ -249,8 +249,9 @@ COCO = {
 def annotations(data: bytes) -> None:
     """Tables, JSON, tars, lists, and the pictures themselves; every record of what opens is read."""
     from clipress.data.formats.webdataset import Shards
-    from clipress.data.pairs import SourceSpec, _formats
     from clipress.data.prompts import check_labels, read_classes, read_prompts
+    from clipress.data.sources import FORMATS
+    from clipress.data.spec import SourceSpec
     from clipress.data.tokens import tokenizer_from_spec
     from clipress.data.transforms import Preprocess, fitted, open_image
 
@@ -288,7 +289,7 @@ def annotations(data: bytes) -> None:
             path.write_text(json.dumps(edited(KARPATHY if chosen == "karpathy" else COCO, rest)))
         spec = SourceSpec(format=chosen, annotations=path, images=HOME, separator="," if kind % len(form) else "\t")
         source = Shards(spec.model_copy(update={"shards": "x"}), [path], None) if chosen == "webdataset" else None
-        source = source or _formats()[chosen](spec)
+        source = source or FORMATS[chosen](spec)
         tokenize = annotations.__dict__.setdefault(
             "tokenize", tokenizer_from_spec({"name": "clip-bpe", "context_length": 8})
         )

@@ -13,7 +13,7 @@ from clipress.bench.runners import tensorrt
 from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
 from clipress.bench.runners.tensorrt import TensorRTRunner
 from clipress.data.eval_sets import evalsets
-from clipress.data.pairs import SourceSpec
+from clipress.data.spec import SourceSpec
 from clipress.errors import ArtifactError, BackendMissing, ExportError
 from clipress.export.settings import OnnxSettings, TensorRTSettings
 from clipress.export.to_onnx import onnx_from_artifact

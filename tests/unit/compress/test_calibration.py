@@ -11,7 +11,7 @@ from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
 from clipress.compress.quantize import Quantize
 from clipress.compress.settings import Runtime
-from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.data.spec import DataSpec, SourceSpec
 from clipress.errors import ArtifactError, DataError, RecipeError
 from clipress.models import quantizers
 from clipress.models.load import new_model

@@ -13,7 +13,7 @@ from clipress.compress.prune.search import Prune
 from clipress.compress.prune.search import run as prune
 from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import train
-from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.data.spec import DataSpec, SourceSpec
 from clipress.data.transforms import Augment
 from clipress.errors import ArtifactError
 from clipress.models.load import new_model

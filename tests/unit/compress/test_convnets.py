@@ -16,7 +16,7 @@ from clipress.compress.prune.budget import Limit
 from clipress.compress.prune.convnets import ConvPruning, Costs, narrowed
 from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import train
-from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.data.spec import DataSpec, SourceSpec
 from clipress.errors import ArtifactError, ClipressError, RecipeError
 from clipress.models.convnets import conv_shapes, is_convnet, layers, reshape_convs
 from clipress.models.load import build, new_model

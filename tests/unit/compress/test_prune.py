@@ -272,7 +272,7 @@ class TestSearch:
         from clipress.compress.fabric import start_fabric
         from clipress.compress.prune.search import run
         from clipress.compress.settings import Runtime
-        from clipress.data.pairs import DataSpec, SourceSpec
+        from clipress.data.spec import DataSpec, SourceSpec
 
         fabric = start_fabric(Runtime(accelerator="cpu"))
         context = Context(fabric, DataSpec(train=(SourceSpec(format="digits", limit=40),)), 0, title="t")

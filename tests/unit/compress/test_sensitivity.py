@@ -9,7 +9,7 @@ from clipress.compress.fabric import start_fabric
 from clipress.compress.quantize import Quantize
 from clipress.compress.sensitivity import keep_sensitive, sensitivities
 from clipress.compress.settings import Runtime
-from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.data.spec import DataSpec, SourceSpec
 from clipress.errors import RecipeError
 from clipress.models import quantizers
 from clipress.models.load import artifact_from_model, new_model

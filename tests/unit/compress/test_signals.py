@@ -16,7 +16,7 @@ from clipress.compress.learner import Learner
 from clipress.compress.losses import terms_from
 from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import MAX_BAD_STEPS, batches, train
-from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.data.spec import DataSpec, SourceSpec
 from clipress.errors import ArtifactError, ClipressError, Stopped
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture

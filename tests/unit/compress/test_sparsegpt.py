@@ -10,7 +10,7 @@ from clipress.compress.fabric import start_fabric
 from clipress.compress.settings import Runtime
 from clipress.compress.sparsegpt import compensated
 from clipress.compress.sparsify import Sparsify, is_two_of_four, zero_two_of_four
-from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.data.spec import DataSpec, SourceSpec
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 

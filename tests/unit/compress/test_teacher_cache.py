@@ -14,7 +14,9 @@ from clipress.artifact import save_artifact
 from clipress.compress.teacher_cache import build_cache, check_cache, manifest_of, write_shards
 from clipress.data.dataset import TrainingSet
 from clipress.data.eval_sets import EvalSet
-from clipress.data.pairs import Draw, SourceSpec, open_source
+from clipress.data.sampler import Draw
+from clipress.data.sources import open_source
+from clipress.data.spec import SourceSpec
 from clipress.data.teacher_cache import TeacherCache, read_manifest
 from clipress.data.transforms import Augment
 from clipress.errors import ArtifactError, ClipressError, DataError, RecipeError
@@ -101,7 +103,8 @@ from pathlib import Path
 import numpy as np
 from clipress.compress.teacher_cache import manifest_of, write_shards
 from clipress.data import teacher_cache
-from clipress.data.pairs import SourceSpec, open_source
+from clipress.data.sources import open_source
+from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Augment
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture

@@ -12,7 +12,7 @@ from clipress.compress.hook import Hook
 from clipress.compress.learner import parameter_groups
 from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import MAX_BAD_STEPS, learning_rate, train
-from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.data.spec import DataSpec, SourceSpec
 from clipress.errors import ClipressError, RecipeError
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture

@@ -15,7 +15,8 @@ import pytest
 from helpers import clipress
 from PIL import Image
 
-from clipress.data.pairs import SourceSpec, open_source
+from clipress.data.sources import open_source
+from clipress.data.spec import SourceSpec
 
 
 def told(result, *words):

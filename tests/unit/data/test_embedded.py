@@ -13,8 +13,8 @@ def sha(array: np.ndarray) -> str:
 
 
 def test_the_bytes_are_the_same_on_every_machine():
-    assert sha(scenes.pictures("test", 0)) == "2103c221cdb3f9e2"
-    assert sha(scenes.pictures("val", 3)) == "b10835b4df3fa16e"
+    assert sha(scenes.images("test", 0)) == "2103c221cdb3f9e2"
+    assert sha(scenes.images("val", 3)) == "b10835b4df3fa16e"
     assert sha(digits.digits("test")[0]) == "cad65b30c5f8d01d"
     told = "\n".join(caption for scene in scenes.scenes(0)["test"] for caption in scenes.captions(scene))
     assert hashlib.sha256(told.encode()).hexdigest()[:16] == "a8a88a5c703dd199"

@@ -6,7 +6,8 @@ from PIL import Image
 
 from clipress.data import filter as choose
 from clipress.data.filter import embeddings, nearest_to_prompts, table
-from clipress.data.pairs import SourceSpec, open_source
+from clipress.data.sources import open_source
+from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Preprocess
 from clipress.errors import DataError
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from clipress.data.formats import files
 from clipress.data.formats.files import Strings, pictures_under
-from clipress.data.pairs import SourceSpec, open_source
+from clipress.data.sources import open_source
+from clipress.data.spec import SourceSpec
 from clipress.errors import DataError
 
 

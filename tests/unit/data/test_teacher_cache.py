@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from clipress.data.dataset import TrainingSet
-from clipress.data.pairs import Draw, SourceSpec, open_source
+from clipress.data.sampler import Draw
+from clipress.data.sources import open_source
+from clipress.data.spec import SourceSpec
 from clipress.data.teacher_cache import (
     CacheSettings,
     Manifest,

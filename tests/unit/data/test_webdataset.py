@@ -10,7 +10,8 @@ from PIL import Image
 
 from clipress.data.formats import webdataset
 from clipress.data.formats.webdataset import expanded, index_of, shard_paths
-from clipress.data.pairs import SourceSpec, open_source
+from clipress.data.sources import open_source
+from clipress.data.spec import SourceSpec
 from clipress.errors import DataError
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from clipress.artifact import save_artifact
 from clipress.data.eval_sets import evalsets
-from clipress.data.pairs import SourceSpec
+from clipress.data.spec import SourceSpec
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.errors import DataError, ExportError
 from clipress.export import merge as compose

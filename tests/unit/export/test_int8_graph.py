@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from clipress.artifact import save_artifact
 from clipress.data.eval_sets import evalsets
-from clipress.data.pairs import SourceSpec
+from clipress.data.spec import SourceSpec
 from clipress.errors import ExportError
 from clipress.export import int8_graph as int8
 from clipress.export import parity, static_int8, to_onnx

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from clipress.artifact import save_artifact
 from clipress.data.eval_sets import evalsets
-from clipress.data.pairs import SourceSpec
+from clipress.data.spec import SourceSpec
 from clipress.errors import ExportError, RecipeError
 from clipress.export import parity, to_onnx
 from clipress.export.settings import OnnxSettings

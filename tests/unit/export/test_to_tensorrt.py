@@ -13,7 +13,7 @@ from helpers import clipress, write_recipe
 
 from clipress.artifact import save_artifact
 from clipress.data.eval_sets import evalsets
-from clipress.data.pairs import SourceSpec
+from clipress.data.spec import SourceSpec
 from clipress.errors import ArtifactError, BackendMissing, ExportError, RecipeError
 from clipress.export.settings import ExportSettings, OnnxSettings, TensorRTSettings
 from clipress.export.to_onnx import onnx_from_artifact

@@ -18,7 +18,7 @@ from clipress.compress.quantize import Quantize
 from clipress.compress.settings import Runtime
 from clipress.compress.sparsify import Sparsify
 from clipress.data.eval_sets import evalsets
-from clipress.data.pairs import DataSpec, SourceSpec
+from clipress.data.spec import DataSpec, SourceSpec
 from clipress.export import parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact

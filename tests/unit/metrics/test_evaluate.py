@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from clipress.data.eval_sets import evalsets, probe_sets
-from clipress.data.pairs import SourceSpec
+from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, DataError
 from clipress.metrics.evaluate import encode_texts, evaluate, evaluate_items

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from clipress.data.eval_sets import evalsets
-from clipress.data.pairs import SourceSpec
+from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Preprocess
 from clipress.metrics.evaluate import evaluate
 from clipress.metrics.outcomes import percents

@@ -10,7 +10,7 @@ import torchvision
 from clipress.artifact import load_artifact, save_artifact
 from clipress.compress.pipeline import compress
 from clipress.data.eval_sets import evalsets
-from clipress.data.pairs import SourceSpec
+from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Preprocess
 from clipress.errors import RecipeError
 from clipress.export.settings import OnnxSettings

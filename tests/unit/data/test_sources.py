@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from clipress.data.dataset import TrainingSet
-from clipress.data.pairs import Batches, Draw, SourceSpec, open_source
+from clipress.data.sampler import Batches, Draw
+from clipress.data.sources import open_source
+from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Augment, Preprocess, fitted, normalised, open_image
-from clipress.errors import DataError
+from clipress.errors import DataError, RecipeError
 
 
 def test_every_source_gets_its_share_of_each_batch():
@@ -140,14 +142,14 @@ def test_numeric_class_folders_are_labels_not_strings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "error", "message"),
     [
-        ({"format": "sceens"}, "Did you mean 'scenes'"),
-        ({"format": "csv"}, "needs the key 'annotations'"),
-        ({"format": "csv", "annotations": "nowhere.csv"}, "there is no such file"),
-        ({"format": "folder", "images": "nowhere"}, "there is no such folder"),
+        ({"format": "sceens"}, RecipeError, "unknown data format 'sceens'. Did you mean 'scenes'"),
+        ({"format": "csv"}, DataError, "needs the key 'annotations'"),
+        ({"format": "csv", "annotations": "nowhere.csv"}, DataError, "there is no such file"),
+        ({"format": "folder", "images": "nowhere"}, DataError, "there is no such folder"),
     ],
 )
-def test_a_source_that_cannot_be_opened_is_told(spec, told):
-    with pytest.raises(DataError, match=told):
+def test_a_source_that_cannot_be_opened_is_reported(spec, error, message):
+    with pytest.raises(error, match=message):
         open_source(SourceSpec(**spec))

@@ -1,0 +1,65 @@
+"""The embedded sets, *scenes* and *digits*, as sources held in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from clipress.data import digits, scenes
+from clipress.data.sources import FORMATS, Classes
+from clipress.data.spec import SourceSpec
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A source held in memory, with images uint8 [N, S, S, 3]; labelled images have classes."""
+
+    name: str
+    fingerprint: str
+    images: np.ndarray
+    texts: tuple[tuple[str, ...], ...]
+    groups: np.ndarray
+    classes: Classes | None = None
+    has_images: ClassVar[bool] = True
+    has_texts: ClassVar[bool] = True
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def captions(self, index: int) -> Sequence[str]:
+        return self.texts[index]
+
+    def group(self, index: int) -> int:
+        return int(self.groups[index])
+
+
+@FORMATS.register("scenes")
+def read_scenes(spec: SourceSpec) -> Arrays:
+    """Return a split of *scenes*: five captions per image, all of them unique."""
+    chosen = scenes.scenes(0)[spec.split]
+    return _limited(spec, scenes.images(spec.split, 0), tuple(map(scenes.captions, chosen)), np.arange(len(chosen)))
+
+
+@FORMATS.register("digits")
+def read_digits(spec: SourceSpec) -> Arrays:
+    """Return a split of *digits*, with ten classes."""
+    images, labels = digits.digits(spec.split)
+    prompts = {label: tuple(t.format(name) for t in digits.TEMPLATES) for label, name in enumerate(digits.CLASSES)}
+    texts = tuple(prompts[int(label)] for label in labels)
+    return _limited(spec, images, texts, labels, Classes(digits.CLASSES, digits.TEMPLATES))
+
+
+def _limited(
+    spec: SourceSpec, images: np.ndarray, texts: tuple, groups: np.ndarray, classes: Classes | None = None
+) -> Arrays:
+    """Return the first `spec.limit` records as a source."""
+    stop = spec.limit
+    content = hashlib.sha256(images[:stop].tobytes() + repr(texts[:stop]).encode()).hexdigest()[:16]
+    return Arrays(spec.name or spec.format, content, images[:stop], texts[:stop], groups[:stop], classes)

@@ -1,0 +1,63 @@
+"""Sources of images and texts: the protocol every reader implements, and the registry that opens them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from clipress.data.spec import SourceSpec
+from clipress.errors import DataError
+from clipress.recipe import digest
+from clipress.registry import Registry
+
+
+class Source(Protocol):
+    """Image-text pairs. Items with the same `group` match one another.
+
+    A source may hold one side only: without texts `captions` returns an empty sequence, without images `image` raises
+    DataError. Both raise DataError for a record that cannot be read; `bad_records.py` replaces it with another.
+    """
+
+    name: str
+    fingerprint: str
+    has_images: bool
+    has_texts: bool
+
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> Image.Image | np.ndarray: ...
+    def captions(self, index: int) -> Sequence[str]: ...
+    def group(self, index: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Class names and prompt templates with one `{}`, for zero-shot classification."""
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    def prompts(self, label: int) -> tuple[str, ...]:
+        """Return the prompts of one class."""
+        return tuple(template.format(self.names[label]) for template in self.templates)
+
+
+FORMATS: Registry[Callable[[SourceSpec], Source]] = Registry("data format", "clipress.data.formats")
+
+
+@lru_cache(maxsize=16)
+def open_source(spec: SourceSpec) -> Source:
+    """Open a source. Raises RecipeError for an unknown format, DataError for a source without usable records."""
+    source = FORMATS.find(spec.format, "data")(spec)
+    if len(source) == 0:
+        raise DataError(f"data: source '{source.name}' has no usable records.")
+    return source
+
+
+def fingerprint(specs: Sequence[SourceSpec]) -> str:
+    """Return one hash of the content of all sources."""
+    return digest([open_source(spec).fingerprint for spec in specs])

@@ -1,0 +1,61 @@
+"""The `data` section of a recipe: which sources, and how they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from clipress.data.transforms import Augment, Library
+from clipress.recipe import Section
+
+
+class SourceSpec(Section):
+    """One source in a recipe."""
+
+    format: str
+    """Pairs: csv, karpathy, coco, webdataset. Labelled: folder. One-sided: images, captions. Embedded: scenes, digits."""
+    split: Literal["train", "val", "test"] = "train"
+    """Split of an embedded set."""
+    annotations: Path | None = None
+    """File that lists the records."""
+    images: Path | None = None
+    """Folder that image paths are relative to; default: the folder of the annotations."""
+    shards: str | None = None
+    """webdataset: tar files as `dir/{00000..00003}.tar`, several patterns joined by `::`, or a folder of tar files."""
+    separator: str = Field("\t", min_length=1)
+    """csv: the column separator. Cells are quoted where needed if it is a comma, and never quoted otherwise."""
+    image_key: str = "filepath"
+    """csv: name of the image column."""
+    caption_key: str = "title"
+    """csv: name of the caption column."""
+    text_normaliser: Literal["none", "blip"] = "none"
+    """blip: normalise captions as BLIP and UPop do: lower-case, most punctuation removed."""
+    classes: Path | None = None
+    """Class list of labelled images: names or `WNID name`, one per line, or `imagenet` for open_clip's names."""
+    templates: str | tuple[str, ...] = ("a photo of a {}",)
+    """Prompts of labelled images, with `{}`, `{c}` or `{label}`; `openai` (80) and `simple` (7) are open_clip's."""
+    check: bool = False
+    """Check that every image file exists when the source is opened, not only the first 50,000."""
+    share: float = Field(1.0, gt=0)
+    """This source's share of each training batch, relative to the others."""
+    name: str | None = None
+    """Name in results; default: the format."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first N records."""
+    seen: tuple[str, ...] = ()
+    """Classes seen during training. Accuracy is then also reported for seen and unseen classes."""
+
+
+class DataSpec(Section):
+    """The `data` section: sources for training, for validation during compression, and for testing in bench."""
+
+    train: tuple[SourceSpec, ...]
+    val: tuple[SourceSpec, ...] = ()
+    test: tuple[SourceSpec, ...] = ()
+    augment: Augment = Augment()
+    workers: int = Field(0, ge=0, le=1 << 10)
+    """Number of decoding processes; 0 decodes in the training process."""
+    resize: Library = "pillow"
+    """Resizing library for training: pillow gives open_clip's pixels; torch is nearly twice as fast, within one level."""
