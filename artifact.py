@@ -1,9 +1,9 @@
-"""The artefact: a folder with architecture, shapes, weights, lineage and metrics. It needs nothing but itself.
+"""The artifact: a self-contained folder with architecture, shapes, weights, lineage and metrics.
 
     <folder>/clipress.json        everything but the weights, readable by people
-    <folder>/model.safetensors    the weights; no pickle is ever written or read
+    <folder>/model.safetensors    the weights; pickle is never written or read
 
-It is written to a temporary name, flushed to disk and renamed, so that a folder with this name is always whole.
+It is written to a temporary name, flushed to disk and renamed, so that an artifact is always complete.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ class Artifact:
     task: str = "clip"
     """What the model is for: a name in tasks.TASKS."""
     sparsity: dict[str, Any] | None = None
-    """2:4: the pattern and the weights that hold it."""
+    """2:4 sparsity: the pattern and the names of the weights that have it."""
     quantization: dict[str, Any] | None = None
-    """INT8: the quantisers' settings; their scales are among the weights."""
+    """INT8: settings of the quantizers; their scales are among the weights."""
     lineage: tuple[dict[str, Any], ...] = ()
     """One record per stage: settings, seed, data fingerprint, versions, parent's hash."""
     metrics: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    """Parameters: all, without embeddings, in blocks."""
+    """Numbers of parameters: total, without embeddings, in blocks."""
 
     @property
     def hash(self) -> str:
-        """Identity of the last stage and of all before it; the same inputs give the same hash."""
+        """Hash of the last stage and of all stages before it; the same inputs give the same hash."""
         return str(self.lineage[-1]["hash"]) if self.lineage else "none"
 
 
 def save_artifact(artifact: Artifact, folder: str | Path, more: Callable[[Path], Any] = lambda _: None) -> Path:
-    """Write an artefact; an older one of this name is replaced only when the new one is whole.
+    """Write an artifact atomically; an older one of this name is replaced once the new one is complete.
 
-    `more(folder)` may write into it what belongs to it and must not be missing.
+    `more(folder)` may write further files into it.
     """
     from safetensors.torch import save_file
 
@@ -84,14 +84,14 @@ def _without_weights(artifact: Artifact) -> Artifact:
 
 
 class _Record(BaseModel):
-    """What every record of a lineage has."""
+    """The fields of every lineage record."""
 
     stage: str
     hash: str
 
 
 class _Header(BaseModel):
-    """The types of clipress.json; what is inside the mappings is judged by those who use it."""
+    """The types of clipress.json; the content of the mappings is validated where it is used."""
 
     architecture: dict[str, Any]
     shapes: dict[str, dict[str, Any]]
@@ -107,29 +107,31 @@ class _Header(BaseModel):
 
 
 def read_header(folder: str | Path) -> dict[str, Any]:
-    """Read an artefact's JSON half, without its weights."""
+    """Read an artifact's clipress.json, without the weights."""
     path = Path(folder) / HEADER
     try:
         header = read_json(path)
     except FileNotFoundError:
-        raise ArtifactError(f"An artefact was asked for at {folder}; there is no {HEADER} in it.") from None
+        raise ArtifactError(f"{folder} is not an artifact: it has no {HEADER}.") from None
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is not readable JSON ({error}); the artefact is damaged, make it again.") from None
+        raise ArtifactError(
+            f"{path} is not readable JSON ({error}); the artifact is damaged, create it again."
+        ) from None
     version = header.get("schema_version") if isinstance(header, dict) else None
     if version != SCHEMA_VERSION:
-        raise ArtifactError(f"{path} has schema_version {version!r}; this clipress reads {SCHEMA_VERSION}.")
+        raise ArtifactError(f"{path} has schema_version {version!r}; this version of clipress reads {SCHEMA_VERSION}.")
     missing = {"architecture", "shapes", "preprocess", "tokenizer", "lineage", "weights_sha256"} - header.keys()
     if missing:
-        raise ArtifactError(f"{path} lacks {', '.join(sorted(missing))}; the artefact is damaged, make it again.")
+        raise ArtifactError(f"{path} lacks {', '.join(sorted(missing))}; the artifact is damaged, create it again.")
     try:
         _Header.model_validate(header)
     except ValidationError as error:
-        raise ArtifactError(f"{path}, {first_problem(error)}; the artefact is damaged, make it again.") from None
+        raise ArtifactError(f"{path}, {first_problem(error)}; the artifact is damaged, create it again.") from None
     return header
 
 
 def load_artifact(folder: str | Path) -> Artifact:
-    """Read an artefact and check that its weights are whole."""
+    """Read an artifact and check its weights against their checksum."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -137,12 +139,12 @@ def load_artifact(folder: str | Path) -> Artifact:
     header = read_header(folder)
     path = folder / WEIGHTS
     if not path.is_file():
-        raise ArtifactError(f"{folder} has a {HEADER} but no {WEIGHTS}; the artefact is not whole, make it again.")
+        raise ArtifactError(f"{folder} has a {HEADER} but no {WEIGHTS}: the artifact is incomplete, create it again.")
     found = sha256(path)
     if found != header["weights_sha256"]:
         raise ArtifactError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or changed: its sha256 starts with {found[:12]}, "
-            f"{HEADER} says {str(header['weights_sha256'])[:12]}. Copy it again or make it again."
+            f"{path} ({path.stat().st_size} bytes) is truncated or changed: expected a sha256 that starts with "
+            f"{str(header['weights_sha256'])[:12]}, found {found[:12]}. Copy or create it again."
         )
     try:
         weights = load_file(path)

@@ -726,13 +726,13 @@ def _predict_by(
 
 def _pictures(given: Iterable[Path]) -> Iterator[Path]:
     """Yield pictures one by one: of a folder all, of `-` those that standard input names."""
-    from clipress.data.formats.files import pictures_under
+    from clipress.data.formats.files import images_under
 
     for path in given:
         if str(path) == "-":
             yield from (Path(line.rstrip("\r\n")) for line in click.get_text_stream("stdin") if line.strip())
         elif path.is_dir():
-            yield from (path / name for name in pictures_under(path))
+            yield from (path / name for name in images_under(path))
         else:
             yield path
 

@@ -1,7 +1,6 @@
-"""The few errors a user can cause. Each says what was asked, what was found and what to do.
+"""Errors that a user can cause. Each message says what was expected, what was found and what to do.
 
-`cli.py` shows them click's way: one message, exit code 2, no traceback. Anything else that is raised is a bug and
-keeps its traceback.
+The command line reports them as one message with exit code 2. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,37 +10,37 @@ from collections.abc import Iterable
 
 
 class ClipressError(Exception):
-    """Base of every error that is the input's fault, not the program's."""
+    """Base class of all errors caused by the input, not by the program."""
 
     exit_code = 2
 
 
 class RecipeError(ClipressError):
-    """A recipe that cannot be read, has unknown keys, wrong values or an order of stages that cannot work."""
+    """A recipe that is unreadable, or has unknown keys, invalid values or an impossible order of stages."""
 
 
 class DataError(ClipressError):
-    """Images, captions or labels that are missing, broken or empty."""
+    """Images, captions or labels that are missing, unreadable or empty."""
 
 
 class ArtifactError(ClipressError):
-    """A checkpoint or run folder that is missing, truncated, foreign or in the way."""
+    """A checkpoint or run folder that is missing, damaged, of another kind or in the way."""
 
 
 class ExportError(ClipressError):
-    """A file that could not be exported, or that does not agree with the model it came from."""
+    """A file that could not be exported, or whose outputs differ from those of its model."""
 
 
 class BackendMissing(ClipressError):
-    """Software or hardware that a backend needs and this machine has not."""
+    """Software or hardware that a backend requires and this machine lacks."""
 
 
 class ServerError(ClipressError):
-    """A server that did not get ready, ended by itself or refused to do what it was told."""
+    """A server that did not become ready, exited on its own or refused a request."""
 
 
 class Stopped(ClipressError):
-    """Nobody's mistake: SIGTERM or Ctrl-C ended the work where it can go on."""
+    """SIGTERM or Ctrl-C stopped the work at a point where it can be resumed."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -49,7 +48,7 @@ class Stopped(ClipressError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` for the closest known word, else the list of what is known."""
+    """Return `" Did you mean 'x'?"` for the closest known word, else the list of known words."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known)}."

@@ -1,13 +1,21 @@
-"""How long work shows its progress: a bar with an ETA on a screen, a line now and then where nobody watches."""
+"""Progress bars: frequent updates on a terminal, an occasional line in a log."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+T = TypeVar("T")
 
-def progress_bar(total: int | None, title: str, unit: str, **shown: Any) -> tqdm:
-    """Return a bar on stderr over `total` units; None: how many there are is not known. `shown` goes to tqdm."""
-    return tqdm(total=total, desc=title, unit=unit, mininterval=0.2 if sys.stderr.isatty() else 15.0, **shown)
+
+def progress_bar(total: int | None, title: str, unit: str, **options: Any) -> tqdm:
+    """Return a bar on stderr over `total` units, or None if their number is unknown. `options` are tqdm's."""
+    return tqdm(total=total, desc=title, unit=unit, mininterval=0.2 if sys.stderr.isatty() else 15.0, **options)
+
+
+def track(items: Iterable[T], total: int, title: str, unit: str) -> Iterator[T]:
+    """Yield items with a progress bar."""
+    return iter(progress_bar(total, title, unit, iterable=items))

@@ -1,7 +1,7 @@
-"""YAML -> checked, frozen sections. This file knows the outline; each room owns the type of its own section.
+"""YAML -> validated, frozen sections. This file defines the outline; each room owns the type of its own section.
 
-A recipe is read once, at the door, and everything in it is checked there: an unknown key is an error that names the
-nearest known one. What is written into a run folder is what ran, overrides included.
+A recipe is validated completely when it is read: an unknown key is an error that names the nearest known one. The recipe
+written into a run folder is the one that ran, overrides included.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from clipress.errors import RecipeError, nearest
 
-MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1_000_000, 100_000, 64  # of a recipe, its aliases spelled out
-MAX_TOLD, MAX_SHOWN = 20, 200  # problems in one message, letters of what was found
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1_000_000, 100_000, 64  # of a recipe, with its aliases expanded
+MAX_PROBLEMS, MAX_SHOWN = 20, 200  # problems in one message, characters of a value in it
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, numbers that are finite."""
+    """Base class of all sections: frozen, no unknown keys, finite numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 def _plain_name(name: str) -> str:
     if not name or name[0] == "." or len(name) > 100 or not name.isprintable() or "/" in name or "\\" in name:
-        raise ValueError("it names a folder: no slashes, no dot in front, 100 letters at most")
+        raise ValueError("expected a folder name: no slashes, no leading dot, at most 100 characters")
     return name
 
 
 FolderName = Annotated[str, AfterValidator(_plain_name)]
-"""A name that stays in the folder it is put into."""
+"""A name that cannot point outside its parent folder."""
 
 
 S = TypeVar("S", bound=Section)
@@ -45,19 +45,19 @@ class Recipe(Section):
     """The outline of a recipe. `None` means the section is absent."""
 
     name: FolderName
-    """Names the run folder."""
+    """Name of the run folder."""
     task: str = "clip"
     """What the model is for: a name in tasks.TASKS."""
     seed: int = Field(0, ge=0, lt=1 << 32)
-    """Decides initial weights, order of the data and augmentation."""
+    """Seed of initial weights, data order and augmentation."""
     teacher: dict[str, Any] | list[dict[str, Any]] | None = None
-    """Where the teacher comes from: models.load.TeacherSpec. Of several, the first is the one students start from."""
+    """models.load.TeacherSpec: where the teacher comes from. Students start from the first of several teachers."""
     student: dict[str, Any] | None = None
-    """models.students.Student, or an open_clip config, to start from; absent: a copy of the teacher."""
+    """models.students.Student, or an open_clip config; absent: a copy of the teacher."""
     data: dict[str, Any]
     """data.spec.DataSpec."""
     stages: list[dict[str, dict[str, Any] | None]] = []
-    """In order; each a mapping of one stage kind to its settings."""
+    """Stages in order; each maps one stage kind to its settings."""
     runtime: dict[str, Any] = {}
     """compress.train.Runtime: devices, precision, strategy."""
     export: dict[str, Any] = {}
@@ -66,41 +66,41 @@ class Recipe(Section):
 
 
 def checked(cls: type[S], raw: Mapping[str, Any] | None, where: str) -> S:
-    """Turn a mapping into a section of type `cls`, or say which key is wrong and what is allowed."""
+    """Turn a mapping into a section of type `cls`. Raises RecipeError that names the wrong keys and what is allowed."""
     if raw is not None and not isinstance(raw, Mapping):
-        raise RecipeError(f"{where}: a mapping of settings is asked for, found {raw!r:.{MAX_SHOWN}}.")
+        raise RecipeError(f"{where}: expected a mapping of settings, found {raw!r:.{MAX_SHOWN}}.")
     try:
         return cls.model_validate(dict(raw or {}))
     except ValidationError as error:
-        told = [_told(cls, problem, where) for problem in error.errors()[:MAX_TOLD]]
-        more = [f"... and {error.error_count() - MAX_TOLD} more."] if error.error_count() > MAX_TOLD else []
-        raise RecipeError("\n".join([*told, *more])) from None
+        problems = [_described(cls, problem, where) for problem in error.errors()[:MAX_PROBLEMS]]
+        more = [f"... and {error.error_count() - MAX_PROBLEMS} more."] if error.error_count() > MAX_PROBLEMS else []
+        raise RecipeError("\n".join([*problems, *more])) from None
 
 
-def _told(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
+def _described(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
     path = [f"{part!s:.{MAX_SHOWN}}" for part in problem["loc"]]
     place = ".".join([where, *path]) if where else ".".join(path)
     if problem["type"] == "extra_forbidden":
         for part in path[:-1]:
             field = cls.model_fields.get(part)
-            cls = cls if field is None else _section_in(field.annotation)  # a number counts members of a list
+            cls = cls if field is None else _section_in(field.annotation)  # an integer is an index into a list
         return f"{place}: unknown key '{path[-1]}'.{nearest(path[-1], cls.model_fields)}"
     if problem["type"] == "missing":
-        return f"{place}: this key is needed and is not there."
+        return f"{place}: this key is required."
     return (
         f"{place}: {problem['msg']} (found {problem['input']!r:.{MAX_SHOWN}}). Change it in the recipe, or with --set."
     )
 
 
 def first_problem(error: ValidationError) -> str:
-    """Say where a file that was read is wrong, and how: `place: message`."""
+    """Return the first problem of a file as `place: message`."""
     problem = error.errors()[0]
     place, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
     return f"{place}: {message}" if place else message
 
 
 def _section_in(annotation: Any) -> type[BaseModel]:
-    """Return the section a field holds: itself, in a list, or as one of several choices."""
+    """Return the section type of a field, which may be in a list or one of several alternatives."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     inner = [_section_in(part) for part in get_args(annotation)]
@@ -108,9 +108,9 @@ def _section_in(annotation: Any) -> type[BaseModel]:
 
 
 def read_recipe(path: str | Path, sets: Iterable[str] = ()) -> Recipe:
-    """Read and check a recipe's outline. `sets` are overrides such as `stages.1.prune.steps=10`.
+    """Read and validate a recipe's outline. `sets` are overrides such as `stages.1.prune.steps=10`.
 
-    A teacher's own recipe that is named by its file is read into the mapping, so that the result needs no other file.
+    A teacher's recipe that is given as a file name is read and inserted, so that the result needs no other file.
     """
     path = Path(path)
     raw = mapping_from(path)
@@ -125,26 +125,26 @@ def read_recipe(path: str | Path, sets: Iterable[str] = ()) -> Recipe:
 
 
 def mapping_from(path: Path, what: str = "Recipe") -> dict[str, Any]:
-    """Read a YAML file of named sections; `what` begins messages. Raises RecipeError for anything else."""
+    """Read a YAML file of named sections; `what` starts messages. Raises RecipeError for anything else."""
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
-            raise RecipeError(f"{what} {path} is longer than {MAX_BYTES:,} bytes; it is no recipe.")
+            raise RecipeError(f"{what} {path}: expected at most {MAX_BYTES:,} bytes. This is not a recipe.")
         raw = _value_from(text.decode("utf-8-sig"))
     except FileNotFoundError:
-        raise RecipeError(f"{what} {path} was asked for, and there is no such file.") from None
+        raise RecipeError(f"{what} {path}: no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{what} {path} cannot be read: {error}.") from None
     except ValueError as error:
         raise RecipeError(f"{what} {path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
-        raise RecipeError(f"{what} {path}: a mapping with named sections is asked for, found {type(raw).__name__}.")
+        raise RecipeError(f"{what} {path}: expected a mapping with named sections, found {type(raw).__name__}.")
     return raw
 
 
 def _value_from(text: str) -> Any:
-    """Read YAML as plain data. Raises ValueError for what is none, and for what aliases make too large or endless."""
+    """Read YAML as plain data. Raises ValueError for invalid YAML, and for aliases that make it too large or endless."""
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -153,8 +153,7 @@ def _value_from(text: str) -> Any:
         values, depth = _extent(node, {})
         if values > MAX_VALUES or depth > MAX_DEPTH:
             raise ValueError(
-                f"it stands for more than {MAX_VALUES:,} values, or nests deeper than {MAX_DEPTH}; aliases count as "
-                "what they stand for"
+                f"it has more than {MAX_VALUES:,} values, or nests deeper than {MAX_DEPTH}, with its aliases expanded"
             )
         return loader.construct_document(node)
     except RecursionError:
@@ -170,11 +169,11 @@ def _value_from(text: str) -> Any:
 
 
 def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
-    """Return how many values a node stands for, long texts counting as several, and how deep they nest."""
+    """Return the number of values in an expanded node, where long texts count as several, and its depth."""
     if isinstance(node, yaml.ScalarNode):
         return 1 + len(node.value.encode("utf-8")) // 100, 1
     if id(node) not in known:
-        known[id(node)] = (math.inf, math.inf)  # until it is known: what holds itself never ends
+        known[id(node)] = (math.inf, math.inf)  # until it is computed: a node that contains itself is endless
         pairs = isinstance(node, yaml.MappingNode)
         inner = [part for pair in node.value for part in pair] if pairs else node.value
         sizes, depths = zip((0, 0), *(_extent(part, known) for part in inner), strict=True)
@@ -185,7 +184,7 @@ def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[flo
 def _override(raw: dict[str, Any], text: str) -> None:
     keys, equals, value = text.partition("=")
     if not equals:
-        raise RecipeError(f"--set {text:.{MAX_SHOWN}}: KEY=VALUE is asked for, such as --set seed=1.")
+        raise RecipeError(f"--set {text:.{MAX_SHOWN}}: expected KEY=VALUE, such as --set seed=1.")
     try:
         content = _value_from(value)
     except ValueError as error:
@@ -197,14 +196,14 @@ def _override(raw: dict[str, Any], text: str) -> None:
             place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
         place[int(last) if isinstance(place, list) else last] = content
     except (ValueError, IndexError, TypeError, AttributeError):
-        raise RecipeError(f"--set {text:.{MAX_SHOWN}}: the recipe has no place '{keys:.{MAX_SHOWN}}'.") from None
+        raise RecipeError(f"--set {text:.{MAX_SHOWN}}: the recipe has no key '{keys:.{MAX_SHOWN}}'.") from None
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """Return the recipe as YAML, the way it ran."""
+    """Return the recipe as YAML."""
     return yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False)
 
 
 def digest(*parts: Any) -> str:
-    """Return a short content hash of anything JSON can hold."""
+    """Return a short content hash of JSON-like values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

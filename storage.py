@@ -1,4 +1,4 @@
-"""Files: written whole, locked, swept, hashed, and read within bounds."""
+"""Files: atomic writes, locks, clean-up, hashes, and bounded reads of JSON."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ log = logging.getLogger("clipress.storage")
 
 
 def is_first_process() -> bool:
-    """Tell whether this process is the one that writes: the only one, or torchrun's first."""
+    """Return whether this process is the only one, or torchrun's first, which does the writing."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def write_whole(target: Path, fill: Callable[[Path], Any]) -> None:
-    """Let `fill(folder)` write a folder aside, flush it to disk, then put it in place of `target`.
+    """Write a folder atomically: `fill(folder)` writes a temporary one, which is flushed to disk and renamed to `target`.
 
-    Raises ArtifactError when the disk is full or cannot be written; what was there before is kept.
+    Raises ArtifactError if the disk is full or not writable; the previous content is then kept.
     """
     aside, old = _beside(target, "tmp"), _beside(target, "old")
     try:
@@ -40,7 +40,7 @@ def write_whole(target: Path, fill: Callable[[Path], Any]) -> None:
             for path in [*aside.rglob("*"), aside]:
                 flush(path)
             if target.exists():
-                shutil.rmtree(old, ignore_errors=True)  # of a process that had this number and was killed
+                shutil.rmtree(old, ignore_errors=True)  # left by a killed process with the same process id
                 target.rename(old)
             aside.rename(target)
             flush(target.parent)
@@ -50,12 +50,12 @@ def write_whole(target: Path, fill: Callable[[Path], Any]) -> None:
 
 
 def write_text_whole(target: Path, text: str) -> None:
-    """Write one file aside, flush it and rename it into place."""
+    """Write a text file atomically, in UTF-8."""
     write_bytes_whole(target, text.encode("utf-8"))
 
 
 def write_bytes_whole(target: Path, content: bytes) -> None:
-    """Write one file aside, flush it and rename it into place."""
+    """Write a file atomically: to a temporary name, flushed to disk and renamed."""
     aside = _beside(target, "tmp")
     try:
         with writing(target):
@@ -70,7 +70,7 @@ def write_bytes_whole(target: Path, content: bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk: a rename alone may not outlive a power cut."""
+    """Wait until a file, or a folder's list of names, is on disk: a rename alone may not survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -80,20 +80,20 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Turn what a disk that is full or read-only causes into one message that names the place and what to do."""
+    """Turn the errors of a full or read-only disk into one ArtifactError that names the file and what to do."""
     try:
         yield
     except ClipressError:
         raise
     except Exception as error:
-        # torch and safetensors tell a full disk in ways of their own
+        # torch and safetensors report a full disk with their own exceptions
         if not isinstance(error, OSError) and not re.search(
             r"os error \d|No space left|PytorchStreamWriter|inline_container", str(error)
         ):
             raise
         raise ArtifactError(
-            f"{target} could not be written: {str(error).splitlines()[0]}. What was there before is kept. Free some space "
-            f"in {target.parent}, or make it writable, and start the same command again."
+            f"{target} could not be written: {str(error).splitlines()[0]}. Its previous content is kept. Free some space "
+            f"in {target.parent}, or make it writable, and run the same command again."
         ) from error
 
 
@@ -102,16 +102,19 @@ def _beside(target: Path, kind: str) -> Path:
 
 
 def leftovers(folder: Path) -> dict[Path, Path]:
-    """Return what killed writers left directly in a folder, each with the name it was to have, or had."""
+    """Return the temporary files that killed writers left in a folder, each with its final name."""
     found = {path: re.fullmatch(r"\.(.+)\.\d+\.(tmp|old)", path.name) for path in folder.iterdir()}
     return {path: path.with_name(match.group(1)) for path, match in found.items() if match}
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left anywhere in a folder that nobody else writes; put back what was half replaced."""
+    """Remove what killed writers left anywhere in a folder, and restore what was half replaced.
+
+    No other process may be writing into the folder.
+    """
     for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
         for path, target in leftovers(inner).items() if inner.is_dir() else ():
-            with suppress(OSError):  # on a read-only disk it does no harm
+            with suppress(OSError):  # on a read-only disk, leftovers do no harm
                 if path.suffix == ".old" and not target.exists():
                     path.rename(target)
                 elif path.is_dir():
@@ -122,10 +125,10 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold a folder for this process alone. The lock ends with the process, however that ends.
+    """Lock a folder for this process. The lock ends with the process, even if that is killed.
 
-    Raises ArtifactError when another process holds it; with `wait`, that is told and waited for instead. A folder that
-    cannot be written needs no lock: who has to write into it will be told.
+    Raises ArtifactError if another process holds the lock; with `wait`, calls that with a message and waits instead. A
+    read-only folder is not locked: writing into it fails anyway.
     """
     import fcntl
 
@@ -140,31 +143,33 @@ def locked(folder: Path, wait: Callable[[str], None] | None = None) -> Iterator[
     if file is None:
         yield
         return
-    with file:  # lockf, not flock: what this process forks must not hold the lock after it
+    with file:  # lockf, not flock: forked children must not keep the lock
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             if wait is None:
                 raise ArtifactError(
-                    f"{folder} is in use by another clipress process. Nothing was changed. Wait until that has ended, or "
+                    f"{folder} is in use by another clipress process. Nothing was changed. Wait until it has finished, or "
                     "choose another folder with --out."
                 ) from None
             wait(f"{folder} is in use by another clipress process; waiting for it")
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:
-            log.warning("%s cannot be locked (%s): start nothing else on it.", folder, error)
+            log.warning("%s cannot be locked (%s): do not run another command on it at the same time.", folder, error)
         yield
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> Any:
-    """Read a JSON file that anyone may have written. Raises OSError, or ValueError when it is too long, deep or no JSON."""
+    """Read an untrusted JSON file. Raises OSError, or ValueError if it is too long, too deep or not JSON."""
     size = path.stat().st_size
     with path.open("rb") as file:
         content = file.read(min(size, limit) + 1)
     if len(content) > limit:
         raise ValueError(f"it is longer than {limit:,} bytes")
     deep = f"it nests deeper than {MAX_DEPTH}"
-    content = content.decode("utf-8-sig")  # one of both is in memory, not both: annotations are large
+    content = content.decode(
+        "utf-8-sig"
+    )  # replaces the bytes, so that only one copy is in memory: annotations are large
     try:
         found = json.loads(content)
     except RecursionError:
@@ -182,7 +187,7 @@ def _inside(value: Any) -> Any:
 
 
 def cache_folder() -> Path:
-    """Return where what can be made again is kept between runs: $CLIPRESS_CACHE, else the user's cache folder."""
+    """Return the folder of reproducible files shared by runs: $CLIPRESS_CACHE, else the user's cache folder."""
     if own := os.environ.get("CLIPRESS_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipress"

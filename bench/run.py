@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from clipress import __version__
 from clipress.artifact import read_header
@@ -32,6 +31,7 @@ from clipress.bench.settings import BenchSettings
 from clipress.data.eval_sets import EvalSet
 from clipress.errors import ArtifactError
 from clipress.metrics.outcomes import percents, standard_errors
+from clipress.progress import track
 from clipress.runtime.cpu import processor
 from clipress.storage import write_text_whole, write_whole
 
@@ -78,13 +78,13 @@ def bench(
         for label, runner in runners.items():
             check_answers(label, runner)
         rows, outcomes = [], {}
-        for label, (subject, runner) in tqdm(named.items(), desc="accuracy", unit="model"):
+        for label, (subject, runner) in track(named.items(), len(named), "accuracy", "model"):
             found = outcomes[label] = accuracy(runner, sets) if sets else {}
             rows.append(_row(label, subject, runner) | _told(found))
         for row in rows:
             row["block_params_kept"] = round(row["block_params"] / rows[0]["block_params"], 4)
         cases = [(tower, batch) for tower in ("image", "text") for batch in settings.batch]
-        timings = {case: _timed(case, runners, settings) for case in tqdm(cases, desc="latency", unit="case")}
+        timings = {case: _timed(case, runners, settings) for case in track(cases, len(cases), "latency", "case")}
         if profiled:
             for row, (subject, runner) in zip(rows, named.values(), strict=True):
                 row["profiles"] = _profiles(row, subject, runner, settings)

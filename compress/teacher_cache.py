@@ -1,13 +1,12 @@
-"""Run a teacher over its training data once, and keep what it says: the caches that `data/teacher_cache.py` reads.
+"""Build teacher caches: embed the training data with a teacher once, for `data/teacher_cache.py` to read.
 
-Pictures are decoded and texts tokenised ahead of the model, by a thread or by processes; finished shards are written by
-a thread behind it, and nothing waits for a GPU before a shard is full. Batches never cross shards, so a build that was
-killed and taken up again, or shared among processes, leaves the same bytes.
+Images are decoded and texts tokenised ahead of the model, by a thread or by processes; another thread writes finished
+shards, and nothing waits for the GPU before a shard is full. Batches never cross shards, so a build that was killed and
+resumed, or shared among processes, writes the same bytes.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -16,30 +15,30 @@ from importlib.metadata import version
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import PIL
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from clipress import __version__
 from clipress.compress.fabric import start_fabric, uses_bf16
-from clipress.data.formats.files import MAX_SKIPPED
-from clipress.data.sources import Source, open_source
-from clipress.data.teacher_cache import (
+from clipress.data.bad_records import refuse_too_many
+from clipress.data.cache_files import (
     CacheSettings,
     Dtype,
     Manifest,
     Rows,
-    TeacherCache,
     finished_shards,
     row_from_view,
     write_manifest,
     write_shard,
 )
+from clipress.data.prefetch import prefetched
+from clipress.data.sources import Source, open_source
+from clipress.data.teacher_cache import TeacherCache
 from clipress.data.tokens import Tokenize
 from clipress.data.transforms import Augment, View, drawn_view, normalised, size_of, viewed
 from clipress.errors import ArtifactError, DataError, RecipeError
@@ -56,7 +55,6 @@ if TYPE_CHECKING:
 HOME = "teacher-embeddings"
 Say = Callable[[str], None]
 Precision = Literal["auto", "fp32", "bf16"]
-T = TypeVar("T")
 
 
 def build_cache(
@@ -77,11 +75,11 @@ def build_cache(
     barrier: Callable[[], Any] = lambda: None,
     wait: Say | None = None,
 ) -> TeacherCache:
-    """Embed a source with a teacher, unless that has been done, and open the result.
+    """Embed a source with a teacher, unless the cache exists already, and open the result.
 
-    Of `world` processes each writes every world-th shard, and all meet at `barrier`. `workers` processes decode; with 0
-    a thread of this one does. The cache lies in a folder of its own under `home`. When others are making the same one,
-    ArtifactError is raised, or `wait` is told and they are waited for.
+    Of `world` processes each writes every world-th shard, and all meet at `barrier`. `workers` processes decode, or a
+    thread of this process with 0. The cache has its own folder under `home`. If another command is building the same
+    cache, raises ArtifactError, or calls `wait` with a message and waits.
     """
     manifest = manifest_of(model, source, augment, views, teacher_hash, dtype, precision)
     folder = home / manifest.key
@@ -91,18 +89,18 @@ def build_cache(
         barrier()
     cache = TeacherCache.open(folder)
     if rank == 0:
-        sweep(folder)  # what killed builds left; all shards are there, so nobody writes now
+        sweep(folder)  # all shards exist, so nobody else writes into the folder
     return cache
 
 
 def manifest_of(
     model: Model, source: Source, augment: Augment, views: int, teacher_hash: str, dtype: Dtype, precision: Precision
 ) -> Manifest:
-    """Describe a cache before it is made; the description decides where it lies."""
+    """Describe a cache before it is built; the description decides its folder."""
     if views > 1 and augment == Augment():
         raise RecipeError(
-            f"cache: {views} views of {source.name} were asked for, and 'data.augment' is empty: "
-            "they would all be the same. Ask for one view, or augment."
+            f"cache: expected an augmentation for {views} views of {source.name}, found an empty 'data.augment': the views "
+            "would be identical. Set 'data.augment', or 'views: 1'."
         )
     device, module = next(model.module.parameters()).device, model.module
     bias = getattr(module, "logit_bias", None)
@@ -141,15 +139,15 @@ def write_shards(
     workers: int = 0,
     batch: int = 128,
 ) -> Path:
-    """Write those of this process's shards that are not there yet; returns the cache's folder."""
+    """Write this process's missing shards; returns the cache's folder."""
     folder = write_manifest(home, manifest)
     mine = range(rank, manifest.shards, world)
     missing = sorted(set(mine) - finished_shards(folder, manifest))
     if not missing:
-        say(f"{source.name}: embeddings by teacher {manifest.teacher} are there already ({folder})")
+        say(f"{source.name}: found the embeddings of teacher {manifest.teacher} in {folder}")
         return folder
     todo = sum(len(manifest.items_of(shard)) for shard in missing)
-    say(f"{source.name}: embedding {todo:,} of {len(source):,} pictures, {manifest.views} view(s) each -> {folder}")
+    say(f"{source.name}: embedding {todo:,} of {len(source):,} items, {manifest.views} view(s) each -> {folder}")
     failed: list[str] = []
     loads = DataLoader(
         _Loads(source, manifest, model.tokenize()),
@@ -157,26 +155,26 @@ def write_shards(
         sampler=_jobs(source, manifest, missing, batch),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         pin_memory=next(model.module.parameters()).device.type == "cuda",
     )
-    shown = progress_bar(todo, f"embed {source.name}", "picture", smoothing=0, disable=rank > 0)
+    shown = progress_bar(todo, f"embed {source.name}", "item", smoothing=0, disable=rank > 0)
     with ThreadPoolExecutor(1, "write") as writer, shown as bar:
         written: Future | None = None
-        for shard, part in groupby(_ahead(loads), key=attrgetter("shard")):
-            encoded = _encoded(model, part, manifest.precision, bar)
+        for shard, part in groupby(prefetched(loads), key=attrgetter("shard")):
+            encoded = _encode(model, part, manifest.precision, bar.update)
             if written is not None:
                 written.result()
             written = writer.submit(_finish, folder, shard, source, manifest, encoded, failed)
         written.result()
     if failed:
-        say(f"{source.name}: {len(failed)} pictures could not be read and will be left out; the first: {failed[0]}")
+        say(f"{source.name}: {len(failed)} images could not be read and will be left out; the first: {failed[0]}")
     return folder
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One batch to be: pictures of some items, all their views, or texts."""
+    """A batch to load: all views of some items' images, or texts."""
 
     shard: int
     items: Sequence[int] = ()
@@ -184,7 +182,7 @@ class _Job:
 
 
 class _Load(NamedTuple):
-    """One batch, ready for the model; a NamedTuple, since DataLoader can pin the memory of that."""
+    """A batch ready for the model; a NamedTuple, since DataLoader can pin its memory."""
 
     shard: int
     pixels: Tensor | None = None
@@ -192,12 +190,12 @@ class _Load(NamedTuple):
     views: Tensor | None = None
     """int32 [B, 7]: rows of views.npy."""
     errors: Sequence[str] = ()
-    """Per item: why it could not be read, or nothing."""
+    """Per item: why it could not be read, or an empty string."""
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A shard's embeddings, still where the model is."""
+    """A shard's embeddings, still on the model's device."""
 
     image: list[Tensor]
     text: list[Tensor]
@@ -206,28 +204,28 @@ class _Encoded:
 
 
 def _jobs(source: Source, manifest: Manifest, shards: Iterable[int], batch: int) -> Iterator[_Job]:
-    several = max(batch // max(manifest.views, 1), 1)
+    per_batch = max(batch // max(manifest.views, 1), 1)
     for shard in shards:
         items = manifest.items_of(shard)
-        for start in range(0, len(items) if manifest.views else 0, several):
-            yield _Job(shard, items=items[start : start + several])
+        for start in range(0, len(items) if manifest.views else 0, per_batch):
+            yield _Job(shard, items=items[start : start + per_batch])
         texts = list(_captions(source, items)[0])
         for start in range(0, len(texts), batch):
             yield _Job(shard, texts=texts[start : start + batch])
 
 
 def _captions(source: Source, items: Iterable[int]) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
-    """Return the different texts of some items with their places, the place of every caption, and where items begin."""
-    places: dict[str, int] = {}
+    """Return the distinct texts of some items with their rows, the row of every caption, and each item's first caption."""
+    rows: dict[str, int] = {}
     captions, offsets = [], [0]
     for item in items:
-        captions += [places.setdefault(text, len(places)) for text in source.captions(item)]
+        captions += [rows.setdefault(text, len(rows)) for text in source.captions(item)]
         offsets.append(len(captions))
-    return places, np.asarray(captions, np.int64), np.asarray(offsets, np.int64)
+    return rows, np.asarray(captions, np.int64), np.asarray(offsets, np.int64)
 
 
 class _Loads(Dataset):
-    """Decodes, augments and tokenises: what a job asks for."""
+    """A dataset that maps jobs to loads: decodes and augments images, or tokenises texts."""
 
     def __init__(self, source: Source, manifest: Manifest, tokenize: Tokenize) -> None:
         self.source, self.manifest, self.tokenize = source, manifest, tokenize
@@ -235,42 +233,32 @@ class _Loads(Dataset):
     def __getitem__(self, job: _Job) -> _Load:
         if job.texts:
             return _Load(job.shard, ids=torch.from_numpy(self.tokenize(job.texts).astype(np.int64)))
-        pictures, views, errors = [], [], []
+        images, views, errors = [], [], []
         for item in job.items:
             try:
                 image = self.source.image(item)
             except DataError as error:
                 errors.append(str(error))
                 views += [View()] * self.manifest.views
-                # blank pictures keep the rows, and keep the other rows' batch as it is
-                pictures += [np.zeros((self.manifest.preprocess.size,) * 2 + (3,), np.uint8)] * self.manifest.views
+                # blank images keep the rows, and leave the rest of the batch unchanged
+                images += [np.zeros((self.manifest.preprocess.size,) * 2 + (3,), np.uint8)] * self.manifest.views
                 continue
             errors.append("")
             for k in range(self.manifest.views):
                 rng = np.random.default_rng([self.manifest.view_seed, item, k])
                 views.append(drawn_view(size_of(image), self.manifest.augment, rng))
-                pictures.append(viewed(image, self.manifest.preprocess, views[-1]))
-        pixels = normalised(np.stack(pictures), self.manifest.preprocess)
+                images.append(viewed(image, self.manifest.preprocess, views[-1]))
+        pixels = normalised(np.stack(images), self.manifest.preprocess)
         rows = np.asarray([row_from_view(view) for view in views], np.int32)
         return _Load(job.shard, pixels=torch.from_numpy(pixels), views=torch.from_numpy(rows), errors=errors)
 
 
-def _as_it_is(load: _Load) -> _Load:
+def _unchanged(load: _Load) -> _Load:
     return load
 
 
-def _ahead(batches: Iterable[T], depth: int = 4) -> Iterator[T]:
-    """Yield batches in order while a thread fetches the next ones."""
-    iterator = iter(batches)
-    with ThreadPoolExecutor(1, "ahead") as thread:
-        waiting = deque(thread.submit(next, iterator, None) for _ in range(depth))
-        while (batch := waiting.popleft().result()) is not None:
-            waiting.append(thread.submit(next, iterator, None))
-            yield batch
-
-
-def _encoded(model: Model, loads: Iterable[_Load], precision: str, bar: tqdm) -> _Encoded:
-    """Run the model over a shard's batches."""
+def _encode(model: Model, loads: Iterable[_Load], precision: str, advance: Callable[[int], Any]) -> _Encoded:
+    """Run the model on a shard's batches; `advance` is called with the number of items of each."""
     model.module.eval()
     done = _Encoded([], [], [], [])
     for load in loads:
@@ -280,12 +268,12 @@ def _encoded(model: Model, loads: Iterable[_Load], precision: str, bar: tqdm) ->
         done.image.append(_raw(model, "image", load.pixels, precision))
         done.views.append(load.views)
         done.errors.extend(load.errors)
-        bar.update(len(load.errors))
+        advance(len(load.errors))
     return done
 
 
 def _raw(model: Model, tower: Literal["image", "text"], batch: Tensor, precision: str) -> Tensor:
-    """Return embeddings as the model gives them, not normalised: float32 [B, D]."""
+    """Return raw embeddings, not normalised: float32 [B, D]."""
     device = next(model.module.parameters()).device
     encode = model.module.encode_image if tower == "image" else model.module.encode_text
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -293,14 +281,11 @@ def _raw(model: Model, tower: Literal["image", "text"], batch: Tensor, precision
 
 
 def _finish(folder: Path, shard: int, source: Source, manifest: Manifest, encoded: _Encoded, failed: list[str]) -> None:
-    """Bring a shard's embeddings home and write them; runs in a thread."""
-    broken = [error for error in encoded.errors if error]
-    if len(broken) > MAX_SKIPPED * max(len(encoded.errors), 1):
-        raise DataError(
-            f"{source.name}: {len(broken)} of {len(encoded.errors)} pictures in a row cannot be read "
-            f"(first: {broken[0]}). At most {MAX_SKIPPED:.0%} are left out; are the pictures still there?"
-        )
-    failed += broken
+    """Copy a shard's embeddings to the CPU and write them; runs in a thread."""
+    bad = [error for error in encoded.errors if error]
+    if bad:
+        refuse_too_many(source.name, len(bad), len(encoded.errors), bad[0])
+    failed += bad
     _, captions, offsets = _captions(source, manifest.items_of(shard))
     ok = np.ones(len(offsets) - 1, bool)
     ok[: len(encoded.errors)] = [not error for error in encoded.errors]
@@ -314,14 +299,14 @@ def _finish(folder: Path, shard: int, source: Source, manifest: Manifest, encode
 
 
 def check_cache(cache: TeacherCache, model: Model, source: Source, count: int = 32) -> None:
-    """Embed a few stored views and captions again; ArtifactError when the teacher or the pictures have changed."""
+    """Embed a few views and captions again. Raises ArtifactError if the teacher or the images have changed."""
     manifest = cache.manifest
     chosen = np.random.default_rng(0).choice(len(cache), min(count, len(cache)), replace=False).tolist()
     items = [item for item in chosen if cache.ok(item)]
     sides: list[tuple[Literal["image", "text"], Tensor, np.ndarray]] = []
     if source.has_images:
-        pictures = [viewed(source.image(item), model.preprocess, cache.view(item, 0)) for item in items]
-        pixels = torch.from_numpy(normalised(np.stack(pictures), model.preprocess))
+        images = [viewed(source.image(item), model.preprocess, cache.view(item, 0)) for item in items]
+        pixels = torch.from_numpy(normalised(np.stack(images), model.preprocess))
         sides.append(("image", pixels, cache.images([cache.image_row(item) for item in items])))
     if source.has_texts:
         ids = torch.from_numpy(model.tokenize()([source.captions(item)[0] for item in items]))
@@ -333,9 +318,9 @@ def check_cache(cache: TeacherCache, model: Model, source: Source, count: int = 
         if not cosines.min() > 0.999:
             worst = items[int(cosines.argmin())]
             raise ArtifactError(
-                f"{cache.folder}: the {tower} embedding of item {worst} has cosine {cosines.min():.4f} with "
-                f"what the teacher says now. The pictures of {source.name} or the teacher have changed. "
-                "Remove the folder and do: clipress embed RECIPE"
+                f"{cache.folder}: expected the teacher's {tower} embedding of item {worst} to have cosine 1 with the cached "
+                f"one, found {cosines.min():.4f}. The images of {source.name} or the teacher have changed. Remove the folder "
+                "and run: clipress embed RECIPE"
             )
 
 
@@ -369,9 +354,9 @@ def caches_of(
     home: Path | None = None,
     wait: Say | None = None,
 ) -> list[TeacherCache]:
-    """Open the cache of every training source of a recipe, after building those that are not there yet.
+    """Open the caches of all training sources of a recipe, building those that are missing.
 
-    With `wait`, another process that builds the same one is waited for; else that is an error.
+    `wait` as in `build_cache`.
     """
     teacher.model.module.to(fabric.device)
     caches = []
@@ -392,6 +377,6 @@ def caches_of(
             barrier=fabric.barrier,
             wait=wait,
         )
-        check_cache(cache, teacher.model, source, 8)  # a source's fingerprint does not cover the bytes of its pictures
+        check_cache(cache, teacher.model, source, 8)  # a source's fingerprint does not cover the bytes of its images
         caches.append(cache)
     return caches

@@ -28,7 +28,7 @@ from clipress.compress.learner import Learner
 from clipress.compress.losses import terms_from
 from clipress.compress.settings import Training
 from clipress.compress.signals import EXIT_CODES, leave_stops_to_the_parent, stop_requests
-from clipress.data.bad_records import BrokenRecords
+from clipress.data.bad_records import BadRecords
 from clipress.data.dataset import TrainingSet
 from clipress.data.sampler import Batches
 from clipress.errors import ClipressError, Stopped
@@ -140,7 +140,7 @@ def train(
     every = context.runtime.checkpoint if context.checkpoints and context.runtime.strategy != "fsdp2" else 0
     start, bad_in_a_row, skipped = progress["step"], 0, progress["skipped"]
     record: dict[str, Any] = progress["record"]
-    unreadable = BrokenRecords()
+    bad_records = BadRecords()
     began = time.perf_counter() - progress["seconds"]
     with (
         stop_requests() as asked,
@@ -148,8 +148,8 @@ def train(
         progress_bar(steps, context.title, "step", initial=start, disable=not fabric.is_global_zero) as bar,
     ):
         for step, arrays in enumerate(batches(model, config, context, steps, start), start):
-            for item in unreadable.see(len(arrays["group"]), arrays.pop("broken")):
-                log({"step": step, "broken": asdict(item)})
+            for item in bad_records.count(len(arrays["group"]), arrays.pop("bad")):
+                log({"step": step, "bad_record": asdict(item)})
             arrays = {name: tensor.to(fabric.device, non_blocking=True) for name, tensor in arrays.items()}
             rate = learning_rate(step, steps, config)
             for hook in hooks:
@@ -190,7 +190,7 @@ def train(
                 raise _stopped(stop, step + 1, steps, bool(every), context.title)
     learner.finish()
     seconds = round(time.perf_counter() - began, 2)
-    replaced = {"broken_records": unreadable.broken} if unreadable.broken else {}
+    replaced = {"bad_records": bad_records.bad} if bad_records.bad else {}
     return {"steps": steps, "seconds": seconds, "skipped_steps": skipped, "last": record, **replaced}
 
 

@@ -1,7 +1,7 @@
-"""Records that cannot be read: another takes their place, they are counted and named, too many stop the run.
+"""Bad records, those that cannot be read: they are replaced, counted and reported; too many stop the work.
 
-`readable` runs where pictures are decoded, in any worker; `BrokenRecords` keeps count where the batches arrive. What
-takes a record's place depends on the draw alone, so batches stay the same for any number of workers.
+`read_record` runs where images are decoded, in any worker; `BadRecords` counts where the batches arrive. The replacement
+of a record depends on the draw alone, so batches are the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -19,79 +19,90 @@ if TYPE_CHECKING:
     from clipress.data.sources import Source
 
 log = logging.getLogger("clipress.data")
-ATTEMPTS = 20  # so many unreadable records in a row are no accident
-NAMED = 5  # so many are shown while running; all are in the log
+ATTEMPTS = 20  # this many bad records in a row are no accident
+FEW = 20  # this many bad records are accepted in a small set, whatever their fraction
+MAX_SKIPPED = 0.2  # fraction of a source that may be left out
+MAX_REPLACED = 0.05  # fraction of the training records that may be replaced
+SHOWN = 5  # this many are shown while running; the log has all of them
 
 
 @dataclass(frozen=True)
-class Broken:
+class BadRecord:
     """A record that could not be read."""
 
     source: str
     index: int
     reason: str
 
+    def __str__(self) -> str:
+        return f"record {self.index} of source '{self.source}': {self.reason}"
+
 
 @dataclass(frozen=True)
 class Record:
-    """What was read in answer to a draw: item `index` of the source, and those that were tried before it."""
+    """The record read for a draw: item `index` of the source, and the bad records tried before it."""
 
     index: int
     image: Any
-    """A picture, or None from a source of texts."""
+    """An image, or None from a source of texts."""
     captions: Sequence[str]
-    """None of them from a source of images."""
-    broken: tuple[Broken, ...] = ()
+    """Empty from a source of images."""
+    bad: tuple[BadRecord, ...] = ()
 
 
-def readable(source: Source, index: int, draw: Sequence[int], images: bool = True, texts: bool = True) -> Record:
-    """Read what is wanted of an item; if it cannot be read, of another. `draw` is what the choice is seeded with.
+def read_record(source: Source, index: int, draw: Sequence[int], images: bool = True, texts: bool = True) -> Record:
+    """Read the required sides of an item, or of a random other one if it cannot be read; `draw` seeds that choice.
 
-    Raises DataError when 20 records in a row cannot be read.
+    Raises DataError after 20 bad records in a row.
     """
-    broken: list[Broken] = []
-    while len(broken) < ATTEMPTS:
+    bad: list[BadRecord] = []
+    while len(bad) < ATTEMPTS:
         try:
             image = source.image(index) if images and source.has_images else None
             captions = source.captions(index) if texts and source.has_texts else ()
-            return Record(index, image, captions, tuple(broken))
+            return Record(index, image, captions, tuple(bad))
         except DataError as error:
-            broken.append(Broken(source.name, index, str(error)))
-            index = int(np.random.default_rng([*draw, len(broken)]).integers(len(source)))
+            bad.append(BadRecord(source.name, index, str(error)))
+            index = int(np.random.default_rng([*draw, len(bad)]).integers(len(source)))
     raise DataError(
-        f"data: {ATTEMPTS} records of source '{source.name}' in a row cannot be read; the last one: {broken[-1].reason}"
+        f"data: {ATTEMPTS} records of source '{source.name}' in a row cannot be read; the last one: {bad[-1].reason} "
+        "Check the source's paths."
     )
 
 
-class BrokenRecords:
-    """Count of what could not be read. At most `limit` of the records looked at may be broken, or `least` of them."""
+def refuse_too_many(
+    where: object, bad: int, total: int, example: object, limit: float = MAX_SKIPPED, least: int = 0
+) -> None:
+    """Raise DataError when more than `limit` of the records, and more than `least`, are bad."""
+    if bad > max(least, limit * total):
+        raise DataError(
+            f"{where}: {bad} of {total} records cannot be used (for example, {str(example).rstrip('.')}). At most {limit:.0%} may be bad. "
+            "Check the source's paths, or repair or remove these records."
+        )
 
-    def __init__(self, limit: float = 0.05, least: int = 20) -> None:
+
+class BadRecords:
+    """Counts bad records during training. At most `limit` of the records read may be bad, or `least` of them."""
+
+    def __init__(self, limit: float = MAX_REPLACED, least: int = FEW) -> None:
         self.limit, self.least = limit, least
-        self.looked_at = self.broken = 0
-        self._named: set[tuple[str, int]] = set()
+        self.total = self.bad = 0
+        self._seen: set[tuple[str, int]] = set()
 
-    def see(self, items: int, broken: Sequence[Broken]) -> list[Broken]:
-        """Count a batch of `items` records and those tried in vain; return the ones met for the first time.
+    def count(self, good: int, bad: Sequence[BadRecord]) -> list[BadRecord]:
+        """Count a batch of `good` records and the bad ones; return those that occur for the first time.
 
         Raises DataError when there are too many.
         """
-        self.looked_at += items + len(broken)
-        self.broken += len(broken)
+        self.total += good + len(bad)
+        self.bad += len(bad)
         new = []
-        for record in broken:
-            if (record.source, record.index) not in self._named:
-                self._named.add((record.source, record.index))
+        for record in bad:
+            if (record.source, record.index) not in self._seen:
+                self._seen.add((record.source, record.index))
                 new.append(record)
-                if len(self._named) <= NAMED:
-                    log.warning("data: %s", _told(record))
-        if self.broken > max(self.least, self.limit * self.looked_at):
-            raise DataError(
-                f"data: {self.broken} of {self.looked_at} records looked at cannot be read (the last: "
-                f"{_told(broken[-1])}). At most {self.limit:.0%} are replaced by others; repair or remove them."
-            )
+                if len(self._seen) <= SHOWN:
+                    log.warning("data: replaced %s", record)
+        if bad:
+            refuse_too_many("data", self.bad, self.total, bad[-1], self.limit, self.least)
         return new
-
-
-def _told(record: Broken) -> str:
-    return f"record {record.index} of source '{record.source}' is replaced: {record.reason}"

@@ -1,4 +1,4 @@
-"""Training arrays from draws: pictures and captions read, augmented, tokenised, with what cached teachers say of them."""
+"""Turn draws into training arrays: read, augment and tokenise records, and look up their teacher embeddings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipress.data.bad_records import Record, readable
+from clipress.data.bad_records import Record, read_record
 from clipress.data.sampler import Draw
 from clipress.data.sources import Source
 from clipress.data.tokens import Tokenize
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a draw came to: a record, and which of its views and captions."""
+    """The record read for a draw, and which of its views and captions is used."""
 
     source: int
     record: Record
@@ -33,12 +33,12 @@ class Chosen:
 class TrainingSet:
     """Turn lists of `Draw`s into arrays: pixels float32 [B,3,S,S], ids int64 [B,L], group and label int64 [B].
 
-    Labels number the classes of all labelled sources, one source after the other; -1 where a source has none. Where a
-    source has no pictures there are no pixels, where one has no captions no ids. `broken` lists the records that could
-    not be read; others took their places.
+    Labels number the classes of all labelled sources, one source after the other; they are -1 for a source without
+    classes. `pixels` is absent if a source has no images, `ids` if one has no texts. `bad` lists the records that could
+    not be read and were replaced.
 
-    With `caches`, one per teacher for each source, pictures are seen only as teachers have seen them, and for teacher t
-    there are teacher_image_t and teacher_text_t, unit rows float32 [B,D], and their lengths teacher_image_norm_t and
+    With `caches`, one per teacher for each source, images are shown in the views the teachers have embedded, and teacher t
+    adds teacher_image_t and teacher_text_t, unit rows float32 [B,D], and their norms teacher_image_norm_t and
     teacher_text_norm_t, float32 [B].
     """
 
@@ -59,10 +59,10 @@ class TrainingSet:
         self.has_texts = all(source.has_texts for source in self.sources)
         if not (self.has_images or self.has_texts):
             raise DataError(
-                "data.train: some sources have only pictures and some only texts; train on one kind at a time."
+                "data.train: some sources have images only and others texts only. Train on one kind at a time."
             )
         self._tokenize = tokenize
-        self._ids: dict[str, np.ndarray] = {}  # a caption is tokenised once
+        self._ids: dict[str, np.ndarray] = {}  # every caption is tokenised once
         classes = [len(source.classes.names) if getattr(source, "classes", None) else 0 for source in self.sources]
         self._first_label = [sum(classes[:place]) if count else None for place, count in enumerate(classes)]
         if self.caches:
@@ -87,24 +87,24 @@ class TrainingSet:
             "label": np.asarray(
                 [-1 if first is None else first + group for first, group in zip(firsts, groups, strict=True)], np.int64
             ),
-            "broken": [broken for row in rows for broken in row.record.broken],
+            "bad": [bad for row in rows for bad in row.record.bad],
         }
         if self.has_images:
             arrays["pixels"] = normalised(np.stack([row.pixels for row in rows]), self.preprocess)
         if self.has_texts:
             arrays["ids"] = self.ids([row.record.captions[row.caption] for row in rows])
-        return arrays | (self._taught(rows) if self.caches else {})
+        return arrays | (self._teacher_rows(rows) if self.caches else {})
 
     def _chosen(self, draw: Draw) -> Chosen:
-        """Read what a draw asks for; all choices follow from (seed, draw)."""
+        """Read the record of a draw; every choice follows from (seed, draw)."""
         source, key = self.sources[draw.source], [self.seed, draw.source, draw.epoch, draw.index]
         rng = np.random.default_rng(key)
         sides = (self.has_images, self.has_texts)
-        record, view = readable(source, draw.index, key, *sides), 0
+        record, view = read_record(source, draw.index, key, *sides), 0
         if self.caches:
             cache = self.caches[draw.source][0]
-            while not cache.ok(record.index):  # the teacher could not read it: another stands in
-                record = readable(source, int(rng.integers(len(source))), key, *sides)
+            while not cache.ok(record.index):  # the teacher could not read this image: another item replaces it
+                record = read_record(source, int(rng.integers(len(source))), key, *sides)
             view = int(rng.integers(cache.manifest.views)) if self.has_images else 0
         pixels = None
         if self.has_images and self.caches:
@@ -114,15 +114,15 @@ class TrainingSet:
         caption = int(rng.integers(len(record.captions))) if self.has_texts else 0
         return Chosen(draw.source, record, view, caption, pixels)
 
-    def _taught(self, rows: Sequence[Chosen]) -> dict[str, np.ndarray]:
-        """Look up what every teacher says about the chosen views and captions."""
+    def _teacher_rows(self, rows: Sequence[Chosen]) -> dict[str, np.ndarray]:
+        """Look up every teacher's embeddings of the chosen views and captions."""
         sources, arrays = np.asarray([row.source for row in rows]), {}
         for teacher, first in enumerate(self.caches[0]):
             for side in ("image",) * self.has_images + ("text",) * self.has_texts:
                 unit, norm = np.empty((len(rows), first.manifest.dim), np.float32), np.empty(len(rows), np.float32)
                 for source in np.unique(sources):
                     here = np.flatnonzero(sources == source)
-                    unit[here], norm[here] = _looked_up(self.caches[source][teacher], side, [rows[at] for at in here])
+                    unit[here], norm[here] = _look_up(self.caches[source][teacher], side, [rows[at] for at in here])
                 arrays |= {f"teacher_{side}_{teacher}": unit, f"teacher_{side}_norm_{teacher}": norm}
         return arrays
 
@@ -130,8 +130,8 @@ class TrainingSet:
         return sum(map(len, self.sources))
 
 
-def _looked_up(cache: TeacherCache, side: str, rows: Sequence[Chosen]) -> tuple[np.ndarray, np.ndarray]:
-    """Return what a teacher says: unit rows [n, D] and their lengths [n]."""
+def _look_up(cache: TeacherCache, side: str, rows: Sequence[Chosen]) -> tuple[np.ndarray, np.ndarray]:
+    """Return one teacher's embeddings: unit rows [n, D] and their norms [n]."""
     if side == "image":
         places = [cache.image_row(row.record.index, row.view) for row in rows]
         return cache.images(places), cache.image_norms(places)
@@ -142,31 +142,34 @@ def _looked_up(cache: TeacherCache, side: str, rows: Sequence[Chosen]) -> tuple[
 def _check_caches(
     sources: Sequence[Source], caches: Sequence[Sequence[TeacherCache]], preprocess: Preprocess, augment: Augment
 ) -> None:
-    """Refuse caches of other data, of views that are not what the recipe asks for, or of teachers that saw others."""
+    """Raise DataError for caches of other data, of other augmentations, or with views that differ between teachers."""
     if len(caches) != len(sources) or len({len(row) for row in caches}) != 1 or not caches[0]:
         raise DataError(
-            f"Teacher embeddings: {len(sources)} sources need caches of the same teachers; "
-            f"found {list(map(len, caches))}."
+            f"Teacher embeddings: expected caches of the same teachers for each of {len(sources)} sources, "
+            f"found {list(map(len, caches))} caches."
         )
     for source, row in zip(sources, caches, strict=True):
         for cache, leader in zip(row, caches[0], strict=True):
             known = cache.manifest
-            for what, found, wanted in (
+            for what, found, expected in (
                 ("content of the source", known.fingerprint, source.fingerprint),
                 ("number of items", len(cache), len(source)),
                 ("augmentation", known.augment, augment),
                 ("teacher", known.teacher, leader.manifest.teacher),
                 ("views", cache.views_hash, row[0].views_hash),
             ):
-                if found != wanted:
+                if found != expected:
                     raise DataError(
-                        f"Teacher embeddings in {cache.folder} do not fit {source.name}: {what} {found}; "
-                        f"{wanted} is asked for. Do: clipress embed RECIPE"
+                        f"Teacher embeddings in {cache.folder} do not fit {source.name}: expected {what} {expected}, "
+                        f"found {found}. Run: clipress embed RECIPE"
                     )
             if augment.shift and known.preprocess.size != preprocess.size:
                 raise DataError(
-                    f"Teacher embeddings in {cache.folder}: 'augment.shift' counts pixels, and the teacher's "
-                    f"pictures are {known.preprocess.size} wide, the student's {preprocess.size}. Use 'augment.crop_scale' instead."
+                    f"Teacher embeddings in {cache.folder}: 'augment.shift' is in pixels, so the teacher and the student "
+                    f"must have one image size; found {known.preprocess.size} and {preprocess.size}. Use "
+                    "'augment.crop_scale' instead."
                 )
         if row[0].failed == len(source):
-            raise DataError(f"Teacher embeddings in {row[0].folder}: no picture of {source.name} could be read.")
+            raise DataError(
+                f"Teacher embeddings in {row[0].folder}: no image of {source.name} could be read. Check its paths."
+            )

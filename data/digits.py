@@ -1,7 +1,7 @@
 """*digits*: scikit-learn's bundled scans of handwritten digits, enlarged to 32 x 32 RGB. Real images, ten classes.
 
-Enlarging is Catmull-Rom by a factor of four; its weights are multiples of 1/1024, so it is done in integers and the
-bytes are the same on every machine. A fixed fifth, stratified by position, is held out.
+The scans are enlarged four times with Catmull-Rom, whose weights are multiples of 1/1024: integer arithmetic gives the
+same bytes on every machine. A fixed fifth, every fifth image, is held out.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ TEMPLATES = (
 )
 
 
-def _enlarge_axis(images: np.ndarray, axis: int) -> np.ndarray:
-    """Enlarge one axis by four; int64 in and out, the result scaled by 1024."""
+def enlarge_axis(images: np.ndarray, axis: int) -> np.ndarray:
+    """Enlarge one axis by four with Catmull-Rom weights; int64 in and out, the result scaled by 1024."""
     moved = np.moveaxis(images, axis, -1)
     padded = np.concatenate([moved[..., :1]] * 2 + [moved] + [moved[..., -1:]] * 2, axis=-1)
     n = moved.shape[-1]
@@ -47,14 +47,14 @@ def _all() -> tuple[np.ndarray, np.ndarray]:
 
     bundle = load_digits()
     grey = (bundle.images.astype(np.int64) * 255) // 16  # [1797, 8, 8]
-    large = _enlarge_axis(_enlarge_axis(grey, 1), 2) >> 20
+    large = enlarge_axis(enlarge_axis(grey, 1), 2) >> 20
     pixels = large.clip(0, 255).astype(np.uint8)
     return np.repeat(pixels[..., None], 3, axis=-1), bundle.target.astype(np.int64)
 
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a split's pictures, uint8 [N, 32, 32, 3], and labels, int64 [N]. val and test are the held-out fifth."""
-    pictures, labels = _all()
+    """Return a split's images, uint8 [N, 32, 32, 3], and labels, int64 [N]. val and test are the held-out fifth."""
+    images, labels = _all()
     held_out = np.arange(len(labels)) % 5 == 0
     keep = ~held_out if split == "train" else held_out
-    return pictures[keep], labels[keep]
+    return images[keep], labels[keep]

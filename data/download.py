@@ -1,4 +1,4 @@
-"""Download pictures by their web addresses with img2dataset, into shards that the `webdataset` format reads."""
+"""Download images by URL with img2dataset, into shards that the `webdataset` format reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from clipress.data.formats.captions import columns
 from clipress.data.formats.files import lines_of
 from clipress.errors import DataError
 
-OWN_FORMATS = (".csv", ".jsonl", ".parquet")  # img2dataset reads these as they are
+OWN_FORMATS = (".csv", ".jsonl", ".parquet")  # formats that img2dataset reads itself
 
 
 def download(
@@ -24,19 +24,19 @@ def download(
     url_key: str = "url",
     caption_key: str = "caption",
 ) -> None:
-    """Download what a table names: Conceptual Captions' own TSV files, or csv, jsonl or parquet with named columns.
+    """Download the images in a table: Conceptual Captions' TSV files, or csv, jsonl or parquet with named columns.
 
-    Pictures whose shorter side exceeds `size` are shrunk to it. Started again, it goes on with the shards that are
-    not there yet. Raises DataError when img2dataset or the table is not there.
+    Images whose shorter side exceeds `size` are shrunk to it. A second run continues with the missing shards. Raises
+    DataError when img2dataset or the table is missing.
     """
     try:
         import img2dataset
     except ImportError:
         raise DataError(
-            "Downloading needs img2dataset, and it is not installed. Do: pip install 'clipress[download]'"
+            "Downloading requires img2dataset, which is not installed. Run: pip install 'clipress[download]'"
         ) from None
     if not urls.is_file():
-        raise DataError(f"{urls} was asked for, and there is no such file.")
+        raise DataError(f"{urls}: no such file.")
     out.mkdir(parents=True, exist_ok=True)
     if urls.suffix.lower() not in OWN_FORMATS:
         urls, url_key, caption_key = _as_jsonl(urls, out / "urls.jsonl"), "url", "caption"
@@ -59,12 +59,12 @@ def download(
 
 
 def _as_jsonl(table: Path, target: Path) -> Path:
-    """Write a table of captions and addresses anew: img2dataset would take a caption's quotation marks for its own."""
+    """Rewrite a table of captions and URLs as JSON lines: img2dataset would parse quotation marks in a caption."""
     header, caption, width = columns(table)
     if width != 2:
-        raise DataError(f"{table}: lines of a caption and a web address, split by a tab, are asked for.")
+        raise DataError(f"{table}: expected lines with a caption and a URL, separated by a tab.")
     aside = target.with_suffix(".tmp")
-    with aside.open("w", encoding="utf-8") as file:  # line by line: there are tables of twelve million
+    with aside.open("w", encoding="utf-8") as file:  # line by line, since tables can have twelve million rows
         for number, line in enumerate(lines_of(table)):
             cells = line.split("\t")
             if len(cells) == 2 and not (header and number == 0):

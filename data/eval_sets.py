@@ -1,4 +1,4 @@
-"""What is evaluated: retrieval for sources with captions, zero-shot classification for sources with classes."""
+"""Evaluation sets: retrieval for sources with captions, zero-shot classification for sources with classes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ log = logging.getLogger("clipress.data")
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A source and, when its pictures are labelled, its classes."""
+    """A source and, if its images are labelled, its classes."""
 
     source: Source
     classes: Classes | None
     seen: frozenset[int] = frozenset()
-    """Classes that training saw, for generalised zero-shot."""
+    """Labels of the classes seen in training, for generalised zero-shot."""
 
     @property
     def name(self) -> str:
         return self.source.name
 
     def pixel_batches(self, preprocess: Preprocess, batch: int = 64) -> Iterator[np.ndarray]:
-        """Yield the pictures as float32 [<=batch, 3, S, S], in order."""
+        """Yield the images as float32 [<=batch, 3, S, S], in order."""
         for start in range(0, len(self.source), batch):
             stop = min(start + batch, len(self.source))
             yield normalised(
@@ -47,7 +47,7 @@ class EvalSet:
         return texts, np.asarray(owner, np.int64)
 
     def labels(self) -> np.ndarray:
-        """Return the class of every picture, int64 [N]."""
+        """Return the class of every image, int64 [N]."""
         return np.asarray([self.source.group(i) for i in range(len(self.source))], np.int64)
 
 
@@ -61,20 +61,22 @@ def evalsets(specs: Sequence[SourceSpec]) -> list[EvalSet]:
 
 
 def _seen(spec: SourceSpec, classes: Classes | None) -> frozenset[int]:
-    """Return the labels of the classes a recipe calls seen; a name that two classes share stands for both."""
+    """Return the labels of the recipe's seen classes; a name shared by two classes means both."""
     names = classes.names if classes else ()
     for name in spec.seen:
         if name not in names:
-            hint = nearest(name, names) if names else " It has no classes."
-            raise DataError(f"data: '{spec.name or spec.format}' was asked for the seen class '{name}'.{hint}")
+            hint = nearest(name, names) if names else " The source has no classes."
+            raise DataError(
+                f"data: source '{spec.name or spec.format}' has no class '{name}', which 'seen' lists.{hint}"
+            )
     return frozenset(label for label, name in enumerate(names) if name in spec.seen)
 
 
 def probe_sets(tests: Sequence[SourceSpec], trains: Sequence[SourceSpec]) -> list[tuple[EvalSet, EvalSet]]:
-    """Return (training set, test set) of every evaluation set that a linear probe can be fitted for.
+    """Return (training set, test set) for every evaluation set that a linear probe can be fitted for.
 
-    That is a training source of the same name, or else of the same format, with the same classes. A set without one is
-    left out with a warning; DataError when none is left.
+    The training set has the same classes and the same format, and preferably the same name. Sets without one are
+    skipped with a warning; DataError when none is left.
     """
     pairs = []
     for test_spec, test in zip(tests, evalsets(tests), strict=True):
@@ -86,10 +88,10 @@ def probe_sets(tests: Sequence[SourceSpec], trains: Sequence[SourceSpec]) -> lis
         if train := next(found, None):
             pairs.append((train, test))
         else:
-            log.warning("%s: no linear probe; no training source has its format and its classes.", test.name)
+            log.warning("%s: no linear probe, since no training source has the same format and classes.", test.name)
     if not pairs:
         raise DataError(
-            "A linear probe was asked for; no evaluation set with classes has a training source of the same format and "
-            "classes. Name one under data.train."
+            "linear probe: no evaluation set with classes has a training source of the same format and classes. "
+            "Add one to data.train."
         )
     return pairs

@@ -1,18 +1,18 @@
-"""Choose the pictures that a teacher finds nearest to a list of prompts, without near-duplicates.
+"""Choose the images nearest to a list of prompts by a teacher's embeddings, without near-duplicates.
 
-This is how unlabelled pictures are gathered for a student of a few classes: see NVIDIA's clip-distillation, which
-searches LAION by its prompts.
+This collects unlabelled images to train a student for a few classes, as NVIDIA's clip-distillation does with LAION.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
-from clipress.data.bad_records import Broken, BrokenRecords
+from clipress.data.bad_records import BadRecord, BadRecords
+from clipress.data.prefetch import map_ahead
 from clipress.data.sources import Source
 from clipress.data.transforms import Preprocess, fitted, normalised
 from clipress.errors import DataError
@@ -24,7 +24,7 @@ Encoder = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Chosen:
-    """A picture that was kept: its index, its cosine with the nearest prompt, and which prompt that is."""
+    """An image that was kept: its index, its cosine with the nearest prompt, and the index of that prompt."""
 
     index: int
     score: float
@@ -39,32 +39,32 @@ def embeddings(
     threads: int = 1,
     done: Callable = int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encode every picture that can be read: unit embeddings float32 [N, D] and their indices int64 [N].
+    """Encode every image that can be read: unit embeddings float32 [N, D] and their indices int64 [N].
 
-    `done` is called with the number of pictures after every batch. Raises DataError when too many cannot be read.
+    `done` is called with the number of images after every batch. Raises DataError when too many cannot be read.
     """
-    records, parts, indices = BrokenRecords(), [], []
+    records, parts, indices = BadRecords(), [], []
 
-    def look(index: int) -> np.ndarray | Broken:
+    def decode(index: int) -> np.ndarray | BadRecord:
         try:
             return fitted(source.image(index), preprocess)
         except DataError as error:
-            return Broken(source.name, index, str(error))
+            return BadRecord(source.name, index, str(error))
 
-    with ThreadPoolExecutor(threads) as pool:  # decoding lets other threads run
-        for start in range(0, len(source), batch):
-            wanted = range(start, min(start + batch, len(source)))
-            views = list(pool.map(look, wanted))
-            broken = [view for view in views if isinstance(view, Broken)]
-            records.see(len(wanted) - len(broken), broken)
-            whole = [(index, view) for index, view in zip(wanted, views, strict=True) if not isinstance(view, Broken)]
-            if whole:
-                pixels = normalised(np.stack([view for _, view in whole]), preprocess)
-                parts.append(np.asarray(encode_image(pixels), np.float32))
-                indices += [index for index, _ in whole]
-            done(len(wanted))
+    decoded = map_ahead(decode, range(len(source)), threads, batch)
+    for start in range(0, len(source), batch):
+        items = range(start, min(start + batch, len(source)))
+        views = dict(zip(items, islice(decoded, len(items)), strict=True))
+        bad = [view for view in views.values() if isinstance(view, BadRecord)]
+        records.count(len(items) - len(bad), bad)
+        good = {index: view for index, view in views.items() if not isinstance(view, BadRecord)}
+        if good:
+            pixels = normalised(np.stack(list(good.values())), preprocess)
+            parts.append(np.asarray(encode_image(pixels), np.float32))
+            indices += good
+        done(len(items))
     if not parts:
-        raise DataError(f"data: no picture of source '{source.name}' can be read.")
+        raise DataError(f"data: no image of source '{source.name}' can be read. Check its paths.")
     return np.concatenate(parts), np.asarray(indices, np.int64)
 
 
@@ -73,8 +73,8 @@ def nearest_to_prompts(
 ) -> list[Chosen]:
     """Return the `count` best of images [N, D] by their largest cosine with prompts [P, D], best first.
 
-    Both are of unit length. With `near_duplicates`, a picture is left out when its cosine with a better one that was
-    kept is that large or larger. Equal scores keep the order of the images.
+    All rows are unit vectors. With `near_duplicates`, an image is left out when its cosine with a better image that was
+    kept is at least that. Equal scores keep the order of the images.
     """
     scores, which = _largest_cosine(images, prompts)
     order = np.argsort(-scores, kind="stable")
@@ -94,13 +94,13 @@ def _largest_cosine(images: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray
     for start in range(0, len(images), BLOCK):
         cosines = images[start : start + BLOCK] @ prompts.T
         if not np.isfinite(cosines).all():
-            raise DataError("data: the model gave embeddings that are not finite; nothing can be ranked by them.")
+            raise DataError("data: the model's embeddings are not finite, so images cannot be ranked. Check the model.")
         scores[start : start + BLOCK], which[start : start + BLOCK] = cosines.max(1), cosines.argmax(1)
     return scores, which
 
 
 def _without_near(block: np.ndarray, kept: np.ndarray, threshold: float) -> np.ndarray:
-    """Return which rows of a block [B, D], best first, are near to none that is kept, be it before or in the block."""
+    """Return which rows of a block [B, D], best first, are near to no row kept before, in or ahead of the block."""
     free = np.ones(len(block), bool)
     for start in range(0, len(kept), BLOCK):
         free &= (block @ kept[start : start + BLOCK].T < threshold).all(1)
@@ -112,6 +112,6 @@ def _without_near(block: np.ndarray, kept: np.ndarray, threshold: float) -> np.n
 
 
 def table(paths: Sequence[str], chosen: Sequence[Chosen], prompts: Sequence[str]) -> str:
-    """Return the list as TSV, `filepath`, `score` and `prompt`; the `images` format reads it."""
+    """Return the choice as TSV with `filepath`, `score` and `prompt`; the `images` format reads it."""
     rows = [f"{paths[pick.index]}\t{pick.score:.6f}\t{prompts[pick.prompt]}" for pick in chosen]
     return "\n".join(["filepath\tscore\tprompt", *rows]) + "\n"

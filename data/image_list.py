@@ -1,7 +1,7 @@
-"""Pictures under names of their own, without captions: those in a folder, or those in webdataset shards.
+"""Named images without captions, from a folder or from webdataset shards.
 
-A name says where a picture is: `photos/cats/1.jpg`, or `shards/00000.tar/000000012` for a record of a shard. Names start
-with the path that was given, so that pictures of several folders do not clash.
+A name is the path of an image: `photos/cats/1.jpg`, or `shards/00000.tar/000000012` for a record of a shard. Names start
+with the given path, so that images of several folders do not clash.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from clipress.data.formats import images
-from clipress.data.formats.files import Files, judge, pictures_under
+from clipress.data.formats.files import Files, images_under, report_skipped
 from clipress.data.formats.webdataset import bytes_at, index_of, names_of, shard_paths
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import open_image
@@ -22,29 +22,30 @@ from clipress.errors import DataError
 from clipress.recipe import digest
 
 
-class Pictures(Protocol):
-    """Pictures in a fixed order. One that cannot be read raises DataError from `image`."""
+class ImageList(Protocol):
+    """Images in a fixed order. `image` raises DataError for one that cannot be read."""
 
     where: str
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> Image.Image: ...
     def name(self, index: int) -> str: ...
-    def stamp(self, items: range) -> str: ...  # a hash of the items' names, sizes and times of change
+    def stamp(self, items: range) -> str: ...  # a hash of the items' names, sizes and modification times
 
 
-def open_pictures(where: str) -> Pictures:
-    """Open a folder of pictures, a folder of shards, or shards by a pattern such as `dir/{00000..00003}.tar`.
+def open_images(where: str) -> ImageList:
+    """Open a folder of images, a folder of shards, or shards by a pattern such as `dir/{00000..00003}.tar`.
 
-    Raises DataError when there is nothing to read, and when a folder holds both.
+    Raises DataError when there is nothing to read, and when a folder holds both images and shards.
     """
     if not where.endswith(".tar"):
         folder = Path(where)
         if not any(folder.glob("*.tar")):
             return _in_folder(folder)
-        if stray := next(pictures_under(folder), None):
+        if stray := next(images_under(folder), None):
             raise DataError(
-                f"{where} holds shards and pictures, such as {stray}. Name the shards alone, as {where}/{{00000..00009}}.tar"
+                f"{where}: expected images or shards, found both (such as {stray}). Pass the shards alone, as "
+                f"{where}/{{00000..00009}}.tar"
             )
     return _in_shards(where)
 
@@ -64,15 +65,13 @@ class _Folder:
         return str(Path(self.where) / self.files.paths[index])
 
     def stamp(self, items: range) -> str:
-        return digest([(self.name(item), _change_of(self.files.root / self.files.paths[item])) for item in items])
+        return digest([(self.name(item), _state_of(self.files.root / self.files.paths[item])) for item in items])
 
 
 def _in_folder(folder: Path) -> _Folder:
     files = images.read(SourceSpec(format="images", images=folder))
     if len(files) == 0:
-        raise DataError(
-            f"Pictures were asked for under {folder}; there is none (.jpg, .png, .webp, .bmp), and no shard."
-        )
+        raise DataError(f"{folder}: expected images (.jpg, .png, .webp, .bmp) or shards (.tar), found none.")
     return _Folder(str(folder), files)
 
 
@@ -81,7 +80,7 @@ class _Shards:
     where: str
     paths: list[Path]
     first: np.ndarray
-    """The first record of every shard, and the number of all: int64 [shards + 1]."""
+    """First record of each shard, and the total: int64 [shards + 1]."""
     places: np.ndarray
     """Byte offset and size: int64 [N, 2]."""
     names: list[str]
@@ -100,7 +99,7 @@ class _Shards:
 
     def stamp(self, items: range) -> str:
         shards = {self._shard(item): None for item in items}
-        return digest([self.name(item) for item in items], [_change_of(shard) for shard in shards])
+        return digest([self.name(item) for item in items], [_state_of(shard) for shard in shards])
 
     def _shard(self, index: int) -> Path:
         return self.paths[int(np.searchsorted(self.first, index, side="right")) - 1]
@@ -111,19 +110,19 @@ def _in_shards(where: str) -> _Shards:
     counts, places, names, total = [], [], [], 0
     for path in paths:
         members = index_of(path)
-        there = members["image"][:, 1] > 0
-        places.append(members["image"][there])
-        names += [name for name, one in zip(names_of(members), there, strict=True) if one]
+        has_image = members["image"][:, 1] > 0
+        places.append(members["image"][has_image])
+        names += [name for name, usable in zip(names_of(members), has_image, strict=True) if usable]
         counts.append(len(places[-1]))
-        total += len(there)
-    judge(where, total, total - sum(counts), "not every record has a picture")
+        total += len(has_image)
+    report_skipped(where, total, total - sum(counts), "a record without an image")
     if not names:
-        raise DataError(f"Pictures were asked for in {where}; no record has one.")
+        raise DataError(f"{where}: expected records with an image, found none.")
     return _Shards(where, paths, np.cumsum([0, *counts]), np.concatenate(places), names)
 
 
-def _change_of(path: Path) -> tuple[int, int]:
-    """Return a file's size and time of change; zeros where there is none, which reading it will tell."""
+def _state_of(path: Path) -> tuple[int, int]:
+    """Return a file's size and modification time; zeros if it is missing, which reading it will report."""
     try:
         known = path.stat()
     except (OSError, ValueError):

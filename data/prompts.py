@@ -1,4 +1,4 @@
-"""Class lists and prompt templates, in the spellings that others' files use."""
+"""Class lists and prompt templates, in the spellings used by open_clip, ImageNet and others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WNID_LINE = re.compile(r"(n\d{8})\s+(\S.*)")
 
 @dataclass(frozen=True)
 class ClassList:
-    """Names in label order, and the WordNet ids that class folders are called by, if the list has them."""
+    """Class names in label order, with the WordNet ids that name their folders, if the list has them."""
 
     names: tuple[str, ...]
     wnids: tuple[str, ...] | None = None
@@ -38,14 +38,16 @@ def read_classes(source: Path) -> ClassList:
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Raise DataError for labels that cannot be chosen from: none, blank ones, one that is there twice."""
+    """Raise DataError for an empty list, blank labels and repeated labels."""
     if not labels:
-        raise DataError("Labels to choose from were asked for; none was found. Give at least one name.")
+        raise DataError("labels: expected at least one name, found none.")
     if not all(label.strip() for label in labels):
-        raise DataError("Each label must be a name; a blank one was found. Take it out.")
+        raise DataError("labels: expected names, found a blank one. Remove it.")
     twice = sorted(label for label, count in Counter(labels).items() if count > 1)
     if twice:
-        raise DataError(f"Each label must be there once; found more than once: {', '.join(twice)}. Take them out.")
+        raise DataError(
+            f"labels: expected distinct names, found repeated ones: {', '.join(twice)}. Remove the repetitions."
+        )
 
 
 def read_templates(given: str | Sequence[str]) -> tuple[str, ...]:
@@ -65,15 +67,15 @@ def _template(text: str) -> str:
     plain = _PLACEHOLDER.sub("{}", text)
     if plain.count("{}") != 1 or re.search(r"[{}]", plain.replace("{}", "")):
         raise DataError(
-            f"Template {text!r}: one place for the class name is asked for, written {{}}, {{c}} or {{label}}. "
-            "`openai` and `simple` name open_clip's lists."
+            f"Template {text!r}: expected one placeholder for the class name, written {{}}, {{c}} or {{label}}. "
+            "`openai` and `simple` select open_clip's lists."
         )
     return plain
 
 
 def prompts_by_class(names: Sequence[str], templates: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Return every class with its prompts, in label order; a name may occur twice."""
-    return [(name, [template.format(name) for template in templates]) for name in names]
+    """Return every class with its prompts, in label order; a name may occur twice, and may contain braces."""
+    return [(name, [template.replace("{}", name) for template in templates]) for name in names]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -87,7 +89,7 @@ def read_prompts(path: Path) -> list[str]:
     rows = found.values() if isinstance(found, dict) else [found]
     prompts = [text for row in rows for text in (row if isinstance(row, list) else [row])]
     if not prompts or not all(isinstance(text, str) and text.strip() for text in prompts):
-        raise DataError(f"{path}: a list of prompts is asked for, or a mapping from classes to such lists.")
+        raise DataError(f"{path}: expected a list of prompts, or a mapping from classes to lists of prompts.")
     return prompts
 
 
@@ -95,8 +97,8 @@ def _lines(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} was asked for, and cannot be read: {error}.") from None
+        raise DataError(f"{path} cannot be read: {error}.") from None
     lines = [line for line in lines if line]
     if not lines:
-        raise DataError(f"{path}: one entry per line is asked for; it holds none.")
+        raise DataError(f"{path}: expected one entry per line, found none.")
     return lines

@@ -1,10 +1,10 @@
-"""*scenes*: drawn pictures of two or three objects, each with five differently worded captions.
+"""*scenes*: drawn images of two or three objects, each with five differently worded captions.
 
 A description is (layout, background, objects); an object is (shape, colour, size). No description occurs twice, so
-retrieval has one right answer, and train / val / test share none. What is not described varies: position within the
-slot, shade, brightness and noise.
+retrieval has one right answer, and train / val / test share none. Everything else varies: position within the slot,
+shade, brightness and noise.
 
-The bytes depend on the seed alone: the random source is `numpy.random.RandomState`, whose stream is frozen (NEP 19),
+The bytes depend on the seed alone: random numbers come from `numpy.random.RandomState`, whose stream is frozen (NEP 19),
 and drawing uses integers only.
 """
 
@@ -47,13 +47,13 @@ class Scene:
 
 
 def descriptions() -> int:
-    """Return how many distinct descriptions exist."""
+    """Return the number of distinct descriptions."""
     kinds = len(SHAPES) * len(COLOURS) * len(SIZES)
     return sum(len(BACKGROUNDS) * kinds ** len(slots) for slots in LAYOUTS.values())
 
 
-def _random_scene(rng: np.random.RandomState) -> Scene:
-    # Half the pictures have three objects; each two-object layout has a quarter.
+def random_scene(rng: np.random.RandomState) -> Scene:
+    """Return a random description; half of them have three objects, and each two-object layout has a quarter."""
     layout = ("trio", "trio", "beside", "stacked")[rng.randint(4)]
     objects = tuple(
         (SHAPES[rng.randint(len(SHAPES))], list(COLOURS)[rng.randint(len(COLOURS))], list(SIZES)[rng.randint(2)])
@@ -68,7 +68,7 @@ def scenes(seed: int = 0) -> dict[str, tuple[Scene, ...]]:
     rng = np.random.RandomState(seed)
     unique: dict[Scene, None] = {}
     while len(unique) < sum(SPLITS.values()):
-        unique.setdefault(_random_scene(rng))
+        unique.setdefault(random_scene(rng))
     drawn, splits, start = tuple(unique), {}, 0
     for split in ("test", "val", "train"):  # the test set stays the same when the training set grows
         splits[split] = drawn[start : start + SPLITS[split]]
@@ -77,7 +77,7 @@ def scenes(seed: int = 0) -> dict[str, tuple[Scene, ...]]:
 
 
 def captions(scene: Scene) -> tuple[str, ...]:
-    """Return the five captions of a scene; each tells all of it."""
+    """Return the five captions of a scene; each describes all of it."""
     slots = [name for name, _ in LAYOUTS[scene.layout]]
     things = [f"{size} {colour} {shape}" for shape, colour, size in scene.objects]
     big = {"small": "little", "large": "big"}
@@ -100,7 +100,7 @@ _Y, _X = np.mgrid[0 : 2 * SIZE, 0 : 2 * SIZE].astype(np.int64)
 
 
 def _covered(shape: str, centre: tuple[int, int], radius: int) -> np.ndarray:
-    """Return where a shape lies on the double-size grid: bool [64, 64]."""
+    """Return the mask of a shape on the double-size grid: bool [64, 64]."""
     dx, dy = _X - centre[0], _Y - centre[1]
     if shape == "circle":
         return dx * dx + dy * dy <= radius * radius

@@ -43,7 +43,7 @@ class Classes:
 
     def prompts(self, label: int) -> tuple[str, ...]:
         """Return the prompts of one class."""
-        return tuple(template.format(self.names[label]) for template in self.templates)
+        return tuple(template.replace("{}", self.names[label]) for template in self.templates)
 
 
 FORMATS: Registry[Callable[[SourceSpec], Source]] = Registry("data format", "clipress.data.formats")

@@ -1,8 +1,8 @@
-"""Text -> token ids, the same as open_clip's. An artefact names its tokenizer in a small mapping.
+"""Text -> token ids, the same as open_clip's. An artifact describes its tokenizer in a small mapping.
 
-The usual one, CLIP's byte-pair encoding (Radford et al. 2021), is put together here from open_clip's vocabulary and
-Hugging Face's `tokenizers`: open_clip's own brings torch, which a server has no other use for, keeps every word it has
-seen, and takes time that grows with the square of a word's length.
+CLIP's byte-pair encoding (Radford et al. 2021) is built here from open_clip's vocabulary and Hugging Face's
+`tokenizers`: open_clip's own implementation imports torch, caches every word it has seen, and takes time quadratic in
+the length of a word.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import numpy as np
 from clipress.errors import ArtifactError, BackendMissing
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
-MAX_LENGTH = 1 << 13  # ids of a text
-MAX_LETTERS = 1 << 17  # of a text; what comes after is not looked at
-LETTERS = 64  # per id, where open_clip's own tokenizer works, which costs their square: twice what any token has
+MAX_LENGTH = 1 << 13  # ids per text
+MAX_LETTERS = 1 << 17  # per text; the rest is ignored
+LETTERS = 64  # per id, for open_clip's own tokenizer, which is quadratic; twice the longest token
 KNOWN = {"clean", "strip_sep_token", "language", "tokenizer_mode", "additional_special_tokens", "reduction_mask"}
-"""What an artefact may say of its tokenizer; other keys of transformers' could download and run code."""
+"""Tokenizer settings that an artifact may have; other settings of transformers could download and run code."""
 CLIP_BPE = "clip-bpe"
-MERGES = 49_152 - 256 - 2  # of the vocabulary file, which has more
+MERGES = 49_152 - 256 - 2  # used from the vocabulary file, which has more
 SPECIAL = ("<start_of_text>", "<end_of_text>")
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def tokenizer_spec(architecture: dict[str, Any]) -> dict[str, Any]:
-    """Return what an artefact must remember of its tokenizer: name and context length."""
+    """Return the tokenizer description for an artifact: name, context length and settings."""
     text = architecture["text_cfg"]
     name = text.get("hf_tokenizer_name") or CLIP_BPE
     return {
@@ -44,24 +44,24 @@ def tokenizer_spec(architecture: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_spec(spec: Mapping[str, Any]) -> None:
-    """Raise ArtifactError for a tokenizer that is not described, or by keys that could run code."""
+    """Raise ArtifactError for an incomplete tokenizer description, or one with settings that could run code."""
     name, length, kwargs = spec.get("name"), spec.get("context_length"), spec.get("kwargs") or {}
     if not (
         isinstance(name, str) and isinstance(length, int) and isinstance(kwargs, dict) and 2 <= length <= MAX_LENGTH
     ):
         raise ArtifactError(
-            f"A tokenizer's name and a context_length of 2 to {MAX_LENGTH:,} are asked for, found {spec!r:.200}."
+            f"tokenizer: expected a name and a context_length of 2 to {MAX_LENGTH:,}, found {spec!r:.200}."
         )
     if strange := sorted(kwargs.keys() - KNOWN):
         raise ArtifactError(
-            f"Tokenizer '{name}' is given {', '.join(strange)}, which could run code; known: {', '.join(sorted(KNOWN))}."
+            f"Tokenizer '{name}' has the settings {', '.join(strange)}, which could run code. Allowed: {', '.join(sorted(KNOWN))}."
         )
 
 
 def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenize:
-    """Return a function from texts to int64 ids [N, context_length]; a text that is too long is cut, its end kept.
+    """Return a function from texts to int64 ids [N, context_length]; a long text is truncated, its end token kept.
 
-    Raises ArtifactError for a tokenizer that cannot be made, BackendMissing where transformers is asked for and missing.
+    Raises ArtifactError for a tokenizer that cannot be built, BackendMissing if it needs transformers and that is missing.
     """
     check_spec(spec)
     name, length, kwargs = spec["name"], spec["context_length"], spec.get("kwargs") or {}
@@ -73,9 +73,9 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenize:
         made = SimpleTokenizer if name == CLIP_BPE else partial(HFTokenizer, name)
         tokenizer = made(context_length=length, **kwargs)
     except ModuleNotFoundError as error:
-        raise BackendMissing(f"Tokenizer '{name}' needs {error.name}; do: pip install {error.name}") from None
+        raise BackendMissing(f"Tokenizer '{name}' requires {error.name}. Run: pip install {error.name}") from None
     except (OSError, TypeError, ValueError, AssertionError) as error:
-        raise ArtifactError(f"Tokenizer '{name}' cannot be made of {kwargs}: {error!s:.300}.") from None
+        raise ArtifactError(f"Tokenizer '{name}' cannot be built with {kwargs}: {error!s:.300}.") from None
     return lambda texts: tokenizer([_cut(text, length * LETTERS) for text in texts], context_length=length).numpy()
 
 
@@ -126,5 +126,5 @@ def _symbols_of_bytes() -> dict[int, str]:
 
 
 def _vocabulary_file() -> str:
-    package = find_spec("open_clip")  # found, and not imported: that would bring torch
+    package = find_spec("open_clip")  # found without importing it, which would import torch
     return gzip.decompress(Path(package.origin).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()

@@ -20,18 +20,18 @@ from clipress.recipe import Section
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_PIXELS = 128_000_000  # a larger picture is refused before it is decoded
-MAX_ASPECT = 100  # a thinner one grows without bounds as its short side is made to fit
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none of those that start other programs
+MAX_PIXELS = 128_000_000  # larger images are refused before decoding
+MAX_ASPECT = 100  # thinner images would become huge when their short side is resized
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none of them starts another program
 Library = Literal["pillow", "torch"]
-"""What resizes: pillow gives open_clip's pixels; torch is nearly twice as fast and at most one level off."""
+"""Resizing library: pillow gives open_clip's pixels; torch is nearly twice as fast, within one level."""
 Positive = Annotated[float, Field(gt=0)]
 Part = Annotated[float, Field(gt=0, le=1)]
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class Preprocess(Section):
-    """How a picture becomes a tensor; the keys are open_clip's."""
+    """How an image becomes a tensor; the keys are open_clip's."""
 
     size: int = Field(ge=1, le=1 << 13)
     """Height and width in pixels."""
@@ -39,51 +39,55 @@ class Preprocess(Section):
     std: tuple[Positive, Positive, Positive] = OPENAI_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "squash", "longest"] = "shortest"
-    """shortest: fill and crop the centre; squash: ignore the aspect; longest: fit and pad."""
+    """shortest: resize the short side and crop the centre; squash: ignore the aspect; longest: fit and pad."""
     fill_color: int = Field(0, ge=0, le=255)
 
 
 class Augment(Section):
-    """Training-time variation, drawn per picture from (seed, source, epoch, index)."""
+    """Training augmentation, drawn per image from (seed, source, epoch, index)."""
 
     shift: int = Field(0, ge=0, le=1 << 10)
-    """Move by up to so many pixels each way; the border is repeated."""
+    """Shift by up to this many pixels each way; the border is repeated."""
     crop_scale: tuple[Part, Part] | None = None
-    """Crop a random part of this range of areas, aspect 3/4 to 4/3, before resizing."""
+    """Crop a random region before resizing: range of its area, as a fraction; its aspect is 3/4 to 4/3."""
     flip: bool = False
-    """Mirror every other picture. Not for captions that say left and right."""
+    """Mirror half of the images. Unsuitable for captions that mention left and right."""
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:
-    """Open a picture from a path or bytes as RGB, upright. Raises DataError for anything that is no picture."""
+    """Open an image from a path or bytes as upright RGB. Raises DataError if it cannot be decoded."""
     name = "the given bytes" if isinstance(source, bytes) else str(source)
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
-            raise DataError(f"{name} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded.")
+            raise DataError(
+                f"{name}: expected at most {MAX_PIXELS:,} pixels, found {image.width} x {image.height} pixels."
+            )
         if max(image.size) > MAX_ASPECT * min(image.size):
-            raise DataError(f"{name} has {image.width} x {image.height} pixels; it is thinner than 1 to {MAX_ASPECT}.")
+            raise DataError(
+                f"{name}: expected an aspect of at most {MAX_ASPECT} to 1, found {image.width} x {image.height} pixels."
+            )
         return _rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:  # Pillow's own limit comes first
-        raise DataError(f"{name} has too many pixels: {error} At most {MAX_PIXELS:,} are decoded.") from None
+        raise DataError(f"{name}: expected at most {MAX_PIXELS:,} pixels. {error}") from None
     except FileNotFoundError:
-        raise DataError(f"Image {name} was asked for, and there is no such file.") from None
+        raise DataError(f"{name}: no such file.") from None
     except DataError:
         raise
     except Exception as error:  # arbitrary bytes can fail anywhere in a decoder
-        why = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"{name} is not a picture that can be decoded: {why}. Give a JPEG, PNG or WebP file.") from None
+        why = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{name} is not a readable image: {why}. Use JPEG, PNG or WebP files.") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB. Pillow cuts 16-bit grey off at 255, which makes it white; its high byte is the picture."""
+    """Convert any mode to RGB. Of 16-bit grey the high byte is kept: Pillow would clip it at 255, that is, to white."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65_535) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
 def resized(image: Image.Image, preprocess: Preprocess, library: Library = "pillow") -> np.ndarray:
-    """Resize and crop as in evaluation: uint8 [S, S, 3]."""
+    """Resize and crop for evaluation: uint8 [S, S, 3]."""
     size = preprocess.size
     width, height = image.size
     if preprocess.resize_mode == "squash":
@@ -106,7 +110,7 @@ def _scaled(
     library: Library,
     box: tuple[int, int, int, int] | None = None,
 ) -> Image.Image:
-    """Resize a picture, or a part of it, to (width, height); nothing outside the part is looked at, as in torchvision."""
+    """Resize an image, or a region of it, to (width, height); pixels outside the region are not used, as in torchvision."""
     image = image if box is None else image.crop(box)
     if library == "pillow":
         return image.resize(size, _FILTERS[preprocess.interpolation])
@@ -121,7 +125,7 @@ def _scaled(
 
 
 def _centred(image: Image.Image, size: int, fill: int) -> Image.Image:
-    """Cut what is too large and pad what is too small, around the centre, rounding as torchvision does."""
+    """Crop or pad each side to `size` around the centre, rounding as torchvision does."""
     left, top = (max(round((side - size) / 2.0), 0) for side in image.size)
     cut = image.crop((left, top, left + min(size, image.width), top + min(size, image.height)))
     if cut.size == (size, size):
@@ -133,18 +137,18 @@ def _centred(image: Image.Image, size: int, fill: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class View:
-    """How a training picture is looked at, in plain numbers: what a generator draws differs between versions."""
+    """How a training image is viewed, in plain numbers: a random generator's draws differ between versions."""
 
     box: tuple[int, int, int, int] | None = None
-    """left, top, right, bottom of the part taken, in pixels of the source; None: as in evaluation."""
+    """left, top, right, bottom of the region, in pixels of the source; None: the evaluation crop."""
     shift: tuple[int, int] = (0, 0)
-    """(down, right): how far the window is moved after resizing, in pixels; the border is repeated."""
+    """(down, right): shift of the window after resizing, in pixels; the border is repeated."""
     flip: bool = False
-    """Mirrored, last of all."""
+    """Whether the result is mirrored."""
 
 
 def drawn_view(size: tuple[int, int], augment: Augment, rng: np.random.Generator) -> View:
-    """Draw the view of a picture that has `size` (width, height)."""
+    """Draw a random view for an image of `size` (width, height)."""
     box = None if augment.crop_scale is None else _random_box(size, augment.crop_scale, rng)
     shift = (0, 0)
     if augment.shift:
@@ -155,7 +159,7 @@ def drawn_view(size: tuple[int, int], augment: Augment, rng: np.random.Generator
 def viewed(
     image: Image.Image | np.ndarray, preprocess: Preprocess, view: View, library: Library = "pillow"
 ) -> np.ndarray:
-    """Return a picture as a view shows it: uint8 [S, S, 3]."""
+    """Return an image in a given view: uint8 [S, S, 3]."""
     if view.box is not None:
         image = image if isinstance(image, Image.Image) else Image.fromarray(image)
         image = _scaled(image, (preprocess.size, preprocess.size), preprocess, library, view.box)
@@ -171,7 +175,7 @@ def viewed(
 
 
 def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
-    """Return (width, height) of a picture."""
+    """Return (width, height) of an image."""
     return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
 
 
@@ -182,7 +186,7 @@ def augmented(
     rng: np.random.Generator,
     library: Library = "pillow",
 ) -> np.ndarray:
-    """Return one training view that is drawn now: uint8 [S, S, 3]."""
+    """Return an image in a random view: uint8 [S, S, 3]."""
     return viewed(image, preprocess, drawn_view(size_of(image), augment, rng), library)
 
 
@@ -203,7 +207,7 @@ def _random_box(
 
 
 def fitted(image: Image.Image | np.ndarray, preprocess: Preprocess, library: Library = "pillow") -> np.ndarray:
-    """Return the evaluation view, uint8 [S, S, 3]; pixels that have the right size already are passed through."""
+    """Return the evaluation view, uint8 [S, S, 3]; an array of the right size is returned as it is."""
     if isinstance(image, np.ndarray):
         if image.shape == (preprocess.size, preprocess.size, 3):
             return image
@@ -215,7 +219,7 @@ def normalised(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
     """Turn uint8 [..., S, S, 3] into the model's input, float32 [..., 3, S, S]."""
     mean, std = np.asarray(preprocess.mean, np.float32), np.asarray(preprocess.std, np.float32)
     values = np.empty((*pixels.shape[:-3], 3, *pixels.shape[-3:-1]), np.float32)
-    for channel in range(3):  # plane by plane: four times as fast as all at once, and the same bits
+    for channel in range(3):  # channel by channel is four times as fast as all at once, with the same bits
         plane = values[..., channel, :, :]
         np.divide(pixels[..., channel], np.float32(255), out=plane, dtype=np.float32)
         plane -= mean[channel]
@@ -224,11 +228,13 @@ def normalised(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
 
 
 def preprocess_from_open_clip(cfg: dict[str, Any]) -> Preprocess:
-    """Read open_clip's preprocess_cfg, whose size may be one number or (height, width)."""
+    """Read open_clip's preprocess_cfg, whose size is one number or (height, width)."""
     size = cfg["size"]
     if not isinstance(size, int):
         if len(set(size)) != 1:
-            raise DataError(f"clipress works on square pictures; this model wants {tuple(size)} pixels.")
+            raise DataError(
+                f"preprocess: expected a square image size, found {tuple(size)} pixels. clipress supports square images only."
+            )
         size = size[0]
     known = {key: cfg[key] for key in Preprocess.model_fields.keys() & cfg.keys()}
     return Preprocess(**{**known, "size": int(size)})

@@ -25,15 +25,15 @@ import numpy as np
 import onnx
 
 from clipress.data.eval_sets import EvalSet
-from clipress.data.prompts import check_labels, prompts_by_class, read_classes, read_templates
+from clipress.data.prompts import check_labels, read_classes, read_templates
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.export import merge as compose
 from clipress.export import metadata, parity
 from clipress.export.int8_graph import is_portable
 from clipress.export.precision import lower
 from clipress.export.settings import OnnxSettings
-from clipress.metrics.retrieval import finite
-from clipress.metrics.zeroshot import class_embeddings
+from clipress.metrics.classify import softmax
+from clipress.metrics.zeroshot import embed_labels
 from clipress.runtime.export_folder import Exported, read_export
 from clipress.runtime.onnx_session import self_test_of
 from clipress.storage import write_bytes_whole
@@ -77,9 +77,12 @@ def variants_from_export(folder: Path, settings: OnnxSettings, sets: Sequence[Ev
 def label_embeddings(exported: Exported, labels: Sequence[str], templates: Sequence[str]) -> np.ndarray:
     """Return one unit vector per label, float32 [C, D], by the export's text tower: the mean over the templates."""
     encode, tokenize = parity.runner(exported.onnx("text")), tokenizer_from_spec(exported.tokenizer.model_dump())
-    prompts = [prompt for _, texts in prompts_by_class(labels, templates) for prompt in texts]
-    parts = [encode(tokenize(prompts[start : start + PROMPTS])) for start in range(0, len(prompts), PROMPTS)]
-    return class_embeddings(finite(np.concatenate(parts), "text").reshape(len(labels), len(templates), -1))
+
+    def encode_all(prompts: Sequence[str]) -> np.ndarray:
+        parts = (prompts[start : start + PROMPTS] for start in range(0, len(prompts), PROMPTS))
+        return np.concatenate([encode(tokenize(part)) for part in parts])
+
+    return embed_labels(encode_all, labels, templates)
 
 
 def _wanted(exported: Exported, settings: OnnxSettings) -> list[Variant]:
@@ -119,9 +122,7 @@ def _classifier(
         image = parity.all_outputs(exported.onnx("image"))
 
         def by_towers(case: parity.Feeds) -> dict[str, np.ndarray]:
-            logits = scale * (image(case)["image_embeds"] @ classes.T)
-            weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-            return {"probabilities": weights / weights.sum(axis=1, keepdims=True)}
+            return {"probabilities": softmax(scale * (image(case)["image_embeds"] @ classes.T))}
 
         def check(path: Path) -> dict[str, float]:
             limits = _limits("fp32", scale)

@@ -1,16 +1,17 @@
-"""Run the metrics on evaluation sets through two encoders. Validation while training and bench both call this."""
+"""Evaluate two encoders on evaluation sets, for validation during training and for bench."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clipress.metrics.outcomes import Outcomes, percents
 from clipress.metrics.retrieval import retrieval
-from clipress.metrics.zeroshot import class_embeddings, classification, unit
+from clipress.metrics.zeroshot import classification, embed_labels, unit
 
 if TYPE_CHECKING:
     from clipress.data.eval_sets import EvalSet
@@ -23,19 +24,17 @@ Encoder = Callable[[np.ndarray], np.ndarray]
 
 
 def encode_all(encode: Encoder, batches: Iterable[np.ndarray]) -> np.ndarray:
-    """Encode batches and stack the unit embeddings: float32 [N, D]."""
+    """Encode batches and concatenate their unit embeddings: float32 [N, D]."""
     return unit(np.concatenate([np.asarray(encode(batch), np.float32) for batch in batches]))
 
 
-def classifier(encode_text: Encoder, tokenize: Callable, classes: Classes) -> np.ndarray:
-    """Return the text tower's classifier: unit float32 [C, D], one row per class, its prompts averaged."""
-    prompts = [text for label in range(len(classes.names)) for text in classes.prompts(label)]
-    texts = encode_texts(encode_text, tokenize, prompts)
-    return class_embeddings(texts.reshape(len(classes.names), len(classes.templates), -1))
+def embed_classes(encode_text: Encoder, tokenize: Callable, classes: Classes) -> np.ndarray:
+    """Return the text tower's zero-shot classifier: unit rows float32 [C, D], one per class."""
+    return embed_labels(partial(encode_texts, encode_text, tokenize), classes.names, classes.templates)
 
 
 def encode_texts(encode: Encoder, tokenize: Callable, texts: Sequence[str], batch: int = 256) -> np.ndarray:
-    """Tokenise and encode texts: float32 [N, D]. Equal texts are encoded once, so that they have equal embeddings."""
+    """Tokenise and encode texts: float32 [N, D]. Repeated texts are encoded once, so that their embeddings are equal."""
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     ids = tokenize(list(places))
     encoded = encode_all(encode, (ids[start : start + batch] for start in range(0, len(ids), batch)))
@@ -52,28 +51,28 @@ def evaluate(
 def evaluate_items(
     encode_image: Encoder, encode_text: Encoder, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Callable
 ) -> dict[str, Outcomes]:
-    """Return `{"<set>/<metric>": outcomes}`: zero-shot for sets with classes, retrieval both ways for the others.
+    """Return `{"<set>/<metric>": outcomes}`: zero-shot for sets with classes, retrieval in both directions for others.
 
-    Ties with wrong answers count against the model, and are told in a warning. Raises ArtifactError for embeddings that
-    are not finite.
+    Ties with wrong answers count against the model, with a warning. Raises ArtifactError for embeddings that are not
+    finite.
     """
     results: dict[str, Outcomes] = {}
     for evalset in sets:
         images = encode_all(encode_image, evalset.pixel_batches(preprocess))
         if evalset.classes is not None:
-            columns = classifier(encode_text, tokenize, evalset.classes)
-            found = classification(images, columns, evalset.labels(), evalset.seen)
-            _tell_ties(evalset.name, "top1", found)
+            classes = embed_classes(encode_text, tokenize, evalset.classes)
+            found = classification(images, classes, evalset.labels(), evalset.seen)
+            _warn_of_ties(evalset.name, "top1", found)
         else:
             captions, owner = evalset.texts()
             found = retrieval(images, encode_texts(encode_text, tokenize, captions), owner)
-            _tell_ties(evalset.name, "text_r1", found)
-            _tell_ties(evalset.name, "image_r1", found)
+            _warn_of_ties(evalset.name, "text_r1", found)
+            _warn_of_ties(evalset.name, "image_r1", found)
         results |= {f"{evalset.name}/{metric}": outcomes for metric, outcomes in found.items()}
     return results
 
 
-def _tell_ties(name: str, metric: str, found: dict[str, Outcomes]) -> None:
+def _warn_of_ties(name: str, metric: str, found: dict[str, Outcomes]) -> None:
     if tied := found[metric].tied:
         queries = len(found[metric].values)
-        log.warning("%s/%s: %d of %d queries tie with wrong answers, which are put first.", name, metric, tied, queries)
+        log.warning("%s/%s: %d of %d queries tie with wrong answers and count as misses.", name, metric, tied, queries)

@@ -1,8 +1,8 @@
-"""What a metric says of each item, and what follows: the figure, its standard error, the difference of two models.
+"""A metric's outcome per item, and what follows from it: its value, standard error, and the difference of two models.
 
-A figure is a few means put together: one mean (top-1), the average of one per class (mean-per-class recall), the harmonic
-mean of two (generalised zero-shot), a sum (rsum). To first order each item then adds its own part to the figure
-(`contributions`, the delta method), and both the standard error and the paired bootstrap need nothing else.
+A value combines a few means: one mean (top-1), the average over classes (mean-per-class recall), the harmonic mean of two
+(generalised zero-shot), or a sum (rsum). To first order, each item makes its own contribution to the value (the delta
+method), and both the standard error and the paired bootstrap are computed from these contributions.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ import numpy as np
 from clipress.errors import DataError
 
 REPLICATES = 10_000
-CELLS = 1 << 22  # of the table of bootstrap draws that is held at a time: 32 MB
+CELLS = 1 << 22  # of the table of bootstrap draws computed at a time: 32 MB
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """One metric's outcomes, item by item; all arrays are [n]."""
+    """One metric's outcomes, one per item; all arrays are [n]."""
 
     values: np.ndarray
     """Hit or miss, or any number per item."""
     strata: np.ndarray | None = None
-    """Items are averaged within their stratum, an int each, before the means are combined. None: one stratum."""
+    """Stratum of each item, an int: items are averaged within strata, then the means are combined. None: one stratum."""
     units: np.ndarray | None = None
-    """Items of one unit, an int each, stand or fall together, as the captions of an image do. None: each on its own."""
+    """Unit of each item, an int: items of one unit are dependent, as captions of one image. None: all are independent."""
     combine: Literal["mean", "harmonic", "sum"] = "mean"
-    """How the means of the strata make the figure."""
+    """How the means of the strata are combined."""
     tied: int = 0
-    """Queries that would rank better if ties with wrong answers went their way; here they do not."""
+    """Number of items that tie with a wrong answer, which counts against the model."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """First model minus second, in points, with its 95 % interval."""
+    """First model minus second, in points, with a 95 % interval."""
 
     value: float
     low: float
@@ -46,7 +46,7 @@ class Difference:
 
 
 def _means(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the stratum of every item [n], and the size and mean of every stratum [S]; empty strata are not there."""
+    """Return the stratum of every item [n], and the size and mean of every non-empty stratum [S]."""
     if outcomes.strata is None:
         index = np.zeros(len(outcomes.values), np.int64)
     else:
@@ -62,12 +62,12 @@ def _combined(means: np.ndarray, combine: str) -> float:
 
 
 def percent(outcomes: Outcomes) -> float:
-    """Return the figure, in percent."""
+    """Return the metric's value in percent."""
     return 100.0 * _combined(_means(outcomes)[2], outcomes.combine)
 
 
 def contributions(outcomes: Outcomes) -> np.ndarray:
-    """Return how far each unit moves the figure off its value, in points [units]. They sum to zero."""
+    """Return each unit's contribution to the deviation of the value, in points [units]. They sum to zero."""
     index, sizes, means = _means(outcomes)
     if outcomes.combine == "harmonic":  # dH/dp = H² / (S p²)
         ratio = np.divide(_combined(means, "harmonic"), means, out=np.zeros_like(means), where=means > 0)
@@ -81,30 +81,29 @@ def contributions(outcomes: Outcomes) -> np.ndarray:
 
 
 def standard_error(outcomes: Outcomes) -> float:
-    """Return the figure's standard error in points.
+    """Return the value's standard error in points.
 
-    For hits and misses of independent items it is the binomial sqrt(p (1 - p) / n). Items of one unit are counted
-    together (Liang and Zeger's sandwich): five captions of one image tell less than captions of five images.
+    For hits and misses of independent items it is the binomial sqrt(p (1 - p) / n). Items of one unit are grouped
+    (Liang and Zeger's sandwich): five captions of one image carry less information than captions of five images.
     """
     return float(np.sqrt((contributions(outcomes) ** 2).sum()))
 
 
 def percents(items: Mapping[str, Outcomes]) -> dict[str, float]:
-    """Return every figure, in percent."""
+    """Return the value of every metric in percent."""
     return {key: percent(outcomes) for key, outcomes in items.items()}
 
 
 def standard_errors(items: Mapping[str, Outcomes]) -> dict[str, float]:
-    """Return every figure's standard error, in points."""
+    """Return the standard error of every metric in points."""
     return {key: standard_error(outcomes) for key, outcomes in items.items()}
 
 
 def paired_difference(first: Outcomes, second: Outcomes, replicates: int = REPLICATES, seed: int = 0) -> Difference:
     """Compare two models on the same items by a paired bootstrap (Efron) over units: percentile interval.
 
-    Drawing n units with replacement is a multinomial draw of how often each distinct outcome occurs; two models' outcomes
-    take few distinct values, so this costs the same for a thousand items as for fifty thousand.
-    Raises DataError when the items are not the same.
+    Drawing n units with replacement is a multinomial draw of the count of each distinct outcome; there are few of them,
+    so the cost does not grow with the number of items. Raises DataError if the models were evaluated on different items.
     """
     if not (
         len(first.values) == len(second.values)
@@ -113,8 +112,8 @@ def paired_difference(first: Outcomes, second: Outcomes, replicates: int = REPLI
         and _same(first.units, second.units)
     ):
         raise DataError(
-            f"Two models can be compared on the same items only; found {len(first.values)} and {len(second.values)} "
-            "items that are not the same. Evaluate both on the same data."
+            f"comparison: expected outcomes of two models on the same items, found {len(first.values)} and "
+            f"{len(second.values)} items that differ. Evaluate both on the same data."
         )
     value = percent(first) - percent(second)
     parts = contributions(first) - contributions(second)
@@ -133,7 +132,7 @@ def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 
 
 def write_outcomes(items: Mapping[str, Outcomes], path: Path) -> None:
-    """Write outcomes as npz: `<set>/<metric>/{values,strata,units,combine,tied}`, what is None left out."""
+    """Write outcomes as npz: `<set>/<metric>/{values,strata,units,combine,tied}`; fields that are None are left out."""
     arrays = {
         f"{key}/{field}": np.asarray(value)
         for key, outcomes in items.items()
@@ -144,7 +143,7 @@ def write_outcomes(items: Mapping[str, Outcomes], path: Path) -> None:
 
 
 def read_outcomes(path: Path) -> dict[str, Outcomes]:
-    """Read what `write_outcomes` wrote."""
+    """Read a file of `write_outcomes`."""
     found: dict[str, dict] = {}
     with np.load(path) as arrays:
         for name, array in arrays.items():

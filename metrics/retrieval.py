@@ -1,6 +1,6 @@
-"""Ranks of right answers, and retrieval recall: any number of captions per image, ties counted against the model.
+"""Ranks of matching items, and retrieval recall: any number of captions per image, ties count against the model.
 
-The protocol is CLIP_benchmark's and UPop's: all captions are used; an image's query is right when one of its own
+The protocol is CLIP_benchmark's and UPop's: all captions are used; an image query is a hit if one of its own
 captions is among the first K. Names follow UPop: `text_r1` retrieves text for an image, `image_r1` an image for a text.
 """
 
@@ -13,52 +13,54 @@ import numpy as np
 from clipress.errors import ArtifactError, DataError
 from clipress.metrics.outcomes import Outcomes
 
-SCORES = 1 << 23  # held at a time: 32 MB
+SCORES = 1 << 23  # computed at a time: 32 MB
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank of the best right answer of each query, int64 [Q], 0 the best."""
+    """Rank of each query's best matching item, int64 [Q]; 0 is the best."""
 
     pessimistic: np.ndarray
-    """Wrong answers of the same score come first. This is the one that counts."""
+    """Wrong items of equal score come first. Metrics use this one."""
     optimistic: np.ndarray
-    """Wrong answers of the same score come last."""
+    """Wrong items of equal score come last."""
 
     @property
     def tied(self) -> int:
-        """Queries whose rank hangs on how ties are broken."""
+        """Number of queries whose rank depends on how ties are broken."""
         return int((self.pessimistic != self.optimistic).sum())
 
 
-def finite(embeddings: np.ndarray, what: str) -> np.ndarray:
-    """Return the embeddings, or raise: NaN would count as a hit in most evaluators."""
-    if not np.isfinite(embeddings).all():
-        bad = int((~np.isfinite(embeddings)).any(1).sum())
+def finite(values: np.ndarray, what: str, unit: str = "embeddings") -> np.ndarray:
+    """Return model outputs [N, D] as float32. Raises ArtifactError for NaN, which most evaluators count as a hit."""
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).any(1).sum())
         raise ArtifactError(
-            f"{bad} of {len(embeddings)} {what} embeddings are not finite: the model is broken. Make it again."
+            f"{bad} of {len(values)} {what} {unit} are not finite: the model is broken. Train or export it again."
         )
-    return embeddings.astype(np.float32, copy=False)
+    return values.astype(np.float32, copy=False)
 
 
 def ranks(queries: np.ndarray, gallery: np.ndarray, right: np.ndarray, own: np.ndarray) -> Ranks:
-    """Rank the best right answer of each query by inner product, a block of queries at a time.
+    """Rank each query's best matching item by inner product, a block of queries at a time.
 
-    queries [Q, D], gallery [G, D], finite; query q and item g belong together when right[q] == own[g].
-    Raises DataError when a query has no right answer.
+    queries [Q, D], gallery [G, D], finite; query q and item g match if right[q] == own[g].
+    Raises DataError for a query without a matching item.
     """
     order = np.argsort(own, kind="stable")
     first, stop = (np.searchsorted(own[order], right, side) for side in ("left", "right"))
     if (first == stop).any():
         lacking = right[first == stop]
-        raise DataError(f"{len(lacking)} of {len(right)} queries have no right answer; the first is of {lacking[0]}.")
+        raise DataError(
+            f"{len(lacking)} of {len(right)} queries have no matching item; the first is query {lacking[0]}."
+        )
     copies, originals = _copies(gallery)
     pessimistic, optimistic = np.empty(len(queries), np.int64), np.empty(len(queries), np.int64)
     step = max(1, SCORES // len(gallery))
     for start in range(0, len(queries), step):
         rows = slice(start, start + step)
         scores = queries[rows] @ gallery.T  # [q, G]
-        # a matrix product may round equal columns differently: without this, a tie is decided by where it stands
+        # a matrix product may round equal columns differently, which would break their tie
         scores[:, copies] = scores[:, originals]
         counts = stop[rows] - first[rows]
         ends = np.cumsum(counts)
@@ -73,7 +75,7 @@ def ranks(queries: np.ndarray, gallery: np.ndarray, right: np.ndarray, own: np.n
 
 
 def _copies(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the places of rows that an earlier row equals, and the place of the first such row."""
+    """Return the indices of rows that repeat an earlier row, and the index of its first occurrence."""
     first: dict[bytes, int] = {}
     originals = np.asarray([first.setdefault(row.tobytes(), place) for place, row in enumerate(rows)], np.int64)
     copies = np.flatnonzero(originals != np.arange(len(rows)))
@@ -83,17 +85,15 @@ def _copies(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def retrieval(
     images: np.ndarray, texts: np.ndarray, owner: np.ndarray, ks: tuple[int, ...] = (1, 5, 10)
 ) -> dict[str, Outcomes]:
-    """Return R@K both ways, the mean of R@1 both ways, and rsum: the sum of all of them (VSE++'s habit).
+    """Return R@K in both directions, the mean of both R@1, and rsum, the sum of all R@K (as in VSE++).
 
     images [N, D] and texts [M, D], L2-normalised; owner [M]: the image each text belongs to. An image and all its
-    captions are one unit. Raises DataError for an image without a caption.
+    captions are one unit of the standard error. Raises DataError for an image without a caption.
     """
     images, texts = finite(images, "image"), finite(texts, "text")
     index = np.arange(len(images))
     if len(owner) and not 0 <= owner.min() <= owner.max() < len(images):
-        raise DataError(
-            f"Captions of images {owner.min()} to {owner.max()} were given; there are {len(images)} images."
-        )
+        raise DataError(f"captions: expected owners 0 to {len(images) - 1}, found {owner.min()} to {owner.max()}.")
     to_text, to_image = ranks(images, texts, index, owner), ranks(texts, images, owner, index)
     found = {f"text_r{k}": Outcomes(to_text.pessimistic < k, units=index, tied=to_text.tied) for k in ks}
     found |= {f"image_r{k}": Outcomes(to_image.pessimistic < k, units=owner, tied=to_image.tied) for k in ks}
@@ -102,7 +102,7 @@ def retrieval(
 
 
 def _together(parts: list[Outcomes], combine: str) -> Outcomes:
-    """Make one figure of several: each part is a stratum."""
+    """Combine several metrics into one; each part is a stratum."""
     strata = np.repeat(np.arange(len(parts)), [len(part.values) for part in parts])
     values, units = (np.concatenate([getattr(part, name) for part in parts]) for name in ("values", "units"))
     return Outcomes(values, strata, units, combine, max(part.tied for part in parts))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from clipress.errors import DataError
+from clipress.data.prompts import prompts_by_class
+from clipress.metrics.classify import check_labels_in_range, score_ranks
 from clipress.metrics.outcomes import Outcomes
 from clipress.metrics.retrieval import finite, ranks
 
@@ -17,8 +18,21 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def class_embeddings(prompts: np.ndarray) -> np.ndarray:
-    """Average unit prompt embeddings [C, T, D] over templates and normalise: [C, D]."""
+    """Average prompt embeddings [C, T, D] over templates on the unit sphere, and normalise: [C, D]."""
     return unit(unit(prompts).mean(axis=1))
+
+
+def embed_labels(
+    encode: Callable[[list[str]], np.ndarray], labels: Sequence[str], templates: Sequence[str]
+) -> np.ndarray:
+    """Return the embeddings of labels in prompt templates: unit rows float32 [C, D].
+
+    `encode` turns texts into embeddings [N, D] of any length; it gets all prompts at once, those of a label in a row.
+    Raises ArtifactError for embeddings that are not finite.
+    """
+    prompts = [text for _, texts in prompts_by_class(labels, templates) for text in texts]
+    embeds = finite(np.asarray(encode(prompts)), "text")
+    return class_embeddings(embeds.reshape(len(labels), len(templates), -1))
 
 
 def classification(
@@ -28,29 +42,11 @@ def classification(
     seen: Collection[int] = (),
     ks: tuple[int, ...] = (1, 5),
 ) -> dict[str, Outcomes]:
-    """Return top-k and mean-per-class recall; a tie with a wrong class counts against the model.
+    """Return the metrics of `classify.score_ranks` for images [N, D] and classes [C, D], L2-normalised, and labels [N].
 
-    images [N, D], classes [C, D], L2-normalised; labels [N], which need not name every class. A k above C is left out;
-    a class without images has no part in the mean. With `seen`, the classes training saw: top-1 on images of those, of
-    the others, both among all classes, and their harmonic mean (generalised zero-shot, Xian et al. 2018, there per class).
-    Raises DataError for a label that is no class.
+    Equal class embeddings tie, wherever they stand. Raises ArtifactError for embeddings that are not finite, DataError for
+    a label outside 0 to C - 1.
     """
     images, classes = finite(images, "image"), finite(classes, "class")
-    if not 0 <= labels.min() <= labels.max() < len(classes):
-        raise DataError(f"Labels {labels.min()} to {labels.max()} were given; there are {len(classes)} classes.")
-    found = ranks(images, classes, labels, np.arange(len(classes)))
-    rank, tied = found.pessimistic, found.tied
-    result = {f"top{k}": Outcomes(rank < k, tied=tied) for k in ks if k <= len(classes)}
-    result["mean_per_class_recall"] = Outcomes(rank < 1, strata=labels, tied=tied)
-    if seen:
-        result |= _generalised(rank < 1, np.isin(labels, list(seen)))
-    return result
-
-
-def _generalised(hits: np.ndarray, seen: np.ndarray) -> dict[str, Outcomes]:
-    """Tell hits on images of seen and of unseen classes apart; what has no images is left out."""
-    parts = {"seen_top1": seen, "unseen_top1": ~seen}
-    result = {name: Outcomes(hits[part]) for name, part in parts.items() if part.any()}
-    if len(result) == 2:
-        result["harmonic_top1"] = Outcomes(hits, strata=seen.astype(np.int64), combine="harmonic")
-    return result
+    check_labels_in_range(labels, len(classes))
+    return score_ranks(ranks(images, classes, labels, np.arange(len(classes))), labels, len(classes), seen, ks)

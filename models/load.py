@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from clipress.artifact import Artifact
-from clipress.data.teacher_cache import CacheSettings
+from clipress.data.cache_files import CacheSettings
 from clipress.data.tokens import check_spec, tokenizer_from_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess, preprocess_from_open_clip
 from clipress.errors import ArtifactError, RecipeError, nearest

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from clipress.data.prompts import check_labels
+from clipress.data.prompts import check_labels, prompts_by_class
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import fitted, normalised, open_image
 from clipress.errors import DataError
+from clipress.metrics.classify import softmax
 from clipress.metrics.retrieval import finite
-from clipress.metrics.zeroshot import class_embeddings
+from clipress.metrics.zeroshot import embed_labels
 from clipress.runtime.export_folder import read_export
 from clipress.runtime.onnx_session import open_session
 
@@ -36,8 +37,9 @@ class Classifier:
 
     def label_embeddings(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
         """Return one unit vector per label, float32 [C, D]: the mean over the templates. Raises DataError."""
-        embeds = self._embeddings("text", prompts_for(labels, templates), self._tokenize)  # [C * T, D]
-        return class_embeddings(embeds.reshape(len(labels), len(templates), -1))
+        check_labels(labels)
+        check_templates(templates)
+        return embed_labels(lambda prompts: self._embeddings("text", prompts, self._tokenize), labels, templates)
 
     def probabilities(
         self, images: Sequence[str | Path | bytes], labels: Sequence[str], templates: Sequence[str] = TEMPLATES
@@ -49,7 +51,7 @@ class Classifier:
         """
         classes = self.label_embeddings(labels, templates)
         embeds = self._embeddings("image", images, self._pixels)
-        return softmax(self._export.logit_scale, embeds, classes)
+        return softmax(self._export.logit_scale * (embeds @ classes.T))
 
     def _pixels(self, images: Sequence[str | Path | bytes]) -> np.ndarray:
         preprocess = self._export.preprocess
@@ -67,26 +69,19 @@ class Classifier:
 def prompts_for(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Return every label in every template, a label's prompts together: C * T texts. Raises DataError."""
     check_labels(labels)
-    _check_templates(templates)
-    return [template.replace("{}", label) for label in labels for template in templates]
+    check_templates(templates)
+    return [prompt for _, prompts in prompts_by_class(labels, templates) for prompt in prompts]
 
 
-def softmax(logit_scale: float, images: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Return the probability of each class for each image, float32 [N, C], from unit vectors [N, D] and [C, D].
-
-    A logit bias would shift all classes alike, and is not seen here.
-    """
-    logits = logit_scale * (images @ classes.T)
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
-def _check_templates(templates: Sequence[str]) -> None:
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise DataError for an empty list, and for a template without a place for the label."""
     if not templates:
-        raise DataError("A prompt template was asked for; none was found. Give one, such as 'a photo of a {}'.")
+        raise DataError(
+            "templates: expected at least one prompt template, found none. Use one such as 'a photo of a {}'."
+        )
     for template in templates:
         if "{}" not in template:
-            raise DataError(f"Template '{template}' has no {{}} for the label to go. Write it as 'a photo of a {{}}'.")
+            raise DataError(f"Template '{template}' has no {{}} for the label. Write it as 'a photo of a {{}}'.")
 
 
 def labels_from(option: str | None, file: Path | None) -> list[str]:

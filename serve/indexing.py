@@ -14,20 +14,17 @@ import logging
 import shutil
 import zipfile
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import groupby
-from operator import itemgetter
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
-from clipress.data.bad_records import NAMED
-from clipress.data.formats.files import MAX_SKIPPED
-from clipress.data.image_list import Pictures, open_pictures
+from clipress.data.bad_records import FEW, SHOWN, refuse_too_many
+from clipress.data.image_list import ImageList, open_images
+from clipress.data.prefetch import map_ahead
 from clipress.data.transforms import fitted, normalised
 from clipress.errors import ArtifactError, DataError
 from clipress.metrics.retrieval import finite
@@ -52,7 +49,6 @@ from clipress.storage import write_bytes_whole, write_text_whole
 log = logging.getLogger("clipress.serve")
 PART, BATCH = 4096, 32
 AHEAD = 3  # batches that are decoded while the encoder works
-FEW = 20  # so many may be unreadable whatever their share, as in training
 PARTS, SKIPPED = ".parts", "skipped.tsv"
 
 Say = Callable[[str], None]
@@ -98,7 +94,7 @@ def index_pictures(
     """Embed pictures and write an index of them, or put them into the one that is there.
 
     Args:
-        where: a folder of pictures, or shards; see `open_pictures`.
+        where: a folder of pictures, or shards; see `open_images`.
         kind: default: exact up to a million pictures, then ivf.
         threads: of decoding, of ONNX Runtime and of faiss; 0: one per core.
         add: keep what the index holds; pictures that it has already are embedded and replaced.
@@ -114,7 +110,7 @@ def index_pictures(
         _check_free(out)
     if threads:
         faiss.omp_set_num_threads(threads)
-    pictures = open_pictures(where)
+    pictures = open_images(where)
     tower = ImageTower(exported, threads)
     home = out / PARTS / digest(tower.encoder.sha256, exported.preprocess.model_dump(), PART, BATCH)
     paths = _parts(pictures, tower, home, threads, say)
@@ -142,7 +138,7 @@ def _check_free(out: Path) -> None:
         raise ArtifactError(f"{out} was asked for; it is there and is no index. Nothing was changed: choose another.")
 
 
-def _parts(pictures: Pictures, tower: ImageTower, home: Path, threads: int, say: Say) -> list[Path]:
+def _parts(pictures: ImageList, tower: ImageTower, home: Path, threads: int, say: Say) -> list[Path]:
     """Embed what is not embedded yet; returns the files of all parts in order."""
     ranges = [range(start, min(start + PART, len(pictures))) for start in range(0, len(pictures), PART)]
     paths = [home / f"{number:05}-{pictures.stamp(items)}.npz" for number, items in enumerate(ranges)]
@@ -154,52 +150,44 @@ def _parts(pictures: Pictures, tower: ImageTower, home: Path, threads: int, say:
             unread += part.unread.values()
             done += len(ranges[number])
     say(f"{pictures.where}: {len(pictures):,} pictures, {done:,} of them embedded already")
-    batches = [
-        (number, items[start : start + BATCH])
-        for number, items in ((number, ranges[number]) for number in missing)
-        for start in range(0, len(items), BATCH)
-    ]
-    with progress_bar(len(pictures), "index", "picture", initial=done, smoothing=0.05) as bar:
-        for number, group in groupby(_decoded(pictures, tower, batches, threads), key=itemgetter(0)):
-            embeds, items, failed = [], [], {}
-            for _, wanted, views in group:
-                whole = [view for view in views if isinstance(view, np.ndarray)]
-                embeds += [tower(np.stack(whole))] if whole else []
-                items += [item for item, view in zip(wanted, views, strict=True) if isinstance(view, np.ndarray)]
-                failed |= {item: view for item, view in zip(wanted, views, strict=True) if isinstance(view, str)}
-                bar.update(len(views))
-            empty = np.empty((0, tower.exported.embed_dim), np.float32)
-            _write(paths[number], Part(np.concatenate([empty, *embeds]), np.asarray(items, np.int64), failed))
+    decoded = _decoded(pictures, tower, chain.from_iterable(ranges[number] for number in missing), threads)
+    with progress_bar(len(pictures), "index", "image", initial=done, smoothing=0.05) as bar:
+        for number in missing:
+            part = _embed(tower, ranges[number], decoded, bar.update)
+            _write(paths[number], part)
             done += len(ranges[number])
-            unread += failed.values()
-            if len(unread) > max(FEW, MAX_SKIPPED * done):
-                raise DataError(
-                    f"{pictures.where}: {len(unread)} of {done} pictures looked at cannot be read (first: {unread[0]}). "
-                    f"At most {MAX_SKIPPED:.0%} are left out; are the pictures still there?"
-                )
+            unread += part.unread.values()
+            if unread:
+                refuse_too_many(pictures.where, len(unread), done, unread[0], least=FEW)
     return paths
 
 
-def _decoded(
-    pictures: Pictures, tower: ImageTower, batches: list[tuple[int, range]], threads: int
-) -> Iterator[tuple[int, range, list[np.ndarray | str]]]:
-    """Decode batches in order, some ahead: views uint8 [S, S, 3], or why there is none."""
+def _decoded(pictures: ImageList, tower: ImageTower, items: Iterable[int], threads: int) -> Iterator[np.ndarray | str]:
+    """Decode images in order, some ahead of the encoder: a view uint8 [S, S, 3] each, or why it cannot be read."""
 
-    def look(item: int) -> np.ndarray | str:
+    def decode(item: int) -> np.ndarray | str:
         try:
             return fitted(pictures.image(item), tower.exported.preprocess)
         except DataError as error:
             return str(error)
 
-    waiting: deque[tuple[int, range, list[Future]]] = deque()
-    with ThreadPoolExecutor(threads or None, "decode") as pool:
-        for number, items in batches:
-            waiting.append((number, items, [pool.submit(look, item) for item in items]))
-            if len(waiting) > AHEAD:
-                number, items, views = waiting.popleft()
-                yield number, items, [view.result() for view in views]
-        for number, items, views in waiting:
-            yield number, items, [view.result() for view in views]
+    return map_ahead(decode, items, threads, AHEAD * BATCH)
+
+
+def _embed(
+    tower: ImageTower, items: range, decoded: Iterator[np.ndarray | str], advance: Callable[[int], object]
+) -> Part:
+    """Embed the next `items` of the decoded images, batch by batch."""
+    embeds, kept, unread = [np.empty((0, tower.exported.embed_dim), np.float32)], [], {}
+    for start in range(0, len(items), BATCH):
+        batch = items[start : start + BATCH]
+        views = dict(zip(batch, islice(decoded, len(batch)), strict=True))
+        good = {item: view for item, view in views.items() if isinstance(view, np.ndarray)}
+        embeds += [tower(np.stack(list(good.values())))] if good else []
+        kept += good
+        unread |= {item: view for item, view in views.items() if isinstance(view, str)}
+        advance(len(batch))
+    return Part(np.concatenate(embeds), np.asarray(kept, np.int64), unread)
 
 
 def _write(path: Path, part: Part) -> None:
@@ -219,7 +207,7 @@ def _read(path: Path) -> Part | None:
         return None
 
 
-def _chosen(pictures: Pictures, paths: list[Path]) -> tuple[list[str], list[np.ndarray], list[tuple[str, str]]]:
+def _chosen(pictures: ImageList, paths: list[Path]) -> tuple[list[str], list[np.ndarray], list[tuple[str, str]]]:
     """Return the names to index, the rows of each part they belong to, and (name, reason) of what is left out."""
     seen: dict[str, None] = {}
     rows, skipped = [], []
@@ -243,7 +231,7 @@ def _tell(out: Path, skipped: list[tuple[str, str]], total: int, say: Say) -> No
     (out / SKIPPED).unlink(missing_ok=True)
     if not skipped:
         return
-    for _, reason in skipped[:NAMED]:
+    for _, reason in skipped[:SHOWN]:
         log.warning("left out: %s", reason)
     lines = ("\t".join(" ".join(cell.split()) for cell in pair) for pair in skipped)
     write_text_whole(out / SKIPPED, "\n".join(["key\treason", *lines]) + "\n")

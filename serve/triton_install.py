@@ -21,13 +21,12 @@ import sys
 import sysconfig
 import venv
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipress.errors import BackendMissing
-from clipress.storage import cache_folder, write_whole
+from clipress.errors import ArtifactError, BackendMissing
+from clipress.storage import cache_folder, locked, write_whole
 
 VERSION = "0.7.0"  # of nvidia-pytriton; the server in it is 2.51
 MODULES = "CLIPRESS_TRITON_MODULES"
@@ -56,32 +55,21 @@ def find_triton(tell: Callable[[str], None] = lambda _: None) -> Triton:
     if not home.is_dir():
         if not sys.platform.startswith("linux"):
             raise BackendMissing(f"Triton was asked for; it runs on Linux only, and this is {sys.platform}. {WAY_OUT}")
-        with _alone(home.parent):
-            if not home.is_dir():  # another process may have been faster
-                tell(f"Fetching Triton (nvidia-pytriton {VERSION}, some 60 MB) into {home}, once.")
-                write_whole(home, _bring)
+        try:
+            with locked(home.parent, wait=tell):
+                if not home.is_dir():  # another process may have installed it meanwhile
+                    tell(f"Installing Triton (nvidia-pytriton {VERSION}, about 60 MB) into {home}, once.")
+                    write_whole(home, install)
+        except ArtifactError as error:
+            raise BackendMissing(
+                f"Triton cannot be installed into {home.parent}: {error} Or set $CLIPRESS_CACHE to another folder. {WAY_OUT}"
+            ) from None
     return _in_folder(home)
 
 
 def _interpreter() -> str:
     known = hashlib.sha256(sys.base_prefix.encode()).hexdigest()[:8]
     return f"{sys.implementation.name}{sys.version_info.major}.{sys.version_info.minor}-{known}"
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    import fcntl  # Unix only
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise BackendMissing(
-            f"Triton was to be fetched into {folder}: {error}. Name another folder in $CLIPRESS_CACHE. {WAY_OUT}"
-        ) from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _in_folder(home: Path) -> Triton:
@@ -104,7 +92,8 @@ def _joined(*folders: str | Path | None) -> str:
     return os.pathsep.join(str(folder) for folder in folders if folder)
 
 
-def _bring(home: Path) -> None:
+def install(home: Path) -> None:
+    """Download the wheel, unpack it into a folder, and check that its binaries run. Raises BackendMissing."""
     wheels = home / "wheel"
     _pip("download", "--no-deps", "--dest", wheels, f"nvidia-pytriton=={VERSION}")
     for wheel in wheels.glob("*.whl"):
@@ -116,7 +105,7 @@ def _bring(home: Path) -> None:
     packages = environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     _pip("install", "--no-deps", "--no-compile", "--only-binary", ":all:", "--target", packages, "numpy<2")
     (packages / "clipress.pth").write_text(PTH, encoding="utf-8")
-    _try(home)
+    check_binaries(home)
 
 
 def _pip(*words: str | Path) -> None:
@@ -160,8 +149,11 @@ def _fit(home: Path) -> None:
         binary.chmod(0o755)
 
 
-def _try(home: Path) -> None:
-    """Start both binaries for nothing: the loader then says what this machine lacks (glibc, libpython, ...)."""
+def check_binaries(home: Path) -> None:
+    """Start both binaries once: the loader reports what this machine lacks (glibc, libpython, ...).
+
+    Raises BackendMissing.
+    """
     triton = _in_folder(home)
     stub = home / "pytriton" / "tritonserver" / "backends" / "python" / "triton_python_backend_stub"
     for command in ([triton.binary, "--help"], [stub]):

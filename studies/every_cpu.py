@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from tqdm import tqdm
 
 from clipress.artifact import save_artifact
 from clipress.data.eval_sets import evalsets
@@ -31,6 +30,7 @@ from clipress.export import parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models.load import Model, artifact_from_model, new_model
+from clipress.progress import track
 from clipress.runtime.cpu import processor
 from clipress.runtime.onnx_session import reference_session
 from clipress.studies import cpus
@@ -202,7 +202,7 @@ def main(run: str, work: str | None = None) -> None:
         **processor().record(),
         "onnxruntime": onnxruntime.__version__,
     }
-    for cpu in tqdm(every, unit="CPU"):
+    for cpu in track(every, len(every), "every CPU", "CPU"):
         if reason := cpus.missing(cpu):
             sys.stderr.write(f"{cpu} is left out: {reason}\n")
             continue

@@ -22,10 +22,10 @@ from typing import Any
 
 import yaml
 from pydantic import Field
-from tqdm import tqdm
 
 from clipress.artifact import read_header
 from clipress.errors import ArtifactError, ClipressError, RecipeError
+from clipress.progress import track
 from clipress.recipe import FolderName, Recipe, Section, checked, mapping_from, read_recipe
 from clipress.storage import read_json, write_text_whole
 
@@ -128,7 +128,7 @@ def run_study(file: Path, runs: Path | None, out: Path, jobs: int = 1) -> str:
     _run(cases[0], home, 1)  # alone: it makes the teacher that all share
     with ThreadPoolExecutor(jobs) as pool:
         finished = [(case, pool.submit(_run, case, home, jobs)) for case in cases]
-        for case, run in tqdm(finished, desc=study.name, unit="run"):
+        for case, run in track(finished, len(finished), study.name, "run"):
             try:
                 done[case.name] = row_of(case, run.result())
             except ClipressError:
@@ -195,7 +195,7 @@ def step_costs(study: Study, file: Path, home: Path) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in asked.cases}
     memory: dict[str, int] = {}
     for turn in range(asked.rounds):
-        for name, sections in tqdm(asked.cases.items(), desc=f"step cost, round {turn + 1}", unit="run"):
+        for name, sections in track(asked.cases.items(), len(asked.cases), f"step cost, round {turn + 1}", "run"):
             folder = home / f"cost-{name.replace(' ', '-')}-{turn}"
             recipe = checked(Recipe, _changed(base | {"name": "cost"}, sections), name).model_dump()
             if not (folder / "done").is_file():

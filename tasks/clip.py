@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipress.errors import ExportError, RecipeError
-from clipress.metrics.evaluate import classifier, evaluate_items
+from clipress.metrics.evaluate import embed_classes, evaluate_items
 from clipress.metrics.outcomes import Outcomes
 from clipress.models import anatomy, students
 from clipress.models.load import Model, build, model_from_open_clip, refuse_absurd, save_for_open_clip
@@ -333,7 +333,7 @@ def _classes(job: TrainingJob) -> Tensor:
     encode, found = encoder(runs_of(teacher), "text"), []
     for source in job.sources:
         if classes := getattr(source, "classes", None):
-            found.append(classifier(encode, teacher.tokenize(), classes))
+            found.append(embed_classes(encode, teacher.tokenize(), classes))
     if not found:
         raise RecipeError(f"{job.title}: a loss on labels needs classes, and no training source has any.")
     return torch.from_numpy(np.concatenate(found)).float()

@@ -35,11 +35,12 @@ from safetensors.torch import save
 
 from clipress.artifact import load_artifact, read_header, save_artifact
 from clipress.cli import main
+from clipress.data.cache_files import Manifest, Rows, write_manifest, write_shard
 from clipress.data.formats.webdataset import shard_paths
 from clipress.data.prompts import check_labels, read_classes, read_prompts
 from clipress.data.sources import open_source
 from clipress.data.spec import SourceSpec
-from clipress.data.teacher_cache import Manifest, Rows, TeacherCache, write_manifest, write_shard
+from clipress.data.teacher_cache import TeacherCache
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import Preprocess, fitted, open_image
 from clipress.errors import ClipressError
@@ -149,14 +150,14 @@ def looked_at(data: bytes, name: str = "a.png") -> Callable[[Path], Any]:
     return look
 
 
-NO_PICTURE = "refused: .*is not a picture that can be decoded"
+NO_IMAGE = "refused: .*is not a readable image"
 for _name, _expected, _data in (
-    ("a truncated JPEG", NO_PICTURE, encoded("JPEG", size=(64, 64))[:300]),
-    ("a truncated PNG", NO_PICTURE, encoded("PNG", size=(64, 64))[:60]),
-    ("a truncated WebP", NO_PICTURE, encoded("WEBP")[:-10]),
-    ("a picture of zero bytes", NO_PICTURE, b""),
-    ("a text as picture", NO_PICTURE, b"not a picture"),
-    ("a web page as picture", NO_PICTURE, b"<html>404</html>"),
+    ("a truncated JPEG", NO_IMAGE, encoded("JPEG", size=(64, 64))[:300]),
+    ("a truncated PNG", NO_IMAGE, encoded("PNG", size=(64, 64))[:60]),
+    ("a truncated WebP", NO_IMAGE, encoded("WEBP")[:-10]),
+    ("a picture of zero bytes", NO_IMAGE, b""),
+    ("a text as picture", NO_IMAGE, b"not a picture"),
+    ("a web page as picture", NO_IMAGE, b"<html>404</html>"),
     ("a PNG named .jpg", r"accepted: RGB \(8, 6\) \[255, 0, 0\]", encoded("PNG")),
     ("a CMYK JPEG", r"accepted: RGB \(8, 6\)", encoded("JPEG", "CMYK")),
     ("a palette PNG", r"accepted: RGB \(8, 6\)", encoded("PNG", "P")),
@@ -168,10 +169,14 @@ for _name, _expected, _data in (
     ("a TIFF header of 50,000 x 50,000 pixels", "refused", tiff_of(50_000, 50_000)),
     ("a WebP header of 16,000 x 16,000 pixels", "refused", webp_of(16_000, 16_000)),
     ("a WebP header of 16 million pixels a side", "refused", webp_of(1 << 24, 1 << 24)),
-    ("a PNG of 1 x 100,000 pixels", "refused: .*thinner than 1 to 100", png_of(1, 100_000, b"\0\0\0\0" * 100_000)),
+    (
+        "a PNG of 1 x 100,000 pixels",
+        "refused: .*expected an aspect of at most 100 to 1",
+        png_of(1, 100_000, b"\0\0\0\0" * 100_000),
+    ),
     ("a picture of no width", "refused", png_of(0, 5)),
-    ("an SVG", NO_PICTURE, b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'),
-    ("an EPS, which starts Ghostscript", NO_PICTURE, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+    ("an SVG", NO_IMAGE, b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'),
+    ("an EPS, which starts Ghostscript", NO_IMAGE, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
 ):
     FAULTS.append(Fault(_name, _expected, looked_at(_data, "a.jpg" if _name.endswith(".jpg") else "a.png")))
 
@@ -198,12 +203,12 @@ def _(folder: Path) -> Any:
     return looked_at(encoded("PNG", save_all=True, append_images=[Image.new("RGB", (8, 6), "blue")]))(folder)
 
 
-@fault("a folder as picture", "refused: .*not a picture")
+@fault("a folder as picture", "refused: .*not a readable image")
 def _(folder: Path) -> Any:
     return open_image(folder)
 
 
-@fault("a picture whose name has a NUL", "refused: .*not a picture")
+@fault("a picture whose name has a NUL", "refused: .*not a readable image")
 def _(folder: Path) -> Any:
     return open_image(folder / "a\0.png")
 
@@ -233,13 +238,13 @@ for _name, _expected, _rows in (
     ("a caption with NULs", r"9 records, 0 skipped \(\), first 'a\\x00b'", ("a\0b\ta.png",)),
     ("a caption of 1 MB", "9 records, 0 skipped", ("x" * 1_000_000 + "\ta.png",)),
     ("a caption of lone surrogates", "9 records", ("\ud800\ta.png",)),
-    ("an empty caption", r"8 records, 1 skipped \(line 2: a caption is empty", (" \ta.png",)),
-    ("a file that is not there", r"8 records, 1 skipped \(line 2: there is no file gone.png", ("red\tgone.png",)),
-    ("a path that leads out", r"8 records, 1 skipped \(line 2: .*points outside", ("red\t../../etc/passwd",)),
-    ("an absolute path", r"8 records, 1 skipped \(line 2: .*points outside", ("red\t/etc/passwd",)),
+    ("an empty caption", r"8 records, 1 skipped \(line 2: empty caption", (" \ta.png",)),
+    ("a file that is not there", r"8 records, 1 skipped \(line 2: no such file: gone.png", ("red\tgone.png",)),
+    ("a path that leads out", r"8 records, 1 skipped \(line 2: .*is outside", ("red\t../../etc/passwd",)),
+    ("an absolute path", r"8 records, 1 skipped \(line 2: .*is outside", ("red\t/etc/passwd",)),
     ("a path with a NUL", "8 records, 1 skipped", ("red\ta\0.png",)),
     ("a path of 10,000 letters", "8 records, 1 skipped", ("red\t" + "a" * 10_000,)),
-    ("a row with too many cells", r"8 records, 1 skipped \(line 2: 3 cells, 2 asked for", ("red\ta.png\tx",)),
+    ("a row with too many cells", r"8 records, 1 skipped \(line 2: expected 2 cells, found 3", ("red\ta.png\tx",)),
     ("a table whose files are all missing", "refused: .*10 of 18 records cannot be used", ("red\tgone.png",) * 10),
 ):
     FAULTS.append(Fault(_name, _expected, lambda f, rows=_rows: opened(f, "csv", csv_of(*rows))))
@@ -267,12 +272,12 @@ def _(folder: Path) -> Any:
     return opened(folder, "csv", "\n".join(rows) + "\n", separator=",")
 
 
-@fault("a line of 17 million letters", "refused: .*it is no table")
+@fault("a line of 17 million letters", "refused: .*not a table")
 def _(folder: Path) -> Any:
     return opened(folder, "csv", b"x" * (17 << 20))
 
 
-@fault("an empty table", "refused: .*first line must name")
+@fault("an empty table", "refused: .*expected a header with")
 def _(folder: Path) -> Any:
     return opened(folder, "csv", b"")
 
@@ -289,8 +294,8 @@ for _name, _form, _expected, _content in (
     ("JSON that is cut", "coco", "refused: .*not readable JSON", '{"images": [{"id":'),
     ("JSON with a number of 5,000 digits", "coco", "refused: .*not readable JSON", "9" * 5000),
     ("JSON with NaN for an id", "karpathy", "1 records, 1 skipped|refused", '[{"image": "a.png", "caption": "x", "image_id": NaN}]'),
-    ("JSON of the wrong kind", "karpathy", "refused: .*a list of rows is asked for, found dict", "{}"),
-    ("JSON of the wrong kind for COCO", "coco", "refused: .*lists of 'images' and 'annotations'", "[1]"),
+    ("JSON of the wrong kind", "karpathy", "refused: .*expected a list of rows, found dict", "{}"),
+    ("JSON of the wrong kind for COCO", "coco", "refused: .*lists 'images' and 'annotations'", "[1]"),
     ("JSON with a byte order mark", "karpathy", "9 records, 0 skipped", "\ufeff" + json.dumps(ROWS)),
     ("rows that are no rows", "karpathy", r"9 records, 2 skipped \(row 0", json.dumps([5, None, *ROWS])),
     ("a caption that is a number", "karpathy", r"9 records, 1 skipped \(row 9", json.dumps([*ROWS, {"image": "b.png", "caption": 5}])),
@@ -303,7 +308,7 @@ for _name, _form, _expected, _content in (
     (
         "a Karpathy path that leads out",
         "karpathy",
-        r"9 records, 1 skipped \(image ../x: .*points outside",
+        r"9 records, 1 skipped \(image ../x: .*is outside",
         json.dumps([*ROWS, {"image": "../x", "caption": "a"}]),
     ),
 ):  # fmt: skip
@@ -322,7 +327,7 @@ def _(folder: Path) -> Any:
     return opened(folder, "coco", coco_of(images, [{"image_id": 1, "caption": "b or c"}]))
 
 
-@fault("a COCO path that leads out", r"20 records, 1 skipped \(image 1: '../../etc/passwd' points outside")
+@fault("a COCO path that leads out", r"20 records, 1 skipped \(image 1: '../../etc/passwd' is outside")
 def _(folder: Path) -> Any:
     return opened(
         folder, "coco", coco_of([{"id": 1, "file_name": "../../etc/passwd"}], [{"image_id": 1, "caption": "b"}])
@@ -380,9 +385,9 @@ for _name, _expected, _content in (
     ("a tar that is cut in the middle", "accepted: [1-8] records", tar_of()[:9000]),
     ("a tar with members ../x and /etc/x", "accepted: 11 records, 0 unreadable",
      tar_of(("../x.png", encoded("PNG")), ("../x.txt", b"a"), ("/etc/x.png", encoded("PNG")), ("/etc/x.txt", b"a"))),
-    ("a text as tar", "refused: .*is not a tar", b"hello"),
-    ("a tar of zero bytes", "refused: .*(is not a tar|no usable records)", b""),
-    ("a gzip named tar", "refused: .*is not a tar that can be read .compressed", b"\x1f\x8b\x08" + b"\0" * 600),
+    ("a text as tar", "refused: .*is not a readable tar", b"hello"),
+    ("a tar of zero bytes", "refused: .*(is not a readable tar|no usable records)", b""),
+    ("a gzip named tar", "refused: .*is not a readable tar.*Compressed", b"\x1f\x8b\x08" + b"\0" * 600),
     ("a tar header of 8 EB", "accepted: 9 records", tar_of()[: 9 * 2048] + header_of("z.png", b"\x80" + b"\0" * 3 + b"\x7f" + b"\xff" * 7)),
     ("a tar header of a negative size, which would be read for ever", "accepted: 9 records",
      tar_of().rstrip(b"\0").ljust(19 * 1024, b"\0")[: 9 * 2048] + header_of("z.png", b"\xff" * 10 + b"\xfe\x00") + b"\0" * 1024),
@@ -432,7 +437,7 @@ def _(folder: Path) -> Any:
     return source.image(0)
 
 
-@fault("a pattern of a trillion shards", "refused: .*more than 1,000,000")
+@fault("a pattern of a trillion shards", "refused: .*expected at most 1,000,000, found more")
 def _(folder: Path) -> Any:
     return shard_paths(str(folder / "{0..999999999999}.tar"))
 
@@ -911,20 +916,20 @@ def changed(**changes: Any) -> str:
 
 
 for _name, _expected, _content in (
-    ("a billion laughs", "stands for more than 100,000 values", LAUGHS + "name: x\ndata: *j\n"),
-    ("a billion laughs by merging", "stands for more than 100,000 values", MERGES + "name: x\ndata: *j\n"),
-    ("a recipe that holds itself", "stands for more than", "name: x\ndata: &a [*a]\n"),
+    ("a billion laughs", "has more than 100,000 values", LAUGHS + "name: x\ndata: *j\n"),
+    ("a billion laughs by merging", "has more than 100,000 values", MERGES + "name: x\ndata: *j\n"),
+    ("a recipe that holds itself", "has more than", "name: x\ndata: &a [*a]\n"),
     ("a recipe with !!python/object", "is not valid YAML: could not determine a constructor", "name: !!python/object/apply:os.system ['touch ran']\n"),
-    ("a recipe of 100 MB", "longer than 1,000,000 bytes", b"x" * 100_000_000),
+    ("a recipe of 100 MB", "expected at most 1,000,000 bytes", b"x" * 100_000_000),
     ("a recipe nested 10,000 deep", "nests deeper than 64", "a: " + "[" * 10_000),
     ("a recipe nested 100 deep", "nests deeper than", "a: " + "[" * 100 + "]" * 100),
-    ("a recipe that is a list", "a mapping with named sections is asked for, found list", "- a\n- b\n"),
+    ("a recipe that is a list", "expected a mapping with named sections, found list", "- a\n- b\n"),
     ("a recipe that is a text", "found str", "hello"),
     ("a recipe of zero bytes", "found NoneType", b""),
     ("a recipe of several documents", "expected a single document", "a: 1\n---\nb: 2\n"),
     ("a recipe that is not UTF-8", "cannot be read", b"name: caf\xe9\n"),
     ("a recipe of noise", "cannot be read|is not valid YAML", bytes(range(256))),
-    ("a recipe with a byte order mark", "name: this key is needed", "\ufeffdata: {}\n".encode()),
+    ("a recipe with a byte order mark", "name: this key is required", "\ufeffdata: {}\n".encode()),
     ("a recipe with a date that is none", "is not valid YAML", "name: 2001-99-99\n"),
     ("a recipe with !!bool maybe", "is not valid YAML", "name: !!bool maybe\n"),
     ("a recipe with !!timestamp now", "is not valid YAML", "name: !!timestamp now\n"),
@@ -937,9 +942,9 @@ for _name, _expected, _content in (
     ("a recipe with an infinite share", "share: Input should be a finite number", changed(data={"train": [{"format": "digits", "share": float("inf")}]})),
     ("a recipe with a negative seed", "seed: Input should be greater than or equal to 0", changed(seed=-1)),
     ("a recipe with a negative limit", "limit: Input should be greater", changed(data={"train": [{"format": "digits", "limit": -5}]})),
-    ("a recipe whose name leads out", "name: .*names a folder", changed(name="../../x")),
+    ("a recipe whose name leads out", "name: .*expected a folder name", changed(name="../../x")),
     ("a recipe whose stage's name leads out", "names a folder", changed(stages=[{"distill": {"name": "../x", "steps": 1}}])),
-    ("a recipe whose teacher's recipe leads out", "name: .*names a folder", changed(teacher={"recipe": {"name": "../x", "data": {}}})),
+    ("a recipe whose teacher's recipe leads out", "name: .*expected a folder name", changed(teacher={"recipe": {"name": "../x", "data": {}}})),
     ("a recipe whose data are text", "data: Input should be a valid dictionary", changed(data="all")),
     ("a recipe whose stages are a mapping", "stages: Input should be a valid list", changed(stages={"prune": {}})),
     ("a separator of nothing", "separator: String should have at least 1", changed(data={"train": [{"format": "csv", "separator": ""}]})),
@@ -952,7 +957,7 @@ def _(folder: Path) -> Any:
     return cli("run", folder, "--out", folder / "run")
 
 
-@fault("an endless device as recipe", "refused: .*longer than 1,000,000 bytes")
+@fault("an endless device as recipe", "refused: .*expected at most 1,000,000 bytes")
 def _(folder: Path) -> Any:
     return read_recipe("/dev/zero")
 
@@ -996,7 +1001,7 @@ def _(folder: Path) -> Any:
     return f"{len(TeacherCache.open(cache(folder), verify=True))} items"
 
 
-@fault("teacher embeddings with a shard that is cut", "refused: .*shard 00001 has a image.npy of")
+@fault("teacher embeddings with a shard that is cut", "refused: .*shard 00001: image.npy: expected .* bytes")
 def _(folder: Path) -> Any:
     home = cache(folder)
     path = home / "00001" / "image.npy"
@@ -1004,12 +1009,12 @@ def _(folder: Path) -> Any:
     return TeacherCache.open(home)
 
 
-@fault("teacher embeddings with a manifest that was changed", "refused: .*one was changed")
+@fault("teacher embeddings with a manifest that was changed", "refused: .*one of them was changed")
 def _(folder: Path) -> Any:
     return TeacherCache.open(cache(folder, fingerprint="another"))
 
 
-@fault("teacher embeddings of 2^40 items, one a shard", "refused: .*shards; at most")
+@fault("teacher embeddings of 2^40 items, one a shard", "refused: .*expected at most .* shards")
 def _(folder: Path) -> Any:
     return TeacherCache.open(cache(folder, items=1 << 40, items_per_shard=1))
 
@@ -1038,13 +1043,23 @@ for _name, _expected, _array, _content in (
     ("teacher embeddings of zero bytes", "refused: .*unreadable views.npy", "views", b""),
     (
         "teacher embeddings of NaN",
-        "refused: .*whose row 0 has length nan",
+        "refused: .*expected norm 1 in row 0, found nan",
         "image",
         np.full((2, 4), np.nan, np.float16),
     ),
-    ("captions that point outside", "refused: .*points outside its 2 texts", "captions", np.asarray([0, 9])),
-    ("offsets that run backwards", "refused: .*does not split its 2 captions", "offsets", np.asarray([0, 5, 2])),
-    ("views of another shape", "refused: .*views.npy of int32", "views", np.zeros((2, 6), np.int32)),
+    (
+        "captions that point outside",
+        "refused: .*captions.npy: expected indices of 2 texts",
+        "captions",
+        np.asarray([0, 9]),
+    ),
+    (
+        "offsets that run backwards",
+        "refused: .*offsets.npy: expected ascending offsets of 2 captions",
+        "offsets",
+        np.asarray([0, 5, 2]),
+    ),
+    ("views of another shape", "refused: .*views.npy: expected int32", "views", np.zeros((2, 6), np.int32)),
 ):
     FAULTS.append(
         Fault(_name, _expected, lambda f, n=_array, c=_content: TeacherCache.open(with_array(f, n, c), verify=True))
@@ -1062,8 +1077,8 @@ def study(folder: Path, **changes: Any) -> Path:
 
 
 for _name, _expected, _changes in (
-    ("a study whose name leads out", "refused: study.name: .*names a folder", {"name": "../x"}),
-    ("a study whose method leads out", "refused: study.methods.* names a folder", {"methods": {"../x": []}}),
+    ("a study whose name leads out", "refused: study.name: .*expected a folder name", {"name": "../x"}),
+    ("a study whose method leads out", "refused: study.methods.* expected a folder name", {"methods": {"../x": []}}),
     ("a study of no seeds", "refused: study.seeds", {"seeds": []}),
     ("a study with ratios and nothing to prune", "refused: .*begins with a prune", {"ratios": {"2x": 0.5}, "methods": {"a": []}}),
     ("a study whose methods are a list", "refused: study.methods: ", {"methods": [1]}),
@@ -1071,7 +1086,7 @@ for _name, _expected, _changes in (
     FAULTS.append(Fault(_name, _expected, lambda f, c=_changes: read_study(study(f, **c))))
 
 
-@fault("a study that is a bomb", "refused: Study .*stands for more than")
+@fault("a study that is a bomb", "refused: Study .*has more than")
 def _(folder: Path) -> Any:
     (folder / "s.yaml").write_text(LAUGHS)
     return read_study(folder / "s.yaml")
@@ -1114,7 +1129,7 @@ for _name, _expected, _content in (
         return _measured(SimpleNamespace(block=block, kind="ffn", units=256), read_costs(folder / "costs.json"))
 
 
-@fault("a label file of nothing", "refused: with exit code 2: .*holds none")
+@fault("a label file of nothing", "refused: with exit code 2: .*expected one entry per line, found none")
 def _(folder: Path) -> Any:
     (folder / "labels.txt").write_text("\n \n")
     return cli("data", "prompts", folder / "labels.txt", "--out", folder / "out.txt")
@@ -1134,7 +1149,7 @@ def _(folder: Path) -> Any:
     return f"{len(names)} names"
 
 
-@fault("labels of which two are alike", "refused: .*found more than once: a")
+@fault("labels of which two are alike", "refused: .*repeated ones: a")
 def _(folder: Path) -> Any:
     return check_labels(["a", "b", "a"])
 

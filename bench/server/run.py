@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from clipress import __version__
 from clipress.bench.fail_if import OPERATORS, Gate, nowhere, unknown_metric
@@ -24,6 +23,7 @@ from clipress.bench.server.protocols import Question, checked_ask, open_wire
 from clipress.data.eval_sets import EvalSet
 from clipress.data.transforms import fitted, normalised
 from clipress.errors import RecipeError
+from clipress.progress import track
 from clipress.runtime.cpu import processor
 from clipress.runtime.export_folder import Exported
 from clipress.storage import write_text_whole
@@ -134,7 +134,7 @@ async def _measured(
     try:
         asks = {one.model: await checked_ask(wire, one, f"{server[0]}://{server[1]}") for one in asked}
         cases = [(model, load) for model in asks for load in loads]
-        for model, load in tqdm(cases, desc="load", unit="case"):
+        for model, load in track(cases, len(cases), "load", "case"):
             found = await measure(asks[model], load, windows, wire.statistics, numbers)
             told = sorted({one.error for one in found.requests if one.error})
             rows.append({"model": model, **found.figures(), "error_messages": told[:5], **found.times()})

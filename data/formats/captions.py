@@ -1,7 +1,7 @@
-"""Texts without pictures: Conceptual Captions' raw tables, CC3M's `caption<TAB>url` and CC12M's `url<TAB>caption`.
+"""Texts without images: Conceptual Captions' raw tables, CC3M's `caption<TAB>url` and CC12M's `url<TAB>caption`.
 
-There is no header; which column is which is seen on the first line. A header such as img2dataset's (`caption<TAB>url`)
-is known too, and so is a plain list of captions.
+These have no header; the columns are recognised from the first line. A header such as img2dataset's (`caption<TAB>url`)
+and a plain list of captions are supported too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from clipress.errors import DataError
 
 @FORMATS.register("captions")
 def read(spec: SourceSpec) -> Files:
-    """Read the captions and leave the addresses."""
+    """Read the captions and ignore the URLs."""
     path = needed(spec.annotations, "annotations", "captions")
     header, caption, width = columns(path)
     files = Files(spec, path)
@@ -29,12 +29,12 @@ def read(spec: SourceSpec) -> Files:
         if len(cells) == width:
             files.add(None, (cells[caption],), where=f"line {number}")
         elif line:
-            files.skip(f"line {number}: {len(cells)} cells, {width} asked for")
+            files.skip(f"line {number}: expected {width} cells, found {len(cells)}")
     return files.done()
 
 
 def columns(path: Path) -> tuple[bool, int, int]:
-    """Return whether a table has a header line, which column is the caption, and how many columns there are."""
+    """Return whether a table has a header line, the caption's column, and the number of columns."""
     first = next(lines_of(path), "").split("\t")
     names = [cell.strip().lower() for cell in first]
     if "caption" in names:
@@ -45,6 +45,6 @@ def columns(path: Path) -> tuple[bool, int, int]:
     if len(first) == 2 and sum(urls) == 1:
         return False, urls.index(False), 2
     raise DataError(
-        f"{path}: lines of a caption and a web address, split by a tab, are asked for in either order; "
-        f"the first line has {len(first)} cells, {sum(urls)} of them addresses."
+        f"{path}: expected a caption and a URL per line, separated by a tab, in either order; found {len(first)} cells in "
+        f"the first line, {sum(urls)} of them URLs."
     )

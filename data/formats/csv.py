@@ -1,8 +1,7 @@
 """CLIP CSV/TSV: a header line `title<sep>filepath`, then one pair per line (CLIP-KD's gather_cc, open_clip).
 
 Conceptual Captions' files are tab-separated and unquoted: a caption may begin with a quotation mark or be "NA". Only
-files separated by commas are quoted (RFC 4180), since captions have commas. Rows that are broken are skipped and
-counted.
+comma-separated files are quoted (RFC 4180), since captions contain commas. Bad rows are skipped and counted.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from clipress.errors import DataError
 
 @FORMATS.register("csv")
 def read(spec: SourceSpec) -> Files:
-    """Read a pairs file; paths are relative to `images` when it is given."""
+    """Read a file of pairs; paths are relative to `images` if that is set."""
     path = needed(spec.annotations, "annotations", "csv")
     rows = _quoted(path) if spec.separator == "," else _plain(path, spec.separator)
     _, header = next(rows, (1, []))
     if not {spec.caption_key, spec.image_key} <= set(header):
         raise DataError(
-            f"{path}: the first line must name '{spec.caption_key}' and '{spec.image_key}', split by "
-            f"{spec.separator!r}; found {header}. Other names: 'caption_key' and 'image_key'."
+            f"{path}: expected a header with '{spec.caption_key}' and '{spec.image_key}', separated by {spec.separator!r}; "
+            f"found {header}. Set 'caption_key', 'image_key' or 'separator'."
         )
     title, file = header.index(spec.caption_key), header.index(spec.image_key)
     files = Files(spec, path)
@@ -38,7 +37,7 @@ def read(spec: SourceSpec) -> Files:
         elif len(cells) == len(header):
             files.add(cells[file], (cells[title],), where=f"line {number}")
         elif any(cells):
-            files.skip(f"line {number}: {len(cells)} cells, {len(header)} asked for")
+            files.skip(f"line {number}: expected {len(header)} cells, found {len(cells)}")
     return files.done()
 
 
@@ -48,7 +47,7 @@ def _plain(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _quoted(path: Path) -> Iterator[tuple[int, list[str] | str]]:
-    """Yield the cells of every record, or what is wrong with it."""
+    """Yield the cells of every record, or an error message in their place."""
     reader = csv.reader((line + "\n" for line in lines_of(path)), strict=True)
     while True:
         first = reader.line_num + 1
@@ -56,6 +55,6 @@ def _quoted(path: Path) -> Iterator[tuple[int, list[str] | str]]:
             yield first, next(reader)
         except StopIteration:
             return
-        except csv.Error as error:  # an open quote swallows lines: each of them is a record that is lost
+        except csv.Error as error:  # an unclosed quote swallows lines, each of them a lost record
             for number in range(first, max(reader.line_num, first) + 1):
-                yield number, f"not quoted as asked for: {error}"
+                yield number, f"invalid quoting: {error}"

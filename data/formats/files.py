@@ -1,4 +1,4 @@
-"""What every reader shares: texts in one piece of memory, safe paths, counted skips, a source made of files."""
+"""Shared by all readers: a source of image files, compact storage of texts, safe paths, counts of skipped records."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from clipress.data.bad_records import refuse_too_many
 from clipress.data.formats.text import NORMALISERS
 from clipress.data.sources import Classes
 from clipress.data.spec import SourceSpec
@@ -20,29 +21,30 @@ from clipress.errors import DataError
 from clipress.storage import read_json
 
 log = logging.getLogger("clipress.data")
-MAX_LINE, MAX_JSON = 1 << 24, 1 << 32  # letters, bytes
-MAX_SKIPPED = 0.2  # a larger part of broken records stops the run
-JUDGED = 10_000  # after every so many records, so that a wrong folder is told early
-LOOKED_FOR = 50_000  # so many files are looked for when a source is opened; the others are found missing when read
+MAX_LINE, MAX_JSON = 1 << 24, 1 << 32  # characters, bytes
+CHECKED_EVERY = 10_000  # records, so that a wrong folder is reported early
+FILES_CHECKED = 50_000  # files whose existence is checked on opening; others are found missing when they are read
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def needed(path: Path | None, key: str, form: str, folder: bool = False) -> Path:
-    """Return a path that a recipe must give and that must exist."""
+    """Return a path that the recipe must set and that must exist."""
     if path is None:
-        raise DataError(f"data: format '{form}' needs the key '{key}'.")
+        raise DataError(f"data: format '{form}' requires the key '{key}'.")
     if not (path.is_dir() if folder else path.is_file()):
-        raise DataError(f"data: {key} {path} was asked for, and there is no such {'folder' if folder else 'file'}.")
+        raise DataError(f"data: {key}: no such {'folder' if folder else 'file'}: {path}.")
     return path
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """Yield a text file's lines without their ends. Only a newline ends a line: captions may hold any other mark."""
+    """Yield a text file's lines without line ends. Only a newline ends a line: captions may contain other separators."""
     try:
         with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
             while line := file.readline(MAX_LINE):
                 if len(line) == MAX_LINE:
-                    raise DataError(f"{path} has a line of {MAX_LINE:,} letters or more; it is no table.")
+                    raise DataError(
+                        f"{path}: expected lines of less than {MAX_LINE:,} characters. This is not a table."
+                    )
                 yield line.rstrip("\r\n")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}.") from None
@@ -56,9 +58,9 @@ def json_of(path: Path) -> Any:
         raise DataError(f"{path} is not readable JSON: {error}.") from None
 
 
-def pictures_under(root: Path) -> Iterator[str]:
-    """Yield the picture files under a folder, hidden ones left out, relative to it and in order."""
-    seen = set()  # links may lead in circles
+def images_under(root: Path) -> Iterator[str]:
+    """Yield the image files under a folder, except hidden ones, as sorted relative paths."""
+    seen = set()  # links may form a cycle
     for folder, inner, names in os.walk(root, followlinks=True):
         real = Path(folder).resolve()
         if real in seen:
@@ -72,26 +74,17 @@ def pictures_under(root: Path) -> Iterator[str]:
                 yield str(prefix / name)
 
 
-def judge(origin: object, total: int, skipped: int, first: str) -> None:
-    """Say how many records cannot be used; too many are an error."""
-    refuse_many(origin, total, skipped, first)
+def report_skipped(origin: object, total: int, skipped: int, first: str) -> None:
+    """Log how many records were skipped. Raises DataError if they are too many."""
+    refuse_too_many(origin, skipped, total, first)
     if skipped:
-        log.warning("%s: %d of %d records skipped; first: %s", origin, skipped, total, first)
-
-
-def refuse_many(origin: object, total: int, skipped: int, first: str) -> None:
-    """Raise DataError when too many records cannot be used."""
-    if skipped > MAX_SKIPPED * total:
-        raise DataError(
-            f"{origin}: {skipped} of {total} records cannot be used (first: {first}). "
-            f"At most {MAX_SKIPPED:.0%} are skipped; check the source's paths."
-        )
+        log.warning("%s: skipped %d of %d records; the first: %s", origin, skipped, total, first)
 
 
 class Strings:
-    """Many texts as one run of bytes and the places where they end.
+    """Many texts in one byte array, with the offsets of their ends.
 
-    A list would have an object per text; workers that are forked would copy them all just by counting references.
+    A list has an object per text, and forked workers copy each of them as soon as they touch its reference count.
     """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
@@ -112,7 +105,7 @@ class Strings:
 
 
 class Files:
-    """A source of picture files, of texts, or of both: gathered by `add`, closed by `done`."""
+    """A source of image files, texts, or both: filled with `add`, completed with `done`."""
 
     def __init__(self, spec: SourceSpec, origin: Path, classes: Classes | None = None) -> None:
         self.name, self.classes = spec.name or spec.format, classes
@@ -135,22 +128,22 @@ class Files:
 
     @property
     def full(self) -> bool:
-        """Whether the recipe's `limit` is reached; `add` then takes no more."""
+        """Whether the recipe's `limit` is reached; `add` then ignores further records."""
         return self.limit is not None and len(self) >= self.limit
 
     def add(self, path: str | None, texts: Sequence[str], where: str, group: int | None = None) -> None:
-        """Take one picture, its captions, or both. A picture must lie under the images folder and exist."""
+        """Add an image, texts, or both. An image must exist and be inside the images folder."""
         if self.full:
             return
         texts = [self._normalised(text) for text in texts]
         if not all(text.strip() for text in texts):
-            return self.skip(f"{where}: a caption is empty")
+            return self.skip(f"{where}: empty caption")
         if path is not None:
-            # `..` and absolute paths are judged as text; links inside the folder are the user's own
+            # only the path itself is checked: links inside the folder are the user's responsibility
             if not os.path.normpath(self.root / path).startswith(self._inside):
-                return self.skip(f"{where}: {path!r} points outside {self.root}")
-            if (self.check or len(self) < LOOKED_FOR) and not _there(self.root / path):
-                return self.skip(f"{where}: there is no file {path}")
+                return self.skip(f"{where}: {path!r} is outside {self.root}")
+            if (self.check or len(self) < FILES_CHECKED) and not _exists(self.root / path):
+                return self.skip(f"{where}: no such file: {path}")
             self.paths.append(path)
         for text in texts:
             self.texts.append(text)
@@ -158,15 +151,15 @@ class Files:
         self.groups.append(len(self.groups) if group is None else group)
 
     def skip(self, reason: str) -> None:
-        """Count a record that cannot be used."""
+        """Count a record that cannot be used. Raises DataError early if there are too many."""
         self.skipped += 1
         self.first_skipped = self.first_skipped or reason
-        if (len(self) + self.skipped) % JUDGED == 0:
-            refuse_many(self.origin, len(self) + self.skipped, self.skipped, self.first_skipped)
+        if (len(self) + self.skipped) % CHECKED_EVERY == 0:
+            refuse_too_many(self.origin, self.skipped, len(self) + self.skipped, self.first_skipped)
 
     def done(self) -> Files:
-        """Report the skipped records; too many are an error."""
-        judge(self.origin, len(self) + self.skipped, self.skipped, self.first_skipped)
+        """Report the skipped records and compute the fingerprint. Raises DataError if too many were skipped."""
+        report_skipped(self.origin, len(self) + self.skipped, self.skipped, self.first_skipped)
         content = hashlib.sha256(repr(self.classes).encode())
         for part in (self.paths.bytes, self.paths.ends, self.texts.bytes, self.texts.ends, self.ends, self.groups):
             content.update(part)
@@ -178,7 +171,7 @@ class Files:
 
     def image(self, index: int) -> Image.Image:
         if not self.has_images:
-            raise DataError(f"data: source '{self.name}' holds texts only, and a picture was asked for.")
+            raise DataError(f"data: source '{self.name}' has texts only, no images.")
         return open_image(self.root / self.paths[index])
 
     def captions(self, index: int) -> Sequence[str]:
@@ -190,8 +183,8 @@ class Files:
         return self.groups[index]
 
 
-def _there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a valid file name
         return False

@@ -1,18 +1,18 @@
-"""Pictures without captions: all that lie under a folder, or those a list names (`clipress data filter` writes one)."""
+"""Images without captions: all images under a folder, or those in a list (`clipress data filter` writes one)."""
 
 from __future__ import annotations
 
-from clipress.data.formats.files import Files, lines_of, needed, pictures_under
+from clipress.data.formats.files import Files, images_under, lines_of, needed
 from clipress.data.sources import FORMATS
 from clipress.data.spec import SourceSpec
 
 
 @FORMATS.register("images")
 def read(spec: SourceSpec) -> Files:
-    """Read the pictures under `images`; with `annotations`, those in its first column, below a line `filepath`."""
+    """Read the images under `images`; with `annotations`, those in its first column, below a header `filepath`."""
     root = needed(spec.images, "images", "images", folder=True)
     if spec.annotations is None:
-        files, paths = Files(spec, root), pictures_under(root)
+        files, paths = Files(spec, root), images_under(root)
     else:
         listed = needed(spec.annotations, "annotations", "images")
         files, paths = Files(spec, listed), (line.split("\t")[0] for line in lines_of(listed))
@@ -20,5 +20,5 @@ def read(spec: SourceSpec) -> Files:
         if files.full:
             break
         if path and not (number == 1 and path == "filepath"):
-            files.add(path, (), where=f"picture {number}")
+            files.add(path, (), where=f"image {number}")
     return files.done()

@@ -1,8 +1,8 @@
-"""Karpathy-split JSON as BLIP and UPop ship it (COCO, Flickr30K).
+"""Karpathy-split JSON as distributed by BLIP and UPop (COCO, Flickr30K).
 
 Train: a list of {"image", "caption": str, "image_id"}, one row per pair. Val and test: {"image", "caption": [str]}.
-Rows of one image are gathered, so every caption of an image is a right answer to it; pictures with one `image_id`
-are right answers to one another.
+Rows of one image are merged, so that every caption of an image matches it; images with the same `image_id` match one
+another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def read(spec: SourceSpec) -> Files:
     path = needed(spec.annotations, "annotations", "karpathy")
     rows = json_of(path)
     if not isinstance(rows, list):
-        raise DataError(f"{path}: a list of rows is asked for, found {type(rows).__name__}.")
+        raise DataError(f"{path}: expected a list of rows, found {type(rows).__name__}.")
     files, texts, group, groups = Files(spec, path), {}, {}, {}
     for number, row in enumerate(rows):
         row = row if isinstance(row, dict) else {}
@@ -31,7 +31,7 @@ def read(spec: SourceSpec) -> Files:
             same = ("image", image) if image_id is None else ("id", image_id)
             group.setdefault(image, groups.setdefault(same, len(groups)))
         else:
-            files.skip(f"row {number}: 'image' and a non-empty 'caption' are asked for")
+            files.skip(f"row {number}: expected an 'image' and a non-empty 'caption'")
     for image, captions in texts.items():
         files.add(image, captions, where=f"image {image}", group=group[image])
     return files.done()

@@ -1,4 +1,4 @@
-"""What is done to captions on reading. The published numbers of BLIP and UPop are of captions changed this way."""
+"""Caption normalisation. The published numbers of BLIP and UPop are for captions normalised this way."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _GAPS = re.compile(r"\s{2,}")
 
 
 def blip(text: str) -> str:
-    """Lower-case, without most punctuation, at most 30 words (BLIP's `pre_caption`; Li et al. 2022)."""
+    """Lower-case, remove most punctuation, keep at most 30 words (BLIP's `pre_caption`; Li et al. 2022)."""
     plain = _GAPS.sub(" ", _MARKS.sub(" ", text.lower())).rstrip("\n").strip(" ")
     return " ".join(plain.split(" ")[:MAX_WORDS])
 

@@ -1,11 +1,11 @@
-"""WebDataset shards by open_clip's conventions (img2dataset writes them), read record by record in any order.
+"""WebDataset shards by open_clip's conventions (as written by img2dataset), with random access to records.
 
-A shard is a plain tar. Neighbouring members with the same name up to the first dot are one record: a picture
-(`jpg`, `png`, `jpeg` or `webp`, in this order of choice) with its caption (`txt`), or, where the recipe names
-`classes`, with its label (`cls`). Capitals in suffixes do not matter; other members, such as `json`, are left alone.
+A shard is a plain tar file. Consecutive members with the same name up to the first dot are one record: an image (the
+first of `jpg`, `png`, `jpeg` and `webp`) with its caption (`txt`) or, if the recipe sets `classes`, with its label
+(`cls`). Suffixes are case-insensitive; other members, such as `json`, are ignored.
 
-The headers of a shard are read once; where its records lie is then kept in the cache folder. So shards need no
-streaming: workers, processes and exact epochs work as they do for files.
+The headers of a shard are read once, and the offsets of its records are kept in the cache folder. Records can then be
+read in any order: workers, processes and exact epochs work as they do for files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipress.data.formats.files import judge
+from clipress.data.formats.files import report_skipped
 from clipress.data.formats.text import NORMALISERS
 from clipress.data.prompts import read_classes, read_templates
 from clipress.data.sources import FORMATS, Classes
@@ -32,10 +32,10 @@ from clipress.data.transforms import open_image
 from clipress.errors import DataError
 from clipress.storage import cache_folder
 
-PICTURES = ("jpg", "png", "jpeg", "webp")
-VERSION = 2  # of the kept indices
+IMAGES = ("jpg", "png", "jpeg", "webp")
+VERSION = 2  # of cached indices
 MAX_SHARDS, MAX_BRACES = 1_000_000, 100
-MAX_EXTENDED = 1 << 13  # bytes of a long name or of pax records: paths are shorter, and parsing takes their square
+MAX_EXTENDED = 1 << 13  # bytes of a long name or pax records; real ones are shorter, and parsing is quadratic
 EXTENDED = {
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -47,9 +47,9 @@ _META = re.compile(r"__[^/]*__($|/)")
 
 @FORMATS.register("webdataset")
 def read(spec: SourceSpec) -> Shards:
-    """Read shards; which they are is said by `shards`."""
+    """Read the shards that `shards` lists."""
     if not spec.shards:
-        raise DataError("data: format 'webdataset' needs the key 'shards', such as 'dir/{00000..00003}.tar'.")
+        raise DataError("data: format 'webdataset' requires the key 'shards', such as 'dir/{00000..00003}.tar'.")
     classes = None
     if spec.classes is not None:
         classes = Classes(read_classes(spec.classes).names, read_templates(spec.templates))
@@ -57,19 +57,19 @@ def read(spec: SourceSpec) -> Shards:
 
 
 def shard_paths(pattern: str) -> list[Path]:
-    """Return the shards that a pattern names, in its order; all must exist."""
+    """Return the shards of a pattern, in order; all must exist."""
     paths: list[Path] = []
     if pattern.count("{") > MAX_BRACES:
-        raise DataError(f"data: shards are named with {pattern.count('{')} braces; at most {MAX_BRACES} are expanded.")
+        raise DataError(f"data: shards: expected at most {MAX_BRACES} braces, found {pattern.count('{')}.")
     for part in pattern.split("::"):
         more = sorted(Path(part).glob("*.tar")) if Path(part).is_dir() else map(Path, expanded(part))
         paths += itertools.islice(more, MAX_SHARDS + 1 - len(paths))
     if len(paths) > MAX_SHARDS:
-        raise DataError(f"data: shards {pattern} are more than {MAX_SHARDS:,}; name fewer.")
+        raise DataError(f"data: shards: expected at most {MAX_SHARDS:,}, found more in {pattern}.")
     missing = [path for path in paths if not path.is_file()]
     if missing or not paths:
-        found = f"{len(missing)} of {len(paths)} are not there, such as {missing[0]}" if missing else "there is none"
-        raise DataError(f"data: shards {pattern} were asked for; {found}.")
+        found = f"{len(missing)} of {len(paths)} are missing, such as {missing[0]}" if missing else "none found"
+        raise DataError(f"data: shards {pattern}: {found}.")
     return paths
 
 
@@ -84,19 +84,19 @@ def expanded(pattern: str) -> Iterator[str]:
 
 
 def _choices(inner: str) -> Sequence[str]:
-    """Return what stands between braces; DataError where that is too much."""
+    """Return the alternatives inside braces. Raises DataError if there are too many."""
     ends = _RANGE.fullmatch(inner)
     if not ends:
         return inner.split(",")
     first, last = map(int, ends.groups())
     if last - first >= MAX_SHARDS:
-        raise DataError(f"data: shards {{{inner}}} are more than {MAX_SHARDS:,}; name fewer.")
+        raise DataError(f"data: shards: expected at most {MAX_SHARDS:,}, found more in {{{inner}}}.")
     width = max(map(len, ends.groups())) if any(end[0] == "0" and len(end) > 1 for end in ends.groups()) else 1
     return [f"{number:0{width}}" for number in range(first, last + 1)]
 
 
 class Shards:
-    """A source made of the records in tar files."""
+    """A source of the records in tar files."""
 
     has_images = has_texts = True
 
@@ -113,14 +113,15 @@ class Shards:
             labels.append(members["label"][usable])
             counts.append(int(usable.sum()))
             total += len(usable)
-        asked = "a picture and a label (cls)" if classes else "a picture and a caption (txt)"
-        judge(spec.shards, total, total - sum(counts), f"not every record has {asked}")
-        self._first = np.cumsum([0, *counts])  # the first record of every shard
+        sides = "an image or a label (cls)" if classes else "an image or a caption (txt)"
+        report_skipped(spec.shards, total, total - sum(counts), f"a record without {sides}")
+        self._first = np.cumsum([0, *counts])  # first record of each shard, and the total
         self._images, self._texts = (np.concatenate(parts)[: spec.limit] for parts in (images, texts))
         self._labels = np.concatenate(labels)[: spec.limit] if classes else None
         if classes and len(self) and self._labels.max() >= len(classes.names):
             raise DataError(
-                f"{spec.classes} names {len(classes.names)} classes; there is a label {self._labels.max()} in {spec.shards}."
+                f"{spec.classes}: expected more than {self._labels.max()} class names, since that is a label in "
+                f"{spec.shards}; found {len(classes.names)}."
             )
         self.fingerprint = self._fingerprint(spec)
 
@@ -145,7 +146,7 @@ class Shards:
             return self.classes.prompts(self.group(index))
         text = self._normalised(self._read(index, self._texts).decode("utf-8", "replace").strip())
         if not text:
-            raise DataError(f"{self._name_of(index)}: its caption is empty.")
+            raise DataError(f"{self._name_of(index)}: empty caption.")
         return (text,)
 
     def group(self, index: int) -> int:
@@ -159,32 +160,32 @@ class Shards:
         return bytes_at(self._shard(index), offset, size)
 
     def _name_of(self, index: int) -> str:
-        """Return what a record is called; its header lies before its bytes."""
+        """Return a record's name, from the header before its content."""
         shard, start = self._shard(index), int(self._images[index, 0]) - tarfile.BLOCKSIZE
         try:
             header = tarfile.TarInfo.frombuf(bytes_at(shard, start, tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
         except tarfile.TarError:
-            return f"{shard}, which was changed after it was indexed"
+            return f"{shard}, which was modified after it was indexed"
         return f"{shard}, {header.name}"
 
 
 def bytes_at(path: Path, offset: int, size: int) -> bytes:
-    """Read a part of a shard."""
+    """Read a range of bytes from a shard."""
     try:
         with path.open("rb", buffering=0) as file:
             found = os.pread(file.fileno(), size, offset)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}.") from None
     if len(found) != size:
-        raise DataError(f"{path} is shorter than when it was indexed: it was changed meanwhile, start again.")
+        raise DataError(f"{path} is shorter than when it was indexed: it was modified in the meantime. Start again.")
     return found
 
 
 def index_of(path: Path) -> dict[str, np.ndarray]:
-    """Return where a shard's records lie, from the cache folder if it is there.
+    """Return the index of a shard's records, from the cache folder if possible.
 
-    image and text: byte offset and size, int64 [N, 2], zeros where there is none; label: int64 [N], -1 likewise;
-    names: what `names_of` reads.
+    image and text: byte offset and size, int64 [N, 2], zeros if absent; label: int64 [N], -1 if absent; names: as read by
+    `names_of`.
     """
     known = path.stat()
     identity = repr((VERSION, str(path.resolve()), known.st_size, known.st_mtime_ns))
@@ -193,40 +194,40 @@ def index_of(path: Path) -> dict[str, np.ndarray]:
         with np.load(kept) as arrays:
             return dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        pass  # not there, or not whole: made anew
-    arrays = _indexed(path)
+        pass  # missing or damaged: it is built again
+    arrays = build_index(path)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         aside = kept.with_name(f".{kept.stem}.{os.getpid()}.tmp.npz")
         np.savez(aside, **arrays)
         aside.replace(kept)
     except OSError:
-        pass  # a cache that cannot be written costs time only
+        pass  # without a cache the index is built again next time
     return arrays
 
 
 class _Header(tarfile.TarInfo):
-    """A tar header that claims nothing absurd: tarfile believes it, reads what it claims, and walks backwards."""
+    """A tar header with a plausible size: tarfile trusts sizes, and would allocate them or walk backwards."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> _Header:
         header = super().frombuf(buf, encoding, errors)
         if not 0 <= header.size <= (MAX_EXTENDED if header.type in EXTENDED else math.inf):
-            raise tarfile.ReadError(f"a header claims {header.size:,} bytes")
+            raise tarfile.ReadError(f"a header has size {header.size:,}")
         return header
 
 
-def _indexed(path: Path) -> dict[str, np.ndarray]:
-    """Walk through a shard's headers."""
+def build_index(path: Path) -> dict[str, np.ndarray]:
+    """Read a shard's headers and return its index, as `index_of` does."""
     records: list[dict[str, tuple[int, int]]] = []
     names: list[str] = []
     current, size = None, path.stat().st_size
     try:
         with tarfile.open(path, "r:", tarinfo=_Header) as tar:
             for member in tar:
-                tar.members.clear()  # it would keep them all
-                if member.size < 0:  # by a pax record; the next header would be this one again
-                    raise tarfile.ReadError(f"{member.name} claims {member.size:,} bytes")
+                tar.members.clear()  # tarfile keeps every member
+                if member.size < 0:  # from a pax record; tarfile would read the same header again
+                    raise tarfile.ReadError(f"{member.name} has size {member.size:,}")
                 match = _MEMBER.fullmatch(member.name)
                 if match is None or not member.isreg() or _META.match(member.name):
                     continue
@@ -239,21 +240,21 @@ def _indexed(path: Path) -> dict[str, np.ndarray]:
                 records[-1][suffix] = (member.offset_data, member.size) if whole else (0, 0)
     except (tarfile.TarError, OSError, ValueError, ArithmeticError, RecursionError) as error:
         if not records:
-            raise DataError(f"{path} is not a tar that can be read (compressed ones cannot): {error}.") from None
-        # cut off: what is whole is used, the rest is missed and counted as a record without a picture
+            raise DataError(f"{path} is not a readable tar file: {error}. Compressed ones are not supported.") from None
+        # truncated: complete records are used, the rest counts as a record without an image
     nothing = (0, 0)
-    images = [next((row[suffix] for suffix in PICTURES if suffix in row), nothing) for row in records]
+    images = [next((row[suffix] for suffix in IMAGES if suffix in row), nothing) for row in records]
     return {
         "image": np.asarray(images, np.int64).reshape(-1, 2),
         "text": np.asarray([row.get("txt", nothing) for row in records], np.int64).reshape(-1, 2),
         "label": np.asarray([_label(path, row.get("cls", nothing)) for row in records], np.int64),
-        # in one piece: no member's name holds a zero byte
+        # one array of bytes: no member's name contains a zero byte
         "names": np.frombuffer("\0".join(names).encode("utf-8", "surrogateescape"), np.uint8),
     }
 
 
 def names_of(members: dict[str, np.ndarray]) -> list[str]:
-    """Return the names of an index's records: their members' up to the first dot."""
+    """Return the names of an index's records: member names up to the first dot."""
     return members["names"].tobytes().decode("utf-8", "surrogateescape").split("\0") if len(members["image"]) else []
 
 

@@ -49,7 +49,7 @@ def test_a_run_over_a_corpus_of_which_a_twentieth_is_broken_finishes_with_the_ri
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     log = [json.loads(line) for line in (tmp_path / "run" / "logs" / "distilled.jsonl").read_text().splitlines()]
-    told = [row["broken"] for row in log if "broken" in row]
+    told = [row["bad_record"] for row in log if "bad_record" in row]
     assert {row["index"] for row in told} == {95, 96, 97, 98} and len(told) == 4  # gone.png was skipped at the start
     assert all(any(name in row["reason"] for name in bad) for row in told)
-    assert read_header(tmp_path / "run" / "distilled")["lineage"][-1]["details"]["broken_records"] == 4
+    assert read_header(tmp_path / "run" / "distilled")["lineage"][-1]["details"]["bad_records"] == 4

@@ -73,7 +73,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(recipe, tmp_path):
 
 def test_an_image_that_is_no_image(tmp_path, tiny_run):
     (tmp_path / "note.png").write_text("not a picture")
-    told(clipress("predict", tiny_run[0], tmp_path / "note.png", "--labels", "a,b"), "note.png", "not a picture")
+    told(clipress("predict", tiny_run[0], tmp_path / "note.png", "--labels", "a,b"), "note.png", "not a readable image")
     told(clipress("predict", tiny_run[0], tmp_path / "gone.png", "--labels", "a,b"), "no such file")
 
 

@@ -124,7 +124,8 @@ SHARD = {"items": 2, "captions": 2, "texts": 2, "failed": 0, "files": {}}
 def artifact(data: bytes) -> None:
     """Artefact, export folder, engine's sidecar, teacher cache: header edited or raw, weights raw."""
     from clipress.artifact import load_artifact
-    from clipress.data.teacher_cache import Manifest, TeacherCache, read_manifest
+    from clipress.data.cache_files import Manifest
+    from clipress.data.teacher_cache import TeacherCache, read_manifest
     from clipress.runtime.export_folder import read_export
     from clipress.runtime.tensorrt import load_engine
     from clipress.tasks import model_from_artifact

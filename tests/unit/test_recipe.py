@@ -43,7 +43,7 @@ def test_an_override_that_has_no_place_is_told(tmp_path, recipe, override):
         (lambda r: r["stages"][1]["distill"].update(epochs=1), "either 'steps' or 'epochs'"),
         (lambda r: r["stages"][1].update(prune={}), "one stage kind"),
         (lambda r: r["stages"].append({"prun": {}}), "Did you mean 'prune'"),
-        (lambda r: r["data"].pop("train"), r"data\.train: this key is needed"),
+        (lambda r: r["data"].pop("train"), r"data\.train: this key is required"),
         (
             lambda r: r["data"]["train"][0].update(splitt="val"),
             r"data\.train\.0\.splitt: unknown key 'splitt'\. Did you mean 'split'",

@@ -150,7 +150,7 @@ def test_a_step_that_is_not_finite_leaves_nothing_in_queues_and_running_statisti
     learner = Learner(student, CONFIG, terms_from(LOSSES, "made"), own)
     first, second = list(batches(student, CONFIG, own, 2))
     for arrays in (first, second):
-        arrays.pop("broken")
+        arrays.pop("bad")
     assert learner.gradients(0, first, ())[2]
     queue = {name: rows.clone() for name, rows in learner.ema.past.items()}
     norm = student.module.visual.conv1[1]
@@ -168,5 +168,5 @@ def test_gradients_of_what_a_loss_learns_are_looked_at_too(fabric, tmp_path):
     parameter = next(p for p in learner.objective.parameters() if p.requires_grad)
     parameter.register_hook(lambda gradient: gradient * float("inf"))
     (arrays, *_) = batches(student, CONFIG, own, 1)
-    arrays.pop("broken")
+    arrays.pop("bad")
     assert not learner.gradients(0, arrays, ())[2]

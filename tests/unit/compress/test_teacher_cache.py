@@ -1,4 +1,4 @@
-"""Embedding a source once: what is looked up is what the teacher says, and builds can be killed, shared, repeated."""
+"""Building teacher caches: they hold the teacher's embeddings, and builds can be killed, shared and repeated."""
 
 import signal
 import subprocess
@@ -51,10 +51,10 @@ def content(folder):
 
 
 class Counted:
-    """A source that knows which pictures were asked for."""
+    """A source that knows which images were read."""
 
     def __init__(self, source):
-        self.source, self.asked = source, []
+        self.source, self.reads = source, []
 
     def __getattr__(self, name):
         return getattr(self.source, name)
@@ -63,11 +63,11 @@ class Counted:
         return len(self.source)
 
     def image(self, index):
-        self.asked.append(index)
+        self.reads.append(index)
         return self.source.image(index)
 
 
-def test_training_looks_up_what_the_teachers_say_about_the_very_same_batch(model, digits, tmp_path):
+def test_looked_up_embeddings_are_those_of_the_teachers_on_the_same_batch(model, digits, tmp_path):
     """Two sources, two teachers with embeddings of different widths."""
     sources = [digits, open_source(SourceSpec(format="scenes", limit=30))]
     teachers = [model, new_model(tiny_architecture(layers=1, embed_dim=48), 1)]
@@ -90,7 +90,7 @@ def test_training_looks_up_what_the_teachers_say_about_the_very_same_batch(model
             np.testing.assert_allclose(norm, wanted.norm(dim=-1), rtol=1e-4)
 
 
-def test_one_view_without_augmentation_is_the_one_of_evaluation(model, digits, tmp_path):
+def test_one_view_without_augmentation_is_the_evaluation_view(model, digits, tmp_path):
     cache = build_cache(model, digits, Augment(), 1, tmp_path, teacher_hash="hash", say=say)
     (pixels,) = EvalSet(digits, None).pixel_batches(model.preprocess)
     np.testing.assert_allclose(cache.images(range(40)), model.encoders()[0](pixels), atol=5e-4)
@@ -102,14 +102,14 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 from clipress.compress.teacher_cache import manifest_of, write_shards
-from clipress.data import teacher_cache
+from clipress.data import cache_files
 from clipress.data.sources import open_source
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Augment
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
-whole = teacher_cache.write_whole
+whole = cache_files.write_whole
 
 def write_whole(target, fill):
     def half(aside):
@@ -117,7 +117,7 @@ def write_whole(target, fill):
         os.kill(os.getpid(), signal.SIGKILL)
     whole(target, half if target.name == "00002" else fill)
 
-teacher_cache.write_whole = write_whole
+cache_files.write_whole = write_whole
 clip, source = new_model(tiny_architecture(layers=1), 0), open_source(SourceSpec(format="digits", limit=40))
 manifest = manifest_of(clip, source, Augment(shift=1, crop_scale=(0.5, 1)), 2, "hash", "fp16", "auto")
 manifest = manifest.model_copy(update={"items_per_shard": 8})
@@ -125,7 +125,7 @@ write_shards(clip, source, manifest, Path(sys.argv[1]), lambda _: None, batch=6)
 """
 
 
-def test_a_killed_build_is_taken_up_again_and_leaves_the_same_bytes(model, digits, tmp_path):
+def test_a_killed_build_resumes_and_writes_the_same_bytes(model, digits, tmp_path):
     whole = in_small_shards(model, digits, tmp_path / "whole")
     done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed"], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -135,11 +135,11 @@ def test_a_killed_build_is_taken_up_again_and_leaves_the_same_bytes(model, digit
         TeacherCache.open(left)
     counted = Counted(digits)
     in_small_shards(model, counted, tmp_path / "killed")
-    assert sorted(counted.asked) == list(range(16, 40))  # only what was not there
+    assert sorted(counted.reads) == list(range(16, 40))  # only the missing shards
     assert {name: data for name, data in content(left).items() if name[0] != "."} == content(whole)
 
 
-def test_what_killed_builds_left_is_removed_when_all_is_there(model, digits, tmp_path):
+def test_leftovers_of_killed_builds_are_removed_when_the_cache_is_complete(model, digits, tmp_path):
     folder = build_cache(model, digits, Augment(), 1, tmp_path, teacher_hash="hash", say=say).folder
     (folder / ".manifest.json.1.tmp").write_text("half")
     (folder / ".00000.1.tmp").mkdir()
@@ -148,13 +148,13 @@ def test_what_killed_builds_left_is_removed_when_all_is_there(model, digits, tmp
     assert not list(folder.glob(".*.tmp"))
 
 
-def test_a_shard_that_is_cut_short_is_made_again_and_no_other(model, digits, tmp_path):
+def test_only_a_truncated_shard_is_built_again(model, digits, tmp_path):
     folder = in_small_shards(model, digits, tmp_path)
     before, path = content(folder), folder / "00003" / "text.npy"
     path.write_bytes(path.read_bytes()[:-1])
     counted = Counted(digits)
     assert in_small_shards(model, counted, tmp_path) == folder
-    assert sorted(counted.asked) == list(range(24, 32)) and content(folder) == before
+    assert sorted(counted.reads) == list(range(24, 32)) and content(folder) == before
 
 
 def test_two_processes_side_by_side_write_what_one_writes(model, digits, tmp_path):
@@ -163,7 +163,7 @@ def test_two_processes_side_by_side_write_what_one_writes(model, digits, tmp_pat
     for rank, source in enumerate(sources):
         together = in_small_shards(model, source, tmp_path / "together", rank=rank, world=2)
     assert content(together) == content(alone)
-    assert not set(sources[0].asked) & set(sources[1].asked)
+    assert not set(sources[0].reads) & set(sources[1].reads)
     TeacherCache.open(together, verify=True)
 
 
@@ -172,14 +172,14 @@ def test_processes_that_decode_change_nothing(model, digits, tmp_path):
     assert content(in_small_shards(model, digits, tmp_path / "there", workers=2)) == content(here)
 
 
-def test_a_second_build_computes_nothing_says_so_and_sweeps_up(model, digits, tmp_path):
-    told = []
-    arguments = {"teacher_hash": "hash", "say": told.append}
+def test_a_second_build_computes_nothing_and_says_so(model, digits, tmp_path):
+    messages = []
+    arguments = {"teacher_hash": "hash", "say": messages.append}
     folder = build_cache(model, digits, BOTH, 2, tmp_path, **arguments).folder
     (folder / ".00000.1.tmp").mkdir()
     counted = Counted(digits)
     build_cache(model, counted, BOTH, 2, tmp_path, **arguments)
-    assert not counted.asked and "are there already" in told[-1]
+    assert not counted.reads and "found the embeddings of teacher" in messages[-1]
     assert not (folder / ".00000.1.tmp").exists()
 
 
@@ -204,68 +204,68 @@ def test_whatever_decides_the_content_decides_the_folder(model, digits, other):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Ten pictures of which the fourth is broken, each with two captions."""
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    """Ten images of which the fourth is broken, each with two captions."""
+    folder = tmp_path / "images"
     for number in range(10):
         (folder / f"{number}").mkdir(parents=True)
         pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}" / "a.png")
-    (folder / "3" / "a.png").write_bytes(b"no picture")
+    (folder / "3" / "a.png").write_bytes(b"no image")
     (folder / "classnames.txt").write_text("\n".join(f"thing {n}" for n in range(10)))
     return open_source(SourceSpec(format="folder", images=folder, templates=("a {}", "the {}")))
 
 
-def test_a_broken_picture_is_counted_and_its_neighbours_stay_where_they_are(model, pictures, tmp_path):
-    told = []
-    cache = build_cache(model, pictures, BOTH, 2, tmp_path, teacher_hash="hash", say=told.append)
+def test_an_unreadable_image_is_counted_and_the_other_rows_do_not_shift(model, images, tmp_path):
+    messages = []
+    cache = build_cache(model, images, BOTH, 2, tmp_path, teacher_hash="hash", say=messages.append)
     assert [item for item in range(10) if not cache.ok(item)] == [3] and cache.failed == 1
-    assert "1 pictures could not be read" in told[-1] and "a.png is not a picture" in told[-1]
-    check_cache(cache, model, pictures)
-    data = TrainingSet([pictures], model.preprocess, model.tokenize(), BOTH, 0, [[cache]])
+    assert "1 images could not be read" in messages[-1] and "a.png is not a readable image" in messages[-1]
+    check_cache(cache, model, images)
+    data = TrainingSet([images], model.preprocess, model.tokenize(), BOTH, 0, [[cache]])
     arrays = data.__getitems__([Draw(0, item, epoch) for item in range(10) for epoch in range(3)])
     wanted = model.encoders()[0](arrays["pixels"])
     np.testing.assert_allclose(arrays["teacher_image_0"], wanted, atol=5e-4)
 
 
-def test_many_broken_pictures_stop_the_build(model, pictures, tmp_path):
+def test_too_many_unreadable_images_stop_the_build(model, images, tmp_path):
     for number in (1, 2):
-        (tmp_path / "pictures" / str(number) / "a.png").unlink()
-    with pytest.raises(
-        DataError, match=r"3 of 10 pictures in a row cannot be read \(first: .*are the pictures still there"
-    ):
-        build_cache(model, pictures, BOTH, 2, tmp_path, teacher_hash="hash", say=say)
+        (tmp_path / "images" / str(number) / "a.png").unlink()
+    with pytest.raises(DataError, match=r"3 of 10 records cannot be used \(for example, .*At most 20%"):
+        build_cache(model, images, BOTH, 2, tmp_path, teacher_hash="hash", say=say)
 
 
 def test_texts_that_come_often_are_encoded_once(model, digits, tmp_path):
     cache = build_cache(model, digits, BOTH, 1, tmp_path, teacher_hash="hash", say=say)
     captions = [caption for item in range(len(digits)) for caption in digits.captions(item)]
-    shard = cache._shards[0]
+    shard = cache.shards[0]
     assert shard.texts == len(set(captions)) < shard.captions == len(captions)
     wanted = model.encoders()[1](model.tokenize()(captions))
     np.testing.assert_allclose(cache.texts(range(len(captions))), wanted, atol=5e-4)
 
 
-def test_changed_pictures_or_another_teacher_are_found_by_a_few_samples(model, pictures, tmp_path):
-    cache = build_cache(model, pictures, BOTH, 2, tmp_path, teacher_hash="hash", say=say)
-    with pytest.raises(ArtifactError, match=r"the image embedding of item \d+ has cosine"):
-        check_cache(cache, new_model(tiny_architecture(layers=1), 9), pictures)
+def test_changed_images_or_another_teacher_are_found_by_a_few_samples(model, images, tmp_path):
+    cache = build_cache(model, images, BOTH, 2, tmp_path, teacher_hash="hash", say=say)
+    with pytest.raises(ArtifactError, match=r"image embedding of item \d+ to have cosine 1 .*, found"):
+        check_cache(cache, new_model(tiny_architecture(layers=1), 9), images)
     for number in range(10):
-        Image.new("RGB", (50, 40)).save(tmp_path / "pictures" / str(number) / "a.png")
-    with pytest.raises(ArtifactError, match="the image embedding of item"):
-        check_cache(cache, model, pictures)
+        Image.new("RGB", (50, 40)).save(tmp_path / "images" / str(number) / "a.png")
+    with pytest.raises(ArtifactError, match="image embedding of item"):
+        check_cache(cache, model, images)
 
 
-def test_a_teacher_that_gives_no_numbers_is_told_and_nothing_is_kept(digits, tmp_path):
+def test_embeddings_that_are_not_finite_are_reported_and_not_kept(digits, tmp_path):
     broken = new_model(tiny_architecture(layers=1), 0)
     broken.module.visual.proj.data.fill_(float("nan"))
-    with pytest.raises(ClipressError, match="of digits that are not finite"):
+    with pytest.raises(
+        ClipressError, match="digits: expected finite embeddings from teacher hash, found some that are not finite"
+    ):
         build_cache(broken, digits, Augment(), 1, tmp_path, teacher_hash="hash", say=say)
     assert not list(tmp_path.glob("*/0*"))
 
 
-def test_many_views_of_pictures_that_are_not_augmented_are_refused(model, digits, tmp_path):
-    with pytest.raises(RecipeError, match=r"3 views of digits were asked for, and 'data\.augment' is empty"):
+def test_many_views_of_images_that_are_not_augmented_are_refused(model, digits, tmp_path):
+    with pytest.raises(RecipeError, match=r"3 views of digits, found an empty 'data\.augment'"):
         build_cache(model, digits, Augment(), 3, tmp_path, teacher_hash="hash", say=say)
 
 
@@ -286,7 +286,7 @@ def test_the_command_embeds_every_training_source_once(with_artifact, tmp_path):
     caches = [TeacherCache.open(folder, verify=True) for folder in home.iterdir()]
     assert {cache.manifest.source for cache in caches} == {"digits", "scenes"}
     assert {(c.manifest.views, c.manifest.dtype, c.manifest.teacher) for c in caches} == {(2, "bf16", "0123")}
-    assert clipress("embed", path, "--out", home).output.count("are there already") == 2
+    assert clipress("embed", path, "--out", home).output.count("found the embeddings of teacher") == 2
     again = clipress("embed", path, "--out", home, "--views", 3, "--dtype", "fp16")
     assert "3 view(s)" in again.output and len(list(home.iterdir())) == 4
 
@@ -303,7 +303,7 @@ def test_the_command_uses_the_teachers_it_is_given_and_the_users_cache(with_arti
     assert dims == [("0123", 32), ("0123", 32), ("4567", 16), ("4567", 16)]
 
 
-def test_a_recipe_without_a_teacher_is_told(recipe, tmp_path):
+def test_a_recipe_without_a_teacher_is_reported(recipe, tmp_path):
     recipe["student"] = recipe.pop("teacher")["recipe"]["student"]
     done = clipress("embed", write_recipe(recipe, tmp_path))
     assert done.exit_code == 2 and "names no 'teacher' to embed with" in done.output
@@ -327,7 +327,7 @@ def test_a_teacher_is_known_by_the_hash_that_a_run_gives_it(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
-def test_pictures_or_texts_alone_are_embedded_and_looked_up(model, tmp_path, side):
+def test_images_or_texts_alone_are_embedded_and_looked_up(model, tmp_path, side):
     spec = {
         "image": {"format": "images", "images": tmp_path},
         "text": {"format": "captions", "annotations": tmp_path / "c.tsv"},
@@ -335,7 +335,7 @@ def test_pictures_or_texts_alone_are_embedded_and_looked_up(model, tmp_path, sid
     for number in range(10):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-    (tmp_path / "c.tsv").write_text("".join(f"picture number {n}\thttp://x/{n}\n" for n in range(10)))
+    (tmp_path / "c.tsv").write_text("".join(f"image number {n}\thttp://x/{n}\n" for n in range(10)))
     source = open_source(SourceSpec(**spec[side]))
     cache = build_cache(model, source, Augment(shift=1), 2, tmp_path / "home", teacher_hash="t", say=say)
     check_cache(cache, model, source)

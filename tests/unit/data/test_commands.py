@@ -19,7 +19,7 @@ from clipress.data.sources import open_source
 from clipress.data.spec import SourceSpec
 
 
-def told(result, *words):
+def assert_reports(result, *words):
     assert result.exit_code == 2 and "Traceback" not in result.output, (result.output, result.exception)
     for word in words:
         assert word in result.output, result.output
@@ -46,9 +46,11 @@ def test_imagenet_with_openais_templates_is_eighty_thousand_prompts(tmp_path):
     assert len(lines) == 80_000 and lines[0] == "a bad photo of a tench."
 
 
-def test_a_class_list_or_template_that_is_none_is_told(tmp_path):
-    told(clipress("data", "prompts", tmp_path / "gone.txt", "--out", tmp_path / "p.txt"), "gone.txt")
-    told(clipress("data", "prompts", "imagenet", "--template", "a cat", "--out", tmp_path / "p"), "'a cat'", "{label}")
+def test_a_missing_class_list_and_a_wrong_template_are_reported(tmp_path):
+    assert_reports(clipress("data", "prompts", tmp_path / "gone.txt", "--out", tmp_path / "p.txt"), "gone.txt")
+    assert_reports(
+        clipress("data", "prompts", "imagenet", "--template", "a cat", "--out", tmp_path / "p"), "'a cat'", "{label}"
+    )
     assert not (tmp_path / "p.txt").exists()
 
 
@@ -56,7 +58,7 @@ def test_a_class_list_or_template_that_is_none_is_told(tmp_path):
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def fake_img2dataset(monkeypatch):
     calls = []
     module = types.ModuleType("img2dataset")
     module.download = lambda **settings: calls.append(settings)
@@ -64,13 +66,13 @@ def stand_in(monkeypatch):
     return calls
 
 
-def test_raw_conceptual_captions_are_given_over_without_their_traps(tmp_path, stand_in):
+def test_raw_conceptual_captions_are_passed_on_as_json_lines(tmp_path, fake_img2dataset):
     table = tmp_path / "cc12m.tsv"
     table.write_text('http://x.org/1.jpg\t"a" dog\nhttp://x.org/2.jpg\tNA\n')
     settings = ("--size", 128, "--per-shard", 50, "--processes", 2, "--threads", 8, "--timeout", 3)
     result = clipress("data", "download", table, "--out", tmp_path / "shards", *settings)
     assert result.exit_code == 0, result.output
-    (call,) = stand_in
+    (call,) = fake_img2dataset
     rows = [json.loads(line) for line in Path(call["url_list"]).read_text().splitlines()]
     urls = ["http://x.org/1.jpg", "http://x.org/2.jpg"]
     assert rows == [{"caption": c, "url": u} for c, u in zip(['"a" dog', "NA"], urls, strict=True)]
@@ -91,25 +93,27 @@ def test_raw_conceptual_captions_are_given_over_without_their_traps(tmp_path, st
     assert {key: call[key] for key in wanted} == wanted
 
 
-def test_tables_with_named_columns_are_given_over_as_they_are(tmp_path, stand_in):
+def test_tables_with_named_columns_are_passed_on_unchanged(tmp_path, fake_img2dataset):
     table = tmp_path / "laion.parquet"
     table.write_bytes(b"")
     clipress("data", "download", table, "--out", tmp_path / "s", "--url-key", "URL", "--caption-key", "TEXT")
-    (call,) = stand_in
+    (call,) = fake_img2dataset
     assert (call["url_list"], call["input_format"]) == (str(table), "parquet")
     assert (call["url_col"], call["caption_col"]) == ("URL", "TEXT")
 
 
-def test_without_img2dataset_the_way_out_is_told(tmp_path, monkeypatch):
+def test_a_missing_img2dataset_is_reported_with_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "img2dataset", None)
-    told(clipress("data", "download", tmp_path / "a.tsv", "--out", tmp_path / "s"), "pip install 'clipress[download]'")
+    assert_reports(
+        clipress("data", "download", tmp_path / "a.tsv", "--out", tmp_path / "s"), "pip install 'clipress[download]'"
+    )
     assert not (tmp_path / "s").exists()
 
 
-def test_what_cannot_be_downloaded_from_is_told(tmp_path, stand_in):
-    told(clipress("data", "download", tmp_path / "a.tsv", "--out", tmp_path / "s"), "a.tsv", "no such file")
+def test_tables_that_cannot_be_used_are_reported(tmp_path, fake_img2dataset):
+    assert_reports(clipress("data", "download", tmp_path / "a.tsv", "--out", tmp_path / "s"), "a.tsv", "no such file")
     (tmp_path / "b.tsv").write_text("just captions\n")
-    told(clipress("data", "download", tmp_path / "b.tsv", "--out", tmp_path / "s"), "a web address")
+    assert_reports(clipress("data", "download", tmp_path / "b.tsv", "--out", tmp_path / "s"), "a caption and a URL")
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -117,7 +121,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_what_was_downloaded_is_read_as_shards(tmp_path):
+def test_downloaded_shards_can_be_read(tmp_path):
     pytest.importorskip("img2dataset")
     (tmp_path / "www").mkdir()
     for index in range(6):
@@ -170,17 +174,17 @@ def teacher(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path):
     rng = np.random.default_rng(0)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for index in range(8):
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{index}.png")
-    buffer = io.BytesIO((tmp_path / "pictures" / "3.png").read_bytes())
-    (tmp_path / "pictures" / "copy.png").write_bytes(buffer.getvalue())
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{index}.png")
+    buffer = io.BytesIO((tmp_path / "images" / "3.png").read_bytes())
+    (tmp_path / "images" / "copy.png").write_bytes(buffer.getvalue())
     (tmp_path / "prompts.txt").write_text("a red circle\na cat\n")
     return tmp_path
 
 
-def test_the_kept_pictures_are_those_the_teacher_ranks_first(teacher, folder):
-    arguments = ("data", "filter", folder / "pictures", "--prompts", folder / "prompts.txt", "--model", teacher)
+def test_filter_keeps_the_images_that_the_teacher_ranks_first(teacher, folder):
+    arguments = ("data", "filter", folder / "images", "--prompts", folder / "prompts.txt", "--model", teacher)
     result = clipress(*arguments, "--count", 9, "--out", folder / "all.tsv")
     assert result.exit_code == 0, result.output
     everything = [line.split("\t") for line in (folder / "all.tsv").read_text().splitlines()[1:]]
@@ -195,7 +199,7 @@ def test_the_kept_pictures_are_those_the_teacher_ranks_first(teacher, folder):
     encode_image, encode_text = model.encoders()
     wanted = encode_text(model.tokenize()(["a red circle", "a cat"]))
     for name, score, _ in everything:
-        pixels = normalised(fitted(open_image(folder / "pictures" / name), model.preprocess)[None], model.preprocess)
+        pixels = normalised(fitted(open_image(folder / "images" / name), model.preprocess)[None], model.preprocess)
         assert float(score) == pytest.approx(float((encode_image(pixels) @ wanted.T).max()), abs=2e-5)
 
     clipress(*arguments, "--keep", 0.34, "--out", folder / "third.tsv")
@@ -206,11 +210,13 @@ def test_the_kept_pictures_are_those_the_teacher_ranks_first(teacher, folder):
     assert len({"3.png", "copy.png"} & alone) == 1
 
 
-def test_how_many_to_keep_must_be_said_in_one_way(teacher, folder):
-    arguments = ("data", "filter", folder / "pictures", "--prompts", folder / "prompts.txt", "--model", teacher)
-    told(clipress(*arguments, "--out", folder / "a.tsv"), "Either --keep or --count")
-    told(clipress(*arguments, "--keep", 0.5, "--count", 3, "--out", folder / "a.tsv"), "Either --keep or --count")
-    told(
+def test_filter_requires_either_keep_or_count(teacher, folder):
+    arguments = ("data", "filter", folder / "images", "--prompts", folder / "prompts.txt", "--model", teacher)
+    assert_reports(clipress(*arguments, "--out", folder / "a.tsv"), "Either --keep or --count")
+    assert_reports(
+        clipress(*arguments, "--keep", 0.5, "--count", 3, "--out", folder / "a.tsv"), "Either --keep or --count"
+    )
+    assert_reports(
         clipress(*arguments[:3], *arguments[3:5], "--model", folder, "--count", 1, "--out", folder / "a"),
         "clipress.json",
     )

@@ -1,4 +1,4 @@
-"""The embedded sets: the same bytes for everyone, disjoint splits, five captions that say different things the same."""
+"""The embedded sets: the same bytes everywhere, disjoint splits, five captions that describe the whole scene."""
 
 import hashlib
 
@@ -16,8 +16,8 @@ def test_the_bytes_are_the_same_on_every_machine():
     assert sha(scenes.images("test", 0)) == "2103c221cdb3f9e2"
     assert sha(scenes.images("val", 3)) == "b10835b4df3fa16e"
     assert sha(digits.digits("test")[0]) == "cad65b30c5f8d01d"
-    told = "\n".join(caption for scene in scenes.scenes(0)["test"] for caption in scenes.captions(scene))
-    assert hashlib.sha256(told.encode()).hexdigest()[:16] == "a8a88a5c703dd199"
+    text = "\n".join(caption for scene in scenes.scenes(0)["test"] for caption in scenes.captions(scene))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "a8a88a5c703dd199"
 
 
 def test_another_seed_draws_other_scenes():
@@ -32,13 +32,13 @@ def test_no_description_occurs_twice_in_any_split():
     assert scenes.descriptions() >= 20_000
 
 
-def test_captions_tell_the_whole_scene_in_five_different_ways():
+def test_five_different_captions_describe_the_whole_scene():
     rng = np.random.RandomState(0)
     for _ in range(200):
-        scene = scenes._random_scene(rng)
-        told = scenes.captions(scene)
-        assert len(set(told)) == 5
-        for caption in told:
+        scene = scenes.random_scene(rng)
+        captions = scenes.captions(scene)
+        assert len(set(captions)) == 5
+        for caption in captions:
             assert scene.background in caption
             for shape, colour, _ in scene.objects:
                 assert f"{colour} {shape}" in caption
@@ -55,8 +55,8 @@ def test_different_scenes_never_share_a_caption():
 @pytest.mark.parametrize("shape", scenes.SHAPES)
 def test_an_object_is_drawn_where_its_caption_says(shape):
     scene = scenes.Scene("beside", "black", ((shape, "red", "large"), (shape, "blue", "small")))
-    picture = scenes.draw(scene, np.random.RandomState(0)).astype(int)
-    red, blue = picture[..., 0] - picture[..., 2] > 80, picture[..., 2] - picture[..., 0] > 80
+    image = scenes.draw(scene, np.random.RandomState(0)).astype(int)
+    red, blue = image[..., 0] - image[..., 2] > 80, image[..., 2] - image[..., 0] > 80
     assert red[:, :16].sum() > 2 * blue[:, 16:].sum() > 0  # large left, small right
     assert not red[:, 18:].any() and not blue[:, :14].any()
 
@@ -64,8 +64,8 @@ def test_an_object_is_drawn_where_its_caption_says(shape):
 def test_digits_hold_out_a_fixed_fifth():
     train, test = digits.digits("train"), digits.digits("test")
     assert len(train[0]) + len(test[0]) == 1797 and len(test[0]) == 360
-    seen = {picture.tobytes() for picture in train[0]}
-    shared = sum(picture.tobytes() in seen for picture in test[0])
+    seen = {image.tobytes() for image in train[0]}
+    shared = sum(image.tobytes() in seen for image in test[0])
     assert shared == 0
     assert set(train[1]) == set(test[1]) == set(range(10))
 
@@ -82,4 +82,4 @@ def test_enlarging_is_catmull_rom():
 
     padded = np.concatenate([line[0, :1].repeat(2), line[0], line[0, -1:].repeat(2)])
     wanted = [sum(padded[i + 2] * kernel((out + 0.5) / 4 - 0.5 - i) for i in range(-2, 10)) for out in range(32)]
-    np.testing.assert_allclose(digits._enlarge_axis(line, 1)[0] / 1024, wanted, atol=1e-9)
+    np.testing.assert_allclose(digits.enlarge_axis(line, 1)[0] / 1024, wanted, atol=1e-9)

@@ -1,4 +1,4 @@
-"""The pictures kept are the nearest ones, and no two of them alike."""
+"""The images kept are the nearest ones, and no two of them alike."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_the_choice_is_that_of_a_slow_loop(threshold, block, monkeypatch):
         assert pick.prompt == int((images[pick.index] @ prompts.T).argmax())
 
 
-def test_copies_of_a_picture_are_kept_once():
+def test_copies_of_an_image_are_kept_once():
     rng = np.random.default_rng(1)
     images = units(rng, 10, 8)
     copies = np.concatenate([images, images, images])
@@ -60,7 +60,7 @@ def mean_colour(pixels):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_picture_that_cannot_be_read_is_left_out(tmp_path, threads):
+def test_an_image_that_cannot_be_read_is_left_out(tmp_path, threads):
     for index, colour in enumerate(("red", "lime", "blue")):
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{index}.png")
     (tmp_path / "1b.png").write_bytes(b"torn")

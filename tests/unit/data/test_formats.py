@@ -1,4 +1,4 @@
-"""Readers give what was written, in the exact forms that data sets come in."""
+"""Readers return what was written, in the exact formats that data sets come in."""
 
 import json
 import pickle
@@ -10,22 +10,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipress.data.formats import files
-from clipress.data.formats.files import Strings, pictures_under
+from clipress.data.formats.files import Strings, images_under
 from clipress.data.sources import open_source
 from clipress.data.spec import SourceSpec
 from clipress.errors import DataError
 
 
-def picture(path, colour="red", size=(12, 9)):
+def save_image(path, colour="red", size=(12, 9)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     for name in ("red", "green", "blue"):
-        picture(tmp_path / "pictures" / f"{name}.png", name)
-    return tmp_path / "pictures"
+        save_image(tmp_path / "images" / f"{name}.png", name)
+    return tmp_path / "images"
 
 
 def written(path, text):
@@ -54,87 +54,87 @@ def test_file_names_that_are_no_unicode_come_back_too():
 # csv
 
 
-def test_a_caption_may_hold_any_mark_that_is_no_newline(tmp_path, pictures):
+def test_a_caption_may_hold_any_mark_that_is_no_newline(tmp_path, images):
     odd = ["a\u2028b", "form\x0cfeed", "carriage\rreturn", "next\x85line", '"', "NaN", "it's 5\\t"]
     rows = "".join(f"{text}\tred.png\n" for text in odd)
     table = written(tmp_path / "a.csv", "title\tfilepath\n" + rows)
-    assert captions(open_source(SourceSpec(format="csv", annotations=table, images=pictures))) == [[t] for t in odd]
+    assert captions(open_source(SourceSpec(format="csv", annotations=table, images=images))) == [[t] for t in odd]
 
 
-def test_windows_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path, pictures):
+def test_windows_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path, images):
     table = written(tmp_path / "a.csv", "\ufefftitle\tfilepath\r\na red one\tred.png\r\n\r\n")
-    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures))
+    source = open_source(SourceSpec(format="csv", annotations=table, images=images))
     assert captions(source) == [["a red one"]] and source.image(0).size == (12, 9) and source.skipped == 0
 
 
-def test_commas_inside_quotes_belong_to_the_caption(tmp_path, pictures):
+def test_commas_inside_quotes_belong_to_the_caption(tmp_path, images):
     rows = 'filepath,title\nred.png,"red, and ""square"""\nblue.png,blue\n'
     table = written(tmp_path / "a.csv", rows)
-    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures, separator=","))
+    source = open_source(SourceSpec(format="csv", annotations=table, images=images, separator=","))
     assert captions(source) == [['red, and "square"'], ["blue"]]
 
 
-def test_a_row_that_is_quoted_wrongly_is_skipped_and_its_neighbours_are_kept(tmp_path, pictures):
+def test_a_row_that_is_quoted_wrongly_is_skipped_and_its_neighbours_are_kept(tmp_path, images):
     rows = "filepath,title\n" + "red.png,red\n" * 4 + 'blue.png,"blue" sky\ngreen.png,green\n'
     table = written(tmp_path / "a.csv", rows)
-    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures, separator=","))
+    source = open_source(SourceSpec(format="csv", annotations=table, images=images, separator=","))
     assert captions(source)[-1] == ["green"] and len(source) == 5
     assert source.skipped == 1 and source.first_skipped.startswith("line 6")
 
 
-def test_the_columns_can_have_other_names(tmp_path, pictures):
+def test_the_columns_can_have_other_names(tmp_path, images):
     table = written(tmp_path / "a.csv", "image|text\nred.png|red\n")
     keys = {"image_key": "image", "caption_key": "text", "separator": "|"}
-    assert captions(open_source(SourceSpec(format="csv", annotations=table, images=pictures, **keys))) == [["red"]]
+    assert captions(open_source(SourceSpec(format="csv", annotations=table, images=images, **keys))) == [["red"]]
     with pytest.raises(DataError, match="'title' and 'filepath'"):
-        open_source(SourceSpec(format="csv", annotations=table, images=pictures, separator="|"))
+        open_source(SourceSpec(format="csv", annotations=table, images=images, separator="|"))
 
 
-def test_files_beyond_the_first_ones_are_looked_for_only_when_asked(tmp_path, pictures, monkeypatch):
-    monkeypatch.setattr(files, "LOOKED_FOR", 8)
+def test_files_beyond_the_first_ones_are_looked_for_only_when_asked(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(files, "FILES_CHECKED", 8)
     table = written(tmp_path / "a.csv", "title\tfilepath\n" + "red\tred.png\n" * 9 + "gone\tgone.png\n")
-    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures))
+    source = open_source(SourceSpec(format="csv", annotations=table, images=images))
     assert len(source) == 10 and source.skipped == 0
-    with pytest.raises(DataError, match=r"gone\.png was asked for"):
+    with pytest.raises(DataError, match=r"gone\.png: no such file"):
         source.image(9)
-    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures, check=True))
+    source = open_source(SourceSpec(format="csv", annotations=table, images=images, check=True))
     assert len(source) == 9 and source.skipped == 1
 
 
-def test_a_wrong_folder_is_told_before_the_whole_table_is_read(tmp_path, pictures, monkeypatch):
-    monkeypatch.setattr(files, "JUDGED", 5)
+def test_a_wrong_folder_is_told_before_the_whole_table_is_read(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(files, "CHECKED_EVERY", 5)
     table = written(tmp_path / "a.csv", "title\tfilepath\n" + "red\twrong/red.png\n" * 50)
     with pytest.raises(DataError, match=r"5 of 5 records.*wrong/red\.png"):
-        open_source(SourceSpec(format="csv", annotations=table, images=pictures))
+        open_source(SourceSpec(format="csv", annotations=table, images=images))
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../secret.png", "..", ""])
-def test_no_path_leads_out_of_the_images_folder(tmp_path, pictures, path):
-    picture(tmp_path / "secret.png")
+def test_no_path_leads_out_of_the_images_folder(tmp_path, images, path):
+    save_image(tmp_path / "secret.png")
     table = written(tmp_path / "a.csv", "title\tfilepath\n" + "red\tred.png\n" * 4 + f"bad\t{path}\n")
-    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures))
+    source = open_source(SourceSpec(format="csv", annotations=table, images=images))
     assert len(source) == 4 and source.skipped == 1
 
 
-def test_links_inside_the_images_folder_are_followed(tmp_path, pictures):
+def test_links_inside_the_images_folder_are_followed(tmp_path, images):
     (tmp_path / "all").mkdir()
-    (tmp_path / "all" / "linked").symlink_to(pictures)
+    (tmp_path / "all" / "linked").symlink_to(images)
     table = written(tmp_path / "a.csv", "title\tfilepath\nred\tlinked/red.png\n")
     source = open_source(SourceSpec(format="csv", annotations=table, images=tmp_path / "all"))
     assert source.image(0).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_limit_takes_the_first_records(tmp_path, pictures):
+def test_limit_takes_the_first_records(tmp_path, images):
     table = written(tmp_path / "a.csv", "title\tfilepath\nred\tred.png\nblue\tblue.png\nbroken row\n")
-    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures, limit=1))
+    source = open_source(SourceSpec(format="csv", annotations=table, images=images, limit=1))
     assert captions(source) == [["red"]] and source.skipped == 0
 
 
-def test_the_fingerprint_is_of_the_content(tmp_path, pictures):
+def test_the_fingerprint_is_of_the_content(tmp_path, images):
     def told(text, **more):
         table = written(tmp_path / "a.csv", "title\tfilepath\n" + text)
         open_source.cache_clear()
-        return open_source(SourceSpec(format="csv", annotations=table, images=pictures, **more)).fingerprint
+        return open_source(SourceSpec(format="csv", annotations=table, images=images, **more)).fingerprint
 
     first = told("red\tred.png\n")
     assert told("red\tred.png\n") == first
@@ -155,9 +155,9 @@ def test_the_fingerprint_is_of_the_content(tmp_path, pictures):
         (" ".join(f"w{i}" for i in range(40)), " ".join(f"w{i}" for i in range(30))),
     ],
 )
-def test_captions_can_be_changed_as_blip_does(tmp_path, pictures, text, wanted):
+def test_captions_can_be_changed_as_blip_does(tmp_path, images, text, wanted):
     path = written(tmp_path / "a.json", json.dumps([{"image": "red.png", "caption": [text]}]))
-    spec = {"format": "karpathy", "annotations": path, "images": pictures}
+    spec = {"format": "karpathy", "annotations": path, "images": images}
     assert captions(open_source(SourceSpec(**spec, text_normaliser="blip"))) == [[wanted]]
     assert captions(open_source(SourceSpec(**spec))) == [[text]]
 
@@ -165,14 +165,14 @@ def test_captions_can_be_changed_as_blip_does(tmp_path, pictures, text, wanted):
 # karpathy
 
 
-def test_one_string_is_one_caption_in_a_test_file_too(tmp_path, pictures):
+def test_one_string_is_one_caption_in_a_test_file_too(tmp_path, images):
     rows = [{"image": "red.png", "caption": "a red one"}, {"image": "blue.png", "caption": ["blue", "sky"]}]
     path = written(tmp_path / "coco_karpathy_test.json", json.dumps(rows))
-    source = open_source(SourceSpec(format="karpathy", annotations=path, images=pictures))
+    source = open_source(SourceSpec(format="karpathy", annotations=path, images=images))
     assert captions(source) == [["a red one"], ["blue", "sky"]]
 
 
-def test_pictures_with_one_image_id_are_right_answers_to_one_another(tmp_path, pictures):
+def test_images_with_one_image_id_are_right_answers_to_one_another(tmp_path, images):
     rows = [
         {"image": "red.png", "caption": "a", "image_id": "x_1"},
         {"image": "blue.png", "caption": "b", "image_id": "x_2"},
@@ -180,17 +180,17 @@ def test_pictures_with_one_image_id_are_right_answers_to_one_another(tmp_path, p
         {"image": "red.png", "caption": "d", "image_id": "x_1"},
     ]
     path = written(tmp_path / "coco_karpathy_train.json", json.dumps(rows))
-    source = open_source(SourceSpec(format="karpathy", annotations=path, images=pictures))
+    source = open_source(SourceSpec(format="karpathy", annotations=path, images=images))
     assert captions(source) == [["a", "d"], ["b"], ["c"]]
     assert source.group(0) == source.group(2) != source.group(1)
 
 
 @pytest.mark.parametrize("row", [{}, 3, {"image": "red.png"}, {"image": "red.png", "caption": []}, {"caption": "a"}])
-def test_a_row_of_another_form_is_skipped_and_counted(tmp_path, pictures, row):
+def test_a_row_of_another_form_is_skipped_and_counted(tmp_path, images, row):
     rows = [{"image": f"{name}.png", "caption": name} for name in ("red", "green", "blue")]
     path = written(tmp_path / "a.json", json.dumps([*rows, row]))
     with pytest.raises(DataError, match=r"1 of 4 records.*row 3"):
-        open_source(SourceSpec(format="karpathy", annotations=path, images=pictures))
+        open_source(SourceSpec(format="karpathy", annotations=path, images=images))
 
 
 # coco
@@ -202,8 +202,8 @@ def coco(tmp_path, images, annotations):
 
 
 def test_coco_gives_images_by_id_with_all_their_captions(tmp_path):
-    picture(tmp_path / "val2014" / "COCO_val2014_000000000042.jpg", "blue")
-    picture(tmp_path / "val2014" / "000000000007.jpg", "red")
+    save_image(tmp_path / "val2014" / "COCO_val2014_000000000042.jpg", "blue")
+    save_image(tmp_path / "val2014" / "000000000007.jpg", "red")
     images = [
         {"id": 42, "file_name": "COCO_val2014_000000000042.jpg", "height": 9, "width": 12, "license": 1},
         {"id": 7, "file_name": "000000000007.jpg", "height": 9, "width": 12, "license": 1},
@@ -219,7 +219,7 @@ def test_coco_gives_images_by_id_with_all_their_captions(tmp_path):
 
 def test_coco_skips_what_points_nowhere(tmp_path):
     for i in range(8):
-        picture(tmp_path / f"{i}.jpg")
+        save_image(tmp_path / f"{i}.jpg")
     images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(8)]
     annotations = [{"id": i, "image_id": i, "caption": "x"} for i in range(7)]
     strange = [{"id": 9, "image_id": 99, "caption": "lost"}]
@@ -252,43 +252,43 @@ def test_what_is_no_coco_file_is_told(tmp_path, content):
         ['"a" dog', "NA"],
     ],
 )
-def test_raw_conceptual_captions_are_texts_without_pictures(tmp_path, rows):
+def test_raw_conceptual_captions_are_texts_without_images(tmp_path, rows):
     path = written(tmp_path / "cc.tsv", "\n".join(rows) + "\n")
     source = open_source(SourceSpec(format="captions", annotations=path))
     assert captions(source) == [['"a" dog'], ["NA"]]
     assert source.has_texts and not source.has_images
     assert source.group(0) != source.group(1)
-    with pytest.raises(DataError, match="holds texts only"):
+    with pytest.raises(DataError, match="has texts only"):
         source.image(0)
 
 
 def test_a_table_of_something_else_is_not_taken_for_captions(tmp_path):
     path = written(tmp_path / "cc.tsv", "one\ttwo\tthree\n")
-    with pytest.raises(DataError, match="3 cells, 0 of them addresses"):
+    with pytest.raises(DataError, match="3 cells in the first line, 0 of them URLs"):
         open_source(SourceSpec(format="captions", annotations=path))
 
 
 # images
 
 
-def test_a_folder_of_pictures_has_no_texts(tmp_path, pictures):
-    picture(pictures / "deep" / "er" / "one.JPEG")
-    written(pictures / "note.txt", "no picture")
-    written(pictures / ".hidden.png", "no picture")
-    source = open_source(SourceSpec(format="images", images=pictures))
+def test_a_folder_of_images_has_no_texts(tmp_path, images):
+    save_image(images / "deep" / "er" / "one.JPEG")
+    written(images / "note.txt", "no image")
+    written(images / ".hidden.png", "no image")
+    source = open_source(SourceSpec(format="images", images=images))
     assert [source.paths[i] for i in range(len(source))] == ["blue.png", "green.png", "red.png", "deep/er/one.JPEG"]
     assert source.captions(0) == () and source.has_images and not source.has_texts
 
 
-def test_a_list_chooses_among_the_pictures(tmp_path, pictures):
+def test_a_list_chooses_among_the_images(tmp_path, images):
     listed = written(tmp_path / "list.tsv", "filepath\tscore\tprompt\nred.png\t0.3\ta\nblue.png\t0.2\tb\n")
-    source = open_source(SourceSpec(format="images", images=pictures, annotations=listed))
+    source = open_source(SourceSpec(format="images", images=images, annotations=listed))
     assert [source.image(i).getpixel((0, 0)) for i in range(2)] == [(255, 0, 0), (0, 0, 255)]
 
 
-def test_links_in_circles_end(tmp_path, pictures):
-    (pictures / "again").symlink_to(pictures)
-    assert list(pictures_under(pictures)) == ["blue.png", "green.png", "red.png"]
+def test_links_in_circles_end(tmp_path, images):
+    (images / "again").symlink_to(images)
+    assert list(images_under(images)) == ["blue.png", "green.png", "red.png"]
 
 
 # folder
@@ -296,7 +296,7 @@ def test_links_in_circles_end(tmp_path, pictures):
 
 def class_folders(root, names):
     for name in names:
-        picture(root / name / "x.JPEG")
+        save_image(root / name / "x.JPEG")
     return root
 
 
@@ -332,12 +332,12 @@ def test_numbered_folders_are_labels_of_the_thousand(tmp_path):
 def test_a_list_that_does_not_fit_the_folders_is_told(tmp_path):
     root = class_folders(tmp_path / "set", ["a", "b"])
     names = written(tmp_path / "names.txt", "one\ntwo\nthree\n")
-    with pytest.raises(DataError, match=r"names 3 classes.*has 2 class folders"):
+    with pytest.raises(DataError, match=r"expected 2 class names, one per folder in .*, found 3"):
         open_source(SourceSpec(format="folder", images=root, classes=names))
-    with pytest.raises(DataError, match="2 class folders are not in imagenet, such as 'a'"):
+    with pytest.raises(DataError, match="2 class folders are missing from imagenet, such as 'a'"):
         open_source(SourceSpec(format="folder", images=root, classes="imagenet"))
     numbers = class_folders(tmp_path / "numbers", ["0", "3"])
-    with pytest.raises(DataError, match="there is a label 3"):
+    with pytest.raises(DataError, match="expected more than 3 class names, since that is a label; found 3"):
         open_source(SourceSpec(format="folder", images=numbers, classes=names))
 
 

@@ -1,4 +1,4 @@
-"""Pictures of every mode decode to what they show; what cannot be decoded is a DataError and nothing else."""
+"""Images of every mode decode to what they show; what cannot be decoded is a DataError and nothing else."""
 
 import io
 import random
@@ -48,7 +48,7 @@ def test_other_modes_are_as_pillow_converts_them(mode):
     ("orientation", "turned"),
     [(1, lambda x: x), (3, lambda x: x[::-1, ::-1]), (6, lambda x: np.rot90(x, -1)), (8, np.rot90)],
 )
-def test_a_picture_that_was_taken_sideways_is_turned_upright(orientation, turned):
+def test_an_image_that_was_taken_sideways_is_turned_upright(orientation, turned):
     exif = Image.Exif()
     exif[274] = orientation
     pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -56,7 +56,7 @@ def test_a_picture_that_was_taken_sideways_is_turned_upright(orientation, turned
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP"])
-def test_of_an_animation_the_first_picture_is_taken(form):
+def test_of_an_animation_the_first_image_is_taken(form):
     first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     found = read(first, form, save_all=True, append_images=[second])
     assert found.reshape(-1, 3).mean(0)[0] > 240 > 20 > found.reshape(-1, 3).mean(0)[2]
@@ -79,7 +79,7 @@ def test_a_bomb_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("form", "mode"), [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "P"), ("PNG", "RGB"), ("WEBP", "RGB")]
 )
-def test_damaged_bytes_give_a_picture_or_a_data_error(form, mode):
+def test_damaged_bytes_give_an_image_or_a_data_error(form, mode):
     rng = random.Random(0)
     pixels = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
     whole = encoded(Image.fromarray(pixels).convert(mode), form)

@@ -1,4 +1,4 @@
-"""Class lists and templates in the spellings of others."""
+"""Class lists and templates in their common spellings."""
 
 import json
 
@@ -10,13 +10,13 @@ from clipress.errors import DataError
 
 
 @pytest.mark.parametrize("spelled", ["a {}.", "a {c}.", "a {label}."])
-def test_three_ways_to_say_where_the_name_goes(spelled):
+def test_three_spellings_of_the_placeholder(spelled):
     assert read_templates([spelled]) == read_templates(spelled) == ("a {}.",)
 
 
 @pytest.mark.parametrize("wrong", ["a photo", "a {} and {}", "a {name}", "a {} {", "{c} or {}", ""])
-def test_a_template_needs_exactly_one_place(wrong):
-    with pytest.raises(DataError, match="one place for the class name"):
+def test_a_template_requires_exactly_one_placeholder(wrong):
+    with pytest.raises(DataError, match="one placeholder for the class name"):
         read_templates([wrong])
 
 
@@ -26,8 +26,8 @@ def test_open_clips_lists_are_word_for_word():
         ("openai", open_clip.OPENAI_IMAGENET_TEMPLATES),
         ("simple", open_clip.SIMPLE_IMAGENET_TEMPLATES),
     ):
-        told = prompts_by_class(names, read_templates(word))
-        assert told == [(name, [template(name) for template in wanted]) for name in names]
+        prompts = prompts_by_class(names, read_templates(word))
+        assert prompts == [(name, [template(name) for template in wanted]) for name in names]
 
 
 def test_imagenet_is_open_clips_list_with_its_wordnet_ids():
@@ -55,7 +55,7 @@ def test_prompt_files_are_lines_or_json(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "[1]", '{"cat": [3]}', '{"cat": {"a": "b"}}', '[" "]'])
-def test_a_prompt_file_of_another_form_is_told(tmp_path, content):
+def test_a_prompt_file_of_another_form_is_reported(tmp_path, content):
     path = tmp_path / "p.json"
     path.write_text(content)
     with pytest.raises(DataError, match=r"p\.json"):

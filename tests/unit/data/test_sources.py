@@ -1,4 +1,4 @@
-"""Batches depend on the seed and the step alone; readers give what was written."""
+"""Batches depend on the seed and the step alone; readers return what was written."""
 
 import json
 
@@ -8,11 +8,13 @@ import pytest
 from PIL import Image
 
 from clipress.data.dataset import TrainingSet
+from clipress.data.formats.embedded import Arrays
 from clipress.data.sampler import Batches, Draw
-from clipress.data.sources import open_source
+from clipress.data.sources import FORMATS, open_source
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Augment, Preprocess, fitted, normalised, open_image
 from clipress.errors import DataError, RecipeError
+from clipress.registry import Registry
 
 
 def test_every_source_gets_its_share_of_each_batch():
@@ -68,14 +70,14 @@ def test_the_pixels_are_open_clips(size, mode):
 
 
 @pytest.mark.parametrize("content", [b"", b"this is text", b"\xff\xd8\xff\xe0 half a JPEG"])
-def test_what_is_no_picture_is_told(tmp_path, content):
-    path = tmp_path / "picture.jpg"
+def test_a_file_that_is_not_an_image_is_reported(tmp_path, content):
+    path = tmp_path / "image.jpg"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"picture\.jpg is not a picture"):
+    with pytest.raises(DataError, match=r"image\.jpg is not a readable image"):
         open_image(path)
 
 
-def test_a_picture_with_too_many_pixels_is_refused_before_decoding(tmp_path, monkeypatch):
+def test_an_image_with_too_many_pixels_is_refused_before_decoding(tmp_path, monkeypatch):
     Image.new("1", (200, 100)).save(tmp_path / "big.png")
     monkeypatch.setattr("clipress.data.transforms.MAX_PIXELS", 10_000)
     with pytest.raises(DataError, match="200 x 100 pixels"):
@@ -83,8 +85,8 @@ def test_a_picture_with_too_many_pixels_is_refused_before_decoding(tmp_path, mon
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     Image.new("RGB", (40, 30), "red").save(folder / "red.jpg")
     Image.new("L", (30, 30), 99).save(folder / "sub" / "grey.png")
@@ -92,7 +94,7 @@ def pictures(tmp_path):
     return folder
 
 
-def test_conceptual_captions_files_keep_quotes_and_na(tmp_path, pictures):
+def test_conceptual_captions_files_keep_quotes_and_na(tmp_path, images):
     table = tmp_path / "cc.csv"
     rows = [
         '"quoted" start\tred.jpg',
@@ -102,13 +104,13 @@ def test_conceptual_captions_files_keep_quotes_and_na(tmp_path, pictures):
         "too\tmany\tcells",
     ]
     table.write_text("title\tfilepath\n" + "\n".join(rows * 1) + "\n" + "\n".join(rows[:3] * 3) + "\n")
-    source = open_source(SourceSpec(format="csv", annotations=table, images=pictures))
+    source = open_source(SourceSpec(format="csv", annotations=table, images=images))
     assert [source.captions(i)[0] for i in range(3)] == ['"quoted" start', "NA", 'an "inner" one']
     assert len(source) == 12 and source.skipped == 2
     assert source.image(1).mode == "RGB"
 
 
-def test_karpathy_rows_of_one_image_are_gathered(tmp_path, pictures):
+def test_karpathy_rows_of_one_image_are_gathered(tmp_path, images):
     rows = [
         {"image": "red.jpg", "caption": "a red one", "image_id": "x_1"},
         {"image": "blue.webp", "caption": ["blue", "also blue"]},
@@ -116,18 +118,18 @@ def test_karpathy_rows_of_one_image_are_gathered(tmp_path, pictures):
     ]
     path = tmp_path / "coco_karpathy_train.json"
     path.write_text(json.dumps(rows))
-    source = open_source(SourceSpec(format="karpathy", annotations=path, images=pictures))
+    source = open_source(SourceSpec(format="karpathy", annotations=path, images=images))
     assert [tuple(source.captions(i)) for i in range(2)] == [("a red one", "still red"), ("blue", "also blue")]
     assert source.group(0) != source.group(1)
 
 
-def test_paths_that_leave_the_images_folder_are_not_followed(tmp_path, pictures):
+def test_paths_that_leave_the_images_folder_are_not_followed(tmp_path, images):
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
     rows = [{"image": "red.jpg", "caption": "ok"}] * 1 + [{"image": "../secret.png", "caption": "not ok"}]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(rows))
-    with pytest.raises(DataError, match=r"1 of 2 records cannot be used.*points outside"):
-        open_source(SourceSpec(format="karpathy", annotations=path, images=pictures))
+    with pytest.raises(DataError, match=r"1 of 2 records cannot be used.*is outside"):
+        open_source(SourceSpec(format="karpathy", annotations=path, images=images))
 
 
 def test_numeric_class_folders_are_labels_not_strings(tmp_path):
@@ -141,13 +143,31 @@ def test_numeric_class_folders_are_labels_not_strings(tmp_path):
     assert source.captions(0)[0].startswith("a photo of a thing")
 
 
+def test_every_format_is_registered_and_none_is_left_out():
+    expected = {"scenes", "digits", "csv", "karpathy", "coco", "webdataset", "folder", "images", "captions"}
+    assert set(FORMATS) == expected
+
+
+def test_a_format_that_is_registered_elsewhere_can_be_opened(monkeypatch):
+    formats = Registry("data format")
+    monkeypatch.setattr("clipress.data.sources.FORMATS", formats)
+
+    @formats.register("blank")
+    def read(spec):
+        return Arrays(
+            "blank", "0", np.zeros((spec.limit, 4, 4, 3), np.uint8), (("a",),) * spec.limit, np.arange(spec.limit)
+        )
+
+    assert len(open_source(SourceSpec(format="blank", limit=3))) == 3
+
+
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
         ({"format": "sceens"}, RecipeError, "unknown data format 'sceens'. Did you mean 'scenes'"),
-        ({"format": "csv"}, DataError, "needs the key 'annotations'"),
-        ({"format": "csv", "annotations": "nowhere.csv"}, DataError, "there is no such file"),
-        ({"format": "folder", "images": "nowhere"}, DataError, "there is no such folder"),
+        ({"format": "csv"}, DataError, "requires the key 'annotations'"),
+        ({"format": "csv", "annotations": "nowhere.csv"}, DataError, "no such file: nowhere.csv"),
+        ({"format": "folder", "images": "nowhere"}, DataError, "no such folder: nowhere"),
     ],
 )
 def test_a_source_that_cannot_be_opened_is_reported(spec, error, message):

@@ -1,4 +1,4 @@
-"""Stored embeddings: the rows that went in come out, views can be looked at again, damage is told."""
+"""Teacher caches: rows and views are read as written, and damage is reported."""
 
 import json
 import pickle
@@ -9,20 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
-from clipress.data.dataset import TrainingSet
-from clipress.data.sampler import Draw
-from clipress.data.sources import open_source
-from clipress.data.spec import SourceSpec
-from clipress.data.teacher_cache import (
+from clipress.data.cache_files import (
     CacheSettings,
     Manifest,
     Rows,
-    TeacherCache,
     row_from_view,
     view_from_row,
     write_manifest,
     write_shard,
 )
+from clipress.data.dataset import TrainingSet
+from clipress.data.sampler import Draw
+from clipress.data.sources import open_source
+from clipress.data.spec import SourceSpec
+from clipress.data.teacher_cache import TeacherCache
 from clipress.data.transforms import Augment, Preprocess, View, augmented, drawn_view, fitted, viewed
 from clipress.errors import ArtifactError, ClipressError, DataError, RecipeError
 from clipress.recipe import checked
@@ -31,7 +31,7 @@ SIZE = Preprocess(size=32)
 
 
 def augmented_in_one_go(image, preprocess, augment, rng):
-    """The way it was done before views had parameters."""
+    """Reference: draw and apply the augmentation at once."""
     if augment.crop_scale is not None:
         image = image if isinstance(image, Image.Image) else Image.fromarray(image)
         box = boxed(image.size, augment.crop_scale, rng)
@@ -66,16 +66,16 @@ AUGMENTS = [Augment(), Augment(shift=3), Augment(crop_scale=(0.3, 1)), Augment(s
 @pytest.mark.parametrize("augment", AUGMENTS)
 @pytest.mark.parametrize("size", [(32, 32), (41, 57), (200, 20)])  # (height, width); the last is too long for any box
 @pytest.mark.parametrize("form", [np.asarray, Image.fromarray])
-def test_drawing_a_view_and_looking_gives_the_pixels_of_doing_both_at_once(augment, size, form):
-    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+def test_a_drawn_view_gives_the_pixels_of_the_reference(augment, size, form):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     for seed in range(20):
         old, new = np.random.default_rng(seed), np.random.default_rng(seed)
-        wanted = augmented_in_one_go(picture, SIZE, augment, old)
-        np.testing.assert_array_equal(augmented(form(picture), SIZE, augment, new), wanted)
+        wanted = augmented_in_one_go(image, SIZE, augment, old)
+        np.testing.assert_array_equal(augmented(form(image), SIZE, augment, new), wanted)
         assert old.bit_generator.state == new.bit_generator.state
         view = drawn_view(size[::-1], augment, np.random.default_rng(seed))
         again = view_from_row(np.asarray(row_from_view(view), np.int32))
-        np.testing.assert_array_equal(viewed(form(picture), SIZE, again), wanted)
+        np.testing.assert_array_equal(viewed(form(image), SIZE, again), wanted)
 
 
 def make(home, dtype="fp16", items=11, views=2, dim=8, per_shard=4, source=None, failed=(), **other):
@@ -114,7 +114,7 @@ def unit(raw):
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
-def test_rows_come_out_as_they_went_in_to_the_precision_asked_for(tmp_path, dtype, stored):
+def test_rows_are_read_as_written_to_the_precision_of_the_dtype(tmp_path, dtype, stored):
     folder, put = make(tmp_path, dtype)
     cache = TeacherCache.open(folder, verify=True)
     rows = np.random.default_rng(0).integers(0, len(put.image), 40)
@@ -141,7 +141,7 @@ def test_items_find_their_rows_across_shards(tmp_path):
         assert [cache.view(item, k) for k in (0, 1)] == put.views[2 * item : 2 * item + 2]
 
 
-def test_a_picture_that_could_not_be_read_keeps_its_row(tmp_path):
+def test_an_image_that_could_not_be_read_keeps_its_row(tmp_path):
     folder, put = make(tmp_path, failed={5})
     cache = TeacherCache.open(folder)
     assert [cache.ok(item) for item in range(11)] == [item != 5 for item in range(11)] and cache.failed == 1
@@ -158,13 +158,13 @@ def test_another_process_reads_the_same_rows(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [[-1], [22], [0, 99]])
-def test_rows_that_are_not_there_are_refused(tmp_path, rows):
-    with pytest.raises(IndexError, match="there are 22"):
+def test_rows_out_of_range_are_refused(tmp_path, rows):
+    with pytest.raises(IndexError, match="expected 0 to 21, found"):
         TeacherCache.open(make(tmp_path)[0]).images(rows)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 0.0])
-def test_embeddings_that_mean_nothing_are_not_stored(tmp_path, poison):
+def test_invalid_embeddings_are_not_stored(tmp_path, poison):
     manifest = TeacherCache.open(make(tmp_path)[0]).manifest
     rows = Rows(
         np.ones((8, 8), np.float32), np.ones((1, 8), np.float32), np.zeros(4, int), np.arange(5), np.zeros((8, 7)),
@@ -205,33 +205,35 @@ def removed(folder):
 
 DAMAGE = {
     r"1 of 3 shards are missing, the first is 00002.*clipress embed": removed,
-    r"shard 00001 has a image\.npy of \d+ bytes; shard\.json says \d+\. Remove .*00001": truncated,
-    r"image\.npy whose row 3 has length nan, not 1": changed_array("image", lambda a: a[3].fill(np.nan)),
-    r"image\.npy whose row 2 has length 1\.\d+, not 1": changed_array("image", lambda a: np.multiply(a[2], 1.1, a[2])),
-    r"text\.npy whose row 4 has length 0, not 1": changed_array("text", lambda a: a[4].fill(0)),
-    r"describes \w+, and lies in \w+: one was changed": changed_manifest(teacher="another"),
-    r"schema_version 7; this clipress reads 1": changed_manifest(schema_version=7),
+    r"shard 00001: image\.npy: expected \d+ bytes, found \d+\. Remove .*00001": truncated,
+    r"image\.npy: expected norm 1 in row 3, found nan": changed_array("image", lambda a: a[3].fill(np.nan)),
+    r"image\.npy: expected norm 1 in row 2, found 1\.\d+": changed_array(
+        "image", lambda a: np.multiply(a[2], 1.1, a[2])
+    ),
+    r"text\.npy: expected norm 1 in row 4, found 0": changed_array("text", lambda a: a[4].fill(0)),
+    r"describes cache \w+, but its folder is \w+: one of them was changed": changed_manifest(teacher="another"),
+    r"schema_version 7; this version of clipress reads 1": changed_manifest(schema_version=7),
     r"is damaged: views: ": changed_manifest(views="many"),
     r"unreadable shard\.json": lambda folder: (folder / "00001" / "shard.json").write_text("{"),
     r"not readable JSON": lambda folder: (folder / "manifest.json").write_text("[1"),
-    r"there is no manifest\.json in it": lambda folder: (folder / "manifest.json").unlink(),
+    r"it has no manifest\.json": lambda folder: (folder / "manifest.json").unlink(),
 }
 
 
-@pytest.mark.parametrize("told", DAMAGE)
-def test_damage_is_told_when_a_cache_is_opened(tmp_path, told):
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damage_is_reported_when_a_cache_is_opened(tmp_path, message):
     folder, _ = make(tmp_path)
     TeacherCache.open(folder)
-    DAMAGE[told](folder)
-    with pytest.raises(ArtifactError, match=told):
+    DAMAGE[message](folder)
+    with pytest.raises(ArtifactError, match=message):
         TeacherCache.open(folder)
 
 
-def test_checksums_find_what_a_look_at_the_rows_does_not(tmp_path):
+def test_checksums_find_damage_that_norms_do_not_show(tmp_path):
     folder, _ = make(tmp_path)
     changed_array("image", lambda array: np.negative(array, array))(folder)
     TeacherCache.open(folder)
-    with pytest.raises(ArtifactError, match=r"changed image\.npy: its sha256 starts with"):
+    with pytest.raises(ArtifactError, match=r"image\.npy: expected a sha256 that starts with"):
         TeacherCache.open(folder, verify=True)
 
 
@@ -244,7 +246,7 @@ def training_set(source, caches, augment=Augment(shift=2), size=32):  # noqa: B0
     return TrainingSet([source], Preprocess(size=size), lambda t: np.ones((len(t), 4)), augment, 5, [caches])
 
 
-def test_what_is_looked_up_depends_on_seed_epoch_and_index_alone(tmp_path, digits):
+def test_looked_up_rows_depend_on_seed_epoch_and_index_alone(tmp_path, digits):
     cache = TeacherCache.open(make(tmp_path, source=digits, failed={3, 4})[0])
     draws = [Draw(0, index, epoch) for epoch in range(3) for index in range(8)]
     together = training_set(digits, [cache]).__getitems__(draws)
@@ -255,46 +257,48 @@ def test_what_is_looked_up_depends_on_seed_epoch_and_index_alone(tmp_path, digit
     assert len(np.unique(together["teacher_image_0"], axis=0)) > 8  # other epochs see other views
 
 
-def test_another_item_stands_in_for_a_picture_that_could_not_be_read(tmp_path, digits):
+def test_another_item_replaces_an_image_that_could_not_be_read(tmp_path, digits):
     cache = TeacherCache.open(make(tmp_path, source=digits, failed={3, 4})[0])
     found = training_set(digits, [cache]).__getitems__([Draw(0, 3, epoch) for epoch in range(20)])
     np.testing.assert_allclose(np.linalg.norm(found["teacher_image_0"], axis=1), 1, atol=1e-2)
-    shown = {picture.tobytes() for picture in found["pixels"]}
+    shown = {image.tobytes() for image in found["pixels"]}
     assert len(shown) > 5  # not always the same one
 
 
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        ({"fingerprint": "another"}, "content of the source another"),
-        ({"augment": Augment()}, r"augmentation shift=0.*; shift=2"),
+        ({"fingerprint": "another"}, "expected content of the source .*, found another"),
+        ({"augment": Augment()}, r"expected augmentation shift=2.*, found shift=0"),
     ],
 )
-def test_a_cache_of_something_else_is_refused(tmp_path, digits, other, told):
+def test_a_cache_of_other_data_is_refused(tmp_path, digits, other, told):
     cache = TeacherCache.open(make(tmp_path, source=digits, **other)[0])
     with pytest.raises(DataError, match=told):
         training_set(digits, [cache])
 
 
-def test_teachers_that_saw_other_views_are_refused(tmp_path, digits):
+def test_teachers_with_different_views_are_refused(tmp_path, digits):
     first, second, third = (
         TeacherCache.open(make(tmp_path, source=digits, **other)[0])
         for other in ({}, {"teacher": "u"}, {"teacher": "v", "views": 3})
     )
     training_set(digits, [first, second])
-    with pytest.raises(DataError, match=f"do not fit digits: views {third.views_hash}"):
+    with pytest.raises(
+        DataError, match=f"do not fit digits: expected views {first.views_hash}, found {third.views_hash}"
+    ):
         training_set(digits, [first, third])
 
 
 def test_a_shift_in_pixels_needs_one_size(tmp_path, digits):
     cache = TeacherCache.open(make(tmp_path, source=digits)[0])
-    with pytest.raises(DataError, match=r"'augment\.shift' counts pixels"):
+    with pytest.raises(DataError, match=r"'augment\.shift' is in pixels"):
         training_set(digits, [cache], size=48)
 
 
-def test_a_source_without_any_readable_picture_is_refused(tmp_path, digits):
+def test_a_source_without_any_readable_image_is_refused(tmp_path, digits):
     cache = TeacherCache.open(make(tmp_path, source=digits, failed=set(range(30)))[0])
-    with pytest.raises(DataError, match="no picture of digits could be read"):
+    with pytest.raises(DataError, match="no image of digits could be read"):
         training_set(digits, [cache])
 
 

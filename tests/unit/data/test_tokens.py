@@ -108,7 +108,7 @@ def test_only_harmless_keys_reach_a_tokenizer(key):
             BackendMissing,
             "pip install transf",
         ),
-        (OSError("cannot be found"), ArtifactError, "cannot be made"),
+        (OSError("cannot be found"), ArtifactError, "cannot be built"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_had_is_told(monkeypatch, error, kind, told):

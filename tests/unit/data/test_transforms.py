@@ -1,4 +1,4 @@
-"""Views of a picture, and the faster ways to the same pixels."""
+"""Views of an image, and the faster ways to the same pixels."""
 
 import io
 
@@ -45,7 +45,7 @@ def test_a_flipped_view_is_the_mirror_image(photo):
     np.testing.assert_array_equal(mirrored, np.flip(plain, axis=1))
 
 
-def test_every_other_picture_is_flipped_and_only_when_asked():
+def test_every_other_image_is_flipped_and_only_when_asked():
     def flips(augment):
         return [drawn_view((32, 32), augment, np.random.default_rng(seed)).flip for seed in range(400)]
 
@@ -64,5 +64,5 @@ def test_normalising_plane_by_plane_gives_the_same_bits_as_all_at_once():
 def test_a_format_that_starts_another_program_is_not_opened():
     script = io.BytesIO()
     Image.new("RGB", (8, 8)).save(script, "EPS")
-    with pytest.raises(DataError, match="not a picture"):
+    with pytest.raises(DataError, match="not a readable image"):
         open_image(script.getvalue())

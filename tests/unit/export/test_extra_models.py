@@ -133,7 +133,11 @@ def test_a_file_that_does_not_agree_is_not_written(fp32, sets, monkeypatch):
 
 @pytest.mark.parametrize(
     ("labels", "templates", "message"),
-    [((), TEMPLATES, "none was found"), (("a", "a"), TEMPLATES, "more than once: a"), (LABELS, "cat", "one place")],
+    [
+        ((), TEMPLATES, "at least one name, found none"),
+        (("a", "a"), TEMPLATES, "repeated ones: a"),
+        (LABELS, "cat", "one placeholder"),
+    ],
 )
 def test_labels_and_templates_that_cannot_be_used_are_told(fp32, sets, labels, templates, message):
     with pytest.raises(DataError, match=message):

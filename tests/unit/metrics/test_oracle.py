@@ -97,7 +97,7 @@ def test_zero_shot_of_random_embeddings(theirs, used):
     assert found == pytest.approx({ours: 100 * wanted[key] for ours, key in keys.items()})
 
 
-def test_a_model_on_pictures_with_prompts_averaged_over_templates_and_all_captions(theirs):
+def test_a_model_on_images_with_prompts_averaged_over_templates_and_all_captions(theirs):
     model, size = new_model(tiny_architecture(), 0), Preprocess(size=32)
     specs = [SourceSpec(format=form, split="test", limit=limit) for form, limit in (("scenes", 20), ("digits", 60))]
     scenes, digits = evalsets(specs)
@@ -107,11 +107,11 @@ def test_a_model_on_pictures_with_prompts_averaged_over_templates_and_all_captio
     def tokenizer(texts):
         return torch.from_numpy(tokenize(texts))
 
-    pictures = [torch.from_numpy(np.concatenate(list(s.pixel_batches(size)))) for s in (scenes, digits)]
+    images = [torch.from_numpy(np.concatenate(list(s.pixel_batches(size)))) for s in (scenes, digits)]
     captions = [list(scenes.source.captions(i)) for i in range(20)]
-    loader = retrieval_loader(pictures[0], captions)
+    loader = retrieval_loader(images[0], captions)
     wanted = theirs[1].evaluate(model.module.eval(), loader, tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
-    items = Items(zip(pictures[1], digits.labels().tolist(), strict=True))
+    items = Items(zip(images[1], digits.labels().tolist(), strict=True))
     items.classes = digits.classes.names
     templates = [template.replace("{}", "{c}") for template in digits.classes.templates]
     wanted |= theirs[0].evaluate(

@@ -136,7 +136,7 @@ def test_the_interval_is_the_same_every_time_and_turns_round_with_the_models():
 @pytest.mark.parametrize("other", [{"n": 9}, {"strata": np.arange(10)}, {"units": np.arange(10)}])
 def test_models_that_answered_different_items_are_not_compared(other):
     second = Outcomes(hits(other.pop("n", 10), 0.5), **other)
-    with pytest.raises(DataError, match="same items only"):
+    with pytest.raises(DataError, match="on the same items, found"):
         paired_difference(Outcomes(hits(10, 0.5)), second)
 
 

@@ -63,7 +63,7 @@ def test_an_image_of_a_class_that_training_lacks_is_a_miss():
 
 @pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 2, 3]])
 def test_too_little_to_learn_from_is_an_error(labels):
-    with pytest.raises(DataError, match="two classes and a class with two images"):
+    with pytest.raises(DataError, match="expected two classes, and two images in one of them"):
         linear_probe(np.eye(4), np.array(labels), np.eye(4), np.array(labels))
 
 

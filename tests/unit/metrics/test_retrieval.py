@@ -25,9 +25,9 @@ def problems(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     images, extra, width = draw(st.integers(1, 9)), draw(st.integers(0, 20)), draw(st.integers(1, 4))
     owner = rng.permutation(np.concatenate([np.arange(images), rng.integers(0, images, extra)]))
-    pictures = rng.integers(-2, 3, (images, width)).astype(np.float32)
-    texts = (pictures[owner] + rng.integers(-1, 2, (len(owner), width))).astype(np.float32)
-    return pictures, texts, owner
+    images = rng.integers(-2, 3, (images, width)).astype(np.float32)
+    texts = (images[owner] + rng.integers(-1, 2, (len(owner), width))).astype(np.float32)
+    return images, texts, owner
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,9 +103,9 @@ def test_embeddings_that_are_not_finite_are_an_error_never_a_hit(bad, side):
 
 def test_an_image_without_a_caption_and_a_caption_without_an_image_are_errors():
     three = np.eye(3, dtype=np.float32)
-    with pytest.raises(DataError, match="1 of 3 queries have no right answer; the first is of 1"):
+    with pytest.raises(DataError, match="1 of 3 queries have no matching item; the first is query 1"):
         retrieval(three, three[:2], np.array([0, 2]))
-    with pytest.raises(DataError, match="images 0 to 3 were given; there are 3 images"):
+    with pytest.raises(DataError, match="expected owners 0 to 2, found 0 to 3"):
         retrieval(three, three, np.array([0, 1, 3]))
 
 

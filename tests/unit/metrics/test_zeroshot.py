@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accur
 
 from clipress.errors import ArtifactError, DataError
 from clipress.metrics.outcomes import percents
-from clipress.metrics.zeroshot import class_embeddings, classification, unit
+from clipress.metrics.zeroshot import class_embeddings, classification, embed_labels, unit
 
 
 def problem(classes=7, items=200, width=8, used=None):
@@ -41,7 +41,7 @@ def test_a_label_that_is_no_class_is_an_error():
     images, classes, labels = problem()
     for wrong in (7, -1):
         labels[3] = wrong
-        with pytest.raises(DataError, match="there are 7 classes"):
+        with pytest.raises(DataError, match="expected 0 to 6, found"):
             classification(images, classes, labels)
 
 
@@ -87,6 +87,16 @@ def test_two_classes_of_one_name_tie_so_neither_is_found_and_the_ties_are_told(c
 def test_templates_are_averaged_on_the_sphere():
     prompts = np.array([[[3.0, 0.0], [0.0, 0.1]], [[-1.0, 0.0], [-5.0, 0.0]]])
     np.testing.assert_allclose(class_embeddings(prompts), [[2**-0.5, 2**-0.5], [-1, 0]])
+
+
+def test_labels_are_embedded_in_every_template_and_averaged():
+    table = {"a cat": [3.0, 0.0], "cat!": [0.0, 0.1], "a {x}": [-1.0, 0.0], "{x}!": [-5.0, 0.0]}
+    found = embed_labels(
+        lambda prompts: np.array([table[prompt] for prompt in prompts]), ["cat", "{x}"], ["a {}", "{}!"]
+    )
+    np.testing.assert_allclose(found, [[2**-0.5, 2**-0.5], [-1, 0]], atol=1e-6)
+    with pytest.raises(ArtifactError, match="1 of 2 text embeddings are not finite"):
+        embed_labels(lambda _: np.array([[np.nan, 0], [1, 0]]), ["cat"], ["a {}", "{}!"])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -108,7 +108,7 @@ def test_a_label_with_braces_is_taken_as_it_is(classifier, texts_seen):
     [
         ([], ["{}"], "at least one name"),
         (["cat", " "], ["{}"], "blank"),
-        (["cat", "dog", "cat"], ["{}"], "more than once: cat"),
+        (["cat", "dog", "cat"], ["{}"], "repeated ones: cat"),
         (["cat"], [], "template"),
         (["cat"], ["{}", "a photo"], r"'a photo' has no \{\}"),
     ],
@@ -232,7 +232,7 @@ def test_a_file_without_labels_is_refused(tmp_path, content):
 
 
 def test_a_repeated_label_is_named():
-    with pytest.raises(DataError, match="more than once: cat, dog"):
+    with pytest.raises(DataError, match="repeated ones: cat, dog"):
         labels_from("cat,dog, cat,fox,dog", None)
 
 

@@ -87,7 +87,7 @@ def test_records_of_shards_need_no_captions(tmp_path, export):
 
 def test_a_folder_of_shards_and_pictures_is_ambiguous(tmp_path, export, pictures):
     shard(pictures / "0.tar", [("a.png", picture(0)[1])])
-    with pytest.raises(DataError, match="holds shards and pictures"):
+    with pytest.raises(DataError, match="expected images or shards, found both"):
         indexed(pictures, export, tmp_path / "index")
 
 
@@ -112,13 +112,13 @@ def test_a_source_that_is_mostly_broken_stops_the_run(tmp_path, export, monkeypa
     monkeypatch.setattr(indexing, "FEW", 2)
     for number in range(20):
         (tmp_path / f"{number:02}.png").write_bytes(picture(number)[1] if number % 2 else b"")
-    with pytest.raises(DataError, match=r"4 of 8 pictures looked at cannot be read .* At most 20%"):
+    with pytest.raises(DataError, match=r"4 of 8 records cannot be used .* At most 20%"):
         indexed(tmp_path, export, tmp_path / "index")
 
 
 def test_nothing_to_read_is_an_error(tmp_path, export):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="there is none"):
+    with pytest.raises(DataError, match=r"expected images .* or shards .*, found none"):
         indexed(tmp_path / "empty", export, tmp_path / "index")
     (tmp_path / "empty" / "a.png").write_bytes(b"")
     with pytest.raises(DataError, match="none of its 1 pictures can be read"):

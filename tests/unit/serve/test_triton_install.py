@@ -1,15 +1,14 @@
 """Where Triton is found and how it is fetched: without a network, the wheels are made here."""
 
 import os
+import subprocess
 import sys
-import threading
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from clipress.errors import BackendMissing
-from clipress.serve import triton_install as triton_home
+from clipress.serve import triton_install
 from clipress.serve.triton_install import VERSION, Triton, find_triton
 
 
@@ -94,25 +93,36 @@ def test_a_binary_that_cannot_run_here_is_told_with_what_the_loader_says(tmp_pat
         binary.write_text(f"#!/bin/sh\n{failing if binary.name == broken else 'exit 1'}\n")
         binary.chmod(0o755)
     with pytest.raises(BackendMissing, match=rf"its {broken} cannot run on .*libpython: cannot open"):
-        triton_home._try(tmp_path)
+        triton_install.check_binaries(tmp_path)
 
 
-def test_two_that_look_for_it_at_once_fetch_it_once(monkeypatch):
-    fetched, fetching, second_is_here = [], threading.Event(), threading.Event()
+INSTALLER = """
+import sys
+from pathlib import Path
+from clipress.serve import triton_install
 
-    def bring(home):
-        fetched.append(home)
-        fetching.set()
-        assert second_is_here.wait(30)
-        (home / "whole").write_text("yes")
+def install(home):
+    print("installing", flush=True)
+    sys.stdin.read()
+    (home / "whole").write_text("yes")
 
-    monkeypatch.setattr(triton_home, "_bring", bring)
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(find_triton)
-        assert fetching.wait(30)
-        real = triton_home._alone
-        monkeypatch.setattr(triton_home, "_alone", lambda folder: second_is_here.set() or real(folder))
-        second = pool.submit(find_triton)
-        assert first.result() == second.result()
-    assert len(fetched) == 1
-    assert (first.result().binary.parents[3] / "whole").is_file()
+triton_install.install = install
+triton_install.find_triton()
+"""
+
+
+def test_a_second_process_waits_for_the_first_and_does_not_install_again(monkeypatch):
+    messages = []
+    with subprocess.Popen(
+        [sys.executable, "-c", INSTALLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout.readline() == "installing\n"
+
+        def tell(message):
+            messages.append(message)
+            first.stdin.close()  # lets the first process finish
+
+        monkeypatch.setattr(triton_install, "install", lambda _: pytest.fail("installed twice"))
+        found = find_triton(tell)
+    assert first.returncode == 0 and len(messages) == 1 and "waiting" in messages[0]
+    assert (found.binary.parents[3] / "whole").is_file()
