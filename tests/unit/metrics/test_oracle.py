@@ -1,7 +1,6 @@
-"""The same figures as CLIP_benchmark's own functions give, from the encoders on.
+"""Metrics equal those of CLIP_benchmark on the same encoders.
 
-It is not among the test dependencies, which it would triple (transformers, pycocoevalcap, webdataset); what is compared
-here needs none of those: `pip install --no-deps clip-benchmark`.
+`make test` installs it without its dependencies (transformers, pycocoevalcap, webdataset), which these tests do not use.
 """
 
 import numpy as np
@@ -24,9 +23,9 @@ pytestmark = pytest.mark.oracle
 
 @pytest.fixture
 def theirs(monkeypatch):
-    """Their two modules, with the one line changed that NumPy 2.4 refuses (float() of an array of one element)."""
+    """CLIP_benchmark's two modules, with the one line replaced that fails in NumPy 2.4 (float() of an array)."""
     pytest.importorskip(
-        "clip_benchmark", reason="clip-benchmark is not installed: pip install --no-deps clip-benchmark"
+        "clip_benchmark", reason="clip-benchmark is not installed. Run: pip install --no-deps clip-benchmark"
     )
     from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 
@@ -39,7 +38,7 @@ def theirs(monkeypatch):
 
 
 class Given:
-    """A model that gives out embeddings it was given: images are embeddings, texts are rows of a table."""
+    """A model with given embeddings: images are embeddings, texts are rows of a table."""
 
     def __init__(self, table):
         self.table = torch.from_numpy(table)
@@ -52,7 +51,7 @@ class Given:
 
 
 class Items(list):
-    """A dataset with the attribute theirs asks for."""
+    """A dataset with the attribute that CLIP_benchmark reads."""
 
     classes = ()
 
