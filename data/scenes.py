@@ -127,6 +127,6 @@ def draw(scene: Scene, rng: np.random.RandomState) -> np.ndarray:
 
 @lru_cache(maxsize=6)
 def images(split: str, seed: int = 0) -> np.ndarray:
-    """Draw a whole split: uint8 [N, 32, 32, 3]."""
+    """Draw all images of a split: uint8 [N, 32, 32, 3]."""
     rng = np.random.RandomState(1000 * (seed + 1) + sorted(SPLITS).index(split))
     return np.stack([draw(scene, rng) for scene in scenes(seed)[split]])

@@ -56,7 +56,7 @@ class Augment(Section):
 
 def open_image(source: str | Path | bytes) -> Image.Image:
     """Open an image from a path or bytes as upright RGB. Raises DataError if it cannot be decoded."""
-    name = "the given bytes" if isinstance(source, bytes) else str(source)
+    name = "the input" if isinstance(source, bytes) else str(source)
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
@@ -97,8 +97,8 @@ def resized(image: Image.Image, preprocess: Preprocess, library: Library = "pill
         short = fit(width, height)
         # torchvision truncates the long side; open_clip rounds when it pads
         scaled = [size * side / short for side in (width, height)]
-        whole = int if preprocess.resize_mode == "shortest" else round
-        image = _scaled(image, (max(whole(scaled[0]), 1), max(whole(scaled[1]), 1)), preprocess, library)
+        rounded = int if preprocess.resize_mode == "shortest" else round
+        image = _scaled(image, (max(rounded(scaled[0]), 1), max(rounded(scaled[1]), 1)), preprocess, library)
         image = _centred(image, size, preprocess.fill_color)
     return np.asarray(image, np.uint8)
 

@@ -236,8 +236,8 @@ def build_index(path: Path) -> dict[str, np.ndarray]:
                     records.append({})
                     names.append(key)
                     current = key
-                whole = member.offset_data + member.size <= size
-                records[-1][suffix] = (member.offset_data, member.size) if whole else (0, 0)
+                complete = member.offset_data + member.size <= size
+                records[-1][suffix] = (member.offset_data, member.size) if complete else (0, 0)
     except (tarfile.TarError, OSError, ValueError, ArithmeticError, RecursionError) as error:
         if not records:
             raise DataError(f"{path} is not a readable tar file: {error}. Compressed ones are not supported.") from None

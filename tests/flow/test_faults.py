@@ -27,7 +27,7 @@ def test_an_input_gets_the_answer_it_should(fault, tmp_path):
 def test_a_run_over_a_corpus_of_which_a_twentieth_is_broken_finishes_with_the_right_counts(tmp_path):
     bad = {
         "cut.png": encoded("PNG", size=(64, 64))[:60],
-        "note.jpg": b"not a picture",
+        "note.jpg": b"not an image",
         "bomb.png": png_of(50_000, 50_000),
         "empty.png": b"",
     }

@@ -1,4 +1,4 @@
-"""A recipe is checked at the door; what is wrong is told with what is right."""
+"""A recipe is validated when it is read; messages name what is wrong and what is right."""
 
 import pytest
 import yaml
@@ -25,13 +25,13 @@ def test_overrides_reach_any_place_and_are_kept(tmp_path, recipe):
 
 
 @pytest.mark.parametrize("override", ["seed", "stages.9.prune.steps=1", "name.x=1", "stages.x=1", "seed=[1"])
-def test_an_override_that_has_no_place_is_told(tmp_path, recipe, override):
+def test_an_override_that_has_no_place_is_reported(tmp_path, recipe, override):
     with pytest.raises(RecipeError, match=r"--set "):
         read_recipe(write(tmp_path, recipe), [override])
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda r: r.update(stagse=[]), r"unknown key 'stagse'\. Did you mean 'stages'"),
         (lambda r: r["stages"][0]["prune"].update(criterium="fisher"), r"stages\.0\.prune.*'criterium'.*'criterion'"),
@@ -53,14 +53,14 @@ def test_an_override_that_has_no_place_is_told(tmp_path, recipe, override):
         (lambda r: r["teacher"]["recipe"]["stages"].append({"sparsfy": {}}), "Did you mean 'sparsify'"),
     ],
 )
-def test_what_is_wrong_is_told_with_what_is_right(recipe, change, told):
+def test_a_mistake_is_reported_with_what_is_right(recipe, change, message):
     change(recipe)
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises(RecipeError, match=message):
         plan_from(checked(Recipe, recipe, ""))
 
 
 @pytest.mark.parametrize("content", ["- a list", "text", "a: [1", "? [x]\n: 1", "\x00"])
-def test_what_is_no_recipe_is_told(tmp_path, content):
+def test_a_file_that_is_not_a_recipe_is_reported(tmp_path, content):
     with pytest.raises(RecipeError, match=r"r\.yaml"):
         read_recipe(write(tmp_path, content))
 
@@ -80,13 +80,13 @@ def test_yaml_cannot_run_code(tmp_path):
         ("quantize", "quantize"),
     ],
 )
-def test_an_order_that_cannot_work_is_told_with_one_that_does(order):
+def test_an_order_that_cannot_work_is_reported_with_one_that_does(order):
     settings = {"prune": {"budget": {"params": 0.5}, **TRAIN}}
     with pytest.raises(RecipeError, match=f"{order[1]} cannot come after {order[0]}.*prune -> distill -> sparsify"):
         stages_from([{kind: settings.get(kind, TRAIN)} for kind in order])
 
 
-def test_artefacts_are_named_after_what_they_are():
+def test_artifacts_are_named_after_what_they_are():
     prune = {"prune": {"budget": {"params": 0.5}, **TRAIN}}
     names = [
         s.name

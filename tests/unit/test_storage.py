@@ -1,4 +1,4 @@
-"""What is written is whole or not there; a folder has one process at work; a disk that refuses is one message."""
+"""Writes are atomic, a folder is locked for one process, and the errors of a full disk are one message."""
 
 import errno
 import os
@@ -32,14 +32,14 @@ def names(folder):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds a folder until its input ends or it is killed."""
+    """Another process that locks a folder until its input ends or it is killed."""
     command = [sys.executable, "-c", HOLDER, tmp_path / "run"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         yield process
 
 
-def test_a_folder_that_another_process_holds_is_refused(holder, tmp_path):
+def test_a_folder_locked_by_another_process_is_refused(holder, tmp_path):
     with pytest.raises(ArtifactError, match="in use by another clipress process"), locked(tmp_path / "run"):
         pass
 
@@ -52,17 +52,17 @@ def test_a_killed_process_leaves_no_lock_behind(holder, tmp_path):
 
 
 def test_a_shared_folder_is_waited_for(holder, tmp_path):
-    told = []
+    messages = []
 
     def wait(message):
-        told.append(message)
+        messages.append(message)
         holder.stdin.close()  # lets it go
 
     with locked(tmp_path / "run", wait):
-        assert len(told) == 1 and "waiting" in told[0]
+        assert len(messages) == 1 and "waiting" in messages[0]
 
 
-def test_what_a_process_forks_does_not_hold_the_lock_after_it(tmp_path):
+def test_forked_children_do_not_keep_the_lock(tmp_path):
     code = HOLDER.replace("print", "import os; os.fork() or time.sleep(60); print")
     with subprocess.Popen(
         [sys.executable, "-c", code, tmp_path / "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -73,11 +73,11 @@ def test_what_a_process_forks_does_not_hold_the_lock_after_it(tmp_path):
         process.kill()
         process.wait()
         with locked(tmp_path / "run"):
-            os.kill(worker, signal.SIGKILL)  # which was there to the end
+            os.kill(worker, signal.SIGKILL)  # it has outlived its parent
 
 
 @pytest.mark.parametrize("call", ["mkdir", "fsync", "rename"])
-def test_a_full_disk_is_told_and_keeps_what_was_there(tmp_path, monkeypatch, call):
+def test_a_full_disk_is_reported_and_the_previous_content_kept(tmp_path, monkeypatch, call):
     target = tmp_path / "stage"
     write_whole(target, lambda folder: (folder / "x").write_text("old"))
     with (
@@ -90,7 +90,7 @@ def test_a_full_disk_is_told_and_keeps_what_was_there(tmp_path, monkeypatch, cal
     assert (target / "x").read_text() == "old" and names(tmp_path) == ["stage"]
 
 
-def test_a_library_that_tells_a_full_disk_its_own_way_is_understood_and_other_errors_are_not_hidden(tmp_path):
+def test_a_librarys_own_error_for_a_full_disk_is_recognised_and_other_errors_are_not_hidden(tmp_path):
     def like_safetensors(_):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -116,7 +116,7 @@ def test_files_and_their_folder_are_flushed_around_the_rename(tmp_path, monkeypa
     assert seen == ["x", "stage", "rename", tmp_path.name, "file", "rename", tmp_path.name]
 
 
-def test_what_killed_writers_left_is_swept_and_what_was_half_replaced_is_put_back(tmp_path):
+def test_leftovers_of_killed_writers_are_removed_and_half_replaced_folders_restored(tmp_path):
     for name in (".stage.12.old", ".stage.12.tmp", ".other.7.old", "other"):
         (tmp_path / "run" / name).mkdir(parents=True)
     (tmp_path / "run" / ".stage.12.old" / "x").write_text("old")
@@ -128,7 +128,7 @@ def test_what_killed_writers_left_is_swept_and_what_was_half_replaced_is_put_bac
     assert (tmp_path / "run" / "stage" / "x").read_text() == "old"
 
 
-def test_a_process_with_the_number_of_a_killed_one_can_write(tmp_path):
+def test_a_process_with_the_id_of_a_killed_one_can_write(tmp_path):
     (tmp_path / "stage").mkdir()
     old = tmp_path / f".stage.{os.getpid()}.old"
     old.mkdir()

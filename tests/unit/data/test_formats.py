@@ -39,14 +39,14 @@ def captions(source):
 
 @given(st.lists(st.text()))
 @settings(deadline=None, max_examples=50)
-def test_strings_come_back_as_they_were(texts):
+def test_strings_are_read_as_written(texts):
     kept = Strings(texts)
     assert [kept[i] for i in range(len(kept))] == texts
     kept = pickle.loads(pickle.dumps(kept))
     assert [kept[i] for i in range(len(kept))] == texts
 
 
-def test_file_names_that_are_no_unicode_come_back_too():
+def test_file_names_that_are_not_unicode_are_read_as_written():
     name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
     assert Strings([name])[0] == name
 
@@ -90,7 +90,7 @@ def test_the_columns_can_have_other_names(tmp_path, images):
         open_source(SourceSpec(format="csv", annotations=table, images=images, separator="|"))
 
 
-def test_files_beyond_the_first_ones_are_looked_for_only_when_asked(tmp_path, images, monkeypatch):
+def test_files_beyond_the_first_ones_are_checked_only_if_set(tmp_path, images, monkeypatch):
     monkeypatch.setattr(files, "FILES_CHECKED", 8)
     table = written(tmp_path / "a.csv", "title\tfilepath\n" + "red\tred.png\n" * 9 + "gone\tgone.png\n")
     source = open_source(SourceSpec(format="csv", annotations=table, images=images))
@@ -101,7 +101,7 @@ def test_files_beyond_the_first_ones_are_looked_for_only_when_asked(tmp_path, im
     assert len(source) == 9 and source.skipped == 1
 
 
-def test_a_wrong_folder_is_told_before_the_whole_table_is_read(tmp_path, images, monkeypatch):
+def test_a_wrong_folder_is_reported_before_the_whole_table_is_read(tmp_path, images, monkeypatch):
     monkeypatch.setattr(files, "CHECKED_EVERY", 5)
     table = written(tmp_path / "a.csv", "title\tfilepath\n" + "red\twrong/red.png\n" * 50)
     with pytest.raises(DataError, match=r"5 of 5 records.*wrong/red\.png"):
@@ -131,16 +131,20 @@ def test_limit_takes_the_first_records(tmp_path, images):
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path, images):
-    def told(text, **more):
+    def fingerprint_of(text, **more):
         table = written(tmp_path / "a.csv", "title\tfilepath\n" + text)
         open_source.cache_clear()
         return open_source(SourceSpec(format="csv", annotations=table, images=images, **more)).fingerprint
 
-    first = told("red\tred.png\n")
-    assert told("red\tred.png\n") == first
-    others = {told("Red\tred.png\n"), told("red\tblue.png\n"), told("red\tred.png\nx\tred.png\n")}
+    first = fingerprint_of("red\tred.png\n")
+    assert fingerprint_of("red\tred.png\n") == first
+    others = {
+        fingerprint_of("Red\tred.png\n"),
+        fingerprint_of("red\tblue.png\n"),
+        fingerprint_of("red\tred.png\nx\tred.png\n"),
+    }
     assert len(others | {first}) == 4
-    assert told("Red.\tred.png\n", text_normaliser="blip") == first
+    assert fingerprint_of("Red.\tred.png\n", text_normaliser="blip") == first
 
 
 # blip
@@ -208,8 +212,8 @@ def test_coco_gives_images_by_id_with_all_their_captions(tmp_path):
         {"id": 42, "file_name": "COCO_val2014_000000000042.jpg", "height": 9, "width": 12, "license": 1},
         {"id": 7, "file_name": "000000000007.jpg", "height": 9, "width": 12, "license": 1},
     ]
-    told = [(1, 42, "blue"), (2, 7, "red"), (3, 42, "also blue"), (4, 42, "blue")]
-    annotations = [{"id": i, "image_id": image, "caption": text} for i, image, text in told]
+    pairs = [(1, 42, "blue"), (2, 7, "red"), (3, 42, "also blue"), (4, 42, "blue")]
+    annotations = [{"id": i, "image_id": image, "caption": text} for i, image, text in pairs]
     path = coco(tmp_path, images, annotations)
     source = open_source(SourceSpec(format="coco", annotations=path, images=tmp_path / "val2014"))
     assert captions(source) == [["red"], ["blue", "also blue", "blue"]]
@@ -233,7 +237,7 @@ def test_coco_skips_what_points_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"images": 3, "annotations": []}', "{", ""])
-def test_what_is_no_coco_file_is_told(tmp_path, content):
+def test_what_is_no_coco_file_is_reported(tmp_path, content):
     path = written(tmp_path / "captions.json", content)
     with pytest.raises(DataError, match=r"captions\.json"):
         open_source(SourceSpec(format="coco", annotations=path, images=tmp_path))
@@ -329,7 +333,7 @@ def test_numbered_folders_are_labels_of_the_thousand(tmp_path):
     assert source.classes.names[10] == "brambling"
 
 
-def test_a_list_that_does_not_fit_the_folders_is_told(tmp_path):
+def test_a_list_that_does_not_fit_the_folders_is_reported(tmp_path):
     root = class_folders(tmp_path / "set", ["a", "b"])
     names = written(tmp_path / "names.txt", "one\ntwo\nthree\n")
     with pytest.raises(DataError, match=r"expected 2 class names, one per folder in .*, found 3"):

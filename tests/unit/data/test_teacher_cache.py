@@ -266,15 +266,15 @@ def test_another_item_replaces_an_image_that_could_not_be_read(tmp_path, digits)
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         ({"fingerprint": "another"}, "expected content of the source .*, found another"),
         ({"augment": Augment()}, r"expected augmentation shift=2.*, found shift=0"),
     ],
 )
-def test_a_cache_of_other_data_is_refused(tmp_path, digits, other, told):
+def test_a_cache_of_other_data_is_refused(tmp_path, digits, other, message):
     cache = TeacherCache.open(make(tmp_path, source=digits, **other)[0])
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         training_set(digits, [cache])
 
 

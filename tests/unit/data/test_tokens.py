@@ -89,7 +89,7 @@ def test_a_word_of_a_million_letters_and_a_lone_surrogate_have_ids_too():
 
 
 @pytest.mark.parametrize("change", [{"name": 5}, {"context_length": 0}, {"context_length": 10**9}, {"kwargs": [1]}])
-def test_what_describes_no_tokenizer_is_told(change):
+def test_what_describes_no_tokenizer_is_reported(change):
     with pytest.raises(ArtifactError, match="name and a context_length"):
         tokenizer_from_spec({**PLAIN, **change})
 
@@ -101,7 +101,7 @@ def test_only_harmless_keys_reach_a_tokenizer(key):
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "told"),
+    ("error", "kind", "message"),
     [
         (
             ModuleNotFoundError("No module named 'transformers'", name="transformers"),
@@ -111,10 +111,10 @@ def test_only_harmless_keys_reach_a_tokenizer(key):
         (OSError("cannot be found"), ArtifactError, "cannot be built"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_had_is_told(monkeypatch, error, kind, told):
+def test_a_tokenizer_that_is_unavailable_is_reported(monkeypatch, error, kind, message):
     def fails(*_, **__):
         raise error
 
     monkeypatch.setattr("open_clip.tokenizer.HFTokenizer", fails)
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         tokenizer_from_spec({"name": "a/b", "context_length": 77})

@@ -45,7 +45,7 @@ def test_a_flipped_view_is_the_mirror_image(photo):
     np.testing.assert_array_equal(mirrored, np.flip(plain, axis=1))
 
 
-def test_every_other_image_is_flipped_and_only_when_asked():
+def test_half_of_the_images_are_flipped_and_only_if_set():
     def flips(augment):
         return [drawn_view((32, 32), augment, np.random.default_rng(seed)).flip for seed in range(400)]
 

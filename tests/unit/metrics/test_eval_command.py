@@ -15,29 +15,29 @@ def lines(result):
 
 
 def test_figures_are_told_with_their_standard_errors(tiny_run):
-    told = lines(clipress("eval", tiny_run[0], "--stage", "recovered"))
-    assert {"digits/top1", "digits/mean_per_class_recall", "scenes/text_r1", "scenes/mean_r1"} <= told.keys()
-    assert all(" ± " in line and "[" not in line for line in told.values())
+    printed_lines = lines(clipress("eval", tiny_run[0], "--stage", "recovered"))
+    assert {"digits/top1", "digits/mean_per_class_recall", "scenes/text_r1", "scenes/mean_r1"} <= printed_lines.keys()
+    assert all(" ± " in line and "[" not in line for line in printed_lines.values())
 
 
 def test_an_artefact_against_itself_differs_by_nothing(tiny_run):
-    told = lines(clipress("eval", tiny_run[0], "--stage", "teacher", "--compare", "teacher"))
-    assert all(line.endswith("+0.00 [+0.00, +0.00]") for line in told.values())
+    printed_lines = lines(clipress("eval", tiny_run[0], "--stage", "teacher", "--compare", "teacher"))
+    assert all(line.endswith("+0.00 [+0.00, +0.00]") for line in printed_lines.values())
 
 
 def test_two_stages_are_compared_and_the_file_says_what_was_printed(tiny_run, tmp_path):
     out = tmp_path / "figures.json"
-    told = lines(clipress("eval", tiny_run[0], "--compare", "teacher", "--linear-probe", "--json", out))
+    printed_lines = lines(clipress("eval", tiny_run[0], "--compare", "teacher", "--linear-probe", "--json", out))
     written = json.loads(out.read_text())
     assert (written["stage"], written["compare"], written["conditions"]["split"]) == ("int8", "teacher", "test")
-    assert {"digits/lp_top1", "digits/lp_mean_per_class_recall"} <= told.keys() == written["metrics"].keys()
+    assert {"digits/lp_top1", "digits/lp_mean_per_class_recall"} <= printed_lines.keys() == written["metrics"].keys()
     for key, found in written["metrics"].items():
         low, high = found["interval"]
         assert low <= found["difference"] <= high and found["se"] >= 0
         printed = (
             f"{found['percent']:6.2f} ± {found['se']:4.2f} %   {found['difference']:+6.2f} [{low:+.2f}, {high:+.2f}]"
         )
-        assert told[key].endswith(printed)
+        assert printed_lines[key].endswith(printed)
     assert written["metrics"]["digits/lp_top1"]["percent"] > 25  # chance is 10
 
 
@@ -55,15 +55,15 @@ def test_bench_keeps_what_it_printed_item_by_item(tiny_run):
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("options", "words"),
     [
         (("--compare", "teachr"), ("--compare teachr", "Did you mean 'teacher'")),
         (("--stage", "prund"), ("--stage prund", "Did you mean 'pruned'")),
         (("--split", "train"), ("'train' is not one of",)),
     ],
 )
-def test_a_mistake_is_one_message(tiny_run, asked, words):
-    result = clipress("eval", tiny_run[0], *asked)
+def test_a_mistake_is_one_message(tiny_run, options, words):
+    result = clipress("eval", tiny_run[0], *options)
     assert result.exit_code == 2 and "Traceback" not in result.output
     for word in words:
         assert word in result.output

@@ -87,10 +87,10 @@ def test_numbered_folders_are_labels_of_a_subset_of_the_classes(tmp_path):
     names = [f"thing {i}" for i in range(11)]
     (evalset,) = evalsets([folders(tmp_path, ("0", "2", "10"), names)])
     assert sorted(evalset.labels().tolist()) == [0, 0, 2, 2, 10, 10]  # 10 is not 1, though its folder comes second
-    told = {round(float(batch), 3): label for batch, label in zip(reds(evalset), evalset.labels(), strict=True)}
+    label_of = {round(float(batch), 3): label for batch, label in zip(reds(evalset), evalset.labels(), strict=True)}
 
     def knows_them(batch):
-        return np.eye(11, dtype=np.float32)[[told[round(float(red), 3)] for red in batch[:, 0, 0, 0]]]
+        return np.eye(11, dtype=np.float32)[[label_of[round(float(red), 3)] for red in batch[:, 0, 0, 0]]]
 
     def numbers(texts):
         return np.array([int(text.rsplit(" ", 1)[1]) for text in texts])
@@ -140,8 +140,8 @@ def test_a_probe_is_trained_on_the_source_of_the_same_name_and_classes(tmp_path,
     test = train.model_copy(update={"limit": 3})
     lone = folders(tmp_path / "c", ("ant", "bee")).model_copy(update={"name": "insects"})
     scenes = SourceSpec(format="scenes", split="test", limit=3)
-    ((found, asked),) = probe_sets([scenes, test, lone], [other, SourceSpec(format="digits"), train])
-    assert found.classes.names == ("cat", "cow") and len(found.source) == 4 and len(asked.source) == 3
+    ((train_set, test_set),) = probe_sets([scenes, test, lone], [other, SourceSpec(format="digits"), train])
+    assert train_set.classes.names == ("cat", "cow") and len(train_set.source) == 4 and len(test_set.source) == 3
     assert "insects: no linear probe" in caplog.text
 
 

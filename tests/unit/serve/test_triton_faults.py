@@ -172,11 +172,11 @@ def classes(labels, pictures=(PICTURES[0],), **more):
 
 EMPTY = np.empty((0, 1), object)
 REFUSED = {
-    "a JPEG cut in half": ("embed_image", image(jpeg_cut()), 400, "not a picture that can be decoded"),
+    "a JPEG cut in half": ("embed_image", image(jpeg_cut()), 400, "not a readable image"),
     "20,000 x 20,000 pixels": ("embed_image", image(huge()), 400, "At most 128,000,000 are decoded"),
-    "a text as picture": ("embed_image", image(b"Dear Sir or Madam"), 400, "not a picture that can be decoded"),
-    "no byte as picture": ("embed_image", image(b""), 400, "not a picture that can be decoded"),
-    "a bad picture to classify": ("classify", classes([b"a", b"b"], [PICTURES[0], b"no"]), 400, "not a picture"),
+    "a text as picture": ("embed_image", image(b"Dear Sir or Madam"), 400, "not a readable image"),
+    "no byte as picture": ("embed_image", image(b""), 400, "not a readable image"),
+    "a bad picture to classify": ("classify", classes([b"a", b"b"], [PICTURES[0], b"no"]), 400, "not a readable image"),
     "a batch of no pictures": ("embed_image", {"image": EMPTY}, 400, "expected 1 string elements"),
     "a batch of no texts": ("embed_text", {"text": EMPTY}, 400, "expected 1 string elements"),
     "no pictures to classify": ("classify", classes([b"a"], []), 400, "image: at least one entry"),
@@ -184,7 +184,7 @@ REFUSED = {
     "a text that is no UTF-8": ("embed_text", text(b"caf\xe9"), 400, "text: UTF-8 is asked for"),
     "a label that is no UTF-8": ("classify", classes([b"cat", b"\xff"]), 400, "labels: UTF-8 is asked for"),
     "a text of 100,001 letters": ("embed_text", text(b"a" * 100_001), 400, "at most 100,000 characters"),
-    "a label twice": ("classify", classes([b"cat", b"cat"]), 400, "more than once: cat"),
+    "a label twice": ("classify", classes([b"cat", b"cat"]), 400, "repeated ones: cat"),
     "100,001 labels": ("classify", classes([b"%d" % n for n in range(100_001)]), 400, "At most 100,000 prompts"),
     "numbers as text": ("embed_text", {"text": np.zeros((1, 1), np.float32)}, 400, "expects 'BYTES'"),
     "pixels as picture": ("embed_image", {"image": np.zeros((1, 32, 32, 3), np.uint8)}, 400, "expects 'BYTES'"),
@@ -304,7 +304,7 @@ def test_a_bad_picture_among_good_ones_that_are_batched_with_it_fails_alone(clie
         found = list(pool.map(lambda file: outcome(client, file), files))
     bad = found.pop(5)
     assert executions(client, "preprocess")[0] - runs[0] < len(files)  # they were batched
-    assert bad[0] == GRPC[400] and "not a picture" in bad[1]
+    assert bad[0] == GRPC[400] and "not a readable image" in bad[1]
     np.testing.assert_allclose(found, local.images(*PICTURES, *PICTURES[:2]), atol=1e-6)
     happened("a bad picture in a batch of good ones", "only that one fails", f"so: {bad[0]}: {bad[1]}")
 

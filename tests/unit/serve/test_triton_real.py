@@ -125,9 +125,9 @@ def bomb():
 @pytest.mark.parametrize(
     "bad, told",
     [
-        (b"no picture", "not a picture"),
-        (b"", "not a picture"),
-        (PICTURES[1][:200], "not a picture"),
+        (b"no picture", "not a readable image"),
+        (b"", "not a readable image"),
+        (PICTURES[1][:200], "not a readable image"),
         (bomb(), "are decoded"),
     ],
     ids=["text", "nothing", "cut", "bomb"],
@@ -154,7 +154,7 @@ def test_a_text_that_is_no_utf8_is_an_error_of_its_request_alone(client):
 @pytest.mark.parametrize(
     "images, labels, templates, told",
     [
-        ([b"no picture"], ["cat"], None, "not a picture"),
+        ([b"no picture"], ["cat"], None, "not a readable image"),
         ([PICTURES[0]], ["cat", "cat"], None, "more than once"),
         ([PICTURES[0]], ["cat"], ["a photo"], "no {}"),
         ([], ["cat"], None, "at least one"),
@@ -267,7 +267,7 @@ def test_there_too_requests_are_one_run_and_a_bad_one_fails_alone(fused, exports
     runs = {model: np.asarray(executions(client, model)) for model in ("embed_image", "image_encoder")}
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         *good, bad = pool.map(partial(embedded_or_error, client), [*PICTURES * 8, PICTURES[1][:200]])
-    assert isinstance(bad, InferenceServerException) and "not a picture" in str(bad)
+    assert isinstance(bad, InferenceServerException) and "not a readable image" in str(bad)
     np.testing.assert_allclose(good, np.tile(expected, (8, 1)), atol=1e-6)
     batches, rows = np.asarray(executions(client, "embed_image")) - runs["embed_image"]
     assert rows == 8 * len(PICTURES) + 1 and batches < rows / 2

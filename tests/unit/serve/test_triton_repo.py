@@ -858,9 +858,9 @@ def test_pictures_are_prepared_together_and_a_bad_one_fails_its_request_alone(ex
     for response, seeds in ((one, [0]), (two, [2, 3])):
         expected = [normalised(fitted(open_image(png(seed)), preprocess), preprocess) for seed in seeds]
         np.testing.assert_array_equal(response.outputs["pixel_values"], expected)
-    assert bad.outputs == {} and "not a picture" in bad.error
+    assert bad.outputs == {} and "not a readable image" in bad.error
     (alone,) = model.execute([strings(image=[[b""]])])
-    assert "not a picture" in alone.error
+    assert "not a readable image" in alone.error
 
 
 def test_texts_are_tokenized_together_and_one_that_is_no_utf8_fails_its_request_alone(
@@ -903,7 +903,7 @@ def test_what_is_prepared_and_encoded_in_one_process_is_what_two_models_make_of_
             expected = TABLE[ids([item.decode() for item in items])].mean(axis=1)
         np.testing.assert_allclose(response.outputs[f"{tower}_embeds"], expected, rtol=1e-5)
     assert bad.outputs == {} and bad.error.code == Fault.INVALID_ARG
-    assert ("not a picture" if tower == "image" else "UTF-8") in bad.error
+    assert ("not a readable image" if tower == "image" else "UTF-8") in bad.error
     model.finalize()
     assert model.session is None
 
@@ -926,7 +926,7 @@ def probabilities(images, labels, templates=("a photo of a {}",), scale=20.59095
         ("in ensemble 'embed_text', Request timeout expired", Fault.UNAVAILABLE),
         ("in ensemble 'embed_image', Stub process 'preprocess_0_0' is not healthy.", Fault.UNAVAILABLE),
         ("in ensemble 'embed_image', MemoryError: ", Fault.INTERNAL),
-        ("in ensemble 'embed_image', the given bytes is not a picture that can be decoded: its end", Fault.INVALID_ARG),
+        ("in ensemble 'embed_image', the input is not a readable image: its end", Fault.INVALID_ARG),
     ],
 )
 def test_another_models_error_says_whose_fault_it_is(python_backend, told, code):
@@ -963,7 +963,7 @@ def test_a_question_that_cannot_be_answered_fails_alone(export, tmp_path, python
     good, picture, labels, none, prompts, other = asyncio.run(model.execute(questions))
     assert "in ensemble: bad" in picture.error
     assert picture.error.code == labels.error.code == none.error.code == Fault.INVALID_ARG
-    assert "more than once: cat" in labels.error
+    assert "repeated ones: cat" in labels.error
     assert "labels: at least one" in none.error and "1001 labels in 100 templates" in prompts.error
     assert good.outputs["probabilities"].tolist() == [[1.0]]
     np.testing.assert_allclose(other.outputs["probabilities"], probabilities([b"2"], ["cat", "dog"]), rtol=1e-5)

@@ -345,7 +345,7 @@ def test_what_a_real_server_refuses_is_an_error_with_its_words(server, protocol)
         return bad
 
     found = run(work(), False)
-    assert found.requests and all("not a picture" in one.error for one in found.requests)
+    assert found.requests and all("not a readable image" in one.error for one in found.requests)
 
 
 def test_a_server_that_is_not_there_is_told(tiny_run):
