@@ -173,7 +173,7 @@ def classes(labels, pictures=(PICTURES[0],), **more):
 EMPTY = np.empty((0, 1), object)
 REFUSED = {
     "a JPEG cut in half": ("embed_image", image(jpeg_cut()), 400, "not a readable image"),
-    "20,000 x 20,000 pixels": ("embed_image", image(huge()), 400, "At most 128,000,000 are decoded"),
+    "20,000 x 20,000 pixels": ("embed_image", image(huge()), 400, "expected at most 128,000,000 pixels"),
     "a text as picture": ("embed_image", image(b"Dear Sir or Madam"), 400, "not a readable image"),
     "no byte as picture": ("embed_image", image(b""), 400, "not a readable image"),
     "a bad picture to classify": ("classify", classes([b"a", b"b"], [PICTURES[0], b"no"]), 400, "not a readable image"),
