@@ -70,13 +70,17 @@ class Registry(Mapping[str, T], Generic[T]):
     def _load(self) -> None:
         if self._is_loaded:
             return
-        self._is_loaded = True  # before the imports: what is imported may look something up
-        for name in self._packages:
-            package = importlib.import_module(name)
-            for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
-                if not module.ispkg:
-                    importlib.import_module(f"{name}.{module.name}")
-        load_plugins()
+        self._is_loaded = True  # before the imports: an imported module may look something up
+        try:
+            for name in self._packages:
+                package = importlib.import_module(name)
+                for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
+                    if not module.ispkg:
+                        importlib.import_module(f"{name}.{module.name}")
+            load_plugins()
+        except BaseException:
+            self._is_loaded = False
+            raise
 
 
 @cache

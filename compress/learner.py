@@ -14,7 +14,7 @@ from clipress.compress.ema import EMAModel
 from clipress.compress.fabric import all_true, gather_shards, gathered
 from clipress.compress.grad_cache import backward_in_chunks, batch_norms, encode_in_chunks
 from clipress.compress.hook import Hook
-from clipress.compress.losses import Loss, Objective, loss_type, needs_of
+from clipress.compress.losses import Loss, Objective, check_losses, loss_type, needs_of
 from clipress.compress.settings import Training
 from clipress.compress.teachers import Teachers
 from clipress.errors import RecipeError
@@ -193,13 +193,7 @@ def _lesson(
     """Return how the student's task learns with these losses, and the teachers they need."""
     title, task = context.title, task_named(student.task)
     needs = task.needs(needs_of(terms))
-    for name in terms:
-        if lacking := sorted(loss_type(name, title).needs - task.provides):
-            raise RecipeError(
-                f"{title}: loss '{name}' needs {', '.join(lacking)}, which task {task.name} does not have."
-            )
-    if config.towers not in ("both", *task.towers):
-        raise RecipeError(f"{title}.towers: expected both or one of {', '.join(task.towers)}, found '{config.towers}'.")
+    check_losses(terms, task, title)
     teachers = context.teachers if "teacher" in needs else ()
     if "teacher" in needs and not teachers:
         raise RecipeError(f"{title}: losses {sorted(terms)} need a teacher, and the recipe has none.")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clipress.compress.losses import check_losses, terms_from
 from clipress.compress.settings import Runtime
 from clipress.compress.stage import Stage, stages_from
 from clipress.data.spec import DataSpec
 from clipress.errors import RecipeError
 from clipress.models.load import TeacherSpec
 from clipress.recipe import Recipe, checked
-from clipress.tasks import TASKS
+from clipress.tasks import TASKS, Task
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ def plan_from(recipe: Recipe) -> Plan:
     task = TASKS.find(recipe.task, "task")()
     asked = recipe.teacher if isinstance(recipe.teacher, list) else [recipe.teacher]
     teachers = tuple(checked(TeacherSpec, one, "teacher") for one in asked if one is not None)
-    stages = tuple(stages_from(recipe.stages))
+    stages = tuple(stages_from(recipe.stages, task.stage_defaults))
+    for number, stage in enumerate(stages):
+        _check_task(stage, task, f"stages.{number}.{stage.kind}")
     if not teachers and recipe.student is None:
         raise RecipeError("Either 'teacher' or 'student' is asked for, found neither: there is no model to start from.")
     if len({teacher.cache is None for teacher in teachers}) > 1:
@@ -50,3 +53,14 @@ def plan_from(recipe: Recipe) -> Plan:
             plan_from(checked(Recipe, teacher.recipe, "teacher.recipe"))
     data = checked(DataSpec, recipe.data, "data")
     return Plan(recipe, data, checked(Runtime, recipe.runtime, "runtime"), teachers, stages)
+
+
+def _check_task(stage: Stage, task: Task, where: str) -> None:
+    """Raise RecipeError for settings of a stage that the task does not have: losses, or a tower."""
+    settings = stage.settings
+    for name in ("losses", "guide"):
+        losses = getattr(settings, name, ())
+        check_losses(terms_from(losses, f"{where}.{name}"), task, f"{where}.{name}")
+    tower = getattr(settings, "towers", "both")
+    if tower not in ("both", *task.towers):
+        raise RecipeError(f"{where}.towers: expected {' or '.join(('both', *task.towers))}, found '{tower}'.")

@@ -60,8 +60,10 @@ class Stage:
         return STAGES[self.kind].run(self.settings, model, context)
 
 
-def stages_from(raw: Sequence[Mapping[str, Any]]) -> list[Stage]:
-    """Check a recipe's stages: kinds, settings, order, names."""
+def stages_from(
+    raw: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Stage]:
+    """Check a recipe's stages: kinds, settings, order, names. `defaults` are settings by kind, the task's own."""
     stages: list[Stage] = []
     for number, entry in enumerate(raw):
         where = f"stages.{number}"
@@ -74,7 +76,9 @@ def stages_from(raw: Sequence[Mapping[str, Any]]) -> list[Stage]:
                 raise RecipeError(
                     f"{where}: {name} cannot come after {earlier.kind}: {reason}. The order that works: {RIGHT_ORDER}."
                 )
-        config = checked(kind.settings, settings, f"{where}.{name}")
+        own = (defaults or {}).get(name, {})
+        given = {**own, **settings} if isinstance(settings, Mapping) else settings or own
+        config = checked(kind.settings, given, f"{where}.{name}")
         stages.append(Stage(name, _artifact_name(kind, config, stages), config))
     return stages
 

@@ -46,7 +46,7 @@ class TrainingSet:
         self,
         sources: Sequence[Source],
         preprocess: Preprocess,
-        tokenize: Tokenize,
+        tokenize: Tokenize | None,
         augment: Augment,
         seed: int,
         caches: Sequence[Sequence[TeacherCache]] = (),
@@ -56,7 +56,7 @@ class TrainingSet:
         self.sources, self.preprocess, self.augment, self.seed = list(sources), preprocess, augment, seed
         self.caches = [list(row) for row in caches]
         self.has_images = all(source.has_images for source in self.sources)
-        self.has_texts = all(source.has_texts for source in self.sources)
+        self.has_texts = tokenize is not None and all(source.has_texts for source in self.sources)
         if not (self.has_images or self.has_texts):
             raise DataError(
                 "data.train: some sources have images only and others texts only. Train on one kind at a time."

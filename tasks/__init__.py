@@ -42,6 +42,11 @@ class Task(ABC):
     provides: ClassVar[frozenset[str]]
     """What losses may need and this task has, of `losses.Loss.needs`."""
 
+    stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Settings of stages, by kind, whose defaults are the task's own."""
+    reads_text: ClassVar[bool] = False
+    """Whether its models have a tokenizer."""
+
     @abstractmethod
     def build(self, architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
         """Build a module from an artifact's architecture, with our attention in every block and random weights.
@@ -119,7 +124,10 @@ def task_named(name: str) -> Task:
 def model_from_artifact(source: Artifact | str | Path) -> Model:
     """Rebuild a model from nothing but its artifact; outputs are bitwise those it was saved with."""
     artifact = source if isinstance(source, Artifact) else load_artifact(source)
-    return rebuild(artifact, task_named(artifact.task).build)
+    task = task_named(artifact.task)
+    if task.reads_text and artifact.tokenizer is None:
+        raise ArtifactError(f"The artifact has no tokenizer, which a model of task {task.name} needs.")
+    return rebuild(artifact, task.build)
 
 
 def graphs_of(model: Model) -> dict[str, Graph]:

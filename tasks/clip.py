@@ -39,6 +39,7 @@ class Clip(Task):
     name = "clip"
     towers = SIDES
     main_graph = "image"
+    reads_text = True
     figures = ("/top1", "/text_r1", "/image_r1")
     provides = frozenset({"pairs", "teacher", "space", "width", "keys", "momentum", "tokens", "masked", "labels"})
 

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipress.errors import RecipeError
 from clipress.recipe import Section, checked
 from clipress.registry import Registry
+from clipress.tasks import Task
 from clipress.tasks.clip import MAX_LOG_SCALE
 from clipress.tasks.training import Batch, Sizes
 
@@ -79,6 +81,15 @@ def terms_from(losses: Mapping[str, Any] | tuple[str, ...], where: str) -> dict[
 def needs_of(terms: Mapping[str, Loss.Settings]) -> frozenset[str]:
     """Return everything the terms need."""
     return frozenset().union(*(loss_type(name, "losses").needs for name in terms))
+
+
+def check_losses(terms: Mapping[str, Loss.Settings], task: Task, where: str) -> None:
+    """Raise RecipeError for a loss that needs what a task does not have."""
+    for name in terms:
+        if lacking := sorted(loss_type(name, where).needs - task.provides):
+            raise RecipeError(
+                f"{where}: loss '{name}' needs {', '.join(lacking)}, which task {task.name} does not have."
+            )
 
 
 class Objective(nn.Module):

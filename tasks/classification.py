@@ -1,0 +1,338 @@
+"""Image classification with a vision transformer: one graph, `image` -> logits, top-1 and top-5 accuracy.
+
+task: classification
+student: {width: 64, layers: 4, heads: 4, patch_size: 8, image_size: 32, labels: [cat, dog]}
+student: {model: deit_tiny_patch16_224, labels_file: imagenet}       a plain ViT of timm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from clipress.data.prompts import check_labels, read_classes
+from clipress.data.transforms import Preprocess, preprocess_from_open_clip
+from clipress.errors import ArtifactError, ExportError, RecipeError, nearest
+from clipress.metrics.classify import score_logits
+from clipress.metrics.outcomes import Outcomes
+from clipress.models import anatomy, surgery
+from clipress.models.load import Model
+from clipress.recipe import Section, checked
+from clipress.runtime.graph import Arrays, Graph, Input, Output, Run
+from clipress.tasks import SAMPLES, TASKS, Task, Tokenize
+from clipress.tasks.training import Batch, Features, Gather, Lesson, Outputs, Sizes, TrainingJob
+
+if TYPE_CHECKING:
+    from clipress.data.eval_sets import EvalSet
+
+SIZES = {"img_size": 1 << 13, "patch_size": 1 << 13, "embed_dim": 1 << 14, "depth": 1 << 8, "num_heads": 1 << 10}
+MAX_CLASSES = 1 << 20
+
+
+class Student(Section):
+    """The `student` section of a classifier: a timm name, or sizes of a ViT."""
+
+    model: str | None = None
+    """A plain ViT of timm, such as deit_tiny_patch16_224; random weights."""
+    width: int | None = Field(None, ge=1)
+    layers: int = Field(12, ge=1)
+    heads: int | None = Field(None, ge=1)
+    """Default: heads of 64 dims."""
+    patch_size: int = Field(16, ge=1)
+    image_size: int | None = Field(None, ge=1)
+    """In pixels. Default: the teacher's; without one the model's own, or 224."""
+    labels: tuple[str, ...] | None = None
+    """Names of the classes, in the order of the data's. Default: the teacher's."""
+    labels_file: Path | None = None
+    """The same from a text file, one per line, or `imagenet`."""
+
+    def model_post_init(self, _: Any) -> None:
+        if (self.model is None) == (self.width is None):
+            raise RecipeError("student: expected either model, a name of timm, or width, with layers and heads.")
+        if self.labels is not None and self.labels_file is not None:
+            raise RecipeError("student: expected labels or labels_file, found both.")
+        heads = self.heads or max((self.width or 64) // 64, 1)
+        if self.width is not None and self.width % heads:
+            raise RecipeError(f"student: width {self.width} is not a multiple of heads ({heads}).")
+
+    def names(self) -> tuple[str, ...] | None:
+        """Return the names of the classes; None: the teacher's."""
+        names = self.labels if self.labels_file is None else read_classes(self.labels_file).names
+        if names is not None:
+            check_labels(names)
+        return names
+
+    def architecture(self, size: int | None, labels: Sequence[str]) -> dict[str, Any]:
+        """Return timm's name and arguments; `size` of images in pixels, None: the model's own."""
+        sizes = {} if size is None else {"img_size": size}
+        if self.width is not None:
+            heads = self.heads or max(self.width // 64, 1)
+            sizes = {"img_size": 224, "patch_size": self.patch_size, "embed_dim": self.width, **sizes}
+            sizes |= {"depth": self.layers, "num_heads": heads}
+        return {"timm_model": self.model or "vit", "sizes": sizes, "labels": list(labels)}
+
+
+@TASKS.register("classification")
+class Classification(Task):
+    """A ViT that scores classes."""
+
+    name = "classification"
+    towers = ("image",)
+    main_graph = "image"
+    figures = ("/top1",)
+    provides = frozenset({"teacher", "labels", "space", "logits", "tokens"})
+    stage_defaults = {  # noqa: RUF012
+        "distill": {"losses": ["labels"]},
+        "prune": {"losses": ["labels"]},
+        "sparsify": {"losses": ["labels"]},
+        "quantize": {"losses": ["logits"]},
+    }
+
+    def build(self, architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
+        name, sizes, labels = _checked(architecture)
+        import timm
+        from timm.models.vision_transformer import VisionTransformer
+
+        with torch.random.fork_rng(devices=[]):
+            if seed is not None:
+                torch.manual_seed(seed)
+            try:
+                if name == "vit":
+                    module = VisionTransformer(num_classes=len(labels), **sizes)
+                else:
+                    module = timm.create_model(name, pretrained=False, num_classes=len(labels), **sizes)
+            except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+                raise RecipeError(f"timm cannot build {name} with {sizes}: {error}") from None
+        if type(module) is not VisionTransformer:
+            raise RecipeError(f"student.model: {name} is not a plain ViT of timm, but a {type(module).__name__}.")
+        return surgery.use_own_attention(module)
+
+    def check_student(self, section: Mapping[str, Any], has_teacher: bool) -> None:
+        student = checked(Student, section, "student")
+        if student.names() is None and not has_teacher:
+            raise RecipeError("student: expected labels or labels_file, the names of the classes; found neither.")
+        if student.model is not None:
+            _check_name(student.model, "student")
+
+    def student_from(self, section: Mapping[str, Any], teacher: Model | None, seed: int) -> Model:
+        self.check_student(section, teacher is not None)
+        student = checked(Student, section, "student")
+        labels = student.names() or tuple(teacher.architecture["labels"])
+        if teacher is not None and list(labels) != teacher.architecture["labels"]:
+            raise RecipeError("student.labels: they differ from the teacher's; leave them out.")
+        size = student.image_size or (teacher.preprocess.size if teacher else None)
+        model = self._model(student.architecture(size, labels), student.model, seed)
+        if teacher is None:
+            return model
+        if teacher.preprocess.size != model.preprocess.size:
+            raise RecipeError(
+                f"student: it must share the teacher's image size, {teacher.preprocess.size}; found "
+                f"{model.preprocess.size}."
+            )
+        return replace(model, preprocess=teacher.preprocess)
+
+    def load_pretrained(self, name: str, checkpoint: str | None, where: str) -> Model:
+        import timm
+
+        _check_name(name, where)
+        if checkpoint is None:
+            raise RecipeError(f"{where}: model '{name}' needs a checkpoint: a file of timm's weights, or 'random'.")
+        labels = read_classes(Path("imagenet")).names
+        model = self._model({"timm_model": name, "sizes": {}, "labels": list(labels)}, name, 0)
+        if checkpoint != "random":
+            stock = timm.create_model(name, pretrained=False, num_classes=len(labels))
+            try:
+                timm.models.load_checkpoint(stock, checkpoint, use_ema=False, weights_only=True)
+            except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
+                raise ArtifactError(
+                    f"Checkpoint '{checkpoint}' does not load into {name}: {str(error).splitlines()[0]}"
+                ) from None
+            model = replace(model, module=surgery.use_own_attention(stock).eval())
+        return model
+
+    def _model(self, architecture: dict[str, Any], timm_name: str | None, seed: int) -> Model:
+        import timm
+
+        module = self.build(architecture, seed)
+        height, _ = anatomy.image_size(module)
+        preprocess = Preprocess(size=height)
+        if timm_name is not None:
+            data = timm.data.resolve_data_config({}, model=module)
+            preprocess = preprocess_from_open_clip({**data, "size": height})
+        return Model(module, architecture, preprocess, None, task=self.name)
+
+    def graphs(self, model: Model) -> dict[str, Graph]:
+        size = model.preprocess.size
+        pixels = Input(name="pixel_values", dtype="float32", shape=(3, size, size))
+        logits = Output(name="logits", shape=(len(model.architecture["labels"]),))
+        return {"image": Graph(name="image", inputs=(pixels,), outputs=(logits,), agrees="logits")}
+
+    def call(self, module: nn.Module, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"logits": module(inputs["pixel_values"])}
+
+    def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {"image": {"pixel_values": arrays["pixels"]}}
+
+    def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
+        if not sets:
+            raise ExportError("Parity is checked on real samples: add 'test', 'val' or 'train' data to the recipe.")
+        pixels = [next(one.pixel_batches(preprocess, SAMPLES)) for one in sets]
+        return {"image": {"pixel_values": np.concatenate(pixels)}}
+
+    def evaluate(
+        self, run: Mapping[str, Run], sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None
+    ) -> dict[str, Outcomes]:
+        results: dict[str, Outcomes] = {}
+        for one in sets:
+            if one.classes is None:
+                raise RecipeError(f"data: {one.name} has no classes; a classifier is measured on labelled images.")
+            batches = one.pixel_batches(preprocess)
+            logits = np.concatenate([run["image"]({"pixel_values": pixels})["logits"] for pixels in batches])
+            if logits.shape[1] != len(one.classes.names):
+                raise RecipeError(
+                    f"data: {one.name} has {len(one.classes.names)} classes, the model scores {logits.shape[1]}."
+                )
+            found = score_logits(logits, one.labels(), one.seen)
+            results |= {f"{one.name}/{metric}": outcomes for metric, outcomes in found.items()}
+        return results
+
+    def lesson(self, job: TrainingJob) -> ClassifierLesson:
+        return ClassifierLesson(job)
+
+    def describe(self, model: Model) -> dict[str, Any]:
+        return {"labels": tuple(model.architecture["labels"])}
+
+
+class Classifier(nn.Module):
+    """One forward of a training step."""
+
+    def __init__(self, model: nn.Module, tokens: bool) -> None:
+        super().__init__()
+        self.model, self.tokens = model, []
+        layer = anatomy.token_layer(model, "image")
+        self.handles = [layer.register_forward_hook(lambda _, __, out: self.tokens.append(out))] if tokens else []
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Score images [B, 3, S, S]: logits [B, C], and token features where they are hooked."""
+        outputs = {"logits": self.model(pixels).float()}
+        if self.tokens:
+            outputs["image_tokens"] = self.tokens.pop().float()
+        return outputs
+
+    def close(self) -> None:
+        """Leave the model without hooks."""
+        for handle in self.handles:
+            handle.remove()
+
+
+class ClassifierLesson(Lesson):
+    """Supervised learning on labels, and distillation of logits and token features."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.needs, self.learning = job.needs, ("image",)
+        labels, tokens = job.student.architecture["labels"], "tokens" in job.needs
+        self.tokens, self.num_classes = tokens, len(labels)
+        for teacher in job.teachers:
+            _refuse_other_teacher(job, teacher, labels)
+        if "labels" in job.needs:
+            _refuse_other_classes(job, labels)
+        if not job.sources_have("images"):
+            raise RecipeError(f"{job.title}: a classifier learns from images, and the training data have none.")
+
+        def shapes(model: Model) -> dict[str, tuple[int, int]] | None:
+            return {"image": anatomy.token_shape(model.module, "image")} if tokens else None
+
+        self.sizes = Sizes(
+            self.num_classes,
+            tuple(len(teacher.architecture["labels"]) for teacher in job.teachers),
+            self.learning,
+            anatomy.image_size(job.student.module),
+            student_tokens=shapes(job.student),
+            teacher_tokens=shapes(job.teachers[0]) if job.teachers else None,
+        )
+
+    def module(self, module: nn.Module) -> Classifier:
+        return Classifier(module, self.tokens)
+
+    def inputs(self, arrays: Mapping[str, Tensor], mask: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
+        return {"pixels": arrays["pixels"]}
+
+    def teacher_inputs(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"pixels": arrays["pixels"]}
+
+    def cached_outputs(self, arrays: Mapping[str, Tensor], teacher: int, scale: float | None) -> Outputs:
+        return {"logits": arrays[f"teacher_image_{teacher}"] * arrays[f"teacher_image_norm_{teacher}"][:, None]}
+
+    def batch(
+        self,
+        outputs: Outputs,
+        teachers: Sequence[Outputs],
+        arrays: Mapping[str, Tensor],
+        projections: Mapping[str, nn.Module],
+        gather: Gather,
+    ) -> Batch:
+        # sources have the same classes, and the loader numbers them one source after the other
+        labels = torch.where(arrays["label"] < 0, arrays["label"], arrays["label"] % self.num_classes)
+        return Batch(
+            _features(outputs, gather),
+            tuple(_features(one, gather) for one in teachers),
+            groups=gather.rows(arrays["group"]),
+            labels=gather.own(labels),
+            all_labels=gather.rows(labels),
+            sides=self.learning,
+        )
+
+
+def _features(outputs: Outputs, gather: Gather) -> Features:
+    return Features(**{name: gather.own(rows) for name, rows in outputs.items()})
+
+
+def _refuse_other_teacher(job: TrainingJob, teacher: Model, labels: list[str]) -> None:
+    if teacher.architecture["labels"] != labels:
+        raise RecipeError(f"{job.title}: teacher and student must have the same classes, in the same order.")
+    own, other = job.student.preprocess.model_dump(), teacher.preprocess.model_dump()
+    if own != other and not job.cached:
+        raise RecipeError(f"{job.title}: teacher and student must share their preprocessing; found {other} and {own}.")
+
+
+def _refuse_other_classes(job: TrainingJob, labels: list[str]) -> None:
+    for source in job.sources:
+        classes = getattr(source, "classes", None)
+        if classes is None:
+            raise RecipeError(f"{job.title}: losses on labels need labelled images; {source.name} has no classes.")
+        if list(classes.names) != labels:
+            raise RecipeError(
+                f"{job.title}: the classes of {source.name} differ from the student's labels: it has "
+                f"{len(classes.names)} ({', '.join(classes.names[:3])}, ...), the student {len(labels)} "
+                f"({', '.join(labels[:3])}, ...). They must be the same, in the same order."
+            )
+
+
+def _check_name(name: str, where: str) -> None:
+    import timm
+
+    known = timm.list_models(module="vision_transformer")
+    if name not in known:
+        raise RecipeError(f"{where}: timm has no vision transformer '{name}'.{nearest(name, known)}")
+
+
+def _checked(architecture: Mapping[str, Any]) -> tuple[str, dict[str, int], list[str]]:
+    """Return timm's name, its sizes and the labels of an architecture that anyone may have written."""
+    name, sizes, labels = (architecture.get(key) for key in ("timm_model", "sizes", "labels"))
+    if not (isinstance(name, str) and isinstance(sizes, dict) and isinstance(labels, list)):
+        raise ArtifactError("A classifier's architecture needs timm_model, sizes and labels.")
+    if not 1 <= len(labels) <= MAX_CLASSES or not all(isinstance(label, str) for label in labels):
+        raise ArtifactError(f"A classifier's labels: expected 1 to {MAX_CLASSES:,} names.")
+    for key, value in sizes.items():
+        if key not in SIZES or not isinstance(value, int) or not 1 <= value <= SIZES[key]:
+            raise ArtifactError(f"sizes.{key} is {value!r:.40}; expected 1 to {SIZES.get(key, 0):,}.")
+    if name != "vit":
+        _check_name(name, "architecture")
+    return name, sizes, labels

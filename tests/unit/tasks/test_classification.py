@@ -1,0 +1,150 @@
+"""A classifier computes what timm's computes, says what a recipe must hold, and is measured as anyone would."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from clipress.artifact import save_artifact
+from clipress.data.eval_sets import EvalSet
+from clipress.data.sources import Classes
+from clipress.data.transforms import Preprocess
+from clipress.errors import ArtifactError, RecipeError
+from clipress.models import surgery
+from clipress.models.load import artifact_from_model
+from clipress.tasks import evaluate_model, graphs_of, model_from_artifact, runs_of, task_named
+
+LABELS = ["cat", "dog", "owl"]
+STUDENT = {"width": 32, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 16, "labels": LABELS}
+
+
+def classifier(seed=0, **changes):
+    return task_named("classification").student_from({**STUDENT, **changes}, None, seed)
+
+
+def stock():
+    return VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3).eval()
+
+
+def test_it_computes_what_timms_vision_transformer_computes():
+    model, reference = classifier(), stock()
+    state = surgery.stock_weights(model.module)
+    reference.load_state_dict(state)
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model.module.eval()(pixels), reference(pixels), atol=1e-5, rtol=1e-5)
+
+
+def test_a_name_of_timm_gives_that_model_and_its_preprocessing():
+    model = task_named("classification").student_from(
+        {"model": "deit_tiny_patch16_224", "image_size": 32, "labels": LABELS}, None, 0
+    )
+    cfg = timm.get_pretrained_cfg("deit_tiny_patch16_224")
+    assert model.module.embed_dim == 192 and model.module.num_classes == 3
+    assert (model.preprocess.mean, model.preprocess.std, model.preprocess.size) == (cfg.mean, cfg.std, 32)
+
+
+def test_the_weights_depend_on_the_seed_alone():
+    torch.manual_seed(7)
+    first = classifier(seed=1).module.state_dict()
+    torch.manual_seed(8)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in classifier(seed=1).module.state_dict().items())
+    assert not torch.equal(classifier(seed=2).module.head.weight, first["head.weight"])
+
+
+def test_it_has_one_graph_from_pixels_to_logits():
+    (graph,) = graphs_of(classifier()).values()
+    assert (graph.name, graph.agrees) == ("image", "logits")
+    assert [(one.name, one.shape) for one in graph.inputs] == [("pixel_values", (3, 16, 16))]
+    assert [(one.name, one.shape) for one in graph.outputs] == [("logits", (3,))]
+
+
+def test_saved_and_loaded_it_answers_bitwise_the_same(tmp_path):
+    model = classifier()
+    save_artifact(artifact_from_model(model, ({"stage": "a", "hash": "h"},), {}), tmp_path / "a")
+    again = model_from_artifact(tmp_path / "a")
+    inputs = graphs_of(model)["image"].example(3)
+    assert again.task == "classification" and again.tokenizer is None
+    np.testing.assert_array_equal(runs_of(model)["image"](inputs)["logits"], runs_of(again)["image"](inputs)["logits"])
+
+
+class Labelled:
+    """Sixty random images with labels."""
+
+    name, fingerprint, has_images, has_texts = "pets", "x", True, False
+    classes = Classes(tuple(LABELS), ("{}",))
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.pixels = rng.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
+        self.targets = rng.integers(0, 3, 60)
+
+    def __len__(self):
+        return 60
+
+    def image(self, index):
+        return self.pixels[index]
+
+    def group(self, index):
+        return int(self.targets[index])
+
+
+def test_top1_is_the_part_of_the_images_whose_largest_logit_is_their_class():
+    model, source = classifier(), Labelled()
+    found = evaluate_model(model, [EvalSet(source, source.classes)])
+    from PIL import Image
+    from torchvision.transforms import functional as F
+
+    mean, std = model.preprocess.mean, model.preprocess.std
+    pixels = torch.stack([F.normalize(F.to_tensor(Image.fromarray(p)), mean, std) for p in source.pixels])
+    with torch.no_grad():
+        best = model.module(pixels).argmax(1).numpy()
+    assert found["pets/top1"].values.mean() == pytest.approx((best == source.targets).mean())
+    assert "pets/top5" not in found  # there are three classes
+
+
+def test_data_with_other_classes_than_the_model_are_refused():
+    model, source = classifier(labels=["cat", "dog"]), Labelled()
+    with pytest.raises(RecipeError, match="pets has 3 classes, the model scores 2"):
+        evaluate_model(model, [EvalSet(source, source.classes)])
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"labels": LABELS}, "expected either model, a name of timm, or width"),
+        ({"width": 32}, "expected labels or labels_file"),
+        ({"width": 32, "heads": 3, "labels": LABELS}, r"width 32 is not a multiple of heads \(3\)"),
+        ({"width": 32, "labels": LABELS, "labels_file": "imagenet"}, "found both"),
+        ({"model": "deit_tiny_patch61_224", "labels": LABELS}, "Did you mean 'deit_tiny_patch16_224'"),
+        ({"width": 32, "lables": LABELS}, "unknown key 'lables'. Did you mean 'labels'"),
+        ({"model": "vit_base_patch16_siglip_224", "labels": LABELS}, "timm cannot build|cannot take apart|not a plain"),
+    ],
+)
+def test_a_student_that_cannot_be_built_is_one_message(section, message):
+    task = task_named("classification")
+    with pytest.raises((RecipeError, ArtifactError), match=message):
+        task.check_student(section, False)
+        task.student_from(section, None, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sizes": {"depth": 10**6}}, {"sizes": {"embed_dim": -4}}, {"labels": []}, {"labels": [1]}, {"timm_model": 3}],
+    ids=str,
+)
+def test_an_architecture_that_no_model_has_is_refused_before_memory_is_taken(change):
+    architecture = {**classifier().architecture, **change}
+    with pytest.raises(ArtifactError):
+        task_named("classification").build(architecture)
+
+
+def test_a_student_shares_its_teachers_images_and_classes():
+    teacher, task = classifier(), task_named("classification")
+    student = task.student_from({"width": 16, "layers": 1, "heads": 1, "patch_size": 8}, teacher, 0)
+    assert student.architecture["labels"] == LABELS and student.preprocess == teacher.preprocess == Preprocess(size=16)
+    with pytest.raises(RecipeError, match="differ from the teacher's"):
+        task.student_from({"width": 16, "heads": 1, "labels": ["a", "b", "c"]}, teacher, 0)
+    with pytest.raises(RecipeError, match="share the teacher's image size, 16; found 32"):
+        task.student_from({"width": 16, "heads": 1, "image_size": 32}, teacher, 0)
