@@ -226,9 +226,9 @@ def _of_two_towers(student: Student, teacher: Model | None, seed: int) -> Model:
         made |= {key: copy.deepcopy(theirs[key]) for key in (anatomy.CONFIG_KEYS[tower] for tower in taken)}
     model = new_model(made, seed)
     for tower in taken:
-        surgery.adopt(model.module, teacher.module, tower)
+        surgery.copy_tower(model.module, teacher.module, tower)
     if taken:  # the scale of similarities too
-        beside = {n: t for n, t in teacher.module.state_dict().items() if anatomy.tower_of(n) is None}
+        beside = {n: t for n, t in teacher.module.state_dict().items() if anatomy.tower_of(teacher.module, n) is None}
         model.module.load_state_dict(beside, strict=False)
     return model
 

@@ -1095,22 +1095,22 @@ for _name, _content in (
 for _name, _expected, _content in (
     ("a cost table that is none", "refused: .*is no cost table", "[]"),
     ("a cost table nested 100,000 deep", "refused: .*is no cost table .it nests deeper", DEEP),
-    ("a cost table without figures", "refused: .*says nothing of ffn", '{"schema_version": 1, "towers": []}'),
+    ("a cost table without figures", "refused: .*the table has none", '{"schema_version": 1, "towers": []}'),
     (
         "a cost table of unequal rows",
-        "refused: .*says nothing of ffn",
+        "refused: .*the table has none",
         json.dumps({"schema_version": 1, "towers": {"image": {"ffn": {"levels": [1, 256], "ms": [1]}}}}),
     ),
 ):
 
     @fault(_name, _expected)
     def _(folder: Path, content: str = _content) -> Any:
-        from clipress.compress.prune.budget import _measured, read_costs
+        from clipress.compress.prune.costs import latency_curve, read_costs
         from clipress.models import anatomy
 
         (folder / "costs.json").write_text(content)
-        block = next(iter(anatomy.blocks(new_model(small(), 0).module)))
-        return _measured(SimpleNamespace(block=block, kind="ffn", units=256), read_costs(folder / "costs.json"))
+        part = next(iter(anatomy.ffns(new_model(small(), 0).module)))
+        return latency_curve(SimpleNamespace(part=part, kind="ffn", units=256), read_costs(folder / "costs.json"))
 
 
 @fault("a label file of nothing", "refused: with exit code 2: .*holds none")

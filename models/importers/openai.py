@@ -169,11 +169,11 @@ def _own(model: nn.Module, weights: State) -> dict[str, Tensor]:
     q, k and v have equally many rows in every foreign format.
     """
     own = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    for block in anatomy.blocks(model):
-        at = f"{block.name}.attn."
+    for part in anatomy.attentions(model):
+        at = f"{part.name}."
         for kind in ("weight", "bias"):
             if f"{at}in_proj_{kind}" in own:
-                parts = own.pop(f"{at}in_proj_{kind}").chunk(3)
-                own |= {f"{at}{part}.{kind}": rows for part, rows in zip("qkv", parts, strict=True)}
+                chunks = own.pop(f"{at}in_proj_{kind}").chunk(3)
+                own |= {f"{at}{name}.{kind}": rows for name, rows in zip("qkv", chunks, strict=True)}
                 own[f"{at}out.{kind}"] = own.pop(f"{at}out_proj.{kind}")
     return own

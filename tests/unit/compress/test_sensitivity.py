@@ -106,7 +106,7 @@ def test_nothing_is_kept_under_a_loose_limit(calibrated):
 def test_a_limit_that_no_layer_can_meet_is_told(calibrated):
     model, names, samples = calibrated
     report = sensitivities(model, names, samples)
-    with pytest.raises(RecipeError, match=r"max_damage 1e-12 .* leaves no module in INT8"):
+    with pytest.raises(RecipeError, match=r"max_damage 1e-12 .*leaves no module in INT8"):
         keep_sensitive(model, report, samples, limit=1e-12)
 
 

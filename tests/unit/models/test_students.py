@@ -76,9 +76,10 @@ def teacher_clip(custom_text=False, cut=False, seed=5, **changes):
             torch.nn.init.normal_(parameter, 0.8, 0.4)
     torch.nn.init.constant_(model.module.logit_scale, 3.0)
     if cut:
-        for block in anatomy.blocks(model.module):
-            half = torch.arange(16).expand(2, 16) < 8
-            surgery.cut(block, surgery.Keep(half, half, torch.arange(128) % 2 == 0))
+        half = torch.arange(16).expand(2, 16) < 8
+        for attn, ffn in (block.parts for block in anatomy.blocks(model.module)):
+            surgery.cut(attn, surgery.AttnMask(half, half))
+            surgery.cut(ffn, surgery.FfnMask(torch.arange(128) % 2 == 0))
     preprocess = Preprocess(size=32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), resize_mode="squash")
     return Model(model.module.eval(), model.architecture, preprocess, model.tokenizer)
 
@@ -157,9 +158,8 @@ def test_named_towers_are_the_published_ones():
     )
     rn50 = open_clip.get_model_config("RN50")["vision_cfg"]
     assert IMAGES["resnet-50"].items() <= rn50.items()
-    heads = {
-        b.tower: (b.attn.heads, b.attn.qk_dim) for b in anatomy.blocks(student("clip-distill", "clip-distill").module)
-    }
+    parts = anatomy.attentions(student("clip-distill", "clip-distill").module)
+    heads = {part.tower: (part.module.heads, part.module.qk_dim) for part in parts}
     assert heads == {"image": (24, 24), "text": (8, 16)}
     assert TEXTS["clip-kd"] == {"width": 384, "heads": 6, "layers": 12}
 
@@ -174,8 +174,8 @@ def test_named_towers_are_the_published_ones():
 def test_a_short_size_says_layers_width_and_patch(image, text, wanted):
     model = student(image, text, image_size=32)
     found = {"image": [], "text": []}
-    for block in anatomy.blocks(model.module):
-        found[block.tower].append((block.width, block.attn.heads, block.attn.qk_dim))
+    for part in anatomy.attentions(model.module):
+        found[part.tower].append((part.width, part.module.heads, part.module.qk_dim))
     assert found == wanted
     assert model.tokenizer == {"name": "clip-bpe", "context_length": 77, "kwargs": {}}
     assert model.module.vocab_size == 49408 and model.architecture["embed_dim"] == 512
@@ -310,7 +310,9 @@ def test_frozen_towers_neither_learn_nor_gather_statistics():
     model.module.train()
     eval_frozen_modules(model.module)
     loss(model).backward()
-    learning = {anatomy.tower_of(name) for name, p in model.module.named_parameters() if p.grad is not None}
+    learning = {
+        anatomy.tower_of(model.module, name) for name, p in model.module.named_parameters() if p.grad is not None
+    }
     assert learning == {"text", None} and model.module.transformer.training
     assert torch.equal(outputs(model)[0], outputs(teacher)[0])
 
@@ -380,8 +382,8 @@ def test_a_section_that_makes_no_sense_is_told_before_anything_is_built(section,
         ({"image": "vit-t-16", "text": {"context_length": 77}}, "context_length: 77; the teacher's, 24"),
         ({"image": "vit-t-16", "text": "teacher", "embed_dim": 64}, "embed_dim: 64; the text tower is the teacher's"),
         ({"model": "ViT-B-61"}, "Did you mean 'ViT-B-16'"),
-        ({"inherit": {"image": {"width": 64}}}, r"inherit\.image\.width: 64 was asked for, and the teacher has 32"),
-        ({"inherit": {"text": {"layers": 3}}}, r"inherit\.text\.layers: 3 was asked for, and the teacher has 2"),
+        ({"inherit": {"image": {"width": 64}}}, r"inherit\.image\.width: expected at most the teacher\'s 32, found 64"),
+        ({"inherit": {"text": {"layers": 3}}}, r"inherit\.text\.layers: expected at most the teacher\'s 2, found 3"),
     ],
 )
 def test_a_section_that_the_teacher_cannot_serve_is_told(section, told):
