@@ -42,7 +42,9 @@ def cost_table(
 ) -> dict[str, Any]:
     """Measure one block of each tower. `done` is called with each tower and kind that has been measured."""
     conditions = Conditions(batch, threads, duration_ms)
-    firsts = {block.tower: block for block in reversed(anatomy.blocks(model.module))}
+    firsts: dict[str, Block] = {}
+    for block in anatomy.blocks(model.module):
+        firsts.setdefault(block.tower, block)
     towers: dict[str, dict[str, Any]] = {}
     for tower, block in firsts.items():
         towers[tower] = {}
