@@ -1,13 +1,13 @@
 """A smaller student cut out of its teacher: TinyCLIP's manual weight inheritance (Wu et al. 2023), with a criterion.
 
-TinyCLIP takes the first channels and heads of each tensor; here the ones with the largest weights are taken:
+TinyCLIP takes the first channels and heads of each tensor. Here the student gets those with the largest weights:
 
-- layers: student layer i of n is the teacher's floor(i * N / n): evenly spaced, the first one always there;
+- layers: student layer i of n is the teacher's floor(i * N / n): evenly spaced, the first one always included;
 - heads: largest ||V|| * ||O|| of each layer, the Frobenius norms of the head's rows of v and its columns of out;
 - ffn: largest product of the norms of a unit's row of the first and its column of the second Linear;
-- width: one set of channels for the whole tower, with the largest sum over all matrices of the layers that stay, and of
+- width: one set of channels for the whole tower, with the largest sum over all matrices of the remaining layers,
   embeddings and projections. Each matrix adds the norms of its slices along the residual axis, times the gain of the
-  norm it is read through, divided by their mean, so that no matrix counts more than another.
+  norm it is read through, divided by their mean, so that every matrix counts alike.
 
 Heads keep their width and softmax scale.
 """
@@ -43,10 +43,10 @@ class Size(Section):
 
 
 def inherited(teacher: Model, sizes: Mapping[str, Size]) -> Model:
-    """Return a student that keeps the given sizes of the teacher's towers, everything else as it is.
+    """Return a student with the given sizes of the teacher's towers, and everything else unchanged.
 
-    It is an ordinary open_clip architecture wherever every layer's heads fill the width; otherwise its blocks have shapes
-    of their own, as after pruning. Raises RecipeError for sizes that the teacher cannot give.
+    It is an ordinary open_clip architecture wherever every layer's heads fill the width; otherwise its parts have recorded
+    shapes, as after pruning. Raises RecipeError for sizes that the teacher does not have.
     """
     model = teacher.copy()
     module, architecture = model.module, copy.deepcopy(model.architecture)
@@ -73,7 +73,7 @@ def _check(model: nn.Module, tower: str, size: Size) -> None:
     if not found:
         raise RecipeError(f"{where}: the teacher's {tower} tower has no transformer blocks to inherit from.")
     if (size.layers or size.width) and residual.transformer(model, tower) is None:
-        raise RecipeError(f"{where}: timm's name fixes layers and width of this tower; heads and ffn can be inherited.")
+        raise RecipeError(f"{where}: timm's name fixes layers and width of this tower. Set only heads and ffn.")
     inside = [part for block in found for part in block.parts]
     has = {
         "layers": len(found),
@@ -89,9 +89,9 @@ def _check(model: nn.Module, tower: str, size: Size) -> None:
             projected = "proj" if tower == "image" else "text_projection"
             axes = residual.residual_axes(model, tower)
         except ArtifactError as error:
-            raise RecipeError(f"{where}.width: {error} Leave 'width' out.") from None
+            raise RecipeError(f"{where}.width: {error} Leave out 'width'.") from None
         if not any(projected in name.split(".") for name in axes):
-            raise RecipeError(f"{where}.width: without a projection the width is the embedding's. Leave 'width' out.")
+            raise RecipeError(f"{where}.width: without a projection the width is the embedding's. Leave out 'width'.")
 
 
 def _blocks(model: nn.Module, tower: str) -> list[Block]:
@@ -144,12 +144,12 @@ def _norms(tensor: Tensor, axis: int) -> Tensor:
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
-    """Return where the `count` largest are, in their own order; of equal ones the first."""
+    """Return the indices of the `count` largest in ascending order; of equal scores the first wins."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _config(model: nn.Module, tower: str, width: int | None) -> dict[str, Any]:
-    """Return open_clip's settings of a tower; what they cannot say is in the blocks' shapes."""
+    """Return open_clip's settings of a tower; its recorded shapes hold what these cannot express."""
     first, *_ = found = _blocks(model, tower)
     attn, ffn = first.parts
     width, hidden = width or first.width, ffn.hidden

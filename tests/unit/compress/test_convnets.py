@@ -316,7 +316,7 @@ def test_a_cut_tower_is_exported_and_agrees(tower, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), features(cut), atol=1e-4, rtol=1e-4)
 
 
-def test_convolutional_towers_are_told_from_transformers(tower):
+def test_convolutional_towers_are_not_taken_for_transformers(tower):
     assert is_convnet(build(TOWERS[tower]))
     assert not is_convnet(build(tiny_architecture(layers=1)))
 
@@ -324,21 +324,21 @@ def test_convolutional_towers_are_told_from_transformers(tower):
 def test_an_impossible_budget_says_the_smallest_possible():
     with pytest.raises(
         RecipeError, match=r"params 0\.050 of the image tower cannot be met.*possible is 0\.\d+"
-    ) as told:
+    ) as caught:
         ConvPruning(fresh_model("modified resnet"), "random", Target(params=0.05), align=4)
-    smallest = float(str(told.value).split("possible is ")[1].split()[0])
+    smallest = float(str(caught.value).split("possible is ")[1].split()[0])
     ConvPruning(fresh_model("modified resnet"), "random", Target(params=smallest + 0.001), align=4)
 
 
 @pytest.mark.parametrize(
-    ("criterion", "limit", "told"),
+    ("criterion", "limit", "message"),
     [
         ("upop", Target(params=0.5), "upop cannot score.*Use one of fisher, taylor, magnitude, random"),
         ("fisher", Target(latency=0.5), "latency is not known.*params or macs"),
     ],
 )
-def test_what_convolutions_cannot_do_is_refused(criterion, limit, told):
-    with pytest.raises(RecipeError, match=told):
+def test_what_convolutions_cannot_do_is_refused(criterion, limit, message):
+    with pytest.raises(RecipeError, match=message):
         ConvPruning(fresh_model("resnet"), criterion, limit)
 
 
@@ -347,7 +347,7 @@ DEPTHWISE = "visual.trunk.blocks.3.0.conv_dw"
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "told"),
+    ("name", "change", "message"),
     [
         (LAYER, None, f"do not describe layer {LAYER}"),
         (LAYER, {"out": "many", "in": 24, "groups": 1}, f"do not describe layer {LAYER}"),
@@ -357,8 +357,8 @@ DEPTHWISE = "visual.trunk.blocks.3.0.conv_dw"
         ("visual.trunk.blocks.9", {"out": 1, "in": 1, "groups": 1}, "name layer visual.trunk.blocks.9"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(name, change, told):
+def test_sizes_that_cannot_be_are_refused(name, change, message):
     shapes = conv_shapes(build(TOWERS["efficientnet"]))
     shapes[name] = change
-    with pytest.raises(ArtifactError, match=told):
+    with pytest.raises(ArtifactError, match=message):
         reshape_convs(build(TOWERS["efficientnet"]), shapes)

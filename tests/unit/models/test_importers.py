@@ -645,12 +645,12 @@ def test_an_unknown_format_names_the_nearest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"), [("importers-tset", "'importers-test'"), ("hf-hub:some/model", "no model")]
+    ("given", "message"), [("importers-tset", "'importers-test'"), ("hf-hub:some/model", "no model")]
 )
-def test_an_unknown_model_name_is_reported(asked, message, name, tmp_path):
+def test_an_unknown_model_name_is_reported(given, message, name, tmp_path):
     torch.save(source().state_dict(), tmp_path / "a.pt")
     with pytest.raises(RecipeError, match=message):
-        import_checkpoint(tmp_path / "a.pt", model=asked)
+        import_checkpoint(tmp_path / "a.pt", model=given)
 
 
 @pytest.mark.parametrize("form", ["openai", "upop"])

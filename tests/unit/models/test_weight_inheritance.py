@@ -19,7 +19,7 @@ HEAD = 16
 
 
 def clip_of(layers=2, width=32, ffn=None, seed=0, **more):
-    """A CLIP whose heads are all 16 wide, and whose biases and gains all have something to lose."""
+    """A CLIP whose heads are all 16 wide, and whose biases and gains are all random."""
     architecture = tiny_architecture(layers=layers, width=width)
     for tower in anatomy.CONFIG_KEYS.values():
         architecture[tower]["mlp_ratio"] = (ffn or 4 * width) / width
@@ -270,7 +270,7 @@ def _silence_timm(block):
 
 
 @pytest.mark.parametrize(
-    ("changes", "size", "told"),
+    ("changes", "size", "message"),
     [
         ({"vision_cfg": TIMM, "custom_text": True}, Size(width=32), "timm's name fixes layers and width"),
         ({"vision_cfg": TIMM, "custom_text": True}, Size(layers=1), "timm's name fixes layers and width"),
@@ -279,8 +279,8 @@ def _silence_timm(block):
         ({}, Size(ffn=129), r"image\.ffn: expected at most the teacher\'s 128, found 129"),
     ],
 )
-def test_sizes_that_the_teacher_cannot_give_are_told(changes, size, told):
-    with pytest.raises(RecipeError, match=told):
+def test_sizes_that_the_teacher_cannot_give_are_reported(changes, size, message):
+    with pytest.raises(RecipeError, match=message):
         inherited(clip_of(**changes), {"image": size})
 
 
@@ -290,5 +290,5 @@ def test_width_is_refused_where_it_is_the_embeddings_or_where_a_part_is_unknown(
     with pytest.raises(RecipeError, match=r"text\.width: without a projection"):
         inherited(new_model(teacher.architecture, 0), {"text": Size(width=16)})
     teacher.architecture["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2}
-    with pytest.raises(RecipeError, match=r"image\.width: visual\.attn_pool.*Leave 'width' out"):
+    with pytest.raises(RecipeError, match=r"image\.width: visual\.attn_pool.*Leave out 'width'"):
         inherited(new_model(teacher.architecture, 0), {"image": Size(width=16)})
