@@ -420,7 +420,7 @@ def test_a_config_that_asks_for_a_download_is_not_followed(folder):
     assert "timm_model_pretrained" not in import_checkpoint(folder).architecture["vision_cfg"]
     config["model_cfg"]["text_cfg"] = {"hf_model_name": "some/text-model"}
     path.write_text(json.dumps(config))
-    with pytest.raises(ArtifactError, match="built from the hub's 'some/text-model'"):
+    with pytest.raises(ArtifactError, match="comes from the hub's 'some/text-model'"):
         import_checkpoint(folder)
 
 
