@@ -55,6 +55,15 @@ class Registry(Mapping[str, T], Generic[T]):
             raise RecipeError(f"{where}: unknown {self.kind} '{name}'.{nearest(name, self)}")
         return self[name]
 
+    def check(self, name: str) -> str:
+        """Return a name that is registered; ValueError, with the nearest known name, for any other.
+
+        A validator for settings: `criterion: Annotated[str, AfterValidator(CRITERIA.check)]`.
+        """
+        if name not in self:
+            raise ValueError(f"unknown {self.kind} '{name}'.{nearest(name, self)}")
+        return name
+
     def __getitem__(self, name: str) -> T:
         self._load()
         return self._entries[name]

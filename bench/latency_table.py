@@ -1,7 +1,7 @@
-"""A latency cost table: what a block costs on the target as its widths shrink. `prune` reads it; it never measures.
+"""A latency cost table: what a block costs on the target as its widths shrink. `prune` reads it and never measures.
 
-One block of each tower is cut to a few widths, exported and timed with ONNX Runtime, all variants in turns. The table says,
-per tower and kind of unit, the milliseconds of one block for so many levels, the other kinds at full width.
+One block of each tower is cut to a few widths, exported and timed with ONNX Runtime, all variants in turns. Per tower and
+kind of unit, the table has the milliseconds of one block at so many levels, with the other kinds at full width.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from clipress.bench.latency import measure_in_turns
 from clipress.models import anatomy, surgery
-from clipress.models.anatomy import Block
+from clipress.models.anatomy import Attn, Block, Part
 from clipress.models.load import Model
 from clipress.runtime.onnx_session import open_session
 
@@ -27,61 +28,74 @@ SCHEMA_VERSION = 1
 POINTS = 6  # widths measured per kind
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """How blocks are timed."""
+
+    batch: int
+    threads: int
+    duration_ms: float
+
+
 def cost_table(
     model: Model, batch: int, threads: int, duration_ms: float, done: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measure both towers' blocks. Returns the table's `towers`; `done` is told each tower and kind."""
-    firsts = {block.tower: block for block in reversed(anatomy.blocks(model.module))}
-    towers = {}
+    """Measure one block of each tower. `done` is called with each tower and kind that has been measured."""
+    conditions = Conditions(batch, threads, duration_ms)
+    firsts: dict[str, Block] = {}
+    for block in anatomy.blocks(model.module):
+        firsts.setdefault(block.tower, block)
+    towers: dict[str, dict[str, Any]] = {}
     for tower, block in firsts.items():
-        full = {
-            "heads": block.attn.heads,
-            "qk": block.attn.qk_dim,
-            "v": block.attn.v_dim,
-            "ffn": block.ffn_in.out_features,
-        }
         towers[tower] = {}
-        for kind, units in full.items():
-            levels = sorted({max(round(units * part / POINTS), 1) for part in range(1, POINTS + 1)})
-            towers[tower][kind] = _curve(block, kind, levels, batch, threads, duration_ms)
-            done(f"{tower} {kind}")
+        for index, part in enumerate(block.parts):
+            for kind, units in unit_counts(part).items():
+                towers[tower][kind] = _curve(block, index, kind, levels_of(units), conditions)
+                done(f"{tower} {kind}")
     return {"schema_version": SCHEMA_VERSION, "batch": batch, "threads": threads, "towers": towers}
 
 
-def _curve(block: Block, kind: str, levels: list[int], batch: int, threads: int, duration_ms: float) -> dict[str, Any]:
+def unit_counts(part: Part) -> dict[str, int]:
+    """Return how many units a part has of each kind that can be cut."""
+    if not isinstance(part, Attn):
+        return {"ffn": part.hidden}
+    return {"heads": part.module.heads, "qk": part.module.qk_dim, "v": part.module.v_dim}
+
+
+def levels_of(units: int) -> list[int]:
+    """Return the widths that are measured."""
+    return sorted({max(round(units * point / POINTS), 1) for point in range(1, POINTS + 1)})
+
+
+def _curve(block: Block, index: int, kind: str, levels: list[int], conditions: Conditions) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    inputs = rng.standard_normal((batch, block.tokens, block.width), dtype=np.float32)
+    inputs = rng.standard_normal((conditions.batch, block.tokens, block.width), dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder:
         queries = {}
         for level in levels:
             path = Path(folder) / f"{level}.onnx"
-            _export(_narrow(block, kind, level), inputs, path)
-            session = open_session(path, threads)
+            _export(narrow_block(block, index, kind, level), inputs, path)
+            session = open_session(path, conditions.threads)
             queries[str(level)] = lambda session=session: session.run(None, {"x": inputs})
-        measured = measure_in_turns(queries, warm_up_ms=20, duration_ms=duration_ms, iterations=10)
+        measured = measure_in_turns(queries, warm_up_ms=20, duration_ms=conditions.duration_ms, iterations=10)
     times = [float(np.median(measured[str(level)].latency)) for level in levels]
-    # nothing of a kind cannot be measured alone: continue the line through the two narrowest
+    # a block without any unit of a kind cannot be measured alone: extend the line through the two narrowest
     slope = (times[1] - times[0]) / (levels[1] - levels[0]) if len(levels) > 1 else times[0] / levels[0]
-    nothing = max(times[0] - max(slope, 0.0) * levels[0], 0.0)
-    return {"levels": [0, *levels], "ms": [round(ms, 6) for ms in (nothing, *times)]}
+    at_zero = max(times[0] - max(slope, 0.0) * levels[0], 0.0)
+    return {"levels": [0, *levels], "ms": [round(ms, 6) for ms in (at_zero, *times)]}
 
 
-def _narrow(block: Block, kind: str, level: int) -> nn.Module:
-    twin = Block(block.tower, block.name, copy.deepcopy(block.module), block.tokens)
-    attn = twin.attn
-
-    def kept(name: str, units: int) -> torch.Tensor:
-        return torch.arange(units) < (level if name == kind else units)
-
-    surgery.cut(
-        twin,
-        surgery.Keep(
-            kept("qk", attn.qk_dim).expand(attn.heads, -1),
-            kept("v", attn.v_dim).expand(attn.heads, -1),
-            kept("ffn", twin.ffn_in.out_features),
-            kept("heads", attn.heads),
-        ),
-    )
+def narrow_block(block: Block, index: int, kind: str, level: int) -> nn.Module:
+    """Return a copy of a block whose part number `index` keeps the first `level` units of one kind."""
+    twin = replace(block, module=copy.deepcopy(block.module))
+    part = twin.parts[index]
+    kept = torch.arange(unit_counts(part)[kind]) < level
+    if not isinstance(part, Attn):
+        surgery.cut(part, surgery.FfnMask(kept))
+    elif kind == "heads":
+        surgery.cut(part, surgery.AttnMask(heads=kept))
+    else:
+        surgery.cut(part, surgery.AttnMask(**{kind: kept.expand(part.module.heads, -1)}))
     return twin.module.eval()
 
 

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 from clipress.compress.calibration import Calibration
 from clipress.compress.context import Context
 from clipress.compress.losses import Losses, terms_from
-from clipress.compress.sensitivity import held, keep_sensitive, sensitivities
+from clipress.compress.sensitivity import first_samples, keep_sensitive, sensitivities
 from clipress.compress.settings import Training
 from clipress.compress.stage import stage
 from clipress.compress.train import train
@@ -85,7 +85,7 @@ def _sensitivity(
     settings: Quantize, model: Model, names: list[str], calibration: Calibration, context: Context
 ) -> dict[str, Any]:
     """Return the report and, with `keep: auto`, what to keep; the first process's samples decide for all."""
-    samples = held(calibration)
+    samples = first_samples(calibration)
     report = sensitivities(model, names, samples)
     details: dict[str, Any] = {"sensitivity": [asdict(layer) for layer in report]}
     if AUTO in settings.keep:

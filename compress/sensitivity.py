@@ -1,7 +1,7 @@
-"""Which layers INT8 hurts: each alone in INT8 against full precision, and a greedy choice of those to leave out.
+"""How much INT8 harms each layer, and a greedy choice of the layers to leave in full precision.
 
 Damage is 1 - mean cosine between a tower's embeddings with and without rounding, over calibration samples. A layer
-moves the embeddings of its own tower only, so the towers are measured, and chosen from, apart.
+changes the embeddings of its own tower only, so every tower is measured, and chosen from, by itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAIRS = 256  # each layer costs a pass over them
 
 @dataclass(frozen=True)
 class Layer:
-    """What rounding one module, and no other, does to its tower's embeddings."""
+    """The damage to its tower's embeddings when this module, and no other, rounds."""
 
     module: str
     tower: str
@@ -32,8 +32,8 @@ class Layer:
     """1 - mean cosine."""
 
 
-def held(batches: Iterable[Samples]) -> list[Samples]:
-    """Keep the first batches, until they are `PAIRS` pairs or more."""
+def first_samples(batches: Iterable[Samples]) -> list[Samples]:
+    """Return the first batches, up to `PAIRS` pairs or the batch that exceeds them."""
     kept: list[Samples] = []
     for samples in batches:
         kept.append(samples)
@@ -45,10 +45,10 @@ def held(batches: Iterable[Samples]) -> list[Samples]:
 def sensitivities(model: Model, names: Sequence[str], samples: Sequence[Samples]) -> list[Layer]:
     """Measure every calibrated module of `names` alone in INT8, in evaluation mode. Returns the most damaging first.
 
-    Which modules round afterwards is the caller's to set.
+    The caller decides which modules round afterwards.
     """
     exact = _embedded(model, names, (), samples)
-    towers = {name: tower_of(name) for name in names}
+    towers = {name: tower_of(model.module, name) for name in names}
     report = [Layer(n, tower, _damage(model, names, (n,), samples, exact, tower)) for n, tower in towers.items()]
     return sorted(report, key=lambda layer: -layer.damage)
 
@@ -56,12 +56,12 @@ def sensitivities(model: Model, names: Sequence[str], samples: Sequence[Samples]
 def keep_sensitive(
     model: Model, report: Sequence[Layer], samples: Sequence[Samples], limit: float
 ) -> tuple[list[str], dict[str, float]]:
-    """Choose the modules to leave in full precision so that no tower's damage is over `limit`.
+    """Choose the modules to leave in full precision so that no tower's damage exceeds `limit`.
 
-    Greedy, tower by tower: with every module of the tower in INT8 its damage is measured; while it is over the limit,
-    the most sensitive module that is left, by the report, goes back to full precision, and it is measured again.
-    Returns those modules, in that order, and the damage with all others in INT8. Raises RecipeError when none is left.
-    Which modules round afterwards is the caller's to set.
+    Greedy, tower by tower: it starts with every module of the tower in INT8, and while the damage exceeds the limit, the
+    most sensitive module that still rounds, by the report, returns to full precision. Returns those modules, in that
+    order, and the damage with all others in INT8. Raises RecipeError when no module remains in INT8. The caller decides
+    which modules round afterwards.
     """
     names, kept, damage = [layer.module for layer in report], [], {}
     exact = _embedded(model, names, (), samples)
@@ -72,8 +72,8 @@ def keep_sensitive(
         damage[tower] = found
     if len(kept) == len(names):
         raise RecipeError(
-            f"quantize: with max_damage {limit:g} 'keep: auto' leaves no module in INT8; the least sensitive one alone "
-            f"costs {report[-1].damage:.2g}. Raise max_damage."
+            f"quantize: max_damage {limit:g} with 'keep: auto' leaves no module in INT8; the least sensitive module alone "
+            f"has a damage of {report[-1].damage:.2g}. Raise max_damage."
         )
     return kept, damage
 
@@ -82,7 +82,7 @@ def keep_sensitive(
 def _embedded(
     model: Model, names: Sequence[str], rounding: Sequence[str], samples: Sequence[Samples]
 ) -> dict[str, Tensor]:
-    """Return every graph's outputs as unit rows, float64 [N, D], with some of the modules rounding."""
+    """Return every graph's outputs as unit rows, float64 [N, D], while the modules `rounding` round."""
     task = task_named(model.task)
     model.module.eval()
     quantizers.only(model.module, names, rounding)
@@ -101,11 +101,11 @@ def _damage(
     exact: dict[str, Tensor],
     tower: str,
 ) -> float:
-    # a tower that is a graph of its own changes that one alone
+    # a tower that is a graph of its own changes that graph alone
     graphs = [tower] if tower in exact else list(exact)
     rounded = _embedded(model, names, rounding, [{graph: one[graph] for graph in graphs} for one in samples])
     damage = max(max(1 - (rounded[graph] * exact[graph]).sum(1).mean().item(), 0.0) for graph in graphs)
-    return float(f"{damage:.4g}")  # it goes into the lineage
+    return float(f"{damage:.4g}")  # the lineage records it
 
 
 def _rows(samples: Samples) -> int:

@@ -1,7 +1,7 @@
 """SparseGPT (Frantar & Alistarh, arXiv:2301.00774) through nvidia-modelopt, with the update that its search leaves out.
 
-modelopt 0.47 finds SparseGPT's zeros but gives back the mask alone: the weights that are left stay as they were, though
-moving them to make up for the zeros is half of the method. Its steps are repeated here for that mask.
+modelopt 0.47 finds SparseGPT's zeros but returns only the mask: the remaining weights stay unchanged, although adjusting
+them to compensate for the zeros is half of the method. The method's steps are repeated here for that mask.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ DAMP = 0.01  # of the Hessian's mean diagonal, as in the paper; modelopt's own i
 def sparsify(model: nn.Module, show: Callable[[nn.Module], None]) -> list[str]:
     """Choose 2:4 zeros in place, as modelopt's dynamic modules; `show(model)` runs the calibration samples.
 
-    Convolutions, whose pattern modelopt's SparseGPT lays across kernel positions instead of along the input channels,
-    and Linears that no sample reaches go by magnitude. Returns the names of these.
+    Convolutions and Linears that no sample reaches use magnitude: modelopt's SparseGPT lays the pattern of a convolution
+    across kernel positions instead of along the input channels. Returns the names of these.
     """
     apply_mode(model, "sparsegpt", registry=SparsityModeRegistry)
     searcher = _Searcher()
@@ -30,7 +30,9 @@ def sparsify(model: nn.Module, show: Callable[[nn.Module], None]) -> list[str]:
 
 
 class _Searcher(SparseGPTSearcher):
-    _check_weight_size = MagnitudeSearcher._check_weight_size  # what TensorRT can use, not all that divides by four
+    _check_weight_size = (
+        MagnitudeSearcher._check_weight_size
+    )  # the sizes that TensorRT can use, not all multiples of four
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +40,7 @@ class _Searcher(SparseGPTSearcher):
 
     @classmethod
     def _hook_compute_hessian(cls, mod: nn.Module, inp: tuple[Tensor, ...], out: Tensor) -> None:
-        if isinstance(mod, nn.Linear):  # its input may have any number of axes between samples and features
+        if isinstance(mod, nn.Linear):  # its input may have more axes between samples and features
             rows = inp[0].detach().reshape(len(inp[0]), -1, inp[0].shape[-1])
             super()._hook_compute_hessian(mod, rows, out)
 
@@ -46,7 +48,7 @@ class _Searcher(SparseGPTSearcher):
         if not module.samples:
             self.by_magnitude.add(module)
             return create_asp_mask(module.weight, self.config["pattern"])
-        hessian = module.hessian.clone()  # the search damps its own in place
+        hessian = module.hessian.clone()  # the search damps the original in place
         keep = super()._compute_mask(module)
         weight, root = prepare(module.weight, hessian, self.config["hessian_damp"])
         module._parameters["weight"].copy_(compensated(weight, keep, root))  # `module.weight` is a masked copy
@@ -54,10 +56,10 @@ class _Searcher(SparseGPTSearcher):
 
 
 def compensated(weight: Tensor, keep: Tensor, root: Tensor) -> Tensor:
-    """Zero a weight [R, C] where `keep` is false, and move the others so that the output changes least.
+    """Zero a weight [R, C] where `keep` is false, and adjust the others so that the output changes least.
 
-    `root` is the upper Cholesky factor of the inverse Hessian [C, C]: column by column, what a zero takes away is
-    spread over the columns to its right (algorithm 1 of the paper).
+    `root` is the upper Cholesky factor of the inverse Hessian [C, C]: column by column, the error of a zero is spread over
+    the columns to its right (algorithm 1 of the paper).
     """
     weight = weight.float().clone()
     for column in range(weight.shape[1]):

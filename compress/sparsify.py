@@ -1,15 +1,17 @@
 """2:4 sparsity: of every four weights along the input axis two are zero, chosen by nvidia-modelopt.
 
-The zeros are baked into plain weights at once; later training holds them (`train.HoldZeros`), so they survive
-fine-tuning, saving, INT8 and export with no special modules.
+The zeros are written into plain weights at once, and later training holds them (`train.HoldZeros`), so they survive
+fine-tuning, saving, INT8 and export without special modules.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -31,10 +33,10 @@ class Sparsify(Training):
 
     pattern: Literal["2:4"] = "2:4"
     method: Literal["magnitude", "sparsegpt"] = "magnitude"
-    """How the zeros are chosen. SparseGPT also moves the weights that are left, to make up for the zeros, in every
-    Linear that the samples reach; everything else goes by magnitude."""
+    """How the zeros are chosen. SparseGPT also adjusts the remaining weights to compensate for the zeros, in every Linear
+    that the samples reach; all other layers use magnitude."""
     calibrate: int = Field(128, ge=1)
-    """Training pairs SparseGPT looks at."""
+    """Training pairs that SparseGPT sees."""
     losses: Losses = ("contrastive", "affinity", "feature", "interactive")
     """Of the fine-tuning that follows."""
     lr: float = Field(1e-4, ge=0)
@@ -54,45 +56,46 @@ class Sparsify(Training):
     },
 )
 def run(settings: Sparsify, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
-    """Zero two of every four weights, then fine-tune what is left."""
+    """Zero two of every four weights, then fine-tune the rest."""
     show = None
     if settings.method == "sparsegpt":
         model.module.to(context.fabric.device)
         show = Calibration(model, settings, context, settings.calibrate)
-    zeros = zero_two_of_four(model.module, show)
-    for line in told(zeros):
+    report = zero_two_of_four(model.module, show)
+    for line in report_lines(report):
         context.say(f"{context.title}: {line}")
     if show:  # each process has seen its own share of the samples
         model.module.load_state_dict(context.fabric.broadcast(model.module.state_dict()))
-    sparsity = {"pattern": settings.pattern, "method": settings.method, **zeros._asdict()}
-    sparse = Model(**{**model.__dict__, "sparsity": sparsity})
+    sparsity = {"pattern": settings.pattern, "method": settings.method, **dataclasses.asdict(report)}
+    sparse = dataclasses.replace(model, sparsity=sparsity)
     details = train(sparse, settings, terms_from(settings.losses, "sparsify.losses"), context)
-    kept = {"skipped": zeros.skipped, "by_magnitude": zeros.by_magnitude}
-    return sparse, details | {"sparse_weights": len(zeros.weights), **kept}
+    kept = {"skipped": report.skipped, "by_magnitude": report.by_magnitude}
+    return sparse, details | {"sparse_weights": len(report.weights), **kept}
 
 
-class Zeros(NamedTuple):
+@dataclass(frozen=True)
+class SparsityReport:
     """What 2:4 did to a model."""
 
     weights: list[str]
-    """Names of those that hold the pattern now."""
+    """Names of the weights that hold the pattern now."""
     skipped: dict[str, str]
-    """Every other Linear, Conv or bare projection, and why it was left dense."""
+    """Every other Linear, Conv or bare projection, and why it stays dense."""
     by_magnitude: list[str]
-    """Where SparseGPT was asked for: those of `weights` that went by magnitude all the same."""
+    """Those of `weights` whose zeros were chosen by magnitude although the method is SparseGPT."""
 
 
-def told(zeros: Zeros) -> list[str]:
-    """Return in lines what holds the pattern, and each layer that does not, with its reason."""
-    by = f", {len(zeros.by_magnitude)} of them by magnitude" if zeros.by_magnitude else ""
-    left = [f"{name} stays dense: {reason}" for name, reason in zeros.skipped.items()]
-    return [f"2:4 in {len(zeros.weights)} weights{by}", *left]
+def report_lines(report: SparsityReport) -> list[str]:
+    """Return a line on what holds the pattern, and one on each layer that does not, with its reason."""
+    by = f", {len(report.by_magnitude)} of them by magnitude" if report.by_magnitude else ""
+    left = [f"{name} stays dense: {reason}" for name, reason in report.skipped.items()]
+    return [f"2:4 in {len(report.weights)} weights{by}", *left]
 
 
-def zero_two_of_four(model: nn.Module, show: Callable[[nn.Module], None] | None = None) -> Zeros:
-    """Bake 2:4 zeros into every layer that is trained and whose shape allows it, in place.
+def zero_two_of_four(model: nn.Module, show: Callable[[nn.Module], None] | None = None) -> SparsityReport:
+    """Write 2:4 zeros into every layer that is trained and whose shape allows it, in place.
 
-    The smaller two of four go; with `show`, which runs calibration samples through the model, SparseGPT decides.
+    The smaller two of four become zero; with `show`, which runs calibration samples through the model, SparseGPT decides.
     """
     import modelopt.torch.sparsity as mts
 
@@ -101,13 +104,13 @@ def zero_two_of_four(model: nn.Module, show: Callable[[nn.Module], None] | None 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     held = {name: m.weight.detach().clone() for name, m in layers.items() if not m.weight.requires_grad}
     unseen: list[str] = []
-    with redirect_stdout(io.StringIO()):  # it names every layer aloud
+    with redirect_stdout(io.StringIO()):  # modelopt prints every layer
         if show:
             unseen = sparsegpt.sparsify(model, show)
         else:
             mts.sparsify(model, "sparse_magnitude")
         mts.export(model)
-    # modelopt's record of what it did would travel with the model; the zeros are record enough
+    # modelopt's record of its work would stay with the model; the zeros are record enough
     if hasattr(model, "_modelopt_state"):
         del model._modelopt_state
     names, skipped = [], dict.fromkeys(held, "not trained, so it could not recover")
@@ -122,12 +125,12 @@ def zero_two_of_four(model: nn.Module, show: Callable[[nn.Module], None] | None 
             rows, columns = layer.weight.shape[:2]
             skipped[name] = f"{rows} x {columns}: 2:4 needs a multiple of 8 x a multiple of 16"
     bare = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] in PROJECTIONS]
-    skipped |= dict.fromkeys(bare, "a bare matrix, and only layers are made 2:4")
-    return Zeros(names, skipped, [f"{name}.weight" for name in unseen if f"{name}.weight" in names])
+    skipped |= dict.fromkeys(bare, "a bare matrix; only layers become 2:4")
+    return SparsityReport(names, skipped, [f"{name}.weight" for name in unseen if f"{name}.weight" in names])
 
 
 def is_two_of_four(weight: Tensor) -> bool:
-    """Tell whether each four weights in a row along the input axis have at least two zeros: [out, in, ...]."""
+    """Tell whether every four weights along the input axis of [out, in, ...] have at least two zeros."""
     if weight.shape[1] % 4:
         return False
     groups = weight.detach().movedim(1, -1).reshape(-1, 4)

@@ -146,7 +146,7 @@ def _may_be_static(model: Model, settings: OnnxSettings) -> bool:
     found = None
     if not is_convnet(model.module):
         found = "the image tower is no convolutional one: only those gain by it"
-    elif kept := [n for n in _left_out(model) if anatomy.tower_of(n) == "image"]:
+    elif kept := [n for n in _left_out(model) if anatomy.tower_of(model.module, n) == "image"]:
         found = f"{kept[0]} was to stay in full precision, which that form cannot do"
     if found and settings.int8 == "static":
         raise ExportError(f"export.onnx.int8: static was asked for, and {found}. Use int8: auto.")

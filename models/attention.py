@@ -1,8 +1,8 @@
-"""Self-attention with separate q, k, v and out Linears, narrow dims and the original softmax scale.
+"""Attention with separate q, k, v and out Linears, narrow dims and the original softmax scale.
 
-Plain Linears are what pruning, 2:4, INT8, ONNX and TensorRT all understand; `nn.MultiheadAttention` is understood by
-none of them. The scale is kept when dims are cut, so a pruned model computes what the masked one computed; dividing by
-the new width instead is UPop's known defect.
+Pruning, 2:4, INT8, ONNX and TensorRT all work on plain Linears; none of them works on `nn.MultiheadAttention`. The scale
+stays when dims are cut, so a pruned model computes what the masked one computed. UPop divides by the new width instead,
+which is a known defect.
 """
 
 from __future__ import annotations
@@ -19,27 +19,37 @@ class Attention(nn.Module):
     """Drop-in for `nn.MultiheadAttention(batch_first=True)` as open_clip's blocks call it.
 
     Args:
-        width: residual width.
+        width: residual width, which queries come from and outputs go to.
         heads: number of heads.
         qk_dim: query and key dims per head.
         v_dim: value dims per head.
         scale: factor on the logits, `original head dim ** -0.5`.
         bias, out_bias: whether q, k and v, and out, have one.
+        memory_width: width that keys and values come from; default: `width`, as in self-attention.
     """
 
-    # what the stock module calls the weights that q, k and v stand in, and the output projection
+    # what the stock module calls its joint q, k and v weights, and its output projection
     STOCK_NAMES: ClassVar[dict[str, str]] = {"weight": "in_proj_weight", "bias": "in_proj_bias", "out": "out_proj"}
 
     def __init__(
-        self, width: int, heads: int, qk_dim: int, v_dim: int, scale: float, bias: bool = True, out_bias: bool = True
+        self,
+        width: int,
+        heads: int,
+        qk_dim: int,
+        v_dim: int,
+        scale: float,
+        bias: bool = True,
+        out_bias: bool = True,
+        memory_width: int | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.qk_dim, self.v_dim, self.scale = heads, qk_dim, v_dim, scale
+        memory_width = memory_width or width
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # without heads there is nothing to initialise
             self.q = nn.Linear(width, heads * qk_dim, bias=bias)
-            self.k = nn.Linear(width, heads * qk_dim, bias=bias)
-            self.v = nn.Linear(width, heads * v_dim, bias=bias)
+            self.k = nn.Linear(memory_width, heads * qk_dim, bias=bias)
+            self.v = nn.Linear(memory_width, heads * v_dim, bias=bias)
             self.out = nn.Linear(heads * v_dim, width, bias=out_bias)
 
     @classmethod
@@ -62,21 +72,22 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, *_: Tensor, attn_mask: Tensor | None = None, **__: object) -> tuple[Tensor, None]:
         """Attend from x [B, N, width] to itself. Returns ([B, N, width], None), as the stock module does.
 
-        Keys and values that open_clip passes again are the same tensor and are ignored.
+        open_clip passes the same tensor again as keys and values; these arguments are ignored.
         """
         return self.attend(x, attn_mask), None
 
-    def attend(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
-        """Attend from x [B, N, width] to itself: [B, N, width]."""
-        if self.heads == 0:  # every head was cut: what is left is the bias
+    def attend(self, x: Tensor, attn_mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
+        """Attend from x [B, N, width] to memory [B, M, memory_width], or to itself: [B, N, width]."""
+        if self.heads == 0:  # every head was cut: only the output bias is left
             return torch.zeros_like(x) if self.out.bias is None else self.out.bias.expand_as(x)
-        tokens = int(x.shape[1])  # an int keeps the exported graph free of shape arithmetic
+        memory = x if memory is None else memory
+        tokens, keys = int(x.shape[1]), int(memory.shape[1])  # ints keep shape arithmetic out of the exported graph
         q = self.q(x).reshape(-1, tokens, self.heads, self.qk_dim).transpose(1, 2)  # [B, H, N, qk]
-        k = self.k(x).reshape(-1, tokens, self.heads, self.qk_dim).transpose(1, 2)
-        v = self.v(x).reshape(-1, tokens, self.heads, self.v_dim).transpose(1, 2)  # [B, H, N, v]
-        if attn_mask is not None and attn_mask.ndim == 3:  # [B * H, N, N], as open_clip masks padding
-            attn_mask = attn_mask.reshape(-1, self.heads, tokens, tokens)
-        if torch.onnx.is_in_onnx_export():  # the same, in three nodes every runtime fuses
+        k = self.k(memory).reshape(-1, keys, self.heads, self.qk_dim).transpose(1, 2)  # [B, H, M, qk]
+        v = self.v(memory).reshape(-1, keys, self.heads, self.v_dim).transpose(1, 2)  # [B, H, M, v]
+        if attn_mask is not None and attn_mask.ndim == 3:  # [B * H, N, M], as open_clip masks padding
+            attn_mask = attn_mask.reshape(-1, self.heads, tokens, keys)
+        if torch.onnx.is_in_onnx_export():  # the same in three nodes, which every runtime fuses
             logits = (q * self.scale) @ k.transpose(2, 3)
             y = (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v
         else:

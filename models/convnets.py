@@ -1,11 +1,12 @@
-"""Convolutional image towers: their layers, the sizes of these, and how a fresh tower is given the sizes of a cut one.
+"""Convolutional image towers: their layers, the sizes of these, and how a fresh tower gets the sizes of a cut one.
 
-Only convolutions and batch norms ever change. What leaves the tower's features (what an attention pool, a projection or
-a classifier reads) keeps its width, so nothing but these layers has a size to remember.
+Only convolutions and batch norms ever change. The features that an attention pool, a projection or a classifier reads keep
+their width, so no other layer has a size to record.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -13,10 +14,12 @@ from torch import nn
 from clipress.errors import ArtifactError
 from clipress.models.anatomy import blocks
 
+TOWER = "image"  # the only tower that may be convolutional
+
 
 def is_convnet(model: nn.Module) -> bool:
     """Tell whether the image tower is made of convolutions and has no transformer blocks that clipress knows."""
-    has_blocks = any(block.tower == "image" for block in blocks(model))
+    has_blocks = any(block.tower == TOWER for block in blocks(model))
     return not has_blocks and any(isinstance(module, nn.Conv2d) for module in model.visual.modules())
 
 
@@ -35,27 +38,27 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 
 
 def conv_shapes(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Return what cannot be told from the architecture any more once channels have been cut."""
+    """Return what the architecture cannot tell once channels have been cut."""
     return {name: _sizes(layer) for name, layer in layers(model).items()}
 
 
-def reshape_convs(model: nn.Module, wanted: dict[str, dict[str, Any]]) -> nn.Module:
-    """Give every layer of the image tower the sizes an artefact tells, in place; the weights are still to be loaded.
+def reshape_convs(model: nn.Module, wanted: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """Give every layer of the image tower its recorded sizes, in place; the weights are still to be loaded.
 
-    Raises ArtifactError for sizes that are missing, or that cutting this tower cannot have made.
+    Raises ArtifactError for sizes that are missing, or that cutting this tower cannot produce.
     """
     found = layers(model)
     unknown = [name for name in wanted if name.startswith("visual.") and name not in found]
     if unknown:
-        raise ArtifactError(f"The artefact's shapes name layer {unknown[0]}, and its architecture has no such layer.")
+        raise ArtifactError(f"The artifact's shapes name layer {unknown[0]}, which its architecture does not have.")
     for name, layer in found.items():
         now = _sizes(layer)
         try:
             sizes = {key: int(wanted[name][key]) for key in now}
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ArtifactError(f"The artefact's shapes do not describe layer {name}: {error!r}.") from None
+            raise ArtifactError(f"The artifact's shapes do not describe layer {name}: {error!r}.") from None
         if any(not 1 <= sizes[key] <= now[key] for key in now) or not _divides(layer, sizes):
-            raise ArtifactError(f"The artefact's shapes for {name} make no sense: {wanted[name]}; uncut it has {now}.")
+            raise ArtifactError(f"The artifact's shapes for {name} make no sense: {wanted[name]}; uncut it has {now}.")
         if sizes != now:
             _resize(layer, sizes)
     return model
@@ -70,7 +73,7 @@ def _sizes(layer: nn.Conv2d | nn.BatchNorm2d) -> dict[str, int]:
 def _divides(layer: nn.Conv2d | nn.BatchNorm2d, sizes: dict[str, int]) -> bool:
     if isinstance(layer, nn.BatchNorm2d):
         return True
-    if is_depthwise(layer):  # it has as many groups as channels, whatever their number
+    if is_depthwise(layer):  # it has as many groups as channels
         return sizes["groups"] == sizes["out"] == sizes["in"]
     return sizes["groups"] == layer.groups and sizes["out"] % layer.groups == sizes["in"] % layer.groups == 0
 

@@ -1,4 +1,4 @@
-"""Name, checkpoint or artefact -> a CLIP ready for compression, and back."""
+"""Load a model by name, from a checkpoint or an artifact, ready for compression, and pack it again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models import anatomy, quantizers, surgery
 from clipress.recipe import Section, first_problem
 
-# A config's largest numbers: what a module of Python, or a table of positions, is made for is told before it is made.
+# The largest numbers of a config; a larger one is refused before modules, or tables of positions, are built for it.
 LIMITS = {"layers": 1 << 8, "context_length": 1 << 13, "image_size": 1 << 13, "patch_size": 1 << 13}
 LIMIT = 1 << 22
 
@@ -71,16 +71,18 @@ class TeacherSpec(Section):
     model: str | None = None
     """An open_clip model name."""
     checkpoint: str | None = None
-    """With `model`: a weights file, or a pretrained tag of open_clip. `random` asks for random weights."""
+    """With `model`: a weights file, or a pretrained tag of open_clip, or `random` for random weights."""
     recipe: dict[str, Any] | None = None
-    """A recipe that makes the teacher; its last artefact is cached and used again."""
+    """A recipe that makes the teacher; its last artifact is cached and reused."""
     cache: CacheSettings | None = None
-    """Embed the training data once and look the teacher up; absent: it runs at every step."""
+    """Embed the training data once and read the teacher's embeddings from disk; absent: the teacher runs at every step."""
 
     def model_post_init(self, _: Any) -> None:
         given = [key for key in ("artifact", "model", "recipe") if getattr(self, key) is not None]
         if len(given) != 1:
-            raise RecipeError(f"teacher: exactly one of artifact, model, recipe is asked for, found {given or 'none'}.")
+            raise RecipeError(
+                f"teacher: expected exactly one of artifact, model, recipe; found {', '.join(given) or 'none'}."
+            )
 
 
 def build(architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
@@ -102,28 +104,28 @@ def build(architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
 
 
 def refuse_absurd(architecture: Mapping[str, Any]) -> None:
-    """Raise ArtifactError for a config whose numbers no model has, or that is built from a hub's text tower."""
+    """Raise ArtifactError for a config with impossible numbers, or with a text tower from the hub."""
     for part in (architecture, architecture.get("vision_cfg"), architecture.get("text_cfg")):
         if not isinstance(part, Mapping):
-            raise ArtifactError("An open_clip config with mappings vision_cfg and text_cfg is asked for.")
+            raise ArtifactError("expected an open_clip config with mappings vision_cfg and text_cfg.")
         for key, value in part.items():
             for number in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(number, int | float) and not abs(number) <= LIMITS.get(key, LIMIT):
-                    raise ArtifactError(f"{key} is {number:.4g}; at most {LIMITS.get(key, LIMIT):,} is possible.")
+                    raise ArtifactError(f"{key}: expected at most {LIMITS.get(key, LIMIT):,}, found {number:.4g}.")
     if hub := architecture["text_cfg"].get("hf_model_name"):
-        raise ArtifactError(f"Its text tower is built from the hub's '{hub}'; clipress builds from the file alone.")
+        raise ArtifactError(f"its text tower comes from the hub's '{hub}'; clipress builds from the file alone.")
 
 
 def _is_resized(model: nn.Module) -> bool:
-    """Tell whether timm's tower works at another size than its name stands for, and has to be told."""
+    """Tell whether timm's tower works at another size than its name implies, so that the size has to be set."""
     trunk = getattr(model.visual, "trunk", None)
     return hasattr(trunk, "set_input_size") and anatomy.image_size(model) != tuple(trunk.default_cfg["input_size"][1:])
 
 
 def new_model(architecture: dict[str, Any], seed: int) -> Model:
-    """Build a CLIP to be trained from scratch: random weights, or timm's own where the config asks for them.
+    """Build a CLIP to be trained from scratch: random weights, or timm's own with `timm_model_pretrained`.
 
-    The config it keeps no longer asks: whoever loads the model later needs its weights only.
+    The config of the result leaves that key off: loading the model later needs no download.
     """
     vision = architecture.get("vision_cfg") or {}
     pretrained = isinstance(vision, dict) and vision.get("timm_model_pretrained")
@@ -132,10 +134,10 @@ def new_model(architecture: dict[str, Any], seed: int) -> Model:
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
-        told = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0]
         raise RecipeError(
-            f"timm's weights of {vision['timm_model_name']} cannot be had: {told} Leave out 'pretrained' to start from "
-            "random ones."
+            f"timm's weights of {vision['timm_model_name']} cannot be loaded: {reason} Leave out 'pretrained' to start "
+            "from random ones."
         ) from None
     if pretrained:
         architecture = {**architecture, "vision_cfg": {**vision, "timm_model_pretrained": False}}
@@ -158,7 +160,7 @@ def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teache
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained and pretrained not in tags and not Path(pretrained).is_file():
         raise ArtifactError(
-            f"Checkpoint '{checkpoint}' for {name} was asked for; it is neither a file nor a pretrained tag. "
+            f"Checkpoint '{checkpoint}' of {name} is neither a file nor a pretrained tag. "
             f"Tags: {', '.join(tags) or 'none'}."
         )
     try:
@@ -247,7 +249,7 @@ def artifact_from_model(model: Model, lineage: tuple[dict[str, Any], ...], metri
 
 
 def save_for_open_clip(model: Model, folder: Path) -> bool:
-    """Write an uncut, unquantised model so that plain open_clip loads it (`local-dir:FOLDER`); False if it is neither."""
+    """Write a model so that plain open_clip loads it (`local-dir:FOLDER`). Returns False if it is cut, resized or INT8."""
     if (
         model.quantization
         or _is_resized(model.module)

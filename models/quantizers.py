@@ -1,11 +1,11 @@
-"""INT8 fake quantisers in a model, through nvidia-modelopt. The only file that knows modelopt's quantiser names.
+"""INT8 fake quantizers in a model, through nvidia-modelopt. The only file that knows modelopt's quantizer names.
 
-Symmetric int8, weights per output channel, activations per tensor; Linears and Convs only. modelopt's stock INT8
-config skips every module called `visual`, the whole image tower of an open_clip model, without a word: so the rules are
-written here, and what came out is checked.
+Symmetric int8, weights per output channel, activations per tensor; Linears and Convs only. modelopt's stock INT8 config
+silently skips every module called `visual`, which is the whole image tower of an open_clip model. So the rules are written
+here, and their result is checked.
 
-x86 CPUs without VNNI instructions add two products of 8 bits in 16, and saturate there: 2 * 255 * 127 is too much. Weights
-of at most `PORTABLE` levels never do that, in any runtime and however it packs them: 2 * 255 * 64 = 32,640.
+x86 CPUs without VNNI instructions add two 8-bit products in 16 bits, which saturates: 2 * 255 * 127 is too large. Weights of
+at most `PORTABLE` levels never saturate, in any runtime and however it packs them: 2 * 255 * 64 = 32,640.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from clipress.errors import ArtifactError, RecipeError
 
 KINDS = (nn.Linear, nn.Conv2d)
-LEVELS, PORTABLE = 127, 64  # the largest magnitude of a rounded weight: what int8 holds, and what is exact on every CPU
+LEVELS, PORTABLE = 127, 64  # the largest magnitude of a rounded weight: of int8, and such that every CPU is exact
 Method = Literal["max", "entropy", "percentile"]
 
 
 def quantizable(model: nn.Module, keep: tuple[str, ...] = ()) -> list[str]:
-    """Return the modules INT8 applies to; `keep` are name patterns that stay in full precision."""
+    """Return the modules INT8 applies to; modules that match the patterns `keep` stay in full precision."""
     return [
         name
         for name, module in model.named_modules()
@@ -43,34 +43,36 @@ def attach(
     percentile: float = 99.9,
     portable: bool = True,
 ) -> nn.Module:
-    """Put quantisers on the named modules, in place, and calibrate them by running `calibrate(model)`.
+    """Put quantizers on the named modules, in place, and calibrate them by running `calibrate(model)`.
 
-    The largest weight of each output channel becomes 127, or 64 where the model is to be `portable`; training must not
-    let weights grow beyond it then (`train.HoldRange`). `method` sets the activations' scale: `max`, the
-    largest absolute value seen; `percentile`, the value that so many percent of them stay under; `entropy`, the
-    threshold whose 128 levels lose the least information (Migacz, 8-bit inference with TensorRT, GTC 2017).
-    Without `calibrate` the scales are still to be loaded.
+    The largest weight of each output channel becomes 127, or 64 if the model is to be `portable`, and training must keep
+    weights within that range (`train.HoldRange`). `method` sets the scale of activations: `max`, the largest absolute
+    value; `percentile`, the value that so many percent of them stay below; `entropy`, the threshold whose 128 levels lose
+    the least information (Migacz, 8-bit inference with TensorRT, GTC 2017). Without `calibrate` the scales are still to be
+    loaded.
     """
     import modelopt.torch.quantization as mtq
 
     if not names:
-        raise RecipeError("quantize: no Linear or Conv is left to quantise; 'keep' names them all.")
+        raise RecipeError("quantize: 'keep' leaves no Linear or Conv to quantize. Remove patterns from it.")
     if calibrate:
         _refuse_broken(model)
     calibrator = "max" if method == "max" else "histogram"
-    with redirect_stdout(io.StringIO()):  # it counts aloud
-        # modelopt's own algorithm would ask a histogram for its largest value; so histograms are read here
-        at_once = calibrate if method == "max" else None
-        mtq.quantize(model, _rules(names, calibrator, "max" if at_once else None), forward_loop=at_once)
+    with redirect_stdout(io.StringIO()):  # modelopt prints its counts
+        # modelopt's own algorithm would use a histogram's largest value, so histograms are read here
+        loop = calibrate if method == "max" else None
+        mtq.quantize(model, _rules(names, calibrator, "max" if loop else None), forward_loop=loop)
     modules = dict(model.named_modules())
     if calibrate and method != "max":
         _calibrate_by_histogram(model, [modules[name] for name in names], calibrate, method, percentile)
     if calibrate:
-        for trouble, said in _uncalibrated({name: modules[name].input_quantizer for name in names}).items():
-            raise RecipeError(f"quantize: {trouble} {', '.join(said)}. 'keep' leaves modules in full precision.")
-    switched_on = [n for n in names if modules[n].input_quantizer.is_enabled and modules[n].weight_quantizer.is_enabled]
-    if switched_on != names:
-        raise RuntimeError(f"modelopt left modules unquantised: {sorted(set(names) - set(switched_on))}")
+        for problem, affected in _uncalibrated({name: modules[name].input_quantizer for name in names}).items():
+            raise RecipeError(
+                f"quantize: {problem} {', '.join(affected)}. List them in 'keep' to leave them in full precision."
+            )
+    enabled = [n for n in names if modules[n].input_quantizer.is_enabled and modules[n].weight_quantizer.is_enabled]
+    if enabled != names:
+        raise RuntimeError(f"modelopt left modules unquantized: {sorted(set(names) - set(enabled))}")
     if calibrate and portable:
         for name in names:
             scale = modules[name].weight_quantizer
@@ -92,8 +94,8 @@ def _refuse_broken(model: nn.Module) -> None:
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise ArtifactError(
-            f"quantize: the model that came in has weights that are not finite: {broken[0]}{more}. INT8 has no scale "
-            "for them; look at the stage or checkpoint before."
+            f"quantize: the model has weights that are not finite: {broken[0]}{more}. INT8 has no scale for them; check "
+            "the stage or checkpoint before."
         )
 
 
@@ -107,7 +109,7 @@ def _calibrate_by_histogram(
     for layer in layers:
         seen = layer.input_quantizer._calibrator
         if seen._calib_hist is not None:
-            # entropy tries every threshold in turn, in time that grows with bins squared: 256 of them are enough
+            # entropy tries every threshold, in time quadratic in the bins; 256 thresholds are enough
             how = {"percentile": percentile} if method == "percentile" else {"stride": max(seen._num_bins // 256, 1)}
             layer.input_quantizer.load_calib_amax(method, **how)
             layer.weight_quantizer.load_calib_amax()
@@ -119,26 +121,26 @@ def _calibrate_by_histogram(
 
 
 def _uncalibrated(quantizers: dict[str, nn.Module]) -> dict[str, list[str]]:
-    """Group the modules whose scale cannot be used by what is wrong with it."""
+    """Group the modules whose scale is unusable by what is wrong with it."""
     found: dict[str, list[str]] = {}
     for name, quantizer in quantizers.items():
         scale = getattr(quantizer, "amax", None)
         if scale is None:
-            found.setdefault("calibration never reached", []).append(name)
+            found.setdefault("calibration did not reach", []).append(name)
         elif not (torch.isfinite(scale).all() and (scale > 0).all()):
-            found.setdefault("calibration showed nothing but zeros, or values that are not finite, to", []).append(name)
+            found.setdefault("calibration passed only zeros, or values that are not finite, to", []).append(name)
     return found
 
 
 def only(model: nn.Module, names: Iterable[str], rounding: Iterable[str]) -> None:
-    """Of the quantised modules `names`, let those in `rounding` round and the others compute in full precision."""
+    """Let the modules in `rounding` round, and the other modules of `names` compute in full precision."""
     rounding = set(rounding)
     for name, quantizer in _quantizers(model, names):
         quantizer.enable() if name in rounding else quantizer.disable()
 
 
 def detach(model: nn.Module, names: Iterable[str]) -> None:
-    """Put modules back to full precision for good, as if they had been kept from the start."""
+    """Return modules to full precision for good, as if `keep` had listed them."""
     for _, quantizer in _quantizers(model, names):
         quantizer.reset_amax()
         quantizer.disable()
@@ -152,17 +154,17 @@ def _quantizers(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, n
 
 
 def restore(model: nn.Module, settings: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
-    """Put the quantisers of an artefact on a plain model; their scales come from its weights."""
+    """Put the quantizers of an artifact on a plain model; their scales come from its weights."""
     names = list(settings.get("modules", []))
     modules = dict(model.named_modules())
     unknown = [name for name in names if not isinstance(modules.get(name), KINDS)]
     if unknown or not names:
-        raise ArtifactError(f"The artefact quantises modules the model does not have: {unknown[:3]}.")
+        raise ArtifactError(f"The artifact quantizes modules the model does not have: {unknown[:3]}.")
     attach(model, names, None)
     for name in names:
         for part in ("input_quantizer", "weight_quantizer"):
             scale = weights.get(f"{name}.{part}._amax")
             if scale is None:
-                raise ArtifactError(f"The artefact lacks the INT8 scale of {name} ({part}).")
+                raise ArtifactError(f"The artifact lacks the INT8 scale of {name} ({part}).")
             getattr(dict(model.named_modules())[name], part).amax = scale
     return model

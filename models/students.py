@@ -1,13 +1,13 @@
-"""A recipe's `student` section -> the CLIP to be trained.
+"""Build the model to be trained from a recipe's `student` section.
 
     student: {model: ViT-B-16}                                  an open_clip name
-    student: {image: vit-t-16, text: clip-kd}                   two towers, by name, by size or by config
-    student: {image: {timm: resnet18}, text: teacher}           one tower new, the other the teacher's, left as it is
+    student: {image: vit-t-16, text: clip-kd}                   two towers, by name, size or config
+    student: {image: {timm: resnet18}, text: teacher}           one tower new, the other a frozen copy of the teacher's
     student: {inherit: {image: {layers: 6}, text: {ffn: 512}}}  cut out of the teacher (models/weight_inheritance.py)
     student: {embed_dim: 512, vision_cfg: {...}, text_cfg: {...}}  a whole open_clip config
 
-Where there is a teacher, the student shares its preprocessing and its tokenizer, and its picture and embedding sizes
-unless told otherwise: both are shown the same pixels and ids.
+With a teacher, the student shares its preprocessing and tokenizer, so that both see the same pixels and ids; its image and
+embedding sizes are the defaults.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from clipress.models import anatomy, surgery
 from clipress.models.load import Model, model_from_open_clip, new_model
 from clipress.models.weight_inheritance import Size, inherited
 from clipress.recipe import Section, checked, digest
+from clipress.registry import Registry
 from clipress.storage import sha256
 
 TEACHER = "teacher"
-# How ids are to be read is the tokenizer's, so the teacher's, and not a matter of the tower's size.
+# The tokenizer, and so the teacher, decides how ids are read; the size of the tower does not.
 TOKENS = (
     *("context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
     *("pool_type", "pad_id", "eos_id", "no_causal_mask"),
@@ -39,13 +40,16 @@ TOKENS = (
 
 
 def _timm(name: str, **more: Any) -> dict[str, Any]:
-    """timm's tower, averaged over places; its own classifier is the projection."""
+    """Return the config of timm's tower, averaged over positions, with its own classifier as projection."""
     return {"timm_model_name": name, "timm_pool": "avg", "timm_proj": "", **more}
 
 
-# The published students. CLIP-KD's configs (Yang et al. 2024) put a Linear without bias after timm's features; timm's
-# MobileNetV3 has a layer in between, which only its own classifier reads. Its RN50 is CLIP's own.
-IMAGES: dict[str, dict[str, Any]] = {
+IMAGE_TOWERS: Registry[dict[str, Any]] = Registry("image tower", __name__)
+TEXT_TOWERS: Registry[dict[str, Any]] = Registry("text tower", __name__)
+
+# The published students: a new one is a line here. CLIP-KD's configs (Yang et al. 2024) put a Linear without bias after
+# timm's features; timm's MobileNetV3 has a layer in between, which only its own classifier reads. Its RN50 is CLIP's own.
+for _name, _config in {
     "vit-t-16": {"width": 192, "layers": 12, "head_width": 64, "patch_size": 16},
     "vit-b-16": {"width": 768, "layers": 12, "head_width": 64, "patch_size": 16},
     "mobilevit-s": _timm("mobilevit_s", timm_proj="linear"),
@@ -55,15 +59,17 @@ IMAGES: dict[str, dict[str, Any]] = {
     "resnet-18": _timm("resnet18", timm_proj="linear"),
     "resnet-50": {"width": 64, "layers": [3, 4, 6, 3]},
     "clip-distill": {"width": 576, "layers": 6, "head_width": 24, "patch_size": 32},
-}
-TEXTS: dict[str, dict[str, Any]] = {
+}.items():
+    IMAGE_TOWERS.register(_name)(_config)
+for _name, _config in {
     "clip-kd": {"width": 384, "heads": 6, "layers": 12},
     "clip-distill": {"width": 128, "heads": 8, "layers": 6},
-}
+}.items():
+    TEXT_TOWERS.register(_name)(_config)
 
 
 class Inherit(Section):
-    """What is kept of each tower of the teacher; an absent tower is kept whole."""
+    """What the student keeps of each of the teacher's towers; an absent tower stays whole."""
 
     image: Size | None = None
     text: Size | None = None
@@ -81,14 +87,14 @@ class Student(Section):
     checkpoint: str | None = None
     """With `model`: a weights file, or a pretrained tag of open_clip. Default: random weights."""
     image: str | dict[str, Any] | None = None
-    """A name of `IMAGES`; vit-LAYERSxWIDTH-pPATCH; {timm: NAME}, with `pretrained: true` for timm's own weights; keys of
+    """A name of `IMAGE_TOWERS`; vit-LAYERSxWIDTH-pPATCH; {timm: NAME}, with `pretrained: true` for timm's own weights; keys of
     open_clip's vision_cfg; or `teacher`."""
     text: str | dict[str, Any] | None = None
-    """A name of `TEXTS`; LAYERSxWIDTH; keys of open_clip's text_cfg; or `teacher`."""
+    """A name of `TEXT_TOWERS`; LAYERSxWIDTH; keys of open_clip's text_cfg; or `teacher`."""
     embed_dim: int | None = Field(None, ge=1)
-    """Default: the model's own; of two towers: the teacher's, without one 512."""
+    """Default: the model's own; of two towers the teacher's, or 512 without a teacher."""
     image_size: int | None = Field(None, ge=1)
-    """In pixels. Default: the teacher's; without one the model's own, of two towers 224."""
+    """In pixels. Default: the teacher's; without a teacher the model's own, or 224 of two towers."""
     inherit: Inherit | None = None
 
     def model_post_init(self, _: Any) -> None:
@@ -96,32 +102,36 @@ class Student(Section):
         given = [k for k, v in (("model", self.model), ("image and text", towers), ("inherit", self.inherit)) if v]
         if len(given) != 1:
             raise RecipeError(
-                "student: exactly one of model, image with text, inherit, or a whole open_clip config (vision_cfg, "
-                f"text_cfg), is asked for; found {' and '.join(given) or 'none'}."
+                "student: expected exactly one of model, image with text, inherit, or a whole open_clip config "
+                f"(vision_cfg, text_cfg); found {' and '.join(given) or 'none'}."
             )
         if towers and (self.image is None or self.text is None):
             raise RecipeError(
-                f"student: found {'text' if self.image is None else 'image'} alone; both towers are needed."
+                f"student: expected both towers, found {'text' if self.image is None else 'image'} alone."
             )
         if self.image == self.text == TEACHER:
-            raise RecipeError("student: both towers are the teacher's; leave 'student' out to start from a copy of it.")
+            raise RecipeError(
+                "student: both towers are the teacher's. Leave out 'student' to start from a copy of the teacher."
+            )
         if self.checkpoint is not None and self.model is None:
-            raise RecipeError("student.checkpoint: it goes with 'model'.")
+            raise RecipeError("student.checkpoint: it is used with 'model'. Set model, or leave out checkpoint.")
         fixed = self.inherit is not None or (self.checkpoint or "random") != "random"
         if fixed and (self.embed_dim or self.image_size):
             source = "the teacher" if self.inherit is not None else "the checkpoint"
-            raise RecipeError(f"student: embed_dim and image_size are {source}'s; leave them out.")
+            raise RecipeError(f"student: embed_dim and image_size are {source}'s. Leave them out.")
         if self.inherit is not None and not self.inherit.sizes():
-            raise RecipeError("student.inherit: sizes are asked for, of image or text: layers, heads, width, ffn.")
+            raise RecipeError(
+                "student.inherit: expected sizes of image or text (layers, heads, width, ffn), found none."
+            )
 
 
 def check(raw: Mapping[str, Any], has_teacher: bool) -> None:
-    """Check a recipe's section before anything is done. Raises RecipeError."""
+    """Check a recipe's section before anything is built. Raises RecipeError."""
     if _is_config(raw):
         return
     student = checked(Student, raw, "student")
     if not has_teacher and (student.inherit is not None or towers_of_teacher(raw)):
-        raise RecipeError("student: it is to be made from the teacher, and the recipe has no 'teacher'.")
+        raise RecipeError("student: it is made from the teacher, and the recipe has no 'teacher'. Add that section.")
     if student.image is not None:
         _own_towers(student)
 
@@ -129,7 +139,7 @@ def check(raw: Mapping[str, Any], has_teacher: bool) -> None:
 def student_from(raw: Mapping[str, Any], teacher: Model | None, seed: int) -> Model:
     """Build the student of a recipe; its random weights depend on the seed alone.
 
-    Raises RecipeError for a section that makes no sense, or that the teacher cannot serve.
+    Raises RecipeError for a section that makes no sense, or that does not fit the teacher.
     """
     check(raw, teacher is not None)
     if _is_config(raw):
@@ -139,10 +149,10 @@ def student_from(raw: Mapping[str, Any], teacher: Model | None, seed: int) -> Mo
         return replace(model, preprocess=teacher.preprocess.model_copy(update={"size": model.preprocess.size}))
     student = checked(Student, raw, "student")
     if teacher is not None and student.image_size is not None:
-        _refuse_other("picture size", student.image_size, teacher.preprocess.size)
+        _refuse_other("image size", student.image_size, teacher.preprocess.size)
     if teacher is not None and teacher.quantization and (student.inherit or towers_of_teacher(raw)):
         raise RecipeError(
-            "student: the teacher is INT8, and its towers cannot be trained on. Give the one before that."
+            "student: the teacher is INT8, and its towers cannot be trained. Use the artifact before quantization."
         )
     if student.inherit is not None:
         return inherited(teacher, student.inherit.sizes())
@@ -151,12 +161,12 @@ def student_from(raw: Mapping[str, Any], teacher: Model | None, seed: int) -> Mo
 
 
 def towers_of_teacher(raw: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Return the towers that a section takes from the teacher whole, and that training leaves as they are."""
+    """Return the towers that a section copies from the teacher and that training leaves frozen."""
     return tuple(tower for tower in anatomy.TOWERS if raw and raw.get(tower) == TEACHER)
 
 
 def start_hash(raw: Mapping[str, Any], seed: int) -> str:
-    """Hash what a student starts from besides the teacher, which every stage records: section, seed, checkpoint."""
+    """Hash what a student starts from besides the teacher: section, seed and checkpoint. Every stage records the teacher."""
     file = Path(str(raw.get("checkpoint")))
     return digest("start", raw, seed, *([sha256(file)] if file.is_file() else []))
 
@@ -169,7 +179,7 @@ def freeze(model: nn.Module, towers: Iterable[str]) -> None:
 
 
 def eval_frozen_modules(model: nn.Module) -> None:
-    """Put what is not trained into evaluation mode, in place, so that statistics of its norms stay too."""
+    """Put modules without trained parameters into evaluation mode, in place, so that their norms keep their statistics."""
     for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
@@ -200,53 +210,53 @@ def _named(student: Student, teacher: Model | None, seed: int) -> Model:
 
 
 def _of_two_towers(student: Student, teacher: Model | None, seed: int) -> Model:
-    """Build image and text tower as they are described, and put the teacher's in place."""
+    """Build image and text tower from their descriptions, and copy those that are the teacher's."""
     own, taken = _own_towers(student), [t for t in anatomy.TOWERS if getattr(student, t) == TEACHER]
     theirs = teacher.architecture if teacher else {}
     size = student.image_size or (teacher.preprocess.size if teacher else 224)
     width = student.embed_dim or theirs.get("embed_dim", 512)
     if taken and width != theirs["embed_dim"]:
         raise RecipeError(
-            f"student.embed_dim: {width}; the {taken[0]} tower is the teacher's, with {theirs['embed_dim']}."
+            f"student.embed_dim: expected {theirs['embed_dim']}, as the {taken[0]} tower is the teacher's; found {width}."
         )
     tokens = _tokens(teacher)
     for key in own.get("text", {}).keys() & tokens.keys():
         if own["text"][key] != tokens[key]:
             raise RecipeError(
-                f"student.text.{key}: {own['text'][key]}; the teacher's, {tokens[key]!r}, must be shared."
+                f"student.text.{key}: expected the teacher's {tokens[key]!r}, found {own['text'][key]!r}. Leave it out."
             )
     made = {
         "embed_dim": width,
         "vision_cfg": {**own.get("image", {}), "image_size": size},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, **tokens, **own.get("text", {})},
     }
-    if taken:  # what stands beside the towers in a config goes with a tower; how its text tower is kept, with that one
+    if taken:  # keys beside the towers come with any tower, except how the text tower is stored: that comes with it
         beside = theirs.keys() - made.keys() - ({"custom_text"} if "text" not in taken else set())
         made |= {key: copy.deepcopy(theirs[key]) for key in beside}
         made |= {key: copy.deepcopy(theirs[key]) for key in (anatomy.CONFIG_KEYS[tower] for tower in taken)}
     model = new_model(made, seed)
     for tower in taken:
-        surgery.adopt(model.module, teacher.module, tower)
-    if taken:  # the scale of similarities too
-        beside = {n: t for n, t in teacher.module.state_dict().items() if anatomy.tower_of(n) is None}
+        surgery.copy_tower(model.module, teacher.module, tower)
+    if taken:  # the scale of similarities is the teacher's too
+        beside = {n: t for n, t in teacher.module.state_dict().items() if anatomy.tower_of(teacher.module, n) is None}
         model.module.load_state_dict(beside, strict=False)
     return model
 
 
 def _shared(model: Model, teacher: Model) -> Model:
-    """Let the student see what the teacher sees."""
-    _refuse_other("picture size", model.preprocess.size, teacher.preprocess.size)
+    """Return the student with the teacher's preprocessing. Raises RecipeError where sizes or tokenizers differ."""
+    _refuse_other("image size", model.preprocess.size, teacher.preprocess.size)
     _refuse_other("tokenizer", model.tokenizer, teacher.tokenizer)
     return replace(model, preprocess=teacher.preprocess)
 
 
 def _refuse_other(what: str, own: Any, shared: Any) -> None:
     if own != shared:
-        raise RecipeError(f"student: it must share the teacher's {what}, {shared}; found {own}.")
+        raise RecipeError(f"student: expected the teacher's {what}, {shared}; found {own}.")
 
 
 def _tokens(teacher: Model | None) -> dict[str, Any]:
-    """Return the settings of a text tower that the teacher's tokenizer decides."""
+    """Return the settings of a text tower that follow from the teacher's tokenizer."""
     if teacher is None:
         return {}
     text = teacher.architecture["text_cfg"]
@@ -265,15 +275,15 @@ def _image_config(given: str | dict[str, Any]) -> dict[str, Any]:
     from open_clip.model import CLIPVisionCfg
 
     if isinstance(given, dict) and "timm" in given:
-        rest = {key: value for key, value in given.items() if key not in ("timm", "pretrained")}
-        given = _timm(given["timm"], timm_model_pretrained=bool(given.get("pretrained", False)), **rest)
+        more = {key: value for key, value in given.items() if key not in ("timm", "pretrained")}
+        given = _timm(given["timm"], timm_model_pretrained=bool(given.get("pretrained", False)), **more)
     if isinstance(given, dict):
         known = {field.name for field in fields(CLIPVisionCfg)}
         return _known_timm(_known_keys(given, known - {"image_size"}, {"timm", "pretrained"}, "student.image"))
     if size := re.fullmatch(r"vit-(\d+)x(\d+)-p(\d+)", given):
         layers, width, patch = map(int, size.groups())
         return {"width": width, "layers": layers, "head_width": _head_width(width, "image"), "patch_size": patch}
-    return _by_name(given, IMAGES, "student.image", "vit-12x192-p16 or {timm: NAME}")
+    return _by_name(given, IMAGE_TOWERS, "student.image", "vit-12x192-p16 or {timm: NAME}")
 
 
 def _text_config(given: str | dict[str, Any]) -> dict[str, Any]:
@@ -284,20 +294,22 @@ def _text_config(given: str | dict[str, Any]) -> dict[str, Any]:
     if size := re.fullmatch(r"(\d+)x(\d+)", given):
         layers, width = map(int, size.groups())
         return {"width": width, "heads": width // _head_width(width, "text"), "layers": layers}
-    return _by_name(given, TEXTS, "student.text", "12x384")
+    return _by_name(given, TEXT_TOWERS, "student.text", "12x384")
 
 
-def _by_name(given: str, table: Mapping[str, dict[str, Any]], where: str, example: str) -> dict[str, Any]:
-    if given not in table:
-        names = nearest(given, [*table, TEACHER])
-        raise RecipeError(f"{where}: there is no tower '{given}', and it is no size such as {example}.{names}")
-    return copy.deepcopy(table[given])
+def _by_name(given: str, named: Mapping[str, dict[str, Any]], where: str, example: str) -> dict[str, Any]:
+    if given not in named:
+        names = nearest(given, [*named, TEACHER])
+        raise RecipeError(
+            f"{where}: expected the name of a tower, or a size such as {example}; found '{given}'.{names}"
+        )
+    return copy.deepcopy(named[given])
 
 
 def _known_keys(given: dict[str, Any], known: set[str], sugar: set[str], where: str) -> dict[str, Any]:
     for key in given:
         if key == "image_size":
-            raise RecipeError(f"{where}.image_size: it stands beside the towers, as student.image_size.")
+            raise RecipeError(f"{where}.image_size: it is a key of student, not of a tower. Set student.image_size.")
         if key not in known:
             raise RecipeError(f"{where}: unknown key '{key}'.{nearest(key, known | sugar)}")
     return dict(given)
@@ -315,8 +327,10 @@ def _known_timm(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _head_width(width: int, tower: str) -> int:
-    """Heads are 64 wide as in every CLIP, or 32 where that does not divide."""
+    """Return 64, the head width of every CLIP, or 32 where 64 does not divide the width."""
     for head in (64, 32):
         if width and width % head == 0:
             return head
-    raise RecipeError(f"student.{tower}: a width of {width} is no multiple of 32; give heads in a mapping instead.")
+    raise RecipeError(
+        f"student.{tower}: expected a width that is a multiple of 32, found {width}. Set heads in a mapping instead."
+    )

@@ -1,9 +1,11 @@
-"""Cut units out of blocks, read a model's shapes and rebuild them. Pure: no scores, no budgets here."""
+"""Cut units out of parts, record a model's shapes and restore them. Pure: no scores, no budgets here."""
 
 from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,139 +14,194 @@ from torch import Tensor, nn
 
 from clipress.errors import ArtifactError
 from clipress.models import convnets
-from clipress.models.anatomy import TEXT_PARTS, Block, blocks, stock_attentions
+from clipress.models.anatomy import TEXT_MODULES, Attn, Ffn, Part, attentions, parts, stock_attentions
 from clipress.models.attention import Attention, TimmAttention
+
+MAX_SIZE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Keep:
-    """What stays of one block. Every head keeps as many dims as the others, though not the same ones.
+class AttnMask:
+    """What stays of one attention; None keeps all.
 
-    qk: bool [heads, qk_dim]; v: bool [heads, v_dim]; ffn: bool [ffn width]; heads: bool [heads], absent: all.
+    Every head keeps as many dims as the others, though not necessarily the same ones.
     """
 
-    qk: Tensor
-    v: Tensor
-    ffn: Tensor
+    qk: Tensor | None = None
+    """Bool [heads, qk_dim]."""
+    v: Tensor | None = None
+    """Bool [heads, v_dim]."""
     heads: Tensor | None = None
+    """Bool [heads]."""
+
+
+@dataclass(frozen=True)
+class FfnMask:
+    """What stays of one feed-forward: bool [hidden]."""
+
+    ffn: Tensor
+
+
+Mask = AttnMask | FfnMask
 
 
 def use_own_attention(model: nn.Module) -> nn.Module:
-    """Replace PyTorch's attention by ours in every block, in place; outputs stay the same."""
+    """Replace PyTorch's or timm's attention by ours in every block, in place; outputs stay the same."""
     for module, stock in list(stock_attentions(model)):
         own = Attention if isinstance(stock, nn.MultiheadAttention) else TimmAttention
         module.attn = own.from_stock(stock).train(stock.training)
-    for block in blocks(model):
-        if not isinstance(block.attn, Attention):
-            kind = type(block.attn).__name__
-            raise ArtifactError(f"{block.name} has attention of type {kind}, which clipress cannot take apart.")
+    for part in attentions(model):
+        if not isinstance(part.module, Attention):
+            kind = type(part.module).__name__
+            raise ArtifactError(f"{part.name}: expected plain attention, found {kind}, which clipress cannot cut.")
     return model
 
 
-def narrowed(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
+def cut(part: Part, mask: Mask) -> None:
+    """Cut one part in place; it then computes what the masked part computes, as the softmax scale is kept.
+
+    All heads or all hidden units may go; the output bias remains.
+    """
+    if isinstance(part, Attn):
+        _cut_attention(part, mask)
+    else:
+        _cut_ffn(part, mask)
+
+
+def _cut_attention(part: Attn, mask: AttnMask) -> None:
+    attn = part.module
+    heads = _mask_or_all(mask.heads, attn, attn.heads)
+    qk, v = _mask_or_all(mask.qk, attn, attn.heads, attn.qk_dim), _mask_or_all(mask.v, attn, attn.heads, attn.v_dim)
+    qk_dim, v_dim = _dims_per_head(qk[heads], part, "qk"), _dims_per_head(v[heads], part, "v")
+    if not qk_dim or not v_dim:
+        heads = torch.zeros_like(heads)
+    qk, v = (qk & heads[:, None]).flatten(), (v & heads[:, None]).flatten()
+    attn.q, attn.k, attn.v = slice_linear(attn.q, qk), slice_linear(attn.k, qk), slice_linear(attn.v, v)
+    attn.out = slice_linear(attn.out, columns=v)
+    attn.heads = int(heads.sum())
+    attn.qk_dim, attn.v_dim = (qk_dim, v_dim) if attn.heads else (0, 0)
+
+
+def _mask_or_all(mask: Tensor | None, attn: Attention, *shape: int) -> Tensor:
+    device = attn.q.weight.device
+    return torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.to(device)
+
+
+def _dims_per_head(mask: Tensor, part: Attn, kind: str) -> int:
+    dims = mask.sum(1)
+    if len(dims) and not bool((dims == dims[0]).all()):
+        raise ValueError(f"{part.name}: heads keep different numbers of {kind} dims: {dims.tolist()}")
+    return int(dims[0]) if len(dims) else 0
+
+
+def _cut_ffn(part: Ffn, mask: FfnMask) -> None:
+    linear_in, linear_out = slice_linear(part.linear_in, mask.ffn), slice_linear(part.linear_out, columns=mask.ffn)
+    setattr(part.parent, part.in_name, linear_in)
+    setattr(part.parent, part.out_name, linear_out)
+
+
+def slice_linear(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
     """Return a Linear with only the chosen output rows and input columns (bool masks); biases are cut too."""
     weight, bias = linear.weight.detach(), linear.bias
     if rows is not None:
         weight, bias = weight[rows], bias if bias is None else bias[rows]
     if columns is not None:
         weight = weight[:, columns]
-    where = {"device": weight.device, "dtype": weight.dtype}
-    new = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, **where)
+    new = _empty_linear(linear, weight.shape[1], weight.shape[0])
     with torch.no_grad():
         new.weight.copy_(weight)
         if bias is not None:
             new.bias.copy_(bias)
-    return new.train(linear.training)
+    return new
 
 
-def _per_head(mask: Tensor, block: Block, kind: str) -> int:
-    dims = mask.sum(1)
-    if len(dims) and not bool((dims == dims[0]).all()):
-        raise ValueError(f"{block.name}: heads keep different numbers of {kind} dims: {dims.tolist()}")
-    return int(dims[0]) if len(dims) else 0
-
-
-def cut(block: Block, keep: Keep) -> None:
-    """Cut one block in place. The softmax scale is left as it was, so the result equals the masked block.
-
-    All heads or all hidden units may go: what stays is the output bias.
-    """
-    attn = block.attn
-    heads = torch.ones(attn.heads, dtype=torch.bool) if keep.heads is None else keep.heads.cpu()
-    qk_dim, v_dim = _per_head(keep.qk[heads], block, "q·k"), _per_head(keep.v[heads], block, "v·out")
-    if not qk_dim or not v_dim:
-        heads = torch.zeros_like(heads)
-    alive = heads[:, None].to(keep.qk.device)
-    qk, v = (keep.qk & alive).flatten(), (keep.v & alive).flatten()
-    attn.q, attn.k, attn.v = narrowed(attn.q, qk), narrowed(attn.k, qk), narrowed(attn.v, v)
-    attn.out = narrowed(attn.out, columns=v)
-    attn.heads = int(heads.sum())
-    attn.qk_dim, attn.v_dim = (qk_dim, v_dim) if attn.heads else (0, 0)
-    ffn_in, ffn_out = narrowed(block.ffn_in, keep.ffn), narrowed(block.ffn_out, columns=keep.ffn)
-    for name, linear in zip(block.ffn_names, (ffn_in, ffn_out), strict=True):
-        setattr(block.module.mlp, name, linear)
+def _empty_linear(like: nn.Linear, columns: int, rows: int) -> nn.Linear:
+    """Return a Linear of another size, uninitialised, that is otherwise like this one."""
+    where = {"device": like.weight.device, "dtype": like.weight.dtype}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a part that lost everything has Linears without elements
+        new = nn.utils.skip_init(nn.Linear, columns, rows, bias=like.bias is not None, **where)
+    return new.train(like.training)
 
 
 def shapes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return what cannot be told from the architecture any more once blocks, or channels, have been cut."""
-    convolutions = convnets.conv_shapes(model) if convnets.is_convnet(model) else {}
-    return convolutions | {
-        block.name: {
-            "heads": block.attn.heads,
-            "qk_dim": block.attn.qk_dim,
-            "v_dim": block.attn.v_dim,
-            "scale": block.attn.scale,
-            "ffn": block.ffn_in.out_features,
-        }
-        for block in blocks(model)
-    }
+    """Return what the architecture cannot tell once parts, or channels, have been cut.
+
+    A block's parts share one record under the block's name, `{heads, qk_dim, v_dim, scale, ffn}`; a second part of the
+    same kind has a record under its own name.
+    """
+    found: dict[str, dict[str, Any]] = convnets.conv_shapes(model) if convnets.is_convnet(model) else {}
+    for part in parts(model):
+        shared = found.setdefault(part.block, {})
+        if shared.keys() & part.shape.keys():
+            found[part.name] = part.shape
+        else:
+            shared |= part.shape
+    return found
 
 
-def reshape(model: nn.Module, wanted: dict[str, dict[str, Any]]) -> nn.Module:
-    """Give every block, or convolution, the shapes an artefact tells, in place; the weights are still to be loaded."""
+def reshape(model: nn.Module, wanted: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """Give every part, or convolution, its recorded shape, in place; the weights are still to be loaded.
+
+    A part's record is found under its own name, or under its block's. Raises ArtifactError for shapes that are missing or
+    impossible.
+    """
     if convnets.is_convnet(model):
         convnets.reshape_convs(model, wanted)
-    for block in blocks(model):
-        try:
-            shape = wanted[block.name]
-            sizes = [int(shape[key]) for key in ("heads", "qk_dim", "v_dim", "ffn")]
-            scale = float(shape["scale"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ArtifactError(f"The artefact's shapes do not describe block {block.name}: {error!r}.") from None
-        if min(sizes) < 0 or max(sizes) > 1 << 20 or not math.isfinite(scale):
-            raise ArtifactError(f"The artefact's shapes for {block.name} make no sense: {shape}.")
-        heads, qk_dim, v_dim, ffn = sizes
-        old = block.attn
-        biases = {"bias": old.q.bias is not None, "out_bias": old.out.bias is not None}
-        block.module.attn = type(old)(block.width, heads, qk_dim, v_dim, scale, **biases)
-        for linear, name, sizes in zip(
-            (block.ffn_in, block.ffn_out), block.ffn_names, ((block.width, ffn), (ffn, block.width)), strict=True
-        ):
-            setattr(block.module.mlp, name, nn.utils.skip_init(nn.Linear, *sizes, bias=linear.bias is not None))
+    for part in parts(model):
+        shape = _recorded_shape(part, wanted)
+        if isinstance(part, Attn):
+            _resize_attention(part, shape)
+        else:
+            setattr(part.parent, part.in_name, _empty_linear(part.linear_in, part.width, shape["ffn"]))
+            setattr(part.parent, part.out_name, _empty_linear(part.linear_out, shape["ffn"], part.width))
     return model
 
 
-def adopt(model: nn.Module, donor: nn.Module, tower: str) -> nn.Module:
-    """Give a model a copy of another's whole tower, in place. Both are built from one config as to that tower."""
+def _recorded_shape(part: Part, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    record = wanted.get(part.name, wanted.get(part.block))
+    types = {key: float if key == "scale" else int for key in part.shape}
+    try:
+        shape = {key: convert(record[key]) for key, convert in types.items()}
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ArtifactError(
+            f"The artifact's shapes do not describe {part.name}: expected {', '.join(types)}, found {record}."
+        ) from None
+    sizes = [size for key, size in shape.items() if key != "scale"]
+    if min(sizes) < 0 or max(sizes) > MAX_SIZE or not math.isfinite(shape.get("scale", 0.0)):
+        raise ArtifactError(f"The artifact's shapes for {part.name} make no sense: {shape}.")
+    return shape
+
+
+def _resize_attention(part: Attn, shape: dict[str, Any]) -> None:
+    attn = part.module
+    attn.heads, attn.qk_dim, attn.v_dim, attn.scale = (shape[key] for key in ("heads", "qk_dim", "v_dim", "scale"))
+    qk, v = attn.heads * attn.qk_dim, attn.heads * attn.v_dim
+    attn.q, attn.out = _empty_linear(attn.q, part.width, qk), _empty_linear(attn.out, v, part.width)
+    attn.k, attn.v = _empty_linear(attn.k, part.memory_width, qk), _empty_linear(attn.v, part.memory_width, v)
+
+
+def copy_tower(model: nn.Module, donor: nn.Module, tower: str) -> nn.Module:
+    """Give a CLIP a copy of another's whole tower, in place. Both are built from one config as to that tower."""
     if tower == "image":
         model.visual = copy.deepcopy(donor.visual)
     elif hasattr(donor, "text"):
         model.text = copy.deepcopy(donor.text)
     else:
-        for part in TEXT_PARTS:
-            setattr(model, part, copy.deepcopy(getattr(donor, part)))
+        for name in TEXT_MODULES:
+            setattr(model, name, copy.deepcopy(getattr(donor, name)))
     return model
 
 
 def stock_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return an uncut model's weights under the names that plain open_clip gives them."""
+    """Return an uncut model's weights under the names that plain open_clip, or timm, gives them."""
     weights = dict(model.state_dict())
-    for block in blocks(model):
-        at, names = f"{block.name}.attn.", block.attn.STOCK_NAMES
+    for part in attentions(model):
+        at, names = f"{part.name}.", part.module.STOCK_NAMES
         for kind in ("weight", "bias"):
-            parts = [weights.pop(f"{at}{part}.{kind}", None) for part in ("q", "k", "v")]
-            if parts[0] is not None:
-                weights[at + names[kind]] = torch.cat(parts)
+            rows = [weights.pop(f"{at}{row}.{kind}", None) for row in ("q", "k", "v")]
+            if rows[0] is not None:
+                weights[at + names[kind]] = torch.cat(rows)
             out = weights.pop(f"{at}out.{kind}", None)
             if out is not None:
                 weights[f"{at}{names['out']}.{kind}"] = out

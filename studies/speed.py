@@ -59,11 +59,11 @@ def pruned(model: Model, macs: float, align: Align) -> Model:
     """Return a copy cut to a part of the blocks' MACs by random scores."""
     cut = model.copy()
     settings = Prune(budget=Budget(image={"macs": macs}), criterion="random", align=align, steps=1)
-    gates = Gates(cut.module, CRITERIA["random"].space, {"image": settings.sites.image, "text": ()})
+    gates = Gates(cut.module, CRITERIA["random"].space, {"text": ()})
     search = Search(cut, gates, settings, 1, 0, lambda total: total)
     search.update(1.0)
-    for block, keep in gates.keeps():
-        surgery.cut(block, keep)
+    for part, mask in gates.part_masks():
+        surgery.cut(part, mask)
     gates.remove()
     return cut
 
@@ -71,7 +71,7 @@ def pruned(model: Model, macs: float, align: Align) -> Model:
 def in_int8(model: Model, samples: Samples, portable: bool = True) -> Model:
     """Return a copy in which the towers that have samples are INT8, calibrated on them."""
     copy, task = model.copy(), task_named(model.task)
-    names = [name for name in quantizers.quantizable(copy.module) if anatomy.tower_of(name) in samples]
+    names = [name for name in quantizers.quantizable(copy.module) if anatomy.tower_of(copy.module, name) in samples]
     with torch.no_grad():
         quantizers.attach(copy.module, names, lambda module: outputs_of(task, module, samples), portable=portable)
     count = len(next(iter(samples["image"].values())))

@@ -1,8 +1,8 @@
 """Pruning of convolutional image towers: whole channels, in one cut at the end of a search.
 
-torch-pruning's dependency graph finds which channels fall together: what is added or multiplied shares its channels, and
-a depthwise convolution hands them on. Such a set is a site. The sum of weight * gradient over all weights that read a
-channel is the gradient of a gate on it, so the criteria need neither gates nor a second backward pass.
+torch-pruning's dependency graph finds which channels have to be cut together: tensors that are added or multiplied share
+their channels, and a depthwise convolution passes them on. Such a set is a site. The sum of weight * gradient over all
+weights that read a channel is the gradient of a gate on it, so the criteria need neither gates nor a second backward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from clipress.compress.fabric import full_tensor
 from clipress.compress.hook import Hook
-from clipress.compress.prune.budget import Limit
+from clipress.compress.prune.budget import Target
+from clipress.compress.prune.criterion import CRITERIA
 from clipress.errors import ClipressError, RecipeError
 from clipress.models import anatomy
 from clipress.models.convnets import is_depthwise, layers
@@ -27,11 +28,8 @@ from clipress.models.convnets import is_depthwise, layers
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group
 
-SUMMED = {"fisher": Tensor.square, "taylor": Tensor.abs}  # of one micro-batch's gate gradient
-STATIC = ("magnitude", "random")
-
-# Operations that leave every channel to itself. Channels that meet any other (a reshape, a product of matrices, a
-# concatenation, the end of the features) stay whole.
+# Operations that do not mix channels. Channels that meet any other (a reshape, a product of matrices, a concatenation, the
+# end of the features) stay whole.
 CHANNELWISE = {
     "Add", "Mul", "Clone", "ToCopy", "Relu", "LeakyRelu", "Silu", "Gelu", "Mish", "Hardswish", "Hardsigmoid", "Hardtanh",
     "Sigmoid", "Mean", "AvgPool2D", "AdaptiveAvgPool2D", "MaxPool2DWithIndices", "ConstantPadNd", "NativeBatchNorm",
@@ -41,7 +39,7 @@ CHANNELWISE = {
 
 @dataclass(frozen=True)
 class Channels:
-    """One set of channels that fall together; `name` is one of the layers that make them."""
+    """One set of channels that are cut together; `name` is one of the layers that make them."""
 
     name: str
     count: int
@@ -63,7 +61,7 @@ class Costs:
 
     @cached_property
     def by_site(self) -> list[list[tuple[int, tuple[int, ...]]]]:
-        """The terms that each site has a part in."""
+        """The terms that each site appears in."""
         return [[term for term in self.terms if site in term[1]] for site in range(len(self.widths))]
 
     def of(self, widths: Sequence[int]) -> int:
@@ -84,29 +82,30 @@ def _sum(terms: Sequence[tuple[int, tuple[int, ...]]], widths: Sequence[int]) ->
 class ConvPruning(Hook):
     """Gather scores while a model trains, then cut its image tower.
 
-    `add` is called after each backward pass, by the training loop or by hand; `cut` at the end. `limit` is about the
-    whole image tower. Widths end as multiples of `align`, and at least `floor` of every site stays. Raises RecipeError at
-    once for a budget that cannot be met.
+    `add` is called after each backward pass, by the training loop or by hand; `cut` at the end. `target` is for the whole
+    image tower. Widths end as multiples of `align`, and at least `floor` of every site remains. Raises RecipeError at once
+    for a budget that cannot be met.
     """
 
     def __init__(
-        self, model: nn.Module, criterion: str, limit: Limit, *, align: int = 8, floor: float = 0.1, seed: int = 0
+        self, model: nn.Module, criterion: str, target: Target, *, align: int = 8, floor: float = 0.1, seed: int = 0
     ) -> None:
-        if criterion not in (*SUMMED, *STATIC):
+        if not CRITERIA[criterion].for_channels:
+            usable = [name for name, kind in CRITERIA.items() if kind.for_channels]
             raise RecipeError(
-                f"prune.criterion: {criterion} was asked for, and the image tower is convolutional. "
-                f"Use one of {', '.join((*SUMMED, *STATIC))}."
+                f"prune.criterion: {criterion} cannot score the convolutional image tower. Use one of {', '.join(usable)}."
             )
-        if limit.unit == "latency":
+        if target.unit not in ("params", "macs"):
             raise RecipeError(
-                "prune.budget: latency was asked for, and the image tower is convolutional. Use params or macs."
+                f"prune.budget: {target.unit} is not known for a convolutional image tower. Use params or macs."
             )
-        self.model, self.criterion, self.align, self.seed = model, criterion, align, seed
+        self.model, self.name, self.align, self.seed = model, criterion, align, seed
+        self.criterion = CRITERIA[criterion]()
         self.sites = [site for site, _ in channel_groups(model)]
-        self.costs = tower_costs(model, self.sites, limit.unit)
-        self.fraction = limit.fraction(self.costs.total)
+        self.costs = tower_costs(model, self.sites, target.unit)
+        self.fraction = target.fraction(self.costs.total)
         self.least = [_least(site.count, align, floor) for site in self.sites]
-        self._refuse_the_impossible(limit.unit)
+        self._refuse_the_impossible(target.unit)
         device = next(model.visual.parameters()).device
         self.sums = [torch.zeros(site.count, dtype=torch.float64, device=device) for site in self.sites]
         self.taken_in = self.left_out = 0
@@ -115,8 +114,8 @@ class ConvPruning(Hook):
         smallest = self.costs.of(self.least) / self.costs.total
         if self.fraction < smallest:
             raise RecipeError(
-                f"prune.budget: {unit} {self.fraction:.3f} of the image tower was asked for; with this floor and "
-                f"alignment the smallest possible is {smallest:.3f} (the head and what it reads stay whole). "
+                f"prune.budget: {unit} {self.fraction:.3f} of the image tower cannot be met; with this floor and alignment "
+                f"the smallest possible is {smallest:.3f} (the head and the layer it reads stay whole). "
                 "Raise the budget or lower 'floor' or 'align'."
             )
 
@@ -132,8 +131,8 @@ class ConvPruning(Hook):
 
     @torch.no_grad()
     def add(self) -> None:
-        """Take in this micro-batch's gradients; if any is not finite, the micro-batch is left out and counted."""
-        if self.criterion not in SUMMED:
+        """Add this micro-batch's gradients; if any is not finite, the micro-batch is left out and counted."""
+        if not self.criterion.uses_gradients:
             return
         found = layers(self.model)
         gradients = [sum(_gate_gradient(found[name]) for name in site.read_by) for site in self.sites]
@@ -142,29 +141,26 @@ class ConvPruning(Hook):
             return
         self.taken_in += 1
         for total, gradient in zip(self.sums, gradients, strict=True):
-            total += SUMMED[self.criterion](gradient)
+            total += self.criterion.summed(gradient[None])
 
     @torch.no_grad()
     def scores(self) -> list[Tensor]:
         """Return a score per channel of every site, float64; larger is worth keeping."""
-        if self.criterion == "random":
-            generator = torch.Generator().manual_seed(self.seed)
-            return [torch.rand(site.count, generator=generator, dtype=torch.float64) for site in self.sites]
-        if self.criterion == "magnitude":
-            found = layers(self.model)
-            return [_magnitude(site, found) for site in self.sites]
+        if not self.criterion.uses_gradients:
+            found, generator = layers(self.model), torch.Generator().manual_seed(self.seed)
+            return [self.criterion.score_channels(_channel_weights(site, found), generator) for site in self.sites]
         if not self.taken_in:
             raise ClipressError(
-                f"prune: criterion {self.criterion} saw no finite gradient ({self.left_out} steps left out). "
+                f"prune: criterion {self.name} saw no finite gradient ({self.left_out} steps left out). "
                 "Give it more steps or a lower 'lr'."
             )
         return self.sums
 
     def cut(self) -> dict[str, Any]:
-        """Cut the channels worth least per cost until the budget is met; returns what was done, for the record."""
+        """Cut the channels worth least per cost until the budget is met. Returns a record for the lineage."""
         scores = self.scores()
-        widths = narrowed(self.costs, scores, self.fraction * self.costs.total, self.least, self.align)
-        groups = dict(channel_groups(self.model))  # traced again: training may have put new weights in place
+        widths = choose_widths(self.costs, scores, self.fraction * self.costs.total, self.least, self.align)
+        groups = dict(channel_groups(self.model))  # traced again, since training may have replaced weights
         for site, score, width in zip(self.sites, scores, widths, strict=True):
             if width < site.count:
                 worst = score.argsort(stable=True)[: site.count - width]
@@ -176,10 +172,10 @@ class ConvPruning(Hook):
         }
 
 
-def narrowed(costs: Costs, scores: Sequence[Tensor], target: float, least: Sequence[int], align: int) -> list[int]:
+def choose_widths(costs: Costs, scores: Sequence[Tensor], target: float, least: Sequence[int], align: int) -> list[int]:
     """Return the widths that meet `target`: aligned steps are cut, those worth least per cost first.
 
-    What a step saves depends on how wide its neighbours still are, so it is worked out anew before every cut.
+    What a step saves depends on how wide its neighbours still are, so it is computed again before every cut.
     """
     widths = [*costs.widths]
     worth = [[0.0, *score.sort().values.cumsum(0).tolist()] for score in scores]  # [site][n]: of the n worst channels
@@ -212,15 +208,15 @@ def _gate_gradient(conv: nn.Conv2d) -> Tensor:
     return (full_tensor(conv.weight).double() * full_tensor(conv.weight.grad).double()).sum((0, 2, 3))
 
 
-def _magnitude(site: Channels, found: dict[str, nn.Module]) -> Tensor:
-    """Return the L2 norm of all weights that make or read each channel."""
+def _channel_weights(site: Channels, found: dict[str, nn.Module]) -> Tensor:
+    """Return all weights that make or read each channel: [channels, weights]."""
     made = [p.reshape(site.count, -1) for name in site.made_by for p in found[name].parameters(recurse=False)]
     read = [found[name].weight.transpose(0, 1).reshape(site.count, -1) for name in site.read_by]
-    return torch.cat([*made, *read], 1).double().norm(dim=1)
+    return torch.cat([*made, *read], 1)
 
 
 def tower_costs(model: nn.Module, sites: Sequence[Channels], unit: str) -> Costs:
-    """Work out what the image tower costs; unit: params, or macs of one image."""
+    """Return what the image tower costs; unit: params, or macs of one image."""
     maker = {name: i for i, site in enumerate(sites) for name in site.made_by}
     reader = {name: i for i, site in enumerate(sites) for name in site.read_by}
     total, positions = _macs(model) if unit == "macs" else (sum(p.numel() for p in model.visual.parameters()), None)
@@ -282,13 +278,13 @@ def _may_be_cut(node: Any, indices: int, count: int) -> bool:
 
 
 def _features(visual: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    """Run a tower up to what its head reads. As the traced graph's output it stays whole: the head relies on its width."""
+    """Run a tower up to what its head reads. As the traced graph's output it keeps its width, which the head relies on."""
     (image,) = inputs
     if hasattr(visual, "trunk"):
         features = visual.trunk.forward_features(image)
     else:
         (features,) = visual.forward_intermediates(image, indices=1, intermediates_only=True)["image_intermediates"]
-    return features * 1  # an operation of its own, or the last layer would pass for the output
+    return features * 1  # a separate operation, or the last layer would be taken for the output
 
 
 def _image(model: nn.Module) -> Tensor:

@@ -1,75 +1,133 @@
-"""Criteria: from the gradient of the gates to a score per unit, larger meaning worth keeping.
+"""Criteria: from the gradients of gates, or from weights alone, to a score per unit; larger is worth keeping.
 
-Sums are kept in float64 outside `.grad`; a sample with a non-finite gradient is left out and counted, so neither mixed
-precision nor an overflow can change what is pruned.
+Sums are kept in float64 outside `.grad`, and a sample with a non-finite gradient is left out and counted, so neither
+mixed precision nor an overflow can change what is pruned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from clipress.compress.prune.gates import Site
-from clipress.models.anatomy import Block
+from clipress.models.anatomy import Attn
+from clipress.registry import Registry
 
 
-@dataclass(frozen=True)
 class Criterion:
-    """How gradients [B, groups, units] are summed, and how sums become scores."""
+    """One way of scoring units. A subclass has `summed`, for scores from gradients, or `score`, for scores without."""
 
-    space: str = "separate"
+    space: ClassVar[str] = "separate"
     """Which gates it looks at: separate or upop."""
-    summed: Callable[[Tensor], Tensor] | None = None
-    """[B, groups, units] -> [groups, units]; None: scores do not come from gradients."""
-    static: Callable[[Site, torch.Generator], Tensor] | None = None
-    """Site -> scores [groups, units], where no gradient is needed."""
-    probe: bool = False
-    """Gradients of random projections of the embeddings instead of the loss's."""
-    per_cost: bool = True
-    """Rank by score per cost; else by the score, standardised per kind over both towers."""
-    decay: float = 0.5
-    """What part of the sums is left after each update of the masks."""
-    reversible: bool = False
+    uses_gradients: ClassVar[bool] = True
+    probe: ClassVar[bool] = False
+    """Takes the gradients of random projections of the embeddings instead of the loss's."""
+    per_cost: ClassVar[bool] = True
+    """Ranks by score per cost; else by the score, standardised per kind over all towers."""
+    decay: ClassVar[float] = 0.5
+    """The fraction of the sums that remains after each update of the masks."""
+    reversible: ClassVar[bool] = False
     """Whether a cut unit may come back in a later update."""
+    for_channels: ClassVar[bool] = False
+    """Whether it can score the channels of a convolutional tower, whose gradients come per micro-batch."""
+
+    def summed(self, gradient: Tensor) -> Tensor:
+        """Reduce gradients per sample to what is added up: [B, groups, units] -> [groups, units]."""
+        raise NotImplementedError
+
+    def score(self, site: Site, generator: torch.Generator) -> Tensor:
+        """Return scores [groups, units] that need no gradients."""
+        raise NotImplementedError
+
+    def score_channels(self, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """Return scores [channels], float64, from all weights that make or read each channel: [channels, weights]."""
+        raise NotImplementedError
 
 
-def _magnitude(site: Site, _: torch.Generator) -> Tensor:
-    """Product of the norms of what goes into a unit and what comes out of it."""
-    block = site.block
-    attn, kind = block.attn, site.kind
-    if kind == "ffn":
-        return (block.ffn_in.weight.norm(dim=1) * block.ffn_out.weight.norm(dim=0))[None]
-    if kind == "qk":
-        return (attn.q.weight.norm(dim=1) * attn.k.weight.norm(dim=1)).reshape(site.groups, site.units)
-    values = _value_norms(block)  # [heads, v_dim]
-    return values.norm(dim=1)[None] if kind == "heads" else values
+CRITERIA: Registry[type[Criterion]] = Registry("criterion", "clipress.compress.prune.criterion")
 
 
-def _value_norms(block: Block) -> Tensor:
-    attn = block.attn
-    return (attn.v.weight.norm(dim=1) * attn.out.weight.norm(dim=0)).reshape(attn.heads, attn.v_dim)
+@CRITERIA.register("fisher")
+class Fisher(Criterion):
+    """Squared gradient per sample: the diagonal of the empirical Fisher matrix, in which nothing cancels."""
+
+    for_channels = True
+
+    def summed(self, gradient: Tensor) -> Tensor:
+        return gradient.square().sum(0)
 
 
-def _random(site: Site, generator: torch.Generator) -> Tensor:
-    return torch.rand(site.groups, site.units, generator=generator).to(site.mask.device)
+@CRITERIA.register("taylor")
+class Taylor(Criterion):
+    """First-order Taylor: the size of each sample's change of loss (Molchanov et al. 2019)."""
+
+    for_channels = True
+
+    def summed(self, gradient: Tensor) -> Tensor:
+        return gradient.abs().sum(0)
 
 
-CRITERIA = {
-    # squared gradient per sample: the diagonal of the empirical Fisher matrix, no cancellation
-    "fisher": Criterion(summed=lambda g: g.square().sum(0)),
-    # first-order Taylor: the size of each sample's change of loss (Molchanov et al. 2019)
-    "taylor": Criterion(summed=lambda g: g.abs().sum(0)),
-    # squared gradient of random projections of both embeddings: needs no labels, and no loss that is zero at the start
-    "gauss-newton": Criterion(summed=lambda g: g.square().sum(0), probe=True),
-    # UPop: signed sum over the whole search; the largest are cut, hence the minus
-    "upop": Criterion("upop", lambda g: -g.sum(0), per_cost=False, decay=1.0, reversible=True),
-    "magnitude": Criterion(static=_magnitude),
-    # the honest floor
-    "random": Criterion(static=_random),
-}
+@CRITERIA.register("gauss-newton")
+class GaussNewton(Criterion):
+    """Squared gradient of random projections of the embeddings.
+
+    It needs no labels, and works with a distillation loss that is zero at the start.
+    """
+
+    probe = True
+
+    def summed(self, gradient: Tensor) -> Tensor:
+        return gradient.square().sum(0)
+
+
+@CRITERIA.register("upop")
+class Upop(Criterion):
+    """UPop's signed sum over the whole search (Shi et al. 2023). The largest are cut, hence the minus."""
+
+    space = "upop"
+    per_cost = False
+    decay = 1.0
+    reversible = True
+
+    def summed(self, gradient: Tensor) -> Tensor:
+        return -gradient.sum(0)
+
+
+@CRITERIA.register("magnitude")
+class Magnitude(Criterion):
+    """Product of the norms of the weights that go into a unit and of those that come out of it."""
+
+    uses_gradients = False
+    for_channels = True
+
+    def score(self, site: Site, generator: torch.Generator) -> Tensor:
+        if not isinstance(site.part, Attn):
+            return (site.part.linear_in.weight.norm(dim=1) * site.part.linear_out.weight.norm(dim=0))[None]
+        attn = site.part.module
+        if site.kind == "qk":
+            return (attn.q.weight.norm(dim=1) * attn.k.weight.norm(dim=1)).reshape(site.groups, site.units)
+        values = (attn.v.weight.norm(dim=1) * attn.out.weight.norm(dim=0)).reshape(attn.heads, attn.v_dim)
+        return values.norm(dim=1)[None] if site.kind == "heads" else values
+
+    def score_channels(self, weights: Tensor, generator: torch.Generator) -> Tensor:
+        return weights.double().norm(dim=1)
+
+
+@CRITERIA.register("random")
+class Random(Criterion):
+    """Uniform noise: the baseline that every other criterion must beat."""
+
+    uses_gradients = False
+    for_channels = True
+
+    def score(self, site: Site, generator: torch.Generator) -> Tensor:
+        return torch.rand(site.groups, site.units, generator=generator).to(site.mask.device)
+
+    def score_channels(self, weights: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.rand(len(weights), generator=generator, dtype=torch.float64)
 
 
 class Accumulator:
@@ -82,12 +140,12 @@ class Accumulator:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Take in this step's gradients."""
-        if self.criterion.summed is None:
+        """Add this step's gradients."""
+        if not self.criterion.uses_gradients:
             return
         gradients = [site.gradient() for site in self.sites]
         finite = torch.stack([g.isfinite().flatten(1).all(1) for g in gradients if g is not None and len(g)], 0)
-        # both towers see the same samples; one bad copy leaves the sample out everywhere
+        # all towers see the same samples; one non-finite copy leaves the sample out everywhere
         good = finite.all(0)
         self.left_out += int((~good).sum())
         for total, gradient in zip(self.sums, gradients, strict=True):
@@ -95,10 +153,10 @@ class Accumulator:
                 total += self.criterion.summed(gradient[good].double())
 
     def scores(self, reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Return every site's scores [groups, units], summed over processes by `reduce`; then let the sums fade."""
-        if self.criterion.static is not None:
-            generator = torch.Generator().manual_seed(self.seed)  # the same opinion at every update
-            return [self.criterion.static(site, generator).detach().double() for site in self.sites]
+        """Return every site's scores [groups, units], summed over processes by `reduce`, then decay the sums."""
+        if not self.criterion.uses_gradients:
+            generator = torch.Generator().manual_seed(self.seed)  # the same scores at every update
+            return [self.criterion.score(site, generator).detach().double() for site in self.sites]
         sums = [reduce(total) for total in self.sums]
         self.sums = [total * self.criterion.decay for total in self.sums]
         if self.criterion.per_cost:

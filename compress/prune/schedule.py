@@ -1,19 +1,34 @@
-"""Schedules: how much of the final pruning is asked for at a moment of the search, from 0 to 1."""
+"""Schedules: the fraction of the final pruning that is due at a moment of the search."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-SCHEDULES = {
-    # UPop's: the mask value of cut units sinks with it, so the effective removal follows a half cosine
-    "sine": lambda t: math.sin(math.pi / 2 * t),
-    # Zhu and Gupta 2017: fast at first, gently at the end
-    "cubic": lambda t: 1 - (1 - t) ** 3,
-    "one-shot": lambda t: 1.0,
-}
+from clipress.registry import Registry
+
+SCHEDULES: Registry[Callable[[float], float]] = Registry("schedule", "clipress.compress.prune.schedule")
 
 
-def progress(schedule: str, step: int, steps: int, frozen: float) -> float:
-    """Return the part of the final pruning due after `step` (0-based); complete before the last `frozen` part."""
-    moving = max(round(steps * (1 - frozen)), 1)
+@SCHEDULES.register("sine")
+def sine(t: float) -> float:
+    """UPop's: the mask values of cut units sink with it, so the effective removal follows a half cosine."""
+    return math.sin(math.pi / 2 * t)
+
+
+@SCHEDULES.register("cubic")
+def cubic(t: float) -> float:
+    """Zhu and Gupta 2017: fast at first, gently at the end."""
+    return 1 - (1 - t) ** 3
+
+
+@SCHEDULES.register("one-shot")
+def one_shot(t: float) -> float:
+    """Everything at the first update."""
+    return 1.0
+
+
+def progress(schedule: str, step: int, steps: int, final_fraction: float) -> float:
+    """Return the fraction due after `step` (0-based); it is 1 before the last `final_fraction` of the steps begins."""
+    moving = max(round(steps * (1 - final_fraction)), 1)
     return SCHEDULES[schedule](min((step + 1) / moving, 1.0))

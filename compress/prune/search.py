@@ -1,9 +1,9 @@
-"""Structured pruning: train with gates, move the masks as the schedule asks, then cut.
+"""The stage `prune`: train with gates, move the masks as the schedule says, then cut.
 
 `criterion: upop` follows UPop (Shi et al. 2023): its gates, its signed sum, standardisation per kind and soft masks;
 `criterion: fisher` is ours. `guide` adds distillation losses while searching (the knowledge-guided variant).
 
-A convolutional image tower is scored during the same search and cut at its end (`convnets.py`); a limit for both towers
+A convolutional tower is scored during the same search and cut at its end (`convnets.py`); a target for all towers
 together then holds for each by itself.
 """
 
@@ -12,66 +12,49 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any
 
-import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from clipress.compress.calibration import outputs_of
 from clipress.compress.context import Context, steps_of
 from clipress.compress.hook import Hook
 from clipress.compress.losses import Losses, terms_from
-from clipress.compress.prune.budget import Align, Budget, Floor, cost_curves, keep_masks, read_costs, stride
+from clipress.compress.prune.budget import Align, Budget, Floor, check_towers, keep_masks, stride
 from clipress.compress.prune.convnets import ConvPruning
+from clipress.compress.prune.costs import CostModel, cost_model, read_costs
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
-from clipress.compress.prune.gates import Gates, Site
-from clipress.compress.prune.schedule import progress
+from clipress.compress.prune.gates import DEFAULT_KINDS, Gates, Kind, Site
+from clipress.compress.prune.schedule import SCHEDULES, progress
 from clipress.compress.settings import Training
 from clipress.compress.stage import stage
 from clipress.compress.train import train
 from clipress.errors import ClipressError, RecipeError
-from clipress.models import convnets, surgery
-from clipress.models.anatomy import counts
+from clipress.models import anatomy, convnets, surgery
 from clipress.models.load import Model
-from clipress.recipe import Section
 from clipress.tasks import task_named
 
 log = logging.getLogger("clipress.prune")
-Kind = Literal["heads", "qk", "v", "ffn"]
-
-
-class Sites(Section):
-    """What may be cut, per tower; an empty list leaves a tower alone."""
-
-    image: tuple[Kind, ...] = ("qk", "v", "ffn")
-    text: tuple[Kind, ...] = ("qk", "v", "ffn")
-
-    def model_post_init(self, _: Any) -> None:
-        for tower, kinds in (("image", self.image), ("text", self.text)):
-            if "heads" in kinds and {"qk", "v"} & set(kinds):
-                raise RecipeError(
-                    f"prune.sites.{tower}: heads and dims of heads cannot be searched together, for the worth and cost of "
-                    "one depend on the other. Prune heads in one stage and dims in another."
-                )
 
 
 class Prune(Training):
     """Settings of `prune`."""
 
     budget: Budget
-    sites: Sites = Sites()
-    criterion: Literal["fisher", "taylor", "gauss-newton", "upop", "magnitude", "random"] = "fisher"
+    sites: dict[str, tuple[Kind, ...]] = Field(default_factory=dict)
+    """What may be cut, by tower: of heads, qk, v, ffn. An empty list leaves a tower alone; default: qk, v and ffn."""
+    criterion: Annotated[str, AfterValidator(CRITERIA.check)] = "fisher"
     losses: Losses = ("contrastive",)
     """The task loss; scores come from its gradient and the guide's."""
     guide: Losses = ()
     """Distillation losses during the search."""
-    schedule: Literal["sine", "cubic", "one-shot"] = "cubic"
+    schedule: Annotated[str, AfterValidator(SCHEDULES.check)] = "cubic"
     interval: int = Field(10, ge=1)
     """Steps between updates of the masks."""
     frozen: float = Field(0.2, ge=0, lt=1)
-    """Last part of the search in which the masks stay."""
+    """The last fraction of the search, in which the masks stay."""
     align: Align = Align()
     floor: Floor = Floor()
     lr: float = Field(2e-4, ge=0)
@@ -80,35 +63,40 @@ class Prune(Training):
         super().model_post_init(context)
         terms_from(self.losses, "prune.losses")
         terms_from(self.guide, "prune.guide")
-        if self.criterion != "upop" and any(limit.unit == "upop" for _, limit in self.budget.limits()):
-            raise RecipeError("prune.budget: 'upop' counts gates of criterion upop alone. Use params, macs or latency.")
+        targets = list(self.budget.by_tower.values()) or [self.budget]
+        if self.criterion != "upop" and any(target.unit == "upop" for target in targets):
+            raise RecipeError("prune.budget: 'upop' counts the gates of criterion upop. Use params, macs or latency.")
+        for tower, kinds in self.sites.items():
+            if "heads" in kinds and {"qk", "v"} & set(kinds):
+                raise RecipeError(
+                    f"prune.sites.{tower}: heads and dims of heads cannot be searched together, since the score and cost of "
+                    "one depend on the other. Prune heads in one stage and dims in another."
+                )
 
 
 @dataclass(frozen=True)
-class Goal:
-    """One limit and the sites that share it; indices into all sites."""
+class BudgetGroup:
+    """The sites that share one target, as indices into all sites."""
 
     members: list[int]
-    curves: list[np.ndarray]
-    unit: str
-    target: float  # fraction
-    total: float
-    fixed: float
+    costs: CostModel
+    target: float
+    """A fraction of the total cost."""
 
 
-def goals_of(model: Model, sites: Sequence[Site], budget: Budget) -> list[Goal]:
-    """Work out what each limit means for this model. Raises RecipeError when there is nothing to cut under it."""
+def groups_of(model: Model, sites: Sequence[Site], budget: Budget) -> list[BudgetGroup]:
+    """Work out what each target means for this model. Raises RecipeError when nothing can be cut under it."""
     table = read_costs(budget.costs) if budget.costs is not None else None
-    goals = []
-    for towers, limit in budget.limits():
-        members = [i for i, site in enumerate(sites) if site.block.tower in towers]
-        if not members and convnets.is_convnet(model.module) and "image" in towers:
+    groups = []
+    for towers, target in budget.targets(anatomy.towers(model.module)):
+        members = [i for i, site in enumerate(sites) if site.part.tower in towers]
+        if not members and convnets.is_convnet(model.module) and convnets.TOWER in towers:
             continue
         if not members:
-            raise RecipeError(f"prune: nothing of the {' and '.join(towers)} tower may be cut; look at 'sites'.")
-        curves, total, fixed = cost_curves(model.module, [sites[i] for i in members], limit.unit, table)
-        goals.append(Goal(members, curves, limit.unit, limit.fraction(total), total, fixed))
-    return goals
+            raise RecipeError(f"prune: 'sites' leaves nothing to cut in the {' and '.join(towers)} tower.")
+        costs = cost_model(model.module, [sites[i] for i in members], target.unit, table)
+        groups.append(BudgetGroup(members, costs, target.fraction(costs.total)))
+    return groups
 
 
 class Search(Hook):
@@ -116,16 +104,16 @@ class Search(Hook):
 
     def __init__(self, model: Model, gates: Gates, settings: Prune, steps: int, seed: int, reduce: Callable) -> None:
         self.model, self.gates, self.settings, self.steps, self.reduce = model, gates, settings, steps, reduce
-        self.criterion = CRITERIA[settings.criterion]
+        self.criterion = CRITERIA[settings.criterion]()
         self.seen = Accumulator(self.criterion, gates.sites, seed)
-        self.goals = goals_of(model, gates.sites, settings.budget)
+        self.groups = groups_of(model, gates.sites, settings.budget)
         self.updates, self.seed = 0, seed
-        self._masks([torch.ones_like(site.mask) for site in gates.sites], 1.0)  # an impossible budget says so now
+        self._masks([torch.ones_like(site.mask) for site in gates.sites], 1.0)  # fails now if the budget is impossible
         for site in gates.sites:
             step = stride(site, settings.align)
             if site.units % step:
                 log.warning(
-                    "%s has %d units, which is no multiple of align (%d): it keeps them all or a multiple of %d.",
+                    "%s has %d units, which is no multiple of align (%d): it keeps all of them or a multiple of %d.",
                     *(site.name, site.units, step, step),
                 )
 
@@ -140,7 +128,7 @@ class Search(Hook):
             self.gates.clear()
 
     def _probe(self, step: int, arrays: Mapping[str, Tensor]) -> None:
-        """Accumulate gradients of random projections of every graph's output; the weights' own gradients are not touched."""
+        """Accumulate gradients of random projections of every graph's output; the weights' own gradients stay as they are."""
         self.gates.clear()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         task = task_named(self.model.task)
@@ -192,20 +180,17 @@ class Search(Hook):
 
     def _masks(self, scores: list[Tensor], due: float) -> list[Tensor]:
         masks: list[Tensor | None] = [None] * len(scores)
-        for goal in self.goals:
+        for group in self.groups:
             kept = keep_masks(
-                [self.gates.sites[i] for i in goal.members],
-                [scores[i] for i in goal.members],
-                goal.curves,
-                unit=goal.unit,
-                fraction=1 - due * (1 - goal.target),
-                total=goal.total,
-                fixed=goal.fixed,
+                [self.gates.sites[i] for i in group.members],
+                [scores[i] for i in group.members],
+                group.costs,
+                1 - due * (1 - group.target),
                 align=self.settings.align,
                 floor=self.settings.floor,
                 per_cost=self.criterion.per_cost,
             )
-            for index, mask in zip(goal.members, kept, strict=True):
+            for index, mask in zip(group.members, kept, strict=True):
                 masks[index] = mask
         return [
             torch.ones_like(score, dtype=torch.bool) if m is None else m for m, score in zip(masks, scores, strict=True)
@@ -224,10 +209,11 @@ class Search(Hook):
 def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Search and cut. The result computes what the masked model computed."""
     terms = terms_from(settings.losses, "prune.losses") | terms_from(settings.guide, "prune.guide")
+    check_towers(settings.sites, anatomy.towers(model.module), "prune.sites")
     fabric = context.fabric
     model.module.to(fabric.device)
-    gates = Gates(model.module, CRITERIA[settings.criterion].space, settings.sites.model_dump())
-    before = counts(model.module)["block_params"]
+    gates = Gates(model.module, CRITERIA[settings.criterion].space, settings.sites)
+    before = anatomy.counts(model.module)["block_params"]
 
     def reduce(total: Tensor) -> Tensor:
         return total if fabric.world_size == 1 else fabric.all_reduce(total, reduce_op="sum")
@@ -235,31 +221,32 @@ def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[st
     search = None
     if gates.sites:
         search = Search(model, gates, settings, steps_of(settings, context), context.seed, reduce)
-    channels = _convolutional(settings, model, context)
+    channels = _conv_pruning(settings, model, context)
     hooks: list[Hook] = [hook for hook in (search, channels) if hook is not None]
     if not hooks:
-        raise RecipeError("prune: 'sites' leaves nothing that may be cut.")
+        raise RecipeError("prune: 'sites' leaves nothing to cut in any tower.")
     details = train(model, settings, terms, context, hooks)
     if search is not None:
         _refuse_unfinished(search, details)
         details |= {"mask_updates": search.updates, "samples_left_out": search.seen.left_out}
-    for block, keep in gates.keeps():
-        surgery.cut(block, keep)
+    for part, mask in gates.part_masks():
+        surgery.cut(part, mask)
     gates.remove()
     if channels is not None:
         details |= channels.cut()
-    kept = counts(model.module)["block_params"] / before
+    kept = anatomy.counts(model.module)["block_params"] / before
     shapes = surgery.shapes(model.module)
     return model, details | {"criterion": settings.criterion, "block_params_kept": round(kept, 4), "shapes": shapes}
 
 
-def _convolutional(settings: Prune, model: Model, context: Context) -> ConvPruning | None:
-    """Return what scores and cuts the image tower when it is convolutional and may be cut."""
-    limit = settings.budget.image or (settings.budget if settings.budget.text is None else None)
-    if limit is None or not settings.sites.image or not convnets.is_convnet(model.module):
+def _conv_pruning(settings: Prune, model: Model, context: Context) -> ConvPruning | None:
+    """Return what scores and cuts a convolutional tower, if there is one that may be cut."""
+    target = settings.budget.target_of(convnets.TOWER)
+    may_be_cut = settings.sites.get(convnets.TOWER, DEFAULT_KINDS)
+    if target is None or not may_be_cut or not convnets.is_convnet(model.module):
         return None
     align, floor = settings.align.channels, settings.floor.channels
-    return ConvPruning(model.module, settings.criterion, limit, align=align, floor=floor, seed=context.seed)
+    return ConvPruning(model.module, settings.criterion, target, align=align, floor=floor, seed=context.seed)
 
 
 def _refuse_unfinished(search: Search, details: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""OpenAI's naming: the architecture is told by the shapes, heads are 64 wide, the activation is QuickGELU.
+"""OpenAI's naming: shapes tell the architecture, heads are 64 wide, the activation is QuickGELU.
 
-The formats that keep these names build on this file.
+Other formats that keep these names use the functions of this file.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from clipress.data.tokens import check_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, ClipressError, RecipeError
 from clipress.models import anatomy, surgery
-from clipress.models.importers import NOTES, State
+from clipress.models.importers.base import IMPORTERS, Importer
 from clipress.models.load import Model, build, refuse_absurd
+from clipress.models.weights_file import NOTES, State
 from clipress.recipe import checked
 
 HEAD = 64
@@ -27,22 +28,28 @@ ROOTS = {
 }
 
 
-def recognises(state: State) -> bool:
-    """Tell by the numbers beside the weights: without them the file could as well be open_clip's."""
-    return not NOTES.isdisjoint(state) and "text_projection" in state
+@IMPORTERS.register("openai")
+class OpenAI(Importer):
+    """Recognised by the numbers beside the weights; without them the file could as well be open_clip's."""
 
+    priority = 40
 
-def clip_from_state(state: State, model_name: str | None) -> Model:
-    """Build the model that the shapes tell; names and shapes must fit to the last one."""
-    refuse_name(model_name)
-    weights = {name: tensor for name, tensor in state.items() if name not in NOTES}
-    return model_from_weights(architecture_from_shapes(weights, quick_gelu=True), weights)
+    def recognises(self, state: State) -> bool:
+        return not NOTES.isdisjoint(state) and "text_projection" in state
+
+    def model_from_state(self, state: State, model_name: str | None) -> Model:
+        """Build the model that the shapes describe; every name and shape has to fit."""
+        refuse_name(model_name)
+        weights = {name: tensor for name, tensor in state.items() if name not in NOTES}
+        return model_from_weights(architecture_from_shapes(weights, quick_gelu=True), weights)
 
 
 def refuse_name(model_name: str | None) -> None:
     """Raise RecipeError for a model name, where shapes tell the architecture."""
     if model_name is not None:
-        raise RecipeError(f"model '{model_name}' was given, and this format tells its architecture: leave it out.")
+        raise RecipeError(
+            f"expected no model name, found '{model_name}': this format tells its architecture. Leave it out."
+        )
 
 
 def root(name: str) -> str:
@@ -51,11 +58,11 @@ def root(name: str) -> str:
 
 
 def shape(state: State, name: str, sides: int) -> tuple[int, ...]:
-    """Return a tensor's shape; ArtifactError when it is not there or has another number of sides."""
+    """Return a tensor's shape. Raises ArtifactError when the tensor is missing or has another number of sides."""
     if name not in state:
         raise ArtifactError(f"tensor {name} is missing.")
     if state[name].ndim != sides:
-        raise ArtifactError(f"tensor {name} has shape {list(state[name].shape)}; {sides} sides are asked for.")
+        raise ArtifactError(f"tensor {name}: expected {sides} sides, found shape {list(state[name].shape)}.")
     return tuple(state[name].shape)
 
 
@@ -93,17 +100,17 @@ def _resnet(state: State) -> dict[str, Any]:
 def _heads(name: str, width: int) -> int:
     if width % HEAD:
         raise ArtifactError(
-            f"tensor {name} tells a width of {width}; heads are {HEAD} wide here, a multiple is needed."
+            f"tensor {name}: expected a width that is a multiple of {HEAD}, the head width; found {width}."
         )
     return width // HEAD
 
 
 def _grid(state: State, name: str) -> int:
-    """Return how many patches are in a row, of a square and one more position."""
+    """Return the patches in a row, from the positions of a square of patches and one class token."""
     positions = shape(state, name, 2)[0]
     side = math.isqrt(positions - 1)
     if side < 1 or side * side + 1 != positions:
-        raise ArtifactError(f"tensor {name} has {positions} positions; a square and one more are asked for.")
+        raise ArtifactError(f"tensor {name}: expected a square number of positions plus one, found {positions}.")
     return side
 
 
@@ -117,7 +124,7 @@ def model_from_weights(
     preprocess: Mapping[str, Any] | None = None,
     shapes: dict[str, dict[str, Any]] | None = None,
 ) -> Model:
-    """Put weights in stock naming into the model of an architecture, whose blocks may be narrower (`shapes`).
+    """Put weights in stock naming into the model of an architecture, whose parts may be narrower (`shapes`).
 
     Every name and shape is compared before memory is taken. Raises ArtifactError naming the first tensor that is wrong.
     """
@@ -133,8 +140,8 @@ def model_from_weights(
     except ClipressError:
         raise
     except Exception as error:  # a config can fail anywhere in open_clip
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"open_clip cannot build its architecture: {told}.") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"open_clip cannot build its architecture: {reason}.") from None
     _compare(wanted, weights)
     tokenizer = tokenizer_spec(architecture)
     check_spec(tokenizer)
@@ -142,7 +149,7 @@ def model_from_weights(
     model.load_state_dict(_own(model, weights))
     height, width = anatomy.image_size(model)
     if height != width:
-        raise ArtifactError(f"it wants pictures of {height} x {width} pixels; clipress works on square ones.")
+        raise ArtifactError(f"expected a model for square images, found {height} x {width} pixels.")
     known = checked(Preprocess, {"size": height, **(preprocess or {})}, "preprocess")
     return Model(model.eval(), architecture, known, tokenizer)
 
@@ -150,15 +157,15 @@ def model_from_weights(
 def _compare(wanted: State, weights: State) -> None:
     for name, tensor in wanted.items():
         if name not in weights:
-            raise ArtifactError(f"tensor {name} is missing; its architecture asks for it.")
+            raise ArtifactError(f"tensor {name} is missing; its architecture needs it.")
         found = weights[name]
         if found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point():
             raise ArtifactError(
-                f"tensor {name} is {found.dtype} {list(found.shape)}; {tensor.dtype} {list(tensor.shape)} is asked for "
-                "by its architecture."
+                f"tensor {name}: expected {tensor.dtype} {list(tensor.shape)} by its architecture, found {found.dtype} "
+                f"{list(found.shape)}."
             )
         if not math.isfinite(found.sum(dtype=torch.float64)):
-            raise ArtifactError(f"tensor {name} has values that are not finite; its training had diverged.")
+            raise ArtifactError(f"tensor {name} has values that are not finite: its training diverged.")
     if unknown := sorted(weights.keys() - wanted.keys()):
         raise ArtifactError(f"{len(unknown)} tensors have no place in its architecture: {', '.join(unknown[:5])}.")
 
@@ -166,14 +173,14 @@ def _compare(wanted: State, weights: State) -> None:
 def _own(model: nn.Module, weights: State) -> dict[str, Tensor]:
     """Rename stock attention weights to ours, in fp32; the counterpart of `surgery.stock_weights`.
 
-    q, k and v have equally many rows in every foreign format.
+    q, k and v have equally many rows in every third-party format.
     """
     own = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    for block in anatomy.blocks(model):
-        at = f"{block.name}.attn."
+    for part in anatomy.attentions(model):
+        at = f"{part.name}."
         for kind in ("weight", "bias"):
             if f"{at}in_proj_{kind}" in own:
-                parts = own.pop(f"{at}in_proj_{kind}").chunk(3)
-                own |= {f"{at}{part}.{kind}": rows for part, rows in zip("qkv", parts, strict=True)}
+                chunks = own.pop(f"{at}in_proj_{kind}").chunk(3)
+                own |= {f"{at}{name}.{kind}": rows for name, rows in zip("qkv", chunks, strict=True)}
                 own[f"{at}out.{kind}"] = own.pop(f"{at}out_proj.{kind}")
     return own

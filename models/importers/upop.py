@@ -1,7 +1,7 @@
-"""UPop and CLIP-KDPruning: {"model": ...} in OpenAI's naming, with a momentum twin, queues and perhaps search masks.
+"""UPop and CLIP-KDPruning: {"model": ...} in OpenAI's naming, with a momentum copy, queues and perhaps search masks.
 
-Blocks may be slimmed: every head of a layer keeps the same k dims, rows are q, k, v, each head after head. The published
-code divides the logits by sqrt(k) once k is less than 64, so its retrained weights need that; it is kept.
+Blocks may be slimmed: every head of a layer keeps the same k dims; the rows are q, k, v, each head after head. The published
+code divides the logits by sqrt(k) once k is less than 64, so its retrained weights need that scale, and it is kept.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from clipress.errors import ArtifactError
-from clipress.models.importers import State
+from clipress.models.importers.base import IMPORTERS, Importer
 from clipress.models.importers.openai import (
     HEAD,
     ROOTS,
@@ -22,31 +22,38 @@ from clipress.models.importers.openai import (
     shape,
 )
 from clipress.models.load import Model
+from clipress.models.weights_file import State
 
 log = logging.getLogger("clipress.models")
 _IN_PROJ = re.compile(r"(visual\.)?transformer\.resblocks\.\d+\.attn\.in_proj_weight")
 
 
-def recognises(state: State) -> bool:
-    """Tell by the momentum twin, or by attention narrower than the model."""
-    twin = any(root(name) == "visual_m" for name in state)
-    return "text_projection" in state and (twin or any(_is_slim(state, name) for name in state))
+@IMPORTERS.register("upop")
+class Upop(Importer):
+    """Recognised by the momentum copy, or by attention narrower than the model."""
+
+    priority = 20
+
+    def recognises(self, state: State) -> bool:
+        has_copy = any(root(name) == "visual_m" for name in state)
+        return "text_projection" in state and (has_copy or any(_is_slim(state, name) for name in state))
+
+    def model_from_state(self, state: State, model_name: str | None) -> Model:
+        """Build the model, slim or dense, that computes what the published code computes from this file."""
+        refuse_name(model_name)
+        masks = [tensor for name, tensor in state.items() if "alpha" in name]
+        if any(bool((mask != 1).any()) for mask in masks):
+            log.warning(
+                "The file holds search masks that are not all 1. They are ignored: the model is the unmasked one."
+            )
+        weights = {name: tensor for name, tensor in state.items() if root(name) in ROOTS and "alpha" not in name}
+        architecture = architecture_from_shapes(weights, quick_gelu=True)
+        return model_from_weights(architecture, weights, shapes=_shapes(weights, architecture))
 
 
 def _is_slim(state: State, name: str) -> bool:
     sides = state[name].shape
     return _IN_PROJ.fullmatch(name) is not None and len(sides) == 2 and sides[0] != 3 * sides[1]
-
-
-def clip_from_state(state: State, model_name: str | None) -> Model:
-    """Build the model, slim or dense, that computes what the published code computes from this file."""
-    refuse_name(model_name)
-    masks = [tensor for name, tensor in state.items() if "alpha" in name]
-    if any(bool((mask != 1).any()) for mask in masks):
-        log.warning("The file holds search masks that are not all 1. They are ignored: the model is the unmasked one.")
-    weights = {name: tensor for name, tensor in state.items() if root(name) in ROOTS and "alpha" not in name}
-    architecture = architecture_from_shapes(weights, quick_gelu=True)
-    return model_from_weights(architecture, weights, shapes=_shapes(weights, architecture))
 
 
 def _shapes(weights: State, architecture: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -58,7 +65,7 @@ def _shapes(weights: State, architecture: dict[str, Any]) -> dict[str, dict[str,
             rows = shape(weights, f"{at}.attn.in_proj_weight", 2)[0]
             if rows % (3 * heads):
                 raise ArtifactError(
-                    f"tensor {at}.attn.in_proj_weight has {rows} rows; q, k and v of {heads} equal heads are asked for."
+                    f"tensor {at}.attn.in_proj_weight: expected rows of q, k and v for {heads} equal heads, found {rows} rows."
                 )
             dim = rows // (3 * heads)
             ffn = shape(weights, f"{at}.mlp.c_fc.weight", 2)[0]

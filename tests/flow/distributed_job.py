@@ -57,7 +57,7 @@ def case(local, embed_dim):
         assert labelled[0] != labelled[1]
     _, parts, finite = learner.gradients(STEP, arrays, ())
     assert finite
-    sums = Accumulator(CRITERIA["fisher"], gates.sites)
+    sums = Accumulator(CRITERIA["fisher"](), gates.sites)
     sums.add()
     seen = {
         "losses": {name: fabric.all_reduce(part.detach(), reduce_op="mean").item() for name, part in parts.items()},

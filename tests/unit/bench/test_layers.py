@@ -52,7 +52,7 @@ def test_the_layers_of_a_model_add_up_to_it_whatever_its_image_tower_is(model):
     resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
     convolutional = {"embed_dim": 16, "vision_cfg": resnet, "text_cfg": text}
     for one in (model, new_model(convolutional, 0)):
-        one.module.eval()  # batch norms need more than one picture otherwise
+        one.module.eval()  # batch norms need more than one image otherwise
         rows = layer_costs(one)
         assert sum(row["params"] for row in rows) == anatomy.counts(one.module)["params"] - 1  # logit_scale
         assert all(row["macs"] >= 0 and row["params"] >= 0 for row in rows)

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
-from clipress.compress.prune.budget import Limit
-from clipress.compress.prune.convnets import ConvPruning, Costs, narrowed
+from clipress.compress.prune.budget import Target
+from clipress.compress.prune.convnets import ConvPruning, Costs, choose_widths
 from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import train
 from clipress.data.spec import DataSpec, SourceSpec
@@ -88,7 +88,7 @@ def features(model):
 def pruned(tower, **limit):
     """Return the model before and after a random cut."""
     model = fresh_model(tower)
-    ConvPruning(model, "random", Limit(**limit or {"params": 0.7}), align=4).cut()
+    ConvPruning(model, "random", Target(**limit or {"params": 0.7}), align=4).cut()
     return fresh_model(tower), model
 
 
@@ -131,7 +131,7 @@ def counted(model, unit):
 @pytest.mark.parametrize(("unit", "fraction"), [("params", 0.7), ("params", 0.9), ("macs", 0.5)])
 def test_a_budget_is_met_within_one_aligned_step(tower, unit, fraction):
     uncut, cut = fresh_model(tower), fresh_model(tower)
-    pruning = ConvPruning(cut, "random", Limit(**{unit: fraction}), align=4)
+    pruning = ConvPruning(cut, "random", Target(**{unit: fraction}), align=4)
     costs = pruning.costs
     largest = max(costs.saved(costs.widths, site, 4) for site in range(len(costs.widths)))
     record = pruning.cut()
@@ -147,10 +147,10 @@ def test_steps_are_cut_in_the_order_of_worth_per_cost():
     # the first six of site 0 (to a multiple of 8) are worth 15 and cost 6 * (9 * 16 + 10): 0.016 each; eight of site 1
     # are worth 12 and cost 8 * (9 * 22 + 10) at first: 0.007
     first, second = 8 * (9 * 22 + 10), 6 * (9 * 8 + 10)
-    assert narrowed(costs, scores, 1_000_000 - 1, [8, 8], align=8) == [22, 8]
+    assert choose_widths(costs, scores, 1_000_000 - 1, [8, 8], align=8) == [22, 8]
     assert costs.of([22, 8]) == 1_000_000 - first
-    assert narrowed(costs, scores, 1_000_000 - first, [8, 8], align=8) == [22, 8]
-    assert narrowed(costs, scores, 1_000_000 - first - 1, [8, 8], align=8) == [16, 8]
+    assert choose_widths(costs, scores, 1_000_000 - first, [8, 8], align=8) == [22, 8]
+    assert choose_widths(costs, scores, 1_000_000 - first - 1, [8, 8], align=8) == [16, 8]
     assert costs.of([16, 8]) == 1_000_000 - first - second
 
 
@@ -161,7 +161,7 @@ def test_an_absolute_budget_is_met():
 
 def test_widths_are_aligned_and_above_their_floor(tower):
     model = fresh_model(tower)
-    pruning = ConvPruning(model, "random", Limit(params=0.95), align=4, floor=0.3)
+    pruning = ConvPruning(model, "random", Target(params=0.95), align=4, floor=0.3)
     pruning.fraction = pruning.costs.of(pruning.least) / pruning.costs.total  # all that may go
     before, _, after = conv_shapes(model), pruning.cut(), conv_shapes(model)
     changed = 0
@@ -190,13 +190,13 @@ def test_what_the_head_reads_keeps_its_width(name):
     ],
 )
 def test_every_set_of_channels_that_can_go_is_found(tower, stem, streams, inside):
-    assert len(ConvPruning(fresh_model(tower), "random", Limit(params=0.99)).sites) == stem + streams + inside
+    assert len(ConvPruning(fresh_model(tower), "random", Target(params=0.99)).sites) == stem + streams + inside
 
 
 def test_grouped_convolutions_are_left_whole():
     model = fresh_model("resnet")
     model.visual.trunk.layer1[0].conv2 = nn.Conv2d(32, 32, 3, padding=1, groups=4)
-    sites = ConvPruning(model, "random", Limit(params=0.99)).sites
+    sites = ConvPruning(model, "random", Target(params=0.99)).sites
     touched = {name for site in sites for name in (*site.made_by, *site.read_by)}
     assert "visual.trunk.layer1.0.conv2" not in touched and "visual.trunk.layer2.0.conv2" in touched
 
@@ -205,15 +205,15 @@ def test_grouped_convolutions_are_left_whole():
 def test_looking_at_a_tower_changes_nothing_in_it(training):
     model = fresh_model("modified resnet").train(training)
     before = copy.deepcopy(model.state_dict())
-    ConvPruning(model, "fisher", Limit(macs=0.5))
+    ConvPruning(model, "fisher", Target(macs=0.5))
     assert model.visual.training is training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_frozen_tower_is_cut_like_any_other():
     model = fresh_model("efficientnet")
-    wanted = ConvPruning(model, "random", Limit(macs=0.5)).sites
-    assert ConvPruning(model.requires_grad_(False), "random", Limit(macs=0.5)).sites == wanted
+    wanted = ConvPruning(model, "random", Target(macs=0.5)).sites
+    assert ConvPruning(model.requires_grad_(False), "random", Target(macs=0.5)).sites == wanted
 
 
 def loss_of(model, batch):
@@ -223,7 +223,7 @@ def loss_of(model, batch):
 @pytest.mark.parametrize(("criterion", "power"), [("fisher", 2), ("taylor", 1)])
 def test_scores_are_those_of_a_gate_on_what_is_read(tower, criterion, power):
     model = fresh_model(tower)
-    pruning = ConvPruning(model, criterion, Limit(params=0.9))
+    pruning = ConvPruning(model, criterion, Target(params=0.9))
     found, batches = layers(model), pixels(model, 4).split(2)
     for batch in batches:
         model.zero_grad()
@@ -254,13 +254,13 @@ def test_magnitude_cuts_the_channels_with_the_smallest_weights():
         block.conv2.weight[:, weak] *= 1e-4
     strong = [i for i in range(32) if i not in weak]
     wanted = block.bn1.weight[strong].clone()
-    ConvPruning(model, "magnitude", Limit(params=0.9999), align=4).cut()
+    ConvPruning(model, "magnitude", Target(params=0.9999), align=4).cut()
     assert torch.equal(block.bn1.weight, wanted)
 
 
 def test_a_micro_batch_that_is_not_finite_is_left_out_and_counted():
     model = fresh_model("resnet")
-    pruning = ConvPruning(model, "fisher", Limit(params=0.8))
+    pruning = ConvPruning(model, "fisher", Target(params=0.8))
     loss_of(model, pixels(model)).backward()
     pruning.add()
     wanted = [total.clone() for total in pruning.scores()]
@@ -272,14 +272,14 @@ def test_a_micro_batch_that_is_not_finite_is_left_out_and_counted():
 
 def test_a_search_that_saw_no_gradient_says_so():
     with pytest.raises(ClipressError, match="fisher saw no finite gradient"):
-        ConvPruning(fresh_model("resnet"), "fisher", Limit(params=0.8)).cut()
+        ConvPruning(fresh_model("resnet"), "fisher", Target(params=0.8)).cut()
 
 
 def test_the_training_loop_feeds_the_scores(tmp_path):
     architecture = tiny_architecture(layers=1) | {"vision_cfg": TOWERS["resnet"]["vision_cfg"], "custom_text": True}
     model = new_model(architecture, 0)
     data = DataSpec(train=(SourceSpec(format="digits", limit=16),))
-    pruning = ConvPruning(model.module, "fisher", Limit(params=0.7))
+    pruning = ConvPruning(model.module, "fisher", Target(params=0.7))
     context = Context(start_fabric(Runtime(accelerator="cpu", precision="fp32")), data, 0, title="t")
     train(model, Training(steps=2, batch_size=4), {"contrastive": 1.0}, context, [pruning])
     assert pruning.taken_in == 2 and all(score.sum() > 0 for score in pruning.scores())
@@ -316,29 +316,29 @@ def test_a_cut_tower_is_exported_and_agrees(tower, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), features(cut), atol=1e-4, rtol=1e-4)
 
 
-def test_convolutional_towers_are_told_from_transformers(tower):
+def test_convolutional_towers_are_not_taken_for_transformers(tower):
     assert is_convnet(build(TOWERS[tower]))
     assert not is_convnet(build(tiny_architecture(layers=1)))
 
 
 def test_an_impossible_budget_says_the_smallest_possible():
     with pytest.raises(
-        RecipeError, match=r"params 0\.050 of the image tower was asked for.*possible is 0\.\d+"
-    ) as told:
-        ConvPruning(fresh_model("modified resnet"), "random", Limit(params=0.05), align=4)
-    smallest = float(str(told.value).split("possible is ")[1].split()[0])
-    ConvPruning(fresh_model("modified resnet"), "random", Limit(params=smallest + 0.001), align=4)
+        RecipeError, match=r"params 0\.050 of the image tower cannot be met.*possible is 0\.\d+"
+    ) as caught:
+        ConvPruning(fresh_model("modified resnet"), "random", Target(params=0.05), align=4)
+    smallest = float(str(caught.value).split("possible is ")[1].split()[0])
+    ConvPruning(fresh_model("modified resnet"), "random", Target(params=smallest + 0.001), align=4)
 
 
 @pytest.mark.parametrize(
-    ("criterion", "limit", "told"),
+    ("criterion", "limit", "message"),
     [
-        ("upop", Limit(params=0.5), "upop was asked for.*fisher, taylor, magnitude, random"),
-        ("fisher", Limit(latency=0.5), "latency was asked for.*params or macs"),
+        ("upop", Target(params=0.5), "upop cannot score.*Use one of fisher, taylor, magnitude, random"),
+        ("fisher", Target(latency=0.5), "latency is not known.*params or macs"),
     ],
 )
-def test_what_convolutions_cannot_do_is_refused(criterion, limit, told):
-    with pytest.raises(RecipeError, match=told):
+def test_what_convolutions_cannot_do_is_refused(criterion, limit, message):
+    with pytest.raises(RecipeError, match=message):
         ConvPruning(fresh_model("resnet"), criterion, limit)
 
 
@@ -347,7 +347,7 @@ DEPTHWISE = "visual.trunk.blocks.3.0.conv_dw"
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "told"),
+    ("name", "change", "message"),
     [
         (LAYER, None, f"do not describe layer {LAYER}"),
         (LAYER, {"out": "many", "in": 24, "groups": 1}, f"do not describe layer {LAYER}"),
@@ -357,8 +357,8 @@ DEPTHWISE = "visual.trunk.blocks.3.0.conv_dw"
         ("visual.trunk.blocks.9", {"out": 1, "in": 1, "groups": 1}, "name layer visual.trunk.blocks.9"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(name, change, told):
+def test_sizes_that_cannot_be_are_refused(name, change, message):
     shapes = conv_shapes(build(TOWERS["efficientnet"]))
     shapes[name] = change
-    with pytest.raises(ArtifactError, match=told):
+    with pytest.raises(ArtifactError, match=message):
         reshape_convs(build(TOWERS["efficientnet"]), shapes)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from clipress.compress.prune.budget import Align, Floor, cost_curves, keep_masks
+from clipress.compress.prune.budget import Align, Floor, keep_masks
+from clipress.compress.prune.costs import cost_model
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates, sites
 from clipress.compress.prune.schedule import SCHEDULES, progress
@@ -41,6 +42,13 @@ def per_sample_losses(model):
     return model.encode_image(pixels).square().sum(1) + model.encode_text(ids).pow(3).sum(1)
 
 
+def cut_as_masked(gates):
+    masks = gates.part_masks()
+    gates.remove()
+    for part, mask in masks:
+        surgery.cut(part, mask)
+
+
 CHOICES = [("separate", None), ("upop", None), ("separate", HEADS)]
 
 
@@ -65,10 +73,7 @@ def test_masked_by_gates_equals_cut(space, wanted):
     pixels, ids = inputs()
     with torch.no_grad():
         wanted = model.encode_image(pixels), model.encode_text(ids)
-    keeps = gates.keeps()
-    gates.remove()
-    for block, keep in keeps:
-        surgery.cut(block, keep)
+    cut_as_masked(gates)
     with torch.no_grad():
         for a, b in zip(wanted, (model.encode_image(pixels), model.encode_text(ids)), strict=True):
             torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
@@ -111,19 +116,16 @@ def test_costs_are_what_cutting_really_saves(space, wanted):
         site = gates.sites[index]
         levels = 1 if site.kind == "heads" else 3
         site.mask[:, -levels:] = 0
-        keeps = gates.keeps()
-        gates.remove()
-        for block, keep in keeps:
-            surgery.cut(block, keep)
+        cut_as_masked(gates)
         saved = anatomy.counts(whole)["params"] - anatomy.counts(model)["params"]
         assert (saved, macs(whole) - macs(model)) == (levels * site.params, levels * site.macs), site.name
 
 
 def test_criteria_sum_what_they_say():
     gradient = torch.tensor([[[1.0, -2.0]], [[3.0, 2.0]]])  # two samples, two units
-    assert CRITERIA["fisher"].summed(gradient).tolist() == [[10.0, 8.0]]
-    assert CRITERIA["taylor"].summed(gradient).tolist() == [[4.0, 4.0]]
-    assert CRITERIA["upop"].summed(gradient).tolist() == [[-4.0, 0.0]]  # largest positive sum goes first
+    assert CRITERIA["fisher"]().summed(gradient).tolist() == [[10.0, 8.0]]
+    assert CRITERIA["taylor"]().summed(gradient).tolist() == [[4.0, 4.0]]
+    assert CRITERIA["upop"]().summed(gradient).tolist() == [[-4.0, 0.0]]  # largest positive sum goes first
 
 
 def test_a_sample_that_is_not_finite_is_left_out_and_counted():
@@ -133,7 +135,7 @@ def test_a_sample_that_is_not_finite_is_left_out_and_counted():
     with torch.no_grad():
         gates.sites[0].copies[0].grad[1, 0, 0] = float("nan")
         wanted = gates.sites[1].gradient()[[0, 2]].double().square().sum(0)
-    seen = Accumulator(CRITERIA["fisher"], gates.sites)
+    seen = Accumulator(CRITERIA["fisher"](), gates.sites)
     seen.add()
     assert seen.left_out == 1
     torch.testing.assert_close(seen.sums[1], wanted)
@@ -142,15 +144,15 @@ def test_a_sample_that_is_not_finite_is_left_out_and_counted():
 
 def masks(model, scores=None, fraction=0.5, unit="params", align=(4, 16), floor=(0.2, 0.1), per_cost=True):
     found = sites(model, "separate")
-    curves, total, fixed = cost_curves(model, found, unit)
+    costs = cost_model(model, found, unit)
     generator = torch.Generator().manual_seed(0)
     scores = scores or [torch.rand(s.groups, s.units, generator=generator) for s in found]
     kept = keep_masks(
-        found, scores, curves, fraction=fraction, unit=unit, total=total, fixed=fixed, per_cost=per_cost,
+        found, scores, costs, fraction, per_cost=per_cost,
         align=Align(head_dim=align[0], ffn=align[1]), floor=Floor(head_dim=floor[0], ffn=floor[1]),
     )  # fmt: skip
-    cost = fixed + sum(int(mask[0].sum()) * getattr(s, unit) for mask, s in zip(kept, found, strict=True))
-    return found, scores, kept, cost, total
+    cost = costs.fixed + sum(int(mask[0].sum()) * getattr(s, unit) for mask, s in zip(kept, found, strict=True))
+    return found, scores, kept, cost, costs.total
 
 
 @pytest.mark.parametrize("unit", ["params", "macs"])
@@ -179,7 +181,7 @@ def test_what_stays_is_worth_more_than_what_goes():
 
 
 def test_an_impossible_budget_says_the_smallest_possible():
-    with pytest.raises(RecipeError, match=r"params 0\.050 was asked for.*smallest possible is 0\.\d+"):
+    with pytest.raises(RecipeError, match=r"params 0\.050 cannot be met.*smallest possible is 0\.\d+"):
         masks(tiny(), fraction=0.05)
 
 
@@ -206,18 +208,18 @@ def test_upops_schedule_is_the_published_formula():
 
 def test_all_heads_and_all_hidden_units_of_a_layer_may_go():
     model = tiny()
-    block = anatomy.blocks(model)[0]
+    attn, ffn = anatomy.blocks(model)[0].parts
     masked = copy.deepcopy(model)
-    twin = anatomy.blocks(masked)[0]
+    masked_attn, masked_ffn = anatomy.blocks(masked)[0].parts
     with torch.no_grad():
-        twin.attn.out.weight.zero_()
-        twin.ffn_out.weight.zero_()
-    none = torch.zeros(2, 16, dtype=torch.bool)
-    surgery.cut(block, surgery.Keep(~none, ~none, torch.zeros(128, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)))
+        masked_attn.module.out.weight.zero_()
+        masked_ffn.linear_out.weight.zero_()
+    surgery.cut(attn, surgery.AttnMask(heads=torch.zeros(2, dtype=torch.bool)))
+    surgery.cut(ffn, surgery.FfnMask(torch.zeros(128, dtype=torch.bool)))
     pixels, _ = inputs()
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(pixels), masked.encode_image(pixels), atol=1e-5, rtol=1e-5)
-    assert surgery.shapes(model)[block.name] | {"scale": 0} == {
+    assert surgery.shapes(model)[attn.block] | {"scale": 0} == {
         "heads": 0,
         "qk_dim": 0,
         "v_dim": 0,
@@ -234,10 +236,12 @@ def test_all_heads_and_all_hidden_units_of_a_layer_may_go():
 def test_cutting_keeps_the_type_of_the_weights(dtype):
     model = tiny().to(dtype)
     block = anatomy.blocks(model)[0]
+    attn, ffn = block.parts
     half = torch.arange(16).expand(2, 16) < 8
-    surgery.cut(block, surgery.Keep(half, half, torch.arange(128) < 40))
+    surgery.cut(attn, surgery.AttnMask(half, half))
+    surgery.cut(ffn, surgery.FfnMask(torch.arange(128) < 40))
     assert {p.dtype for p in block.module.parameters()} == {dtype}
-    assert block.attn.q.weight.shape == (16, 32)
+    assert attn.module.q.weight.shape == (16, 32)
 
 
 def test_heads_and_their_dims_are_not_searched_together():
@@ -248,7 +252,7 @@ def test_heads_and_their_dims_are_not_searched_together():
 
 
 @pytest.mark.parametrize(
-    ("budget", "told"),
+    ("budget", "message"),
     [
         ({}, "exactly one of params"),
         ({"params": 0.5, "macs": 0.5}, "exactly one of params"),
@@ -256,10 +260,10 @@ def test_heads_and_their_dims_are_not_searched_together():
         ({"latency": 0.5}, "needs 'costs'"),
     ],
 )
-def test_a_budget_that_is_not_one_is_told(budget, told):
+def test_a_budget_needs_exactly_one_target(budget, message):
     from clipress.recipe import checked
 
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises(RecipeError, match=message):
         checked(Prune, {"budget": budget, "steps": 1}, "p")
 
 
@@ -290,8 +294,8 @@ class TestSearch:
 
     def test_a_site_that_cannot_be_aligned_says_why(self, caplog):
         model, _, _ = self.prune(budget={"params": 0.6}, align={"head_dim": 6, "ffn": 8})
-        assert "transformer.resblocks.0.qk has 16 units, which is no multiple of align (6)" in caplog.text
-        assert {block.attn.qk_dim for block in anatomy.blocks(model.module)} <= {6, 12, 16}
+        assert "transformer.resblocks.0.attn.qk has 16 units, which is no multiple of align (6)" in caplog.text
+        assert {part.module.qk_dim for part in anatomy.attentions(model.module)} <= {6, 12, 16}
 
     def test_each_tower_can_have_its_own_budget(self):
         _, _, kept = self.prune(budget={"image": {"params": 0.4}, "text": {"params": 0.8}})
@@ -309,8 +313,8 @@ class TestSearch:
         model, _, _ = self.prune(
             budget={"params": 0.75}, sites={"image": ["heads"], "text": ["heads"]}, floor={"heads": 0}
         )
-        assert {block.attn.heads for block in anatomy.blocks(model.module)} < {0, 1, 2}
-        assert all(block.attn.qk_dim in (0, 16) for block in anatomy.blocks(model.module))
+        assert {part.module.heads for part in anatomy.attentions(model.module)} < {0, 1, 2}
+        assert all(part.module.qk_dim in (0, 16) for part in anatomy.attentions(model.module))
 
     def test_a_cost_table_rules_a_latency_budget(self, tmp_path):
         import json
@@ -321,13 +325,13 @@ class TestSearch:
         (tmp_path / "costs.json").write_text(json.dumps(table))
         model, _, _ = self.prune(budget={"latency": 0.5, "costs": tmp_path / "costs.json"}, criterion="random")
         spent = sum(
-            block.attn.qk_dim / 16 + block.attn.v_dim / 16 + 8 * block.ffn_in.out_features / 128
-            for block in anatomy.blocks(model.module)
+            attn.module.qk_dim / 16 + attn.module.v_dim / 16 + 8 * ffn.hidden / 128
+            for attn, ffn in (block.parts for block in anatomy.blocks(model.module))
         )
         assert 9 <= spent <= 10  # of twenty
 
     def test_a_missing_cost_table_says_how_to_make_it(self, tmp_path):
-        with pytest.raises(RecipeError, match=r"no such file.*clipress bench costs"):
+        with pytest.raises(RecipeError, match=r"costs\.json does not exist.*clipress bench costs"):
             self.prune(budget={"latency": 0.5, "costs": tmp_path / "costs.json"})
 
     def test_the_probe_leaves_the_weights_gradients_alone(self):
@@ -357,15 +361,16 @@ class TestSearch:
 
     def test_a_convolutional_tower_refuses_a_criterion_it_has_no_gates_for(self):
         vision = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64, "patch_size": None}
-        with pytest.raises(RecipeError, match=r"upop was asked for.*convolutional"):
+        with pytest.raises(RecipeError, match=r"upop cannot score.*convolutional"):
             self.prune(tiny_architecture(layers=1) | {"vision_cfg": vision}, budget={"params": 0.8}, criterion="upop")
 
 
 def test_upops_own_count_is_36_to_1_and_for_its_own_criterion_alone():
     model = tiny()
     found = sites(model, "upop")
-    curves, total, fixed = cost_curves(model, found, "upop")
-    assert fixed == 0 and total == sum(36 * site.units if site.kind == "attn" else site.units for site in found)
-    assert [curve[1] for curve in curves] == [36 if site.kind == "attn" else 1 for site in found]
-    with pytest.raises(RecipeError, match="criterion upop alone"):
+    costs = cost_model(model, found, "upop")
+    assert costs.fixed == 0
+    assert costs.total == sum(36 * site.units if site.kind == "attn" else site.units for site in found)
+    assert [curve[1] for curve in costs.curves] == [36 if site.kind == "attn" else 1 for site in found]
+    with pytest.raises(RecipeError, match="gates of criterion upop"):
         Prune(budget={"upop": 0.5}, criterion="fisher", steps=1)

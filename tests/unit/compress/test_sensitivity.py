@@ -103,10 +103,10 @@ def test_nothing_is_kept_under_a_loose_limit(calibrated):
     assert keep_sensitive(model, sensitivities(model, names, samples), samples, limit=1.9)[0] == []
 
 
-def test_a_limit_that_no_layer_can_meet_is_told(calibrated):
+def test_a_limit_that_no_layer_can_meet_is_reported(calibrated):
     model, names, samples = calibrated
     report = sensitivities(model, names, samples)
-    with pytest.raises(RecipeError, match=r"max_damage 1e-12 .* leaves no module in INT8"):
+    with pytest.raises(RecipeError, match=r"max_damage 1e-12 .*leaves no module in INT8"):
         keep_sensitive(model, report, samples, limit=1e-12)
 
 
@@ -151,6 +151,6 @@ def test_training_goes_on_with_what_was_kept(digits):
     assert not dict(model.module.named_modules())[DELICATE].input_quantizer.is_enabled
 
 
-def test_no_report_unless_asked_for(digits):
+def test_no_report_by_default(digits):
     _, details = quantize.run(settings(), with_an_outlier(), digits)
     assert details == {"quantized_modules": 13, "steps": 0}

@@ -1,4 +1,4 @@
-"""SparseGPT's zeros and what it does with the weights that are left, against least squares."""
+"""SparseGPT's zeros and its adjusted weights, against least squares."""
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ def layer():
 
 def sparse(x):
     model = layer()
-    names, skipped, by_magnitude = zero_two_of_four(model, (lambda m: m(x)) if x is not None else None)
-    assert names == ["0.weight"] and not skipped and not by_magnitude
+    report = zero_two_of_four(model, (lambda m: m(x)) if x is not None else None)
+    assert report.weights == ["0.weight"] and not report.skipped and not report.by_magnitude
     assert is_two_of_four(model[0].weight)
     return model
 
@@ -121,12 +121,12 @@ def test_the_stage_leaves_a_plain_model_whose_zeros_hold():
     assert "sparse: visual.conv1 stays dense: 32 x 3: 2:4 needs a multiple of 8 x a multiple of 16" in said
 
 
-def test_what_sparsegpt_left_to_magnitude_is_listed_and_told():
+def test_what_sparsegpt_left_to_magnitude_is_listed_and_reported():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 16), nn.Linear(16, 12))
     zeros = zero_two_of_four(model, lambda m: m[0](correlated()))
     assert (zeros.weights, zeros.by_magnitude) == (["0.weight", "1.weight"], ["1.weight"])
-    assert sparsify.told(zeros) == [
+    assert sparsify.report_lines(zeros) == [
         "2:4 in 2 weights, 1 of them by magnitude",
         "2 stays dense: 12 x 16: 2:4 needs a multiple of 8 x a multiple of 16",
     ]

@@ -32,11 +32,10 @@ def sets():
 def artifact(tmp_path_factory):
     """A cut model, saved."""
     model = new_model(tiny_architecture(layers=1), 0)
-    for block in anatomy.blocks(model.module):
-        keep = surgery.Keep(
-            torch.arange(16).expand(2, 16) < 8, torch.arange(16).expand(2, 16) < 12, torch.arange(128) % 2 == 0
-        )
-        surgery.cut(block, keep)
+    for part in anatomy.attentions(model.module):
+        surgery.cut(part, surgery.AttnMask(torch.arange(16).expand(2, 16) < 8, torch.arange(16).expand(2, 16) < 12))
+    for part in anatomy.ffns(model.module):
+        surgery.cut(part, surgery.FfnMask(torch.arange(128) % 2 == 0))
     return save_artifact(
         artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), tmp_path_factory.mktemp("a") / "x"
     )

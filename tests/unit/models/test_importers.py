@@ -1,4 +1,4 @@
-"""Foreign checkpoints, written here in their exact layouts, against the models they came from."""
+"""Third-party checkpoints, written here in their exact layouts, against the models they came from."""
 
 import copy
 import functools
@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from clipress.artifact import load_artifact, save_artifact
 from clipress.errors import ArtifactError, RecipeError
 from clipress.models import surgery
-from clipress.models.importers import artifact_from_checkpoint, import_checkpoint
+from clipress.models.importers import IMPORTERS, Importer, artifact_from_checkpoint, detected, import_checkpoint
+from clipress.models.importers.open_clip import agreed_preprocess
 from clipress.models.load import new_model, save_for_open_clip
 from clipress.models.tiny import tiny_architecture
+from clipress.models.weights_file import weights_from_file
 from clipress.storage import sha256
 from clipress.tasks import model_from_artifact
 
@@ -70,7 +72,7 @@ def name(tmp_path_factory):
     return path.stem
 
 
-# each writer: state dict -> what the foreign code saves
+# each writer: state dict -> what the third-party code saves
 
 
 def upop(state, twin=None):
@@ -142,6 +144,50 @@ def test_a_checkpoint_computes_what_the_model_it_came_from_computes(case, name, 
     assert_same(model, outputs(stock))
     assert model.preprocess.size == 32 and model.tokenizer["context_length"] == 77
     torch.testing.assert_close(model.module.logit_scale, stock.logit_scale)
+
+
+SHIPPED = tuple(IMPORTERS)
+WRITERS = {
+    "tinyclip": tinyclip,
+    "upop": upop,
+    "clip-kd": clip_kd,
+    "openai": lambda state: {**state, **NOTES},
+    "open_clip": bare,
+}
+
+
+def test_every_importer_has_a_writer_here():
+    assert WRITERS.keys() == set(SHIPPED)
+
+
+@pytest.mark.parametrize("form", SHIPPED)
+def test_every_importer_is_detected_by_its_own_signs_and_reads_its_format(form, name, tmp_path):
+    quick_gelu = form in ("upop", "openai")
+    stock = source(quick_gelu)
+    torch.save(WRITERS[form](stock.state_dict()), tmp_path / "weights.pt")
+    assert detected(weights_from_file(tmp_path / "weights.pt")) == form
+    assert_same(import_checkpoint(tmp_path / "weights.pt", model=name if form == "open_clip" else None), outputs(stock))
+
+
+def test_a_registered_importer_is_detected_too(tmp_path):
+    @IMPORTERS.register("renamed")
+    class Renamed(Importer):
+        """A format whose names begin with `net.`."""
+
+        priority = 60
+
+        def recognises(self, state):
+            return any(key.startswith("net.") for key in state)
+
+        def model_from_state(self, state, model_name):
+            own = {key.removeprefix("net."): tensor for key, tensor in state.items()}
+            return IMPORTERS["openai"]().model_from_state(own, model_name)
+
+    stock = source(quick_gelu=True)
+    torch.save({f"net.{key}": tensor for key, tensor in stock.state_dict().items()}, tmp_path / "weights.pt")
+    assert_same(import_checkpoint(tmp_path / "weights.pt"), outputs(stock))
+    (record,) = artifact_from_checkpoint(tmp_path / "weights.pt").lineage
+    assert record["format"] == "renamed"
 
 
 def test_the_activation_of_the_formats_differs_so_the_comparison_can_fail(tmp_path):
@@ -290,7 +336,7 @@ def test_slimmed_upop_is_recognised_without_its_momentum_twin(tmp_path):
     assert_same(import_checkpoint(tmp_path / "slim.pth"), reference_outputs(state))
 
 
-def test_masks_that_were_not_applied_are_told(tmp_path, caplog):
+def test_masks_that_were_not_applied_are_reported(tmp_path, caplog):
     saved = upop(source().state_dict())
     saved["model"]["transformer.resblocks.0.alpha"][..., 3] = 0
     torch.save(saved, tmp_path / "search.pth")
@@ -298,10 +344,10 @@ def test_masks_that_were_not_applied_are_told(tmp_path, caplog):
     assert "search masks that are not all 1" in caplog.text
 
 
-def test_the_shapes_survive_saving_and_loading_the_artefact(slim_file, tmp_path):
+def test_the_shapes_survive_saving_and_loading_the_artifact(slim_file, tmp_path):
     artifact = artifact_from_checkpoint(slim_file)
-    save_artifact(artifact, tmp_path / "artefact")
-    read = load_artifact(tmp_path / "artefact")
+    save_artifact(artifact, tmp_path / "artifact")
+    read = load_artifact(tmp_path / "artifact")
     assert read.shapes == artifact.shapes and read.counts == artifact.counts
     wanted = outputs(import_checkpoint(slim_file).module)
     for found, want in zip(outputs(model_from_artifact(read).module), wanted, strict=True):
@@ -342,27 +388,27 @@ def folder(tmp_path):
 
 def test_a_folder_without_weights_is_refused(folder):
     (folder / "open_clip_model.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=r"none of open_clip_model\.safetensors.*never made up"):
+    with pytest.raises(ArtifactError, match=r"expected a weights file.*open_clip_model\.safetensors.*found none"):
         import_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (None, "no open_clip_config.json"),
         ("{", "not readable JSON"),
         ("[]", "lacks model_cfg"),
         ('{"model_cfg": {"vision_cfg": 3, "text_cfg": {}}}', "lacks model_cfg"),
         ('{"model_cfg": {"vision_cfg": {"width": -4}, "text_cfg": {}, "embed_dim": 8}}', "cannot build"),
-        ('{"model_cfg": {"vision_cfg": {}, "text_cfg": {}, "embed_dim": 8}}', "is asked for by its architecture"),
+        ('{"model_cfg": {"vision_cfg": {}, "text_cfg": {}, "embed_dim": 8}}', "by its architecture, found"),
     ],
 )
-def test_a_folder_with_a_bad_config_is_told(folder, text, told):
+def test_a_folder_with_a_bad_config_is_reported(folder, text, message):
     config = folder / "open_clip_config.json"
     config.unlink()
     if text is not None:
         config.write_text(text)
-    with pytest.raises((ArtifactError, RecipeError), match=told):
+    with pytest.raises((ArtifactError, RecipeError), match=message):
         import_checkpoint(folder)
 
 
@@ -374,13 +420,13 @@ def test_a_config_that_asks_for_a_download_is_not_followed(folder):
     assert "timm_model_pretrained" not in import_checkpoint(folder).architecture["vision_cfg"]
     config["model_cfg"]["text_cfg"] = {"hf_model_name": "some/text-model"}
     path.write_text(json.dumps(config))
-    with pytest.raises(ArtifactError, match="built from the hub's 'some/text-model'"):
+    with pytest.raises(ArtifactError, match="comes from the hub's 'some/text-model'"):
         import_checkpoint(folder)
 
 
 def test_a_folder_takes_no_format_and_no_name(folder, name):
     for given in ({"form": "upop"}, {"model": name}):
-        with pytest.raises(RecipeError, match="leave format and model out"):
+        with pytest.raises(RecipeError, match="leave out format and model"):
             import_checkpoint(folder, **given)
 
 
@@ -398,10 +444,8 @@ def test_what_distillation_left_in_the_file_is_reported(tmp_path, caplog):
     ],
 )
 def test_preprocessing_is_what_all_pretrained_weights_of_a_name_share(known, wanted):
-    from clipress.models.importers.open_clip import _agreed
-
     tags = open_clip.list_pretrained_tags_by_model(known)
-    agreed = _agreed([open_clip.get_pretrained_cfg(known, tag) for tag in tags])
+    agreed = agreed_preprocess([open_clip.get_pretrained_cfg(known, tag) for tag in tags])
     assert wanted.items() <= agreed.items()
     assert ("mean" in agreed) == (known != "ViT-L-14")  # whose weights were trained with different ones
 
@@ -444,7 +488,7 @@ def test_a_torchscript_archive_is_refused_with_a_way_out(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
-def test_a_truncated_file_is_told(suffix, share, tmp_path):
+def test_a_truncated_file_is_reported(suffix, share, tmp_path):
     path, state = tmp_path / f"cut{suffix}", source().state_dict()
     torch.save(state, path) if suffix == ".pt" else save_file(state, path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
@@ -464,41 +508,41 @@ def test_a_compressed_bomb_is_refused_before_it_is_unpacked(tmp_path):
         import_checkpoint(tmp_path / "bomb.pt")
 
 
-def test_a_missing_file_is_told(tmp_path):
-    with pytest.raises(ArtifactError, match=r"nowhere\.pt.*no such file"):
+def test_a_missing_file_is_reported(tmp_path):
+    with pytest.raises(ArtifactError, match=r"nowhere\.pt.*does not exist"):
         import_checkpoint(tmp_path / "nowhere.pt")
 
 
 @pytest.mark.parametrize(
-    ("saved", "told"),
+    ("saved", "message"),
     [
-        ([1, 2], "named weights are asked for, found list"),
-        ({}, "named weights are asked for"),
-        ({"state_dict": {}}, "named weights are asked for"),
+        ([1, 2], "expected named weights, found list"),
+        ({}, "expected named weights"),
+        ({"state_dict": {}}, "expected named weights"),
         ({"visual.proj": "text"}, "'visual.proj' is str"),
         ({"visual.proj": {"a": torch.ones(1)}}, "'visual.proj' is dict"),
         ({3: torch.ones(1)}, "entry 3 is Tensor"),
         ({"visual.proj": 3}, "'visual.proj' is int"),
-        ({"a": torch.zeros(1).expand(2**20 + 1)}, r"a has shape \[1048577\]"),
-        ({"a": torch.zeros(0, 4)}, r"a has shape \[0, 4\]"),
-        ({"a": torch.zeros(1).expand(2**20, 2**11)}, r"claim 8\.6 GB"),
+        ({"a": torch.zeros(1).expand(2**20 + 1)}, r"a: expected sides.*found shape \[1048577\]"),
+        ({"a": torch.zeros(0, 4)}, r"a: expected sides.*found shape \[0, 4\]"),
+        ({"a": torch.zeros(1).expand(2**20, 2**11)}, r"claims 8\.6 GB"),
         ({"a": torch.eye(3).to_sparse()}, "not a plain tensor"),
         ({"a": torch.empty(3, device="meta")}, "not a plain tensor"),
         (dict.fromkeys(map(str, range(2**16 + 1)), torch.ones(1)), "65,537 entries"),
         (
             {"epoch": torch.ones(1), "fc.weight": torch.ones(2)},
-            "tinyclip, upop, clip-kd, openai, open_clip.*epoch, fc.weight",
+            "tinyclip, upop, clip-kd, openai, open_clip.*found none.*epoch, fc.weight",
         ),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_no_clip_is_refused_with_what_was_found(saved, told, tmp_path):
+def test_what_is_no_clip_is_refused_with_what_was_found(saved, message, tmp_path):
     torch.save(saved, tmp_path / "odd.pt")
-    with pytest.raises(ArtifactError, match=told):
+    with pytest.raises(ArtifactError, match=message):
         import_checkpoint(tmp_path / "odd.pt")
 
 
-def test_bytes_that_are_anything_are_told(tmp_path):
+def test_bytes_that_are_anything_are_reported(tmp_path):
     for seed in range(40):
         (tmp_path / "noise.pt").write_bytes(np.random.default_rng(seed).bytes(10 * seed))
         with pytest.raises(ArtifactError, match=r"noise\.pt"):
@@ -511,24 +555,27 @@ AT = "visual.transformer.resblocks.1."
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"visual.ln_post.bias": None}, "visual.ln_post.bias is missing"),
         ({"token_embedding.weight": None}, "token_embedding.weight is missing"),
         ({f"{AT}attn.in_proj_weight": None}, "in_proj_weight is missing"),
         (
             {f"{AT}mlp.c_fc.weight": torch.ones(512, 64)},
-            r"1\.mlp\.c_fc\.weight is torch\.float32 \[512, 64\].*\[512, 128\]",
+            r"1\.mlp\.c_fc\.weight: expected torch\.float32 \[512, 128\].*found torch\.float32 \[512, 64\]",
         ),
-        ({f"{AT}attn.out_proj.weight": torch.ones(64, 128)}, r"out_proj\.weight is .*\[64, 128\].*\[128, 128\]"),
-        ({"visual.proj": torch.ones(128, 64).long()}, r"visual\.proj is torch\.int64"),
-        ({"visual.positional_embedding": torch.ones(16, 128)}, "16 positions; a square and one more"),
-        ({"visual.positional_embedding": torch.ones(1, 128)}, "1 positions; a square and one more"),
-        ({"visual.conv1.weight": torch.ones(100, 3, 8, 8)}, "conv1.weight tells a width of 100; heads are 64 wide"),
-        ({"visual.conv1.weight": torch.ones(128, 192)}, r"conv1\.weight has shape \[128, 192\]; 4 sides"),
+        ({f"{AT}attn.out_proj.weight": torch.ones(64, 128)}, r"out_proj\.weight: .*\[128, 128\].*\[64, 128\]"),
+        ({"visual.proj": torch.ones(128, 64).long()}, r"visual\.proj: .*found torch\.int64"),
+        ({"visual.positional_embedding": torch.ones(16, 128)}, "square number of positions plus one, found 16"),
+        ({"visual.positional_embedding": torch.ones(1, 128)}, "square number of positions plus one, found 1"),
+        (
+            {"visual.conv1.weight": torch.ones(100, 3, 8, 8)},
+            "conv1.weight: expected a width that is a multiple of 64.*found 100",
+        ),
+        ({"visual.conv1.weight": torch.ones(128, 192)}, r"conv1\.weight: expected 4 sides, found shape \[128, 192\]"),
         (
             {"positional_embedding": torch.ones(77, 2**19)},
-            r"text_projection is .*\[524288, 64\] is asked for|of 8192 equal heads",
+            r"text_projection: expected .*\[524288, 64\]|for 8192 equal heads",
         ),
         (
             {"visual.class_embedding": torch.full((128,), float("nan"))},
@@ -539,10 +586,10 @@ AT = "visual.transformer.resblocks.1."
     ],
 )
 @pytest.mark.parametrize("form", ["openai", "upop"])
-def test_the_tensor_that_does_not_fit_is_named(form, change, told, tmp_path):
+def test_the_tensor_that_does_not_fit_is_named(form, change, message, tmp_path):
     state = {**source().state_dict(), **change}
     torch.save({key: tensor for key, tensor in state.items() if tensor is not None}, tmp_path / "odd.pt")
-    with pytest.raises(ArtifactError, match=told):
+    with pytest.raises(ArtifactError, match=message):
         import_checkpoint(tmp_path / "odd.pt", form)
 
 
@@ -550,7 +597,9 @@ def test_the_tensor_that_does_not_fit_is_named(form, change, told, tmp_path):
 def test_upop_rows_that_are_not_equal_heads_are_named(rows, tmp_path):
     saved = upop({**source().state_dict(), f"{AT}attn.in_proj_weight": torch.ones(rows, 128)})
     torch.save(saved, tmp_path / "odd.pth")
-    with pytest.raises(ArtifactError, match=rf"1\.attn\.in_proj_weight has {rows} rows; q, k and v of 2 equal heads"):
+    with pytest.raises(
+        ArtifactError, match=rf"1\.attn\.in_proj_weight: expected .*q, k and v for 2 equal heads, found {rows} rows"
+    ):
         import_checkpoint(tmp_path / "odd.pth")
 
 
@@ -558,7 +607,7 @@ def test_a_slim_attention_whose_output_does_not_follow_is_named(tmp_path):
     state = slimmed(source().state_dict())
     state["visual.transformer.resblocks.0.attn.out_proj.weight"] = torch.ones(128, 12)
     torch.save(upop(state), tmp_path / "odd.pth")
-    with pytest.raises(ArtifactError, match=r"out_proj\.weight is .*\[128, 12\].*\[128, 10\]"):
+    with pytest.raises(ArtifactError, match=r"out_proj\.weight: .*\[128, 10\].*\[128, 12\]"):
         import_checkpoint(tmp_path / "odd.pth")
 
 
@@ -590,20 +639,22 @@ def test_names_that_fit_three_formats_are_not_guessed(tmp_path):
         import_checkpoint(tmp_path / "epoch_1.pt")
 
 
-def test_an_unknown_format_is_told_with_the_nearest(tmp_path):
+def test_an_unknown_format_names_the_nearest(tmp_path):
     with pytest.raises(RecipeError, match="Did you mean 'open_clip'"):
         import_checkpoint(tmp_path / "a.pt", "openclip")
 
 
-@pytest.mark.parametrize(("asked", "told"), [("importers-tset", "'importers-test'"), ("hf-hub:some/model", "no model")])
-def test_an_unknown_model_name_is_told(asked, told, name, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "message"), [("importers-tset", "'importers-test'"), ("hf-hub:some/model", "no model")]
+)
+def test_an_unknown_model_name_is_reported(given, message, name, tmp_path):
     torch.save(source().state_dict(), tmp_path / "a.pt")
-    with pytest.raises(RecipeError, match=told):
-        import_checkpoint(tmp_path / "a.pt", model=asked)
+    with pytest.raises(RecipeError, match=message):
+        import_checkpoint(tmp_path / "a.pt", model=given)
 
 
 @pytest.mark.parametrize("form", ["openai", "upop"])
 def test_a_name_is_refused_where_shapes_tell(form, name, tmp_path):
     torch.save(source().state_dict(), tmp_path / "a.pt")
-    with pytest.raises(RecipeError, match="leave it out"):
+    with pytest.raises(RecipeError, match="Leave it out"):
         import_checkpoint(tmp_path / "a.pt", form, name)

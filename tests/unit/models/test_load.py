@@ -32,7 +32,7 @@ def test_a_checkpoint_file_gives_the_same_embeddings_as_open_clip(tiny_name, tmp
     assert model.preprocess.size == 32 and model.tokenizer["context_length"] == 24
 
 
-def test_a_truncated_checkpoint_is_told(tiny_name, tmp_path):
+def test_a_truncated_checkpoint_is_reported(tiny_name, tmp_path):
     path = tmp_path / "cut.pt"
     torch.save(open_clip.create_model(tiny_name).state_dict(), path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -40,17 +40,17 @@ def test_a_truncated_checkpoint_is_told(tiny_name, tmp_path):
         model_from_open_clip(tiny_name, str(path))
 
 
-def test_a_missing_checkpoint_is_told(tiny_name):
+def test_a_missing_checkpoint_is_reported(tiny_name):
     with pytest.raises(ArtifactError, match=r"nowhere\.pt.*neither a file nor a pretrained tag"):
         model_from_open_clip(tiny_name, "nowhere.pt")
 
 
-def test_an_unknown_model_name_is_told_with_the_nearest_one():
+def test_an_unknown_model_name_is_reported():
     with pytest.raises(RecipeError, match="Did you mean 'ViT-B-32'"):
         model_from_open_clip("ViT-B-3", "random")
 
 
-def test_random_weights_must_be_asked_for(tiny_name):
+def test_random_weights_must_be_requested(tiny_name):
     with pytest.raises(RecipeError, match="needs a checkpoint"):
         model_from_open_clip(tiny_name, None)
 
@@ -63,24 +63,24 @@ def test_a_teacher_comes_from_exactly_one_place(given):
 
 @pytest.fixture
 def saved(tmp_path):
-    return save_artifact(artifact_from_model(new_model(tiny_architecture(), 0), (), {}), tmp_path / "artefact")
+    return save_artifact(artifact_from_model(new_model(tiny_architecture(), 0), (), {}), tmp_path / "artifact")
 
 
-def test_truncated_weights_are_told(saved):
+def test_truncated_weights_are_reported(saved):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="truncated or changed"):
         load_artifact(saved)
 
 
-def test_missing_weights_are_told(saved):
+def test_missing_weights_are_reported(saved):
     (saved / "model.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"no model\.safetensors"):
         load_artifact(saved)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("{", "not readable JSON"),
         ("[]", "schema_version None"),
@@ -88,13 +88,13 @@ def test_missing_weights_are_told(saved):
         ('{"schema_version": 1}', "lacks"),
     ],
 )
-def test_a_damaged_header_is_told(saved, text, told):
+def test_a_damaged_header_is_reported(saved, text, message):
     (saved / "clipress.json").write_text(text)
-    with pytest.raises(ArtifactError, match=told):
+    with pytest.raises(ArtifactError, match=message):
         load_artifact(saved)
 
 
-def test_shapes_that_do_not_fit_the_weights_are_told(saved):
+def test_shapes_that_do_not_fit_the_weights_are_reported(saved):
     import json
 
     header = json.loads((saved / "clipress.json").read_text())

@@ -1,4 +1,4 @@
-"""A recipe's student section: every form of it gives a CLIP that runs, learns, travels and exports."""
+"""A recipe's student section: every form of it gives a CLIP that runs, learns, is saved and exports."""
 
 import json
 
@@ -18,8 +18,8 @@ from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models import anatomy, surgery
 from clipress.models.load import Model, artifact_from_model, new_model, save_for_open_clip
 from clipress.models.students import (
-    IMAGES,
-    TEXTS,
+    IMAGE_TOWERS,
+    TEXT_TOWERS,
     check,
     eval_frozen_modules,
     freeze,
@@ -32,7 +32,7 @@ from clipress.recipe import Recipe
 from clipress.tasks import model_from_artifact
 
 TEXT = {"context_length": 16, "vocab_size": 500, "width": 32, "heads": 2, "layers": 1}
-# the least size, of whole patches and windows, at which a tower still has something to look at
+# the smallest size, of whole patches and windows, that a tower accepts
 SIZES = {"mobilevit-s": 64, "swin-t": 64, "resnet-50": 64, "clip-distill": 64}
 SAMPLE = [SourceSpec(format="scenes", split="test", limit=10)]
 
@@ -53,7 +53,7 @@ def inputs(model, seed=0):
 
 
 def loss(model):
-    """A number that every trained weight has a part in."""
+    """A number that depends on every trained weight."""
     pixels, ids = inputs(model)
     module = model.module
     return module.encode_image(pixels).sum() + module.encode_text(ids).sum() + module.logit_scale.exp()
@@ -67,18 +67,19 @@ def outputs(model):
 
 
 def teacher_clip(custom_text=False, cut=False, seed=5, **changes):
-    """A teacher whose preprocessing, tokenizer length and logit scale are all its own."""
+    """A teacher whose preprocessing, tokenizer length and logit scale are no defaults."""
     made = tiny_architecture() | {"custom_text": custom_text, "quick_gelu": True}
     model = new_model(made | changes, seed)
     torch.manual_seed(seed)
-    for parameter in model.module.parameters():  # biases start at zero and gains at one; give them something to lose
+    for parameter in model.module.parameters():  # biases start at zero and gains at one: randomise them
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.8, 0.4)
     torch.nn.init.constant_(model.module.logit_scale, 3.0)
     if cut:
-        for block in anatomy.blocks(model.module):
-            half = torch.arange(16).expand(2, 16) < 8
-            surgery.cut(block, surgery.Keep(half, half, torch.arange(128) % 2 == 0))
+        half = torch.arange(16).expand(2, 16) < 8
+        for attn, ffn in (block.parts for block in anatomy.blocks(model.module)):
+            surgery.cut(attn, surgery.AttnMask(half, half))
+            surgery.cut(ffn, surgery.FfnMask(torch.arange(128) % 2 == 0))
     preprocess = Preprocess(size=32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), resize_mode="squash")
     return Model(model.module.eval(), model.architecture, preprocess, model.tokenizer)
 
@@ -91,18 +92,18 @@ def assert_comes_back_bitwise(model, folder):
     assert (again.preprocess, again.tokenizer) == (model.preprocess, model.tokenizer)
 
 
-@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("image", IMAGE_TOWERS)
 def test_every_named_image_tower_learns_all_over_and_comes_back_bitwise(image, tmp_path):
     model = named(image)
     model.module.train()
     loss(model).backward()
     unused = [name for name, p in model.module.named_parameters() if p.grad is None]
-    assert not unused  # else DDP waits for them for ever
+    assert not unused  # DDP would wait for them forever
     assert outputs(model)[0].shape == (3, 32) and outputs(model)[1].shape == (3, 32)
     assert_comes_back_bitwise(model, tmp_path / "a")
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", TEXT_TOWERS)
 def test_every_named_text_tower_learns_all_over_and_comes_back_bitwise(text, tmp_path):
     teacher = teacher_clip(text_cfg={**TEXT, "context_length": 77})  # its vocabulary is small
     model = student("vit-1x32-p16", text, teacher)
@@ -133,7 +134,7 @@ def test_students_with_batch_norm_keep_statistics_while_learning_and_use_them_af
     assert not torch.equal(norm.running_mean, before)
     with torch.no_grad():
         alone = model.module.eval().encode_image(pixels[:1])
-    torch.testing.assert_close(alone, outputs(model)[0][:1])  # a picture's neighbours no longer matter
+    torch.testing.assert_close(alone, outputs(model)[0][:1])  # other images in the batch no longer matter
     assert not torch.allclose(alone, fixed[:1])
 
 
@@ -156,12 +157,11 @@ def test_named_towers_are_the_published_ones():
         parameters(student("swin-t", embed_dim=32).module.visual) == parameters(swin) - parameters(swin.head) + 768 * 32
     )
     rn50 = open_clip.get_model_config("RN50")["vision_cfg"]
-    assert IMAGES["resnet-50"].items() <= rn50.items()
-    heads = {
-        b.tower: (b.attn.heads, b.attn.qk_dim) for b in anatomy.blocks(student("clip-distill", "clip-distill").module)
-    }
+    assert IMAGE_TOWERS["resnet-50"].items() <= rn50.items()
+    parts = anatomy.attentions(student("clip-distill", "clip-distill").module)
+    heads = {part.tower: (part.module.heads, part.module.qk_dim) for part in parts}
     assert heads == {"image": (24, 24), "text": (8, 16)}
-    assert TEXTS["clip-kd"] == {"width": 384, "heads": 6, "layers": 12}
+    assert TEXT_TOWERS["clip-kd"] == {"width": 384, "heads": 6, "layers": 12}
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_named_towers_are_the_published_ones():
 def test_a_short_size_says_layers_width_and_patch(image, text, wanted):
     model = student(image, text, image_size=32)
     found = {"image": [], "text": []}
-    for block in anatomy.blocks(model.module):
-        found[block.tower].append((block.width, block.attn.heads, block.attn.qk_dim))
+    for part in anatomy.attentions(model.module):
+        found[part.tower].append((part.width, part.module.heads, part.module.qk_dim))
     assert found == wanted
     assert model.tokenizer == {"name": "clip-bpe", "context_length": 77, "kwargs": {}}
     assert model.module.vocab_size == 49408 and model.architecture["embed_dim"] == 512
@@ -183,7 +183,7 @@ def test_a_short_size_says_layers_width_and_patch(image, text, wanted):
     assert model.module.visual.conv1.weight.shape[-1] == patch
 
 
-def test_any_timm_tower_is_built_at_the_size_asked_for(tmp_path):
+def test_any_timm_tower_is_built_at_the_required_size(tmp_path):
     for name, size in (("test_efficientnet", 48), ("vit_tiny_patch16_224", 64)):
         model = student({"timm": name}, embed_dim=24, image_size=size)
         assert outputs(model)[0].shape == (3, 24)
@@ -199,14 +199,14 @@ def test_a_resized_timm_tower_is_not_offered_to_plain_open_clip(tmp_path):
     assert stock.visual.image_size == (160, 160)
 
 
-def test_timms_own_weights_are_fetched_once_and_never_asked_for_again(monkeypatch):
-    """The download is played by a builder that fills the tower with a known number."""
+def test_timms_own_weights_are_fetched_once_and_never_requested_again(monkeypatch):
+    """A builder that fills the tower with a known number stands in for the download."""
     import open_clip.timm_model as timm_model
 
-    asked, real = [], timm_model.timm.create_model
+    requested, real = [], timm_model.timm.create_model
 
     def create_model(*args, pretrained=False, **kwargs):
-        asked.append(pretrained)
+        requested.append(pretrained)
         made = real(*args, **kwargs)
         if pretrained:
             torch.nn.init.constant_(made.conv1[0].weight, 0.25)
@@ -214,17 +214,17 @@ def test_timms_own_weights_are_fetched_once_and_never_asked_for_again(monkeypatc
 
     monkeypatch.setattr(timm_model.timm, "create_model", create_model)
     model = student({"timm": "test_resnet", "pretrained": True}, embed_dim=16, image_size=32)
-    assert asked == [True] and bool((model.module.visual.trunk.conv1[0].weight == 0.25).all())
+    assert requested == [True] and bool((model.module.visual.trunk.conv1[0].weight == 0.25).all())
     again = model_from_artifact(artifact_from_model(model, (), {}))
-    assert asked[0] and not any(asked[1:]) and torch.equal(outputs(again)[0], outputs(model)[0])
+    assert requested[0] and not any(requested[1:]) and torch.equal(outputs(again)[0], outputs(model)[0])
 
 
-def test_timms_weights_that_cannot_be_had_are_told(monkeypatch):
+def test_timms_weights_that_cannot_be_had_are_reported(monkeypatch):
     def fails(*_, **__):
         raise OSError("no route to the hub")
 
     monkeypatch.setattr("open_clip.timm_model.timm.create_model", fails)
-    with pytest.raises(RecipeError, match=r"test_resnet cannot be had: no route.*Leave out 'pretrained'"):
+    with pytest.raises(RecipeError, match=r"test_resnet cannot be loaded: no route.*Leave out 'pretrained'"):
         student({"timm": "test_resnet", "pretrained": True})
 
 
@@ -267,7 +267,7 @@ def test_a_checkpoint_gives_an_open_clip_name_its_weights(tiny_name, tmp_path):
     model = student_from(section, None, 0)
     with torch.no_grad():
         torch.testing.assert_close(outputs(model)[0], stock.encode_image(inputs(model)[0]), atol=1e-5, rtol=1e-5)
-    with pytest.raises(RecipeError, match="share the teacher's picture size, 32; found 64"):
+    with pytest.raises(RecipeError, match="expected the teacher's image size, 32; found 64"):
         student_from(section, teacher_clip(), 0)
     before = start_hash(section, 0)
     assert start_hash(section, 0) == before != start_hash(section, 1)
@@ -310,7 +310,9 @@ def test_frozen_towers_neither_learn_nor_gather_statistics():
     model.module.train()
     eval_frozen_modules(model.module)
     loss(model).backward()
-    learning = {anatomy.tower_of(name) for name, p in model.module.named_parameters() if p.grad is not None}
+    learning = {
+        anatomy.tower_of(model.module, name) for name, p in model.module.named_parameters() if p.grad is not None
+    }
     assert learning == {"text", None} and model.module.transformer.training
     assert torch.equal(outputs(model)[0], outputs(teacher)[0])
 
@@ -345,47 +347,50 @@ def test_a_run_leaves_the_teachers_tower_alone_in_every_stage_and_after_a_stop(t
 
 
 @pytest.mark.parametrize(
-    ("section", "told"),
+    ("section", "message"),
     [
-        ({}, "exactly one of model, image with text, inherit.*found none"),
+        ({}, "expected exactly one of model, image with text, inherit.*found none"),
         ({"model": "ViT-B-16", "image": "vit-t-16", "text": "clip-kd"}, "found model and image and text"),
-        ({"image": "vit-t-16"}, "image alone; both towers"),
-        ({"image": "vit-t-16", "text": "clip-kd", "checkpoint": "a.pt"}, "goes with 'model'"),
-        ({"image": "teacher", "text": "teacher"}, "leave 'student' out"),
+        ({"image": "vit-t-16"}, "expected both towers, found image alone"),
+        ({"image": "vit-t-16", "text": "clip-kd", "checkpoint": "a.pt"}, "used with 'model'"),
+        ({"image": "teacher", "text": "teacher"}, "Leave out 'student'"),
         ({"image": "teacher", "text": "clip-kd"}, "the recipe has no 'teacher'"),
         ({"inherit": {"text": {"layers": 2}}}, "the recipe has no 'teacher'"),
-        ({"inherit": {}}, r"inherit: sizes are asked for"),
+        ({"inherit": {}}, r"inherit: expected sizes"),
         ({"inherit": {"image": {"depth": 2}}}, r"student\.inherit\.image\.depth: unknown key 'depth'"),
         ({"inherit": {"image": {"layers": 0}}}, r"student\.inherit\.image\.layers"),
-        ({"inherit": {"image": {"layers": 1}}, "embed_dim": 64}, "are the teacher's; leave them out"),
+        ({"inherit": {"image": {"layers": 1}}, "embed_dim": 64}, "are the teacher's. Leave them out"),
         ({"imgae": "vit-t-16", "text": "clip-kd"}, "unknown key 'imgae'. Did you mean 'image'"),
-        ({"image": "vit-t-61", "text": "clip-kd"}, "no tower 'vit-t-61'.*vit-12x192-p16.*Did you mean 'vit-t-16'"),
-        ({"image": "vit-t-16", "text": "clipkd"}, "no tower 'clipkd'.*Did you mean 'clip-kd'"),
-        ({"image": "vit-2x100-p16", "text": "clip-kd"}, "100 is no multiple of 32"),
+        ({"image": "vit-t-61", "text": "clip-kd"}, "vit-12x192-p16.*found 'vit-t-61'.*Did you mean 'vit-t-16'"),
+        ({"image": "vit-t-16", "text": "clipkd"}, "found 'clipkd'.*Did you mean 'clip-kd'"),
+        ({"image": "vit-2x100-p16", "text": "clip-kd"}, "multiple of 32, found 100"),
         ({"image": {"timm": "resnet81"}, "text": "clip-kd"}, "timm has no model 'resnet81'. Near it: .*resnet18"),
         ({"image": {"timm": "resnet18", "pool": "avg"}, "text": "clip-kd"}, "unknown key 'pool'"),
         ({"image": {"width": 64, "image_size": 32}, "text": "clip-kd"}, r"student\.image_size"),
         ({"image": "vit-t-16", "text": {"head": 2}}, "unknown key 'head'. Did you mean 'heads'"),
     ],
 )
-def test_a_section_that_makes_no_sense_is_told_before_anything_is_built(section, told):
-    with pytest.raises(RecipeError, match=told):
+def test_a_section_that_makes_no_sense_is_reported_before_anything_is_built(section, message):
+    with pytest.raises(RecipeError, match=message):
         check(section, has_teacher=False)
 
 
 @pytest.mark.parametrize(
-    ("section", "told"),
+    ("section", "message"),
     [
-        ({"image": "vit-t-16", "text": "1x32", "image_size": 64}, "teacher's picture size, 32; found 64"),
-        ({"image": "vit-t-16", "text": {"context_length": 77}}, "context_length: 77; the teacher's, 24"),
-        ({"image": "vit-t-16", "text": "teacher", "embed_dim": 64}, "embed_dim: 64; the text tower is the teacher's"),
+        ({"image": "vit-t-16", "text": "1x32", "image_size": 64}, "teacher's image size, 32; found 64"),
+        ({"image": "vit-t-16", "text": {"context_length": 77}}, "context_length: expected the teacher's 24, found 77"),
+        (
+            {"image": "vit-t-16", "text": "teacher", "embed_dim": 64},
+            "embed_dim: expected 32, as the text tower is the teacher's; found 64",
+        ),
         ({"model": "ViT-B-61"}, "Did you mean 'ViT-B-16'"),
-        ({"inherit": {"image": {"width": 64}}}, r"inherit\.image\.width: 64 was asked for, and the teacher has 32"),
-        ({"inherit": {"text": {"layers": 3}}}, r"inherit\.text\.layers: 3 was asked for, and the teacher has 2"),
+        ({"inherit": {"image": {"width": 64}}}, r"inherit\.image\.width: expected at most the teacher\'s 32, found 64"),
+        ({"inherit": {"text": {"layers": 3}}}, r"inherit\.text\.layers: expected at most the teacher\'s 2, found 3"),
     ],
 )
-def test_a_section_that_the_teacher_cannot_serve_is_told(section, told):
-    with pytest.raises(RecipeError, match=told):
+def test_a_section_that_the_teacher_does_not_fit_is_reported(section, message):
+    with pytest.raises(RecipeError, match=message):
         student_from(section, teacher_clip(), 0)
 
 

@@ -1,4 +1,4 @@
-"""Cutting equals masking, and an artefact gives back what was put in."""
+"""Cutting equals masking, and an artifact gives back what was put in."""
 
 import open_clip
 import pytest
@@ -24,23 +24,33 @@ def outputs(model):
         return model.eval().encode_image(pixels), model.encode_text(ids)
 
 
-def random_keep(block, seed):
+def random_masks(block, seed):
+    """Masks of a block's attention and of its feed-forward."""
     generator = torch.Generator().manual_seed(seed)
-    h, d, hidden = block.attn.heads, block.attn.qk_dim, block.ffn_in.out_features
+    attn, ffn = block.parts
+    h, d = attn.module.heads, attn.module.qk_dim
     qk_dim, v_dim = (int(torch.randint(1, d + 1, (), generator=generator)) for _ in range(2))
 
     def rows(count):
         order = torch.rand(h, d, generator=generator).argsort(1)
         return order < count  # every head keeps `count` dims, each its own
 
-    return surgery.Keep(rows(qk_dim), rows(v_dim), torch.rand(hidden, generator=generator) < 0.4)
+    masks = surgery.AttnMask(rows(qk_dim), rows(v_dim))
+    return masks, surgery.FfnMask(torch.rand(ffn.hidden, generator=generator) < 0.4)
+
+
+def cut_block(block, masks):
+    for part, mask in zip(block.parts, masks, strict=True):
+        surgery.cut(part, mask)
 
 
 @torch.no_grad()
-def mask_by_hand(block, keep):
+def mask_by_hand(block, masks):
     """Zero the cut units' own weights and biases; this is all the removal of a unit means."""
-    attn = block.attn
-    for linear, mask in ((attn.q, keep.qk), (attn.k, keep.qk), (attn.v, keep.v), (block.ffn_in, keep.ffn)):
+    (attn, ffn), (kept, kept_ffn) = block.parts, masks
+    attn = attn.module
+    pairs = ((attn.q, kept.qk), (attn.k, kept.qk), (attn.v, kept.v), (ffn.linear_in, kept_ffn.ffn))
+    for linear, mask in pairs:
         linear.weight[~mask.flatten()] = 0
         linear.bias[~mask.flatten()] = 0
 
@@ -54,9 +64,9 @@ def test_a_cut_model_computes_what_the_masked_model_computes(seed):
     cut = new_model(tiny_architecture(layers=2), seed).module
     cut.load_state_dict(masked.state_dict())
     for number, (a, b) in enumerate(zip(anatomy.blocks(masked), anatomy.blocks(cut), strict=True)):
-        keep = random_keep(a, 10 * seed + number)
-        mask_by_hand(a, keep)
-        surgery.cut(b, keep)
+        masks = random_masks(a, 10 * seed + number)
+        mask_by_hand(a, masks)
+        cut_block(b, masks)
     assert anatomy.counts(cut)["block_params"] < anatomy.counts(masked)["block_params"]
     for wanted, found in zip(outputs(masked), outputs(cut), strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
@@ -78,18 +88,15 @@ def test_own_attention_computes_what_open_clip_computes(custom_text, quick_gelu)
 
 def test_the_softmax_scale_is_the_original_one_after_cutting():
     model = new_model(tiny_architecture(), 0).module
-    block = anatomy.blocks(model)[0]
-    keep = surgery.Keep(
-        torch.arange(16).expand(2, 16) < 4, torch.ones(2, 16, dtype=torch.bool), torch.ones(128, dtype=torch.bool)
-    )
-    surgery.cut(block, keep)
-    assert block.attn.qk_dim == 4 and block.attn.scale == 16**-0.5
+    part = anatomy.attentions(model)[0]
+    surgery.cut(part, surgery.AttnMask(qk=torch.arange(16).expand(2, 16) < 4))
+    assert part.module.qk_dim == 4 and part.module.v_dim == 16 and part.module.scale == 16**-0.5
 
 
-def test_a_cut_artefact_is_read_back_with_bitwise_the_same_outputs(tmp_path):
+def test_a_cut_artifact_is_read_back_with_bitwise_the_same_outputs(tmp_path):
     model = new_model(tiny_architecture(), 1)
     for number, block in enumerate(anatomy.blocks(model.module)):
-        surgery.cut(block, random_keep(block, number))
+        cut_block(block, random_masks(block, number))
     save_artifact(artifact_from_model(model, (), {}), tmp_path / "a")
     again = model_from_artifact(load_artifact(tmp_path / "a"))
     for wanted, found in zip(outputs(model.module), outputs(again.module), strict=True):
@@ -107,7 +114,7 @@ def test_an_uncut_model_is_written_so_that_plain_open_clip_loads_it(tmp_path):
 def test_a_cut_model_is_not_offered_to_plain_open_clip(tmp_path):
     model = new_model(tiny_architecture(), 2)
     block = anatomy.blocks(model.module)[0]
-    surgery.cut(block, random_keep(block, 0))
+    cut_block(block, random_masks(block, 0))
     assert not save_for_open_clip(model, tmp_path / "open_clip")
     assert not (tmp_path / "open_clip").exists()
 
@@ -152,9 +159,9 @@ def test_timms_vision_transformers_are_taken_apart_cut_and_read_back(tmp_path):
     model = new_model(config, 0)
     masked = new_model(config, 0).module.eval()
     for number, (a, b) in enumerate(zip(anatomy.blocks(masked), anatomy.blocks(model.module), strict=True)):
-        keep = random_keep(a, number)
-        mask_by_hand(a, keep)
-        surgery.cut(b, keep)
+        masks = random_masks(a, number)
+        mask_by_hand(a, masks)
+        cut_block(b, masks)
     save_artifact(artifact_from_model(model, (), {}), tmp_path / "a")
     read = model_from_artifact(tmp_path / "a").module
     with torch.no_grad():

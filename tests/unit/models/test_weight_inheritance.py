@@ -19,7 +19,7 @@ HEAD = 16
 
 
 def clip_of(layers=2, width=32, ffn=None, seed=0, **more):
-    """A CLIP whose heads are all 16 wide, and whose biases and gains all have something to lose."""
+    """A CLIP whose heads are all 16 wide, and whose biases and gains are all random."""
     architecture = tiny_architecture(layers=layers, width=width)
     for tower in anatomy.CONFIG_KEYS.values():
         architecture[tower]["mlp_ratio"] = (ffn or 4 * width) / width
@@ -54,18 +54,19 @@ def worst(scores, kept):
 @torch.no_grad()
 def silence(block, heads, ffn):
     """Zero the weights of all but the best heads and hidden units, found one by one."""
-    attn = block.attn
+    attn, ffn_part = block.parts[0].module, block.parts[1]
     rows = [slice(h * HEAD, (h + 1) * HEAD) for h in range(attn.heads)]
     v, out = attn.v.weight.double().numpy(), attn.out.weight.double().numpy()
     for h in worst([np.sqrt((v[r] ** 2).sum()) * np.sqrt((out[:, r] ** 2).sum()) for r in rows], heads):
         for linear in (attn.q, attn.k, attn.v):
             linear.weight[rows[h]] = 0
             linear.bias[rows[h]] = 0
-    first, second = block.ffn_in.weight.double().numpy(), block.ffn_out.weight.double().numpy()
+    linear_in, linear_out = ffn_part.linear_in, ffn_part.linear_out
+    first, second = linear_in.weight.double().numpy(), linear_out.weight.double().numpy()
     units = [np.sqrt((first[i] ** 2).sum()) * np.sqrt((second[:, i] ** 2).sum()) for i in range(len(first))]
     for i in worst(units, ffn):
-        block.ffn_in.weight[i] = 0
-        block.ffn_in.bias[i] = 0
+        linear_in.weight[i] = 0
+        linear_in.bias[i] = 0
 
 
 @pytest.mark.parametrize("custom_text", [False, True])
@@ -76,8 +77,8 @@ def test_dropped_heads_and_units_equal_zeroed_ones(heads, ffn, custom_text, tmp_
     size = Size(heads=heads, ffn=ffn)
     student = inherited(teacher, {"image": size, "text": size})
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.module.state_dict().items())
-    for block in anatomy.blocks(student.module):
-        assert (block.attn.heads, block.ffn_in.out_features, block.width) == (heads, ffn, 48)
+    for attn, feed_forward in (block.parts for block in anatomy.blocks(student.module)):
+        assert (attn.module.heads, feed_forward.hidden, attn.width) == (heads, ffn, 48)
     for block in anatomy.blocks(teacher.module):
         silence(block, heads, ffn)
     assert_same(student.module, teacher.module)
@@ -112,7 +113,7 @@ def test_layers_are_evenly_spaced_from_the_first(of, kept, wanted):
     student = inherited(teacher, {"image": Size(layers=kept), "text": Size(layers=kept)})
     for tower in anatomy.TOWERS:
         own, theirs = (
-            [block.ffn_in.weight for block in anatomy.blocks(model.module) if block.tower == tower]
+            [part.linear_in.weight for part in anatomy.ffns(model.module) if part.tower == tower]
             for model in (student, teacher)
         )
         assert len(own) == kept and all(torch.equal(a, theirs[i]) for a, i in zip(own, wanted, strict=True))
@@ -133,7 +134,7 @@ def planted(small, big, seed=0):
     at = {name: tuple(map(np.arange, tensor.shape)) for name, tensor in source.items()}
     inner = {}
     for name in source:
-        tower, block = anatomy.tower_of(name), re.search(r"resblocks\.(\d)\.", name)
+        tower, block = anatomy.tower_of(small.module, name), re.search(r"resblocks\.(\d)\.", name)
         heads, ffn = inner.setdefault((tower, block and block[1]), (places(rng, 4, 2, HEAD), places(rng, 200, 90)))
         for axis, side in enumerate(source[name].shape):
             if block is None:  # 32 channels; 17 and 24 places; embeddings are 40 wide
@@ -206,8 +207,8 @@ def test_width_keeps_the_channels_that_weigh_most_over_the_whole_tower(tower, wi
     for name, axis in (("attn.q.weight", 1), ("attn.out.weight", 0), ("mlp.c_proj.bias", 0), ("ln_2.weight", 0)):
         assert torch.equal(own[at + name], theirs[at + name].index_select(axis, torch.tensor(kept)))
     # heads stay as many and as wide as they were: 3 of 16 beside so many channels, which no open_clip config can say
-    block = next(block for block in anatomy.blocks(student.module) if block.tower == tower)
-    assert (block.attn.heads, block.attn.qk_dim, block.attn.scale, block.width) == (3, HEAD, HEAD**-0.5, width)
+    part = next(part for part in anatomy.attentions(student.module) if part.tower == tower)
+    assert part.shape == {"heads": 3, "qk_dim": HEAD, "v_dim": HEAD, "scale": HEAD**-0.5} and part.width == width
     other = 1 - anatomy.TOWERS.index(tower)
     assert torch.equal(outputs(student.module)[other], outputs(teacher.module)[other])
 
@@ -216,11 +217,15 @@ def test_a_teacher_that_has_been_cut_gives_what_it_has_left(tmp_path):
     teacher = clip_of(layers=2)
     for number, block in enumerate(anatomy.blocks(teacher.module)):
         dims = torch.arange(HEAD).expand(2, HEAD) < 8 + 2 * number
-        surgery.cut(block, surgery.Keep(dims, dims, torch.arange(128) < 64 + number))
+        attn, ffn = block.parts
+        surgery.cut(attn, surgery.AttnMask(dims, dims))
+        surgery.cut(ffn, surgery.FfnMask(torch.arange(128) < 64 + number))
     student = inherited(teacher, {"image": Size(layers=1, width=24), "text": Size(heads=1)})
-    first, *_, last = anatomy.blocks(student.module)
-    assert (first.attn.qk_dim, first.ffn_in.out_features, last.attn.qk_dim, last.ffn_in.out_features) == (8, 64, 14, 67)
-    assert first.attn.scale == HEAD**-0.5
+    first, *_, last = [
+        attn.shape | ffn.shape for attn, ffn in (block.parts for block in anatomy.blocks(student.module))
+    ]
+    assert (first["qk_dim"], first["ffn"], last["qk_dim"], last["ffn"]) == (8, 64, 14, 67)
+    assert first["scale"] == HEAD**-0.5
     save_artifact(artifact_from_model(student, (), {}), tmp_path / "a")
     again = model_from_artifact(tmp_path / "a")
     assert all(torch.equal(a, b) for a, b in zip(outputs(again.module), outputs(student.module), strict=True))
@@ -244,15 +249,15 @@ def test_timms_transformers_give_heads_and_units():
     student = inherited(teacher, {"image": Size(heads=1, ffn=48)})
     for block in anatomy.blocks(teacher.module):
         if block.tower == "image":
-            dim = block.attn.v_dim
-            assert dim == 32  # silence() counts in heads of 16
+            assert block.parts[0].module.v_dim == 32  # silence() counts in heads of 16
             _silence_timm(block)
     torch.testing.assert_close(outputs(student.module)[0], outputs(teacher.module)[0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def _silence_timm(block):
-    attn, dim = block.attn, block.attn.v_dim
+    attn, ffn = block.parts[0].module, block.parts[1]
+    dim = attn.v_dim
     score = [
         attn.v.weight[h * dim : (h + 1) * dim].norm() * attn.out.weight[:, h * dim : (h + 1) * dim].norm()
         for h in range(attn.heads)
@@ -260,22 +265,22 @@ def _silence_timm(block):
     for h in worst(score, 1):
         attn.v.weight[h * dim : (h + 1) * dim] = 0
         attn.v.bias[h * dim : (h + 1) * dim] = 0
-    for i in worst((block.ffn_in.weight.norm(dim=1) * block.ffn_out.weight.norm(dim=0)).tolist(), 48):
-        block.ffn_out.weight[:, i] = 0
+    for i in worst((ffn.linear_in.weight.norm(dim=1) * ffn.linear_out.weight.norm(dim=0)).tolist(), 48):
+        ffn.linear_out.weight[:, i] = 0
 
 
 @pytest.mark.parametrize(
-    ("changes", "size", "told"),
+    ("changes", "size", "message"),
     [
         ({"vision_cfg": TIMM, "custom_text": True}, Size(width=32), "timm's name fixes layers and width"),
         ({"vision_cfg": TIMM, "custom_text": True}, Size(layers=1), "timm's name fixes layers and width"),
         ({"vision_cfg": RESNET}, Size(heads=1), "no transformer blocks to inherit from"),
-        ({}, Size(heads=3), r"image\.heads: 3 was asked for, and the teacher has 2"),
-        ({}, Size(ffn=129), r"image\.ffn: 129 was asked for, and the teacher has 128"),
+        ({}, Size(heads=3), r"image\.heads: expected at most the teacher\'s 2, found 3"),
+        ({}, Size(ffn=129), r"image\.ffn: expected at most the teacher\'s 128, found 129"),
     ],
 )
-def test_sizes_that_the_teacher_cannot_give_are_told(changes, size, told):
-    with pytest.raises(RecipeError, match=told):
+def test_sizes_that_the_teacher_cannot_give_are_reported(changes, size, message):
+    with pytest.raises(RecipeError, match=message):
         inherited(clip_of(**changes), {"image": size})
 
 
@@ -285,5 +290,5 @@ def test_width_is_refused_where_it_is_the_embeddings_or_where_a_part_is_unknown(
     with pytest.raises(RecipeError, match=r"text\.width: without a projection"):
         inherited(new_model(teacher.architecture, 0), {"text": Size(width=16)})
     teacher.architecture["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2}
-    with pytest.raises(RecipeError, match=r"image\.width: visual\.attn_pool.*Leave 'width' out"):
+    with pytest.raises(RecipeError, match=r"image\.width: visual\.attn_pool.*Leave out 'width'"):
         inherited(new_model(teacher.architecture, 0), {"image": Size(width=16)})

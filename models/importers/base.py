@@ -1,0 +1,29 @@
+"""What a checkpoint format provides, and the registry of formats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from clipress.models.weights_file import State
+from clipress.registry import Registry
+
+if TYPE_CHECKING:
+    from clipress.models.load import Model
+
+
+class Importer:
+    """One format of third-party checkpoints."""
+
+    priority: ClassVar[int] = 0
+    """`auto` asks importers in this order, lowest first: one with sure signs comes before a general one."""
+
+    def recognises(self, state: State) -> bool:
+        """Tell whether these weights are in this format."""
+        raise NotImplementedError
+
+    def model_from_state(self, state: State, model_name: str | None) -> Model:
+        """Build the model in fp32. Raises ArtifactError for weights that do not fit, RecipeError for a wrong name."""
+        raise NotImplementedError
+
+
+IMPORTERS: Registry[type[Importer]] = Registry("importer", "clipress.models.importers")

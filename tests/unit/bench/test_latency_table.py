@@ -1,0 +1,58 @@
+"""The cost table of a latency budget: what is measured, and that a narrowed block is the block with units cut."""
+
+import pytest
+import timm
+import torch
+
+from clipress.bench.latency_table import cost_table, levels_of, narrow_block, unit_counts
+from clipress.compress.prune.costs import latency_curve
+from clipress.compress.prune.gates import sites
+from clipress.data.transforms import Preprocess
+from clipress.models import anatomy, surgery
+from clipress.models.load import Model, build, new_model
+from clipress.models.tiny import tiny_architecture
+
+
+def classifier():
+    vit = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=7)
+    return surgery.use_own_attention(vit.eval())
+
+
+@pytest.mark.parametrize("make", [lambda: build(tiny_architecture(layers=1), 0), classifier])
+@pytest.mark.parametrize(
+    ("index", "kind", "level", "shape"),
+    [
+        (0, "heads", 1, (1, 16, 16, 128)),
+        (0, "qk", 3, (2, 3, 16, 128)),
+        (0, "v", 5, (2, 16, 5, 128)),
+        (1, "ffn", 40, (2, 16, 16, 40)),
+    ],
+)
+def test_a_block_is_narrowed_in_one_kind_and_the_model_stays_whole(make, index, kind, level, shape):
+    block = anatomy.blocks(make())[0]
+    before = [part.shape for part in block.parts]
+    narrow = narrow_block(block, index, kind, level)
+    assert [part.shape for part in block.parts] == before
+    attn, ffn = anatomy.Block(block.tower, block.name, narrow, block.tokens, block.ffn_names).parts
+    assert (attn.module.heads, attn.module.qk_dim, attn.module.v_dim, ffn.hidden) == shape
+    assert narrow(torch.randn(2, block.tokens, block.width)).shape == (2, block.tokens, block.width)
+
+
+@pytest.mark.parametrize(
+    ("model", "towers"),
+    [
+        (new_model(tiny_architecture(layers=1), 0), ["image", "text"]),
+        (Model(classifier(), {}, Preprocess(size=32), {}), ["image"]),
+    ],
+)
+def test_a_table_has_every_kind_of_every_tower_and_prices_every_site(model, towers):
+    done = []
+    table = cost_table(model, batch=1, threads=1, duration_ms=1, done=done.append)
+    assert done == [f"{tower} {kind}" for tower in towers for kind in ("heads", "qk", "v", "ffn")]
+    for part in anatomy.parts(model.module):
+        for kind, units in unit_counts(part).items():
+            points = table["towers"][part.tower][kind]
+            assert points["levels"] == [0, *levels_of(units)] and len(points["ms"]) == len(points["levels"])
+    for site in sites(model.module, "separate"):
+        curve = latency_curve(site, table)
+        assert len(curve) == site.units + 1 and curve[0] == 0 and (curve[1:] >= curve[:-1]).all()

@@ -1,0 +1,205 @@
+"""Every criterion and schedule works on every kind of model; budgets and sites go by the towers a model has."""
+
+import pytest
+import timm
+import torch
+
+from clipress.bench.layers import ELSE, layer_costs
+from clipress.compress.prune.budget import Align, Budget, Floor, Target, keep_masks
+from clipress.compress.prune.convnets import ConvPruning
+from clipress.compress.prune.costs import cost_model, part_macs
+from clipress.compress.prune.criterion import CRITERIA, Accumulator, Criterion
+from clipress.compress.prune.gates import DEFAULT_KINDS, Gates, sites
+from clipress.compress.prune.schedule import SCHEDULES, progress
+from clipress.compress.prune.search import Prune, groups_of, run
+from clipress.data.transforms import Preprocess
+from clipress.errors import RecipeError
+from clipress.models import anatomy, surgery
+from clipress.models.load import Model, build, new_model
+from clipress.models.tiny import tiny_architecture
+from clipress.recipe import checked
+
+ALIGN, FLOOR = Align(head_dim=4, ffn=16), Floor(head_dim=0.2, ffn=0.1)
+
+
+def classifier():
+    torch.manual_seed(0)
+    vit = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=7)
+    for parameter in vit.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 0.4, 0.4)
+    return surgery.use_own_attention(vit.eval())
+
+
+def model_of(module):
+    return Model(module, {}, Preprocess(size=32), {})
+
+
+def pixels(batch=3):
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def scored(module, name):
+    """Accumulate one backward pass and return the gates with every site's scores."""
+    criterion = CRITERIA[name]()
+    gates = Gates(module, criterion.space)
+    seen = Accumulator(criterion, gates.sites)
+    outputs = module.encode_image(pixels()) if anatomy.is_clip(module) else module(pixels())
+    outputs.square().sum().backward()
+    seen.add()
+    return gates, seen.scores(lambda total: total)
+
+
+@pytest.mark.parametrize("make", [classifier, lambda: build(tiny_architecture(layers=1), 0)])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_every_criterion_scores_every_unit(name, make):
+    gates, scores = scored(make(), name)
+    assert len(scores) == len(gates.sites) > 0
+    for site, score in zip(gates.sites, scores, strict=True):
+        assert score.shape == (site.groups, site.units) and score.dtype == torch.float64
+        if site.part.tower == "image":
+            assert score.isfinite().all() and score.std() > 0
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_classifier_is_masked_and_cut_to_the_budget_by_every_criterion(name):
+    module = classifier()
+    gates, scores = scored(module, name)
+    costs = cost_model(module, gates.sites, "params")
+    kept = keep_masks(gates.sites, scores, costs, 0.5, align=ALIGN, floor=FLOOR, per_cost=CRITERIA[name].per_cost)
+    for site, mask in zip(gates.sites, kept, strict=True):
+        site.mask = mask.float()
+    with torch.no_grad():
+        wanted = module(pixels())
+    before, masks = anatomy.counts(module)["block_params"], gates.part_masks()
+    gates.remove()
+    for part, mask in masks:
+        surgery.cut(part, mask)
+    with torch.no_grad():
+        torch.testing.assert_close(module(pixels()), wanted, atol=1e-5, rtol=1e-5)
+    left = anatomy.counts(module)["block_params"]
+    largest = max(site.params * (16 if site.kind == "ffn" else 4) for site in gates.sites)
+    assert costs.total == before and 0.5 * before - largest < left <= 0.5 * before
+
+
+def test_the_layers_of_a_classifier_add_up_to_it_and_its_parts_to_its_blocks():
+    module = classifier()
+    rows = layer_costs(model_of(module))
+    assert [row["name"] for row in rows] == ["blocks.0", "blocks.1", ELSE] and {row["tower"] for row in rows} == {
+        "image"
+    }
+    assert sum(row["params"] for row in rows) == sum(p.numel() for p in module.parameters())
+    assert rows[-1]["macs"] == 16 * 3 * 64 * 48 + 48 * 7  # patches and head
+    for block, row in zip(anatomy.blocks(module), rows, strict=False):
+        assert sum(part_macs(part) for part in block.parts) == row["macs"]
+
+
+def test_a_gradient_criterion_scores_channels_by_the_same_rule():
+    gradient = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    assert CRITERIA["fisher"]().summed(gradient[None]).tolist() == [1, 4, 9]
+    assert CRITERIA["taylor"]().summed(gradient[None]).tolist() == [1, 2, 3]
+    assert [name for name in CRITERIA if CRITERIA[name].for_channels] == ["fisher", "taylor", "magnitude", "random"]
+
+
+@pytest.mark.parametrize("name", [name for name in CRITERIA if CRITERIA[name].for_channels])
+def test_every_criterion_for_channels_cuts_a_convolutional_tower(name):
+    vision = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64, "patch_size": None}
+    module = build(tiny_architecture(layers=1) | {"vision_cfg": vision}, 0)
+    pruning = ConvPruning(module, name, Target(params=0.8), align=4)
+    module.encode_image(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    pruning.add()
+    assert 0.7 < pruning.cut()["image_tower_kept"] <= 0.8
+
+
+def test_a_criterion_that_is_registered_can_be_named_in_a_recipe():
+    @CRITERIA.register("first-units")
+    class FirstUnits(Criterion):
+        uses_gradients = False
+
+        def score(self, site, generator):
+            return -torch.arange(float(site.units)).expand(site.groups, -1)
+
+    settings = checked(Prune, {"budget": {"params": 0.5}, "criterion": "first-units", "steps": 1}, "p")
+    module = classifier()
+    gates = Gates(module, FirstUnits.space)
+    scores = Accumulator(CRITERIA[settings.criterion](), gates.sites).scores(lambda total: total)
+    costs = cost_model(module, gates.sites, "params")
+    for mask in keep_masks(gates.sites, scores, costs, 0.5, align=ALIGN, floor=FLOOR, per_cost=True):
+        assert torch.equal(mask, mask.sort(dim=1, descending=True).values)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("criterion", "fischer", r"p\.criterion: .*unknown criterion 'fischer'. Did you mean 'fisher'"),
+        ("schedule", "cubik", r"p\.schedule: .*unknown schedule 'cubik'. Did you mean 'cubic'"),
+    ],
+)
+def test_an_unknown_method_names_the_nearest(key, value, message):
+    with pytest.raises(RecipeError, match=message):
+        checked(Prune, {"budget": {"params": 0.5}, "steps": 1, key: value}, "p")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_complete_before_the_last_part_of_the_search(name):
+    assert progress(name, 79, 100, 0.2) == 1.0 and 0 < progress(name, 0, 100, 0.2) <= 1.0
+
+
+# towers by name
+
+
+def test_a_classifier_has_a_budget_for_all_towers_or_for_its_only_one():
+    module = classifier()
+    found = sites(module, "separate")
+    for budget in (Budget(params=0.5), Budget(image={"params": 0.5})):
+        (group,) = groups_of(model_of(module), found, budget)
+        assert group.members == list(range(len(found))) and group.target == 0.5
+
+
+def test_a_target_per_tower_is_read_under_any_name_and_checked_against_the_model():
+    budget = checked(Budget, {"question": {"macs": 0.5}, "image": {"params": 0.4}}, "budget")
+    assert {name: target.unit for name, target in budget.by_tower.items()} == {"question": "macs", "image": "params"}
+    assert budget.target_of("question").macs == 0.5 and budget.target_of("text") is None
+    assert budget.targets(("image", "question")) == [
+        (("image",), Target(params=0.4)),
+        (("question",), Target(macs=0.5)),
+    ]
+    with pytest.raises(
+        RecipeError, match=r"prune\.budget: expected a tower of this model \(image, text\), found 'question'"
+    ):
+        budget.targets(("image", "text"))
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"parms": 0.5}, r"unknown key 'parms'. Did you mean 'params'"),
+        ({"image": {"parms": 0.5}}, r"p\.budget\.image\.parms: unknown key 'parms'. Did you mean 'params'"),
+        ({"image": {"params": 2}}, r"p\.budget\.image\.params: Input should be"),
+        ({"image": {}}, "expected exactly one of params.*found image"),
+        ({"image": None, "text": None}, "expected exactly one of params.*found none"),
+    ],
+)
+def test_a_mistake_in_a_budget_names_its_place(budget, message):
+    with pytest.raises(RecipeError, match=message):
+        checked(Prune, {"budget": budget, "steps": 1}, "p")
+
+
+def test_a_tower_without_a_target_in_a_recipe_is_left_alone():
+    assert Budget(image={"params": 0.5}, text=None).targets(("image", "text")) == [(("image",), Target(params=0.5))]
+
+
+def test_sites_are_named_by_tower_and_default_to_everything():
+    module = build(tiny_architecture(layers=1), 0)
+    kinds = {(site.part.tower, site.kind) for site in sites(module, "separate", {"image": ["ffn"]})}
+    assert kinds == {("image", "ffn"), *(("text", kind) for kind in DEFAULT_KINDS)}
+    with pytest.raises(RecipeError, match=r"p\.sites\.image"):
+        checked(Prune, {"budget": {"params": 0.5}, "sites": {"image": ["fnn"]}, "steps": 1}, "p")
+
+
+def test_an_unknown_tower_in_sites_stops_the_search_before_it_starts():
+    settings = Prune(budget={"params": 0.5}, sites={"imgae": ["ffn"]}, steps=1)
+    with pytest.raises(
+        RecipeError, match=r"prune\.sites: expected a tower of this model \(image, text\), found 'imgae'"
+    ):
+        run(settings, new_model(tiny_architecture(layers=1), 0), None)
