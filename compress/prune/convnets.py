@@ -99,7 +99,7 @@ class ConvPruning(Hook):
             raise RecipeError(
                 f"prune.budget: {target.unit} is not known for a convolutional image tower. Use params or macs."
             )
-        self.model, self.name, self.align, self.seed = model, criterion, align, seed
+        self.model, self.criterion_name, self.align, self.seed = model, criterion, align, seed
         self.criterion = CRITERIA[criterion]()
         self.sites = [site for site, _ in channel_groups(model)]
         self.costs = tower_costs(model, self.sites, target.unit)
@@ -151,7 +151,7 @@ class ConvPruning(Hook):
             return [self.criterion.score_channels(_channel_weights(site, found), generator) for site in self.sites]
         if not self.taken_in:
             raise ClipressError(
-                f"prune: criterion {self.name} saw no finite gradient ({self.left_out} steps left out). "
+                f"prune: criterion {self.criterion_name} saw no finite gradient ({self.left_out} steps left out). "
                 "Give it more steps or a lower 'lr'."
             )
         return self.sums

@@ -32,7 +32,7 @@ NOTES = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77
 
 @functools.cache
 def source(quick_gelu=False, resnet=False):
-    """A model of plain open_clip; every bias and norm has something to lose."""
+    """A model of plain open_clip with random biases and norms."""
     torch.manual_seed(0)
     model = open_clip.model.CLIP(64, dict(RESNET if resnet else VIT), dict(TEXT), quick_gelu=quick_gelu).eval()
     for name, tensor in model.state_dict().items():
