@@ -145,7 +145,7 @@ class ConvPruning(Hook):
 
     @torch.no_grad()
     def scores(self) -> list[Tensor]:
-        """Return a score per channel of every site, float64; larger is worth keeping."""
+        """Return a score per channel of every site, float64; the largest are kept."""
         if not self.criterion.uses_gradients:
             found, generator = layers(self.model), torch.Generator().manual_seed(self.seed)
             return [self.criterion.score_channels(_channel_weights(site, found), generator) for site in self.sites]
@@ -157,7 +157,7 @@ class ConvPruning(Hook):
         return self.sums
 
     def cut(self) -> dict[str, Any]:
-        """Cut the channels worth least per cost until the budget is met. Returns a record for the lineage."""
+        """Cut the channels with the lowest score per cost until the budget is met. Returns a record for the lineage."""
         scores = self.scores()
         widths = choose_widths(self.costs, scores, self.fraction * self.costs.total, self.least, self.align)
         groups = dict(channel_groups(self.model))  # traced again, since training may have replaced weights
@@ -173,7 +173,7 @@ class ConvPruning(Hook):
 
 
 def choose_widths(costs: Costs, scores: Sequence[Tensor], target: float, least: Sequence[int], align: int) -> list[int]:
-    """Return the widths that meet `target`: aligned steps are cut, those worth least per cost first.
+    """Return the widths that meet `target`: aligned steps are cut, those with the lowest score per cost first.
 
     What a step saves depends on how wide its neighbours still are, so it is computed again before every cut.
     """

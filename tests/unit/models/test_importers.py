@@ -635,7 +635,7 @@ def test_auto_inherited_tinyclip_is_refused(cut, tmp_path):
 
 def test_names_that_fit_three_formats_are_not_guessed(tmp_path):
     torch.save(training(source().state_dict()), tmp_path / "epoch_1.pt")
-    with pytest.raises(ArtifactError, match=r"do not tell the activation.*openai for QuickGELU, clip-kd for GELU"):
+    with pytest.raises(ArtifactError, match=r"do not reveal the activation.*openai for QuickGELU, clip-kd for GELU"):
         import_checkpoint(tmp_path / "epoch_1.pt")
 
 
