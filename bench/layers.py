@@ -15,19 +15,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipress.models import anatomy, convnets
 from clipress.models.load import Model
+from clipress.tasks import graphs_of, task_named
 
 ELSE = "all else"
 
 
 def layer_costs(model: Model) -> list[dict[str, Any]]:
-    """Return `{tower, name, params, macs}` per layer; macs are those of one image or one text.
+    """Return `{tower, name, params, macs}` per layer; macs are those of one sample.
 
     torch's own counter counts attention's products. INT8 and 2:4 compute the same products and count as dense.
     """
     rows = []
     for tower in anatomy.towers(model.module):
         layers = _layers(model.module, tower)
-        counted = _macs(model.module, tower, layers)
+        counted = _macs(model, tower, layers)
         params = {name: sum(p.numel() for p in module.parameters()) for name, module in layers.items()}
         params[ELSE] = sum(p.numel() for p in anatomy.tower_parameters(model.module, tower)) - sum(params.values())
         rows += [{"tower": tower, "name": name, "params": params[name], "macs": counted[name]} for name in params]
@@ -47,7 +48,7 @@ def _layers(model: nn.Module, tower: str) -> dict[str, nn.Module]:
     return found
 
 
-def _macs(model: nn.Module, tower: str, layers: dict[str, nn.Module]) -> dict[str, int]:
+def _macs(model: Model, tower: str, layers: dict[str, nn.Module]) -> dict[str, int]:
     counted = dict.fromkeys([*layers, ELSE], 0)
     entered: dict[str, int] = {}
     # plain products, since not every release of the counter knows the fused kernels
@@ -64,7 +65,7 @@ def _macs(model: nn.Module, tower: str, layers: dict[str, nn.Module]) -> dict[st
             hooks.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
             hooks.append(module.register_forward_hook(lambda *_, name=name: leave(name)))
         try:
-            _run_tower(model, tower)
+            _run_one_sample(model, tower)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -72,10 +73,11 @@ def _macs(model: nn.Module, tower: str, layers: dict[str, nn.Module]) -> dict[st
     return counted
 
 
-def _run_tower(model: nn.Module, tower: str) -> None:
-    """Run one sample through one tower."""
-    if tower == "text":
-        model.encode_text(torch.ones(1, anatomy.context_length(model), dtype=torch.int64))
-        return
-    pixels = torch.zeros(1, 3, *anatomy.image_size(model))
-    model.encode_image(pixels) if anatomy.is_clip(model) else model(pixels)
+def _run_one_sample(model: Model, tower: str) -> None:
+    """Run one sample through the graph of a tower, or the main graph where the tower is not a graph of its own."""
+    task, graphs = task_named(model.task), graphs_of(model)
+    graph = graphs.get(tower) or graphs[task.main_graph]
+    inputs = {
+        name: torch.zeros_like(torch.from_numpy(rows)) for name, rows in graph.example(1).items()
+    }  # id 0 always exists
+    task.call(model.module, graph.name, inputs)

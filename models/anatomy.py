@@ -43,7 +43,7 @@ class Attn:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What the architecture cannot tell once this part has been cut."""
+        """What the architecture no longer determines once this part has been cut."""
         attn = self.module
         return {"heads": attn.heads, "qk_dim": attn.qk_dim, "v_dim": attn.v_dim, "scale": attn.scale}
 
@@ -80,7 +80,7 @@ class Ffn:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What the architecture cannot tell once this part has been cut."""
+        """What the architecture no longer determines once this part has been cut."""
         return {"ffn": self.hidden}
 
 

@@ -38,7 +38,7 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 
 
 def conv_shapes(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Return what the architecture cannot tell once channels have been cut."""
+    """Return the sizes that the architecture no longer determines once channels have been cut."""
     return {name: _sizes(layer) for name, layer in layers(model).items()}
 
 

@@ -26,9 +26,9 @@ from torch import nn
 from clipress.errors import RecipeError, nearest
 from clipress.models import anatomy, surgery
 from clipress.models.load import Model, model_from_open_clip, new_model
+from clipress.models.named_towers import IMAGE_TOWERS, TEXT_TOWERS, timm_tower
 from clipress.models.weight_inheritance import Size, inherited
 from clipress.recipe import Section, checked, digest
-from clipress.registry import Registry
 from clipress.storage import sha256
 
 TEACHER = "teacher"
@@ -37,35 +37,6 @@ TOKENS = (
     *("context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
     *("pool_type", "pad_id", "eos_id", "no_causal_mask"),
 )
-
-
-def _timm(name: str, **more: Any) -> dict[str, Any]:
-    """Return the config of timm's tower, averaged over positions, with its own classifier as projection."""
-    return {"timm_model_name": name, "timm_pool": "avg", "timm_proj": "", **more}
-
-
-IMAGE_TOWERS: Registry[dict[str, Any]] = Registry("image tower", __name__)
-TEXT_TOWERS: Registry[dict[str, Any]] = Registry("text tower", __name__)
-
-# The published students: a new one is a line here. CLIP-KD's configs (Yang et al. 2024) put a Linear without bias after
-# timm's features; timm's MobileNetV3 has a layer in between, which only its own classifier reads. Its RN50 is CLIP's own.
-for _name, _config in {
-    "vit-t-16": {"width": 192, "layers": 12, "head_width": 64, "patch_size": 16},
-    "vit-b-16": {"width": 768, "layers": 12, "head_width": 64, "patch_size": 16},
-    "mobilevit-s": _timm("mobilevit_s", timm_proj="linear"),
-    "swin-t": _timm("swin_tiny_patch4_window7_224", timm_proj="linear"),
-    "mobilenetv3-s": _timm("mobilenetv3_small_100"),
-    "efficientnet-b0": _timm("efficientnet_b0", timm_proj="linear"),
-    "resnet-18": _timm("resnet18", timm_proj="linear"),
-    "resnet-50": {"width": 64, "layers": [3, 4, 6, 3]},
-    "clip-distill": {"width": 576, "layers": 6, "head_width": 24, "patch_size": 32},
-}.items():
-    IMAGE_TOWERS.register(_name)(_config)
-for _name, _config in {
-    "clip-kd": {"width": 384, "heads": 6, "layers": 12},
-    "clip-distill": {"width": 128, "heads": 8, "layers": 6},
-}.items():
-    TEXT_TOWERS.register(_name)(_config)
 
 
 class Inherit(Section):
@@ -87,10 +58,10 @@ class Student(Section):
     checkpoint: str | None = None
     """With `model`: a weights file, or a pretrained tag of open_clip. Default: random weights."""
     image: str | dict[str, Any] | None = None
-    """A name of `IMAGE_TOWERS`; vit-LAYERSxWIDTH-pPATCH; {timm: NAME}, with `pretrained: true` for timm's own weights; keys of
+    """A name of `named_towers.IMAGE_TOWERS`; vit-LAYERSxWIDTH-pPATCH; {timm: NAME}, with `pretrained: true` for timm's own weights; keys of
     open_clip's vision_cfg; or `teacher`."""
     text: str | dict[str, Any] | None = None
-    """A name of `TEXT_TOWERS`; LAYERSxWIDTH; keys of open_clip's text_cfg; or `teacher`."""
+    """A name of `named_towers.TEXT_TOWERS`; LAYERSxWIDTH; keys of open_clip's text_cfg; or `teacher`."""
     embed_dim: int | None = Field(None, ge=1)
     """Default: the model's own; of two towers the teacher's, or 512 without a teacher."""
     image_size: int | None = Field(None, ge=1)
@@ -276,7 +247,7 @@ def _image_config(given: str | dict[str, Any]) -> dict[str, Any]:
 
     if isinstance(given, dict) and "timm" in given:
         more = {key: value for key, value in given.items() if key not in ("timm", "pretrained")}
-        given = _timm(given["timm"], timm_model_pretrained=bool(given.get("pretrained", False)), **more)
+        given = timm_tower(given["timm"], timm_model_pretrained=bool(given.get("pretrained", False)), **more)
     if isinstance(given, dict):
         known = {field.name for field in fields(CLIPVisionCfg)}
         return _known_timm(_known_keys(given, known - {"image_size"}, {"timm", "pretrained"}, "student.image"))

@@ -125,7 +125,7 @@ def _empty_linear(like: nn.Linear, columns: int, rows: int) -> nn.Linear:
 
 
 def shapes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return what the architecture cannot tell once parts, or channels, have been cut.
+    """Return the shapes that the architecture no longer determines once parts, or channels, have been cut.
 
     A block's parts share one record under the block's name, `{heads, qk_dim, v_dim, scale, ffn}`; a second part of the
     same kind has a record under its own name.
@@ -194,7 +194,7 @@ def copy_tower(model: nn.Module, donor: nn.Module, tower: str) -> nn.Module:
 
 
 def stock_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return an uncut model's weights under the names that plain open_clip, or timm, gives them."""
+    """Return an uncut model's weights under the names of plain open_clip, or timm."""
     weights = dict(model.state_dict())
     for part in attentions(model):
         at, names = f"{part.name}.", part.module.STOCK_NAMES

@@ -73,7 +73,7 @@ class Budget(Target):
         for key, value in raw.items() if isinstance(raw, Mapping) else ():
             if key not in cls.model_fields and not isinstance(value, Mapping | Target | None):
                 raise RecipeError(f"prune.budget: unknown key '{key}'.{nearest(key, cls.model_fields)}")
-        if isinstance(raw, Mapping):  # `image: null` in a recipe is a tower without a target
+        if isinstance(raw, Mapping):  # a tower set to null has no target
             return {key: value for key, value in raw.items() if key in cls.model_fields or value is not None}
         return raw
 

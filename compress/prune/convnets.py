@@ -99,7 +99,7 @@ class ConvPruning(Hook):
             raise RecipeError(
                 f"prune.budget: {target.unit} is not known for a convolutional image tower. Use params or macs."
             )
-        self.model, self.name, self.align, self.seed = model, criterion, align, seed
+        self.model, self.criterion_name, self.align, self.seed = model, criterion, align, seed
         self.criterion = CRITERIA[criterion]()
         self.sites = [site for site, _ in channel_groups(model)]
         self.costs = tower_costs(model, self.sites, target.unit)
@@ -145,19 +145,19 @@ class ConvPruning(Hook):
 
     @torch.no_grad()
     def scores(self) -> list[Tensor]:
-        """Return a score per channel of every site, float64; larger is worth keeping."""
+        """Return a score per channel of every site, float64; the largest are kept."""
         if not self.criterion.uses_gradients:
             found, generator = layers(self.model), torch.Generator().manual_seed(self.seed)
             return [self.criterion.score_channels(_channel_weights(site, found), generator) for site in self.sites]
         if not self.taken_in:
             raise ClipressError(
-                f"prune: criterion {self.name} saw no finite gradient ({self.left_out} steps left out). "
+                f"prune: criterion {self.criterion_name} saw no finite gradient ({self.left_out} steps left out). "
                 "Give it more steps or a lower 'lr'."
             )
         return self.sums
 
     def cut(self) -> dict[str, Any]:
-        """Cut the channels worth least per cost until the budget is met. Returns a record for the lineage."""
+        """Cut the channels with the lowest score per cost until the budget is met. Returns a record for the lineage."""
         scores = self.scores()
         widths = choose_widths(self.costs, scores, self.fraction * self.costs.total, self.least, self.align)
         groups = dict(channel_groups(self.model))  # traced again, since training may have replaced weights
@@ -173,7 +173,7 @@ class ConvPruning(Hook):
 
 
 def choose_widths(costs: Costs, scores: Sequence[Tensor], target: float, least: Sequence[int], align: int) -> list[int]:
-    """Return the widths that meet `target`: aligned steps are cut, those worth least per cost first.
+    """Return the widths that meet `target`: aligned steps are cut, those with the lowest score per cost first.
 
     What a step saves depends on how wide its neighbours still are, so it is computed again before every cut.
     """

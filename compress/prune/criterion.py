@@ -1,4 +1,4 @@
-"""Criteria: from the gradients of gates, or from weights alone, to a score per unit; larger is worth keeping.
+"""Criteria: from the gradients of gates, or from weights alone, to a score per unit; the largest scores are kept.
 
 Sums are kept in float64 outside `.grad`, and a sample with a non-finite gradient is left out and counted, so neither
 mixed precision nor an overflow can change what is pruned.

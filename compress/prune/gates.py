@@ -1,4 +1,4 @@
-"""Gates: a vector of ones multiplied into each site, whose gradient says what every unit is worth.
+"""Gates: a vector of ones multiplied into each site, whose gradient measures the importance of every unit.
 
 Two spaces. `separate`, ours: one gate on the queries per head and dim, one on the values per head and dim (or one per
 head), one on the hidden units after the activation; the output is linear in each. `upop` (Shi et al. 2023): one gate per
@@ -83,7 +83,7 @@ def _kinds_of(part: Part, space: str, wanted: Sequence[str]) -> list[str]:
     """Return the kinds of sites of a part, as the space has them."""
     if not isinstance(part, Attn):
         return ["ffn"] * ("ffn" in wanted)
-    if space == "upop":  # its gates cannot tell q, k and v apart
+    if space == "upop":  # its gates are shared by q, k and v
         return ["attn"] * ("qk" in wanted or "v" in wanted)
     return [kind for kind in wanted if kind != "ffn"]
 

@@ -1,4 +1,4 @@
-"""The stage `prune`: train with gates, move the masks as the schedule says, then cut.
+"""The stage `prune`: train with gates, move the masks along a schedule, then cut.
 
 `criterion: upop` follows UPop (Shi et al. 2023): its gates, its signed sum, standardisation per kind and soft masks;
 `criterion: fisher` is ours. `guide` adds distillation losses while searching (the knowledge-guided variant).
@@ -172,7 +172,7 @@ class Search(Hook):
         scores = self.seen.scores(self.reduce)
         if not reversible:
             scores = [score.masked_fill(site.mask == 0, 0.0) for score, site in zip(scores, sites, strict=True)]
-        # UPop's soft masks: a unit to be cut sinks from 1 to 0 as the schedule goes on
+        # UPop's soft masks: a unit to be cut sinks from 1 to 0 along the schedule
         cut_value = 1 - due if reversible else 0.0
         for site, keep in zip(sites, self._masks(scores, due), strict=True):
             site.mask = torch.where(keep, 1.0, cut_value)

@@ -28,7 +28,7 @@ def import_checkpoint(path: Path, form: str = "auto", model: str | None = None) 
     Args:
         path: a file (.pt, .pth, .bin, .safetensors), or a folder in open_clip's layout.
         form: a name in `IMPORTERS`; `auto` detects the format from the weights.
-        model: an open_clip model name, where the file cannot tell its architecture.
+        model: an open_clip model name, where the file does not determine its architecture.
 
     Raises:
         ArtifactError: the file is missing, damaged, more than weights, of no known format, or its shapes do not fit.

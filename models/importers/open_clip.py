@@ -1,4 +1,4 @@
-"""open_clip: training checkpoints, bare state dicts and hub folders. A name or a config tells the architecture."""
+"""open_clip: training checkpoints, bare state dicts and hub folders. A model name or a config determines the architecture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 @IMPORTERS.register("open_clip")
 class OpenClip(Importer):
-    """Recognised by its names, which OpenAI and CLIP-KD use too; the model's name tells what the names cannot."""
+    """Recognised by its tensor names, which OpenAI and CLIP-KD share, so that a model name is required."""
 
     priority = 50
 
@@ -32,7 +32,7 @@ class OpenClip(Importer):
 
         if model_name is None:
             raise ArtifactError(
-                "open_clip, OpenAI and CLIP-KD use the same tensor names, and the weights do not tell the activation. Give "
+                "open_clip, OpenAI and CLIP-KD use the same tensor names, and the weights do not reveal the activation. Pass "
                 "the open_clip model name (such as ViT-B-32), or the format: openai for QuickGELU, clip-kd for GELU."
             )
         if model_name not in open_clip.list_models():

@@ -1,4 +1,4 @@
-"""OpenAI's naming: shapes tell the architecture, heads are 64 wide, the activation is QuickGELU.
+"""OpenAI's naming: shapes determine the architecture, heads are 64 wide, the activation is QuickGELU.
 
 Other formats that keep these names use the functions of this file.
 """
@@ -45,10 +45,10 @@ class OpenAI(Importer):
 
 
 def refuse_name(model_name: str | None) -> None:
-    """Raise RecipeError for a model name, where shapes tell the architecture."""
+    """Raise RecipeError for a model name, where shapes determine the architecture."""
     if model_name is not None:
         raise RecipeError(
-            f"expected no model name, found '{model_name}': this format tells its architecture. Leave it out."
+            f"expected no model name, found '{model_name}': the shapes determine the architecture. Leave it out."
         )
 
 

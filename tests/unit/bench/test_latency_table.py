@@ -1,24 +1,24 @@
 """The cost table of a latency budget: what is measured, and that a narrowed block is the block with units cut."""
 
 import pytest
-import timm
 import torch
 
 from clipress.bench.latency_table import cost_table, levels_of, narrow_block, unit_counts
 from clipress.compress.prune.costs import latency_curve
 from clipress.compress.prune.gates import sites
-from clipress.data.transforms import Preprocess
-from clipress.models import anatomy, surgery
-from clipress.models.load import Model, build, new_model
+from clipress.models import anatomy
+from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
+from clipress.tasks import task_named
+
+CLASSIFIER = {"width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 32, "labels": ["cat", "dog"]}
 
 
 def classifier():
-    vit = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=7)
-    return surgery.use_own_attention(vit.eval())
+    return task_named("classification").student_from(CLASSIFIER, None, 0)
 
 
-@pytest.mark.parametrize("make", [lambda: build(tiny_architecture(layers=1), 0), classifier])
+@pytest.mark.parametrize("make", [lambda: new_model(tiny_architecture(layers=1), 0), classifier])
 @pytest.mark.parametrize(
     ("index", "kind", "level", "shape"),
     [
@@ -29,7 +29,7 @@ def classifier():
     ],
 )
 def test_a_block_is_narrowed_in_one_kind_and_the_model_stays_whole(make, index, kind, level, shape):
-    block = anatomy.blocks(make())[0]
+    block = anatomy.blocks(make().module)[0]
     before = [part.shape for part in block.parts]
     narrow = narrow_block(block, index, kind, level)
     assert [part.shape for part in block.parts] == before
@@ -42,7 +42,7 @@ def test_a_block_is_narrowed_in_one_kind_and_the_model_stays_whole(make, index, 
     ("model", "towers"),
     [
         (new_model(tiny_architecture(layers=1), 0), ["image", "text"]),
-        (Model(classifier(), {}, Preprocess(size=32), {}), ["image"]),
+        (classifier(), ["image"]),
     ],
 )
 def test_a_table_has_every_kind_of_every_tower_and_prices_every_site(model, towers):

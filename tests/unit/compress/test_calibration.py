@@ -146,11 +146,11 @@ def test_weights_that_are_not_finite_are_named(digits):
 
 @pytest.mark.parametrize("method", ["max", "percentile", "entropy"])
 def test_a_module_that_sees_only_zeros_is_named(method):
-    with pytest.raises(RecipeError, match=r"nothing but zeros.* linear"):
+    with pytest.raises(RecipeError, match=r"only zeros.* linear"):
         quantizers.attach(Heavy(), ["linear"], lambda m: m(torch.zeros(4, 16)), method)
 
 
 def test_a_module_that_is_never_reached_is_named():
     for method in ("max", "percentile"):
-        with pytest.raises(RecipeError, match="never reached linear"):
+        with pytest.raises(RecipeError, match="did not reach linear"):
             quantizers.attach(Heavy(), ["linear"], lambda m: None, method)

@@ -1,4 +1,4 @@
-"""Gates, criteria, budgets and schedules, each against something worked out another way."""
+"""Gates, criteria, budgets and schedules, each against an independent computation."""
 
 import copy
 

@@ -1,10 +1,12 @@
 """Every criterion and schedule works on every kind of model; budgets and sites go by the towers a model has."""
 
 import pytest
-import timm
 import torch
 
+from clipress.artifact import save_artifact
 from clipress.bench.layers import ELSE, layer_costs
+from clipress.compress.context import Context
+from clipress.compress.fabric import start_fabric
 from clipress.compress.prune.budget import Align, Budget, Floor, Target, keep_masks
 from clipress.compress.prune.convnets import ConvPruning
 from clipress.compress.prune.costs import cost_model, part_macs
@@ -12,27 +14,33 @@ from clipress.compress.prune.criterion import CRITERIA, Accumulator, Criterion
 from clipress.compress.prune.gates import DEFAULT_KINDS, Gates, sites
 from clipress.compress.prune.schedule import SCHEDULES, progress
 from clipress.compress.prune.search import Prune, groups_of, run
-from clipress.data.transforms import Preprocess
+from clipress.compress.settings import Runtime
+from clipress.data.spec import DataSpec, SourceSpec
 from clipress.errors import RecipeError
 from clipress.models import anatomy, surgery
-from clipress.models.load import Model, build, new_model
+from clipress.models.load import artifact_from_model, build, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.recipe import checked
+from clipress.tasks import model_from_artifact, task_named
 
 ALIGN, FLOOR = Align(head_dim=4, ffn=16), Floor(head_dim=0.2, ffn=0.1)
 
 
-def classifier():
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+STUDENT = {"width": 48, "layers": 2, "heads": 3, "patch_size": 8, "image_size": 32, "labels": DIGITS}
+
+
+def classifier_model():
+    model = task_named("classification").student_from(STUDENT, None, 0)
     torch.manual_seed(0)
-    vit = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=7)
-    for parameter in vit.parameters():
+    for parameter in model.module.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.4, 0.4)
-    return surgery.use_own_attention(vit.eval())
+    return model
 
 
-def model_of(module):
-    return Model(module, {}, Preprocess(size=32), {})
+def classifier():
+    return classifier_model().module.eval()
 
 
 def pixels(batch=3):
@@ -83,15 +91,32 @@ def test_a_classifier_is_masked_and_cut_to_the_budget_by_every_criterion(name):
 
 
 def test_the_layers_of_a_classifier_add_up_to_it_and_its_parts_to_its_blocks():
-    module = classifier()
-    rows = layer_costs(model_of(module))
+    model = classifier_model()
+    module, rows = model.module, layer_costs(model)
     assert [row["name"] for row in rows] == ["blocks.0", "blocks.1", ELSE] and {row["tower"] for row in rows} == {
         "image"
     }
     assert sum(row["params"] for row in rows) == sum(p.numel() for p in module.parameters())
-    assert rows[-1]["macs"] == 16 * 3 * 64 * 48 + 48 * 7  # patches and head
+    assert rows[-1]["macs"] == 16 * 3 * 64 * 48 + 48 * 10  # patches and head
     for block, row in zip(anatomy.blocks(module), rows, strict=False):
         assert sum(part_macs(part) for part in block.parts) == row["macs"]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_classifier_is_searched_cut_saved_and_read_back(criterion, tmp_path):
+    context = Context(
+        start_fabric(Runtime(accelerator="cpu")), DataSpec(train=(SourceSpec(format="digits", limit=40),)), 0, title="t"
+    )
+    settings = Prune(
+        budget={"image": {"params": 0.6}}, losses=["labels"], criterion=criterion, steps=4, interval=2, batch_size=8,
+        align=ALIGN, floor=FLOOR,
+    )  # fmt: skip
+    model, details = run(settings, classifier_model(), context)
+    assert 0.5 < details["block_params_kept"] <= 0.6
+    save_artifact(artifact_from_model(model, ({"stage": "pruned", "hash": "x"},), {}), tmp_path / "pruned")
+    again = model_from_artifact(tmp_path / "pruned").module
+    with torch.no_grad():
+        assert torch.equal(again(pixels()), model.module.eval()(pixels()))
 
 
 def test_a_gradient_criterion_scores_channels_by_the_same_rule():
@@ -149,10 +174,10 @@ def test_every_schedule_is_complete_before_the_last_part_of_the_search(name):
 
 
 def test_a_classifier_has_a_budget_for_all_towers_or_for_its_only_one():
-    module = classifier()
-    found = sites(module, "separate")
+    model = classifier_model()
+    found = sites(model.module, "separate")
     for budget in (Budget(params=0.5), Budget(image={"params": 0.5})):
-        (group,) = groups_of(model_of(module), found, budget)
+        (group,) = groups_of(model, found, budget)
         assert group.members == list(range(len(found))) and group.target == 0.5
 
 

@@ -58,7 +58,7 @@ def calibrated():
 
 
 def cosine(model, samples):
-    """Mean cosine to a model without quantisers, of the image tower."""
+    """Mean cosine to a model without quantizers, of the image tower."""
     plain = with_an_outlier().module.eval()
     pixels = torch.cat([one["image"]["pixel_values"] for one in samples])
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_the_layer_with_the_outlier_is_the_most_sensitive(calibrated):
     assert {layer.tower for layer in report} == {"image", "text"}
 
 
-def test_damage_is_one_minus_the_cosine_to_the_model_without_quantisers(calibrated):
+def test_damage_is_one_minus_the_cosine_to_the_model_without_quantizers(calibrated):
     model, names, samples = calibrated
     report = {layer.module: layer.damage for layer in sensitivities(model, names, samples)}
     quantizers.only(model.module, names, [DELICATE])

@@ -19,7 +19,7 @@ CLASSES, SIDE = 7, 32
 
 
 def stock_classifier(**changes):
-    """timm's plain vision transformer with a head, every bias and gain of which has something to lose."""
+    """timm's plain vision transformer with a head, and random biases and gains."""
     torch.manual_seed(0)
     shape = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": CLASSES} | changes
     model = timm.models.VisionTransformer(img_size=SIDE, **shape)

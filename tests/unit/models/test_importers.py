@@ -32,7 +32,7 @@ NOTES = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77
 
 @functools.cache
 def source(quick_gelu=False, resnet=False):
-    """A model of plain open_clip; every bias and norm has something to lose."""
+    """A model of plain open_clip with random biases and norms."""
     torch.manual_seed(0)
     model = open_clip.model.CLIP(64, dict(RESNET if resnet else VIT), dict(TEXT), quick_gelu=quick_gelu).eval()
     for name, tensor in model.state_dict().items():
@@ -635,7 +635,7 @@ def test_auto_inherited_tinyclip_is_refused(cut, tmp_path):
 
 def test_names_that_fit_three_formats_are_not_guessed(tmp_path):
     torch.save(training(source().state_dict()), tmp_path / "epoch_1.pt")
-    with pytest.raises(ArtifactError, match=r"do not tell the activation.*openai for QuickGELU, clip-kd for GELU"):
+    with pytest.raises(ArtifactError, match=r"do not reveal the activation.*openai for QuickGELU, clip-kd for GELU"):
         import_checkpoint(tmp_path / "epoch_1.pt")
 
 

@@ -17,9 +17,8 @@ from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models import anatomy, surgery
 from clipress.models.load import Model, artifact_from_model, new_model, save_for_open_clip
+from clipress.models.named_towers import IMAGE_TOWERS, TEXT_TOWERS
 from clipress.models.students import (
-    IMAGE_TOWERS,
-    TEXT_TOWERS,
     check,
     eval_frozen_modules,
     freeze,
@@ -136,6 +135,17 @@ def test_students_with_batch_norm_keep_statistics_while_learning_and_use_them_af
         alone = model.module.eval().encode_image(pixels[:1])
     torch.testing.assert_close(alone, outputs(model)[0][:1])  # other images in the batch no longer matter
     assert not torch.allclose(alone, fixed[:1])
+
+
+@pytest.mark.parametrize(
+    ("towers", "config"), [(IMAGE_TOWERS, {"width": 64, "layers": 1, "patch_size": 16}), (TEXT_TOWERS, TEXT)]
+)
+def test_a_registered_tower_can_be_named_in_a_recipe(towers, config):
+    towers.register("tiny-test")(config)
+    section = {"image": "vit-1x32-p16", "text": "1x32", "image_size": 32, towers.kind.split()[0]: "tiny-test"}
+    made = student_from(section, None, 0)
+    widths = {part.tower: part.width for part in anatomy.attentions(made.module)}
+    assert widths[towers.kind.split()[0]] == config["width"]
 
 
 def parameters(module):

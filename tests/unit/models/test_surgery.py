@@ -1,4 +1,4 @@
-"""Cutting equals masking, and an artifact gives back what was put in."""
+"""Cutting equals masking, and an artifact restores the model it was made from."""
 
 import open_clip
 import pytest
@@ -58,7 +58,7 @@ def mask_by_hand(block, masks):
 @pytest.mark.parametrize("seed", range(6))
 def test_a_cut_model_computes_what_the_masked_model_computes(seed):
     masked = new_model(tiny_architecture(layers=2), seed).module
-    for parameter in masked.parameters():  # biases start at zero; give them something to lose
+    for parameter in masked.parameters():  # biases start at zero: randomise them
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.5, 0.5)
     cut = new_model(tiny_architecture(layers=2), seed).module
