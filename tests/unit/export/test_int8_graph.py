@@ -1,4 +1,4 @@
-"""INT8 files compute what the quantised model computes, and ONNX Runtime runs them on integers."""
+"""INT8 files compute what the quantized model computes, and ONNX Runtime runs them on integers."""
 
 import json
 
@@ -6,22 +6,24 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from int8_models import CONVOLUTIONAL, quantised
+from int8_models import CONVOLUTIONAL, quantized
 from onnx import TensorProto, helper, numpy_helper
 
 from clipress.artifact import save_artifact
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
 from clipress.errors import ExportError
+from clipress.export import int8_form, parity, static_int8
 from clipress.export import int8_graph as int8
-from clipress.export import parity, static_int8, to_onnx
-from clipress.export.extra_models import variants_from_export
+from clipress.export.extra_models import extra_models_from_export
 from clipress.export.settings import OnnxSettings, TensorRTSettings
+from clipress.export.to_onnx import onnx_from_artifact
 from clipress.export.to_tensorrt import prepare_export
 from clipress.models import anatomy
 from clipress.models.load import artifact_from_model
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.export_folder import read_export
+from clipress.runtime.graph import Graph, Input, Output
 
 KEPT = "visual.trunk.layer1.0.conv1"
 
@@ -120,9 +122,9 @@ def sets():
 def artifacts(sets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("a")
     clips = {
-        "transformer": quantised(tiny_architecture(layers=2), sets),
-        "convolutional": quantised(CONVOLUTIONAL, sets),
-        "kept": quantised(CONVOLUTIONAL, sets, (KEPT,)),
+        "transformer": quantized(tiny_architecture(layers=2), sets),
+        "convolutional": quantized(CONVOLUTIONAL, sets),
+        "kept": quantized(CONVOLUTIONAL, sets, (KEPT,)),
     }
     return {
         name: save_artifact(artifact_from_model(model, ({"stage": name, "hash": name},), {}), folder / name)
@@ -139,7 +141,7 @@ def untrained(monkeypatch):
 
 def export(artifact, target, sets, **settings):
     settings = OnnxSettings(exporter="torchscript", **settings)
-    return to_onnx.onnx_from_artifact(artifact, target, settings, sets)
+    return onnx_from_artifact(artifact, target, settings, sets)
 
 
 def kernels(path, tmp_path):
@@ -152,7 +154,7 @@ def kernels(path, tmp_path):
 
 
 @pytest.mark.parametrize("tower", anatomy.TOWERS)
-def test_every_quantised_layer_of_a_transformer_runs_on_integers(artifacts, sets, tmp_path, tower):
+def test_every_quantized_layer_of_a_transformer_runs_on_integers(artifacts, sets, tmp_path, tower):
     export(artifacts["transformer"], tmp_path / "e", sets)
     graph = kernels(tmp_path / "e" / f"{tower}.onnx", tmp_path)
     constants = {item.name for item in graph.initializer}
@@ -165,8 +167,8 @@ def test_every_quantised_layer_of_a_transformer_runs_on_integers(artifacts, sets
 
 
 def test_every_convolution_of_a_static_file_runs_on_integers(artifacts, sets, tmp_path):
-    told = export(artifacts["convolutional"], tmp_path / "e", sets, int8="static")
-    assert told["int8"]["form"] == "static"
+    made = export(artifacts["convolutional"], tmp_path / "e", sets, int8="static")
+    assert made.int8.form == "static"
     ran = [node.op_type for node in kernels(tmp_path / "e" / "image.onnx", tmp_path).node]
     convolutions = sum(n.op_type == "Conv" for n in onnx.load(tmp_path / "e" / "image.onnx").graph.node)
     assert ran.count("QLinearConv") == convolutions > 10
@@ -178,22 +180,22 @@ def test_what_is_quicker_here_becomes_the_file_and_tensorrt_gets_symmetric_scale
     artifacts, sets, tmp_path, monkeypatch
 ):
     def says(qdq, static):
-        monkeypatch.setattr(to_onnx, "milliseconds", lambda _: {"qdq": qdq, "static": static})
+        monkeypatch.setattr(int8_form, "milliseconds", lambda *_: {"qdq": qdq, "static": static})
 
     says(1.0, 2.0)
-    told = export(artifacts["convolutional"], tmp_path / "q", sets)
-    assert told["int8"] == {"form": "qdq", "milliseconds": {"qdq": 1.0, "static": 2.0}} and told["explicit"] == {}
+    made = export(artifacts["convolutional"], tmp_path / "q", sets)
+    assert made.int8.model_dump() == {"form": "qdq", "milliseconds": {"qdq": 1.0, "static": 2.0}} and not made.explicit
     assert sorted(path.name for path in (tmp_path / "q").iterdir()) == ["export.json", "image.onnx", "text.onnx"]
     says(2.0, 1.0)
-    told = export(artifacts["convolutional"], tmp_path / "s", sets)
-    assert told["int8"]["form"] == "static" and read_export(tmp_path / "s").explicit["image"].file == "image.qdq.onnx"
+    made = export(artifacts["convolutional"], tmp_path / "s", sets)
+    assert made.int8.form == "static" and read_export(tmp_path / "s").explicit["image"].file == "image.qdq.onnx"
     settings = TensorRTSettings()
     parsed = onnx.load(prepare_export(tmp_path / "s", settings)["image"].path)
     assert zero_points(parsed) == {TensorProto.INT8}
     assert TensorProto.UINT8 in zero_points(onnx.load(tmp_path / "s" / "image.onnx"))
-    made = variants_from_export(tmp_path / "s", OnnxSettings(fp16=True, joint=True), sets)
-    assert zero_points(onnx.load(made["image.int8-fp16"])) == {TensorProto.INT8}
-    assert zero_points(onnx.load(made["joint.int8-fp16"])) == {TensorProto.INT8}
+    extra = extra_models_from_export(tmp_path / "s", OnnxSettings(fp16=True, joint=True), sets)
+    assert zero_points(onnx.load(extra["image.int8-fp16"])) == {TensorProto.INT8}
+    assert zero_points(onnx.load(extra["joint.int8-fp16"])) == {TensorProto.INT8}
     about = json.loads((tmp_path / "s" / "export.json").read_text())
     (tmp_path / "s" / "image.qdq.onnx").unlink()
     with pytest.raises(Exception, match=r"no image\.qdq\.onnx"):
@@ -217,23 +219,23 @@ def test_scales_of_a_static_file_come_from_the_calibration_pictures(artifacts, s
 
     settings = OnnxSettings(exporter="torchscript", int8="static")
     files = [tmp_path / name / "image.onnx" for name in "ab"]
-    to_onnx.onnx_from_artifact(artifacts["convolutional"], files[0].parent, settings, sets)
+    onnx_from_artifact(artifacts["convolutional"], files[0].parent, settings, sets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parity, "check", lambda *_: {})  # digits say little about scenes
-        to_onnx.onnx_from_artifact(artifacts["convolutional"], files[1].parent, settings, sets, calibration)
+        onnx_from_artifact(artifacts["convolutional"], files[1].parent, settings, sets, calibration)
     assert seen and files[0].read_bytes() != files[1].read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("transformer", "no convolutional one"), ("kept", f"{KEPT} was to stay in full precision")]
+    ("name", "why"), [("transformer", "not convolutional"), ("kept", f"{KEPT} stays in full precision")]
 )
 def test_a_form_that_a_model_cannot_have_is_refused(artifacts, sets, tmp_path, name, why):
-    with pytest.raises(ExportError, match=f"static was asked for.*{why}.*Use int8: auto"):
+    with pytest.raises(ExportError, match=f"static is not possible.*{why}.*Use int8: auto"):
         export(artifacts[name], tmp_path / "e", sets, int8="static")
 
 
 def test_a_layer_that_was_kept_in_full_precision_stays_so(artifacts, sets, tmp_path):
-    assert "int8" not in export(artifacts["kept"], tmp_path / "e", sets)
+    assert export(artifacts["kept"], tmp_path / "e", sets).int8 is None
     export(artifacts["convolutional"], tmp_path / "w", sets, int8="qdq")
     weights = [onnx.load(tmp_path / folder / "image.onnx").graph.initializer for folder in "ew"]
     rounded = [sum(item.data_type == TensorProto.INT8 and len(item.dims) == 4 for item in each) for each in weights]
@@ -244,5 +246,10 @@ def test_files_are_timed_alike(tmp_path):
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 8, 8])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3, 8, 8])
     onnx.save(model_of([helper.make_node("Relu", ["x"], ["y"])], [x], [y], {}), tmp_path / "relu.onnx")
-    taken = static_int8.milliseconds({"a": tmp_path / "relu.onnx", "b": tmp_path / "relu.onnx"})
+    relu = Graph(
+        name="relu",
+        inputs=(Input(name="x", dtype="float32", shape=(3, 8, 8)),),
+        outputs=(Output(name="y", shape=(3, 8, 8)),),
+    )
+    taken = static_int8.milliseconds({"a": tmp_path / "relu.onnx", "b": tmp_path / "relu.onnx"}, relu)
     assert taken.keys() == {"a", "b"} and all(one > 0 for one in taken.values())

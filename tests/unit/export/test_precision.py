@@ -7,15 +7,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fake_tensorrt import session
 from onnx import TensorProto, helper, numpy_helper
 
 from clipress.errors import ExportError
-from clipress.export import precision, to_onnx
+from clipress.export import precision
 from clipress.export.settings import OnnxSettings
+from clipress.export.torch_export import export_graph
 from clipress.models import quantizers
 from clipress.models.load import Model, new_model
 from clipress.models.tiny import tiny_architecture
+from clipress.runtime.onnx_session import open_session
+from clipress.tasks import graphs_of, runs_of
+
+NAMES = {"image": "pixel_values", "text": "input_ids"}
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +47,13 @@ def int8(model, inputs):
 
 
 def exported(model, tower, folder, exporter="torchscript"):
-    to_onnx._export(model, tower, folder / f"{tower}.onnx", OnnxSettings(exporter=exporter))
+    export_graph(model, graphs_of(model)[tower], folder / f"{tower}.onnx", OnnxSettings(exporter=exporter))
     return onnx.load(folder / f"{tower}.onnx")
 
 
 def run(model, batch, folder):
     onnx.save(model, folder / "lowered.onnx")
-    opened = session(str(folder / "lowered.onnx"))
+    opened = open_session(folder / "lowered.onnx", 1, float16=True)
     return opened.run(None, {opened.get_inputs()[0].name: batch})[0]
 
 
@@ -62,7 +66,7 @@ def types(model):
 def test_a_float16_tower_agrees_with_torch_and_takes_and_gives_float32(model, inputs, tmp_path, tower, exporter):
     module = exported(model, tower, tmp_path, exporter)
     lowered = precision.lower(module, "fp16")
-    wanted = dict(zip(("image", "text"), model.encoders(), strict=True))[tower](inputs[tower])
+    (wanted,) = runs_of(model)[tower]({NAMES[tower]: inputs[tower]}).values()
     found = run(lowered, inputs[tower], tmp_path)
     assert found.dtype == np.float32
     assert (found * wanted).sum(1).min() > 0.9999

@@ -8,13 +8,14 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from fake_tensorrt import VERSIONS, fake_machine, fake_tensorrt, product
+from fake_tensorrt import VERSIONS, fake_machine, fake_tensorrt, product, two_inputs
 from helpers import clipress, write_recipe
 
 from clipress.artifact import save_artifact
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
 from clipress.errors import ArtifactError, BackendMissing, ExportError, RecipeError
+from clipress.export import merge, metadata, parity
 from clipress.export.settings import ExportSettings, OnnxSettings, TensorRTSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.export.to_tensorrt import engine_from_onnx, engines_from_export, prepare, prepare_export
@@ -24,6 +25,7 @@ from clipress.models.tiny import tiny_architecture
 from clipress.recipe import checked
 from clipress.runtime import cuda
 from clipress.runtime import tensorrt as machines
+from clipress.runtime.export_folder import read_export
 from clipress.runtime.tensorrt import load_engine, read_sidecar
 
 ALL = {
@@ -135,8 +137,10 @@ def test_engines_of_both_towers_agree_with_onnx_runtime_and_are_kept_with_what_t
         assert sidecar.parity[f"{tower}_min_cosine"] > 0.9999 and sidecar.parity["same_first_place"] == 1
         assert path.with_name(path.name + ".log").is_file()
         engine = load_engine(path, machine)
-        batch = np.ones((7, 24), np.int64) if tower == "text" else np.ones((7, 3, 32, 32), "f")
-        assert engine(batch).shape == (7, exported["embed_dim"])
+        batch = read_export(export).graphs[tower].example(7)
+        assert {name: rows.shape for name, rows in engine(batch).items()} == {
+            f"{tower}_embeds": (7, exported["embed_dim"])
+        }
     before = len(machine.trt.calls)
     assert engines_from_export(export, prepared, machine, settings, sets) == paths
     assert len(machine.trt.calls) == before  # they were there
@@ -147,12 +151,12 @@ def test_an_engine_gives_what_the_file_computes_for_any_number_of_rows(foreign, 
     engine = load_engine(built(foreign, machine, batch={"min": 2, "opt": 4, "max": 4}), machine)
     x = np.random.default_rng(1).standard_normal((9, 8)).astype("f")
     for rows in (1, 2, 4, 5, 9):
-        np.testing.assert_allclose(engine(x[:rows]), x[:rows] @ weight, rtol=1e-5)
+        np.testing.assert_allclose(engine({"x": x[:rows]})["y"], x[:rows] @ weight, rtol=1e-5)
 
 
 def test_a_query_copies_in_runs_copies_out_and_then_waits(foreign):
     machine = fake_machine()
-    query = load_engine(built(foreign, machine), machine).query((3, 8))
+    query = load_engine(built(foreign, machine), machine).query({"x": np.ones((3, 8), "f")})
     machine.cuda.order.clear()
     query()
     assert machine.cuda.order == ["upload", "enqueue", "download", "wait"]
@@ -163,17 +167,15 @@ def test_a_graph_is_recorded_after_a_plain_run(foreign):
     machine = fake_machine()
     engine = load_engine(built(foreign, machine), machine)
     machine.cuda.order.clear()
-    engine.query((3, 8), cuda_graph=True)
+    engine.query({"x": np.ones((3, 8), "f")}, cuda_graph=True)
     assert machine.cuda.order == ["upload", "enqueue", "download", "wait", "capture"]
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (65, 8), (2, 9), (2,)])
-def test_a_batch_outside_the_profile_is_told(foreign, shape):
+def test_a_batch_outside_the_profile_is_refused(foreign, shape):
     machine = fake_machine()
-    with pytest.raises(
-        ExportError, match=r"takes x from \[1, 8\] to \[64, 8\], asked for is .*export\.tensorrt\.batch"
-    ):
-        load_engine(built(foreign, machine), machine).query(shape)
+    with pytest.raises(ExportError, match=r"expected x from \[1, 8\] to \[64, 8\], found .*export\.tensorrt\.batch"):
+        load_engine(built(foreign, machine), machine).query({"x": np.ones(shape, "f")})
 
 
 @pytest.mark.parametrize("damage", [0.2, np.nan])
@@ -286,12 +288,12 @@ def test_an_engine_runs_where_it_was_built_for_and_says_both_where_not(foreign, 
     path = built(foreign, fake_machine(VERSIONS[0]), **asked)
     here = fake_machine(version, gpu=gpu[0], capability=gpu[1])
     if fits:
-        assert load_engine(path, here)(np.ones((2, 8), "f")).shape == (2, 5)
+        assert load_engine(path, here)({"x": np.ones((2, 8), "f")})["y"].shape == (2, 5)
         return
     with pytest.raises(ArtifactError) as error:
         load_engine(path, here)
     assert "is for TensorRT 10.12.0.36 on NVIDIA H200 (compute capability 9.0)" in str(error.value)
-    assert f"here is TensorRT {version} on {gpu[0]}" in str(error.value)
+    assert f"this is TensorRT {version} on {gpu[0]}" in str(error.value)
     assert here.trt.calls == []
 
 
@@ -327,7 +329,69 @@ def test_a_file_in_another_precision_still_says_how_to_use_it(export, tmp_path, 
 def test_a_file_of_others_is_refused_unless_asked_for(foreign):
     with pytest.raises(ExportError, match=r"linear\.onnx was not made by clipress.*--foreign"):
         prepare(foreign, foreign.parent, TensorRTSettings())
-    assert prepare(foreign, foreign.parent, TensorRTSettings(), foreign=True).tower == "linear"
+    assert prepare(foreign, foreign.parent, TensorRTSettings(), foreign=True).name == "linear"
+
+
+@pytest.fixture
+def question(tmp_path, weight):
+    """A file of a graph with two inputs that gives logits."""
+    model = two_inputs(weight)
+    metadata.stamp(model, {"task": "questions", "tower": "question", "agrees": "logits", "precision": "fp32"})
+    onnx.save(model, tmp_path / "question.onnx")
+    return tmp_path / "question.onnx"
+
+
+def test_an_engine_of_two_inputs_has_a_profile_for_each_and_agrees(question, weight):
+    machine, settings = fake_machine(), TensorRTSettings(precision="fp32", batch={"min": 2, "opt": 4, "max": 4})
+    prepared = prepare(question, question.parent, settings)
+    path = engine_from_onnx(prepared, machine, settings)
+    shapes = [call[1:] for call in machine.trt.calls if call[0] == "IOptimizationProfile.set_shape"]
+    assert shapes == [("states", (2, 8), (4, 8), (4, 8)), ("memory", (2, 5), (4, 5), (4, 5))]
+    sidecar = read_sidecar(path)
+    assert sidecar.tower == "question" and sidecar.profiles == prepared.profiles
+    assert sidecar.parity == {"question_min_cosine": pytest.approx(1), "question_same_first_place": 1}
+    engine, inputs = load_engine(path, machine), prepared.graph.example(9)
+    for rows in (1, 2, 4, 5, 9):
+        part = {name: values[:rows] for name, values in inputs.items()}
+        (found,) = engine(part).values()
+        np.testing.assert_allclose(found, part["states"] @ weight + part["memory"], rtol=1e-4, atol=1e-5)
+    machine.cuda.order.clear()
+    engine.query(prepared.graph.example(3))()
+    assert machine.cuda.order == ["upload", "upload", "enqueue", "download", "wait"]
+    script = write_script(question.parent / "trtexec.sh", [prepared], settings).read_text()
+    assert "--maxShapes=states:4x8,memory:4x5" in script
+
+
+def test_logits_with_another_first_place_are_refused(question, monkeypatch):
+    monkeypatch.setattr(parity, "same_class", lambda *_: 0.5)
+    settings = TensorRTSettings(precision="fp32")
+    with pytest.raises(ExportError, match=r"question\..*engine ranks differently.*50\.0%"):
+        engine_from_onnx(prepare(question, question.parent, settings), fake_machine(), settings)
+
+
+def test_a_file_with_a_batch_per_input_is_refused(export, tmp_path):
+    model = merge.joint({side: onnx.load(export / f"{side}.onnx") for side in ("image", "text")}, 10.0, None)
+    onnx.save(model, tmp_path / "joint.onnx")
+    with pytest.raises(ExportError, match="expected one batch for all inputs, found image_batch, text_batch"):
+        prepare(tmp_path / "joint.onnx", tmp_path, TensorRTSettings(), foreign=True)
+
+
+def test_an_input_of_another_type_is_refused(tmp_path, weight):
+    model = product(weight)
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    onnx.save(model, tmp_path / "wide.onnx")
+    with pytest.raises(ExportError, match="expected inputs of float32 or int64, found x of double"):
+        prepare(tmp_path / "wide.onnx", tmp_path, TensorRTSettings(), foreign=True)
+
+
+def test_a_sidecar_of_an_earlier_version_is_read(foreign):
+    path = built(foreign, fake_machine())
+    file = path.with_name(path.name + ".json")
+    earlier = json.loads(file.read_text())
+    earlier["profile"] = earlier.pop("profiles")["x"]
+    file.write_text(json.dumps(earlier))
+    assert load_engine(path, fake_machine())({"x": np.ones((2, 8), "f")})["y"].shape == (2, 5)
+    assert read_sidecar(path).profile.max == (64, 8)
 
 
 def test_weights_that_are_no_numbers_are_told_by_name(tmp_path):
@@ -353,7 +417,7 @@ def test_a_file_that_is_no_onnx_or_has_more_dynamic_dimensions_is_told(tmp_path,
 
 
 def test_settings_are_checked_with_the_recipe():
-    with pytest.raises(RecipeError, match=r"export\.tensorrt\.batch: .*min <= opt <= max.*8, 4"):
+    with pytest.raises(RecipeError, match=r"export\.tensorrt\.batch: .*expected min <= opt <= max.*8, 4"):
         checked(ExportSettings, {"tensorrt": {"batch": {"opt": 8, "max": 4}}}, "export")
     with pytest.raises(RecipeError, match="unknown key 'fp16'"):
         checked(ExportSettings, {"tensorrt": {"fp16": True}}, "export")
@@ -406,7 +470,7 @@ def test_a_release_that_is_too_old_is_told(monkeypatch, gpu):
     trt = fake_tensorrt(VERSIONS[0], None)
     trt.__version__ = "8.6.1"
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    with pytest.raises(BackendMissing, match=r"TensorRT 8\.6\.1 is installed, 10\.12 or later is needed"):
+    with pytest.raises(BackendMissing, match=r"TensorRT 8\.6\.1 is installed, 10\.12 or later is required"):
         machines.find_machine()
 
 

@@ -56,8 +56,8 @@ def test_what_cannot_be_verified_is_said(copied, tmp_path, change):
     failed = clipress("export", "--verify", source)
     told = {
         "truncated": "truncated or changed",
-        "no self-test": "carries no self-test",
-        "nothing": "holds no exported files",
+        "no self-test": "has no self-test",
+        "nothing": "has no exported files",
     }
     assert failed.exit_code == 2 and told[change] in failed.output
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from int8_models import CONVOLUTIONAL, quantised
+from int8_models import CONVOLUTIONAL, quantized
 from onnx import TensorProto, helper, numpy_helper, version_converter
 from onnx.reference import ReferenceEvaluator
 
@@ -21,7 +21,7 @@ from clipress.models.load import artifact_from_model
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.cpu import processor
 from clipress.studies import cpus
-from clipress.tasks import model_from_artifact
+from clipress.tasks import model_from_artifact, task_named
 
 MODES = ("default", "exact")
 JOB = Path(__file__).parents[2] / "session_job.py"
@@ -50,9 +50,9 @@ def home(sets, tmp_path_factory):
     """Exports of a transformer and of a convolutional tower, and of the transformer with 8-bit weights."""
     folder = tmp_path_factory.mktemp("every-cpu")
     clips = {
-        "vit": (quantised(tiny_architecture(layers=2), sets), "auto"),
-        "resnet": (quantised(CONVOLUTIONAL, sets), "static"),
-        "wide": (quantised(tiny_architecture(layers=2), sets, portable=False), "auto"),
+        "vit": (quantized(tiny_architecture(layers=2), sets), "auto"),
+        "resnet": (quantized(CONVOLUTIONAL, sets), "static"),
+        "wide": (quantized(tiny_architecture(layers=2), sets, portable=False), "auto"),
     }
     with pytest.MonkeyPatch.context() as patch:
         for precision in ("int8", "static int8"):  # untrained towers round worse than trained ones
@@ -68,7 +68,8 @@ def home(sets, tmp_path_factory):
 @pytest.fixture(scope="module")
 def samples(home, sets):
     model = model_from_artifact(home / "artifacts" / "vit")
-    return {tower: rows[:6] for tower, rows in parity.samples(model.preprocess, model.tokenize(), sets).items()}
+    samples = task_named(model.task).samples(sets, model.preprocess, model.tokenize())
+    return {tower: rows[:6] for tower, inputs in samples.items() for rows in inputs.values()}
 
 
 def product(weights):
@@ -186,7 +187,8 @@ def test_a_session_that_overflows_fails_the_self_test_with_the_cpu_and_what_to_d
 
 def test_files_say_whether_they_are_portable(home):
     portable = {
-        name: metadata.told(onnx.load(home / file))["portable"] for name, file in {**FILES, "wide": WIDE}.items()
+        name: metadata.read_metadata(onnx.load(home / file))["portable"]
+        for name, file in {**FILES, "wide": WIDE}.items()
     }
     assert portable == {"image": True, "text": True, "convolutional": True, "wide": False}
     exported = {name: json.loads((home / name / "export.json").read_text())["portable"] for name in ("vit", "wide")}

@@ -30,6 +30,13 @@ def test_inputs_are_the_same_on_every_machine():
     assert (made["pixel_values"] != inputs_of([image], 1, 4)["pixel_values"]).any()
 
 
+def test_floats_that_are_no_images_are_noise():
+    states, ids = put("states", "tensor(float)", 7, 4), put("question_ids", "tensor(int64)", 5)
+    made = inputs_of([states, ids], 0, 4)
+    assert (made["states"].dtype, made["states"].shape) == (np.float32, (4, 7, 4))
+    assert len(np.unique(made["states"])) == 4 * 7 * 4 and made["question_ids"].shape == (4, 5)
+
+
 @pytest.fixture
 def file(tmp_path):
     """A linear image tower with a self-test."""
@@ -116,7 +123,7 @@ def test_a_model_that_rounds_apart_where_it_is_exported_is_allowed_more_elsewher
     ],
 )
 def test_a_damaged_self_test_is_one_message(file, damage):
-    about = metadata.told(onnx.load(file))
+    about = metadata.read_metadata(onnx.load(file))
     stamp(file, json.loads(json.dumps(about["self_test"] | damage)))
     with pytest.raises(ExportError, match=r"The self-test in .*image\.onnx cannot be read .*clipress export RUN"):
         open_session(file)
