@@ -31,7 +31,7 @@ from clipress.serve.classify import Classifier
 from clipress.tasks import TASKS, Task, task_named
 
 LABELS, TEMPLATES = ("red circle", "blue square", "7"), ("a photo of a {}", "the {}, drawn")
-ASKED = {"exporter": "torchscript", "labels": LABELS, "templates": TEMPLATES}
+SETTINGS = {"exporter": "torchscript", "labels": LABELS, "templates": TEMPLATES}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def sets():
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory, sets):
-    """Export folders of one model, in float32 and with INT8 products."""
+    """Export folders of one model, in float32 and in INT8."""
     run, model = tmp_path_factory.mktemp("run"), new_model(tiny_architecture(layers=1), 0)
     copy, inputs = model.copy(), task_named("clip").samples(sets, model.preprocess, model.tokenize())
 
@@ -55,7 +55,7 @@ def originals(tmp_path_factory, sets):
     int8 = Model(**{**copy.__dict__, "quantization": {"dtype": "int8", "modules": names}})
     for name, one in (("fp32", model), ("int8", int8)):
         artifact = save_artifact(artifact_from_model(one, ({"stage": name, "hash": f"of {name}"},), {}), run / name)
-        with pytest.MonkeyPatch.context() as patch:  # an untrained text tower rounds worse than a trained one
+        with pytest.MonkeyPatch.context() as patch:  # An untrained text tower rounds worse than a trained one.
             patch.setitem(parity.LIMITS, "int8", (0.99, 0.5, 5e-3))
             onnx_from_artifact(artifact, run / "export" / name, OnnxSettings(exporter="torchscript"), sets)
     return run / "export"
@@ -63,7 +63,7 @@ def originals(tmp_path_factory, sets):
 
 @pytest.fixture(params=["fp32", "int8"])
 def export(originals, tmp_path, request):
-    """An export folder of one's own."""
+    """A copy of an export folder, which a test may change."""
     return shutil.copytree(originals / request.param, tmp_path / "export" / request.param)
 
 
@@ -89,8 +89,8 @@ def metadata_in(path):
     return metadata_of(open_session(path))
 
 
-def test_a_classifier_needs_no_text_and_gives_the_probabilities_that_both_towers_give(export, sets):
-    path = extra_models_from_export(export, OnnxSettings(**ASKED), sets)["classifier"]
+def test_a_classifier_needs_no_text_and_gives_the_probabilities_of_both_graphs(export, sets):
+    path = extra_models_from_export(export, OnnxSettings(**SETTINGS), sets)["classifier"]
     assert path == export / "classifier.onnx"
     opened, classifier = open_session(path), Classifier(export, threads=1)
     files = [png(sets[0].source.image(i)) for i in range(10)]
@@ -104,8 +104,8 @@ def test_a_classifier_needs_no_text_and_gives_the_probabilities_that_both_towers
     assert np.ptp(wanted, axis=0).max() > 1e-3  # The images are told apart.
 
 
-def test_a_classifier_says_its_labels_and_what_it_was_made_of(export, sets):
-    about = metadata_in(extra_models_from_export(export, OnnxSettings(**ASKED), sets)["classifier"])
+def test_a_classifier_records_its_labels_and_sources(export, sets):
+    about = metadata_in(extra_models_from_export(export, OnnxSettings(**SETTINGS), sets)["classifier"])
     towers = json.loads((export / "export.json").read_text())
     assert (about["tower"], about["labels"], about["templates"]) == ("classifier", [*LABELS], [*TEMPLATES])
     assert about["made_of"] == {tower: file["sha256"] for tower, file in towers["files"].items()}
@@ -114,16 +114,16 @@ def test_a_classifier_says_its_labels_and_what_it_was_made_of(export, sets):
     assert 0 <= about["parity"]["probabilities_max_difference"] < 1e-5
 
 
-def test_a_classifier_is_made_again_only_when_what_is_asked_for_changes_or_it_is_damaged(fp32, sets):
-    path = extra_models_from_export(fp32, OnnxSettings(**ASKED), sets)["classifier"]
+def test_a_classifier_is_made_again_only_when_its_settings_change_or_it_is_damaged(fp32, sets):
+    path = extra_models_from_export(fp32, OnnxSettings(**SETTINGS), sets)["classifier"]
     path.touch()
     first = path.stat().st_ino
-    extra_models_from_export(fp32, OnnxSettings(**ASKED), sets)
+    extra_models_from_export(fp32, OnnxSettings(**SETTINGS), sets)
     assert path.stat().st_ino == first
-    extra_models_from_export(fp32, OnnxSettings(**{**ASKED, "labels": ("a", "b")}), sets)
+    extra_models_from_export(fp32, OnnxSettings(**{**SETTINGS, "labels": ("a", "b")}), sets)
     assert metadata_in(path)["labels"] == ["a", "b"]
     path.write_bytes(path.read_bytes()[:500])
-    extra_models_from_export(fp32, OnnxSettings(**{**ASKED, "labels": ("a", "b")}), sets)
+    extra_models_from_export(fp32, OnnxSettings(**{**SETTINGS, "labels": ("a", "b")}), sets)
     assert open_session(path).get_outputs()[0].shape[1] == 2
 
 
@@ -133,7 +133,7 @@ def test_a_file_that_does_not_agree_is_not_written(fp32, sets, monkeypatch):
     with pytest.raises(
         ExportError, match=r"classifier\.onnx: probabilities differs from the source model by .*Nothing was written"
     ):
-        extra_models_from_export(fp32, OnnxSettings(**ASKED), sets)
+        extra_models_from_export(fp32, OnnxSettings(**SETTINGS), sets)
     assert sorted(path.name for path in fp32.iterdir()) == ["export.json", "image.onnx", "text.onnx"]
 
 
@@ -157,7 +157,7 @@ def test_labels_come_from_a_file_too(fp32, sets, tmp_path):
 
 
 @pytest.mark.parametrize("bias", [None, -2.5])
-def test_the_joint_file_gives_what_the_towers_give_for_any_two_batches(export, sets, bias):
+def test_the_joint_file_gives_the_same_as_both_graphs_for_any_two_batches(export, sets, bias):
     describe(export, logit_bias=bias)
     path = extra_models_from_export(export, OnnxSettings(joint=True), sets)["joint"]
     opened, runs = open_session(path), {t: run_from_onnx(export / f"{t}.onnx") for t in ("image", "text")}
@@ -182,8 +182,8 @@ def test_the_joint_file_gives_what_the_towers_give_for_any_two_batches(export, s
     assert metadata_in(path)["tower"] == "joint"
 
 
-def test_every_file_alone_says_how_to_use_it_and_where_it_is_from(export, sets):
-    extra_models_from_export(export, OnnxSettings(**ASKED, joint=True), sets)
+def test_every_file_describes_its_use_and_origin(export, sets):
+    extra_models_from_export(export, OnnxSettings(**SETTINGS, joint=True), sets)
     files = {path.stem: metadata_in(path) for path in export.glob("*.onnx")}
     assert files.keys() == {"image", "text", "classifier", "joint"}
     for name, about in files.items():
@@ -198,8 +198,8 @@ def test_every_file_alone_says_how_to_use_it_and_where_it_is_from(export, sets):
 
 
 def test_float16_files_agree_with_the_ones_they_were_made_from_and_are_smaller(export, sets, monkeypatch):
-    monkeypatch.setitem(parity.LIMITS, "int8-fp16", (0.99, 0.9, 5e-2))  # an untrained text tower rounds worse
-    made = extra_models_from_export(export, OnnxSettings(**ASKED, joint=True, fp16=True), sets)
+    monkeypatch.setitem(parity.LIMITS, "int8-fp16", (0.99, 0.9, 5e-2))  # An untrained text tower rounds worse.
+    made = extra_models_from_export(export, OnnxSettings(**SETTINGS, joint=True, fp16=True), sets)
     precision = {"fp32": "fp16", "int8": "int8-fp16"}[export.name]
     assert made.keys() == {"classifier", "joint"} | {
         f"{name}.{precision}" for name in ("image", "text", "classifier", "joint")
@@ -221,21 +221,21 @@ def test_float16_files_agree_with_the_ones_they_were_made_from_and_are_smaller(e
         assert ("labels" in about) == (name == "classifier")
 
 
-def test_a_float16_file_out_of_its_limits_is_not_written(fp32, sets, monkeypatch):
+def test_a_float16_file_beyond_its_limits_is_not_written(fp32, sets, monkeypatch):
     monkeypatch.setitem(parity.LIMITS, "fp16", (0.9999999999, 1.0, 0.0))
     with pytest.raises(ExportError, match=r"image\.fp16\.onnx does not agree.*at fp16"):
         extra_models_from_export(fp32, OnnxSettings(fp16=True), sets)
     assert not list(fp32.glob("*.fp16.onnx"))
 
 
-def test_towers_of_different_opsets_can_be_joined(originals):
+def test_graphs_of_different_opsets_can_be_joined(originals):
     models = {tower: onnx.load(originals / "fp32" / f"{tower}.onnx") for tower in ("image", "text")}
     models["text"] = version_converter.convert_version(models["text"], 20)
     model = merge.joint(models, 10.0, None)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
 
 
-def test_the_command_takes_labels_in_place_of_the_recipes_and_makes_no_tower_again(originals, tmp_path):
+def test_the_command_overrides_the_recipes_labels_and_keeps_the_graphs_files(originals, tmp_path):
     recipe = {
         "name": "labelled",
         "teacher": {"artifact": str(originals.parent / "fp32")},
@@ -255,7 +255,7 @@ def test_the_command_takes_labels_in_place_of_the_recipes_and_makes_no_tower_aga
     assert path.with_name("image.onnx").stat().st_ino == before
     result = clipress("export", run, "--labels", "cat", "--labels-file", tmp_path / "names.txt")
     assert result.exit_code == 2 and "expected labels or labels_file, found both" in result.output
-    result = clipress("export", run, "--template", "a {}")  # the recipe names the labels
+    result = clipress("export", run, "--template", "a {}")  # The labels are the recipe's.
     assert result.exit_code == 0 and (metadata_in(path)["labels"], metadata_in(path)["templates"]) == (
         ["a", "b"],
         ["a {}"],

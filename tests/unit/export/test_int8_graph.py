@@ -40,7 +40,7 @@ def model_of(nodes, inputs, outputs, initializers):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
-def test_folding_weight_quantisers_changes_no_output_and_stores_int8():
+def test_folding_weight_quantizers_changes_no_output_and_stores_int8():
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((64, 32)).astype("f")
     scale = (np.abs(weight).max(0) / 127).astype("f")
@@ -60,7 +60,7 @@ def test_folding_weight_quantisers_changes_no_output_and_stores_int8():
     assert [node.op_type for node in model.graph.node] == ["DequantizeLinear", "MatMul"]
 
 
-def test_a_shrunk_embedding_is_off_by_at_most_half_a_step_per_row():
+def test_a_shrunk_embedding_differs_by_at_most_half_a_step_per_row():
     rng = np.random.default_rng(0)
     table = (rng.standard_normal((2000, 16)) * rng.uniform(0.01, 10, (2000, 1))).astype("f")
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["b", 3])
@@ -89,7 +89,7 @@ def test_a_patch_embedding_as_a_product_gives_what_the_convolution_gave(bias):
 
 
 @pytest.mark.parametrize("changed", [{"strides": [2, 4]}, {"pads": [0, 0, 0, 1]}, {"size": (9, 12)}])
-def test_a_convolution_whose_windows_are_no_tiles_stays_one(changed):
+def test_a_convolution_whose_windows_do_not_tile_the_image_stays_one(changed):
     model = patch_embedding(np.random.default_rng(0), **changed)
     before = model.SerializeToString()
     int8.patches_as_product(model)
@@ -121,20 +121,20 @@ def sets():
 @pytest.fixture(scope="module")
 def artifacts(sets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("a")
-    clips = {
+    models = {
         "transformer": quantized(tiny_architecture(layers=2), sets),
         "convolutional": quantized(CONVOLUTIONAL, sets),
         "kept": quantized(CONVOLUTIONAL, sets, (KEPT,)),
     }
     return {
         name: save_artifact(artifact_from_model(model, ({"stage": name, "hash": name},), {}), folder / name)
-        for name, model in clips.items()
+        for name, model in models.items()
     }
 
 
 @pytest.fixture(autouse=True)
 def untrained(monkeypatch):
-    """Untrained towers round worse than trained ones."""
+    """Untrained models round worse than trained ones."""
     for precision in ("int8", "static int8", "int8-fp16"):
         monkeypatch.setitem(parity.LIMITS, precision, (0.98, 0.3, 5e-2))
 
@@ -145,7 +145,7 @@ def export(artifact, target, sets, **settings):
 
 
 def kernels(path, tmp_path):
-    """What ONNX Runtime makes of a file before it runs it."""
+    """Return the graph that ONNX Runtime's optimizer makes of a file."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 4
@@ -159,11 +159,11 @@ def test_every_quantized_layer_of_a_transformer_runs_on_integers(artifacts, sets
     graph = kernels(tmp_path / "e" / f"{tower}.onnx", tmp_path)
     constants = {item.name for item in graph.initializer}
     ran = [node.op_type for node in graph.node]
-    # per block q, k, v, out and two of the MLP; the image tower's patches
+    # Per block q, k, v, out and two of the MLP; one for the image tower's patches.
     assert ran.count("MatMulIntegerToFloat") == 2 * 6 + (tower == "image")
     assert "Conv" not in ran
     products = [n for n in graph.node if n.op_type in ("MatMul", "FusedMatMul", "Gemm") and n.input[1] in constants]
-    assert len(products) == 1  # the projection, which is a parameter and no layer
+    assert len(products) == 1  # The projection, which is a parameter and not a layer.
 
 
 def test_every_convolution_of_a_static_file_runs_on_integers(artifacts, sets, tmp_path):
@@ -173,20 +173,20 @@ def test_every_convolution_of_a_static_file_runs_on_integers(artifacts, sets, tm
     convolutions = sum(n.op_type == "Conv" for n in onnx.load(tmp_path / "e" / "image.onnx").graph.node)
     assert ran.count("QLinearConv") == convolutions > 10
     plain = [node.op_type for node in kernels(tmp_path / "e" / "image.qdq.onnx", tmp_path).node]
-    assert plain.count("QLinearConv") < ran.count("QLinearConv")  # or there would be no need for another form
+    assert plain.count("QLinearConv") < ran.count("QLinearConv")  # Otherwise no other form would be needed.
 
 
-def test_what_is_quicker_here_becomes_the_file_and_tensorrt_gets_symmetric_scales_all_the_same(
+def test_the_faster_form_becomes_the_file_and_tensorrt_gets_symmetric_scales_either_way(
     artifacts, sets, tmp_path, monkeypatch
 ):
-    def says(qdq, static):
+    def pretend(qdq, static):
         monkeypatch.setattr(int8_form, "milliseconds", lambda *_: {"qdq": qdq, "static": static})
 
-    says(1.0, 2.0)
+    pretend(1.0, 2.0)
     made = export(artifacts["convolutional"], tmp_path / "q", sets)
     assert made.int8.model_dump() == {"form": "qdq", "milliseconds": {"qdq": 1.0, "static": 2.0}} and not made.explicit
     assert sorted(path.name for path in (tmp_path / "q").iterdir()) == ["export.json", "image.onnx", "text.onnx"]
-    says(2.0, 1.0)
+    pretend(2.0, 1.0)
     made = export(artifacts["convolutional"], tmp_path / "s", sets)
     assert made.int8.form == "static" and read_export(tmp_path / "s").explicit["image"].file == "image.qdq.onnx"
     settings = TensorRTSettings()
@@ -204,13 +204,13 @@ def test_what_is_quicker_here_becomes_the_file_and_tensorrt_gets_symmetric_scale
 
 
 def zero_points(model):
-    """The types activations and weights are rounded to."""
+    """Return the types that activations and weights are rounded to."""
     types = {item.name: item.data_type for item in model.graph.initializer}
     linear = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     return {types[node.input[2]] for node in linear if types.get(node.input[2]) != TensorProto.INT32}
 
 
-def test_scales_of_a_static_file_come_from_the_calibration_pictures(artifacts, sets, tmp_path):
+def test_scales_of_a_static_file_come_from_the_calibration_images(artifacts, sets, tmp_path):
     seen = []
 
     def calibration():
@@ -221,7 +221,7 @@ def test_scales_of_a_static_file_come_from_the_calibration_pictures(artifacts, s
     files = [tmp_path / name / "image.onnx" for name in "ab"]
     onnx_from_artifact(artifacts["convolutional"], files[0].parent, settings, sets)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parity, "check", lambda *_: {})  # digits say little about scenes
+        patch.setattr(parity, "check", lambda *_: {})  # Scales from digits do not fit scenes.
         onnx_from_artifact(artifacts["convolutional"], files[1].parent, settings, sets, calibration)
     assert seen and files[0].read_bytes() != files[1].read_bytes()
 
@@ -234,7 +234,7 @@ def test_a_form_that_a_model_cannot_have_is_refused(artifacts, sets, tmp_path, n
         export(artifacts[name], tmp_path / "e", sets, int8="static")
 
 
-def test_a_layer_that_was_kept_in_full_precision_stays_so(artifacts, sets, tmp_path):
+def test_an_excluded_layer_stays_in_full_precision(artifacts, sets, tmp_path):
     assert export(artifacts["kept"], tmp_path / "e", sets).int8 is None
     export(artifacts["convolutional"], tmp_path / "w", sets, int8="qdq")
     weights = [onnx.load(tmp_path / folder / "image.onnx").graph.initializer for folder in "ew"]

@@ -1,4 +1,4 @@
-"""Exported files agree with torch, carry what they need, and are refused when they do not agree."""
+"""Exported files agree with torch and describe themselves; files that do not agree are refused."""
 
 import json
 
@@ -33,7 +33,7 @@ def sets():
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
-    """A cut model, saved."""
+    """The folder of a pruned model."""
     model = new_model(tiny_architecture(layers=1), 0)
     for part in anatomy.attentions(model.module):
         surgery.cut(part, surgery.AttnMask(torch.arange(16).expand(2, 16) < 8, torch.arange(16).expand(2, 16) < 12))
@@ -70,7 +70,7 @@ def test_towers_agree_with_torch_at_any_batch(artifact, sets, tmp_path, exporter
 
 @pytest.mark.parametrize("opset", [17, 20])
 def test_int8_towers_agree_with_torch_on_another_opset_too(tiny_run, sets, tmp_path, opset):
-    artifact = tiny_run[0] / "int8"  # the run itself has made and checked opset 18
+    artifact = tiny_run[0] / "int8"  # The run itself exports opset 18.
     made = onnx_from_artifact(artifact, tmp_path / "e", OnnxSettings(opset=opset), sets)
     assert (made.precision, made.opset) == ("int8", opset)
     assert made.parity["batches"] == [1, 3, "all"]
