@@ -1112,7 +1112,7 @@ def _label_settings(labels: str | None, file: Path | None, templates: tuple[str,
 
 def _export(run: Path, plan: Plan, stages: list[str], **asked: Any) -> None:
     from clipress.data.eval_sets import evalsets
-    from clipress.export.extra_models import variants_from_export
+    from clipress.export.extra_models import extra_models_from_export
     from clipress.export.settings import ExportSettings, OnnxSettings
     from clipress.export.to_onnx import is_exported, onnx_from_artifact
     from clipress.recipe import checked
@@ -1127,15 +1127,14 @@ def _export(run: Path, plan: Plan, stages: list[str], **asked: Any) -> None:
             made = onnx_from_artifact(
                 run / stage, target, settings, _test_sets(plan), lambda: evalsets(plan.data.train)
             )
-            parity = made["parity"]
-            size = sum(file["bytes"] for file in made["files"].values()) / 1e6
+            cosines = ", ".join(f"{graph} {cosine:.6f}" for graph, cosine in made.least_cosines.items())
             click.echo(
-                f"{stage}: {made['precision']} ONNX, {size:.1f} MB, agrees with torch (least cosine image "
-                f"{parity['image_min_cosine']:.6f}, text {parity['text_min_cosine']:.6f}) -> {target}"
+                f"{stage}: {made.precision} ONNX, {made.bytes / 1e6:.1f} MB, agrees with torch (least cosine {cosines}) -> "
+                f"{target}"
             )
-        if not settings.wants_variants:  # data are opened for what is made only
+        if not settings.wants_extra_models:  # data are opened for what is made only
             continue
-        for name, path in variants_from_export(target, settings, _test_sets(plan)).items():
+        for name, path in extra_models_from_export(target, settings, _test_sets(plan)).items():
             click.echo(f"{stage}: {name}, agrees with the towers' files -> {path}")
 
 

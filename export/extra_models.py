@@ -1,14 +1,14 @@
-"""Files beside the two towers of an export folder, on request, each put together from theirs and held against them.
+"""Optional files beside an export's graphs, made from the graphs' files and compared with them.
 
-    <folder>/classifier.onnx   pixel_values f32 [batch, 3, S, S] -> probabilities f32 [batch, C] of labels baked in
+    <folder>/classifier.onnx   pixel_values f32 [batch, 3, S, S] -> probabilities f32 [batch, C] of fixed labels; CLIP only
     <folder>/joint.onnx        pixel_values [image_batch, 3, S, S], input_ids i64 [text_batch, L]
-                               -> image_embeds, text_embeds, logits_per_image f32 [image_batch, text_batch]
-    <folder>/<any>.fp16.onnx   what image.onnx, text.onnx and the two above compute, in float16; int8-fp16 where it is INT8
+                               -> image_embeds, text_embeds, logits_per_image f32 [image_batch, text_batch]; CLIP only
+    <folder>/<any>.fp16.onnx   any graph, classifier or joint file in float16; int8-fp16 where it is INT8
 
 Inputs and outputs of float16 files are float32. They are for GPUs; a session on the CPU needs
 `disabled_optimizers=["NchwcTransformer"]`, or ONNX Runtime crashes on their convolutions.
 
-Nothing else is needed to use one: its metadata (metadata.py) hold what the towers' hold, and what makes it different.
+A file needs nothing else: its metadata (metadata.py) are those of the graphs' files plus what makes it different.
 """
 
 from __future__ import annotations
@@ -26,57 +26,62 @@ import onnx
 
 from clipress.data.eval_sets import EvalSet
 from clipress.data.prompts import check_labels, read_classes, read_templates
-from clipress.data.tokens import tokenizer_from_spec
-from clipress.export import merge as compose
-from clipress.export import metadata, parity
+from clipress.errors import ExportError
+from clipress.export import merge, metadata, parity
 from clipress.export.int8_graph import is_portable
 from clipress.export.precision import lower
 from clipress.export.settings import OnnxSettings
 from clipress.metrics.classify import softmax
 from clipress.metrics.zeroshot import embed_labels
 from clipress.runtime.export_folder import Exported, read_export
-from clipress.runtime.onnx_session import self_test_of
+from clipress.runtime.graph import Arrays
+from clipress.runtime.onnx_session import run_from_onnx, self_test_of
 from clipress.storage import write_bytes_whole
+from clipress.tasks import task_named
+from clipress.tasks.clip import INPUTS, OUTPUTS, SIDES, Clip, encoder
 
-NAMES = {"image": "pixel_values", "text": "input_ids"}
-TOWERS_OF = {"classifier": ("image",), "joint": ("image", "text")}
-PROMPTS = 32  # held in memory at once
+IMAGE, TEXT = SIDES
+PROMPTS = 32  # Held in memory at once.
+Samples = Mapping[str, Arrays]
+"""Real inputs of every graph."""
 Check = Callable[[Path], dict[str, float]]
-"""What holds a file against the towers' files: returns figures, raises ExportError."""
+"""Compares a file with the graphs' files: returns figures, raises ExportError."""
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A file to be, `<name>.onnx`."""
+class ExtraModel:
+    """A file to write, `<name>.onnx`."""
 
     name: str
+    graphs: tuple[str, ...]
+    """The graphs it is made from."""
     about: dict[str, Any]
-    """What its metadata say that the towers' do not."""
-    build: Callable[[Mapping[str, np.ndarray]], tuple[onnx.ModelProto, Check]]
-    """Real inputs of both towers -> the graph, and its check on them, of a file in a folder that goes away."""
+    """Metadata that differ from those of the graphs' files."""
+    build: Callable[[Samples], tuple[onnx.ModelProto, Check]]
+    """Returns the ONNX model, and how its file is compared with the sources on samples."""
 
 
-def variants_from_export(folder: Path, settings: OnnxSettings, sets: Sequence[EvalSet]) -> dict[str, Path]:
-    """Write what the settings ask for beside an export's towers, each checked on real samples before it is put there.
+def extra_models_from_export(folder: Path, settings: OnnxSettings, sets: Sequence[EvalSet]) -> dict[str, Path]:
+    """Write the extra files of the settings into an export folder, each compared with its sources on real samples first.
 
-    One that is there already, of these very towers and settings, is taken as it is. Returns the files by their names.
-    Raises ExportError when one does not agree with the towers, DataError for labels or templates that cannot be used.
+    A file that was made from these graphs with these settings is kept. Returns the files by name. Raises ExportError when
+    one does not agree with its sources or the task cannot have it, DataError for labels or templates that cannot be used.
     """
     exported = read_export(folder)
     wanted = _wanted(exported, settings)
     missing = [one for one in wanted if not _is_made(folder, one)]
     if missing:
-        tokenize = tokenizer_from_spec(exported.tokenizer.model_dump())
-        inputs = parity.samples(exported.preprocess, tokenize, sets)
-        described = metadata.told(onnx.load(exported.onnx("image"))) or {}
+        task = task_named(exported.task)
+        samples = task.samples(sets, exported.preprocess, exported.tokenize())
+        described = metadata.read_metadata(onnx.load(exported.onnx(task.main_graph))) or {}
     for one in missing:
-        _write(folder, one, described, inputs)
+        _write(folder, one, described, samples)
     return {one.name: _path(folder, one) for one in wanted}
 
 
 def label_embeddings(exported: Exported, labels: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-    """Return one unit vector per label, float32 [C, D], by the export's text tower: the mean over the templates."""
-    encode, tokenize = parity.runner(exported.onnx("text")), tokenizer_from_spec(exported.tokenizer.model_dump())
+    """Return one unit vector per label, float32 [C, D], from the text graph: the mean over the templates."""
+    encode, tokenize = encoder({TEXT: run_from_onnx(exported.onnx(TEXT))}, TEXT), exported.tokenize()
 
     def encode_all(prompts: Sequence[str]) -> np.ndarray:
         parts = (prompts[start : start + PROMPTS] for start in range(0, len(prompts), PROMPTS))
@@ -85,122 +90,144 @@ def label_embeddings(exported: Exported, labels: Sequence[str], templates: Seque
     return embed_labels(encode_all, labels, templates)
 
 
-def _wanted(exported: Exported, settings: OnnxSettings) -> list[Variant]:
+def _wanted(exported: Exported, settings: OnnxSettings) -> list[ExtraModel]:
     labels = settings.labels
     if settings.labels_file is not None:
-        labels = read_classes(settings.labels_file).names  # ImageNet's has names that are there twice
+        labels = read_classes(settings.labels_file).names  # ImageNet's list has duplicate names.
     elif labels is not None:
         check_labels(labels)
+    if not isinstance(task_named(exported.task), Clip):
+        _refuse_clip_files(exported, labels is not None, settings.joint)
     templates = read_templates(settings.templates) if labels is not None else ()
-    classes = cache(lambda: label_embeddings(exported, labels, templates))  # long for long lists, and used twice
+    classes = cache(lambda: label_embeddings(exported, labels, templates))  # Slow for long lists, and used twice.
 
-    def composed(source: Exported) -> list[Variant]:
+    def merged(source: Exported) -> list[ExtraModel]:
         made = [_classifier(source, labels, templates, classes)] if labels is not None else []
         return [*made, _joint(source)] if settings.joint else made
 
-    wanted = composed(exported)
+    wanted = merged(exported)
     if settings.fp16:
         source = exported.for_gpus()
-        wanted += [_lowered(source, one) for one in (*(_tower(source, tower) for tower in NAMES), *composed(source))]
+        wanted += [
+            _in_float16(source, one) for one in (*(_graph(source, name) for name in source.graphs), *merged(source))
+        ]
     return wanted
 
 
-def _tower(exported: Exported, tower: str) -> Variant:
-    """Return a tower's own file, as what others are made from."""
+def _refuse_clip_files(exported: Exported, labels: bool, joint: bool) -> None:
+    task = f"{exported.folder} is a model for '{exported.task}'"
+    if labels:
+        raise ExportError(f"export.onnx.labels: zero-shot classifiers need a CLIP; {task}. Remove the labels.")
+    if joint:
+        raise ExportError(f"export.onnx.joint: a joint file needs a CLIP; {task}. Remove joint.")
 
-    def build(_: Mapping[str, np.ndarray]) -> tuple[onnx.ModelProto, Check]:
-        return onnx.load(exported.onnx(tower)), lambda _: {}
 
-    return Variant(tower, _made_of(exported, tower), build)
+def _graph(exported: Exported, name: str) -> ExtraModel:
+    """Return a graph's own file, as a source of others."""
+
+    def build(_: Samples) -> tuple[onnx.ModelProto, Check]:
+        return onnx.load(exported.onnx(name)), lambda _: {}
+
+    about = {"agrees": exported.graphs[name].agrees, **_made_of(exported, name)}
+    return ExtraModel(name, (name,), about, build)
 
 
 def _classifier(
     exported: Exported, labels: Sequence[str], templates: Sequence[str], embeddings: Callable[[], np.ndarray]
-) -> Variant:
-    def build(inputs: Mapping[str, np.ndarray]) -> tuple[onnx.ModelProto, Check]:
+) -> ExtraModel:
+    def build(samples: Samples) -> tuple[onnx.ModelProto, Check]:
         classes, scale = embeddings(), exported.logit_scale
-        image = parity.all_outputs(exported.onnx("image"))
+        image = run_from_onnx(exported.onnx(IMAGE))
 
-        def by_towers(case: parity.Feeds) -> dict[str, np.ndarray]:
-            return {"probabilities": softmax(scale * (image(case)["image_embeds"] @ classes.T))}
+        def from_graphs(case: Arrays) -> dict[str, np.ndarray]:
+            return {merge.PROBABILITIES: softmax(scale * (image(case)[OUTPUTS[IMAGE]] @ classes.T))}
 
         def check(path: Path) -> dict[str, float]:
-            limits = _limits("fp32", scale)
-            return parity.same_outputs(by_towers, parity.all_outputs(path), _cases(inputs, "image"), limits, path.name)
+            cases, limits = _cases(samples, [IMAGE]), _limits("fp32", exported)
+            return parity.compare_outputs(from_graphs, run_from_onnx(path), cases, limits, path.name)
 
-        return compose.classifier(onnx.load(exported.onnx("image")), classes, scale), check
+        return merge.classifier(onnx.load(exported.onnx(IMAGE)), classes, scale), check
 
-    return Variant("classifier", {"labels": [*labels], "templates": [*templates], **_made_of(exported)}, build)
+    about = {"labels": [*labels], "templates": [*templates], **_made_of(exported)}
+    return ExtraModel("classifier", (IMAGE,), about, build)
 
 
-def _joint(exported: Exported) -> Variant:
+def _joint(exported: Exported) -> ExtraModel:
     scale, bias = exported.logit_scale, exported.logit_bias
 
-    def build(inputs: Mapping[str, np.ndarray]) -> tuple[onnx.ModelProto, Check]:
-        image, text = (parity.runner(exported.onnx(tower)) for tower in ("image", "text"))
+    def build(samples: Samples) -> tuple[onnx.ModelProto, Check]:
+        runs = {side: run_from_onnx(exported.onnx(side)) for side in SIDES}
 
-        def by_towers(case: parity.Feeds) -> dict[str, np.ndarray]:
-            images, texts = image(case["pixel_values"]), text(case["input_ids"])
+        def from_graphs(case: Arrays) -> dict[str, np.ndarray]:
+            images, texts = (encoder(runs, side)(case[INPUTS[side]]) for side in SIDES)
             logits = scale * (images @ texts.T) + (bias or 0.0)
-            return {"image_embeds": images, "text_embeds": texts, "logits_per_image": logits}
+            return {OUTPUTS[IMAGE]: images, OUTPUTS[TEXT]: texts, merge.LOGITS: logits}
 
         def check(path: Path) -> dict[str, float]:
-            cases, limits = _cases(inputs, "image", "text"), _limits("fp32", scale)
-            return parity.same_outputs(by_towers, parity.all_outputs(path), cases, limits, path.name)
+            cases, limits = _cases(samples, SIDES), _limits("fp32", exported)
+            return parity.compare_outputs(from_graphs, run_from_onnx(path), cases, limits, path.name)
 
-        return compose.joint(onnx.load(exported.onnx("image")), onnx.load(exported.onnx("text")), scale, bias), check
+        files = {side: onnx.load(exported.onnx(side)) for side in SIDES}
+        return merge.joint(files, scale, bias), check
 
-    return Variant("joint", _made_of(exported), build)
+    return ExtraModel("joint", SIDES, _made_of(exported), build)
 
 
-def _lowered(exported: Exported, one: Variant) -> Variant:
-    """Return a file in float16 of what a tower is, or of what is put together from towers."""
+def _in_float16(exported: Exported, one: ExtraModel) -> ExtraModel:
+    """Return the float16 form of a graph, or of a file made from graphs."""
     precision = {"fp32": "fp16", "int8": "int8-fp16"}[exported.precision]
 
-    def build(inputs: Mapping[str, np.ndarray]) -> tuple[onnx.ModelProto, Check]:
-        full, _ = one.build(inputs)
+    def build(samples: Samples) -> tuple[onnx.ModelProto, Check]:
+        full, _ = one.build(samples)
 
         def check(path: Path) -> dict[str, float]:
-            if one.name in NAMES:  # one tower is lowered, and ranked with the other as it was
-                towers = {tower: parity.runner(exported.onnx(tower)) for tower in NAMES}
-                found = {**towers, one.name: parity.runner(path, float16=True)}
-                return parity.compare(towers, found, inputs, precision, dict.fromkeys(NAMES, path.name))
+            found = run_from_onnx(path, float16=True)
+            if one.name in exported.graphs:  # One graph is in float16, and ranked with the others as they were.
+                graphs = {name: run_from_onnx(exported.onnx(name)) for name in exported.graphs}
+                what = parity.Comparison(exported.graphs, samples, precision, dict.fromkeys(graphs, path.name))
+                return parity.compare(what, graphs, {**graphs, one.name: found})
             source = path.with_name("full.onnx")
             onnx.save(full, source)
-            run, cases = parity.all_outputs(path, float16=True), _cases(inputs, *TOWERS_OF[one.name])
-            apart = math.sqrt(2 - 2 * parity.LIMITS[precision][0])  # unit vectors of the least cosine are
-            limits = _limits(precision, exported.logit_scale) | {"image_embeds": apart, "text_embeds": apart}
-            return parity.same_outputs(parity.all_outputs(source), run, cases, limits, path.name)
+            # The difference of unit vectors whose cosine is at the limit.
+            apart = math.sqrt(2 - 2 * parity.limits_of(precision).least_cosine)
+            limits = _limits(precision, exported) | dict.fromkeys(OUTPUTS.values(), apart)
+            cases = _cases(samples, one.graphs)
+            return parity.compare_outputs(run_from_onnx(source), found, cases, limits, path.name)
 
         return lower(full, "fp16"), check
 
-    return Variant(f"{one.name}.{precision}", {**one.about, "tower": one.name, "precision": precision}, build)
+    about = {**one.about, "tower": one.name, "precision": precision}
+    return ExtraModel(f"{one.name}.{precision}", one.graphs, about, build)
 
 
-def _cases(inputs: Mapping[str, np.ndarray], *towers: str) -> list[parity.Feeds]:
-    """Return inputs by their names, in batches that differ where there are two."""
-    columns = []
-    for tower in towers:
-        sizes = (*parity.BATCHES, len(inputs[tower]))
-        columns.append([(NAMES[tower], inputs[tower][:n]) for n in (reversed(sizes) if tower == "text" else sizes)])
-    return [dict(case) for case in zip(*columns, strict=True)]
+def _cases(samples: Samples, graphs: Sequence[str]) -> list[Arrays]:
+    """Return inputs by name in several batch sizes; a second graph has others than the first."""
+    cases: list[dict[str, np.ndarray]] = [{} for _ in (*parity.BATCHES, None)]
+    for place, graph in enumerate(graphs):
+        sizes = [*parity.BATCHES, None][:: 1 if place == 0 else -1]
+        for case, size in zip(cases, sizes, strict=True):
+            case |= {name: rows[:size] for name, rows in samples[graph].items()}
+    return cases
 
 
-def _limits(precision: str, scale: float) -> dict[str, float]:
-    """Return how far outputs may be off: what counts as an equal score, scaled as they are."""
-    equal = parity.LIMITS[precision][2]
-    embeds = dict.fromkeys(("image_embeds", "text_embeds"), equal)
-    # softmax at least halves what logits are off by
-    return {**embeds, "logits_per_image": scale * equal, "probabilities": scale * equal / 2}
+def _limits(precision: str, exported: Exported) -> dict[str, float]:
+    """Return the largest allowed difference per output: what counts as an equal score, scaled as the output is."""
+    scale, equal = exported.logit_scale, parity.limits_of(precision).equal
+    # Softmax at least halves the difference of logits.
+    return {
+        **dict.fromkeys(OUTPUTS.values(), equal),
+        merge.LOGITS: scale * equal,
+        merge.PROBABILITIES: scale * equal / 2,
+    }
 
 
-def _made_of(exported: Exported, *towers: str) -> dict[str, Any]:
-    return {"made_of": {tower: exported.files[tower].sha256 for tower in towers or exported.files}}
+def _made_of(exported: Exported, *graphs: str) -> dict[str, Any]:
+    return {"made_of": {name: exported.files[name].sha256 for name in graphs or exported.files}}
 
 
-def _write(folder: Path, one: Variant, described: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> None:
-    """Write a variant aside, check it, and put it in place."""
-    model, check = one.build(inputs)
+def _write(folder: Path, one: ExtraModel, described: Mapping[str, Any], samples: Samples) -> None:
+    """Write a file aside, compare it with its sources, and put it in place."""
+    model, check = one.build(samples)
     metadata.stamp_portable(model)
     with TemporaryDirectory(dir=folder, prefix=".") as aside:
         path = Path(aside) / f"{one.name}.onnx"
@@ -212,14 +239,14 @@ def _write(folder: Path, one: Variant, described: Mapping[str, Any], inputs: Map
     write_bytes_whole(_path(folder, one), model.SerializeToString())
 
 
-def _is_made(folder: Path, one: Variant) -> bool:
-    """Tell whether a variant is there, of the same towers and settings."""
+def _is_made(folder: Path, one: ExtraModel) -> bool:
+    """Tell whether a file exists that was made from the same graphs with the same settings."""
     try:
-        found = metadata.told(onnx.load(_path(folder, one))) or {}
-    except Exception:  # not there or damaged: protobuf's own errors have no common type
+        found = metadata.read_metadata(onnx.load(_path(folder, one))) or {}
+    except Exception:  # It is missing or damaged; protobuf's errors have no common type.
         return False
     return {key: found.get(key) for key in one.about} == one.about
 
 
-def _path(folder: Path, one: Variant) -> Path:
+def _path(folder: Path, one: ExtraModel) -> Path:
     return folder / f"{one.name}.onnx"

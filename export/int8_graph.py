@@ -1,7 +1,7 @@
-"""An INT8 graph as runtimes want it: what torch's exporter leaves behind is rewritten here, in place and exactly.
+"""Rewrite the INT8 graph that torch exports, in place and exactly, into the form that runtimes execute on integers.
 
-Weights become int8 instead of float32 behind a QuantizeLinear, the token embedding too, and a patch embedding becomes a
-product, which ONNX Runtime runs on integers; a convolution with a float output it does not.
+Weights, which torch leaves as float32 behind a QuantizeLinear, are stored as int8; so is the token embedding. A patch embedding
+becomes a product, since ONNX Runtime does not run a convolution with float output on integers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from clipress.models.quantizers import PORTABLE
 
 
 def tidy(model: onnx.ModelProto) -> None:
-    """Do all three, in place."""
+    """Apply all three rewrites, in place."""
     fold_weight_quantizers(model)
     shrink_embedding(model)
     patches_as_product(model)
@@ -25,11 +25,11 @@ def tidy(model: onnx.ModelProto) -> None:
 def is_portable(model: onnx.ModelProto) -> bool:
     """Tell whether no product of a graph's int8 weights can overflow on any CPU: |weight| <= 64. True without INT8.
 
-    The token embedding does not count: it is looked up and never multiplied as integers.
+    The token embedding does not count: it is looked up, never multiplied as integers.
     """
     stored = {item.name: item for item in model.graph.initializer if item.data_type == onnx.TensorProto.INT8}
     weights = [
-        numpy_helper.to_array(stored[node.input[0]]).astype(np.int16)  # -128 has no magnitude in int8
+        numpy_helper.to_array(stored[node.input[0]]).astype(np.int16)  # The magnitude of -128 does not fit int8.
         for node in model.graph.node
         if node.op_type == "DequantizeLinear" and node.input[0] in stored
     ]
@@ -37,7 +37,7 @@ def is_portable(model: onnx.ModelProto) -> bool:
 
 
 def fold_weight_quantizers(model: onnx.ModelProto) -> None:
-    """Store weights as int8 instead of float32 behind a QuantizeLinear, in place. Exact, and a quarter of the size."""
+    """Store weights as int8 instead of float32 behind a QuantizeLinear, in place: exact, and a quarter of the size."""
     graph = model.graph
     constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     for node in graph.node:
@@ -68,9 +68,9 @@ def fold_weight_quantizers(model: onnx.ModelProto) -> None:
 
 
 def shrink_embedding(model: onnx.ModelProto) -> None:
-    """Store a token embedding as int8 with one scale per row, in place: of a small CLIP it is most of the file.
+    """Store a token embedding as int8 with one scale per row, in place: in a small CLIP it is most of the file.
 
-    A row is looked up first and scaled then, so only the ids of a text are ever turned back into floats.
+    Rows are scaled after the look-up, so only those of a text's ids become floats.
     """
     graph = model.graph
     tables = {item.name: item for item in graph.initializer if len(item.dims) == 2 and item.dims[0] > 1024}
@@ -96,29 +96,29 @@ def shrink_embedding(model: onnx.ModelProto) -> None:
 
 
 def patches_as_product(model: onnx.ModelProto) -> None:
-    """Make the convolution that cuts pictures into patches a product, in place: patches [B, P, C k k] times [C k k, O].
+    """Turn the convolution of a patch embedding into a product, in place: patches [B, P, C k k] times [C k k, O].
 
-    Only for INT8, and only where patches tile the picture. What it gives has the convolution's shape, [B, O, rows, columns].
+    This applies to INT8 whose patches tile the image. The output keeps the convolution's shape, [B, O, rows, columns].
     """
     graph = model.graph
     made = {name: node for node in graph.node for name in node.output}
     weights = {item.name: item for item in graph.initializer}
-    pictures = {put.name: [d.dim_value for d in put.type.tensor_type.shape.dim] for put in graph.input}
+    images = {put.name: [d.dim_value for d in put.type.tensor_type.shape.dim] for put in graph.input}
     for conv in graph.node:
         sides = [made.get(name) for name in conv.input[:2]]
         if conv.op_type != "Conv" or any(side is None or side.op_type != "DequantizeLinear" for side in sides):
             continue
         rounded = made.get(sides[0].input[0])
-        if rounded is None or rounded.input[0] not in pictures or sides[1].input[0] not in weights:
+        if rounded is None or rounded.input[0] not in images or sides[1].input[0] not in weights:
             continue
-        weight, picture = weights[sides[1].input[0]], pictures[rounded.input[0]]  # [O, C, k, k] and [batch, C, S, S]
-        if _tiles(conv, weight.dims[2:], picture[2:]):
-            _replace(graph, conv, rounded, sides, weight, picture[2:])
+        weight, image = weights[sides[1].input[0]], images[rounded.input[0]]  # [O, C, k, k] and [batch, C, S, S]
+        if _tiles(conv, weight.dims[2:], image[2:]):
+            _replace(graph, conv, rounded, sides, weight, image[2:])
             return
 
 
-def _tiles(conv: onnx.NodeProto, kernel: Sequence[int], picture: Sequence[int]) -> bool:
-    """Tell whether a convolution's windows lie side by side and cover the whole picture."""
+def _tiles(conv: onnx.NodeProto, kernel: Sequence[int], image: Sequence[int]) -> bool:
+    """Tell whether a convolution's windows cover the whole image without overlap."""
     given = {a.name: helper.get_attribute_value(a) for a in conv.attribute}
     return (
         given.get("strides") == list(kernel)
@@ -126,7 +126,7 @@ def _tiles(conv: onnx.NodeProto, kernel: Sequence[int], picture: Sequence[int]) 
         and set(given.get("dilations", [1])) == {1}
         and given.get("group", 1) == 1
         and given.get("auto_pad", b"NOTSET") == b"NOTSET"
-        and all(side > 0 and side % k == 0 for side, k in zip(picture, kernel, strict=True))
+        and all(side > 0 and side % k == 0 for side, k in zip(image, kernel, strict=True))
     )
 
 
@@ -136,21 +136,21 @@ def _replace(
     rounded: onnx.NodeProto,
     sides: list[onnx.NodeProto],
     weight: onnx.TensorProto,
-    picture: Sequence[int],
+    image: Sequence[int],
 ) -> None:
     outs, channels, height, width = weight.dims
-    rows, columns = picture[0] // height, picture[1] // width
+    rows, columns = image[0] // height, image[1] // width
     turned = np.ascontiguousarray(numpy_helper.to_array(weight).reshape(outs, -1).T)  # [C k k, O]
     weight.CopyFrom(numpy_helper.from_array(turned, weight.name))
     for attribute in sides[1].attribute:
-        if attribute.name == "axis":  # of the output channels, which the scales belong to
+        if attribute.name == "axis":  # The scales belong to the output channels.
             attribute.i = 1
 
     def shape(label: str, dims: list[int]) -> str:
         graph.initializer.append(numpy_helper.from_array(np.asarray(dims, np.int64), f"patches_{label}"))
         return f"patches_{label}"
 
-    cut = [  # 0 copies the batch
+    cut = [  # A 0 copies the batch.
         helper.make_node(
             "Reshape", [rounded.input[0], shape("grid", [0, channels, rows, height, columns, width])], ["patches_cut"]
         ),

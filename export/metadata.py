@@ -1,24 +1,26 @@
-"""What every ONNX file says of itself, so that it can be used without the folder it was made in.
+"""Metadata in every ONNX file, so that it can be used without its export folder.
 
-It is JSON in `metadata_props`, under the key `clipress`; ONNX Runtime shows it:
+They are JSON in `metadata_props`, under the key `clipress`; in ONNX Runtime:
 
     json.loads(session.get_modelmeta().custom_metadata_map["clipress"])
 
-    tower                            image, text, classifier or joint
-    precision                        fp32 or int8; in a lowered file fp16, bf16 or int8-fp16 and the like
-    preprocess                       size, mean, std and what else makes pixel_values of a picture
-    tokenizer                        name, context_length and kwargs: what makes input_ids of a text
-    embed_dim, logit_scale, logit_bias   the scale is exponentiated; a bias is null where the model has none
-    labels, templates                of a classifier: what its columns mean, in order, and how they were prompted
-    stage, lineage_hash              the artefact it was exported from
-    made_of                          of a file put together from others: their sha256, by tower
-    parity                           what its comparison with what it was made from gave
-    opset, settings, exporter        how the towers were exported
-    int8                             of a convolutional INT8 tower: which form it has, and what both took per picture
-    portable                         whether INT8 products overflow on no CPU; where not, ONNX Runtime needs its exact mode
+    task                             clip, classification, ...
+    tower                            the graph's name, such as image or text; classifier or joint
+    agrees                           how the graph is compared with another implementation: embeddings or logits
+    precision                        fp32 or int8; in a lowered file fp16, bf16, int8-fp16 or the like
+    preprocess                       size, mean, std and the rest of what turns an image into pixel_values
+    tokenizer                        name, context_length and kwargs: what turns a text into input_ids
+    embed_dim, logit_scale, logit_bias   the scale is exponentiated; the bias is null for a CLIP without one
+    labels, templates                of a classifier: the names of its columns in order, and the prompts of a zero-shot one
+    stage, lineage_hash              the artifact it was exported from
+    made_of                          of a file made from others: their sha256, by graph
+    parity                           the comparison with the model or the files it was made from
+    opset, settings, exporter        how the graphs were exported
+    int8                             of a convolutional INT8 graph: its form, and milliseconds per image of both forms
+    portable                         whether INT8 products overflow on no CPU; if false, ONNX Runtime needs its exact mode
                                      (session.x64quantprecision) on x86 without VNNI instructions
-    self_test                        inputs from a seed and the outputs of exact arithmetic, see runtime/self_test.py
-    versions                         of clipress, torch, onnx and onnxruntime when they were
+    self_test                        seeded inputs and the outputs of exact arithmetic, see runtime/self_test.py
+    versions                         of clipress, torch, onnx and onnxruntime at export
     schema_version                   1
 """
 
@@ -31,26 +33,36 @@ from typing import Any
 import onnx
 
 from clipress.export.int8_graph import is_portable
+from clipress.runtime.export_folder import Exported
 from clipress.runtime.onnx_session import METADATA
 
-KEY = METADATA
+OF_FOLDER = {"graphs", "files", "explicit", "self_test", "portable"}
+"""Fields of export.json that speak of the folder, or differ by file."""
+
+
+def of_graph(exported: Exported, graph: str) -> dict[str, Any]:
+    """Return the metadata of one graph's file, without what only the finished file can tell."""
+    about = exported.model_dump(mode="json", exclude=OF_FOLDER)
+    has_logits = exported.logit_scale is not None
+    kept = {key: value for key, value in about.items() if value is not None or (key == "logit_bias" and has_logits)}
+    return {**kept, "tower": graph, "agrees": exported.graphs[graph].agrees}
 
 
 def stamp(model: onnx.ModelProto, about: Mapping[str, Any]) -> None:
-    """Make a graph say this of itself, and nothing else."""
-    onnx.helper.set_model_props(model, {KEY: json.dumps(about)})
+    """Replace a file's metadata."""
+    onnx.helper.set_model_props(model, {METADATA: json.dumps(about)})
     model.producer_name = "clipress"
 
 
 def stamp_portable(model: onnx.ModelProto) -> None:
-    """Make a graph say whether it is portable, which decides how it is opened until it is stamped for good."""
+    """Record only whether a graph is portable: this decides how it is opened until its full metadata are known."""
     stamp(model, {"portable": is_portable(model)})
 
 
-def told(model: onnx.ModelProto) -> dict[str, Any] | None:
-    """Return what a graph says of itself; None for one that clipress did not make. Raises ValueError for damage."""
-    kept = {item.key: item.value for item in model.metadata_props}.get(KEY)
+def read_metadata(model: onnx.ModelProto) -> dict[str, Any] | None:
+    """Return a file's metadata; None for a file that clipress did not make. Raises ValueError for damaged ones."""
+    kept = {item.key: item.value for item in model.metadata_props}.get(METADATA)
     about = None if kept is None else json.loads(kept)
     if not isinstance(about, dict | None):
-        raise ValueError(f"a mapping is asked for, found {about!r}")
+        raise ValueError(f"expected a mapping, found {about!r}")
     return about

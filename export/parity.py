@@ -1,117 +1,110 @@
-"""Does an exported model say what torch says? Checked on real samples before a file is shipped.
-
-fp32: every cosine at least 0.9999, and every first place the same (equal scores aside). INT8 is held against torch with
-the same quantisers, where only rounding may differ; ONNX Runtime's own quantisation rounds in more places. A file put together from the towers' is held against them, one in
-float16 against the float32 one. An engine is held against ONNX Runtime on the file it was built
-from: TF32 in what is called fp32, fewer bits of mantissa, and for int8 both its rounding and theirs.
-"""
+"""Compare two implementations of a model's graphs on real samples; a file that does not agree is not written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipress.data.eval_sets import EvalSet
-from clipress.data.transforms import Preprocess
 from clipress.errors import ExportError
 from clipress.models.load import Model
-from clipress.runtime.onnx_session import open_session
+from clipress.runtime.graph import Arrays, Graph, Run
+from clipress.runtime.onnx_session import run_from_onnx
+from clipress.tasks import graphs_of, runs_of
 
-SAMPLES = 128  # pictures per set, with their captions
-# precision: (least cosine, least part of queries with the same first place, what counts as an equal score)
+
+class Limits(NamedTuple):
+    """How far a candidate may differ from its reference."""
+
+    least_cosine: float
+    same_first: float
+    """Least fraction of queries with the same first place."""
+    equal: float
+    """Scores that differ by less count as equal: of cosines, or of logits divided by a row's range."""
+
+
+# INT8 is compared with torch running the same quantizers, so only rounding differs; ONNX Runtime's own quantization rounds
+# in more places. A float16 file is compared with the float32 one, an engine with ONNX Runtime on the file it was built from.
 LIMITS = {
-    "fp32": (0.9999, 1.0, 1e-5),
-    "int8": (0.999, 0.95, 5e-3),
-    "static int8": (0.99, 0.95, 2e-2),
-    "fp16": (0.999, 0.97, 5e-3),
-    "int8-fp16": (0.99, 0.95, 2e-2),
-    "fp32 engine": (0.9999, 0.99, 1e-3),
-    "fp16 engine": (0.999, 0.97, 5e-3),
-    "bf16 engine": (0.99, 0.95, 2e-2),
-    "int8 engine": (0.99, 0.95, 2e-2),
+    "fp32": Limits(0.9999, 1.0, 1e-5),
+    "int8": Limits(0.999, 0.95, 5e-3),
+    "static int8": Limits(0.99, 0.95, 2e-2),
+    "fp16": Limits(0.999, 0.97, 5e-3),
+    "int8-fp16": Limits(0.99, 0.95, 2e-2),
+    "fp32 engine": Limits(0.9999, 0.99, 1e-3),  # TensorRT computes float32 as TF32.
+    "fp16 engine": Limits(0.999, 0.97, 5e-3),
+    "bf16 engine": Limits(0.99, 0.95, 2e-2),
+    "int8 engine": Limits(0.99, 0.95, 2e-2),
 }
-BATCHES = (1, 3)  # beside all samples at once
-Encode = Callable[[np.ndarray], np.ndarray]
-Feeds = Mapping[str, np.ndarray]  # a graph's inputs by their names
-Run = Callable[[Feeds], dict[str, np.ndarray]]  # -> its outputs by theirs
+BATCHES = (1, 3)  # Compared in addition to all samples at once.
 
 
-def runner(path: Path, float16: bool = False) -> Encode:
-    """Return a function from one batch to its embeddings; `float16` as in `open_session`."""
-    opened = open_session(path, float16=float16)
-    name = opened.get_inputs()[0].name
-    return lambda batch: opened.run(None, {name: batch})[0]
+@dataclass(frozen=True)
+class Comparison:
+    """What two implementations are compared on, and how strictly."""
+
+    graphs: Mapping[str, Graph]
+    samples: Mapping[str, Arrays]
+    """Real inputs of every graph."""
+    precision: str
+    """A key of LIMITS."""
+    names: Mapping[str, str]
+    """What a message calls the candidate of each graph."""
+    batches: Sequence[int] = BATCHES
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of the precision."""
+        return limits_of(self.precision)
 
 
-def all_outputs(path: Path, float16: bool = False) -> Run:
-    """Return a function from a file's inputs to all its outputs, by names; `float16` as in `open_session`."""
-    opened = open_session(path, float16=float16)
-    names = [output.name for output in opened.get_outputs()]
-    return lambda feeds: dict(zip(names, opened.run(None, dict(feeds)), strict=True))
+def limits_of(precision: str) -> Limits:
+    """Return the limits of a precision."""
+    return Limits(*LIMITS[precision])
 
 
-def check(model: Model, folder: Path, inputs: Mapping[str, np.ndarray], precision: str) -> dict[str, Any]:
-    """Compare both towers with torch on `samples`. Returns the figures; raises ExportError when they are out of bounds."""
-    towers = dict(zip(("image", "text"), model.encoders(), strict=True))
-    files = {tower: runner(folder / f"{tower}.onnx") for tower in towers}
-    figures = compare(towers, files, inputs, precision, {tower: f"{tower}.onnx" for tower in towers})
-    return {"images": len(inputs["image"]), "texts": len(inputs["text"]), "batches": [*BATCHES, "all"], **figures}
+def check(model: Model, folder: Path, samples: Mapping[str, Arrays], precision: str) -> dict[str, Any]:
+    """Compare `<graph>.onnx` in a folder with torch, graph by graph. Returns the figures; raises ExportError."""
+    graphs = graphs_of(model)
+    names = {name: f"{name}.onnx" for name in graphs}
+    files = {name: run_from_onnx(folder / file) for name, file in names.items()}
+    figures = compare(Comparison(graphs, samples, precision, names), runs_of(model), files)
+    sizes = {name: _count(samples[name]) for name in graphs}
+    return {"samples": sizes, "batches": [*BATCHES, "all"], **figures}
 
 
-def compare(
-    reference: Mapping[str, Encode],
-    candidate: Mapping[str, Encode],
-    inputs: Mapping[str, np.ndarray],
-    precision: str,
-    names: Mapping[str, str],
-    batches: Sequence[int] = BATCHES,
-) -> dict[str, float]:
-    """Hold encoders against the ones they came from, tower by tower and, when both are there, by ranking.
+def compare(what: Comparison, reference: Mapping[str, Run], candidate: Mapping[str, Run]) -> dict[str, float]:
+    """Compare the rows of every graph, then first places: of logits, and of rankings between two graphs of embeddings.
 
-    Each is asked for all inputs at once, which is the largest batch, and for the first ones in `batches`.
-
-    Returns the figures; raises ExportError when they are out of `precision`'s bounds. `names` are for messages.
+    Candidates run on all samples at once, which is the largest batch, and on the first ones in `batches`.
+    Returns the figures; raises ExportError when one is beyond the limits of the precision.
     """
-    least_cosine, least_same, equal = LIMITS[precision]
-    figures, embeddings = {}, []
-    for tower, encode in reference.items():
-        wanted, found = encode(inputs[tower]), candidate[tower](inputs[tower])
-        cosine = float(_cosines(wanted, found).min())
-        for batch in batches:
-            part = candidate[tower](inputs[tower][:batch])
-            if part.shape != wanted[:batch].shape:
-                raise ExportError(
-                    f"{names[tower]} gives {part.shape} for a batch of {batch}: its batch is not dynamic."
-                )
-            cosine = min(cosine, float(_cosines(wanted[:batch], part).min()))
-        figures[f"{tower}_min_cosine"] = cosine
-        if not cosine >= least_cosine:  # also when it is NaN
-            raise ExportError(
-                f"{names[tower]} does not agree with the model it came from: least cosine {cosine:.6f} on "
-                f"{len(inputs[tower])} samples, at least {least_cosine} is asked for at {precision}. "
-                "Nothing was written."
-            )
-        embeddings.append((wanted, found))
-    if len(embeddings) == 2:
-        same = _same_first(*(list(side) for side in zip(*embeddings, strict=True)), equal)
-        figures["same_first_place"] = same
-        if same < least_same:
-            raise ExportError(
-                f"{' and '.join(names.values())} rank differently: the first place is the same for {same:.1%} of the "
-                f"queries, {least_same:.0%} is asked for at {precision}. Nothing was written."
-            )
+    figures, embeddings = {}, {}
+    for name, graph in what.graphs.items():
+        wanted, found = (run[name](what.samples[name]) for run in (reference, candidate))
+        figures[f"{name}_min_cosine"] = _least_cosine(what, name, candidate[name], wanted, found)
+        first = graph.outputs[0].name
+        if graph.agrees == "logits":
+            same = same_class(wanted[first], found[first], what.limits.equal)
+            figures[f"{name}_same_first_place"] = _enough(what, [name], same)
+        elif wanted[first].ndim == 2:
+            embeddings[name] = (wanted[first], found[first])
+    if len(embeddings) == 2 and len({wanted.shape[1] for wanted, _ in embeddings.values()}) == 1:
+        wanted, found = zip(*embeddings.values(), strict=True)
+        same = same_first(wanted, found, what.limits.equal)
+        figures["same_first_place"] = _enough(what, list(embeddings), same)
     return figures
 
 
-def same_outputs(
-    reference: Run, candidate: Run, cases: Sequence[Feeds], limits: Mapping[str, float], name: str
+def compare_outputs(
+    reference: Run, candidate: Run, cases: Sequence[Arrays], limits: Mapping[str, float], name: str
 ) -> dict[str, float]:
-    """Hold a file against those it was made from, output by output.
+    """Compare a file with the files it was made from, output by output.
 
-    `limits` are the largest differences allowed. Returns the ones found; raises ExportError when one is out of bounds.
+    `limits` are the largest allowed differences. Returns those found; raises ExportError when one is beyond its limit.
     """
     figures: dict[str, float] = {}
     for case in cases:
@@ -119,44 +112,81 @@ def same_outputs(
         for output, wanted in reference(case).items():
             if wanted.shape != found[output].shape:
                 raise ExportError(
-                    f"{name}: {output} is {found[output].shape}, {wanted.shape} is asked for: its batch is not dynamic. "
+                    f"{name}: expected {output} of shape {wanted.shape}, found {found[output].shape}: its batch is not "
+                    "dynamic. Nothing was written."
+                )
+            difference = float(np.abs(wanted - found[output]).max())
+            if not difference <= limits[output]:  # NaN fails too.
+                raise ExportError(
+                    f"{name}: {output} differs from the source model by {difference:.2g} (limit {limits[output]:.2g}). "
                     "Nothing was written."
                 )
-            off = float(np.abs(wanted - found[output]).max())
-            if not off <= limits[output]:  # also when it is NaN
-                raise ExportError(
-                    f"{name}: {output} is off by {off:.2g} from what it was made from gives, at most "
-                    f"{limits[output]:.2g} is allowed. Nothing was written."
-                )
             key = f"{output}_max_difference"
-            figures[key] = max(figures.get(key, 0.0), off)
+            figures[key] = max(figures.get(key, 0.0), difference)
     return figures
 
 
-def samples(
-    preprocess: Preprocess, tokenize: Callable[[list[str]], np.ndarray], sets: Sequence[EvalSet]
-) -> dict[str, np.ndarray]:
-    """Return real inputs of both towers: pixels [N, 3, S, S] and the ids [M, L] of their captions."""
-    if not sets:
-        raise ExportError("Parity is checked on real samples, and the recipe names no 'test', 'val' or 'train' data.")
-    pixels, texts = [], []
-    for evalset in sets:
-        taken = next(evalset.pixel_batches(preprocess, SAMPLES))
-        pixels.append(taken)
-        texts += [evalset.source.captions(i)[0] for i in range(len(taken))]
-    return {"image": np.concatenate(pixels), "text": tokenize(list(dict.fromkeys(texts)))}
+def same_first(wanted: Sequence[np.ndarray], found: Sequence[np.ndarray], equal: float) -> float:
+    """Return the fraction of queries, in both directions, whose first place is the same up to equal scores.
 
-
-def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return (a * b).sum(1) / np.maximum(norms, 1e-12)
-
-
-def _same_first(wanted: list[np.ndarray], found: list[np.ndarray], equal: float) -> float:
-    """Return the part of queries, both ways, whose first place is the same up to equal scores."""
+    wanted, found: embeddings of both sides, [N, D] and [M, D].
+    """
     truth, other = wanted[0] @ wanted[1].T, found[0] @ found[1].T
     same = []
     for scores, ranked in ((truth, other), (truth.T, other.T)):
         chosen = scores[np.arange(len(scores)), ranked.argmax(1)]
         same.append(scores.max(1) - chosen <= equal)
     return float(np.concatenate(same).mean())
+
+
+def same_class(wanted: np.ndarray, found: np.ndarray, equal: float) -> float:
+    """Return the fraction of rows of logits [..., C] whose largest is the same up to equal scores."""
+    wanted, found = (logits.reshape(-1, logits.shape[-1]) for logits in (wanted, found))
+    chosen = wanted[np.arange(len(wanted)), found.argmax(1)]
+    return float((wanted.max(1) - chosen <= equal * np.ptp(wanted, axis=1)).mean())
+
+
+def _least_cosine(
+    what: Comparison, name: str, run: Run, wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
+) -> float:
+    """Return the least cosine over all outputs and batch sizes. Raises ExportError when it is too low."""
+    inputs, limit = what.samples[name], what.limits.least_cosine
+    cosine = min(_cosines(wanted[output], found[output]).min() for output in wanted)
+    for batch in what.batches:
+        part = run({key: rows[:batch] for key, rows in inputs.items()})
+        for output, rows in wanted.items():
+            if part[output].shape != rows[:batch].shape:
+                raise ExportError(
+                    f"{what.names[name]}: expected {output} of shape {rows[:batch].shape} for a batch of {batch}, found "
+                    f"{part[output].shape}: its batch is not dynamic. Nothing was written."
+                )
+            cosine = min(cosine, _cosines(rows[:batch], part[output]).min())
+    if not cosine >= limit:  # NaN fails too.
+        raise ExportError(
+            f"{what.names[name]} does not agree with the model it came from: least cosine {cosine:.6f} on "
+            f"{_count(inputs)} samples, at least {limit} is required at {what.precision}. Nothing was written."
+        )
+    return float(cosine)
+
+
+def _enough(what: Comparison, graphs: Sequence[str], same: float) -> float:
+    """Return the fraction of equal first places. Raises ExportError when it is too low."""
+    required = what.limits.same_first
+    if not same >= required:
+        names = [what.names[graph] for graph in graphs]
+        raise ExportError(
+            f"{' and '.join(names)} {'rank' if len(names) > 1 else 'ranks'} differently from the model: the first place is "
+            f"the same for {same:.1%} of the queries, at least {required:.0%} is required at {what.precision}. Nothing was "
+            "written."
+        )
+    return same
+
+
+def _count(inputs: Arrays) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = (rows.reshape(len(rows), -1) for rows in (a, b))
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return (a * b).sum(1) / np.maximum(norms, 1e-12)

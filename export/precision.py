@@ -1,8 +1,8 @@
-"""ONNX as TensorRT's strongly typed networks want it: the precision is in the file, inputs and outputs stay as they are.
+"""Rewrite a float32 ONNX graph in float16 or bfloat16, as TensorRT's strongly typed networks require it.
 
-TensorRT 11 has no precision flags any more, and 10 deprecates them. torch can export `model.half()`, but not with INT8
-quantisers inside: LayerNorm gets two types. So the exported float32 graph, INT8 or not, is rewritten here. The last
-normalisation stays in float32, as it would in torch's autocast.
+TensorRT 11 has no precision flags, and 10 deprecates them. torch can export `model.half()`, but not with INT8 quantizers, which
+give LayerNorm two types. So the exported float32 graph, INT8 or not, is rewritten here. Inputs and outputs keep their types, and
+the final normalization stays in float32 as in torch's autocast.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, versi
 
 from clipress.errors import ExportError
 
-# precision: (ONNX type, numpy type, first opset in which Q/DQ scales, for bf16 convolutions too, may have this type)
+# precision: (ONNX type, numpy type, first opset that allows this type for Q/DQ scales, and bf16 for convolutions)
 TYPES: dict[str, tuple[int, Any, int]] = {
     "fp16": (TensorProto.FLOAT16, np.float16, 19),
     "bf16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16, 22),
 }
-# A norm is a sum of squares: float16 ends at 65504.
+# A norm is a sum of squares, and the largest float16 is 65504.
 STAYS_FLOAT32 = "ReduceL2"
 
 
 def is_int8(model: ModelProto) -> bool:
-    """Tell whether a graph has explicit quantisation."""
+    """Tell whether a graph has explicit quantization."""
     return any(node.op_type == "DequantizeLinear" for node in model.graph.node)
 
 
 def engine_precision(model: ModelProto, precision: str) -> str:
-    """Return what an engine of this graph is called: fp16, bf16, fp32, or int8 with what the rest is in."""
+    """Return the precision of an engine of this graph: fp16, bf16 or fp32, or int8-fp16 and the like for an INT8 graph."""
     return f"int8-{precision}" if is_int8(model) else precision
 
 
 def lower(model: ModelProto, precision: str) -> ModelProto:
-    """Return a copy that computes in `precision` ("fp32", "fp16" or "bf16"), constant casts folded.
+    """Return a copy that computes in `precision` ("fp32", "fp16" or "bf16"), with casts of constants folded.
 
-    Values beyond float16 become its largest; infinities of a mask stay. Raises ExportError for graphs with branches.
+    Values beyond float16's range are clipped to it; infinities of a mask stay. Raises ExportError for graphs with branches.
     """
     lowered = ModelProto()
     lowered.CopyFrom(model)
@@ -54,11 +54,13 @@ def lower(model: ModelProto, precision: str) -> ModelProto:
 
 
 def _as_initializers(graph: onnx.GraphProto) -> None:
-    """Turn Constant nodes, and casts of constants such as the quantisers' zero points, into initializers."""
+    """Turn Constant nodes, and casts of constants such as the quantizers' zero points, into initializers."""
     known = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     for node in list(graph.node):
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
-            raise ExportError(f"{graph.name}: node {node.name} has a branch or loop inside, which is not supported.")
+            raise ExportError(
+                f"{graph.name}: node {node.name} has a branch or loop, which cannot be lowered to another precision."
+            )
         if node.op_type == "Constant":
             attribute = node.attribute[0]
             value = helper.get_attribute_value(attribute)
@@ -79,23 +81,23 @@ def _as_initializers(graph: onnx.GraphProto) -> None:
 
 
 def opset_of(model: ModelProto) -> int:
-    """Return the version of ONNX's own operators that a graph uses."""
+    """Return the version of ONNX's standard operators that a graph uses."""
     return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def at_least(model: ModelProto, opset: int) -> ModelProto:
-    """Return a model, converted if its opset is an older one."""
+    """Return a model, converted if its opset is older."""
     return model if opset_of(model) >= opset else version_converter.convert_version(model, opset)
 
 
 def _lower(graph: onnx.GraphProto, floats: set[str], type_: int, kind: Any) -> None:
-    """Make every node compute in `type_`, in place, but for the norm and what follows it."""
+    """Make every node compute in `type_`, in place, except the norm and the nodes after it."""
     weights = {item.name: item for item in graph.initializer if item.data_type == TensorProto.FLOAT}
     results = floats & {item.name for item in graph.output}
     float32 = floats & {item.name for item in graph.input}
-    behind: set[str] = set()  # what follows the norm
+    behind: set[str] = set()  # The outputs of the norm and of the nodes after it.
     nodes: list[NodeProto] = []
-    made: set[str] = set()  # casts that are there already, and weights by the names they are used under
+    made: set[str] = set()  # Casts that exist, and the names under which weights are used.
 
     def cast(name: str, to: int) -> str:
         new = f"{name}_float32" if to == TensorProto.FLOAT else f"{name}_low"
@@ -122,7 +124,7 @@ def _lower(graph: onnx.GraphProto, floats: set[str], type_: int, kind: Any) -> N
             continue
         _retype(node, type_, kind)
         for place, name in enumerate(node.output):
-            if name in results:  # what the graph gives stays float32
+            if name in results:  # Outputs of the graph stay float32.
                 node.output[place] = f"{name}_computed"
                 nodes.append(
                     helper.make_node("Cast", [node.output[place]], [name], name=f"{name}_cast", to=TensorProto.FLOAT)
@@ -140,7 +142,7 @@ def _lower(graph: onnx.GraphProto, floats: set[str], type_: int, kind: Any) -> N
 
 
 def _retype(node: NodeProto, type_: int, kind: Any) -> None:
-    """Make the type a node states the low one."""
+    """Replace the float32 type in a node's attributes."""
     for attribute in node.attribute:
         if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
             attribute.i = type_
@@ -154,7 +156,7 @@ def _clipped(values: np.ndarray, kind: Any) -> np.ndarray:
 
 
 def _float_tensors(model: ModelProto) -> set[str]:
-    """Return the names of all float32 tensors, by ONNX's own inference of types."""
+    """Return the names of all float32 tensors, by ONNX's type inference."""
     inferred = onnx.shape_inference.infer_shapes(model).graph
     known = {item.name for item in inferred.initializer if item.data_type == TensorProto.FLOAT}
     named = [*inferred.input, *inferred.output, *inferred.value_info]
@@ -162,6 +164,8 @@ def _float_tensors(model: ModelProto) -> set[str]:
 
 
 def _replace(field: Any, messages: list[Any]) -> None:
-    copies = [type(message).FromString(message.SerializeToString()) for message in messages]  # before they are deleted
+    copies = [
+        type(message).FromString(message.SerializeToString()) for message in messages
+    ]  # `del` invalidates the originals.
     del field[:]
     field.extend(copies)

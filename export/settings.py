@@ -9,32 +9,32 @@ from pydantic import Field, model_validator
 
 from clipress.recipe import Section
 
-DYNAMO_OPSET = 18  # the least it has; asked for less, it writes this one and only logs that
+DYNAMO_OPSET = 18  # The oldest that dynamo writes; below it, dynamo writes this one and only logs that.
 
 
 class OnnxSettings(Section):
     """How ONNX files are made."""
 
     opset: int = Field(18, ge=17, le=20)
-    """The gate holds whichever is asked for against torch."""
+    """Of the ONNX files; every file is compared with torch."""
     exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
-    """auto: dynamo, with torchscript where dynamo cannot (INT8, opset 17) or fails. The graphs run equally fast."""
+    """auto: dynamo, and torchscript where dynamo fails or does not apply (INT8, opset 17). Both run equally fast."""
     int8: Literal["auto", "qdq", "static"] = "auto"
-    """Form of a convolutional INT8 image tower: explicit Q/DQ, ONNX Runtime's own, or the quicker of both on this machine.
-    TensorRT always gets Q/DQ; transformers always are Q/DQ."""
+    """Form of a convolutional INT8 graph: explicit Q/DQ, ONNX Runtime's own (static), or the faster of both on this machine.
+    TensorRT always reads Q/DQ; transformers always are Q/DQ."""
     labels: tuple[str, ...] | None = None
-    """Also write classifier.onnx: pictures -> probabilities of these names."""
+    """Also write classifier.onnx, which maps images to probabilities of these labels. CLIP only."""
     labels_file: Path | None = None
-    """The same from a text file, one per line, or `imagenet`."""
+    """Labels from a text file, one per line, or `imagenet`."""
     templates: str | tuple[str, ...] = ("a photo of a {}",)
-    """Prompts of a label, averaged; `openai` and `simple` name open_clip's lists."""
+    """Prompts of a label, whose embeddings are averaged; `openai` and `simple` are open_clip's lists."""
     joint: bool = False
-    """Also write joint.onnx: pictures and texts -> embeddings of both and logits."""
+    """Also write joint.onnx, which maps images and texts to embeddings and logits. CLIP only."""
     fp16: bool = False
-    """Also write every file in float16, for GPUs: half the size; what is INT8 stays INT8."""
+    """Also write every file in float16 for GPUs, at half the size; INT8 stays INT8."""
 
     @model_validator(mode="after")
-    def _written_as_asked(self) -> OnnxSettings:
+    def _dynamo_writes_the_opset(self) -> OnnxSettings:
         if self.exporter == "dynamo" and self.opset < DYNAMO_OPSET:
             raise ValueError(f"dynamo writes opset {DYNAMO_OPSET} or later, found {self.opset}: use exporter: auto")
         return self
@@ -42,21 +42,21 @@ class OnnxSettings(Section):
     @model_validator(mode="after")
     def _one_list(self) -> OnnxSettings:
         if self.labels is not None and self.labels_file is not None:
-            raise ValueError("either labels or labels_file is asked for, found both")
+            raise ValueError("expected labels or labels_file, found both")
         return self
 
-    def of_towers(self) -> dict[str, Any]:
-        """Return what the two towers' files depend on."""
+    def of_graphs(self) -> dict[str, Any]:
+        """Return the settings that determine the graphs' files."""
         return self.model_dump(include={"opset", "exporter", "int8"})
 
     @property
-    def wants_variants(self) -> bool:
-        """Whether files beside the two towers are asked for."""
+    def wants_extra_models(self) -> bool:
+        """Whether files beside the graphs' are to be written."""
         return self.joint or self.fp16 or self.labels is not None or self.labels_file is not None
 
 
 class BatchProfile(Section):
-    """An optimisation profile's batch sizes: what an engine takes, and what it is tuned for."""
+    """Batch sizes of an optimization profile: what an engine accepts, and what it is tuned for."""
 
     min: int = Field(1, ge=1)
     opt: int = Field(8, ge=1)
@@ -65,34 +65,34 @@ class BatchProfile(Section):
     @model_validator(mode="after")
     def _ordered(self) -> BatchProfile:
         if not self.min <= self.opt <= self.max:
-            raise ValueError(f"min <= opt <= max is asked for, found {self.min}, {self.opt}, {self.max}")
+            raise ValueError(f"expected min <= opt <= max, found {self.min}, {self.opt}, {self.max}")
         return self
 
 
 class TensorRTSettings(Section):
-    """How TensorRT engines are built. The words are trtexec's."""
+    """How TensorRT engines are built, in trtexec's terms."""
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp16"
-    """Of everything that is not INT8 in the artefact; fp32 is TF32 where the GPU has it."""
+    """Of everything that is not INT8 in the artifact; fp32 is TF32 on GPUs that have it."""
     batch: BatchProfile = BatchProfile()
-    """Texts always have the model's context length, pictures its size."""
+    """Only the batch varies; image size and text length are the model's."""
     sparse_weights: bool = True
-    """Weights that are 2:4 may run on sparse kernels where these are faster; others are not touched."""
+    """Allow sparse kernels for 2:4 weights where these are faster."""
     optimization_level: int = Field(3, ge=0, le=5)
-    """More tries kernels longer."""
+    """A higher level searches kernels longer."""
     workspace_mib: int | None = Field(None, ge=1)
-    """Scratch memory a layer may use; absent: all of the GPU's."""
+    """Scratch memory of a layer; default: all of the GPU's."""
     version_compatible: bool = False
     """Run on later releases of TensorRT too; slower."""
     hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
     """Run on other GPUs too; slower."""
     timing_cache: Path | None = None
-    """What kernels took, so that the next build is quick; absent: a file of this GPU and release in the user's cache."""
+    """File of kernel timings that speed up the next build; default: one per GPU and release in the user's cache."""
 
 
 class ExportSettings(Section):
-    """Everything `clipress export` can be told."""
+    """All settings of `clipress export`."""
 
     onnx: OnnxSettings = OnnxSettings()
     tensorrt: TensorRTSettings | None = None
-    """Absent: no engines, unless `clipress export --tensorrt` asks for them."""
+    """Default: no engines, except with `clipress export --tensorrt`."""

@@ -1,6 +1,6 @@
-"""The same engines by NVIDIA's own tool: a script of trtexec commands, so that nobody has to take our word for a figure.
+"""Write a script that builds and measures the same engines with NVIDIA's trtexec, so that our figures can be checked.
 
-trtexec 11 changed its defaults: CUDA graphs and spinning on, transfers off. The script asks for the same things of both.
+trtexec 11 changed its defaults: CUDA graphs and spinning on, transfers off. The script sets the same options for both.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipress.export.settings import TensorRTSettings
-from clipress.export.to_tensorrt import Prepared
+from clipress.export.tensorrt_onnx import Prepared
 from clipress.storage import write_text_whole
 
 HEAD = """\
 #!/bin/sh
-# Builds and measures each tower with trtexec, as clipress does: strongly typed, transfers counted, with a CUDA graph.
-# Usage: sh trtexec.sh    TRTEXEC=/path/to/trtexec and TRT_MAJOR=10 or 11 may be set.
+# Build and measure each graph with trtexec as clipress does: strongly typed, including transfers, with a CUDA graph.
+# Usage: sh trtexec.sh    Optional variables: TRTEXEC=/path/to/trtexec, TRT_MAJOR=10 or 11.
 set -eu
 cd "$(dirname "$0")"
 TRTEXEC=${TRTEXEC:-trtexec}
-if [ -z "${TRT_MAJOR:-}" ]; then  # its first line says, such as, [TensorRT v101200]
+if [ -z "${TRT_MAJOR:-}" ]; then  # read from its first line, such as [TensorRT v101200]
   release=$("$TRTEXEC" --help | sed -n 's/.*\\[TensorRT v\\([0-9]*\\)\\].*/\\1/p' | head -n 1)
   TRT_MAJOR=$((${release:-0} / 10000))
 fi
 case $TRT_MAJOR in
   10) release_options="--stronglyTyped --useCudaGraph --useSpinWait" ;;
   11) release_options="--includeDataTransfers" ;;
-  *) echo "trtexec of TensorRT 10 or 11 is asked for, found release $TRT_MAJOR; set TRTEXEC or TRT_MAJOR." >&2; exit 2 ;;
+  *) echo "Expected trtexec of TensorRT 10 or 11, found release $TRT_MAJOR. Set TRTEXEC or TRT_MAJOR." >&2; exit 2 ;;
 esac
 run() { echo "+ $*"; "$@"; }
 """
@@ -36,8 +36,8 @@ COMPATIBILITY = {"ampere_plus": "ampere+", "same_compute_capability": "sameCompu
 
 
 def write_script(path: Path, prepared: Sequence[Prepared], settings: TensorRTSettings) -> Path:
-    """Write the commands of all prepared files into one script; paths in it are relative to it."""
-    commands = [f"\n# {one.path.parent.parent.name}, {one.tower}, {one.precision}\n{_command(one, path.parent, settings)}\n"
+    """Write one script with the commands of all prepared files; its paths are relative to it."""
+    commands = [f"\n# {one.path.parent.parent.name}, {one.name}, {one.precision}\n{_command(one, path.parent, settings)}\n"
                 for one in prepared]  # fmt: skip
     write_text_whole(path, HEAD + "".join(commands))
     path.chmod(0o755)
@@ -46,7 +46,10 @@ def write_script(path: Path, prepared: Sequence[Prepared], settings: TensorRTSet
 
 def _command(one: Prepared, base: Path, settings: TensorRTSettings) -> str:
     onnx = os.path.relpath(one.path, base)
-    shapes = {key: f"{one.takes}:{'x'.join(map(str, shape))}" for key, shape in one.profile}
+    shapes = {
+        key: ",".join(f"{name}:{'x'.join(map(str, getattr(p, key)))}" for name, p in one.profiles.items())
+        for key in ("min", "opt", "max")
+    }
     options = [
         f"--onnx={onnx}",
         f"--saveEngine={onnx.removesuffix('.onnx')}.trtexec.engine",

@@ -13,31 +13,31 @@ from typing import Any
 CPUINFO = Path("/proc/cpuinfo")
 X86 = ("x86_64", "AMD64", "i386", "i686")
 VNNI = ("avx512_vnni", "avx_vnni")
-SHOWN = ("avx2", "avx512f", *VNNI, "amx_int8", "asimddp", "i8mm", "sve")  # what INT8 kernels are written for
-NUMPY = {"AVX2": "avx2", "AVX512F": "avx512f", "AVX512VNNI": "avx512_vnni"}  # numpy's names of some of them
+SHOWN = ("avx2", "avx512f", *VNNI, "amx_int8", "asimddp", "i8mm", "sve")  # INT8 kernels are written for these.
+NUMPY = {"AVX2": "avx2", "AVX512F": "avx512f", "AVX512VNNI": "avx512_vnni"}  # numpy's names for some of them.
 
 
 @dataclass(frozen=True)
 class Processor:
-    """A CPU as far as INT8 is concerned."""
+    """A CPU, as far as INT8 depends on it."""
 
     name: str
     machine: str
-    """Such as x86_64, as `platform.machine()` says it."""
+    """Such as x86_64, see `platform.machine()`."""
     cores: int
     isa: tuple[str, ...]
-    """Instruction sets, by Linux's names."""
+    """Instruction sets, in Linux's names."""
 
     @property
     def saturates(self) -> bool:
-        """Whether kernels of u8 x s8 add two products in 16 bits: x86 without VNNI instructions.
+        """Whether u8 x s8 kernels add two products in 16 bits: x86 without VNNI instructions.
 
-        Weights beyond 64 overflow there, unless ONNX Runtime runs in its exact mode.
+        Weights beyond 64 overflow there unless ONNX Runtime runs in its exact mode.
         """
         return self.machine in X86 and not set(VNNI) & set(self.isa)
 
     def record(self) -> dict[str, Any]:
-        """Return it the way results record it."""
+        """Return the fields that results.json records."""
         return {"processor": self.name, "cores": self.cores, "isa": list(self.isa)}
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Processor:
 
 @cache
 def processor() -> Processor:
-    """Return the CPU of this process, which may be an emulated one."""
+    """Return the CPU that this process runs on, possibly an emulated one."""
     name, flags = described_by_linux()
     fallback = platform.processor() or platform.machine()
     return Processor(name or fallback, platform.machine(), os.cpu_count() or 1, instruction_sets(flags, _by_numpy()))
@@ -55,18 +55,18 @@ def processor() -> Processor:
 def instruction_sets(flags: Set[str], numpy_found: Mapping[str, bool] | None) -> tuple[str, ...]:
     """Return the instruction sets among `SHOWN` that a process can use.
 
-    Linux's flags name them all, but an emulator or a container may show those of another CPU. numpy asks the CPU itself
-    about some of them: where the two differ, only numpy is believed.
+    Linux's flags are complete, but an emulator or a container may show those of another CPU. numpy queries the CPU for
+    some of them; where the two differ, only numpy is trusted.
     """
     if numpy_found is not None and "AVX2" in numpy_found:
-        asked = {linux: bool(numpy_found.get(name)) for name, linux in NUMPY.items()}
-        if any((name in flags) != there for name, there in asked.items()):
-            flags = {name for name, there in asked.items() if there}
+        queried = {linux: bool(numpy_found.get(name)) for name, linux in NUMPY.items()}
+        if any((name in flags) != has for name, has in queried.items()):
+            flags = {name for name, has in queried.items() if has}
     return tuple(name for name in SHOWN if name in flags)
 
 
 def described_by_linux() -> tuple[str, set[str]]:
-    """Return the CPU's name and flags in /proc/cpuinfo, which may be those of another one; empty elsewhere."""
+    """Return the CPU's name and flags from /proc/cpuinfo, possibly those of another CPU; empty without that file."""
     name, flags = "", set()
     if CPUINFO.is_file():
         for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -79,7 +79,7 @@ def described_by_linux() -> tuple[str, set[str]]:
 
 
 def _by_numpy() -> Mapping[str, bool] | None:
-    """Return what numpy's own dispatch found, None where this release keeps it elsewhere."""
+    """Return the features that numpy's dispatch found; None if this release keeps them elsewhere."""
     try:
         from numpy._core._multiarray_umath import __cpu_features__ as found
     except ImportError:

@@ -1,12 +1,12 @@
-"""CUDA from Python behind few words: pinned buffers, a stream, events, a graph.
+"""The few CUDA calls that an engine needs: pinned buffers, a stream, events, a graph.
 
-PyCUDA when it is installed (`pip install 'clipress[pycuda]'`, built from source against a CUDA toolkit), else torch.
-Both give the same calls, so that an engine neither knows nor cares:
+PyCUDA if it is installed (`pip install 'clipress[pycuda]'`, built from source against a CUDA toolkit), else torch. Both
+have the same interface:
 
     buffer(shape, dtype)   .host: pinned array, .address: on the device, .upload(stream), .download(stream)
     stream(), handle(stream), event(), elapsed_ms(start, end), capture(enqueue, stream)
 
-A stream has synchronize(), an event has record(stream), in both libraries.
+In both, a stream has synchronize() and an event has record(stream).
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ Cuda = Any  # PyCuda or TorchCuda
 
 
 def open_cuda() -> Cuda:
-    """Return the first GPU. Raises BackendMissing, saying what each of the two libraries said."""
+    """Return the first GPU. Raises BackendMissing with the reason of each of the two libraries."""
     reasons = []
     for library in (PyCuda, TorchCuda):
         try:
             return library()
-        except Exception as error:  # pycuda's own errors have no common type, and it may fail as it is imported
+        except Exception as error:  # PyCUDA's errors have no common type, and its import may fail too.
             reasons.append(f"{library.name}: {error}")
     raise BackendMissing("; ".join(reasons))
 
 
 class PyCuda:
-    """PyCUDA on the context that torch would use too."""
+    """PyCUDA on the primary context, which torch uses too."""
 
     name = "pycuda"
 
     def __init__(self) -> None:
-        import pycuda.autoprimaryctx  # makes the context current as it is imported
+        import pycuda.autoprimaryctx  # The import makes the context current.
         import pycuda.driver as driver
 
         self.driver = driver
@@ -47,7 +47,7 @@ class PyCuda:
         self.stream, self.event = driver.Stream, driver.Event
 
     def handle(self, stream: Any) -> int:
-        """Return the address TensorRT wants."""
+        """Return the stream's address, as TensorRT takes it."""
         return int(stream.handle)
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
@@ -56,16 +56,16 @@ class PyCuda:
         return float(start.time_till(end))
 
     def buffer(self, shape: tuple[int, ...], dtype: Any) -> PyCudaBuffer:
-        """Return memory on both sides."""
+        """Return memory on the host and on the device."""
         return PyCudaBuffer(self.driver, shape, dtype)
 
     def capture(self, enqueue: Callable[[], Any], stream: Any) -> None:
         """PyCUDA has no CUDA graphs."""
-        raise BackendMissing("CUDA graphs were asked for, and PyCUDA has none. Uninstall pycuda, and torch is used.")
+        raise BackendMissing("PyCUDA has no CUDA graphs. Uninstall pycuda to use torch, or turn CUDA graphs off.")
 
 
 class PyCudaBuffer:
-    """Pinned host memory and as much on the device."""
+    """Pinned host memory and the same amount on the device."""
 
     def __init__(self, driver: Any, shape: tuple[int, ...], dtype: Any) -> None:
         self._driver = driver
@@ -91,18 +91,18 @@ class TorchCuda:
         import torch
 
         if not torch.cuda.is_available():
-            torch.cuda.init()  # says why
+            torch.cuda.init()  # Its error has the reason.
         self.torch = torch
         self.gpu = torch.cuda.get_device_name(0)
         self.capability: tuple[int, int] = torch.cuda.get_device_capability(0)
         self.stream = torch.cuda.Stream
 
     def event(self) -> Any:
-        """Return an event that keeps the time."""
+        """Return an event that records the time."""
         return self.torch.cuda.Event(enable_timing=True)
 
     def handle(self, stream: Any) -> int:
-        """Return the address TensorRT wants."""
+        """Return the stream's address, as TensorRT takes it."""
         return int(stream.cuda_stream)
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
@@ -111,11 +111,11 @@ class TorchCuda:
         return float(start.elapsed_time(end))
 
     def buffer(self, shape: tuple[int, ...], dtype: Any) -> TorchBuffer:
-        """Return memory on both sides."""
+        """Return memory on the host and on the device."""
         return TorchBuffer(self.torch, shape, dtype)
 
     def capture(self, enqueue: Callable[[], Any], stream: Any) -> Callable[[], None]:
-        """Record what `enqueue` puts on the stream; returns what puts it there again in one launch."""
+        """Capture what `enqueue` puts on the stream. Returns a function that launches it again as one."""
         graph = self.torch.cuda.CUDAGraph()
         with self.torch.cuda.graph(graph, stream=stream):
             enqueue()
@@ -128,7 +128,7 @@ class TorchCuda:
 
 
 class TorchBuffer:
-    """Pinned host memory and as much on the device."""
+    """Pinned host memory and the same amount on the device."""
 
     def __init__(self, torch: Any, shape: tuple[int, ...], dtype: Any) -> None:
         self._torch = torch

@@ -1,12 +1,14 @@
-"""An export folder: export.json with types, written and read here alone, and its ONNX files checked."""
+"""Read, check and write an export folder: the typed export.json and its ONNX files."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError
 from clipress.recipe import first_problem
@@ -18,7 +20,7 @@ SCHEMA_VERSION = 1
 
 
 class Tokenizer(BaseModel):
-    """The tokenizer's name and how long a text is, in ids."""
+    """The tokenizer's name and the length of a text in ids."""
 
     name: str
     context_length: int = Field(ge=1)
@@ -26,7 +28,7 @@ class Tokenizer(BaseModel):
 
 
 class OnnxFile(BaseModel):
-    """One ONNX file beside export.json, and what it must hash to."""
+    """One ONNX file beside export.json, with its hash."""
 
     file: str = Field(pattern=r"^[^/\\]+$")
     bytes: int = 0
@@ -34,8 +36,16 @@ class OnnxFile(BaseModel):
 
 
 def describe_file(path: Path) -> OnnxFile:
-    """Describe a file that is beside export.json."""
+    """Describe a file beside export.json."""
     return OnnxFile(file=path.name, bytes=path.stat().st_size, sha256=sha256(path))
+
+
+class Int8Form(BaseModel):
+    """The form of a convolutional INT8 graph that is faster on the exporting machine."""
+
+    form: Literal["qdq", "static"]
+    milliseconds: dict[str, float]
+    """Of one image, by form."""
 
 
 class Exported(BaseModel):
@@ -49,35 +59,36 @@ class Exported(BaseModel):
     stage: str
     precision: str
     graphs: dict[str, Graph] = {}
-    """What the files compute, by the names of the graphs. Earlier exports are CLIPs and do not describe theirs."""
+    """By name, in the task's order. Exports of version 1 are CLIPs; their graphs are filled in when they are read."""
     embed_dim: int | None = Field(None, ge=1)
-    """Of a model of embeddings."""
+    """Width of the embeddings; None for tasks without them."""
     logit_scale: FiniteFloat | None = None
-    """Of a model of embeddings; already exponentiated."""
+    """Already exponentiated; None for tasks without embeddings."""
     logit_bias: FiniteFloat | None = None
     labels: tuple[str, ...] | None = None
-    """Of a classifier: the names of its classes."""
+    """A classifier's class names."""
     preprocess: Preprocess
     tokenizer: Tokenizer | None = None
+    """None for a model that reads no texts."""
     lineage_hash: str
     opset: int | None = None
     settings: dict[str, Any] = {}
-    """The export settings that the graphs' files depend on."""
+    """The export settings that determine the graphs' files."""
     versions: dict[str, str] = {}
     exporter: dict[str, str] = {}
-    """Which of torch's exporters wrote each graph."""
-    int8: dict[str, Any] | None = None
-    """Which form of a convolutional INT8 tower is quicker, with milliseconds."""
+    """The torch exporter that wrote each graph."""
+    int8: Int8Form | None = None
+    """Only of a convolutional INT8 graph."""
     parity: dict[str, Any] = {}
     """The comparison with torch."""
     portable: bool = False
-    """Whether INT8 products overflow on no CPU: weights of 7 bits, or none of INT8. Earlier files did not say."""
+    """Whether INT8 products overflow on no CPU: weights have 7 bits, or nothing is INT8."""
     self_test: dict[str, Any] | None = None
     """By file; absent in exports of earlier versions."""
     files: dict[str, OnnxFile] = Field(min_length=1)
-    """Each graph's file."""
+    """By graph."""
     explicit: dict[str, OnnxFile] = {}
-    """Graphs whose INT8 has a second file, in the form TensorRT reads: symmetric, in front of products only."""
+    """By graph: a second INT8 file in the form that TensorRT reads, symmetric and only in front of products."""
 
     @model_validator(mode="after")
     def _every_graph_has_a_file(self) -> Exported:
@@ -87,7 +98,7 @@ class Exported(BaseModel):
             known = clip_graphs(self.preprocess.size, self.tokenizer.context_length, self.embed_dim)
             object.__setattr__(self, "graphs", known)
         if self.files.keys() != self.graphs.keys() or not self.explicit.keys() <= self.graphs.keys():
-            raise ValueError(f"files: expected one of each graph, {sorted(self.graphs)}, found {sorted(self.files)}")
+            raise ValueError(f"files: expected one per graph, {sorted(self.graphs)}, found {sorted(self.files)}")
         return self
 
     @property
@@ -95,12 +106,21 @@ class Exported(BaseModel):
         """Size of all files together."""
         return sum(file.bytes for file in self.files.values())
 
+    @property
+    def least_cosines(self) -> dict[str, float]:
+        """The least cosine between ONNX Runtime's and torch's outputs, by graph."""
+        return {graph: self.parity[f"{graph}_min_cosine"] for graph in self.graphs}
+
     def onnx(self, graph: str) -> Path:
         """Return the path of a graph's ONNX file."""
         return self.folder / self.files[graph].file
 
+    def tokenize(self) -> Callable | None:
+        """Return the tokenizer, texts -> int64 ids [N, L]; None for a model that reads no texts."""
+        return None if self.tokenizer is None else tokenizer_from_spec(self.tokenizer.model_dump())
+
     def for_gpus(self) -> Exported:
-        """Return the same export with the files meant for GPUs."""
+        """Return the same export with the files that are meant for GPUs."""
         return self.model_copy(update={"files": {**self.files, **self.explicit}, "explicit": {}})
 
     def write(self) -> None:
@@ -110,7 +130,7 @@ class Exported(BaseModel):
 
 
 def read_export(folder: str | Path) -> Exported:
-    """Read an export folder and check that its ONNX files are whole. Raises ArtifactError."""
+    """Read an export folder and check the hashes of its ONNX files. Raises ArtifactError."""
     path, again = Path(folder) / DESCRIPTION, "Export it again: clipress export RUN"
     try:
         exported = Exported.model_validate({**read_json(path), "folder": folder})

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 Arrays = Mapping[str, np.ndarray]
 """A graph's inputs, or outputs, by their names; the batch is the first axis of each."""
 Run = Callable[[Arrays], dict[str, np.ndarray]]
-"""A graph that can be called, whatever it runs on: inputs -> outputs."""
+"""A graph as a function from inputs to outputs, whatever it runs on."""
 Agreement = Literal["embeddings", "logits"]
-"""How two implementations of a graph are compared: cosines and rankings, or differences and first places."""
+"""How two implementations of a graph are compared: by cosines and rankings, or by cosines and the first place."""
 
 
 class Input(BaseModel):
@@ -25,14 +25,15 @@ class Input(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str
+    """Becomes a value of the ONNX file, so it must differ from every name that torch's exporters generate."""
     dtype: Literal["float32", "int64"]
     shape: tuple[int, ...]
     """Without the batch."""
     largest: int = Field(1, ge=1)
-    """Of int64 inputs: the largest value that random data may have."""
+    """The largest value in random int64 data."""
 
     def example(self, batch: int) -> np.ndarray:
-        """Return random data of the right form, [batch, *shape]: what a latency is measured on, the same at every call."""
+        """Return random data, [batch, *shape], the same at every call: latency is measured on it."""
         rng = np.random.default_rng(0)
         shape = (batch, *self.shape)
         if self.dtype == "float32":
@@ -56,21 +57,21 @@ class Graph(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    """Names the file, `<name>.onnx`, and rows and options that speak of the graph."""
+    """Also the file's name, `<name>.onnx`, and the graph's name in tables and options."""
     inputs: tuple[Input, ...] = Field(min_length=1)
     outputs: tuple[Output, ...] = Field(min_length=1)
-    """The first one is what implementations are compared by."""
+    """Rankings and first places are compared on the first one."""
     agrees: Agreement = "embeddings"
 
     def example(self, batch: int) -> dict[str, np.ndarray]:
-        """Return random inputs of the right form."""
+        """Return random inputs by name, the same at every call."""
         return {one.name: one.example(batch) for one in self.inputs}
 
 
 def clip_graphs(size: int, length: int, dim: int) -> dict[str, Graph]:
-    """Return a CLIP's graphs; `size` of its images in pixels, `length` of its texts in ids, `dim` of its embeddings.
+    """Return the graphs of a CLIP with images of `size` pixels, texts of `length` ids and embeddings of `dim` dims.
 
-    They stand here since exports of version 1 do not describe their graphs, and are CLIPs.
+    Exports of version 1 are CLIPs and do not describe their graphs, so that readers need these too.
     """
     pixels = Input(name="pixel_values", dtype="float32", shape=(3, size, size))
     ids = Input(name="input_ids", dtype="int64", shape=(length,), largest=399)

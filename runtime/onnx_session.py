@@ -1,7 +1,7 @@
-"""ONNX Runtime sessions: the one place that opens them, so that INT8 is right on this CPU and every file is tested once.
+"""The one place that opens ONNX Runtime sessions: INT8 in a mode that is correct on this CPU, every file self-tested once.
 
-x86 CPUs without VNNI instructions overflow in products of 8-bit weights. Files with weights in 7 bits say `portable` in their
-metadata and run everywhere alike; any other INT8 file is opened in ONNX Runtime's exact mode on such a CPU, which is slower.
+x86 CPUs without VNNI instructions overflow in products of 8-bit weights. Files with 7-bit weights have `portable` in their
+metadata and give the same results everywhere; any other INT8 file is opened in ONNX Runtime's slower exact mode on such a CPU.
 """
 
 from __future__ import annotations
@@ -9,19 +9,22 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from clipress.errors import ExportError
 from clipress.runtime.cpu import processor
 from clipress.runtime.self_test import least_cosine, self_test_from
 
+if TYPE_CHECKING:
+    from clipress.runtime.graph import Arrays, Run
+
 CPU = "CPUExecutionProvider"
 EXACT_MODE = "session.x64quantprecision"
-"""A session's option, "1": weights are widened so that no product overflows. It slows CPUs that do not need it too."""
+"""A session option; "1" widens the weights so that no product overflows. It also slows CPUs that do not need it."""
 METADATA = "clipress"
 Mode: TypeAlias = Literal["auto", "default", "exact"]
 log = logging.getLogger("clipress.onnx_session")
-_opened: dict[tuple[Any, ...], Mode] = {}  # files that passed their self-test in this process, and the mode they run in
+_opened: dict[tuple[Any, ...], Mode] = {}  # Files that passed their self-test in this process, and their mode.
 
 
 def open_session(
@@ -33,38 +36,38 @@ def open_session(
     profile_to: Path | None = None,
     mode: Mode = "auto",
 ) -> Any:
-    """Open an ONNX file; 0 threads leaves their number to ONNX Runtime.
+    """Open an ONNX file.
 
     Args:
-        path: the file. If it carries a self-test, that is run the first time a process opens it.
-        threads: inside one operator.
+        path: the file. If it has a self-test, that runs the first time a process opens it.
+        threads: intra-op threads; 0 lets ONNX Runtime choose.
         provider: ONNX Runtime's execution provider.
-        float16: must be set for files that compute in float16: ONNX Runtime crashes when it lays out their convolutions for
-            the CPU (microsoft/onnxruntime#15494), so that optimiser is left out.
-        profile_to: beginning of the profile's path; None writes no profile.
-        mode: `auto` runs INT8 exactly where this CPU would overflow; the other two are for those who compare them.
+        float16: must be set for files that compute in float16: ONNX Runtime crashes in the optimizer that lays out their
+            convolutions for the CPU (microsoft/onnxruntime#15494), so that optimizer is disabled.
+        profile_to: prefix of the profile's path; None writes no profile.
+        mode: `auto` uses the exact mode where this CPU would overflow; the other two exist to compare them.
 
-    Raises ExportError for a file that cannot be opened, or that computes something else here than its weights say.
+    Raises ExportError for a file that cannot be opened or fails its self-test on this machine.
     """
     file = _identity(path, provider, mode)
     if file not in _opened:
-        session, _opened[file] = _judged(path, threads, provider, float16, mode)
+        session, _opened[file] = _open_first(path, threads, provider, float16, mode)
         if profile_to is None:
             return session
     return _open(path, threads, provider, float16, _opened[file] == "exact", profile_to)
 
 
-def _judged(path: Path, threads: int, provider: str, float16: bool, mode: Mode) -> tuple[Any, Mode]:
-    """Open a file for the first time, in the mode that is right here, and run its self-test."""
+def _open_first(path: Path, threads: int, provider: str, float16: bool, mode: Mode) -> tuple[Any, Mode]:
+    """Open a file for the first time: choose the mode that is correct on this CPU and run the self-test."""
     chosen: Mode = "exact" if mode == "exact" else "default"
     session = _open(path, threads, provider, float16, chosen == "exact")
-    about = told_by(session)
+    about = metadata_of(session)
     if mode == "auto" and provider == CPU and processor().saturates and not _is_portable(about):
         session, chosen = _open(path, threads, provider, float16, exact=True), "exact"
         if about:
             log.warning(
                 "%s has 8-bit weights, whose products overflow on this CPU without VNNI instructions (%s). It runs in ONNX "
-                "Runtime's exact mode: correct, but slower. Files made with quantize: {portable: true} need no such mode.",
+                "Runtime's exact mode: correct, but slower. Quantize with portable: true to avoid it.",
                 path,
                 processor(),
             )
@@ -72,8 +75,19 @@ def _judged(path: Path, threads: int, provider: str, float16: bool, mode: Mode) 
     return session, chosen
 
 
+def run_from_onnx(path: Path, threads: int = 0, *, float16: bool = False) -> Run:
+    """Open an ONNX file as a function from inputs by name to outputs by name; arguments as for `open_session`."""
+    session = open_session(path, threads, float16=float16)
+    names = [output.name for output in session.get_outputs()]
+
+    def run(inputs: Arrays) -> dict[str, Any]:
+        return dict(zip(names, session.run(None, dict(inputs)), strict=True))
+
+    return run
+
+
 def reference_session(path: Path) -> Any:
-    """Open an ONNX file with the optimiser off: INT8 is computed in float32 then, exactly but for the order of sums."""
+    """Open an ONNX file with the optimizer off: INT8 then runs in float32, exact except for the order of sums."""
     import onnxruntime
 
     options = _options(0)
@@ -82,12 +96,12 @@ def reference_session(path: Path) -> Any:
 
 
 def self_test_of(path: Path, float16: bool = False) -> dict[str, Any]:
-    """Return the self-test that a file is to carry."""
+    """Return the self-test to store in a file."""
     return self_test_from(reference_session(path), open_session(path, float16=float16, mode="exact"))
 
 
-def told_by(session: Any) -> dict[str, Any]:
-    """Return what clipress wrote into a session's file, see export/metadata.py; empty for a file of others."""
+def metadata_of(session: Any) -> dict[str, Any]:
+    """Return the clipress metadata of a session's file, see export/metadata.py; empty for other files."""
     try:
         about = json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA, "{}"))
     except ValueError:
@@ -96,42 +110,42 @@ def told_by(session: Any) -> dict[str, Any]:
 
 
 def runs_exactly(session: Any) -> bool:
-    """Whether a session is in exact mode."""
+    """Tell whether a session is in exact mode."""
     try:
         return session.get_session_options().get_session_config_entry(EXACT_MODE) == "1"
-    except RuntimeError:  # it was never set
+    except RuntimeError:  # The option was never set.
         return False
 
 
 def check(session: Any, path: Path, about: dict[str, Any]) -> float | None:
-    """Run a file's self-test in a session. Returns the least cosine, None if the file has no self-test.
+    """Run a file's self-test in a session. Returns the least cosine; None if the file has no self-test.
 
-    Raises ExportError when the session disagrees with exact arithmetic.
+    Raises ExportError when the session does not agree with exact arithmetic.
     """
     test = about.get("self_test")
     if test is None:
         return None
     try:
         found, required = least_cosine(session, test), float(test["least_cosine"])
-    except Exception as error:  # of a damaged test, or onnxruntime's own, which have no common type
+    except Exception as error:  # A damaged test can fail anywhere, and onnxruntime's errors have no common type.
         raise ExportError(
-            f"The self-test in {path} cannot be read ({type(error).__name__}: {error}). Make the file again: clipress "
+            f"The self-test in {path} cannot be read ({type(error).__name__}: {error}). Export it again: clipress "
             "export RUN"
         ) from None
     if not found >= required:
         import onnxruntime
 
         raise ExportError(
-            f"{path} fails its self-test on this machine: its outputs have a cosine of {found:.4f} with those of exact "
+            f"{path} fails its self-test on this machine: its outputs have a cosine of {found:.4f} with exact "
             f"arithmetic, at least {required} is required ({processor()}; onnxruntime {onnxruntime.__version__}). "
-            "8-bit weights overflow on x86 CPUs without VNNI instructions: quantise with portable: true and export "
+            "8-bit weights overflow on x86 CPUs without VNNI instructions: quantize with portable: true and export "
             "again, or use a CPU with avx512_vnni or avx_vnni."
         )
     return found
 
 
 def _is_portable(about: dict[str, Any]) -> bool:
-    """Whether a file says that no product of its weights overflows anywhere. A file that says nothing may not be."""
+    """Tell whether a file's metadata promise that no INT8 product overflows; a file without the key may overflow."""
     return bool(about.get("portable", about.get("precision") == "fp32"))
 
 
@@ -160,7 +174,7 @@ def _options(threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    if threads > 1:  # threads that spin starve their neighbours on small machines
+    if threads > 1:  # Spinning threads starve their neighbours on small machines.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
@@ -170,8 +184,8 @@ def _session(path: Path, options: Any, provider: str, disabled: list[str]) -> An
 
     try:
         return onnxruntime.InferenceSession(str(path), options, [provider], disabled_optimizers=disabled)
-    except Exception as error:  # onnxruntime's own errors have no common type
+    except Exception as error:  # onnxruntime's errors have no common type.
         raise ExportError(
             f"{path} cannot be opened by ONNX Runtime {onnxruntime.__version__}: {error}. "
-            "Update onnxruntime, or make the file again: clipress export RUN"
+            "Update onnxruntime, or export it again: clipress export RUN"
         ) from None

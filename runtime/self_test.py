@@ -1,10 +1,10 @@
-"""A self-test that an ONNX file carries: inputs from a seed, and what exact arithmetic makes of them.
+"""The self-test in an ONNX file: seeded inputs and the outputs that exact arithmetic gives for them.
 
-It catches a runtime that computes something else with the file than its weights say, such as INT8 kernels that overflow.
-Every file that clipress exports has one in its metadata, under `self_test`:
+It catches runtimes that compute wrong results, such as INT8 kernels that overflow. Every file that clipress exports has one
+in its metadata, under `self_test`:
 
-    seed, rows      inputs: see `inputs_of`
-    least_cosine    which every row of every output must have with the expected one
+    seed, rows      make the inputs, see `inputs_of`
+    least_cosine    required between every row of every output and the expected row
     outputs         name: {shape: [rows, ...], float16: little-endian, base64}
 """
 
@@ -17,36 +17,39 @@ from typing import Any
 import numpy as np
 
 SEED, ROWS, MAX_ROWS = 0, 4, 64
-# Exact sessions round a few activations the other way, since float sums come in another order; an overflow moves them all.
-# A model in which that counts for more than usual is allowed MARGIN times what it shows where it is exported.
+# Exact sessions sum floats in another order and so round a few activations the other way; an overflow changes all of them.
+# A model that is unusually sensitive to this is allowed MARGIN times the difference seen when it is exported.
 LEAST_COSINE, MARGIN = 0.9995, 3
-GRID, SPREAD, IDS = 4, 2.0, 400  # squares per side of a picture and their largest value; ids are below this
+GRID, SPREAD, IDS = 4, 2.0, 400  # Squares per image side, their largest value; ids are smaller than IDS.
 
 
 def inputs_of(takes: Sequence[Any], seed: int, rows: int) -> dict[str, np.ndarray]:
-    """Return inputs for a session's `get_inputs()`, the same on every machine and with every numpy.
+    """Return inputs for a session's `get_inputs()`, the same on every machine and with every numpy version.
 
-    Pixels, float32 [rows, 3, H, W]: every other row is noise, the rest 4 x 4 plain squares, which drive activations further.
-    Ids, int64 [rows, L]: from 1 to 399. They come from `numpy.random.RandomState(seed)`, in the order of the inputs.
+    Floats are noise; of images, float32 [rows, C, H, W], every other row is a grid of 4 x 4 uniform squares, which drive
+    activations further. Integers are ids from 1 to 399. All come from `numpy.random.RandomState(seed)`, input by input.
     """
     random, made = np.random.RandomState(seed), {}
     for put in takes:
         shape = (rows, *put.shape[1:])
-        if put.type == "tensor(float)":
-            height, width = (np.arange(side) * GRID // side for side in shape[-2:])
-            pixels = random.standard_normal(shape)
-            squares = random.uniform(-SPREAD, SPREAD, (*shape[:-2], GRID, GRID))[..., height, :][..., width]
-            pixels[1::2] = squares[1::2]
-            made[put.name] = pixels.astype(np.float32)
-        else:
+        if put.type != "tensor(float)":
             made[put.name] = random.randint(1, IDS, shape).astype(np.int64)
+            continue
+        values = random.standard_normal(shape)
+        if len(shape) == 4:
+            height, width = (np.arange(side) * GRID // side for side in shape[-2:])
+            squares = random.uniform(-SPREAD, SPREAD, (*shape[:-2], GRID, GRID))[..., height, :][..., width]
+            values[1::2] = squares[1::2]
+        made[put.name] = values.astype(np.float32)
     return made
 
 
 def self_test_from(reference: Any, exact: Any) -> dict[str, Any]:
-    """Write down what a session answers whose optimiser is off, and how close one that runs exactly must come.
+    """Record the outputs of a session without optimizer, and how close other sessions must come.
 
-    exact: a session as it will be used, in exact mode.
+    Args:
+        reference: a session with the optimizer off.
+        exact: a session as it will be used, in exact mode; its difference sets the limit for sensitive models.
     """
     names = [put.name for put in reference.get_outputs()]
     found = reference.run(names, inputs_of(reference.get_inputs(), SEED, ROWS))
@@ -54,22 +57,22 @@ def self_test_from(reference: Any, exact: Any) -> dict[str, Any]:
         name: {"shape": list(rows.shape), "float16": base64.b64encode(rows.astype("<f2").tobytes()).decode()}
         for name, rows in zip(names, found, strict=True)
     }
-    told = {"seed": SEED, "rows": ROWS, "outputs": outputs}
-    usual = 1 - least_cosine(exact, told)
-    return {**told, "least_cosine": round(min(LEAST_COSINE, 1 - MARGIN * usual), 6)}
+    test = {"seed": SEED, "rows": ROWS, "outputs": outputs}
+    usual = 1 - least_cosine(exact, test)
+    return {**test, "least_cosine": round(min(LEAST_COSINE, 1 - MARGIN * usual), 6)}
 
 
-def least_cosine(session: Any, told: Mapping[str, Any]) -> float:
-    """Return the least cosine between a session's rows and those of a file's self-test; -1 for what is no number.
+def least_cosine(session: Any, test: Mapping[str, Any]) -> float:
+    """Return the least cosine between a session's rows and those of a file's self-test; NaN counts as -1.
 
-    Raises LookupError, TypeError or ValueError for a self-test that cannot be read, and what onnxruntime raises.
+    Raises LookupError, TypeError or ValueError for a damaged self-test, or an error of onnxruntime.
     """
-    names, seed, rows_asked = list(told["outputs"]), int(told["seed"]), int(told["rows"])
-    if not 1 <= rows_asked <= MAX_ROWS:
-        raise ValueError(f"rows must be 1 to {MAX_ROWS}, found {rows_asked}")
-    found = session.run(names, inputs_of(session.get_inputs(), seed, rows_asked))
+    names, seed, count = list(test["outputs"]), int(test["seed"]), int(test["rows"])
+    if not 1 <= count <= MAX_ROWS:
+        raise ValueError(f"rows: expected 1 to {MAX_ROWS}, found {count}")
+    found = session.run(names, inputs_of(session.get_inputs(), seed, count))
     cosines = [1.0]
-    for rows, wanted in zip(found, told["outputs"].values(), strict=True):
+    for rows, wanted in zip(found, test["outputs"].values(), strict=True):
         expected = np.frombuffer(base64.b64decode(wanted["float16"]), "<f2").reshape(wanted["shape"])
         cosines.append(float(_cosines(rows, expected).min()))
     return min(cosines)

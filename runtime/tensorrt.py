@@ -1,11 +1,11 @@
-"""TensorRT engines as every room uses them: is this machine able to, whose is a plan, load it, run it.
+"""TensorRT engines: find TensorRT and a GPU, check that a plan fits them, load it and run it.
 
     image.nvidia-h200.trt10.16.1.11.fp16.engine        the plan
-    image.nvidia-h200.trt10.16.1.11.fp16.engine.json   its sidecar: what it is, what it is for, what it must hash to
-    image.nvidia-h200.trt10.16.1.11.fp16.engine.log    what the builder said
+    image.nvidia-h200.trt10.16.1.11.fp16.engine.json   its sidecar: what it is, where it runs, its hash
+    image.nvidia-h200.trt10.16.1.11.fp16.engine.log    the builder's log
 
-A plan is executable code: it is loaded only when the sidecar beside it says the very same bytes were built for this
-TensorRT and this GPU. That catches mistakes and damage; a folder from strangers stays a folder from strangers.
+A plan is executable code: it is loaded only if its sidecar says that these bytes were built for this TensorRT and this GPU.
+That catches mistakes and damage; it does not make a folder from an untrusted source safe.
 Written against the Python API of TensorRT 10.12 to 11.4.
 """
 
@@ -14,17 +14,18 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from clipress.errors import ArtifactError, BackendMissing, ExportError
 from clipress.recipe import first_problem
 from clipress.runtime.cuda import Cuda, open_cuda
+from clipress.runtime.graph import Arrays
 from clipress.storage import read_json
 
 OLDEST = (10, 12)
@@ -34,14 +35,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Machine:
-    """TensorRT and a GPU that it works on."""
+    """TensorRT and a GPU that it supports."""
 
     trt: Any
     cuda: Cuda
 
     @property
     def version(self) -> str:
-        """TensorRT's, such as 10.16.1.11."""
+        """TensorRT's version, such as 10.16.1.11."""
         return str(self.trt.__version__)
 
     def __str__(self) -> str:
@@ -49,24 +50,22 @@ class Machine:
 
 
 def find_machine() -> Machine:
-    """Return TensorRT and the GPU here. Raises BackendMissing with all that is missing and how to get it."""
+    """Return TensorRT and the GPU of this machine. Raises BackendMissing with what is missing and how to get it."""
     missing, trt, cuda = [], None, None
     try:
         trt = importlib.import_module("tensorrt")
     except ModuleNotFoundError as error:
-        missing.append(f"TensorRT is not installed ({error}); do: {INSTALL}")
+        missing.append(f"TensorRT is not installed ({error}): {INSTALL}")
     except (ImportError, OSError, RuntimeError) as error:
-        missing.append(f"TensorRT is installed, but its libraries do not load ({error}); install it anew: {INSTALL}")
+        missing.append(f"TensorRT is installed, but its libraries do not load ({error}); reinstall it: {INSTALL}")
     else:
         if numbers(getattr(trt, "__version__", "0"))[:2] < OLDEST:
             found = getattr(trt, "__version__", "of an unknown version")
-            missing.append(f"TensorRT {found} is installed, 10.12 or later is needed; do: {INSTALL}")
+            missing.append(f"TensorRT {found} is installed, 10.12 or later is required: {INSTALL}")
     try:
         cuda = open_cuda()
     except BackendMissing as error:
-        missing.append(
-            f"no NVIDIA GPU is usable ({error}); see what nvidia-smi says, a driver may be missing or too old"
-        )
+        missing.append(f"no NVIDIA GPU is usable ({error}); check nvidia-smi, the driver may be missing or too old")
     if not missing:
         try:
             log = new_log(trt)
@@ -79,18 +78,18 @@ def find_machine() -> Machine:
 
 
 def create(kind: Callable[[Any], Any], log: Any) -> Any:
-    """Make a Builder or Runtime. Raises BackendMissing where TensorRT finds no usable GPU (CUDA errors 35 and 100)."""
+    """Create a Builder or Runtime. Raises BackendMissing where TensorRT finds no usable GPU (CUDA errors 35 and 100)."""
     try:
         return kind(log)
-    except TypeError as error:  # "factory function returned nullptr": why, only the log says
-        said = "; ".join(log.lines) or str(error)
+    except TypeError as error:  # "factory function returned nullptr"; only the log has the reason.
+        reason = "; ".join(log.lines) or str(error)
         raise BackendMissing(
-            f"TensorRT finds no usable GPU ({said}); see what nvidia-smi says, a driver may be missing or too old"
+            f"TensorRT finds no usable GPU ({reason}); check nvidia-smi, the driver may be missing or too old"
         ) from None
 
 
 def new_log(trt: Any) -> Any:
-    """Return a logger that keeps what TensorRT says, up to INFO, and what it says about sparsity, in `lines`."""
+    """Return a logger that keeps TensorRT's messages up to INFO, and those about sparsity, in `lines`."""
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
@@ -105,7 +104,7 @@ def new_log(trt: Any) -> Any:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """Return the numbers of a version, to be compared."""
+    """Return the numbers of a version, for comparison."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:4])
 
 
@@ -114,20 +113,26 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 class Profile(BaseModel):
-    """The smallest, best and largest shape of an engine's input."""
+    """The smallest, optimal and largest shape of one input of an engine."""
 
-    min: Shape
-    opt: Shape
-    max: Shape
+    min: Shape = Field(min_length=1)
+    opt: Shape = Field(min_length=1)
+    max: Shape = Field(min_length=1)
+
+    def has(self, shape: Shape) -> bool:
+        """Tell whether a shape is within the profile."""
+        sides = zip(self.min, shape, self.max, strict=False)
+        return len(shape) == len(self.min) and all(low <= side <= high for low, side, high in sides)
 
 
 class Sidecar(BaseModel):
-    """What is written beside a plan. It is all that is left of the ONNX file's metadata."""
+    """The description beside a plan; a plan itself keeps nothing of the ONNX file's metadata."""
 
     model_config = ConfigDict(frozen=True)
 
     schema_version: Literal[1] = 1
     tower: str
+    """The graph's name."""
     precision: str
     tensorrt: str
     gpu: str
@@ -137,23 +142,37 @@ class Sidecar(BaseModel):
     onnx_sha256: str
     """Of the exported file, before its precision was lowered."""
     plan_sha256: str
-    profile: Profile
+    profiles: dict[str, Profile] = Field(min_length=1)
+    """By input."""
     settings: dict[str, Any]
     sparse_layers: dict[str, int] = {}
-    """How many layers could have run sparse, and how many do, as the builder says."""
+    """Numbers of layers that are eligible for sparse kernels and that use them, from the builder's log."""
     model: dict[str, Any] = {}
-    """clipress's metadata of the ONNX file: preprocessing, tokenizer, logit scale, lineage."""
+    """The ONNX file's clipress metadata: preprocessing, tokenizer, logit scale, lineage."""
     parity: dict[str, float] = {}
-    """What the comparison with ONNX Runtime gave."""
+    """The comparison with ONNX Runtime."""
     clipress: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_input(cls, given: Any) -> Any:
+        """Read earlier sidecars: their engines have one input, which they do not name."""
+        if isinstance(given, Mapping) and "profiles" not in given and "profile" in given:
+            return {**given, "profiles": {"": given["profile"]}}
+        return given
+
+    @property
+    def profile(self) -> Profile:
+        """The first input's profile; all inputs have its batches."""
+        return next(iter(self.profiles.values()))
 
     @property
     def is_for(self) -> str:
-        """Say what an engine was built for, for messages."""
+        """What the engine was built for, in words."""
         return f"TensorRT {self.tensorrt} on {self.gpu} (compute capability {_dotted(self.compute_capability)})"
 
     def fits(self, machine: Machine) -> bool:
-        """Tell whether the engine may run here."""
+        """Tell whether the engine runs on a machine."""
         built, here = numbers(self.tensorrt), numbers(machine.version)
         version = built == here or (self.version_compatible and built <= here)
         capability = tuple(machine.cuda.capability)
@@ -165,35 +184,34 @@ class Sidecar(BaseModel):
         return version and gpu[self.hardware_compatibility]
 
 
-def engine_path(folder: Path, tower: str, precision: str, machine: Machine) -> Path:
-    """Return where the engine for this machine belongs."""
+def engine_path(folder: Path, graph: str, precision: str, machine: Machine) -> Path:
+    """Return the path of a graph's engine for a machine."""
     gpu = re.sub(r"[^a-z0-9]+", "-", machine.cuda.gpu.lower()).strip("-")
-    return folder / f"{tower}.{gpu}.trt{machine.version}.{precision}.engine"
+    return folder / f"{graph}.{gpu}.trt{machine.version}.{precision}.engine"
 
 
 def read_sidecar(plan: Path) -> Sidecar:
-    """Read what is beside a plan and check the plan against it. Raises ArtifactError."""
+    """Read the sidecar of a plan. Raises ArtifactError."""
     path = plan.with_name(f"{plan.name}.json")
     again = "Build it here: clipress export RUN --tensorrt"
     if not plan.is_file():
         others = ", ".join(sorted(file.name for file in plan.parent.glob("*.engine"))) or "none"
-        raise ArtifactError(f"Engine {plan} was asked for, and there is no such file (there are: {others}). {again}")
+        raise ArtifactError(f"Engine {plan} does not exist; found in its folder: {others}. {again}")
     try:
         sidecar = Sidecar.model_validate(read_json(path))
     except FileNotFoundError:
         raise ArtifactError(
-            f"Engine {plan} has no {path.name} beside it. A plan is executable code, and nothing says whose this one is: "
-            f"it is not loaded. {again}"
+            f"Engine {plan} has no {path.name} beside it. A plan is executable code and is not loaded without one. {again}"
         ) from None
     except ValidationError as error:
         raise ArtifactError(f"{path}, {first_problem(error)}. The engine is not loaded. {again}") from None
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is not readable ({error}). The engine is not loaded. {again}") from None
+        raise ArtifactError(f"{path} cannot be read ({error}). The engine is not loaded. {again}") from None
     return sidecar
 
 
 def read_plan(plan: Path) -> tuple[bytes, Sidecar]:
-    """Read a plan that its sidecar vouches for, and the sidecar. Raises ArtifactError when it is missing or of another."""
+    """Read a plan and its sidecar. Raises ArtifactError when the sidecar is missing or describes another plan."""
     sidecar = read_sidecar(plan)
     content = plan.read_bytes()
     found = hashlib.sha256(content).hexdigest()
@@ -206,27 +224,27 @@ def read_plan(plan: Path) -> tuple[bytes, Sidecar]:
 
 
 def load_engine(plan: Path, machine: Machine | None = None) -> Engine:
-    """Load an engine that its sidecar vouches for.
+    """Load an engine.
 
-    Raises ArtifactError when the sidecar is missing or speaks of another plan, TensorRT or GPU, and BackendMissing when
-    there is none of these here.
+    Raises ArtifactError when its sidecar is missing or describes another plan, TensorRT or GPU, and BackendMissing when this
+    machine has no TensorRT or GPU.
     """
     content, sidecar = read_plan(plan)
     machine = machine or find_machine()
     if not sidecar.fits(machine):
         raise ArtifactError(
-            f"Engine {plan} is for {sidecar.is_for}; here is {machine}. Build it here: clipress export RUN --tensorrt"
+            f"Engine {plan} is for {sidecar.is_for}; this is {machine}. Build it here: clipress export RUN --tensorrt"
         )
     return Engine(content, machine, plan.name, own_code=sidecar.version_compatible)
 
 
 class Engine:
-    """A plan on the GPU: one input, one output, one stream.
+    """A plan on the GPU, a function from inputs to outputs; one stream.
 
     Args:
-        plan: from a trusted place; `load_engine` sees to that.
+        plan: from a trusted place; `load_engine` checks that.
         name: for messages.
-        own_code: let the plan bring its own runtime, as version-compatible ones do.
+        own_code: allow the plan's own runtime, which version-compatible plans contain.
     """
 
     def __init__(self, plan: bytes, machine: Machine, name: str, own_code: bool = False) -> None:
@@ -235,99 +253,126 @@ class Engine:
         self._runtime = create(trt.Runtime, self._log)
         self._runtime.engine_host_code_allowed = own_code
         engine = self._engine = self._runtime.deserialize_cuda_engine(plan)
-        self.checked(engine is not None, "be loaded")
+        self.require(engine is not None, "be loaded")
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        takes = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
-        if len(takes) != 1 or len(names) != 2:
-            raise ExportError(f"{name}: one input and one output are asked for, found {', '.join(names)}.")
-        self.takes, self.gives = takes[0], next(n for n in names if n not in takes)
-        shapes = engine.get_tensor_profile_shape(self.takes, 0)
-        self.profile = Profile(**{key: tuple(s) for key, s in zip(("min", "opt", "max"), shapes, strict=True)})
-        self.stream = machine.cuda.stream()
-        self._queries: dict[Shape, Query] = {}
-
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
-        """Encode any number of rows, in parts the profile allows; a part that is too small is filled up. Returns [B, D]."""
-        low, high = self.profile.min[0], self.profile.max[0]
-        done = []
-        for start in range(0, len(batch), high):
-            part = batch[start : start + high]
-            shape = (max(len(part), low), *part.shape[1:])
-            if shape not in self._queries:
-                self._queries[shape] = self.query(shape)
-            query = self._queries[shape]
-            query.input.host[: len(part)] = part
-            query()
-            done.append(query.output.host[: len(part)].copy())
-        return np.concatenate(done)
-
-    def query(self, shape: Shape, cuda_graph: bool = False) -> Query:
-        """Return one inference on buffers of its own. Raises ExportError for a shape outside the profile."""
-        low, high = self.profile.min, self.profile.max
-        if len(shape) != len(low) or not all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True)):
+        self.inputs = [one for one in names if engine.get_tensor_mode(one) == trt.TensorIOMode.INPUT]
+        self.outputs = [one for one in names if one not in self.inputs]
+        if not self.inputs or not self.outputs:
             raise ExportError(
-                f"{self.name} takes {self.takes} from {list(low)} to {list(high)}, asked for is {list(shape)}. "
-                "Choose another batch, or build it anew with other export.tensorrt.batch."
+                f"{name}: expected an engine with inputs and outputs, found {', '.join(names) or 'none'}."
             )
-        return Query(self, shape, cuda_graph)
+        self.profiles = {one: self._profile(one) for one in self.inputs}
+        self.stream = machine.cuda.stream()
+        self._queries: dict[tuple[Shape, ...], Query] = {}
+
+    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """Compute the outputs of any number of rows, in parts that the profile allows; a short part is padded."""
+        profile = self.profiles[self.inputs[0]]
+        low, high, count = profile.min[0], profile.max[0], len(inputs[self.inputs[0]])
+        done: dict[str, list[np.ndarray]] = {name: [] for name in self.outputs}
+        for start in range(0, count, high):
+            size = min(high, count - start)
+            part = {name: _padded(inputs[name][start : start + size], low) for name in self.inputs}
+            shapes = tuple(rows.shape for rows in part.values())
+            if shapes not in self._queries:
+                self._queries[shapes] = self.query(part)
+            query = self._queries[shapes]
+            query.load(part)
+            query()
+            for name, rows in done.items():
+                rows.append(query.outputs[name].host[:size].copy())
+        return {name: np.concatenate(rows) for name, rows in done.items()}
+
+    def query(self, inputs: Arrays, cuda_graph: bool = False) -> Query:
+        """Return one inference on these inputs, with buffers of its own. Raises ExportError for shapes outside the profile."""
+        for name, profile in self.profiles.items():
+            shape = np.shape(inputs[name])
+            if not profile.has(shape):
+                raise ExportError(
+                    f"{self.name}: expected {name} from {list(profile.min)} to {list(profile.max)}, found {list(shape)}. "
+                    "Choose another batch, or build the engine with another export.tensorrt.batch."
+                )
+        return Query(self, inputs, cuda_graph)
 
     def context(self) -> Any:
-        """Return an execution context of its own, scratch memory included."""
+        """Return a new execution context with scratch memory of its own."""
         context = self._engine.create_execution_context()
-        self.checked(context is not None, "have a context")
+        self.require(context is not None, "create a context")
         return context
 
     def dtype(self, tensor: str) -> np.dtype:
         """Return a tensor's type."""
         return np.dtype(self.machine.trt.nptype(self._engine.get_tensor_dtype(tensor)))
 
-    def checked(self, done: bool, what: str) -> None:
-        """Raise ExportError, with what TensorRT said last, when something was not done."""
+    def require(self, done: bool, what: str) -> None:
+        """Raise ExportError, with TensorRT's last messages, if a call failed."""
         if not done:
-            said = "; ".join(self._log.lines[-3:]) or "TensorRT does not say why"
-            raise ExportError(f"{self.name} could not {what}: {said}.")
+            reason = "; ".join(self._log.lines[-3:]) or "TensorRT gives no reason"
+            raise ExportError(f"{self.name} could not {what}: {reason}.")
+
+    def _profile(self, tensor: str) -> Profile:
+        shapes = self._engine.get_tensor_profile_shape(tensor, 0)
+        return Profile(**{key: tuple(shape) for key, shape in zip(("min", "opt", "max"), shapes, strict=True)})
+
+
+def _padded(rows: np.ndarray, count: int) -> np.ndarray:
+    """Return rows, with zeros up to `count` of them."""
+    missing = max(0, count - len(rows))
+    return np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)]) if missing else rows
 
 
 class Query:
-    """One inference: copy in, compute, copy out, on the engine's stream. Calling it waits for the end.
+    """One inference: copy in, compute, copy out, on the engine's stream. A call returns when the outputs are on the host.
 
-    Copies use pinned memory. With `cuda_graph` the computing part is recorded once and launched as one. The context is
-    its own, since a recorded graph must not see another shape.
+    Copies use pinned memory. With `cuda_graph` the computing part is captured once and launched as one. The execution
+    context is not shared, because a captured graph must not see another shape.
     """
 
-    def __init__(self, engine: Engine, shape: Shape, cuda_graph: bool) -> None:
+    def __init__(self, engine: Engine, inputs: Arrays, cuda_graph: bool) -> None:
         cuda, context = engine.machine.cuda, engine.context()
-        engine.checked(context.set_input_shape(engine.takes, shape), "set its input's shape")
         self.engine, self._context = engine, context
-        self.input = cuda.buffer(shape, engine.dtype(engine.takes))
-        self.output = cuda.buffer(tuple(context.get_tensor_shape(engine.gives)), engine.dtype(engine.gives))
-        engine.checked(context.set_tensor_address(engine.takes, self.input.address), "set its input")
-        engine.checked(context.set_tensor_address(engine.gives, self.output.address), "set its output")
+        shapes = {name: np.shape(inputs[name]) for name in engine.inputs}
+        for name, shape in shapes.items():
+            engine.require(context.set_input_shape(name, shape), f"set the shape of {name}")
+        shapes |= {name: tuple(context.get_tensor_shape(name)) for name in engine.outputs}
+        buffers = {name: cuda.buffer(shape, engine.dtype(name)) for name, shape in shapes.items()}
+        for name, buffer in buffers.items():
+            engine.require(context.set_tensor_address(name, buffer.address), f"set the address of {name}")
+        self.inputs = {name: buffers[name] for name in engine.inputs}
+        self.outputs = {name: buffers[name] for name in engine.outputs}
         self._events = [cuda.event() for _ in range(4)]
         self._launch = self._enqueue
+        self.load(inputs)
         if cuda_graph:
-            self()  # TensorRT wants a plain run before one is recorded
+            self()  # TensorRT requires a plain run before a capture.
             self._launch = cuda.capture(self._enqueue, engine.stream)
+
+    def load(self, inputs: Arrays) -> None:
+        """Put other inputs of the same shapes into the host buffers."""
+        for name, buffer in self.inputs.items():
+            buffer.host[...] = inputs[name]
 
     def _enqueue(self) -> None:
         handle = self.engine.machine.cuda.handle(self.engine.stream)
-        self.engine.checked(self._context.execute_async_v3(handle), "run")
+        self.engine.require(self._context.execute_async_v3(handle), "run")
 
     def __call__(self) -> None:
-        """Run, and wait until the output is in host memory."""
+        """Run, and wait until the outputs are in host memory."""
         stream = self.engine.stream
         before, ready, computed, after = self._events
         before.record(stream)
-        self.input.upload(stream)
+        for buffer in self.inputs.values():
+            buffer.upload(stream)
         ready.record(stream)
         self._launch()
         computed.record(stream)
-        self.output.download(stream)
+        for buffer in self.outputs.values():
+            buffer.download(stream)
         after.record(stream)
         stream.synchronize()
 
     def phases(self) -> dict[str, float]:
-        """Return what the last run took, by CUDA events, in ms: in, compute, out and their sum, trtexec's latency."""
+        """Return the times of the last run by CUDA events, in ms: in, compute, out and their sum, trtexec's latency."""
         marks = zip(self._events, self._events[1:], strict=False)
-        taken = [self.engine.machine.cuda.elapsed_ms(start, end) for start, end in marks]
-        return dict(zip(("h2d_ms", "compute_ms", "d2h_ms"), taken, strict=True)) | {"latency_ms": sum(taken)}
+        times = [self.engine.machine.cuda.elapsed_ms(start, end) for start, end in marks]
+        return dict(zip(("h2d_ms", "compute_ms", "d2h_ms"), times, strict=True)) | {"latency_ms": sum(times)}

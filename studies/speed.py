@@ -113,9 +113,9 @@ def exported(name: str, model: Model, home: Path, sets: list[EvalSet]) -> dict[s
     for form in forms:
         label = name if form == "auto" else f"{name} {form}"
         folder = home / "export" / label
-        told = onnx_from_artifact(artifact, folder, OnnxSettings(int8=form, exporter="torchscript"), sets)
-        figures = {"macs": cost(artifact)["macs_per_tower"]["image"], "bytes": told["files"]["image"]["bytes"]}
-        found[label] = {"folder": str(folder), **figures, "parity": told["parity"]["image_min_cosine"]}
+        made = onnx_from_artifact(artifact, folder, OnnxSettings(int8=form, exporter="torchscript"), sets)
+        figures = {"macs": cost(artifact)["macs_per_tower"]["image"], "bytes": made.files["image"].bytes}
+        found[label] = {"folder": str(folder), **figures, "parity": made.least_cosines["image"]}
     return found
 
 

@@ -1,8 +1,8 @@
-"""Stand-ins for TensorRT 10 and 11 and for CUDA, on a machine that has neither.
+"""Fakes of TensorRT 10 and 11 and of CUDA, for machines without them.
 
-The stand-in has exactly the names that the published bindings of that release have (tensorrt_api.json): anything else
-raises AttributeError, as the real one would. It records every call. An engine of it runs the parsed ONNX file in ONNX
-Runtime, so that everything around an engine can be tested for real.
+A fake has exactly the names of that release's published bindings (tensorrt_api.json): anything else raises AttributeError,
+as in the real one. It records every call. Its engines run the parsed ONNX file in ONNX Runtime, so that the code around an
+engine runs for real.
 """
 
 from __future__ import annotations
@@ -15,22 +15,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import helper
 
+from clipress.runtime.onnx_session import open_session
 from clipress.runtime.tensorrt import Machine
 
 API = json.loads(Path(__file__).with_name("tensorrt_api.json").read_text(encoding="utf-8"))
 VERSIONS = ("10.12.0.36", "11.4.0.106")
-
-
-def session(path: str) -> onnxruntime.InferenceSession:
-    """ONNX Runtime without the optimiser that crashes on float16 convolutions."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
 
 class Severity(enum.IntEnum):
@@ -51,7 +42,7 @@ class Recorded:
         object.__setattr__(self, "calls", calls)
 
     def __getattr__(self, name: str) -> Any:
-        """A documented name that does nothing here; others are refused."""
+        """Return a documented call that only records itself; refuse other names."""
         if name not in type(self).names:
             raise AttributeError(f"{type(self).__name__} has no '{name}'")
 
@@ -68,7 +59,7 @@ class Recorded:
 
 
 class FakeCuda:
-    """Host memory that plays the device too; a buffer's address is its place in a list."""
+    """Host memory that is the device's too; a buffer's address is its index in a list."""
 
     def __init__(self, gpu: str = "NVIDIA H200", capability: tuple[int, int] = (9, 0)) -> None:
         self.gpu, self.capability = gpu, capability
@@ -116,7 +107,7 @@ class FakeCuda:
 
 
 def fake_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
-    """Return a stand-in module of that release. Its `calls` are what was asked of it; `damage` is added to outputs."""
+    """Return a fake module of that release. `calls` records the calls to it; `damage` is added to outputs."""
     trt = ModuleType("tensorrt")
     calls: list[tuple] = []
     trt.__version__, trt.calls, trt.ILogger = version, calls, ILogger
@@ -150,61 +141,75 @@ def fake_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
         "IBuilderConfig",
         create_timing_cache=lambda self, blob: make(cache, bytes(blob)),
         set_timing_cache=set_timing_cache,
+        add_optimization_profile=lambda self, profile: self.state.update(profile=profile.state),
     )
-    profile = kind("IOptimizationProfile")
+
+    def set_shape(self: Any, name: str, *shapes: tuple[int, ...]) -> None:
+        called(self, "set_shape", name, *shapes)
+        self.state[name] = shapes
+
+    profile = kind("IOptimizationProfile", set_shape=set_shape)
     network = kind("INetworkDefinition")
 
     def context(self: Any) -> Any:
-        return make(execution, {"run": self.state["run"], "gives": self.state["gives"]})
+        return make(execution, {"run": self.state["run"], "shapes": {}, "addresses": {}})
 
     def set_input_shape(self: Any, name: str, shape: tuple[int, ...]) -> bool:
-        self.state["shape"] = tuple(shape)
+        self.state["shapes"][name] = tuple(shape)
         return True
 
     def set_tensor_address(self: Any, name: str, address: int) -> bool:
-        self.state[name] = address
+        self.state["addresses"][name] = address
         return True
+
+    def get_tensor_shape(self: Any, name: str) -> tuple[int, ...]:
+        (batch,) = {shape[0] for shape in self.state["shapes"].values()}
+        return (batch, *next(put.shape[1:] for put in self.state["run"].get_outputs() if put.name == name))
 
     def execute(self: Any, handle: int) -> bool:
         called(self, "execute_async_v3", handle)
         cuda.order.append("enqueue")
-        takes = next(name for name in self.state if name in ("pixel_values", "input_ids", "x"))
-        found = self.state["run"].run(None, {takes: cuda.memory[self.state[takes]]})[0]
-        cuda.memory[self.state[self.state["gives"]]][...] = found + trt.damage
+        memory = {name: cuda.memory[address] for name, address in self.state["addresses"].items()}
+        names = [put.name for put in self.state["run"].get_outputs()]
+        found = self.state["run"].run(names, {name: memory[name] for name in self.state["shapes"]})
+        for name, rows in zip(names, found, strict=True):
+            memory[name][...] = rows + trt.damage
         return True
 
     execution = kind(
         "IExecutionContext",
         set_input_shape=set_input_shape,
         set_tensor_address=set_tensor_address,
-        get_tensor_shape=lambda self, name: (self.state["shape"][0], *self.state["run"].get_outputs()[0].shape[1:]),
+        get_tensor_shape=get_tensor_shape,
         execute_async_v3=execute,
     )
     types = {"tensor(float)": "FLOAT", "tensor(int64)": "INT64"}
+
+    def tensors(self: Any) -> list[Any]:
+        return [*self.state["run"].get_inputs(), *self.state["run"].get_outputs()]
+
     engine = kind(
         "ICudaEngine",
-        num_io_tensors=2,
-        get_tensor_name=lambda self, i: (self.state["takes"], self.state["gives"])[i],
+        num_io_tensors=property(lambda self: len(tensors(self))),
+        get_tensor_name=lambda self, i: tensors(self)[i].name,
         get_tensor_mode=lambda self, name: (
-            trt.TensorIOMode.INPUT if name == self.state["takes"] else trt.TensorIOMode.OUTPUT
+            trt.TensorIOMode.INPUT if name in self.state["profile"] else trt.TensorIOMode.OUTPUT
         ),
         get_tensor_dtype=lambda self, name: trt.DataType[
-            types[next(t.type for t in [*self.state["run"].get_inputs(), *self.state["run"].get_outputs()]
-                       if t.name == name)]
+            types[next(put.type for put in tensors(self) if put.name == name)]
         ],
-        get_tensor_profile_shape=lambda self, name, index: self.state["profile"],
+        get_tensor_profile_shape=lambda self, name, index: self.state["profile"][name],
         create_execution_context=context,
-    )  # fmt: skip
+    )
 
     def deserialize(self: Any, plan: bytes) -> Any:
         called(self, "deserialize_cuda_engine", len(plan))
         described = json.loads(plan)
-        run = session(described["onnx"])
-        names = {"takes": run.get_inputs()[0].name, "gives": run.get_outputs()[0].name}
-        return make(engine, {"run": run, "profile": described["profile"], **names})
+        run = open_session(Path(described["onnx"]), 1, float16=True)
+        return make(engine, {"run": run, "profile": described["profile"]})
 
     def needs_gpu(log: Any) -> None:
-        if trt.fail:  # what a machine without a usable GPU gives
+        if trt.fail:  # As on a machine without a usable GPU.
             log.log(Severity.ERROR, trt.fail)
             raise TypeError("pybind11::init(): factory function returned nullptr")
 
@@ -218,8 +223,7 @@ def fake_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
         called(self, "build_serialized_network")
         for line in trt.log:
             self.state.log(Severity.INFO if "(Sparsity)" not in line else Severity.VERBOSE, line)
-        shapes = next(call[2:] for call in reversed(calls) if call[0] == "IOptimizationProfile.set_shape")
-        return Memory(json.dumps({"onnx": network.state["onnx"], "profile": shapes}).encode())
+        return Memory(json.dumps({"onnx": network.state["onnx"], "profile": config.state["profile"]}).encode())
 
     def create_network(self: Any, flags: int = 0) -> Any:
         called(self, "create_network", flags)
@@ -228,8 +232,8 @@ def fake_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
     builder_kind = kind(
         "Builder",
         create_network=create_network,
-        create_builder_config=lambda self: make(config),
-        create_optimization_profile=lambda self: make(profile),
+        create_builder_config=lambda self: make(config, {}),
+        create_optimization_profile=lambda self: make(profile, {}),
         build_serialized_network=build,
     )
 
@@ -255,15 +259,28 @@ def fake_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
 
 
 def fake_machine(version: str = VERSIONS[0], **gpu: Any) -> Machine:
-    """Return a machine with the stand-ins."""
+    """Return a machine with the fakes."""
     cuda = FakeCuda(**gpu)
     return Machine(fake_tensorrt(version, cuda), cuda)
 
 
 def product(weight: np.ndarray, name: str = "linear") -> onnx.ModelProto:
-    """Return x [batch, N] -> y = x @ weight, with nothing of clipress in it."""
+    """Return x [batch, N] -> y = x @ weight, without clipress metadata."""
     takes = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", weight.shape[0]])
     gives = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["batch", weight.shape[1]])
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")]
     graph = helper.make_graph(nodes, name, [takes], [gives], [onnx.numpy_helper.from_array(weight, "w")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def two_inputs(weight: np.ndarray) -> onnx.ModelProto:
+    """Return states [batch, N], memory [batch, M] -> logits = states @ weight + memory."""
+    sizes = {"states": weight.shape[0], "memory": weight.shape[1]}
+    takes = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["batch", size]) for n, size in sizes.items()]
+    gives = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", weight.shape[1]])
+    nodes = [
+        helper.make_node("MatMul", ["states", "w"], ["product"], name="product"),
+        helper.make_node("Add", ["product", "memory"], ["logits"], name="sum"),
+    ]
+    graph = helper.make_graph(nodes, "question", takes, [gives], [onnx.numpy_helper.from_array(weight, "w")])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)

@@ -1,7 +1,7 @@
-"""Open ONNX files and run them: `python session_job.py JOBS OUT`. Runs on whatever CPU it is started on.
+"""Open ONNX files and run them on any CPU: `python session_job.py JOBS OUT`.
 
-JOBS is JSON, a list of {path, mode, inputs}, inputs an npz of the graph's; OUT becomes a list of {outputs | error, warnings,
-exact}, outputs an npz beside the file of the inputs.
+JOBS is a JSON list of {path, mode, inputs}, where inputs is an npz file. OUT becomes {isa, saturates, jobs}, with a list of
+{outputs | error, warnings, exact} in the order of JOBS; outputs is an npz file too.
 """
 
 import json

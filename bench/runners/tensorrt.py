@@ -37,7 +37,8 @@ class TensorRTRunner:
 
     def encode(self, tower: str) -> Callable[[np.ndarray], np.ndarray]:
         """Return a function from inputs, any number of rows, to embeddings [B, D]."""
-        return self._engines[tower]
+        graph, engine = self.exported.graphs[tower], self._engines[tower]
+        return lambda rows: engine({graph.inputs[0].name: rows})[graph.outputs[0].name]
 
     def query(self, tower: str, batch: int) -> Callable[[], Any]:
         """Return one inference on a fixed batch of noise, copies in and out included, ready to be timed.
@@ -57,9 +58,4 @@ class TensorRTRunner:
         return {key: np.asarray([sample[key] for sample in samples]) for key in samples[0]}
 
     def _query(self, tower: str, batch: int) -> Query:
-        engine = self._engines[tower]
-        query = engine.query((batch, *engine.profile.opt[1:]), self.cuda_graph)
-        rng = np.random.default_rng(0)
-        shape = query.input.host.shape
-        query.input.host[...] = rng.standard_normal(shape) if tower == "image" else rng.integers(1, 400, shape)
-        return query
+        return self._engines[tower].query(self.exported.graphs[tower].example(batch), self.cuda_graph)

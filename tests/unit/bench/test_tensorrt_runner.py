@@ -88,20 +88,26 @@ def test_an_int8_export_is_run_by_its_int8_engines(tiny_run, tmp_path, machine):
 
 
 def test_a_batch_the_profile_has_not_is_told(export, machine):
-    with pytest.raises(ExportError, match=r"from \[1, 24\] to \[4, 24\], asked for is \[32, 24\]"):
+    with pytest.raises(ExportError, match=r"from \[1, 24\] to \[4, 24\], found \[32, 24\]"):
         TensorRTRunner(export, machine=machine).query("text", 32)
 
 
 def test_an_engine_of_another_gpu_is_named_when_this_ones_is_missing(export):
-    with pytest.raises(ArtifactError, match=r"nvidia-l4\.trt10.*no such file \(there are: image\.nvidia-h200"):
+    with pytest.raises(
+        ArtifactError, match=r"nvidia-l4\.trt10.*does not exist; found in its folder: image\.nvidia-h200"
+    ):
         TensorRTRunner(export, machine=fake_machine(gpu="NVIDIA L4", capability=(8, 9)))
 
 
 @pytest.mark.parametrize(
     ("machine_now", "batch", "words"),
     [
-        ({}, 8, ["takes pixel_values from [1, 3, 32, 32] to [4, 3, 32, 32]", "asked for is [8, 3, 32, 32]"]),
-        ({"gpu": "NVIDIA L4", "capability": (8, 9)}, 2, ["nvidia-l4", "no such file (there are: image.nvidia-h200"]),
+        ({}, 8, ["expected pixel_values from [1, 3, 32, 32] to [4, 3, 32, 32]", "found [8, 3, 32, 32]"]),
+        (
+            {"gpu": "NVIDIA L4", "capability": (8, 9)},
+            2,
+            ["nvidia-l4", "does not exist; found in its folder: image.nvidia-h200"],
+        ),
     ],
 )
 def test_the_command_tells_a_batch_outside_the_profile_and_an_engine_of_another_gpu(

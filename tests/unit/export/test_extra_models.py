@@ -1,4 +1,4 @@
-"""Files put together from an export's two towers give what the towers give, and say what they are."""
+"""Extra files made from an export's graphs give the same results as these, and their metadata say what they are."""
 
 import io
 import json
@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from fake_tensorrt import two_inputs
 from helpers import clipress, write_recipe
 from onnx import version_converter
 from PIL import Image
@@ -15,22 +16,22 @@ from PIL import Image
 from clipress.artifact import save_artifact
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
-from clipress.data.tokens import tokenizer_from_spec
 from clipress.errors import DataError, ExportError
-from clipress.export import merge as compose
-from clipress.export import metadata, parity
-from clipress.export.extra_models import variants_from_export
+from clipress.export import merge, metadata, parity
+from clipress.export.extra_models import extra_models_from_export
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models import quantizers
 from clipress.models.load import Model, artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
-from clipress.runtime.export_folder import read_export
-from clipress.runtime.onnx_session import open_session
+from clipress.runtime.export_folder import Exported, describe_file, read_export
+from clipress.runtime.graph import Graph, Input, Output
+from clipress.runtime.onnx_session import metadata_of, open_session, run_from_onnx
 from clipress.serve.classify import Classifier
+from clipress.tasks import TASKS, Task, task_named
 
 LABELS, TEMPLATES = ("red circle", "blue square", "7"), ("a photo of a {}", "the {}, drawn")
-ASKED = {"exporter": "torchscript", "labels": LABELS, "templates": TEMPLATES}
+SETTINGS = {"exporter": "torchscript", "labels": LABELS, "templates": TEMPLATES}
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +41,13 @@ def sets():
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory, sets):
-    """Export folders of one model, in float32 and with INT8 products."""
+    """Export folders of one model, in float32 and in INT8."""
     run, model = tmp_path_factory.mktemp("run"), new_model(tiny_architecture(layers=1), 0)
-    copy, inputs = model.copy(), parity.samples(model.preprocess, model.tokenize(), sets)
+    copy, inputs = model.copy(), task_named("clip").samples(sets, model.preprocess, model.tokenize())
 
     def calibrate(module):
-        module.encode_image(torch.from_numpy(inputs["image"]))
-        module.encode_text(torch.from_numpy(inputs["text"]))
+        module.encode_image(torch.from_numpy(inputs["image"]["pixel_values"]))
+        module.encode_text(torch.from_numpy(inputs["text"]["input_ids"]))
 
     with torch.no_grad():
         names = quantizers.quantizable(copy.module)
@@ -54,7 +55,7 @@ def originals(tmp_path_factory, sets):
     int8 = Model(**{**copy.__dict__, "quantization": {"dtype": "int8", "modules": names}})
     for name, one in (("fp32", model), ("int8", int8)):
         artifact = save_artifact(artifact_from_model(one, ({"stage": name, "hash": f"of {name}"},), {}), run / name)
-        with pytest.MonkeyPatch.context() as patch:  # an untrained text tower rounds worse than a trained one
+        with pytest.MonkeyPatch.context() as patch:  # An untrained text tower rounds worse than a trained one.
             patch.setitem(parity.LIMITS, "int8", (0.99, 0.5, 5e-3))
             onnx_from_artifact(artifact, run / "export" / name, OnnxSettings(exporter="torchscript"), sets)
     return run / "export"
@@ -62,7 +63,7 @@ def originals(tmp_path_factory, sets):
 
 @pytest.fixture(params=["fp32", "int8"])
 def export(originals, tmp_path, request):
-    """An export folder of one's own."""
+    """A copy of an export folder, which a test may change."""
     return shutil.copytree(originals / request.param, tmp_path / "export" / request.param)
 
 
@@ -77,31 +78,34 @@ def describe(folder, **changes):
 
 
 def real_inputs(folder, sets):
+    """Return inputs of both graphs by name."""
     about = read_export(folder)
-    return parity.samples(about.preprocess, tokenizer_from_spec(about.tokenizer.model_dump()), sets)
+    samples = task_named("clip").samples(sets, about.preprocess, about.tokenize())
+    return {**samples["image"], **samples["text"]}
 
 
-def told(path):
-    """Return the metadata as ONNX Runtime shows them."""
-    return json.loads(open_session(path).get_modelmeta().custom_metadata_map["clipress"])
+def metadata_in(path):
+    """Return a file's metadata as ONNX Runtime reads them."""
+    return metadata_of(open_session(path))
 
 
-def test_a_classifier_needs_no_text_and_gives_the_probabilities_that_both_towers_give(export, sets):
-    path = variants_from_export(export, OnnxSettings(**ASKED), sets)["classifier"]
+def test_a_classifier_needs_no_text_and_gives_the_probabilities_of_both_graphs(export, sets):
+    path = extra_models_from_export(export, OnnxSettings(**SETTINGS), sets)["classifier"]
     assert path == export / "classifier.onnx"
     opened, classifier = open_session(path), Classifier(export, threads=1)
     files = [png(sets[0].source.image(i)) for i in range(10)]
+    pixels = next(sets[0].pixel_batches(read_export(export).preprocess, 10))
     assert [one.name for one in opened.get_inputs()] == ["pixel_values"]
     for batch in (1, 3, 10):
         wanted = classifier.probabilities(files[:batch], LABELS, TEMPLATES)
-        (found,) = opened.run(None, {"pixel_values": classifier._pixels(files[:batch])})
+        (found,) = opened.run(None, {"pixel_values": pixels[:batch]})
         np.testing.assert_allclose(found, wanted, atol=1e-5)
         np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-6)
-    assert np.ptp(wanted, axis=0).max() > 1e-3  # the pictures are told apart
+    assert np.ptp(wanted, axis=0).max() > 1e-3  # The images are told apart.
 
 
-def test_a_classifier_says_its_labels_and_what_it_was_made_of(export, sets):
-    about = told(variants_from_export(export, OnnxSettings(**ASKED), sets)["classifier"])
+def test_a_classifier_records_its_labels_and_sources(export, sets):
+    about = metadata_in(extra_models_from_export(export, OnnxSettings(**SETTINGS), sets)["classifier"])
     towers = json.loads((export / "export.json").read_text())
     assert (about["tower"], about["labels"], about["templates"]) == ("classifier", [*LABELS], [*TEMPLATES])
     assert about["made_of"] == {tower: file["sha256"] for tower, file in towers["files"].items()}
@@ -110,24 +114,26 @@ def test_a_classifier_says_its_labels_and_what_it_was_made_of(export, sets):
     assert 0 <= about["parity"]["probabilities_max_difference"] < 1e-5
 
 
-def test_a_classifier_is_made_again_only_when_what_is_asked_for_changes_or_it_is_damaged(fp32, sets):
-    path = variants_from_export(fp32, OnnxSettings(**ASKED), sets)["classifier"]
+def test_a_classifier_is_made_again_only_when_its_settings_change_or_it_is_damaged(fp32, sets):
+    path = extra_models_from_export(fp32, OnnxSettings(**SETTINGS), sets)["classifier"]
     path.touch()
     first = path.stat().st_ino
-    variants_from_export(fp32, OnnxSettings(**ASKED), sets)
+    extra_models_from_export(fp32, OnnxSettings(**SETTINGS), sets)
     assert path.stat().st_ino == first
-    variants_from_export(fp32, OnnxSettings(**{**ASKED, "labels": ("a", "b")}), sets)
-    assert told(path)["labels"] == ["a", "b"]
+    extra_models_from_export(fp32, OnnxSettings(**{**SETTINGS, "labels": ("a", "b")}), sets)
+    assert metadata_in(path)["labels"] == ["a", "b"]
     path.write_bytes(path.read_bytes()[:500])
-    variants_from_export(fp32, OnnxSettings(**{**ASKED, "labels": ("a", "b")}), sets)
+    extra_models_from_export(fp32, OnnxSettings(**{**SETTINGS, "labels": ("a", "b")}), sets)
     assert open_session(path).get_outputs()[0].shape[1] == 2
 
 
 def test_a_file_that_does_not_agree_is_not_written(fp32, sets, monkeypatch):
-    honest = compose.classifier
-    monkeypatch.setattr(compose, "classifier", lambda image, classes, scale: honest(image, classes[::-1], scale))
-    with pytest.raises(ExportError, match=r"classifier\.onnx: probabilities is off by .*Nothing was written"):
-        variants_from_export(fp32, OnnxSettings(**ASKED), sets)
+    honest = merge.classifier
+    monkeypatch.setattr(merge, "classifier", lambda image, classes, scale: honest(image, classes[::-1], scale))
+    with pytest.raises(
+        ExportError, match=r"classifier\.onnx: probabilities differs from the source model by .*Nothing was written"
+    ):
+        extra_models_from_export(fp32, OnnxSettings(**SETTINGS), sets)
     assert sorted(path.name for path in fp32.iterdir()) == ["export.json", "image.onnx", "text.onnx"]
 
 
@@ -139,22 +145,22 @@ def test_a_file_that_does_not_agree_is_not_written(fp32, sets, monkeypatch):
         (LABELS, "cat", "one placeholder"),
     ],
 )
-def test_labels_and_templates_that_cannot_be_used_are_told(fp32, sets, labels, templates, message):
+def test_labels_and_templates_that_cannot_be_used_are_refused(fp32, sets, labels, templates, message):
     with pytest.raises(DataError, match=message):
-        variants_from_export(fp32, OnnxSettings(labels=labels, templates=templates), sets)
+        extra_models_from_export(fp32, OnnxSettings(labels=labels, templates=templates), sets)
 
 
 def test_labels_come_from_a_file_too(fp32, sets, tmp_path):
     (tmp_path / "names.txt").write_text("cat\n\ndog\n")
-    path = variants_from_export(fp32, OnnxSettings(labels_file=tmp_path / "names.txt"), sets)["classifier"]
-    assert told(path)["labels"] == ["cat", "dog"] and told(path)["templates"] == ["a photo of a {}"]
+    path = extra_models_from_export(fp32, OnnxSettings(labels_file=tmp_path / "names.txt"), sets)["classifier"]
+    assert metadata_in(path)["labels"] == ["cat", "dog"] and metadata_in(path)["templates"] == ["a photo of a {}"]
 
 
 @pytest.mark.parametrize("bias", [None, -2.5])
-def test_the_joint_file_gives_what_the_towers_give_for_any_two_batches(export, sets, bias):
+def test_the_joint_file_gives_the_same_as_both_graphs_for_any_two_batches(export, sets, bias):
     describe(export, logit_bias=bias)
-    path = variants_from_export(export, OnnxSettings(joint=True), sets)["joint"]
-    opened, towers = open_session(path), {t: parity.runner(export / f"{t}.onnx") for t in ("image", "text")}
+    path = extra_models_from_export(export, OnnxSettings(joint=True), sets)["joint"]
+    opened, runs = open_session(path), {t: run_from_onnx(export / f"{t}.onnx") for t in ("image", "text")}
     assert [(one.name, one.shape[0]) for one in opened.get_inputs()] == [
         ("pixel_values", "image_batch"),
         ("input_ids", "text_batch"),
@@ -163,23 +169,28 @@ def test_the_joint_file_gives_what_the_towers_give_for_any_two_batches(export, s
     assert opened.get_outputs()[2].shape == ["image_batch", "text_batch"]
     inputs = real_inputs(export, sets)
     for images, texts in ((1, 1), (1, 10), (3, 2), (10, 3)):
-        feeds = {"pixel_values": inputs["image"][:images], "input_ids": inputs["text"][:texts]}
+        feeds = {"pixel_values": inputs["pixel_values"][:images], "input_ids": inputs["input_ids"][:texts]}
         image_embeds, text_embeds, logits = opened.run(None, feeds)
-        np.testing.assert_allclose(image_embeds, towers["image"](feeds["pixel_values"]), atol=1e-6)
-        np.testing.assert_allclose(text_embeds, towers["text"](feeds["input_ids"]), atol=1e-6)
+        np.testing.assert_allclose(
+            image_embeds, runs["image"]({"pixel_values": feeds["pixel_values"]})["image_embeds"], atol=1e-6
+        )
+        np.testing.assert_allclose(
+            text_embeds, runs["text"]({"input_ids": feeds["input_ids"]})["text_embeds"], atol=1e-6
+        )
         wanted = image_embeds.astype("d") @ text_embeds.T.astype("d") / 0.07 + (bias or 0)
         np.testing.assert_allclose(logits, wanted, atol=1e-4)
-    assert told(path)["tower"] == "joint"
+    assert metadata_in(path)["tower"] == "joint"
 
 
-def test_every_file_alone_says_how_to_use_it_and_where_it_is_from(export, sets):
-    variants_from_export(export, OnnxSettings(**ASKED, joint=True), sets)
-    files = {path.stem: told(path) for path in export.glob("*.onnx")}
+def test_every_file_describes_its_use_and_origin(export, sets):
+    extra_models_from_export(export, OnnxSettings(**SETTINGS, joint=True), sets)
+    files = {path.stem: metadata_in(path) for path in export.glob("*.onnx")}
     assert files.keys() == {"image", "text", "classifier", "joint"}
     for name, about in files.items():
         assert (about["tower"], about["precision"], about["lineage_hash"]) == (name, export.name, f"of {export.name}")
         assert about["preprocess"]["size"] == 32 and about["tokenizer"]["context_length"] == 24
         assert about["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-5) and about["logit_bias"] is None
+        assert (about["task"], about["agrees"]) == ("clip", "embeddings")
         assert about["versions"].keys() == {"clipress", "torch", "onnx", "onnxruntime"}
         assert ("labels" in about) == (name == "classifier") and about["parity"]
         documented = {word for line in metadata.__doc__.splitlines() for word in line[:40].replace(",", " ").split()}
@@ -187,8 +198,8 @@ def test_every_file_alone_says_how_to_use_it_and_where_it_is_from(export, sets):
 
 
 def test_float16_files_agree_with_the_ones_they_were_made_from_and_are_smaller(export, sets, monkeypatch):
-    monkeypatch.setitem(parity.LIMITS, "int8-fp16", (0.99, 0.9, 5e-2))  # an untrained text tower rounds worse
-    made = variants_from_export(export, OnnxSettings(**ASKED, joint=True, fp16=True), sets)
+    monkeypatch.setitem(parity.LIMITS, "int8-fp16", (0.99, 0.9, 5e-2))  # An untrained text tower rounds worse.
+    made = extra_models_from_export(export, OnnxSettings(**SETTINGS, joint=True, fp16=True), sets)
     precision = {"fp32": "fp16", "int8": "int8-fp16"}[export.name]
     assert made.keys() == {"classifier", "joint"} | {
         f"{name}.{precision}" for name in ("image", "text", "classifier", "joint")
@@ -197,7 +208,7 @@ def test_float16_files_agree_with_the_ones_they_were_made_from_and_are_smaller(e
     for name in ("image", "text", "classifier", "joint"):
         source, path = export / f"{name}.onnx", export / f"{name}.{precision}.onnx"
         before, after = open_session(source), open_session(path, float16=True)
-        feeds = {"pixel_values": inputs["image"][:3], "input_ids": inputs["text"][:4]}
+        feeds = {"pixel_values": inputs["pixel_values"][:3], "input_ids": inputs["input_ids"][:4]}
         feeds = {one.name: feeds[one.name] for one in before.get_inputs()}
         for wanted, found in zip(before.run(None, feeds), after.run(None, feeds), strict=True):
             assert found.dtype == np.float32
@@ -210,20 +221,21 @@ def test_float16_files_agree_with_the_ones_they_were_made_from_and_are_smaller(e
         assert ("labels" in about) == (name == "classifier")
 
 
-def test_a_float16_file_out_of_its_limits_is_not_written(fp32, sets, monkeypatch):
+def test_a_float16_file_beyond_its_limits_is_not_written(fp32, sets, monkeypatch):
     monkeypatch.setitem(parity.LIMITS, "fp16", (0.9999999999, 1.0, 0.0))
     with pytest.raises(ExportError, match=r"image\.fp16\.onnx does not agree.*at fp16"):
-        variants_from_export(fp32, OnnxSettings(fp16=True), sets)
+        extra_models_from_export(fp32, OnnxSettings(fp16=True), sets)
     assert not list(fp32.glob("*.fp16.onnx"))
 
 
-def test_towers_of_different_opsets_can_be_joined(originals):
-    image, text = (onnx.load(originals / "fp32" / f"{tower}.onnx") for tower in ("image", "text"))
-    model = compose.joint(image, version_converter.convert_version(text, 20), 10.0, None)
+def test_graphs_of_different_opsets_can_be_joined(originals):
+    models = {tower: onnx.load(originals / "fp32" / f"{tower}.onnx") for tower in ("image", "text")}
+    models["text"] = version_converter.convert_version(models["text"], 20)
+    model = merge.joint(models, 10.0, None)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
 
 
-def test_the_command_takes_labels_in_place_of_the_recipes_and_makes_no_tower_again(originals, tmp_path):
+def test_the_command_overrides_the_recipes_labels_and_keeps_the_graphs_files(originals, tmp_path):
     recipe = {
         "name": "labelled",
         "teacher": {"artifact": str(originals.parent / "fp32")},
@@ -235,16 +247,82 @@ def test_the_command_takes_labels_in_place_of_the_recipes_and_makes_no_tower_aga
         result = clipress(*arguments)
         assert result.exit_code == 0, result.output
     (path,) = run.glob("export/*/classifier.onnx")
-    assert told(path)["labels"] == ["a", "b"]
+    assert metadata_in(path)["labels"] == ["a", "b"]
     before = path.with_name("image.onnx").stat().st_ino
     result = clipress("export", run, "--labels", "cat, dog,fox", "--template", "the {}")
     assert result.exit_code == 0 and f"classifier, agrees with the towers' files -> {path}" in result.output
-    assert (told(path)["labels"], told(path)["templates"]) == (["cat", "dog", "fox"], ["the {}"])
+    assert (metadata_in(path)["labels"], metadata_in(path)["templates"]) == (["cat", "dog", "fox"], ["the {}"])
     assert path.with_name("image.onnx").stat().st_ino == before
     result = clipress("export", run, "--labels", "cat", "--labels-file", tmp_path / "names.txt")
-    assert result.exit_code == 2 and "either labels or labels_file is asked for" in result.output
-    result = clipress("export", run, "--template", "a {}")  # the recipe names the labels
-    assert result.exit_code == 0 and (told(path)["labels"], told(path)["templates"]) == (["a", "b"], ["a {}"])
+    assert result.exit_code == 2 and "expected labels or labels_file, found both" in result.output
+    result = clipress("export", run, "--template", "a {}")  # The labels are the recipe's.
+    assert result.exit_code == 0 and (metadata_in(path)["labels"], metadata_in(path)["templates"]) == (
+        ["a", "b"],
+        ["a {}"],
+    )
+
+
+QUESTION = Graph(
+    name="question",
+    inputs=(Input(name="states", dtype="float32", shape=(8,)), Input(name="memory", dtype="float32", shape=(5,))),
+    outputs=(Output(name="logits", shape=(5,)),),
+    agrees="logits",
+)
+
+
+@pytest.fixture
+def questions(tmp_path, monkeypatch):
+    """An export of a task that is no CLIP: one graph with two inputs, no tokenizer, no embeddings."""
+
+    class Questions(Task):
+        name, main_graph, towers, figures, provides = "questions", "question", (), (), frozenset()
+
+        def samples(self, sets, preprocess, tokenize):
+            assert tokenize is None
+            return {"question": QUESTION.example(6)}
+
+    for member in Questions.__abstractmethods__:
+        setattr(Questions, member, None)
+    Questions.__abstractmethods__ = frozenset()
+    monkeypatch.setattr(TASKS, "_entries", {**{name: TASKS[name] for name in TASKS}, "questions": Questions})
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    onnx.save(two_inputs(np.random.default_rng(0).standard_normal((8, 5)).astype("f")), folder / "question.onnx")
+    exported = Exported(
+        folder=folder,
+        task="questions",
+        stage="fp32",
+        precision="fp32",
+        graphs={"question": QUESTION},
+        preprocess={"size": 32},
+        labels=("a", "b", "c", "d", "e"),
+        lineage_hash="0",
+        files={"question": describe_file(folder / "question.onnx")},
+    )
+    exported.write()
+    return exported
+
+
+def test_float16_files_are_made_for_every_graph_of_any_task(questions):
+    made = extra_models_from_export(questions.folder, OnnxSettings(fp16=True), [])
+    assert made == {"question.fp16": questions.folder / "question.fp16.onnx"}
+    about = metadata_of(open_session(made["question.fp16"], float16=True))
+    assert (about["tower"], about["precision"], about["agrees"]) == ("question", "fp16", "logits")
+    assert about["parity"]["question_min_cosine"] > 0.999 and about["parity"]["question_same_first_place"] >= 0.97
+
+
+@pytest.mark.parametrize("settings", [{"labels": ("a", "b")}, {"joint": True}])
+def test_files_that_only_a_clip_has_are_refused_for_other_tasks(questions, settings):
+    (key,) = settings
+    with pytest.raises(ExportError, match=rf"export\.onnx\.{key}: .* needs? a CLIP; .* is a model for 'questions'"):
+        extra_models_from_export(questions.folder, OnnxSettings(**settings), [])
+
+
+def test_metadata_of_a_task_without_embeddings_have_its_labels_and_no_keys_of_clip(questions):
+    about = metadata.of_graph(questions, "question")
+    assert (about["task"], about["tower"], about["agrees"]) == ("questions", "question", "logits")
+    assert about["labels"] == ["a", "b", "c", "d", "e"]
+    assert not about.keys() & {"embed_dim", "logit_scale", "logit_bias", "tokenizer", "files", "graphs"}
 
 
 def png(pixels):

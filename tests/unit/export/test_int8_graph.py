@@ -1,4 +1,4 @@
-"""INT8 files compute what the quantised model computes, and ONNX Runtime runs them on integers."""
+"""INT8 files compute what the quantized model computes, and ONNX Runtime runs them on integers."""
 
 import json
 
@@ -6,22 +6,24 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from int8_models import CONVOLUTIONAL, quantised
+from int8_models import CONVOLUTIONAL, quantized
 from onnx import TensorProto, helper, numpy_helper
 
 from clipress.artifact import save_artifact
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
 from clipress.errors import ExportError
+from clipress.export import int8_form, parity, static_int8
 from clipress.export import int8_graph as int8
-from clipress.export import parity, static_int8, to_onnx
-from clipress.export.extra_models import variants_from_export
+from clipress.export.extra_models import extra_models_from_export
 from clipress.export.settings import OnnxSettings, TensorRTSettings
+from clipress.export.to_onnx import onnx_from_artifact
 from clipress.export.to_tensorrt import prepare_export
 from clipress.models import anatomy
 from clipress.models.load import artifact_from_model
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.export_folder import read_export
+from clipress.runtime.graph import Graph, Input, Output
 
 KEPT = "visual.trunk.layer1.0.conv1"
 
@@ -38,7 +40,7 @@ def model_of(nodes, inputs, outputs, initializers):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
-def test_folding_weight_quantisers_changes_no_output_and_stores_int8():
+def test_folding_weight_quantizers_changes_no_output_and_stores_int8():
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((64, 32)).astype("f")
     scale = (np.abs(weight).max(0) / 127).astype("f")
@@ -58,7 +60,7 @@ def test_folding_weight_quantisers_changes_no_output_and_stores_int8():
     assert [node.op_type for node in model.graph.node] == ["DequantizeLinear", "MatMul"]
 
 
-def test_a_shrunk_embedding_is_off_by_at_most_half_a_step_per_row():
+def test_a_shrunk_embedding_differs_by_at_most_half_a_step_per_row():
     rng = np.random.default_rng(0)
     table = (rng.standard_normal((2000, 16)) * rng.uniform(0.01, 10, (2000, 1))).astype("f")
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["b", 3])
@@ -87,7 +89,7 @@ def test_a_patch_embedding_as_a_product_gives_what_the_convolution_gave(bias):
 
 
 @pytest.mark.parametrize("changed", [{"strides": [2, 4]}, {"pads": [0, 0, 0, 1]}, {"size": (9, 12)}])
-def test_a_convolution_whose_windows_are_no_tiles_stays_one(changed):
+def test_a_convolution_whose_windows_do_not_tile_the_image_stays_one(changed):
     model = patch_embedding(np.random.default_rng(0), **changed)
     before = model.SerializeToString()
     int8.patches_as_product(model)
@@ -119,31 +121,31 @@ def sets():
 @pytest.fixture(scope="module")
 def artifacts(sets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("a")
-    clips = {
-        "transformer": quantised(tiny_architecture(layers=2), sets),
-        "convolutional": quantised(CONVOLUTIONAL, sets),
-        "kept": quantised(CONVOLUTIONAL, sets, (KEPT,)),
+    models = {
+        "transformer": quantized(tiny_architecture(layers=2), sets),
+        "convolutional": quantized(CONVOLUTIONAL, sets),
+        "kept": quantized(CONVOLUTIONAL, sets, (KEPT,)),
     }
     return {
         name: save_artifact(artifact_from_model(model, ({"stage": name, "hash": name},), {}), folder / name)
-        for name, model in clips.items()
+        for name, model in models.items()
     }
 
 
 @pytest.fixture(autouse=True)
 def untrained(monkeypatch):
-    """Untrained towers round worse than trained ones."""
+    """Untrained models round worse than trained ones."""
     for precision in ("int8", "static int8", "int8-fp16"):
         monkeypatch.setitem(parity.LIMITS, precision, (0.98, 0.3, 5e-2))
 
 
 def export(artifact, target, sets, **settings):
     settings = OnnxSettings(exporter="torchscript", **settings)
-    return to_onnx.onnx_from_artifact(artifact, target, settings, sets)
+    return onnx_from_artifact(artifact, target, settings, sets)
 
 
 def kernels(path, tmp_path):
-    """What ONNX Runtime makes of a file before it runs it."""
+    """Return the graph that ONNX Runtime's optimizer makes of a file."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 4
@@ -152,48 +154,48 @@ def kernels(path, tmp_path):
 
 
 @pytest.mark.parametrize("tower", anatomy.TOWERS)
-def test_every_quantised_layer_of_a_transformer_runs_on_integers(artifacts, sets, tmp_path, tower):
+def test_every_quantized_layer_of_a_transformer_runs_on_integers(artifacts, sets, tmp_path, tower):
     export(artifacts["transformer"], tmp_path / "e", sets)
     graph = kernels(tmp_path / "e" / f"{tower}.onnx", tmp_path)
     constants = {item.name for item in graph.initializer}
     ran = [node.op_type for node in graph.node]
-    # per block q, k, v, out and two of the MLP; the image tower's patches
+    # Per block q, k, v, out and two of the MLP; one for the image tower's patches.
     assert ran.count("MatMulIntegerToFloat") == 2 * 6 + (tower == "image")
     assert "Conv" not in ran
     products = [n for n in graph.node if n.op_type in ("MatMul", "FusedMatMul", "Gemm") and n.input[1] in constants]
-    assert len(products) == 1  # the projection, which is a parameter and no layer
+    assert len(products) == 1  # The projection, which is a parameter and not a layer.
 
 
 def test_every_convolution_of_a_static_file_runs_on_integers(artifacts, sets, tmp_path):
-    told = export(artifacts["convolutional"], tmp_path / "e", sets, int8="static")
-    assert told["int8"]["form"] == "static"
+    made = export(artifacts["convolutional"], tmp_path / "e", sets, int8="static")
+    assert made.int8.form == "static"
     ran = [node.op_type for node in kernels(tmp_path / "e" / "image.onnx", tmp_path).node]
     convolutions = sum(n.op_type == "Conv" for n in onnx.load(tmp_path / "e" / "image.onnx").graph.node)
     assert ran.count("QLinearConv") == convolutions > 10
     plain = [node.op_type for node in kernels(tmp_path / "e" / "image.qdq.onnx", tmp_path).node]
-    assert plain.count("QLinearConv") < ran.count("QLinearConv")  # or there would be no need for another form
+    assert plain.count("QLinearConv") < ran.count("QLinearConv")  # Otherwise no other form would be needed.
 
 
-def test_what_is_quicker_here_becomes_the_file_and_tensorrt_gets_symmetric_scales_all_the_same(
+def test_the_faster_form_becomes_the_file_and_tensorrt_gets_symmetric_scales_either_way(
     artifacts, sets, tmp_path, monkeypatch
 ):
-    def says(qdq, static):
-        monkeypatch.setattr(to_onnx, "milliseconds", lambda _: {"qdq": qdq, "static": static})
+    def pretend(qdq, static):
+        monkeypatch.setattr(int8_form, "milliseconds", lambda *_: {"qdq": qdq, "static": static})
 
-    says(1.0, 2.0)
-    told = export(artifacts["convolutional"], tmp_path / "q", sets)
-    assert told["int8"] == {"form": "qdq", "milliseconds": {"qdq": 1.0, "static": 2.0}} and told["explicit"] == {}
+    pretend(1.0, 2.0)
+    made = export(artifacts["convolutional"], tmp_path / "q", sets)
+    assert made.int8.model_dump() == {"form": "qdq", "milliseconds": {"qdq": 1.0, "static": 2.0}} and not made.explicit
     assert sorted(path.name for path in (tmp_path / "q").iterdir()) == ["export.json", "image.onnx", "text.onnx"]
-    says(2.0, 1.0)
-    told = export(artifacts["convolutional"], tmp_path / "s", sets)
-    assert told["int8"]["form"] == "static" and read_export(tmp_path / "s").explicit["image"].file == "image.qdq.onnx"
+    pretend(2.0, 1.0)
+    made = export(artifacts["convolutional"], tmp_path / "s", sets)
+    assert made.int8.form == "static" and read_export(tmp_path / "s").explicit["image"].file == "image.qdq.onnx"
     settings = TensorRTSettings()
     parsed = onnx.load(prepare_export(tmp_path / "s", settings)["image"].path)
     assert zero_points(parsed) == {TensorProto.INT8}
     assert TensorProto.UINT8 in zero_points(onnx.load(tmp_path / "s" / "image.onnx"))
-    made = variants_from_export(tmp_path / "s", OnnxSettings(fp16=True, joint=True), sets)
-    assert zero_points(onnx.load(made["image.int8-fp16"])) == {TensorProto.INT8}
-    assert zero_points(onnx.load(made["joint.int8-fp16"])) == {TensorProto.INT8}
+    extra = extra_models_from_export(tmp_path / "s", OnnxSettings(fp16=True, joint=True), sets)
+    assert zero_points(onnx.load(extra["image.int8-fp16"])) == {TensorProto.INT8}
+    assert zero_points(onnx.load(extra["joint.int8-fp16"])) == {TensorProto.INT8}
     about = json.loads((tmp_path / "s" / "export.json").read_text())
     (tmp_path / "s" / "image.qdq.onnx").unlink()
     with pytest.raises(Exception, match=r"no image\.qdq\.onnx"):
@@ -202,13 +204,13 @@ def test_what_is_quicker_here_becomes_the_file_and_tensorrt_gets_symmetric_scale
 
 
 def zero_points(model):
-    """The types activations and weights are rounded to."""
+    """Return the types that activations and weights are rounded to."""
     types = {item.name: item.data_type for item in model.graph.initializer}
     linear = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     return {types[node.input[2]] for node in linear if types.get(node.input[2]) != TensorProto.INT32}
 
 
-def test_scales_of_a_static_file_come_from_the_calibration_pictures(artifacts, sets, tmp_path):
+def test_scales_of_a_static_file_come_from_the_calibration_images(artifacts, sets, tmp_path):
     seen = []
 
     def calibration():
@@ -217,23 +219,23 @@ def test_scales_of_a_static_file_come_from_the_calibration_pictures(artifacts, s
 
     settings = OnnxSettings(exporter="torchscript", int8="static")
     files = [tmp_path / name / "image.onnx" for name in "ab"]
-    to_onnx.onnx_from_artifact(artifacts["convolutional"], files[0].parent, settings, sets)
+    onnx_from_artifact(artifacts["convolutional"], files[0].parent, settings, sets)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parity, "check", lambda *_: {})  # digits say little about scenes
-        to_onnx.onnx_from_artifact(artifacts["convolutional"], files[1].parent, settings, sets, calibration)
+        patch.setattr(parity, "check", lambda *_: {})  # Scales from digits do not fit scenes.
+        onnx_from_artifact(artifacts["convolutional"], files[1].parent, settings, sets, calibration)
     assert seen and files[0].read_bytes() != files[1].read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("transformer", "no convolutional one"), ("kept", f"{KEPT} was to stay in full precision")]
+    ("name", "why"), [("transformer", "not convolutional"), ("kept", f"{KEPT} stays in full precision")]
 )
 def test_a_form_that_a_model_cannot_have_is_refused(artifacts, sets, tmp_path, name, why):
-    with pytest.raises(ExportError, match=f"static was asked for.*{why}.*Use int8: auto"):
+    with pytest.raises(ExportError, match=f"static is not possible.*{why}.*Use int8: auto"):
         export(artifacts[name], tmp_path / "e", sets, int8="static")
 
 
-def test_a_layer_that_was_kept_in_full_precision_stays_so(artifacts, sets, tmp_path):
-    assert "int8" not in export(artifacts["kept"], tmp_path / "e", sets)
+def test_an_excluded_layer_stays_in_full_precision(artifacts, sets, tmp_path):
+    assert export(artifacts["kept"], tmp_path / "e", sets).int8 is None
     export(artifacts["convolutional"], tmp_path / "w", sets, int8="qdq")
     weights = [onnx.load(tmp_path / folder / "image.onnx").graph.initializer for folder in "ew"]
     rounded = [sum(item.data_type == TensorProto.INT8 and len(item.dims) == 4 for item in each) for each in weights]
@@ -244,5 +246,10 @@ def test_files_are_timed_alike(tmp_path):
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 8, 8])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3, 8, 8])
     onnx.save(model_of([helper.make_node("Relu", ["x"], ["y"])], [x], [y], {}), tmp_path / "relu.onnx")
-    taken = static_int8.milliseconds({"a": tmp_path / "relu.onnx", "b": tmp_path / "relu.onnx"})
+    relu = Graph(
+        name="relu",
+        inputs=(Input(name="x", dtype="float32", shape=(3, 8, 8)),),
+        outputs=(Output(name="y", shape=(3, 8, 8)),),
+    )
+    taken = static_int8.milliseconds({"a": tmp_path / "relu.onnx", "b": tmp_path / "relu.onnx"}, relu)
     assert taken.keys() == {"a", "b"} and all(one > 0 for one in taken.values())

@@ -1,4 +1,4 @@
-"""A graph whose precision was lowered computes the same, in the type that was asked for."""
+"""A graph in lower precision computes the same, in the required type."""
 
 from collections import Counter
 
@@ -7,15 +7,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fake_tensorrt import session
 from onnx import TensorProto, helper, numpy_helper
 
 from clipress.errors import ExportError
-from clipress.export import precision, to_onnx
+from clipress.export import precision
 from clipress.export.settings import OnnxSettings
+from clipress.export.torch_export import export_graph
 from clipress.models import quantizers
 from clipress.models.load import Model, new_model
 from clipress.models.tiny import tiny_architecture
+from clipress.runtime.onnx_session import open_session
+from clipress.tasks import graphs_of, runs_of
+
+NAMES = {"image": "pixel_values", "text": "input_ids"}
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +47,13 @@ def int8(model, inputs):
 
 
 def exported(model, tower, folder, exporter="torchscript"):
-    to_onnx._export(model, tower, folder / f"{tower}.onnx", OnnxSettings(exporter=exporter))
+    export_graph(model, graphs_of(model)[tower], folder / f"{tower}.onnx", OnnxSettings(exporter=exporter))
     return onnx.load(folder / f"{tower}.onnx")
 
 
 def run(model, batch, folder):
     onnx.save(model, folder / "lowered.onnx")
-    opened = session(str(folder / "lowered.onnx"))
+    opened = open_session(folder / "lowered.onnx", 1, float16=True)
     return opened.run(None, {opened.get_inputs()[0].name: batch})[0]
 
 
@@ -62,30 +66,32 @@ def types(model):
 def test_a_float16_tower_agrees_with_torch_and_takes_and_gives_float32(model, inputs, tmp_path, tower, exporter):
     module = exported(model, tower, tmp_path, exporter)
     lowered = precision.lower(module, "fp16")
-    wanted = dict(zip(("image", "text"), model.encoders(), strict=True))[tower](inputs[tower])
+    (wanted,) = runs_of(model)[tower]({NAMES[tower]: inputs[tower]}).values()
     found = run(lowered, inputs[tower], tmp_path)
     assert found.dtype == np.float32
     assert (found * wanted).sum(1).min() > 0.9999
-    assert abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-6  # the last normalisation is still float32's
+    assert abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-6  # The final normalization is still in float32.
     assert types(lowered)[TensorProto.FLOAT16] > 10 and types(lowered)[TensorProto.FLOAT] <= 2
     assert len(lowered.SerializeToString()) < 0.8 * len(module.SerializeToString())
 
 
 @pytest.mark.parametrize("rest", ["fp32", "fp16"])
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_an_int8_tower_keeps_its_quantisers_whatever_the_rest_is_in(int8, inputs, tmp_path, tower, rest):
+def test_an_int8_tower_keeps_its_quantizers_whatever_the_rest_is_in(int8, inputs, tmp_path, tower, rest):
     model = exported(int8, tower, tmp_path)
     lowered = precision.lower(model, rest)
     assert precision.engine_precision(model, rest) == f"int8-{rest}"
     wanted = run(model, inputs[tower], tmp_path)
-    least = {"fp32": 0.9999, "fp16": 0.99}[rest]  # float16 moves values across INT8's steps, how many differs by kernel
+    least = {"fp32": 0.9999, "fp16": 0.99}[
+        rest
+    ]  # float16 moves values across INT8 steps, how many depends on the kernel.
     assert (run(lowered, inputs[tower], tmp_path) * wanted).sum(1).min() > least
     before, after = (Counter(node.op_type for node in m.graph.node) for m in (model, lowered))
     for kind in ("QuantizeLinear", "DequantizeLinear"):
         assert before[kind] == after[kind] > 0
     constants = {item.name: numpy_helper.to_array(item) for item in lowered.graph.initializer}
     for node in lowered.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):  # TensorRT wants to see that zero points are zero
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):  # TensorRT requires constant zero points of zero.
             assert constants[node.input[2]].dtype == np.int8 and not constants[node.input[2]].any()
             assert constants[node.input[1]].dtype == {"fp32": np.float32, "fp16": np.float16}[rest]
 
@@ -129,13 +135,13 @@ def test_a_constant_used_before_and_behind_the_norm_has_both_types(tmp_path):
     model = model_of(nodes, {"c": np.asarray([300.0], "f")})
     model.opset_import[0].version = 17
     lowered = precision.lower(model, "fp16")
-    x = np.asarray([[100, 120, 140]], "f")  # squared, this leaves float16 far behind
+    x = np.asarray([[100, 120, 140]], "f")  # Its square is far beyond float16.
     scaled = x * 300
     np.testing.assert_allclose(run(lowered, x, tmp_path), scaled / (np.linalg.norm(scaled) + 300), rtol=2e-3)
     assert types(lowered) == {TensorProto.FLOAT16: 1, TensorProto.FLOAT: 1}
 
 
-def test_an_output_that_is_no_norm_is_cast_back(tmp_path):
+def test_an_output_that_is_not_a_norm_is_cast_back(tmp_path):
     lowered = precision.lower(model_of([helper.make_node("Add", ["x", "x"], ["y"], name="n")], {}), "fp16")
     np.testing.assert_array_equal(run(lowered, np.asarray([[1, 2, 3]], "f"), tmp_path), [[2, 4, 6]])
 

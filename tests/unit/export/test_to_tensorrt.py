@@ -1,4 +1,4 @@
-"""Engines: the calls TensorRT 10 and 11 both have, sidecars, refusals, and what is said where there is no TensorRT."""
+"""Engines: calls that TensorRT 10 and 11 both have, sidecars, refusals, and messages of machines without TensorRT."""
 
 import json
 import os
@@ -8,13 +8,14 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from fake_tensorrt import VERSIONS, fake_machine, fake_tensorrt, product
+from fake_tensorrt import VERSIONS, fake_machine, fake_tensorrt, product, two_inputs
 from helpers import clipress, write_recipe
 
 from clipress.artifact import save_artifact
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
 from clipress.errors import ArtifactError, BackendMissing, ExportError, RecipeError
+from clipress.export import merge, metadata, parity
 from clipress.export.settings import ExportSettings, OnnxSettings, TensorRTSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.export.to_tensorrt import engine_from_onnx, engines_from_export, prepare, prepare_export
@@ -24,6 +25,7 @@ from clipress.models.tiny import tiny_architecture
 from clipress.recipe import checked
 from clipress.runtime import cuda
 from clipress.runtime import tensorrt as machines
+from clipress.runtime.export_folder import read_export
 from clipress.runtime.tensorrt import load_engine, read_sidecar
 
 ALL = {
@@ -53,7 +55,7 @@ def original(tmp_path_factory, sets):
 
 @pytest.fixture
 def export(original, tmp_path):
-    """An export folder of one's own."""
+    """A copy of an export folder, which a test may change."""
     import shutil
 
     return shutil.copytree(original, tmp_path / "export" / "x")
@@ -71,8 +73,8 @@ def foreign(tmp_path, weight):
 
 
 def built(foreign, machine, **settings):
-    asked = TensorRTSettings(**{"precision": "fp32", **settings})
-    return engine_from_onnx(prepare(foreign, foreign.parent, asked, foreign=True), machine, asked)
+    settings = TensorRTSettings(**{"precision": "fp32", **settings})
+    return engine_from_onnx(prepare(foreign, foreign.parent, settings, foreign=True), machine, settings)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -82,7 +84,7 @@ def test_a_build_makes_only_calls_that_the_release_documents(export, sets, versi
     engines_from_export(export, prepare_export(export, settings), machine, settings, sets)
     trt, calls = machine.trt, machine.trt.calls
     strongly = 1 << trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
-    assert strongly == {"10": 2, "11": 1}[version[:2]]  # the numbers changed with the release
+    assert strongly == {"10": 2, "11": 1}[version[:2]]  # The numbers changed with the release.
     assert [call for call in calls if call[0] == "Builder.create_network"] == [("Builder.create_network", strongly)] * 2
     assert [call[1].name for call in calls if call[0] == "IBuilderConfig.set_flag"] == [
         "SPARSE_WEIGHTS",
@@ -99,7 +101,7 @@ def test_a_build_makes_only_calls_that_the_release_documents(export, sets, versi
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_by_default_no_flag_is_set_but_that_sparse_weights_may_be_used(foreign, version):
+def test_the_only_default_flag_allows_sparse_weights(foreign, version):
     machine = fake_machine(version)
     built(foreign, machine)
     names = [call[0] for call in machine.trt.calls]
@@ -108,7 +110,7 @@ def test_by_default_no_flag_is_set_but_that_sparse_weights_may_be_used(foreign, 
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_stand_in_has_no_precision_flags_of_11_and_refuses_unknown_names(version):
+def test_the_fake_of_11_has_no_precision_flags_and_fakes_refuse_unknown_names(version):
     trt = fake_machine(version).trt
     assert hasattr(trt.BuilderFlag, "FP16") == version.startswith("10")
     builder = trt.Builder(machines.new_log(trt))
@@ -120,7 +122,7 @@ def test_the_stand_in_has_no_precision_flags_of_11_and_refuses_unknown_names(ver
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_engines_of_both_towers_agree_with_onnx_runtime_and_are_kept_with_what_they_are(export, sets, precision):
+def test_engines_of_both_graphs_agree_with_onnx_runtime_and_are_kept_with_sidecars(export, sets, precision):
     machine = fake_machine()
     settings = TensorRTSettings(precision=precision, batch={"min": 2, "opt": 4, "max": 4})
     prepared = prepare_export(export, settings)
@@ -135,24 +137,26 @@ def test_engines_of_both_towers_agree_with_onnx_runtime_and_are_kept_with_what_t
         assert sidecar.parity[f"{tower}_min_cosine"] > 0.9999 and sidecar.parity["same_first_place"] == 1
         assert path.with_name(path.name + ".log").is_file()
         engine = load_engine(path, machine)
-        batch = np.ones((7, 24), np.int64) if tower == "text" else np.ones((7, 3, 32, 32), "f")
-        assert engine(batch).shape == (7, exported["embed_dim"])
+        batch = read_export(export).graphs[tower].example(7)
+        assert {name: rows.shape for name, rows in engine(batch).items()} == {
+            f"{tower}_embeds": (7, exported["embed_dim"])
+        }
     before = len(machine.trt.calls)
     assert engines_from_export(export, prepared, machine, settings, sets) == paths
-    assert len(machine.trt.calls) == before  # they were there
+    assert len(machine.trt.calls) == before  # Existing engines were kept.
 
 
-def test_an_engine_gives_what_the_file_computes_for_any_number_of_rows(foreign, weight):
+def test_an_engine_computes_the_same_as_its_file_for_any_number_of_rows(foreign, weight):
     machine = fake_machine()
     engine = load_engine(built(foreign, machine, batch={"min": 2, "opt": 4, "max": 4}), machine)
     x = np.random.default_rng(1).standard_normal((9, 8)).astype("f")
     for rows in (1, 2, 4, 5, 9):
-        np.testing.assert_allclose(engine(x[:rows]), x[:rows] @ weight, rtol=1e-5)
+        np.testing.assert_allclose(engine({"x": x[:rows]})["y"], x[:rows] @ weight, rtol=1e-5)
 
 
 def test_a_query_copies_in_runs_copies_out_and_then_waits(foreign):
     machine = fake_machine()
-    query = load_engine(built(foreign, machine), machine).query((3, 8))
+    query = load_engine(built(foreign, machine), machine).query({"x": np.ones((3, 8), "f")})
     machine.cuda.order.clear()
     query()
     assert machine.cuda.order == ["upload", "enqueue", "download", "wait"]
@@ -163,17 +167,15 @@ def test_a_graph_is_recorded_after_a_plain_run(foreign):
     machine = fake_machine()
     engine = load_engine(built(foreign, machine), machine)
     machine.cuda.order.clear()
-    engine.query((3, 8), cuda_graph=True)
+    engine.query({"x": np.ones((3, 8), "f")}, cuda_graph=True)
     assert machine.cuda.order == ["upload", "enqueue", "download", "wait", "capture"]
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (65, 8), (2, 9), (2,)])
-def test_a_batch_outside_the_profile_is_told(foreign, shape):
+def test_a_batch_outside_the_profile_is_refused(foreign, shape):
     machine = fake_machine()
-    with pytest.raises(
-        ExportError, match=r"takes x from \[1, 8\] to \[64, 8\], asked for is .*export\.tensorrt\.batch"
-    ):
-        load_engine(built(foreign, machine), machine).query(shape)
+    with pytest.raises(ExportError, match=r"expected x from \[1, 8\] to \[64, 8\], found .*export\.tensorrt\.batch"):
+        load_engine(built(foreign, machine), machine).query({"x": np.ones(shape, "f")})
 
 
 @pytest.mark.parametrize("damage", [0.2, np.nan])
@@ -188,7 +190,7 @@ def test_an_engine_that_does_not_agree_is_not_kept(export, sets, damage):
     assert "image.nvidia-h200.trt10.12.0.36.fp32.engine.log" in left
 
 
-def test_what_the_builder_says_is_kept_and_sparse_layers_are_counted(foreign):
+def test_the_builders_log_is_kept_and_its_sparse_layers_are_counted(foreign):
     machine = fake_machine()
     machine.trt.log = [
         "(Sparsity) Layers eligible for sparse math: a, b, c",
@@ -204,7 +206,7 @@ def test_what_the_builder_says_is_kept_and_sparse_layers_are_counted(foreign):
     ]
 
 
-def test_a_file_tensorrt_cannot_parse_is_told_with_the_parsers_words_and_the_log(foreign):
+def test_a_file_that_tensorrt_cannot_parse_is_refused_with_the_parsers_error_and_the_log(foreign):
     machine = fake_machine()
     machine.trt.parses = False
     with pytest.raises(ExportError, match=r"could not build .*UNSUPPORTED_NODE.*The whole log: .*engine\.log"):
@@ -256,7 +258,7 @@ def test_a_plan_that_was_changed_is_not_loaded(foreign):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"schema_version": 2}', "{}"])
-def test_a_sidecar_that_is_damaged_is_told(foreign, content):
+def test_a_damaged_sidecar_is_refused(foreign, content):
     machine = fake_machine()
     path = built(foreign, machine)
     path.with_name(path.name + ".json").write_text(content)
@@ -268,7 +270,7 @@ H100, A100, T4 = ("NVIDIA H100", (9, 0)), ("NVIDIA A100", (8, 0)), ("Tesla T4", 
 
 
 @pytest.mark.parametrize(
-    ("asked", "version", "gpu", "fits"),
+    ("settings", "version", "gpu", "fits"),
     [
         ({}, VERSIONS[0], ("NVIDIA H200", (9, 0)), True),
         ({}, VERSIONS[1], ("NVIDIA H200", (9, 0)), False),
@@ -282,16 +284,18 @@ H100, A100, T4 = ("NVIDIA H100", (9, 0)), ("NVIDIA A100", (8, 0)), ("Tesla T4", 
         ({"hardware_compatibility": "ampere_plus"}, VERSIONS[1], A100, False),
     ],
 )
-def test_an_engine_runs_where_it_was_built_for_and_says_both_where_not(foreign, asked, version, gpu, fits):
-    path = built(foreign, fake_machine(VERSIONS[0]), **asked)
+def test_an_engine_runs_where_it_was_built_for_and_elsewhere_is_refused_with_both_machines(
+    foreign, settings, version, gpu, fits
+):
+    path = built(foreign, fake_machine(VERSIONS[0]), **settings)
     here = fake_machine(version, gpu=gpu[0], capability=gpu[1])
     if fits:
-        assert load_engine(path, here)(np.ones((2, 8), "f")).shape == (2, 5)
+        assert load_engine(path, here)({"x": np.ones((2, 8), "f")})["y"].shape == (2, 5)
         return
     with pytest.raises(ArtifactError) as error:
         load_engine(path, here)
     assert "is for TensorRT 10.12.0.36 on NVIDIA H200 (compute capability 9.0)" in str(error.value)
-    assert f"here is TensorRT {version} on {gpu[0]}" in str(error.value)
+    assert f"this is TensorRT {version} on {gpu[0]}" in str(error.value)
     assert here.trt.calls == []
 
 
@@ -301,7 +305,7 @@ def test_an_older_release_does_not_load_a_newer_ones_version_compatible_engine(f
         load_engine(path, fake_machine(VERSIONS[0]))
 
 
-def test_another_file_or_other_settings_are_built_anew(foreign, weight):
+def test_another_file_or_other_settings_are_built_again(foreign, weight):
     machine = fake_machine()
     builds = lambda: [c[0] for c in machine.trt.calls].count("Builder.build_serialized_network")  # noqa: E731
     built(foreign, machine)
@@ -315,22 +319,84 @@ def test_another_file_or_other_settings_are_built_anew(foreign, weight):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_a_file_in_another_precision_still_says_how_to_use_it(export, tmp_path, precision):
+def test_a_file_in_another_precision_keeps_its_metadata(export, tmp_path, precision):
     settings = TensorRTSettings(precision=precision)
     one = prepare(export / "text.onnx", tmp_path, settings)
     assert one.path == tmp_path / f"text.{precision}.onnx"
     kept = {item.key: item.value for item in onnx.load(one.path).metadata_props}
-    told = {key: value for key, value in one.model.items() if key != "self_test"}  # which is the source's own
-    assert json.loads(kept["clipress"]) == {**told, "precision": precision} and one.model["tower"] == "text"
+    about = {key: value for key, value in one.model.items() if key != "self_test"}  # The self-test is the source's.
+    assert json.loads(kept["clipress"]) == {**about, "precision": precision} and one.model["tower"] == "text"
 
 
-def test_a_file_of_others_is_refused_unless_asked_for(foreign):
+def test_a_file_of_another_tool_is_refused_unless_it_is_declared_foreign(foreign):
     with pytest.raises(ExportError, match=r"linear\.onnx was not made by clipress.*--foreign"):
         prepare(foreign, foreign.parent, TensorRTSettings())
-    assert prepare(foreign, foreign.parent, TensorRTSettings(), foreign=True).tower == "linear"
+    assert prepare(foreign, foreign.parent, TensorRTSettings(), foreign=True).name == "linear"
 
 
-def test_weights_that_are_no_numbers_are_told_by_name(tmp_path):
+@pytest.fixture
+def question(tmp_path, weight):
+    """A file of a graph with two inputs that gives logits."""
+    model = two_inputs(weight)
+    metadata.stamp(model, {"task": "questions", "tower": "question", "agrees": "logits", "precision": "fp32"})
+    onnx.save(model, tmp_path / "question.onnx")
+    return tmp_path / "question.onnx"
+
+
+def test_an_engine_of_two_inputs_has_a_profile_for_each_and_agrees(question, weight):
+    machine, settings = fake_machine(), TensorRTSettings(precision="fp32", batch={"min": 2, "opt": 4, "max": 4})
+    prepared = prepare(question, question.parent, settings)
+    path = engine_from_onnx(prepared, machine, settings)
+    shapes = [call[1:] for call in machine.trt.calls if call[0] == "IOptimizationProfile.set_shape"]
+    assert shapes == [("states", (2, 8), (4, 8), (4, 8)), ("memory", (2, 5), (4, 5), (4, 5))]
+    sidecar = read_sidecar(path)
+    assert sidecar.tower == "question" and sidecar.profiles == prepared.profiles
+    assert sidecar.parity == {"question_min_cosine": pytest.approx(1), "question_same_first_place": 1}
+    engine, inputs = load_engine(path, machine), prepared.graph.example(9)
+    for rows in (1, 2, 4, 5, 9):
+        part = {name: values[:rows] for name, values in inputs.items()}
+        (found,) = engine(part).values()
+        np.testing.assert_allclose(found, part["states"] @ weight + part["memory"], rtol=1e-4, atol=1e-5)
+    machine.cuda.order.clear()
+    engine.query(prepared.graph.example(3))()
+    assert machine.cuda.order == ["upload", "upload", "enqueue", "download", "wait"]
+    script = write_script(question.parent / "trtexec.sh", [prepared], settings).read_text()
+    assert "--maxShapes=states:4x8,memory:4x5" in script
+
+
+def test_logits_with_another_first_place_are_refused(question, monkeypatch):
+    monkeypatch.setattr(parity, "same_class", lambda *_: 0.5)
+    settings = TensorRTSettings(precision="fp32")
+    with pytest.raises(ExportError, match=r"question\..*engine ranks differently.*50\.0%"):
+        engine_from_onnx(prepare(question, question.parent, settings), fake_machine(), settings)
+
+
+def test_a_file_with_a_batch_per_input_is_refused(export, tmp_path):
+    model = merge.joint({side: onnx.load(export / f"{side}.onnx") for side in ("image", "text")}, 10.0, None)
+    onnx.save(model, tmp_path / "joint.onnx")
+    with pytest.raises(ExportError, match="expected one batch for all inputs, found image_batch, text_batch"):
+        prepare(tmp_path / "joint.onnx", tmp_path, TensorRTSettings(), foreign=True)
+
+
+def test_an_input_of_another_type_is_refused(tmp_path, weight):
+    model = product(weight)
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    onnx.save(model, tmp_path / "wide.onnx")
+    with pytest.raises(ExportError, match="expected inputs of float32 or int64, found x of double"):
+        prepare(tmp_path / "wide.onnx", tmp_path, TensorRTSettings(), foreign=True)
+
+
+def test_a_sidecar_of_an_earlier_version_is_read(foreign):
+    path = built(foreign, fake_machine())
+    file = path.with_name(path.name + ".json")
+    earlier = json.loads(file.read_text())
+    earlier["profile"] = earlier.pop("profiles")["x"]
+    file.write_text(json.dumps(earlier))
+    assert load_engine(path, fake_machine())({"x": np.ones((2, 8), "f")})["y"].shape == (2, 5)
+    assert read_sidecar(path).profile.max == (64, 8)
+
+
+def test_nan_weights_are_refused_by_name(tmp_path):
     weight = np.ones((8, 5), "f")
     weight[2, 3] = np.nan
     onnx.save(product(weight), tmp_path / "bad.onnx")
@@ -339,7 +405,7 @@ def test_weights_that_are_no_numbers_are_told_by_name(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bad.onnx"]
 
 
-def test_a_file_that_is_no_onnx_or_has_more_dynamic_dimensions_is_told(tmp_path, weight):
+def test_a_file_that_is_not_onnx_or_has_more_dynamic_dimensions_is_refused(tmp_path, weight):
     (tmp_path / "note.onnx").write_text("dear diary")
     with pytest.raises(ArtifactError, match="not a readable ONNX file"):
         prepare(tmp_path / "note.onnx", tmp_path, TensorRTSettings())
@@ -353,7 +419,7 @@ def test_a_file_that_is_no_onnx_or_has_more_dynamic_dimensions_is_told(tmp_path,
 
 
 def test_settings_are_checked_with_the_recipe():
-    with pytest.raises(RecipeError, match=r"export\.tensorrt\.batch: .*min <= opt <= max.*8, 4"):
+    with pytest.raises(RecipeError, match=r"export\.tensorrt\.batch: .*expected min <= opt <= max.*8, 4"):
         checked(ExportSettings, {"tensorrt": {"batch": {"opt": 8, "max": 4}}}, "export")
     with pytest.raises(RecipeError, match="unknown key 'fp16'"):
         checked(ExportSettings, {"tensorrt": {"fp16": True}}, "export")
@@ -375,14 +441,14 @@ def gpu(monkeypatch):
     monkeypatch.setattr(machines, "open_cuda", lambda: fake_machine().cuda)
 
 
-def test_a_machine_without_either_says_both_and_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorrt", None)  # as if it were not installed
+def test_a_machine_without_tensorrt_and_gpu_reports_both_and_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # As if it were not installed.
     without_gpu(monkeypatch)
     with pytest.raises(BackendMissing) as error:
         machines.find_machine()
-    said = str(error.value)
-    assert "pip install 'clipress[tensorrt]'" in said and "nvidia-smi" in said
-    assert said.count("Found no NVIDIA driver") == 2  # of either library
+    message = str(error.value)
+    assert "pip install 'clipress[tensorrt]'" in message and "nvidia-smi" in message
+    assert message.count("Found no NVIDIA driver") == 2  # One per library.
 
 
 def test_libraries_that_do_not_load_are_one_message(monkeypatch, tmp_path, gpu):
@@ -402,11 +468,11 @@ def test_cuda_errors_of_the_runtime_are_the_same_message(monkeypatch, gpu, numbe
         machines.find_machine()
 
 
-def test_a_release_that_is_too_old_is_told(monkeypatch, gpu):
+def test_a_release_that_is_too_old_is_refused(monkeypatch, gpu):
     trt = fake_tensorrt(VERSIONS[0], None)
     trt.__version__ = "8.6.1"
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    with pytest.raises(BackendMissing, match=r"TensorRT 8\.6\.1 is installed, 10\.12 or later is needed"):
+    with pytest.raises(BackendMissing, match=r"TensorRT 8\.6\.1 is installed, 10\.12 or later is required"):
         machines.find_machine()
 
 
@@ -422,7 +488,7 @@ def bare(monkeypatch):
     without_gpu(monkeypatch)
 
 
-def test_a_run_with_engines_in_its_recipe_goes_on_without_them_and_says_why(tmp_path, recipe, tiny_run, bare):
+def test_a_run_with_engines_in_its_recipe_continues_without_them_and_reports_why(tmp_path, recipe, tiny_run, bare):
     import shutil
 
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
@@ -448,7 +514,7 @@ def test_a_whole_run_is_not_stopped_by_missing_engines(tmp_path, recipe, bare):
     assert (tmp_path / "run" / "bench" / "results.json").is_file() and (tmp_path / "run" / "triton").is_dir()
 
 
-def test_a_command_for_one_file_says_what_is_wrong_with_it(tmp_path, foreign, export, bare):
+def test_the_command_for_one_file_reports_what_is_wrong_with_it(tmp_path, foreign, export, bare):
     for arguments, words in [
         ((foreign, "--tensorrt"), "was not made by clipress"),
         ((foreign, "--tensorrt", "--foreign"), "TensorRT cannot be used"),
@@ -485,7 +551,7 @@ echo "$@" >> "$CALLS"
         ("110400", ["--includeDataTransfers"], ["--stronglyTyped", "--useCudaGraph", "--useSpinWait"]),
     ],
 )
-def test_the_script_asks_both_releases_of_trtexec_for_the_same(export, tmp_path, release, has, lacks):
+def test_the_script_gives_both_releases_of_trtexec_the_same_options(export, tmp_path, release, has, lacks):
     settings = TensorRTSettings(**ALL)
     script = write_script(tmp_path / "export" / "trtexec.sh", list(prepare_export(export, settings).values()), settings)
     tool = tmp_path / "trtexec"

@@ -1,4 +1,4 @@
-"""2:4 zeros arrive in the ONNX files: counted group by group, and by polygraphy, which knows nothing of clipress."""
+"""2:4 zeros are in the ONNX files: counted group by group, and by polygraphy, an independent tool."""
 
 import re
 import subprocess
@@ -40,7 +40,7 @@ THROUGH = ("QuantizeLinear", "DequantizeLinear", "Cast")
     scope="module", params=[("vit", "magnitude"), ("vit", "sparsegpt"), ("resnet", "magnitude")], ids="-".join
 )
 def run(request, tmp_path_factory):
-    """A model made 2:4, fine-tuned, saved, loaded, made INT8 with training, saved; both exported as they were saved."""
+    """A model that is sparsified, fine-tuned, saved, loaded, trained in INT8 and saved; both saved models are exported."""
     (name, method), folder = request.param, tmp_path_factory.mktemp("run")
     sets = evalsets([SourceSpec(format="scenes", split="test", limit=10)])
     data = DataSpec(train=(SourceSpec(format="scenes", limit=40),))
@@ -52,7 +52,7 @@ def run(request, tmp_path_factory):
         context = Context(start_fabric(Runtime(accelerator="cpu")), data, 0, teachers=(model.copy(),), title=stage)
         model, _ = kind.run(settings, model, context)
         save_artifact(artifact_from_model(model, ({"stage": stage, "hash": stage},), {}), folder / stage)
-        with pytest.MonkeyPatch.context() as patch:  # an untrained model rounds worse than a trained one
+        with pytest.MonkeyPatch.context() as patch:  # An untrained model rounds worse than a trained one.
             patch.setitem(parity.LIMITS, "int8", (0.9, 0.1, 5e-3))
             onnx_from_artifact(folder / stage, folder / "export" / stage, OnnxSettings(exporter="torchscript"), sets)
         model = model_from_artifact(folder / stage)
@@ -61,13 +61,13 @@ def run(request, tmp_path_factory):
 
 @pytest.fixture(params=["sparse", "int8"])
 def exported(run, request):
-    """The artefact, and its two files."""
+    """The artifact and its two files."""
     files = {tower: run / "export" / request.param / f"{tower}.onnx" for tower in ("image", "text")}
     return load_artifact(run / request.param), files
 
 
 def products(model):
-    """Yield each weight of a Conv, MatMul or Gemm as it is stored, and its axis of input channels."""
+    """Yield the name, stored values and input-channel axis of each weight of a Conv, MatMul or Gemm."""
     graph = model.graph
     stored = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     made_by = {output: node for node in graph.node for output in node.output}
@@ -104,7 +104,7 @@ def test_two_of_each_four_weights_in_the_files_are_zero(exported):
         assert len(sparse) == len(of_tower(artifact.sparsity["weights"], tower)) > 3
         kinds = {weight.dtype.name for weight in sparse}
         assert kinds == {"int8" if artifact.quantization else "float32"}
-        assert all((weight != 0).mean() > 0.4 for weight in sparse)  # the others are still there
+        assert all((weight != 0).mean() > 0.4 for weight in sparse)  # The other weights are not zero.
 
 
 def test_convolutions_hold_the_pattern_along_their_input_channels_and_no_other_axis(run):
@@ -120,7 +120,7 @@ def test_convolutions_hold_the_pattern_along_their_input_channels_and_no_other_a
 
 
 def in_float(path, folder):
-    """Write a file with its int8 weights as floats: polygraphy passes over tensors that are not floats."""
+    """Write a file with its int8 weights as floats: polygraphy skips tensors that are not floats."""
     model = onnx.load(path)
     graph = model.graph
     for item in graph.initializer:
@@ -134,17 +134,19 @@ def test_polygraphy_finds_the_same_weights_eligible_and_sparse(exported, tmp_pat
     artifact, files = exported
     weights, skipped, shapes = artifact.sparsity["weights"], artifact.sparsity["skipped"], artifact.weights
     for tower, path in files.items():
-        told = subprocess.run(
+        report = subprocess.run(
             [Path(sys.executable).with_name("polygraphy"), "inspect", "sparsity", in_float(path, tmp_path)],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-        eligible = int(re.search(r"Found: (\d+) weight tensor", told)[1])
-        fours = [  # it asks for whole groups of four alone
+        eligible = int(re.search(r"Found: (\d+) weight tensor", report)[1])
+        fours = [  # Polygraphy requires whole groups of four.
             name
             for name in of_tower(skipped, tower)
             if (shapes[f"{name}.weight"].shape[1] if f"{name}.weight" in shapes else shapes[name].shape[0]) % 4 == 0
-            or (name == "visual.conv1" and artifact.quantization)  # in INT8 files a product, of 8 x 8 x 3 inputs
+            or (
+                name == "visual.conv1" and artifact.quantization
+            )  # In INT8 files this is a product of 8 x 8 x 3 inputs.
         ]
-        assert told.count("Found sparse tensor") == len(of_tower(weights, tower))
-        assert told.count("Found non-sparse tensor") == len(fours)
+        assert report.count("Found sparse tensor") == len(of_tower(weights, tower))
+        assert report.count("Found non-sparse tensor") == len(fours)
         assert eligible == len(of_tower(weights, tower)) + len(fours)

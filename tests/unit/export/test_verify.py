@@ -1,4 +1,4 @@
-"""`clipress export --verify` says whether files that were copied here compute here what they should."""
+"""`clipress export --verify` reports whether copied files compute the right results on this machine."""
 
 import shutil
 
@@ -41,7 +41,7 @@ def test_a_session_that_disagrees_ends_with_one_message(copied, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["truncated", "no self-test", "nothing"])
-def test_what_cannot_be_verified_is_said(copied, tmp_path, change):
+def test_files_that_cannot_be_verified_are_refused(copied, tmp_path, change):
     source = copied
     if change == "truncated":
         (copied / "text.onnx").write_bytes((copied / "text.onnx").read_bytes()[:-100])
@@ -54,12 +54,12 @@ def test_what_cannot_be_verified_is_said(copied, tmp_path, change):
         source = tmp_path / "empty"
         source.mkdir()
     failed = clipress("export", "--verify", source)
-    told = {
+    messages = {
         "truncated": "truncated or changed",
-        "no self-test": "carries no self-test",
-        "nothing": "holds no exported files",
+        "no self-test": "has no self-test",
+        "nothing": "has no exported files",
     }
-    assert failed.exit_code == 2 and told[change] in failed.output
+    assert failed.exit_code == 2 and messages[change] in failed.output
 
 
 def test_verifying_takes_no_other_option(copied):

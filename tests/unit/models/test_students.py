@@ -121,7 +121,7 @@ def test_students_of_every_family_export_and_agree(image, tmp_path):
     folder = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "a")
     settings = OnnxSettings(exporter="torchscript")
     made = onnx_from_artifact(folder, tmp_path / "e", settings, evalsets(SAMPLE))
-    assert made["parity"]["image_min_cosine"] > 0.9999
+    assert made.least_cosines["image"] > 0.9999
 
 
 def test_students_with_batch_norm_keep_statistics_while_learning_and_use_them_afterwards():

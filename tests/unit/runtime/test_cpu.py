@@ -1,4 +1,4 @@
-"""What a CPU is called and can do, where the sources of that differ too."""
+"""A CPU's name and instruction sets, also where their sources differ."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_only_what_numpy_found_counts_where_linux_describes_another_cpu(emulated
     assert instruction_sets(NEW, numpy_says(*emulated)) == sets
 
 
-def test_linux_is_believed_where_numpy_says_nothing():
+def test_linux_is_trusted_where_numpy_reports_nothing():
     assert instruction_sets({"avx2", "avx_vnni"}, None) == ("avx2", "avx_vnni")
     assert instruction_sets({"asimd", "asimddp", "i8mm"}, {"NEON": True}) == ("asimddp", "i8mm")  # ARM
 

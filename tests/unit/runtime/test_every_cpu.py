@@ -1,4 +1,4 @@
-"""INT8 files compute what exact integer arithmetic gives on every CPU that this machine has, or can pretend to have."""
+"""INT8 files agree with exact integer arithmetic on every CPU that this machine has, hides or emulates."""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from int8_models import CONVOLUTIONAL, quantised
+from int8_models import CONVOLUTIONAL, quantized
 from onnx import TensorProto, helper, numpy_helper, version_converter
 from onnx.reference import ReferenceEvaluator
 
@@ -21,19 +21,19 @@ from clipress.models.load import artifact_from_model
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.cpu import processor
 from clipress.studies import cpus
-from clipress.tasks import model_from_artifact
+from clipress.tasks import model_from_artifact, task_named
 
 MODES = ("default", "exact")
 JOB = Path(__file__).parents[2] / "session_job.py"
 FILES = {"image": "vit/image.onnx", "text": "vit/text.onnx", "convolutional": "resnet/image.onnx"}
-WIDE = "wide/image.onnx"  # weights in 8 bits
+WIDE = "wide/image.onnx"  # Weights of 8 bits.
 NAMES = {"image": "pixel_values", "text": "input_ids"}
 OVERFLOWING = {cpus.EMULATED, "avx2", "avx512", *([cpus.NATIVE] if processor().saturates else [])}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A file, how it is opened, and what it is given."""
+    """A file, the mode it is opened in, and its inputs."""
 
     path: Path
     mode: str
@@ -49,15 +49,15 @@ def sets():
 def home(sets, tmp_path_factory):
     """Exports of a transformer and of a convolutional tower, and of the transformer with 8-bit weights."""
     folder = tmp_path_factory.mktemp("every-cpu")
-    clips = {
-        "vit": (quantised(tiny_architecture(layers=2), sets), "auto"),
-        "resnet": (quantised(CONVOLUTIONAL, sets), "static"),
-        "wide": (quantised(tiny_architecture(layers=2), sets, portable=False), "auto"),
+    models = {
+        "vit": (quantized(tiny_architecture(layers=2), sets), "auto"),
+        "resnet": (quantized(CONVOLUTIONAL, sets), "static"),
+        "wide": (quantized(tiny_architecture(layers=2), sets, portable=False), "auto"),
     }
     with pytest.MonkeyPatch.context() as patch:
-        for precision in ("int8", "static int8"):  # untrained towers round worse than trained ones
+        for precision in ("int8", "static int8"):  # Untrained models round worse than trained ones.
             patch.setitem(parity.LIMITS, precision, (0.98, 0.3, 5e-2))
-        for name, (model, form) in clips.items():
+        for name, (model, form) in models.items():
             artifact = artifact_from_model(model, ({"stage": name, "hash": name},), {})
             save_artifact(artifact, folder / "artifacts" / name)
             settings = OnnxSettings(exporter="torchscript", int8=form)
@@ -68,11 +68,12 @@ def home(sets, tmp_path_factory):
 @pytest.fixture(scope="module")
 def samples(home, sets):
     model = model_from_artifact(home / "artifacts" / "vit")
-    return {tower: rows[:6] for tower, rows in parity.samples(model.preprocess, model.tokenize(), sets).items()}
+    samples = task_named(model.task).samples(sets, model.preprocess, model.tokenize())
+    return {tower: rows[:6] for tower, inputs in samples.items() for rows in inputs.values()}
 
 
 def product(weights):
-    """A graph of nothing but u8 x s8 -> int32."""
+    """Return a graph with one u8 x s8 -> int32 product."""
     takes = helper.make_tensor_value_info("activations", TensorProto.UINT8, ["batch", len(weights)])
     gives = helper.make_tensor_value_info("sums", TensorProto.INT32, ["batch", weights.shape[1]])
     node = helper.make_node("MatMulInteger", ["activations", "weights"], ["sums"])
@@ -82,7 +83,7 @@ def product(weights):
 
 @pytest.fixture(scope="module")
 def products(home):
-    """The largest activations, and weights of the largest magnitudes, in 7 bits and in 8: (files, activations, weights)."""
+    """Files with the largest weights of 7 and 8 bits, the largest activations, and the weights."""
     random = np.random.default_rng(0)
     activations = random.integers(250, 256, (32, 96)).astype(np.uint8)
     weights = {n: (n * random.choice([-1, 1, 1], (96, 48))).astype(np.int8) for n in (64, 127)}
@@ -93,7 +94,7 @@ def products(home):
 
 @pytest.fixture(scope="module", params=[cpus.NATIVE, *cpus.HIDDEN, cpus.EMULATED])
 def answers(request, home, samples, products, tmp_path_factory):
-    """What one CPU makes of every file in every mode: (CPU, {(file, mode): answer})."""
+    """One CPU's results for every file in every mode: (CPU, {(file, mode): result})."""
     if reason := cpus.missing(request.param):
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("answers")
@@ -110,10 +111,10 @@ def answers(request, home, samples, products, tmp_path_factory):
     (folder / "jobs.json").write_text(json.dumps(jobs))
     ran = cpus.python(request.param, JOB, folder / "jobs.json", folder / "out.json")
     assert ran.returncode == 0, ran.stderr
-    told = json.loads((folder / "out.json").read_text())
+    results = json.loads((folder / "out.json").read_text())
     if request.param in OVERFLOWING:
-        assert told["saturates"]  # clipress knows what it runs on, though /proc/cpuinfo tells of another CPU
-    return request.param, dict(zip(cases, told["jobs"], strict=True))
+        assert results["saturates"]  # Detected although /proc/cpuinfo describes another CPU.
+    return request.param, dict(zip(cases, results["jobs"], strict=True))
 
 
 def feed(samples, tower):
@@ -127,8 +128,10 @@ def outputs(answer):
 
 
 def exactly(path, inputs):
-    """What a file computes by its definition: ONNX's own reference evaluator, without any kernels of ONNX Runtime."""
-    model = version_converter.convert_version(onnx.load(path), 19)  # the evaluator knows no Q/DQ of before
+    """Return the output of ONNX's reference evaluator, which has no kernels of ONNX Runtime."""
+    model = version_converter.convert_version(
+        onnx.load(path), 19
+    )  # The evaluator does not support Q/DQ of older opsets.
     return ReferenceEvaluator(model).run(None, inputs)[0]
 
 
@@ -159,7 +162,7 @@ def test_products_in_8_bits_overflow_without_vnni_unless_the_mode_is_exact(answe
     assert (outputs(answer[127, "default"]) == wanted).all() == (cpu not in OVERFLOWING)
 
 
-def test_a_file_in_8_bits_is_opened_in_the_mode_that_is_right_and_that_is_said(answers, home, samples):
+def test_a_file_in_8_bits_is_opened_in_the_correct_mode_with_a_warning(answers, home, samples):
     cpu, answer = answers
     opened = answer["wide", "auto"]
     assert cosines(outputs(opened), exactly(home / WIDE, feed(samples, "image"))).min() >= 0.9999
@@ -184,9 +187,10 @@ def test_a_session_that_overflows_fails_the_self_test_with_the_cpu_and_what_to_d
         assert words in opened["error"]
 
 
-def test_files_say_whether_they_are_portable(home):
+def test_metadata_record_whether_a_file_is_portable(home):
     portable = {
-        name: metadata.told(onnx.load(home / file))["portable"] for name, file in {**FILES, "wide": WIDE}.items()
+        name: metadata.read_metadata(onnx.load(home / file))["portable"]
+        for name, file in {**FILES, "wide": WIDE}.items()
     }
     assert portable == {"image": True, "text": True, "convolutional": True, "wide": False}
     exported = {name: json.loads((home / name / "export.json").read_text())["portable"] for name in ("vit", "wide")}

@@ -1,0 +1,137 @@
+"""Two implementations of a graph agree, or the comparison says how far they differ."""
+
+import numpy as np
+import pytest
+
+from clipress.errors import ExportError
+from clipress.export import parity
+from clipress.runtime.graph import Graph, Input, Output, clip_graphs
+
+RNG = np.random.default_rng(0)
+QUESTION = Graph(
+    name="question",
+    inputs=(
+        Input(name="question_ids", dtype="int64", shape=(5,)),
+        Input(name="states", dtype="float32", shape=(7, 4)),
+    ),
+    outputs=(Output(name="answer_logits", shape=(6,)), Output(name="hidden", shape=(5, 4))),
+    agrees="logits",
+)
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def compared(graphs, samples, precision="fp32", **given):
+    return parity.Comparison(graphs, samples, precision, {name: f"{name}.onnx" for name in graphs}, **given)
+
+
+@pytest.mark.parametrize("broken_at", [1, 3, 10])
+def test_a_file_that_is_wrong_at_one_batch_alone_is_refused(broken_at):
+    graphs = {"image": clip_graphs(2, 3, 4)["image"]}
+    what = compared(graphs, {"image": {"pixel_values": RNG.standard_normal((10, 4))}})
+
+    def encode(inputs):
+        return {"image_embeds": unit(inputs["pixel_values"])}
+
+    def candidate(inputs):
+        rows = encode(inputs)["image_embeds"]
+        return {"image_embeds": -rows if len(rows) == broken_at else rows}
+
+    assert parity.compare(what, {"image": encode}, {"image": encode}) == {"image_min_cosine": pytest.approx(1)}
+    with pytest.raises(ExportError, match=r"image\.onnx does not agree.*least cosine -1\.0"):
+        parity.compare(what, {"image": encode}, {"image": candidate})
+
+
+def test_a_file_with_a_fixed_batch_is_refused():
+    graphs = {"image": clip_graphs(2, 3, 4)["image"]}
+    what = compared(graphs, {"image": {"pixel_values": RNG.standard_normal((10, 4))}})
+    all_rows = unit(what.samples["image"]["pixel_values"])
+    reference = {"image": lambda inputs: {"image_embeds": unit(inputs["pixel_values"])}}
+    with pytest.raises(ExportError, match=r"expected image_embeds of shape \(1, 4\) for a batch of 1, found \(10, 4\)"):
+        parity.compare(what, reference, {"image": lambda _: {"image_embeds": all_rows}})
+
+
+def test_rankings_between_two_graphs_of_embeddings_are_compared():
+    graphs, eye = clip_graphs(2, 3, 8), np.eye(8)
+    samples = {"image": {"pixel_values": eye + 0.1}, "text": {"input_ids": eye}}
+    reference = {
+        "image": lambda inputs: {"image_embeds": inputs["pixel_values"]},
+        "text": lambda inputs: {"text_embeds": inputs["input_ids"] + 0.1},
+    }
+    what = compared(graphs, samples)
+    figures = parity.compare(what, reference, reference)
+    assert figures.keys() == {"image_min_cosine", "text_min_cosine", "same_first_place"}
+    assert figures["same_first_place"] == 1
+
+
+def test_same_first_place_counts_queries_both_ways():
+    eye = np.eye(4)
+    swapped = eye[[1, 0, 2, 3]]
+    assert parity.same_first([eye, eye], [eye, eye], 1e-6) == 1.0
+    assert parity.same_first([eye, eye], [eye, swapped], 1e-6) == 0.5  # Two of four rows, two of four columns.
+    assert parity.same_first([eye, eye], [eye, swapped], 1.0) == 1.0  # Scores this far apart count as equal.
+
+
+def test_the_largest_logit_is_the_same_up_to_equal_scores_whatever_their_scale():
+    wanted = np.array([[0.0, 1.0, 0.999], [3.0, 0.0, 1.0]])
+    swapped = wanted[:, [0, 2, 1]]
+    for scale in (1e-3, 1.0, 1e3):
+        assert parity.same_class(scale * wanted, scale * wanted, 0.0) == 1.0
+        assert parity.same_class(scale * wanted, scale * swapped, 1e-5) == 0.5
+        assert parity.same_class(scale * wanted, scale * swapped, 2e-3) == 1.0
+
+
+def answer(inputs):
+    weights = np.random.default_rng(1).standard_normal((28, 6))
+    states = inputs["states"]
+    hidden = inputs["question_ids"][..., None] + states.mean(1, keepdims=True)
+    return {"answer_logits": states.reshape(len(states), -1) @ weights, "hidden": hidden}
+
+
+@pytest.fixture
+def question():
+    """A graph with two inputs and two outputs, and its samples."""
+    return compared({"question": QUESTION}, {"question": QUESTION.example(9)})
+
+
+def test_a_graph_of_logits_is_compared_by_cosine_and_first_place_on_all_its_inputs(question):
+    figures = parity.compare(question, {"question": answer}, {"question": answer})
+    assert figures == {"question_min_cosine": pytest.approx(1), "question_same_first_place": 1}
+
+
+def test_logits_that_are_close_and_have_another_first_place_are_refused(question):
+    def candidate(inputs):
+        found = answer(inputs)
+        order = np.argsort(found["answer_logits"])
+        rows = np.arange(len(order))
+        found["answer_logits"][rows, order[:, -2]] = found["answer_logits"].max(1) + 1e-3
+        return found
+
+    loose = parity.Limits(0.5, 0.95, 1e-5)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ExportError, match=r"question\.onnx ranks differently"):
+        patch.setitem(parity.LIMITS, "fp32", loose)
+        parity.compare(question, {"question": answer}, {"question": candidate})
+
+
+def test_a_second_output_is_compared_too(question):
+    def candidate(inputs):
+        found = answer(inputs)
+        return found | {"hidden": -found["hidden"]}
+
+    with pytest.raises(ExportError, match=r"question\.onnx does not agree.*least cosine -"):
+        parity.compare(question, {"question": answer}, {"question": candidate})
+
+
+@pytest.mark.parametrize(
+    ("shift", "words"), [(0.5, r"y differs from the source model by 0\.5 \(limit 0\.1\)"), (np.nan, "nan")]
+)
+def test_outputs_beyond_their_limits_are_refused(shift, words):
+    cases = [{"x": np.ones((batch, 2))} for batch in (1, 3)]
+    run = lambda inputs: {"y": inputs["x"]}  # noqa: E731
+    assert parity.compare_outputs(run, run, cases, {"y": 0.1}, "f.onnx") == {"y_max_difference": 0}
+    with pytest.raises(ExportError, match=words):
+        parity.compare_outputs(run, lambda inputs: {"y": inputs["x"] + shift}, cases, {"y": 0.1}, "f.onnx")
+    with pytest.raises(ExportError, match="its batch is not dynamic"):
+        parity.compare_outputs(run, lambda _: {"y": np.ones((1, 2))}, cases, {"y": 0.1}, "f.onnx")
