@@ -27,7 +27,7 @@ from clipress.models.load import Model, artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.export_folder import read_export
 from clipress.runtime.onnx_session import open_session
-from clipress.serve.classify import Classifier
+from clipress.serve.classify import LoadedModel
 
 LABELS, TEMPLATES = ("red circle", "blue square", "7"), ("a photo of a {}", "the {}, drawn")
 ASKED = {"exporter": "torchscript", "labels": LABELS, "templates": TEMPLATES}
@@ -89,12 +89,12 @@ def told(path):
 def test_a_classifier_needs_no_text_and_gives_the_probabilities_that_both_towers_give(export, sets):
     path = variants_from_export(export, OnnxSettings(**ASKED), sets)["classifier"]
     assert path == export / "classifier.onnx"
-    opened, classifier = open_session(path), Classifier(export, threads=1)
+    opened, classifier = open_session(path), LoadedModel(export, threads=1)
     files = [png(sets[0].source.image(i)) for i in range(10)]
     assert [one.name for one in opened.get_inputs()] == ["pixel_values"]
     for batch in (1, 3, 10):
-        wanted = classifier.probabilities(files[:batch], LABELS, TEMPLATES)
-        (found,) = opened.run(None, {"pixel_values": classifier._pixels(files[:batch])})
+        wanted = classifier.classify(files[:batch], LABELS, TEMPLATES)
+        (found,) = opened.run(None, {"pixel_values": classifier.pixels(files[:batch])})
         np.testing.assert_allclose(found, wanted, atol=1e-5)
         np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-6)
     assert np.ptp(wanted, axis=0).max() > 1e-3  # the pictures are told apart
@@ -238,7 +238,7 @@ def test_the_command_takes_labels_in_place_of_the_recipes_and_makes_no_tower_aga
     assert told(path)["labels"] == ["a", "b"]
     before = path.with_name("image.onnx").stat().st_ino
     result = clipress("export", run, "--labels", "cat, dog,fox", "--template", "the {}")
-    assert result.exit_code == 0 and f"classifier, agrees with the towers' files -> {path}" in result.output
+    assert result.exit_code == 0 and f"classifier, matches the separate encoders -> {path}" in result.output
     assert (told(path)["labels"], told(path)["templates"]) == (["cat", "dog", "fox"], ["the {}"])
     assert path.with_name("image.onnx").stat().st_ino == before
     result = clipress("export", run, "--labels", "cat", "--labels-file", tmp_path / "names.txt")
