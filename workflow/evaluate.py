@@ -11,11 +11,11 @@ from clipress import __version__
 from clipress.data.eval_sets import EvalSet, evalsets, probe_sets
 from clipress.data.sources import fingerprint
 from clipress.errors import RecipeError
-from clipress.metrics.evaluate import encode_all, evaluate_items
+from clipress.metrics.evaluate import encode_all
 from clipress.metrics.outcomes import Outcomes, paired_difference, percent, standard_error
 from clipress.metrics.probe import linear_probe
 from clipress.storage import write_text_whole
-from clipress.tasks import model_from_artifact
+from clipress.tasks import evaluate_model, model_from_artifact
 from clipress.workflow.plan import read_plan
 
 Split = Literal["val", "test"]
@@ -76,9 +76,9 @@ def evaluate_artifact(
 ) -> dict[str, Outcomes]:
     """Evaluate an artifact in torch; `probes` are training and test sets for a linear probe."""
     model = model_from_artifact(artifact)
-    encode_image, encode_text = model.encoders()
-    items = evaluate_items(encode_image, encode_text, sets, model.preprocess, model.tokenize())
+    items = evaluate_model(model, sets)
     for train, test in probes:
+        encode_image, _ = model.encoders()
         features = [encode_all(encode_image, part.pixel_batches(model.preprocess)) for part in (train, test)]
         found = linear_probe(features[0], train.labels(), features[1], test.labels())
         items |= {f"{test.name}/{metric}": outcomes for metric, outcomes in found.items()}
