@@ -92,6 +92,11 @@ def _described(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> 
     )
 
 
+def overridden(section: S, settings: Mapping[str, Any], where: str) -> S:
+    """Return a section with some settings replaced and everything validated again. Raises RecipeError."""
+    return checked(type(section), {**section.model_dump(), **settings}, where) if settings else section
+
+
 def first_problem(error: ValidationError) -> str:
     """Return the first problem of a file as `place: message`."""
     problem = error.errors()[0]
@@ -107,15 +112,15 @@ def _section_in(annotation: Any) -> type[BaseModel]:
     return next((section for section in inner if section is not Section), Section)
 
 
-def read_recipe(path: str | Path, sets: Iterable[str] = ()) -> Recipe:
-    """Read and validate a recipe's outline. `sets` are overrides such as `stages.1.prune.steps=10`.
+def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read and validate a recipe's outline. `overrides` are values by key, such as {"stages.1.prune.steps": 10}.
 
     A teacher's recipe that is given as a file name is read and inserted, so that the result needs no other file.
     """
     path = Path(path)
     raw = mapping_from(path)
-    for override in sets:
-        _override(raw, override)
+    for key, value in (overrides or {}).items():
+        _override(raw, key, value)
     teachers = raw.get("teacher")
     for teacher in teachers if isinstance(teachers, list) else [teachers]:
         if isinstance(teacher, dict) and isinstance(teacher.get("recipe"), str):
@@ -181,22 +186,29 @@ def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[flo
     return known[id(node)]
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
-    keys, equals, value = text.partition("=")
-    if not equals:
-        raise RecipeError(f"--set {text:.{MAX_SHOWN}}: expected KEY=VALUE, such as --set seed=1.")
-    try:
-        content = _value_from(value)
-    except ValueError as error:
-        raise RecipeError(f"--set {text:.{MAX_SHOWN}}: the value is not valid YAML: {error}") from None
-    *path, last = keys.split(".")
+def overrides_from(texts: Iterable[str]) -> dict[str, Any]:
+    """Parse overrides written as `KEY=VALUE`, the value in YAML. Raises RecipeError."""
+    overrides = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"Override {text:.{MAX_SHOWN}}: expected KEY=VALUE, such as seed=1.")
+        try:
+            overrides[key] = _value_from(value)
+        except ValueError as error:
+            raise RecipeError(f"Override {text:.{MAX_SHOWN}}: the value is not valid YAML: {error}") from None
+    return overrides
+
+
+def _override(raw: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
     place: Any = raw
     try:
-        for key in path:
-            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
-        place[int(last) if isinstance(place, list) else last] = content
+        for part in path:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        place[int(last) if isinstance(place, list) else last] = value
     except (ValueError, IndexError, TypeError, AttributeError):
-        raise RecipeError(f"--set {text:.{MAX_SHOWN}}: the recipe has no key '{keys:.{MAX_SHOWN}}'.") from None
+        raise RecipeError(f"Override {key:.{MAX_SHOWN}}: the recipe has no such key.") from None
 
 
 def recipe_text(recipe: Recipe) -> str:

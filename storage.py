@@ -159,6 +159,14 @@ def locked(folder: Path, wait: Callable[[str], None] | None = None) -> Iterator[
         yield
 
 
+@contextmanager
+def locked_and_swept(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone, after removing what killed processes left in it. Raises ArtifactError."""
+    with locked(folder):
+        sweep(folder)
+        yield
+
+
 def read_json(path: Path, limit: int = MAX_JSON) -> Any:
     """Read an untrusted JSON file. Raises OSError, or ValueError if it is too long, too deep or not JSON."""
     size = path.stat().st_size

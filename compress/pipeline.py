@@ -8,14 +8,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clipress.artifact import Artifact, load_artifact, read_header, save_artifact
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
 from clipress.compress.lineage import Lineage, peak_memory_mb, record_of, versions
-from clipress.compress.plan import Plan, plan_from
-from clipress.compress.run_folder import claimed
+from clipress.compress.plan import CompressPlan, compress_plan_from
+from clipress.compress.run_folder import lock_run_folder
 from clipress.compress.stage import Stage
 from clipress.compress.teacher_cache import caches_of
 from clipress.compress.teachers import Teacher
@@ -30,9 +30,6 @@ from clipress.recipe import Recipe, checked, digest
 from clipress.storage import cache_folder, is_first_process
 from clipress.tasks import evaluate_model, model_from_artifact, task_named
 
-if TYPE_CHECKING:
-    pass
-
 Say = Callable[[str], None]
 
 
@@ -44,20 +41,19 @@ class Made:
     lineage: Lineage
 
 
-def compress(recipe: Recipe, run: Path, say: Say, fresh: bool = False, wait: Say | None = None) -> list[Path]:
+def compress(plan: CompressPlan, run: Path, say: Say, fresh: bool = False, wait: Say | None = None) -> list[Path]:
     """Run every stage of a recipe; a finished stage whose inputs have not changed is reused, unless `fresh`.
 
-    Returns the artifacts' folders, in order. `wait` is for a folder that several runs share, see `claimed`.
+    Returns the artifacts' folders, in order. `wait` is for a folder that several runs share, see `lock_run_folder`.
     """
-    plan = plan_from(recipe)
-    with claimed(run, plan, say, fresh, wait) if is_first_process() else nullcontext():
+    with lock_run_folder(run, plan, say, fresh, wait) if is_first_process() else nullcontext():
         return _Pipeline(plan, run, say, fresh).run_stages()
 
 
 class _Pipeline:
     """One run of a recipe: what its stages share."""
 
-    def __init__(self, plan: Plan, run: Path, say: Say, fresh: bool) -> None:
+    def __init__(self, plan: CompressPlan, run: Path, say: Say, fresh: bool) -> None:
         self.plan, self.recipe, self.run, self.fresh = plan, plan.recipe, run, fresh
         self.task = task_named(plan.recipe.task)
         self.fabric = start_fabric(plan.runtime)
@@ -199,6 +195,6 @@ def load_teacher(spec: TeacherSpec, task: str, say: Say) -> Teacher:
         inner = checked(Recipe, spec.recipe, "teacher.recipe")
         home = cache_folder() / "teachers" / f"{inner.name}-{digest(inner.model_dump(), versions())}"
         say(f"teacher: from recipe '{inner.name}', kept in {home}")
-        source = compress(inner, home, say, wait=say)[-1]
+        source = compress(compress_plan_from(inner), home, say, wait=say)[-1]
     artifact = load_artifact(source)
     return Teacher(model_from_artifact(artifact), artifact.lineage, artifact.metrics)

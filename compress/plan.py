@@ -1,4 +1,4 @@
-"""A recipe's sections, checked: what compressing needs is known to be right before anything is done."""
+"""The sections of a recipe that compressing needs, typed and validated before any work starts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from clipress.tasks import TASKS, Task
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A recipe whose every section has been checked."""
+class CompressPlan:
+    """What compressing needs: the recipe as it ran, and its sections with types."""
 
     recipe: Recipe
     data: DataSpec
@@ -26,33 +26,34 @@ class Plan:
 
     @property
     def artifacts(self) -> list[str]:
-        """Names of the artefacts the run leaves, in order."""
+        """Names of the artifacts that the run leaves, in order."""
         return (["teacher"] if self.teachers else []) + [stage.name for stage in self.stages]
 
 
-def plan_from(recipe: Recipe) -> Plan:
-    """Check everything that compressing needs, before anything is done."""
+def compress_plan_from(recipe: Recipe) -> CompressPlan:
+    """Validate everything that compressing needs. Raises RecipeError."""
     task = TASKS.find(recipe.task, "task")()
-    asked = recipe.teacher if isinstance(recipe.teacher, list) else [recipe.teacher]
-    teachers = tuple(checked(TeacherSpec, one, "teacher") for one in asked if one is not None)
+    raw = recipe.teacher if isinstance(recipe.teacher, list) else [recipe.teacher]
+    teachers = tuple(checked(TeacherSpec, one, "teacher") for one in raw if one is not None)
     stages = tuple(stages_from(recipe.stages, task.stage_defaults))
     for number, stage in enumerate(stages):
         _check_task(stage, task, f"stages.{number}.{stage.kind}")
     if not teachers and recipe.student is None:
-        raise RecipeError("Either 'teacher' or 'student' is asked for, found neither: there is no model to start from.")
+        raise RecipeError("The recipe has no model to start from: set 'teacher', 'student' or both.")
     if len({teacher.cache is None for teacher in teachers}) > 1:
         raise RecipeError(
-            "teacher: either every teacher has a 'cache' or none: training looks all of them up, or runs all."
+            "teacher: expected a 'cache' for every teacher or for none, found both. Training either looks all teachers up "
+            "or runs all of them."
         )
     if teachers and any(stage.name == "teacher" for stage in stages):
-        raise RecipeError("stages: 'teacher' is the name of the teacher's artefact; call the stage something else.")
+        raise RecipeError("stages: the name 'teacher' is reserved for the teacher's artifact. Rename the stage.")
     if recipe.student is not None:
         task.check_student(recipe.student, bool(teachers))
     for teacher in teachers:
         if teacher.recipe is not None:
-            plan_from(checked(Recipe, teacher.recipe, "teacher.recipe"))
+            compress_plan_from(checked(Recipe, teacher.recipe, "teacher.recipe"))
     data = checked(DataSpec, recipe.data, "data")
-    return Plan(recipe, data, checked(Runtime, recipe.runtime, "runtime"), teachers, stages)
+    return CompressPlan(recipe, data, checked(Runtime, recipe.runtime, "runtime"), teachers, stages)
 
 
 def _check_task(stage: Stage, task: Task, where: str) -> None:

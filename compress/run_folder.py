@@ -1,7 +1,7 @@
-"""Who may write into a run folder: one process, with the recipe the folder was made with or one that fits what is finished.
+"""Guard a run folder: one writer at a time, with the folder's recipe or one that its finished stages allow.
 
-A recipe may be corrected while nothing that is finished depends on what changed: a stage depends on the sections in
-`INPUTS`, on its own entry and on those before it. Test data, `export`, `bench` and `serve` come after all stages.
+A recipe may change as long as no finished stage depends on the change. A stage depends on the sections in `INPUTS`, on its
+own entry and on those before it. Test data, `export`, `bench` and `serve` come after all stages.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clipress.artifact import HEADER
-from clipress.compress.plan import Plan, plan_from
+from clipress.compress.plan import CompressPlan, compress_plan_from
 from clipress.errors import ArtifactError
 from clipress.recipe import Recipe, read_recipe, recipe_text
 from clipress.storage import LOCK, leftovers, locked, sweep, write_text_whole
@@ -23,48 +23,50 @@ Say = Callable[[str], None]
 
 
 @contextmanager
-def claimed(run: Path, plan: Plan, say: Say, fresh: bool = False, wait: Say | None = None) -> Iterator[None]:
-    """Take a folder for a run and for this process alone.
+def lock_run_folder(
+    run: Path, plan: CompressPlan, say: Say, fresh: bool = False, wait: Say | None = None
+) -> Iterator[None]:
+    """Lock a run folder for this process and write the recipe into it.
 
-    Raises ArtifactError where the folder holds something else, or finished stages that depend on what differs from the
-    recipe they were made with; with `fresh` these are to be made anew anyway. A folder that another process works on is
-    refused too; with `wait`, that is said and waited for.
+    Raises ArtifactError if the folder holds something else, or finished stages of a recipe that differs in what they depend
+    on (not with `fresh`, which redoes them). A folder that another process has locked is an error too; with `wait`, a
+    message is passed to it and the lock is awaited.
     """
     _refuse_others(run, plan, fresh)
     with locked(run, wait):
-        kept = _refuse_others(run, plan, fresh)  # somebody may have been quicker
+        kept = _refuse_others(run, plan, fresh)  # another process may have written it since
         sweep(run)
         if kept != plan.recipe:
             if kept is not None:
-                _replace(run, kept, plan, say)
+                _report_changes(run, kept, plan, say)
             write_text_whole(run / RECIPE, recipe_text(plan.recipe))
         yield
 
 
-def _refuse_others(run: Path, plan: Plan, fresh: bool) -> Recipe | None:
-    """Return the recipe a folder was made with, None for a new folder."""
+def _refuse_others(run: Path, plan: CompressPlan, fresh: bool) -> Recipe | None:
+    """Return the recipe a folder was made with, None for a new folder. Raises ArtifactError for any other folder."""
     path = run / RECIPE
     if run.exists() and not run.is_dir():
-        raise ArtifactError(f"Run folder {run} was asked for; it is a file. Choose another with --out.")
+        raise ArtifactError(f"{run} is a file, not a run folder. Choose a folder with --out.")
     if not path.is_file():
         if run.is_dir() and {*run.iterdir()} - {run / LOCK, *leftovers(run)}:
-            raise ArtifactError(f"Run folder {run} is not empty and holds no {RECIPE}. Choose another with --out.")
+            raise ArtifactError(f"Run folder {run} is not empty and has no {RECIPE}. Choose another with --out.")
         return None
     kept = read_recipe(path)
     if kept == plan.recipe or fresh:
         return kept
     if depending := _depending(run, kept, plan):
-        told = "; ".join(f"{stage} depends on {', '.join(changes)}" for stage, changes in depending.items())
+        reasons = "; ".join(f"{stage} depends on {', '.join(changes)}" for stage, changes in depending.items())
         raise ArtifactError(
-            f"Run folder {run} holds finished stages of a different recipe: {told}. Nothing was changed. Choose another "
-            f"folder with --out, do every stage over with --fresh, or remove {', '.join(str(run / s) for s in depending)}."
+            f"Run folder {run} holds finished stages of a different recipe: {reasons}. Nothing was changed. Choose another "
+            f"folder with --out, redo every stage with --fresh, or remove {', '.join(str(run / s) for s in depending)}."
         )
     return kept
 
 
-def _depending(run: Path, kept: Recipe, plan: Plan) -> dict[str, list[str]]:
+def _depending(run: Path, kept: Recipe, plan: CompressPlan) -> dict[str, list[str]]:
     """Return the finished stages that depend on what changed, each with the places in the recipe that did."""
-    old = plan_from(kept)
+    old = compress_plan_from(kept)
     changed = _changed_inputs(old, plan)
     depending = {}
     for number, stage in enumerate(old.stages):
@@ -74,21 +76,21 @@ def _depending(run: Path, kept: Recipe, plan: Plan) -> dict[str, list[str]]:
     return depending
 
 
-def _changed_inputs(old: Plan, new: Plan) -> list[str]:
-    """Return the sections of `INPUTS` that differ. Who decodes, and what is tested on later, does not count."""
+def _changed_inputs(old: CompressPlan, new: CompressPlan) -> list[str]:
+    """Return the sections of `INPUTS` that differ. Decoding workers and test data do not count."""
 
-    def told(plan: Plan) -> dict[str, object]:
+    def inputs(plan: CompressPlan) -> dict[str, object]:
         data = plan.data.model_copy(update={"test": (), "workers": 0})
         values = {"teacher": plan.teachers, "data": data, "runtime": plan.runtime}
         return {name: values.get(name, getattr(plan.recipe, name)) for name in INPUTS}
 
-    before, after = told(old), told(new)
+    before, after = inputs(old), inputs(new)
     return [name for name in INPUTS if before[name] != after[name]]
 
 
-def _replace(run: Path, kept: Recipe, plan: Plan, say: Say) -> None:
-    """Say what the new recipe changes, and remove the teacher's copy where it may be another teacher's."""
+def _report_changes(run: Path, kept: Recipe, plan: CompressPlan, say: Say) -> None:
+    """Report what the new recipe changes, and remove a copy of the teacher that may be outdated."""
     sections = [name for name in type(kept).model_fields if getattr(kept, name) != getattr(plan.recipe, name)]
     say(f"{run / RECIPE} is replaced: {', '.join(sections)} changed, and no finished stage depends on that")
-    if {"teacher", "data"} & {*_changed_inputs(plan_from(kept), plan)}:
+    if {"teacher", "data"} & {*_changed_inputs(compress_plan_from(kept), plan)}:
         shutil.rmtree(run / "teacher", ignore_errors=True)

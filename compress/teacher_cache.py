@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipress import __version__
-from clipress.compress.fabric import start_fabric, uses_bf16
+from clipress.compress.fabric import uses_bf16
 from clipress.data.bad_records import refuse_too_many
 from clipress.data.cache_files import (
     CacheSettings,
@@ -42,14 +42,14 @@ from clipress.data.teacher_cache import TeacherCache
 from clipress.data.tokens import Tokenize
 from clipress.data.transforms import Augment, View, drawn_view, normalised, size_of, viewed
 from clipress.errors import ArtifactError, DataError, RecipeError
-from clipress.models.load import Model, TeacherSpec
+from clipress.models.load import Model
 from clipress.progress import progress_bar
 from clipress.storage import cache_folder, locked, sweep
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from clipress.compress.plan import Plan
+    from clipress.compress.plan import CompressPlan
     from clipress.compress.teachers import Teacher
 
 HOME = "teacher-embeddings"
@@ -324,31 +324,10 @@ def check_cache(cache: TeacherCache, model: Model, source: Source, count: int = 
             )
 
 
-def embed_recipe(
-    plan: Plan, home: Path | None, views: int | None, dtype: Dtype | None, artifacts: Sequence[Path], say: Say
-) -> list[Path]:
-    """Embed a recipe's training sources with its teachers, or with the given artefacts; returns the caches' folders."""
-    from clipress.compress.pipeline import load_teacher  # which itself builds caches
-
-    specs = [TeacherSpec(artifact=path) for path in artifacts] or plan.teachers
-    if not specs:
-        raise RecipeError("The recipe names no 'teacher' to embed with. Name an artefact with --teacher.")
-    asked = next((spec.cache for spec in plan.teachers if spec.cache), CacheSettings())
-    fabric = start_fabric(plan.runtime)
-    say = say if fabric.is_global_zero else (lambda _: None)
-    folders = []
-    for spec in specs:
-        settings = spec.cache or asked
-        given = CacheSettings(views=views or settings.views, dtype=dtype or settings.dtype)
-        caches = caches_of(load_teacher(spec, plan.recipe.task, say), given, plan, fabric, say, home)
-        folders += [cache.folder for cache in caches]
-    return folders
-
-
 def caches_of(
     teacher: Teacher,
     settings: CacheSettings,
-    plan: Plan,
+    plan: CompressPlan,
     fabric: Fabric,
     say: Say,
     home: Path | None = None,

@@ -67,7 +67,7 @@ def open_image(source: str | Path | bytes) -> Image.Image:
             raise DataError(
                 f"{name}: expected an aspect of at most {MAX_ASPECT} to 1, found {image.width} x {image.height} pixels."
             )
-        return _rgb(ImageOps.exif_transpose(image))
+        return as_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:  # Pillow's own limit comes first
         raise DataError(f"{name}: expected at most {MAX_PIXELS:,} pixels. {error}") from None
     except FileNotFoundError:
@@ -79,7 +79,7 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         raise DataError(f"{name} is not a readable image: {why}. Use JPEG, PNG or WebP files.") from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB. Of 16-bit grey the high byte is kept: Pillow would clip it at 255, that is, to white."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65_535) >> 8).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Pictures and label names -> probabilities, from an export folder and ONNX Runtime alone."""
+"""Inference with an export folder and ONNX Runtime alone: embeddings, and classification among named labels."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from clipress.data.prompts import check_labels, prompts_by_class
 from clipress.data.tokens import tokenizer_from_spec
-from clipress.data.transforms import fitted, normalised, open_image
+from clipress.data.transforms import as_rgb, fitted, normalised, open_image
 from clipress.errors import DataError
 from clipress.metrics.classify import softmax
 from clipress.metrics.retrieval import finite
@@ -19,55 +20,105 @@ from clipress.runtime.export_folder import read_export
 from clipress.runtime.onnx_session import open_session
 
 TEMPLATES = ("a photo of a {}",)
-BATCH = 32  # what is held in memory at once
+BATCH = 32  # items per call of ONNX Runtime; limits memory
+ImageLike = str | Path | bytes | Image.Image | np.ndarray
+"""A path, the content of an image file, a Pillow image, or uint8 pixels [H, W, 3] in RGB."""
 
 
-class Classifier:
-    """Zero-shot classification with the two towers of one export folder.
+class LoadedModel:
+    """An exported CLIP model; see `clipress.load`.
 
     Args:
-        export: holds image.onnx, text.onnx and export.json.
-        threads: of ONNX Runtime, inside one operator; 0: one per core.
+        export: folder with image.onnx, text.onnx and export.json.
+        threads: ONNX Runtime threads inside one operator; 0: one per core.
+
+    Raises ArtifactError if the export is missing or damaged.
     """
 
     def __init__(self, export: str | Path, threads: int = 0) -> None:
-        self._export = read_export(export)
-        self._sessions = {tower: open_session(self._export.onnx(tower), threads) for tower in self._export.files}
-        self._tokenize = tokenizer_from_spec(self._export.tokenizer.model_dump())
+        self.exported = read_export(export)
+        self.sessions = {tower: open_session(self.exported.onnx(tower), threads) for tower in self.exported.files}
+        self._tokenize = tokenizer_from_spec(self.exported.tokenizer.model_dump())
+        self._labels: tuple[Any, np.ndarray] | None = None  # the last set of labels, and its embeddings
+
+    def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
+        """Return unit-length embeddings, float32 [N, D]; a single image gives [1, D]. Raises DataError."""
+        return self._encode("image", _as_list(images), self.pixels)
+
+    def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Return unit-length embeddings, float32 [N, D]; a single text gives [1, D]."""
+        return self._encode("text", [texts] if isinstance(texts, str) else list(texts), self._tokenize)
+
+    def classify(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        labels: Sequence[str],
+        templates: str | Sequence[str] = TEMPLATES,
+    ) -> np.ndarray:
+        """Return the probability of every label, float32 [N, C]; rows sum to 1. A single image gives [C].
+
+        Args:
+            images: one image or several.
+            labels: names to choose from.
+            templates: prompts with {} for the label; embeddings of several are averaged.
+
+        Raises DataError for an image that cannot be read, and for empty, repeated or malformed labels and templates.
+        """
+        shapes = (templates,) if isinstance(templates, str) else tuple(templates)
+        classes = self.label_embeddings(labels, shapes)
+        found = softmax(self.exported.logit_scale * (self.encode_image(images) @ classes.T))
+        return found[0] if _is_one(images) else found
 
     def label_embeddings(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
-        """Return one unit vector per label, float32 [C, D]: the mean over the templates. Raises DataError."""
-        check_labels(labels)
-        check_templates(templates)
-        return embed_labels(lambda prompts: self._embeddings("text", prompts, self._tokenize), labels, templates)
+        """Return one unit vector per label, float32 [C, D]: the mean over the templates. Raises DataError.
 
-    def probabilities(
-        self, images: Sequence[str | Path | bytes], labels: Sequence[str], templates: Sequence[str] = TEMPLATES
-    ) -> np.ndarray:
-        """Return the probability of every label for every picture, [N, C]; rows sum to 1.
-
-        Pictures are paths or the bytes of a file. Raises DataError for a picture that cannot be read, and for labels
-        or templates that are empty, repeated or of the wrong form.
+        The last result is kept, so that classifying with the same labels again costs no text encoding.
         """
-        classes = self.label_embeddings(labels, templates)
-        embeds = self._embeddings("image", images, self._pixels)
-        return softmax(self._export.logit_scale * (embeds @ classes.T))
+        key = (tuple(labels), tuple(templates))
+        if self._labels is None or self._labels[0] != key:
+            check_labels(labels)
+            check_templates(templates)
+            self._labels = key, embed_labels(self.encode_text, labels, templates)
+        return self._labels[1]
 
-    def _pixels(self, images: Sequence[str | Path | bytes]) -> np.ndarray:
-        preprocess = self._export.preprocess
-        return normalised(np.stack([fitted(open_image(image), preprocess) for image in images]), preprocess)
+    def pixels(self, images: Sequence[ImageLike]) -> np.ndarray:
+        """Return the image encoder's input, float32 [N, 3, S, S]. Raises DataError."""
+        preprocess = self.exported.preprocess
+        return normalised(np.stack([fitted(_opened(image), preprocess) for image in images]), preprocess)
 
-    def _embeddings(self, tower: str, items: Sequence[Any], prepared: Callable[[Any], np.ndarray]) -> np.ndarray:
-        session = self._sessions[tower]
-        takes = session.get_inputs()[0].name
+    def _encode(self, tower: str, items: Sequence[Any], prepare: Callable[[Any], np.ndarray]) -> np.ndarray:
+        session = self.sessions[tower]
+        name = session.get_inputs()[0].name
         batches = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
-        none = np.empty((0, self._export.embed_dim), np.float32)
-        found = np.concatenate([none, *(session.run(None, {takes: prepared(batch)})[0] for batch in batches)])
+        empty = np.empty((0, self.exported.embed_dim), np.float32)
+        found = np.concatenate([empty, *(session.run(None, {name: prepare(batch)})[0] for batch in batches)])
         return finite(found, tower)
 
 
+def _is_one(images: ImageLike | Sequence[ImageLike]) -> bool:
+    if isinstance(images, np.ndarray):
+        return images.ndim != 4
+    return isinstance(images, str | Path | bytes | Image.Image)
+
+
+def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    return [images] if _is_one(images) else list(images)
+
+
+def _opened(image: ImageLike) -> Image.Image | np.ndarray:
+    if isinstance(image, Image.Image):
+        return as_rgb(ImageOps.exif_transpose(image))
+    if not isinstance(image, np.ndarray):
+        return open_image(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise DataError(
+            f"Image array: expected uint8 [H, W, 3] in RGB, found {image.dtype} {list(image.shape)}. Convert it first."
+        )
+    return image
+
+
 def prompts_for(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Return every label in every template, a label's prompts together: C * T texts. Raises DataError."""
+    """Return every label in every template, the prompts of a label together: C * T texts. Raises DataError."""
     check_labels(labels)
     check_templates(templates)
     return [prompt for _, prompts in prompts_by_class(labels, templates) for prompt in prompts]
@@ -82,29 +133,3 @@ def check_templates(templates: Sequence[str]) -> None:
     for template in templates:
         if "{}" not in template:
             raise DataError(f"Template '{template}' has no {{}} for the label. Write it as 'a photo of a {{}}'.")
-
-
-def labels_from(option: str | None, file: Path | None) -> list[str]:
-    """Return the labels of a comma-separated text, or of a text file with one per line; blank ones are left out.
-
-    Exactly one of both must be given. Raises DataError.
-    """
-    if (option is None) == (file is None):
-        found = "none" if file is None else "both"
-        raise DataError(f"Either --labels or --labels-file is asked for, found {found}. Give one of them.")
-    parts = option.split(",") if file is None else _lines(file)
-    labels = [part.strip() for part in parts if part.strip()]
-    if not labels:
-        where = f"'{option}'" if file is None else str(file)
-        raise DataError(f"Labels were asked for, and {where} holds none. Give names, such as cat,dog or one per line.")
-    check_labels(labels)
-    return labels
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"Labels file {file} was asked for, and there is no such file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Labels file {file} cannot be read: {error}. Give a UTF-8 text, one label per line.") from None

@@ -140,14 +140,14 @@ def open_index(folder: str | Path, lineage: str | None = None, verify: bool = Tr
     if trouble := _trouble(folder, description, verify):
         if read_description(folder) != description:  # it was replaced meanwhile
             return open_index(folder, lineage, verify)
-        raise ArtifactError(f"{folder}: {trouble}. Make it again: clipress serve index IMAGES --run RUN --out {folder}")
+        raise ArtifactError(f"{folder}: {trouble}. Make it again: clipress index IMAGES --run RUN --out {folder}")
     check_encoder(folder, description, lineage)
     vectors = _read(folder / description.vectors.file, faiss.IO_FLAG_MMAP_IFC)
     index = Index(folder, description, vectors)
     if (vectors.ntotal, vectors.d, len(index._ends)) != (len(index), index.dim, len(index)):
         raise ArtifactError(
             f"{folder}: {vectors.ntotal} x {vectors.d} vectors and {len(index._ends)} keys were found; {DESCRIPTION} "
-            f"says {len(index)} x {index.dim}. Make it again: clipress serve index IMAGES --run RUN --out {folder}"
+            f"says {len(index)} x {index.dim}. Make it again: clipress index IMAGES --run RUN --out {folder}"
         )
     return index
 
@@ -160,7 +160,7 @@ def read_description(folder: Path) -> Description:
     except FileNotFoundError:
         raise ArtifactError(
             f"An index was asked for at {folder}; there is no {DESCRIPTION} in it. "
-            f"Do: clipress serve index IMAGES --run RUN --out {folder}"
+            f"Do: clipress index IMAGES --run RUN --out {folder}"
         ) from None
     except ValidationError as error:
         raise ArtifactError(f"{path} is damaged: {first_problem(error)}. Make the index again.") from None

@@ -55,7 +55,7 @@ Say = Callable[[str], None]
 
 
 class ImageTower:
-    """The image tower of an export folder, in ONNX Runtime. `threads` as in `Classifier`."""
+    """The image tower of an export folder, in ONNX Runtime. `threads` as in `LoadedModel`."""
 
     def __init__(self, exported: Exported, threads: int) -> None:
         self.exported = exported

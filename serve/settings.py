@@ -14,7 +14,7 @@ Count = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
 
 class RateLimit(Section):
     """What Triton's rate limiter asks of the encoders. It works where the server gets --rate-limit=execution_count, as
-    `clipress serve --run` and the repository's page have it."""
+    `clipress triton` and the repository's page have it."""
 
     resources: dict[str, PositiveInt] = Field(default_factory=dict)
     """How much of which resource one run takes. Models that name the same resource share it."""

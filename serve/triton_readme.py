@@ -49,10 +49,10 @@ Then, in this folder:
 $docker
 ```
 $note
-Or, without a container, where a server is installed: `clipress serve RUN --run`.
+Or, without a container, where a server is installed: `clipress triton RUN`.
 
 Ready when `curl -sf localhost:8000/v2/health/ready` succeeds. Triton still says so when a model's process has been killed, and
-then fails that model's requests: let a health check ask `embed_text` too. `clipress serve RUN --run` loads it again.
+then fails that model's requests: let a health check ask `embed_text` too. `clipress triton RUN` loads it again.
 The folder above this one is mounted, so that a version that
 is added is seen by the running server: `--model-control-mode=poll` loads it by itself, a restart always does.
 

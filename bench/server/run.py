@@ -1,4 +1,4 @@
-"""`clipress bench RUN --backend triton`: every model of a server under every load -> load.json and a table."""
+"""`clipress bench-server RUN`: every model of a server under every load -> load.json and a table."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Budget(Target):
     __pydantic_extra__: dict[str, Target] = Field(init=False)
     """Targets by tower. Their names are checked when the search starts, against the towers of the model."""
     costs: Path | None = None
-    """The cost table of `latency`: made by `clipress bench costs`."""
+    """The cost table of `latency`: made by `clipress latency-table`."""
 
     @model_validator(mode="before")
     @classmethod

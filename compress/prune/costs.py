@@ -17,7 +17,7 @@ from clipress.models.anatomy import Attn, Part
 from clipress.storage import read_json
 
 UPOP_COSTS = {"attn": 36, "ffn": 1}  # as published, for every model; true costs are 16 to 32 to 1
-HOW_TO_MEASURE = "Measure one on the target: clipress bench costs RUN --out costs.json"
+HOW_TO_MEASURE = "Measure one on the target: clipress latency-table RUN --out costs.json"
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,23 @@ def test_every_command_block_runs(tmp_path, tiny_run, commands_on_path):
         done = subprocess.run(["bash", "-e", "-c", block], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "digits-000.png: " in done.stdout
-    assert (tmp_path / "pictures" / "digits-002.png").is_file()
+    assert (tmp_path / "images" / "digits-002.png").is_file()
+
+
+def test_the_python_block_runs(tmp_path, tiny_run):
+    """The recipe's name stands for the tiny run's, so that its stages are finished; everything else is as shown."""
+    run = shutil.copytree(tiny_run[0], tmp_path / "runs" / "demo")
+    (block,) = blocks("python")
+    code = block.replace('"demo", out=', f"{str(run / 'recipe.yaml')!r}, out=")
+    assert code != block
+    shell = next(block for block in blocks("bash") if "clipress data images" in block)
+    (command,) = [line.split() for line in shell.splitlines() if line.startswith("clipress data images")]
+    for words in ([sys.executable, "-m", *command], [sys.executable, "-c", code]):
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    artifacts, similarities, *_, probabilities = done.stdout.splitlines()
+    assert artifacts.startswith("('teacher', 'pruned', 'recovered', 'sparse', 'int8')")
+    assert similarities.startswith("[[") and len(probabilities.strip("[]").split()) == 3
 
 
 def test_the_two_commands_are_targets_that_call_what_they_promise():
@@ -52,10 +68,10 @@ def test_the_two_commands_are_targets_that_call_what_they_promise():
 
 
 def test_recipes_in_the_readme_are_valid_and_the_demos_lines_are_the_demos():
-    from clipress.cli import _checked
     from clipress.compress.stage import stages_from
     from clipress.models.students import check
     from clipress.recipe import Recipe, checked
+    from clipress.workflow.plan import plan_from
 
     students, recipes = [], []
     for block in blocks("yaml"):
@@ -66,7 +82,7 @@ def test_recipes_in_the_readme_are_valid_and_the_demos_lines_are_the_demos():
     assert len(recipes) == 2 and len(students) == 4
     for recipe in recipes:
         if "name" in recipe:
-            _checked(checked(Recipe, recipe, ""))
+            plan_from(checked(Recipe, recipe, ""))
     for student in students:
         check(student, has_teacher=True)
     demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text(encoding="utf-8"))

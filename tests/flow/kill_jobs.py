@@ -100,7 +100,7 @@ JOBS = (
         "index",
         (),
         "index",
-        ("serve", "index", "HOME/pictures", "--out", "RUN/index", "--model", "HOME/teacher/export/teacher"),
+        ("index", "HOME/images", "--out", "RUN/index", "--model", "HOME/teacher/export/teacher"),
         False,
     ),
 )
@@ -234,7 +234,7 @@ class Bench:
         for command in (
             ["compress", self._write("teacher", inner), "--out", str(home / "teacher")],
             ["export", str(home / "teacher")],
-            ["data", "pictures", str(home / "pictures"), "--count", "40"],
+            ["data", "images", str(home / "images"), "--count", "40"],
         ):
             self._finish(command)
 

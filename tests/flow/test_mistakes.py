@@ -88,7 +88,7 @@ def test_a_label_file_that_is_empty(tmp_path, tiny_run, content):
     )
 
 
-@pytest.mark.parametrize("command", ["export", "bench", "serve", "eval"])
+@pytest.mark.parametrize("command", ["export", "bench", "bench-server", "serve", "triton", "eval"])
 def test_a_run_folder_that_is_none(tmp_path, command):
     told(clipress(command, tmp_path / "nowhere"), "no such folder", "clipress compress")
 
@@ -97,24 +97,12 @@ def test_a_stage_the_run_does_not_have(tiny_run):
     told(clipress("serve", tiny_run[0], "--stage", "prunned"), "Did you mean 'pruned'")
 
 
-def test_a_port_for_a_server_that_is_not_started(tiny_run):
-    told(clipress("serve", tiny_run[0], "--http-port", 8000), "add --run")
-
-
 def test_a_version_that_a_repository_does_not_have(tiny_run):
     told(clipress("serve", tiny_run[0], "--backend", "python", "--version", "9"), "Version 9 of", "clipress serve RUN")
 
 
 def test_serving_an_engine_that_was_never_built(tiny_run):
     told(clipress("serve", tiny_run[0], "--backend", "tensorrt"), "engines there: none", "export RUN --tensorrt")
-
-
-def test_a_server_without_the_backend_it_runs(tiny_run, tmp_path):
-    shutil.copytree(tiny_run[0], tmp_path / "run")
-    told(
-        clipress("serve", tmp_path / "run", "--backend", "onnxruntime", "--run"),
-        "found onnxruntime: add --backend python",
-    )
 
 
 def test_a_model_that_is_not_exported_yet(tiny_run, tmp_path):
@@ -150,7 +138,7 @@ def test_a_foreign_checkpoint_that_would_run_code_is_refused(tmp_path):
 def test_an_import_does_not_replace_a_folder_of_something_else(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("dear")
-    told(clipress("import", tmp_path / "model.pth", tmp_path / "out"), "is no artefact")
+    told(clipress("import", tmp_path / "model.pth", tmp_path / "out"), "is not an artifact")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "dear"
 
 

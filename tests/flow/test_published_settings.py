@@ -12,6 +12,7 @@ from PIL import Image
 import clipress
 from clipress.artifact import read_header, save_artifact
 from clipress.compress.pipeline import compress
+from clipress.compress.plan import compress_plan_from
 from clipress.models.load import artifact_from_model, new_model
 from clipress.recipe import Recipe, checked, read_recipe
 
@@ -83,7 +84,7 @@ def test_a_published_setting_is_built_and_takes_two_steps(name, files, teachers,
         small["teacher"] = {"artifact": str(teachers / str(WIDTHS[recipe["teacher"]["model"]]))}
     if isinstance(small["student"].get("image"), dict):
         small["student"]["image"] |= {"pretrained": False}
-    folders = compress(checked(Recipe, small, ""), tmp_path, lambda _: None)
+    folders = compress(compress_plan_from(checked(Recipe, small, "")), tmp_path, lambda _: None)
     for folder, stage in zip(folders[1:], small["stages"], strict=True):
         record = read_header(folder)["lineage"][-1]
         ((kind, settings),) = stage.items()

@@ -163,7 +163,7 @@ def test_upops_criterion_runs_and_gives_all_heads_the_same_dims(recipe, tmp_path
 
 def test_a_cost_table_is_measured_and_rules_a_search(tiny_run, recipe, tmp_path):
     run, _ = tiny_run
-    made = clipress("bench", "costs", run, "--out", tmp_path / "costs.json", "--duration", 1, "--batch", 2)
+    made = clipress("latency-table", run, "--out", tmp_path / "costs.json", "--duration", 1, "--batch", 2)
     assert made.exit_code == 0, made.output
     table = json.loads((tmp_path / "costs.json").read_text())
     assert table["towers"].keys() == {"image", "text"}
@@ -234,7 +234,7 @@ def test_either_all_teachers_are_cached_or_none(tiny_run, tmp_path):
     teachers = [{"artifact": str(folder / "teacher"), "cache": {}}, {"artifact": str(folder / "pruned")}]
     recipe = {"name": "mixed", "teacher": teachers, "data": DATA, "stages": [{"distill": {"steps": 1}}]}
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
-    assert result.exit_code == 2 and "every teacher has a 'cache' or none" in result.output
+    assert result.exit_code == 2 and "expected a 'cache' for every teacher or for none" in result.output
 
 
 def test_serve_takes_what_bench_kept_and_says_so_and_a_named_stage_comes_first(tiny_run, tmp_path):
@@ -249,7 +249,7 @@ def test_serve_takes_what_bench_kept_and_says_so_and_a_named_stage_comes_first(t
             "sparse",
             (),
             "sparse",
-            f"sparse is served and not int8, as {path} says. Override: clipress serve {run} --stage",
+            f"Serving sparse instead of int8, as {path} recommends. Override: clipress serve {run} --stage",
         ),
         ("sparse", ("--stage", "int8"), "int8", ""),
         ("int8", (), "int8", ""),
@@ -258,7 +258,7 @@ def test_serve_takes_what_bench_kept_and_says_so_and_a_named_stage_comes_first(t
         path.write_text(json.dumps(results | {"kept": [kept]}))
         result = clipress("serve", run, *asked)
         assert result.exit_code == 0, result.output
-        assert said in result.output and (" is served and not " in result.output) == bool(said)
+        assert said in result.output and ("Serving " in result.output) == bool(said)
         assert f"Triton model repository of {served}, version" in result.output
         assert f"stage {served} (" in (run / "triton" / "onnxruntime" / "README.md").read_text()
     path.unlink()

@@ -67,8 +67,8 @@ os.environ["CLIPRESS_CACHE"] = "/dev/null/none"  # an index per input would fill
 
 def recipe(data: bytes) -> None:
     """YAML to a plan that is checked in every room."""
-    from clipress.cli import _checked
     from clipress.recipe import read_recipe, recipe_text
+    from clipress.workflow.plan import plan_from
 
     path, (kind, rest) = HOME / "r.yaml", (data[0] if data else 0, data[1:])
     if kind % 2:
@@ -78,7 +78,7 @@ def recipe(data: bytes) -> None:
         read = read_recipe(path)
         path.write_text(recipe_text(read), encoding="utf-8")
         assert read_recipe(path) == read
-        _checked(read)
+        plan_from(read)
     except ClipressError as error:
         assert len(str(error)) < 20_000
 

@@ -146,7 +146,7 @@ def test_a_mistake_is_told_before_anything_is_measured(tiny_run, tmp_path, asked
 
 def test_a_file_is_no_run_folder(tiny_run):
     result = clipress("bench", tiny_run[0] / "export" / "int8" / "image.onnx")
-    assert result.exit_code == 2 and "a run folder was asked for" in result.output.lower()
+    assert result.exit_code == 2 and "is not a run folder: it is a file" in result.output
 
 
 def test_an_artefact_that_is_not_there_is_one_message(tiny_run, tmp_path):
@@ -156,10 +156,21 @@ def test_an_artefact_that_is_not_there_is_one_message(tiny_run, tmp_path):
     assert result.exit_code == 2 and "no clipress.json" in result.output and "Traceback" not in result.output
 
 
-def test_options_may_come_before_the_run_and_the_group_has_help(tiny_run, tmp_path):
+def test_options_may_come_before_the_run(tiny_run, tmp_path):
     result = clipress("bench", *QUICK, "--stage", "int8", "--out", tmp_path, tiny_run[0])
     assert result.exit_code == 0, result.output
-    assert "costs" in clipress("bench", "--help").output and "--fail-if" in clipress("bench", "run", "--help").output
+    assert "--fail-if" in clipress("bench", "--help").output
+
+
+@pytest.mark.parametrize("name", ["load", "run", "costs"])
+def test_a_run_folder_may_be_named_like_a_command(tiny_run, tmp_path, monkeypatch, name):
+    shutil.copytree(tiny_run[0], tmp_path / name, ignore=shutil.ignore_patterns("checkpoints", "triton"))
+    monkeypatch.chdir(tmp_path)
+    result = clipress("bench", name, "--stage", "int8", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert results_of(tmp_path / name / "bench" / "compared")["conditions"]["command"].startswith(
+        f"clipress bench {name} "
+    )
 
 
 @pytest.mark.parametrize("opening_ms, expected", [(10, {"a", "b"}), (1e6, set())])

@@ -331,7 +331,7 @@ class TestSearch:
         assert 9 <= spent <= 10  # of twenty
 
     def test_a_missing_cost_table_says_how_to_make_it(self, tmp_path):
-        with pytest.raises(RecipeError, match=r"costs\.json does not exist.*clipress bench costs"):
+        with pytest.raises(RecipeError, match=r"costs\.json does not exist.*clipress latency-table"):
             self.prune(budget={"latency": 0.5, "costs": tmp_path / "costs.json"})
 
     def test_the_probe_leaves_the_weights_gradients_alone(self):

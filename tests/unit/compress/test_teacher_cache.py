@@ -306,23 +306,23 @@ def test_the_command_uses_the_teachers_it_is_given_and_the_users_cache(with_arti
 def test_a_recipe_without_a_teacher_is_reported(recipe, tmp_path):
     recipe["student"] = recipe.pop("teacher")["recipe"]["student"]
     done = clipress("embed", write_recipe(recipe, tmp_path))
-    assert done.exit_code == 2 and "names no 'teacher' to embed with" in done.output
+    assert done.exit_code == 2 and "has no 'teacher' to embed with" in done.output
 
 
 def test_a_teacher_is_known_by_the_hash_that_a_run_gives_it(recipe, tmp_path):
     """Else a run would not find what the command has made."""
     from clipress.artifact import read_header
     from clipress.compress.pipeline import compress
-    from clipress.compress.plan import plan_from
-    from clipress.compress.teacher_cache import embed_recipe
     from clipress.recipe import Recipe
+    from clipress.workflow.compress import EmbedOptions, embed
+    from clipress.workflow.plan import plan_from
 
     recipe["teacher"]["recipe"]["stages"][0]["distill"]["steps"] = 1
     recipe |= {"stages": []}
     recipe["data"] = {"train": recipe["data"]["train"]}
     read = Recipe(**recipe)
-    (folder,) = compress(read, tmp_path / "run", say)
-    made = embed_recipe(plan_from(read), tmp_path / "caches", None, None, (), say)
+    (folder,) = compress(plan_from(read), tmp_path / "run", say)
+    made = embed(read, EmbedOptions(tmp_path / "caches"), say)
     assert {read_manifest(cache).teacher for cache in made} == {read_header(folder)["lineage"][-1]["hash"]}
 
 

@@ -212,9 +212,10 @@ def test_filter_keeps_the_images_that_the_teacher_ranks_first(teacher, folder):
 
 def test_filter_requires_either_keep_or_count(teacher, folder):
     arguments = ("data", "filter", folder / "images", "--prompts", folder / "prompts.txt", "--model", teacher)
-    assert_reports(clipress(*arguments, "--out", folder / "a.tsv"), "Either --keep or --count")
+    assert_reports(clipress(*arguments, "--out", folder / "a.tsv"), "exactly one of --keep and --count")
     assert_reports(
-        clipress(*arguments, "--keep", 0.5, "--count", 3, "--out", folder / "a.tsv"), "Either --keep or --count"
+        clipress(*arguments, "--keep", 0.5, "--count", 3, "--out", folder / "a.tsv"),
+        "exactly one of --keep and --count",
     )
     assert_reports(
         clipress(*arguments[:3], *arguments[3:5], "--model", folder, "--count", 1, "--out", folder / "a"),

@@ -27,7 +27,7 @@ from clipress.models.tiny import tiny_architecture
 from clipress.runtime.export_folder import Exported, describe_file, read_export
 from clipress.runtime.graph import Graph, Input, Output
 from clipress.runtime.onnx_session import metadata_of, open_session, run_from_onnx
-from clipress.serve.classify import Classifier
+from clipress.serve.classify import LoadedModel
 from clipress.tasks import TASKS, Task, task_named
 
 LABELS, TEMPLATES = ("red circle", "blue square", "7"), ("a photo of a {}", "the {}, drawn")
@@ -92,12 +92,12 @@ def metadata_in(path):
 def test_a_classifier_needs_no_text_and_gives_the_probabilities_of_both_graphs(export, sets):
     path = extra_models_from_export(export, OnnxSettings(**SETTINGS), sets)["classifier"]
     assert path == export / "classifier.onnx"
-    opened, classifier = open_session(path), Classifier(export, threads=1)
+    opened, classifier = open_session(path), LoadedModel(export, threads=1)
     files = [png(sets[0].source.image(i)) for i in range(10)]
     pixels = next(sets[0].pixel_batches(read_export(export).preprocess, 10))
     assert [one.name for one in opened.get_inputs()] == ["pixel_values"]
     for batch in (1, 3, 10):
-        wanted = classifier.probabilities(files[:batch], LABELS, TEMPLATES)
+        wanted = classifier.classify(files[:batch], LABELS, TEMPLATES)
         (found,) = opened.run(None, {"pixel_values": pixels[:batch]})
         np.testing.assert_allclose(found, wanted, atol=1e-5)
         np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-6)
@@ -250,7 +250,7 @@ def test_the_command_overrides_the_recipes_labels_and_keeps_the_graphs_files(ori
     assert metadata_in(path)["labels"] == ["a", "b"]
     before = path.with_name("image.onnx").stat().st_ino
     result = clipress("export", run, "--labels", "cat, dog,fox", "--template", "the {}")
-    assert result.exit_code == 0 and f"classifier, agrees with the towers' files -> {path}" in result.output
+    assert result.exit_code == 0 and f"classifier, matches the separate encoders -> {path}" in result.output
     assert (metadata_in(path)["labels"], metadata_in(path)["templates"]) == (["cat", "dog", "fox"], ["the {}"])
     assert path.with_name("image.onnx").stat().st_ino == before
     result = clipress("export", run, "--labels", "cat", "--labels-file", tmp_path / "names.txt")

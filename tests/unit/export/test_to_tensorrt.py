@@ -498,7 +498,7 @@ def test_a_run_with_engines_in_its_recipe_continues_without_them_and_reports_why
     (run / "recipe.yaml").write_text(kept.replace("export:\n", "export:\n  tensorrt:\n    batch:\n      max: 16\n"))
     result = clipress("export", run, "--stage", "int8")
     assert result.exit_code == 0, result.output
-    assert "left out: TensorRT cannot be used on this machine" in result.output
+    assert "Skipping TensorRT engines: TensorRT cannot be used on this machine" in result.output
     assert (run / "export" / "int8" / "tensorrt" / "image.int8-fp16.onnx").is_file()
     assert "--maxShapes=pixel_values:16x3x32x32" in (run / "export" / "trtexec.sh").read_text()
     result = clipress("export", run, "--stage", "int8", "--tensorrt")
@@ -510,7 +510,7 @@ def test_a_whole_run_is_not_stopped_by_missing_engines(tmp_path, recipe, bare):
     recipe["stages"], recipe["export"]["tensorrt"] = [], {}
     result = clipress("run", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    assert "TensorRT engines are left out: TensorRT cannot be used" in result.output
+    assert "Skipping TensorRT engines: TensorRT cannot be used" in result.output
     assert (tmp_path / "run" / "bench" / "results.json").is_file() and (tmp_path / "run" / "triton").is_dir()
 
 
@@ -520,7 +520,7 @@ def test_the_command_for_one_file_reports_what_is_wrong_with_it(tmp_path, foreig
         ((foreign, "--tensorrt", "--foreign"), "TensorRT cannot be used"),
         ((export / "image.onnx",), "To build its TensorRT engine"),
         ((export / "image.onnx", "--tensorrt"), "TensorRT cannot be used"),
-        ((tmp_path, "--foreign"), "add --tensorrt"),
+        ((tmp_path, "--foreign"), "require --tensorrt"),
         ((tmp_path / "gone.onnx", "--tensorrt"), "no such file"),
     ]:
         result = clipress("export", *arguments)
@@ -530,10 +530,10 @@ def test_the_command_for_one_file_reports_what_is_wrong_with_it(tmp_path, foreig
 
 def test_engines_are_built_by_the_command_where_there_is_a_gpu(monkeypatch, export):
     machine = fake_machine(VERSIONS[1])
-    monkeypatch.setattr(machines, "find_machine", lambda: machine)
+    monkeypatch.setattr("clipress.workflow.engines.find_machine", lambda: machine)
     result = clipress("export", export / "text.onnx", "--tensorrt", "--precision", "fp32")
     assert result.exit_code == 0, result.output
-    assert "fp32 engine, agrees with ONNX Runtime (least cosine 1.0000" in result.output
+    assert "fp32 engine, matches ONNX Runtime (minimum cosine 1.0000" in result.output
     (path,) = export.glob("text.*.engine")
     assert read_sidecar(path).tensorrt == VERSIONS[1]
 

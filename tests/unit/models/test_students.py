@@ -9,6 +9,7 @@ import torchvision
 
 from clipress.artifact import load_artifact, save_artifact
 from clipress.compress.pipeline import compress
+from clipress.compress.plan import compress_plan_from
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Preprocess
@@ -346,9 +347,9 @@ def test_a_run_leaves_the_teachers_tower_alone_in_every_stage_and_after_a_stop(t
         ],
     }
     run = tmp_path / "run"
-    compress(Recipe(**recipe), run, lambda _: None)
+    compress(compress_plan_from(Recipe(**recipe)), run, lambda _: None)
     (run / "second" / "clipress.json").unlink()  # as if the run had been stopped: the second stage starts from a file
-    compress(Recipe(**recipe), run, lambda _: None)
+    compress(compress_plan_from(Recipe(**recipe)), run, lambda _: None)
     teacher, *stages = [
         outputs(model_from_artifact(run / name)) for name in ("teacher", "distilled", "second", "sparse", "int8")
     ]

@@ -19,7 +19,9 @@ from tower import (
 )
 
 from clipress.errors import ArtifactError, DataError, ExportError
-from clipress.serve.classify import BATCH, Classifier, labels_from, read_export
+from clipress.runtime.export_folder import read_export
+from clipress.serve.classify import BATCH, LoadedModel
+from clipress.workflow.predict import labels_from
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def texts_seen(monkeypatch):
 
 @pytest.fixture
 def classifier(export, texts_seen):
-    return Classifier(export, threads=1)
+    return LoadedModel(export, threads=1)
 
 
 def by_hand(pictures, labels, templates, scale=3.0):
@@ -66,12 +68,12 @@ def test_probabilities_equal_those_computed_by_hand(classifier, tmp_path):
     (first, first_file), (second, second_file) = picture(1), picture(2)
     (tmp_path / "second.png").write_bytes(second_file)
     labels, templates = ["cat", "dog", "red fox"], ["a photo of a {}", "{}!"]
-    found = classifier.probabilities([first_file, tmp_path / "second.png"], labels, templates)
+    found = classifier.classify([first_file, tmp_path / "second.png"], labels, templates)
     np.testing.assert_allclose(found, by_hand([first, second], labels, templates), atol=1e-5)
 
 
 def test_the_usual_template_is_used_when_none_is_given(classifier, texts_seen):
-    classifier.probabilities([picture(1)[1]], ["cat", "dog"])
+    classifier.classify([picture(1)[1]], ["cat", "dog"])
     assert texts_seen == ["a photo of a cat", "a photo of a dog"]
 
 
@@ -83,18 +85,18 @@ def test_label_embeddings_are_one_unit_vector_per_label(classifier):
 
 def test_more_pictures_than_are_held_at_once_come_back_in_order(classifier):
     pictures = [picture(seed) for seed in range(BATCH + 3)]
-    found = classifier.probabilities([file for _, file in pictures], ["cat", "dog"])
+    found = classifier.classify([file for _, file in pictures], ["cat", "dog"])
     expected = by_hand([pixels for pixels, _ in pictures], ["cat", "dog"], ["a photo of a {}"])
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_no_picture_gives_no_row(classifier):
-    assert classifier.probabilities([], ["cat", "dog"]).shape == (0, 2)
+    assert classifier.classify([], ["cat", "dog"]).shape == (0, 2)
 
 
 def test_a_sharp_model_does_not_overflow(export, texts_seen):
     describe(export, logit_scale=1e5)
-    found = Classifier(export).probabilities([picture(1)[1]], ["cat", "dog", "fox"])
+    found = LoadedModel(export).classify([picture(1)[1]], ["cat", "dog", "fox"])
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-6)
 
 
@@ -115,13 +117,13 @@ def test_a_label_with_braces_is_taken_as_it_is(classifier, texts_seen):
 )
 def test_labels_and_templates_of_the_wrong_form_are_refused(classifier, labels, templates, told):
     with pytest.raises(DataError, match=told):
-        classifier.probabilities([picture(1)[1]], labels, templates)
+        classifier.classify([picture(1)[1]], labels, templates)
 
 
 def test_a_file_that_is_no_picture_is_named(classifier, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(DataError, match=r"notes\.txt"):
-        classifier.probabilities([picture(1)[1], tmp_path / "notes.txt"], ["cat", "dog"])
+        classifier.classify([picture(1)[1], tmp_path / "notes.txt"], ["cat", "dog"])
 
 
 def test_embeddings_that_are_not_finite_are_not_called_probabilities(export, texts_seen):
@@ -135,11 +137,11 @@ def test_embeddings_that_are_not_finite_are_not_called_probabilities(export, tex
     )
     describe(export)
     with pytest.raises(ArtifactError, match="1 of 1 image embeddings are not finite"):
-        Classifier(export).probabilities([picture(1)[1]], ["cat"])
+        LoadedModel(export).classify([picture(1)[1]], ["cat"])
 
 
 def test_the_number_of_threads_reaches_the_runtime(export, texts_seen):
-    sessions = Classifier(export, threads=3)._sessions.values()
+    sessions = LoadedModel(export, threads=3).sessions.values()
     assert [session.get_session_options().intra_op_num_threads for session in sessions] == [3, 3]
 
 
@@ -152,7 +154,7 @@ def test_a_folder_without_an_export_says_how_to_make_one(tmp_path):
 def test_a_missing_onnx_file_says_how_to_make_it_again(export, tower):
     (export / f"{tower}.onnx").unlink()
     with pytest.raises(ArtifactError, match=rf"no {tower}\.onnx. Export it again: clipress export RUN"):
-        Classifier(export)
+        LoadedModel(export)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -160,7 +162,7 @@ def test_a_changed_onnx_file_is_not_opened(export, tower):
     path = export / f"{tower}.onnx"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match=rf"{tower}\.onnx .* truncated or changed.*clipress export RUN"):
-        Classifier(export)
+        LoadedModel(export)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,7 @@ def test_a_file_that_is_no_onnx_is_told_as_such(export, texts_seen):
     (export / "text.onnx").write_bytes(b"not a graph")
     describe(export)
     with pytest.raises(ExportError, match=r"text\.onnx cannot be opened by ONNX Runtime"):
-        Classifier(export)
+        LoadedModel(export)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +240,7 @@ def test_a_repeated_label_is_named():
 
 def test_a_labels_file_that_is_missing_undecodable_or_a_folder_is_named(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Käfer".encode("latin-1"))
-    with pytest.raises(DataError, match=r"none\.txt was asked for, and there is no such file"):
+    with pytest.raises(DataError, match=r"none\.txt: no such file"):
         labels_from(None, tmp_path / "none.txt")
     with pytest.raises(DataError, match=r"latin\.txt cannot be read.*UTF-8"):
         labels_from(None, tmp_path / "latin.txt")

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from clipress.errors import DataError, ServerError
 from clipress.serve import client as module
-from clipress.serve.classify import Classifier
+from clipress.serve.classify import LoadedModel
 from clipress.serve.client import Client, Hit, address_from
 
 BAD = b"no picture"
@@ -349,7 +349,7 @@ def test_predict_writes_a_line_of_json_per_picture(serve, folder):
     lines = [json.loads(line) for line in found.stdout.splitlines()]
     assert [line["image"] for line in lines] == [str(folder / f"{number}.png") for number in range(3)]
     assert lines[0]["probabilities"] == pytest.approx({"a": 0.25, "abc": 0.75}) and "bad image" in lines[1]["error"]
-    assert found.exit_code == 2 and "1 of 3 pictures are not classified" in found.stderr
+    assert found.exit_code == 2 and "1 of 3 images could not be classified" in found.stderr
 
 
 def test_predict_without_pictures_is_told_what_is_missing(tmp_path):
@@ -359,13 +359,13 @@ def test_predict_without_pictures_is_told_what_is_missing(tmp_path):
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_a_real_triton_answers_what_the_towers_answer_here(served, exports, ask, protocol):
-    local = Classifier(exports[1], threads=1)
+    local = LoadedModel(exports[1], threads=1)
     images, labels, templates = [picture(number)[1] for number in range(20)], ["cat", "dog", "größe"], ["a {}", "{}!"]
     client = ask(f"{protocol}://{getattr(served, protocol)}", timeout=60)
     for found, wanted in (
-        (client.embed_images(images), local._embeddings("image", images, local._pixels)),
-        (client.embed_texts(labels), local._embeddings("text", labels, local._tokenize)),
-        (client.classify(images, labels, templates), local.probabilities(images, labels, templates)),
+        (client.embed_images(images), local.encode_image(images)),
+        (client.embed_texts(labels), local.encode_text(labels)),
+        (client.classify(images, labels, templates), local.classify(images, labels, templates)),
     ):
         np.testing.assert_allclose(found.values, wanted, atol=1e-4)
         assert not found.errors

@@ -186,7 +186,7 @@ def test_a_description_that_names_files_elsewhere_is_refused(tmp_path):
 
 
 def test_a_folder_without_an_index_says_how_one_is_made(tmp_path):
-    with pytest.raises(ArtifactError, match="clipress serve index IMAGES"):
+    with pytest.raises(ArtifactError, match="clipress index IMAGES"):
         open_index(tmp_path)
 
 

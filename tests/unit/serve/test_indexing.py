@@ -15,7 +15,7 @@ pytest.importorskip("faiss", reason="pip install 'clipress[serve]'")
 
 from clipress.errors import ArtifactError, DataError
 from clipress.serve import indexing
-from clipress.serve.classify import Classifier
+from clipress.serve.classify import LoadedModel
 from clipress.serve.index import open_index
 
 
@@ -58,8 +58,8 @@ def test_every_picture_is_found_by_the_classifiers_own_embedding_of_it(tmp_path,
     indexed(pictures, export, tmp_path / "index")
     paths = sorted(str(path) for path in pictures.rglob("*.png"))
     assert keys_of(tmp_path / "index") == paths
-    tower = Classifier(export, threads=1)
-    queries = tower._embeddings("image", paths, tower._pixels)
+    tower = LoadedModel(export, threads=1)
+    queries = tower.encode_image(paths)
     scores, keys = open_index(tmp_path / "index").search(queries, 1)
     np.testing.assert_allclose(scores, 1, atol=1e-5)
     assert keys == [[path] for path in paths]
@@ -203,8 +203,8 @@ def test_pictures_are_added_and_those_that_were_there_replaced(tmp_path, export,
     indexed(pictures / "a", export, out, add=True)
     indexed(pictures / "b", export, out, add=True)
     assert len(open_index(out)) == 21
-    tower = Classifier(export, threads=1)
-    scores, keys = open_index(out).search(tower._embeddings("image", [changed], tower._pixels), 1)
+    tower = LoadedModel(export, threads=1)
+    scores, keys = open_index(out).search(tower.encode_image([changed]), 1)
     assert keys == [[str(changed)]] and scores[0, 0] == pytest.approx(1, abs=1e-5)
 
 
@@ -222,26 +222,26 @@ def test_a_folder_that_is_no_index_is_left_alone(tmp_path, export, pictures):
 
 def test_the_command_makes_adds_and_removes(tmp_path, export, pictures):
     out = tmp_path / "index"
-    made = clipress("serve", "index", pictures / "a", "--model", export, "--out", out, "--threads", 1)
-    assert made.exit_code == 0 and "Index of 10 pictures, 4 numbers each, flat" in made.output
-    added = clipress("serve", "index", pictures / "b", "--model", export, "--out", out, "--add")
-    assert added.exit_code == 0 and "Index of 20 pictures" in added.output
-    removed = clipress("serve", "index", "--out", out, "--remove", pictures / "a" / "00.png")
-    assert removed.exit_code == 0 and "1 entries are taken out, 19 are left" in removed.output
+    made = clipress("index", pictures / "a", "--model", export, "--out", out, "--threads", 1)
+    assert made.exit_code == 0 and "Index of 10 images, 4 dimensions, flat" in made.output
+    added = clipress("index", pictures / "b", "--model", export, "--out", out, "--add")
+    assert added.exit_code == 0 and "Index of 20 images" in added.output
+    removed = clipress("index", "--out", out, "--remove", pictures / "a" / "00.png")
+    assert removed.exit_code == 0 and "Removed 1 entries, 19 left" in removed.output
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["IMAGES"], "Either --run or --model"),
-        (["--model", "x"], "IMAGES is asked for"),
-        (["IMAGES", "--remove", "key"], "--remove is given with --out alone"),
-        (["IMAGES", "--model", "x", "--add", "--kind", "ivf"], "--add keeps it"),
+        (["IMAGES"], "Set exactly one of --run and --model"),
+        (["--model", "x"], "IMAGES is required"),
+        (["IMAGES", "--remove", "key"], "--remove takes no other option but --out"),
+        (["IMAGES", "--model", "x", "--add", "--kind", "ivf"], "--add keeps the kind"),
         (["IMAGES", "--model", "x"], "no export.json"),
-        (["IMAGES", "--run", "x"], "A run folder was asked for"),
+        (["IMAGES", "--run", "x"], "x is not a run folder: no such folder"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, monkeypatch, options, told):
     monkeypatch.chdir(tmp_path)
-    found = clipress("serve", "index", *options, "--out", tmp_path / "index")
+    found = clipress("index", *options, "--out", tmp_path / "index")
     assert found.exit_code == 2 and told in found.output and "Traceback" not in found.output

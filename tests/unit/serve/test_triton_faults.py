@@ -41,7 +41,7 @@ from tritonclient.utils import InferenceServerException
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.errors import ServerError
 from clipress.runtime.export_folder import read_export
-from clipress.serve.classify import Classifier
+from clipress.serve.classify import LoadedModel
 from clipress.serve.client import Client
 from clipress.serve.triton_repo import triton_repo_from_export
 from clipress.serve.triton_server import TritonServer
@@ -264,7 +264,7 @@ def test_thousands_of_labels_are_answered_and_others_meanwhile(served, client, l
             healthy(client, local, f"other number {others}")
             others += 1
     call.close()
-    expected = Classifier(local.export, threads=1).probabilities([PICTURES[0]], labels)
+    expected = LoadedModel(local.export, threads=1).classify([PICTURES[0]], labels)
     np.testing.assert_allclose(asking.result(), expected, atol=1e-6)
     assert others > 1
     happened("10,000 labels", "the probabilities of local inference, others answered meanwhile", f"so, {others} others")

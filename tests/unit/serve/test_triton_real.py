@@ -39,7 +39,7 @@ from tritonclient.utils import InferenceServerException
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import MAX_PIXELS
 from clipress.runtime.export_folder import read_export
-from clipress.serve.classify import Classifier
+from clipress.serve.classify import LoadedModel
 from clipress.serve.client import Client
 from clipress.serve.index import open_index
 from clipress.serve.indexing import index_pictures
@@ -90,14 +90,14 @@ def test_embeddings_are_onnx_runtimes_over_http_and_grpc(served, client, exports
 def test_classes_have_the_probabilities_of_local_inference(client, exports, templates):
     labels = ["cat", "red fox", "Käfer"]
     told = {} if templates is None else {"templates": templates}
-    expected = Classifier(exports[1], threads=1).probabilities(PICTURES, labels, **told)
+    expected = LoadedModel(exports[1], threads=1).classify(PICTURES, labels, **told)
     for _ in range(2):  # computed, then remembered
         np.testing.assert_allclose(classified(client, PICTURES, labels, templates), expected, atol=1e-6)
 
 
 def test_more_pictures_and_labels_than_a_batch_are_classified(client, exports):
     labels, pictures = [f"thing {n}" for n in range(45)], [picture(seed) for seed in range(11)]
-    expected = Classifier(exports[1], threads=1).probabilities(pictures, labels)
+    expected = LoadedModel(exports[1], threads=1).classify(pictures, labels)
     np.testing.assert_allclose(classified(client, pictures, labels), expected, atol=1e-6)
 
 
@@ -192,7 +192,7 @@ def test_the_program_on_the_repositorys_page_tells_what_local_inference_does(ser
     (tmp_path / "picture.png").write_bytes(PICTURES[0])
     command = [sys.executable, tmp_path / "ask.py", tmp_path / "picture.png", "cat", "red fox"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (row,) = Classifier(exports[1], threads=1).probabilities([PICTURES[0]], ["cat", "red fox"])
+    (row,) = LoadedModel(exports[1], threads=1).classify([PICTURES[0]], ["cat", "red fox"])
     assert printed.splitlines() == [f"cat {row[0]:.1%}", f"red fox {row[1]:.1%}"]
 
 
@@ -213,7 +213,7 @@ def test_a_running_server_is_rolled_back_without_a_stop(served, client, exports)
     old = read_export(exports[0])
     np.testing.assert_allclose(images, embeds_of(old, "image", pixels_of(old, PICTURES)), atol=1e-6)
     for export, found in zip(exports, (older, newer), strict=True):
-        expected = Classifier(export, threads=1).probabilities(PICTURES, ["cat", "dog"])
+        expected = LoadedModel(export, threads=1).classify(PICTURES, ["cat", "dog"])
         np.testing.assert_allclose(found, expected, atol=1e-6)
     assert np.abs(older - newer).max() > 1e-4
 
@@ -255,7 +255,7 @@ def test_a_very_small_encoder_answers_the_same_where_its_input_is_prepared(fused
     np.testing.assert_allclose(asked(client, "embed_image", "image", PICTURES, "image_embeds"), images, atol=1e-6)
     np.testing.assert_allclose(asked(client, "embed_text", "text", encoded, "text_embeds"), texts, atol=1e-6)
     labels = ["cat", "red fox"]
-    expected = Classifier(exports[1], threads=1).probabilities(PICTURES, labels)
+    expected = LoadedModel(exports[1], threads=1).classify(PICTURES, labels)
     np.testing.assert_allclose(classified(client, PICTURES, labels), expected, atol=1e-6)
 
 

@@ -274,7 +274,7 @@ SERVE += "serve(Path(sys.argv[1]), lambda line: print(line, flush=True))"
 
 def test_ctrl_c_ends_the_command_without_an_error_and_the_server_with_it(triton, tiny_run, tmp_path):
     shutil.copytree(tiny_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "bench", "triton"))
-    process, leader, printed = started("-m", "clipress", "serve", tmp_path / "run", "--backend", "python", "--run")
+    process, leader, printed = started("-m", "clipress", "triton", tmp_path / "run")
     with socket.create_connection(re.search(r"gRPC +(\S+):(\d+)", printed).groups()):
         everything = session(leader)
     assert len(everything) > 3  # the server, and processes for models and their instances

@@ -134,8 +134,8 @@ def test_the_picture_is_one_line_per_method(study, rows):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_studies_spell_out_valid_runs(path):
-    from clipress.compress.plan import plan_from
     from clipress.recipe import Recipe
+    from clipress.workflow.plan import plan_from
 
     study, cases = read_study(path)
     assert len(cases) == len(study.methods) * len(study.seeds) * max(len(study.ratios), 1)

@@ -349,16 +349,14 @@ def test_what_a_real_server_refuses_is_an_error_with_its_words(server, protocol)
 
 
 def test_a_server_that_is_not_there_is_told(tiny_run):
-    result = clipress(
-        "bench", tiny_run[0], "--backend", "triton", "--url", "http://127.0.0.1:9", "--model", "embed_text"
-    )
+    result = clipress("bench-server", tiny_run[0], "--url", "http://127.0.0.1:9", "--model", "embed_text")
     assert result.exit_code == 2 and "there is no answer" in result.output
 
 
 def test_the_command_writes_figures_with_every_requests_times(server, tiny_run, tmp_path):
     words = ("--concurrency", "1,2", "--window", "200", "--warm-up", "0", "--trials", "3", "--out", tmp_path)
     url = ("--url", f"grpc://{server.grpc}", "--fail-if", "infer_per_s{model=embed_text} > 0")
-    result = clipress("bench", tiny_run[0], "--backend", "triton", *words, *url)
+    result = clipress("bench-server", tiny_run[0], *words, *url)
     assert result.exit_code == 1 and "Broken: infer_per_s" in result.output
     told = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
     assert [(row["model"], row["concurrency"]) for row in told["rows"]] == [(m, c) for m in MODELS for c in (1, 2)]
@@ -370,7 +368,7 @@ def test_the_command_writes_figures_with_every_requests_times(server, tiny_run, 
 
 def test_without_a_url_the_runs_own_server_is_started_and_stopped(triton, tiny_run, tmp_path):
     words = ("--concurrency", "1", "--window", "200", "--warm-up", "0", "--trials", "3", "--model", "image_encoder")
-    result = clipress("bench", "load", tiny_run[0], *words, "--out", tmp_path)
+    result = clipress("bench-server", tiny_run[0], *words, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     (row,) = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))["rows"]
     assert row["errors"] == 0 < row["requests"]

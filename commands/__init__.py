@@ -1,0 +1,1 @@
+"""Commands: one file per group of help pages. They parse options, call `workflow` and print."""

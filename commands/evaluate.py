@@ -1,0 +1,141 @@
+"""`clipress predict` and `eval`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from clipress.commands.options import ANY_PATH, FILE, run_argument, stage_option
+from clipress.errors import DataError
+
+if TYPE_CHECKING:
+    from clipress.workflow.evaluate import Metric
+    from clipress.workflow.predict import Server
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, metavar="[RUN] IMAGES...", type=ANY_PATH)
+@click.option("--labels", help="Comma-separated labels to choose from.")
+@click.option("--labels-file", type=FILE, help="The same from a text file, one label per line.")
+@click.option(
+    "--template",
+    "templates",
+    multiple=True,
+    default=("a photo of a {}",),
+    show_default=True,
+    help="Prompt with {} for the label; repeatable.",
+)
+@stage_option
+@click.option("--url", help="Use a server instead of a run: http://host:8000 or grpc://host:8001.")
+@click.option("--in-flight", type=click.IntRange(1), default=16, show_default=True, help="Concurrent requests.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=60,
+    show_default=True,
+    help="Seconds per request.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON per image, with all probabilities.")
+def predict(
+    images: tuple[Path, ...],
+    labels: str | None,
+    labels_file: Path | None,
+    templates: tuple[str, ...],
+    stage: str | None,
+    url: str | None,
+    in_flight: int,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Classify images among labels.
+
+    Runs the export of RUN in ONNX Runtime, or uses the server at --url. IMAGES are files, folders, or - to read paths
+    from standard input. A server's answers are printed as they arrive; failed images are counted at the end.
+    """
+    from clipress.workflow.predict import Server, images_in, labels_from
+
+    names = labels_from(labels, labels_file)
+    if url is not None:
+        if stage:
+            raise click.UsageError("--stage selects an artifact of a run; it cannot be used with --url.")
+        _predict_with_server(Server(url, timeout, in_flight), images, names, templates, as_json)
+        return
+    run, *rest = images
+    if not rest:
+        raise click.UsageError("Missing argument 'IMAGES...': give images after the run, or use --url.")
+    import clipress
+    from clipress.workflow.plan import read_plan
+
+    model = clipress.load(run / read_plan(run).artifact(stage))
+    files = list(images_in(rest, click.get_text_stream("stdin")))
+    for file, row in zip(files, model.classify(files, names, templates), strict=True):
+        click.echo(_prediction(file, names, row, as_json))
+
+
+def _predict_with_server(
+    server: Server, images: Sequence[Path], names: list[str], templates: Sequence[str], as_json: bool
+) -> None:
+    from clipress.workflow.predict import images_in, predict_with_server
+
+    files = images_in(images, click.get_text_stream("stdin"))
+    if Path("-") not in images:
+        files = list(files)  # gives the progress bar its total
+    progress = not sys.stdout.isatty()  # on a terminal the answers themselves show the progress
+    total, failed = 0, []
+    for total, answer in enumerate(predict_with_server(server, files, names, templates, progress), 1):  # noqa: B007
+        if answer.value is not None:
+            click.echo(_prediction(answer.item, names, answer.value, as_json))
+            continue
+        failed.append(f"{answer.item}: {answer.error}")
+        if as_json:
+            click.echo(json.dumps({"image": str(answer.item), "error": answer.error}))
+        else:
+            click.echo(failed[-1], err=True)
+    if failed:
+        raise DataError(f"{len(failed)} of {total} images could not be classified; the first: {failed[0]}")
+
+
+def _prediction(image: Path, names: Sequence[str], probabilities: Sequence[float], as_json: bool) -> str:
+    pairs = [(name, float(probability)) for name, probability in zip(names, probabilities, strict=True)]
+    if as_json:
+        return json.dumps({"image": str(image), "probabilities": {name: round(p, 6) for name, p in pairs}})
+    ranked = sorted(pairs, key=lambda pair: -pair[1])
+    return f"{image}: " + "  ".join(f"{name} {p:.1%}" for name, p in ranked[:5])
+
+
+@click.command("eval")
+@run_argument
+@stage_option
+@click.option("--split", type=click.Choice(["val", "test"]), default="test", show_default=True)
+@click.option("--compare", metavar="STAGE", help="Another artifact: print the difference to it.")
+@click.option("--linear-probe", is_flag=True, help="Also fit a linear classifier on image embeddings of training data.")
+@click.option("--json", "out", type=FILE, help="Also write the metrics to a file.")
+def eval_(run: Path, stage: str | None, split: str, compare: str | None, linear_probe: bool, out: Path | None) -> None:
+    """Evaluate an artifact in torch.
+
+    Nothing is exported. Every metric has its standard error. A difference has the 95 % interval of a paired bootstrap
+    over the same items.
+    """
+    from clipress.workflow.evaluate import evaluate_run, write_evaluation
+
+    found = evaluate_run(run, stage, compare, split, linear_probe)
+    if found.compare:
+        click.echo(f"{found.stage} minus {found.compare}, with the 95 % interval of a paired bootstrap, on the right")
+    for name, metric in found.metrics.items():
+        click.echo(f"{name:<32} {_metric(metric)}")
+    if out:
+        write_evaluation(found, out)
+        click.echo(f"Metrics: {out}")
+
+
+def _metric(metric: Metric) -> str:
+    text = f"{metric.percent:6.2f} ± {metric.standard_error:4.2f} %"
+    if metric.interval is None:
+        return text
+    low, high = metric.interval
+    return f"{text}   {metric.difference:+6.2f} [{low:+.2f}, {high:+.2f}]"

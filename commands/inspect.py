@@ -1,0 +1,83 @@
+"""`clipress show` and `import`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clipress.commands.options import ANY_PATH, FOLDER
+
+
+@click.command()
+@click.argument("artifact", type=FOLDER)
+def show(artifact: Path) -> None:
+    """Describe an artifact, or list those of a run."""
+    from clipress.artifact import read_header
+
+    lines = _run_lines(artifact) if (artifact / "recipe.yaml").is_file() else _artifact_lines(read_header(artifact))
+    for line in lines:
+        click.echo(line)
+
+
+def _run_lines(run: Path) -> Iterator[str]:
+    from clipress.artifact import HEADER, read_header
+    from clipress.workflow.plan import read_plan
+
+    for name in read_plan(run).artifacts:
+        if (run / name / HEADER).is_file():
+            yield f"{name:<12} {read_header(run / name)['counts']['params']:>12,} parameters"
+        else:
+            yield f"{name:<12} not made yet"
+
+
+def _artifact_lines(header: dict[str, Any]) -> Iterator[str]:
+    counts = header["counts"]
+    yield (
+        f"parameters {counts['params']:,} (without embeddings {counts['params_without_embeddings']:,}, "
+        f"in blocks {counts['block_params']:,})"
+    )
+    for name, shape in header["shapes"].items():
+        if "heads" in shape:
+            yield f"  {name}: {shape['heads']} heads, qk {shape['qk_dim']}, v {shape['v_dim']}, ffn {shape['ffn']}"
+        else:
+            yield f"  {name}: " + ", ".join(f"{key} {value}" for key, value in shape.items())
+    for key in ("sparsity", "quantization"):
+        if header.get(key):
+            yield from _method_lines(key, header[key])
+    for record in header["lineage"]:
+        yield f"stage {record['stage']} ({record.get('kind', 'start')}) {record['hash']}"
+    for key, value in header["metrics"].get("accuracy", {}).items():
+        yield f"  {key} {value:.2f} % ({header['metrics']['conditions']['split']})"
+
+
+def _method_lines(key: str, method: dict[str, Any]) -> Iterator[str]:
+    layers = method.get("weights") or method.get("modules")
+    bits = {True: ", weights in 7 bits", False: ", weights in 8 bits"}.get(method.get("portable"), "")
+    yield f"{key}: {method.get('pattern') or method.get('dtype')} on {len(layers)} layers{bits}"
+    for name, reason in method.get("skipped", {}).items():
+        yield f"  {name} stays dense: {reason}"
+
+
+@click.command("import")
+@click.argument("checkpoint", type=ANY_PATH)
+@click.argument("out", type=FOLDER)
+@click.option(
+    "--format",
+    "form",
+    default="auto",
+    show_default=True,
+    help="openai, open_clip, clip-kd, tinyclip, upop or auto.",
+)
+@click.option("--model", help="An open_clip model name, if the file does not contain its architecture.")
+def import_(checkpoint: Path, out: Path, form: str, model: str | None) -> None:
+    """Import a third-party CLIP checkpoint.
+
+    The artifact in OUT can be a recipe's teacher. Nothing is unpickled.
+    """
+    from clipress.workflow.artifacts import import_checkpoint
+
+    made = import_checkpoint(checkpoint, out, form, model)
+    click.echo(f"{checkpoint}: {made.lineage[0]['format']}, {made.counts['params']:,} parameters -> {out}")

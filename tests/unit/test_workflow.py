@@ -1,0 +1,85 @@
+"""What the workflow decides between the verbs: which sections, which artifact, which repository."""
+
+import shutil
+
+import pytest
+
+from clipress.bench.settings import BenchSettings
+from clipress.errors import ArtifactError, RecipeError
+from clipress.export.settings import TensorRTSettings
+from clipress.recipe import Recipe, checked, overridden
+from clipress.serve.settings import ServeSettings
+from clipress.serve.triton_repo import served_version
+from clipress.workflow import serve
+from clipress.workflow.bench import name_subjects
+from clipress.workflow.plan import plan_from, read_plan
+
+
+def test_a_plan_holds_every_section_with_its_type(recipe):
+    recipe["export"]["tensorrt"] = {"precision": "fp32"}
+    plan = plan_from(Recipe(**recipe))
+    assert plan.bench == checked(BenchSettings, recipe["bench"], "bench") and plan.bench.batch == (1, 2)
+    assert isinstance(plan.export.tensorrt, TensorRTSettings) and plan.export.tensorrt.precision == "fp32"
+    assert plan.serve == ServeSettings(max_batch=4)
+    assert plan.artifacts == ["teacher", "pruned", "recovered", "sparse", "int8"]
+
+
+@pytest.mark.parametrize("section", ["export", "bench", "serve", "data", "runtime"])
+def test_an_unknown_key_in_any_section_is_an_error(recipe, section):
+    recipe.setdefault(section, {})["nonsense"] = 1
+    with pytest.raises(RecipeError, match=rf"{section}\.nonsense: unknown key"):
+        plan_from(Recipe(**recipe))
+
+
+def test_an_artifact_is_the_last_one_or_the_one_that_is_named(recipe):
+    plan = plan_from(Recipe(**recipe))
+    assert (plan.artifact(None), plan.artifact("pruned")) == ("int8", "pruned")
+    with pytest.raises(RecipeError, match=r"--compare prund: .*Did you mean 'pruned'"):
+        plan.artifact("prund", "--compare")
+
+
+def test_overrides_are_validated_with_what_they_leave():
+    section = ServeSettings(max_batch=8, backend="tensorrt", precision="fp16")
+    found = overridden(section, {"backend": ("python", "onnxruntime")}, "serve")
+    assert (found.backend, found.max_batch, found.precision) == (("python", "onnxruntime"), 8, "fp16")
+    assert overridden(section, {}, "serve") is section
+    with pytest.raises(RecipeError, match=r"serve\.max_batch"):
+        overridden(section, {"max_batch": 0}, "serve")
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda path: None, "no such folder"),
+        (lambda path: path.write_text("x"), "it is a file"),
+        (lambda path: path.mkdir(), "it has no recipe.yaml"),
+    ],
+)
+def test_what_is_not_a_run_folder_says_why(tmp_path, make, found):
+    make(tmp_path / "x")
+    with pytest.raises(ArtifactError, match=rf"x is not a run folder: {found}.*clipress compress RECIPE"):
+        read_plan(tmp_path / "x")
+
+
+def test_subjects_have_names_that_tell_them_apart(tmp_path):
+    artifacts = [(tmp_path / run, "int8") for run in ("a", "b", "a", "a")]
+    assert [one.name for one in name_subjects(artifacts, True)] == ["a/int8", "b/int8", "a/int8 #2", "a/int8 #3"]
+    assert [one.name for one in name_subjects(artifacts[:1], False)] == ["int8"]
+
+
+def test_triton_serves_what_is_written_and_writes_it_only_where_it_is_missing_or_a_stage_is_named(
+    tiny_run, tmp_path, monkeypatch
+):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("triton"))
+    started = []
+    monkeypatch.setattr(serve, "serve_until_stopped", lambda repository, say, **listen: started.append(listen))
+    repository, lines = run / "triton" / "python", []
+    serve.start_triton(run, None, {"grpc_port": 8001}, lines.append)
+    assert started == [{"grpc_port": 8001}] and served_version(repository) == 1
+    serve.start_triton(run, "recovered", {}, lines.append)
+    assert served_version(repository) == 2
+    serve.switch_version(run, None, {"backend": "python"}, lines.append)
+    before = len(lines)
+    serve.start_triton(run, None, {}, lines.append)
+    assert served_version(repository) == 1 and len(lines) == before and len(started) == 3
+    assert [path.name for path in (run / "triton").iterdir()] == ["python"]

@@ -1,0 +1,53 @@
+"""The public Python API: `clipress.run` and `clipress.load`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from clipress.serve.classify import LoadedModel
+from clipress.workflow.exported import find_export
+from clipress.workflow.outcome import Run
+from clipress.workflow.recipes import open_recipe
+
+
+def run(
+    recipe: str | Path,
+    out: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> Run:
+    """Compress, export, bench and serve as a recipe says, like `clipress run`.
+
+    A run that was stopped at any point is resumed by the same call.
+
+    Args:
+        recipe: a YAML file, or the name of a shipped recipe such as "demo".
+        out: the run folder; default: runs/<name of the recipe>.
+        overrides: recipe values by place, such as {"stages.0.prune.budget.params": 0.5}.
+        resume: keep finished stages and continue from the last checkpoint; otherwise redo every stage.
+        say: receives progress, line by line; `print` shows it.
+
+    Raises:
+        RecipeError: the recipe is missing or invalid. Nothing has been written.
+        ClipressError: the base class of all errors caused by the input.
+    """
+    opened = open_recipe(recipe, overrides)
+    from clipress.workflow.run import run_recipe  # imports torch, which takes seconds: an invalid recipe fails before
+
+    return run_recipe(opened, None if out is None else Path(out), resume, say)
+
+
+def load(path: str | Path, threads: int = 0) -> LoadedModel:
+    """Load an exported model for inference with ONNX Runtime; torch is not imported.
+
+    Args:
+        path: an export folder, or an artifact of a run: `runs/mine/int8` loads `runs/mine/export/int8`.
+        threads: ONNX Runtime threads inside one operator; 0: one per core.
+
+    Raises:
+        ArtifactError: there is no export at `path`, or its files are damaged.
+    """
+    return LoadedModel(find_export(Path(path)), threads)

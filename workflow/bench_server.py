@@ -1,0 +1,91 @@
+"""Measure a Triton server under load: a running one, or one started for a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipress.bench.fail_if import gate_from
+from clipress.bench.server.load import Windows
+from clipress.bench.server.run import (
+    MODELS,
+    PLACES,
+    bench_server,
+    broken_by_load,
+    load_table,
+    loads_from,
+    places_of,
+    questions,
+    write_load,
+)
+from clipress.errors import RecipeError, nearest
+from clipress.recipe import overridden
+from clipress.runtime.export_folder import read_export
+from clipress.serve.client import address_from
+from clipress.serve.triton_install import find_triton
+from clipress.serve.triton_server import TritonServer
+from clipress.workflow.bench import Measured
+from clipress.workflow.export import export_artifacts
+from clipress.workflow.exported import export_of
+from clipress.workflow.plan import Plan, read_plan
+from clipress.workflow.serve import choose_served, write_repositories
+
+Say = Callable[[str], None]
+Address = tuple[str, str, bool]
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """Which server is measured, and under which load."""
+
+    windows: Windows
+    stage: str | None = None
+    """Default: the artifact that is served."""
+    url: str | None = None
+    """A running server; default: one that is started for the run."""
+    models: tuple[str, ...] = ()
+    concurrency: str | None = None
+    request_rate: str | None = None
+    fail_if: tuple[str, ...] = ()
+    out: Path | None = None
+    """Where load.json goes; default: <run>/bench."""
+    command: str = ""
+    """Recorded in the results."""
+
+
+def bench_run_server(run: Path, request: LoadRequest, say: Say) -> Measured:
+    """Put every load on every model of a server; write load.json and report its table."""
+    models = _choose_models(request.models)
+    loads = loads_from(request.concurrency, request.request_rate)
+    gates = [gate_from(text, PLACES) for text in request.fail_if]
+    broken_by_load(gates, places_of(models, loads))  # unknown metrics fail before anything is measured
+    address = address_from(request.url) if request.url else None
+    plan = read_plan(run)
+    stage = plan.artifact(request.stage) if request.stage else choose_served(run, plan, say)
+    if address is None:
+        export_artifacts(run, plan, [stage], say)
+    templates = questions(read_export(export_of(run, stage)), plan.test_sets())
+    about = {"recipe": plan.recipe.name, "stage": stage, "command": request.command}
+    with nullcontext(address) if address else _started_server(run, plan, stage, say) as server:
+        results = bench_server(server, [templates[model] for model in models], loads, request.windows, about)
+    written = write_load(results, request.out or run / "bench")
+    say(f"{load_table(results)}\nResults, with the times of every request: {written}")
+    return Measured(results, broken_by_load(gates, results["rows"]))
+
+
+def _choose_models(names: Sequence[str]) -> list[str]:
+    for name in names:
+        if name not in MODELS:
+            raise RecipeError(f"--model {name}: expected one of the models that can be loaded.{nearest(name, MODELS)}")
+    return list(dict.fromkeys(names or MODELS))
+
+
+@contextmanager
+def _started_server(run: Path, plan: Plan, stage: str, say: Say) -> Iterator[Address]:
+    """Serve a run on this machine from its python repository, which is written first if it is out of date."""
+    settings = overridden(plan.serve, {"backend": "python"}, "serve")
+    repository = write_repositories(run, stage, settings, say)["python"]
+    with TritonServer(repository, triton=find_triton(say)) as server:
+        yield "http", server.http, False

@@ -1,0 +1,38 @@
+"""Build an index of images for search by text, and change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipress.serve.index import Description, Kind, change_index
+from clipress.serve.indexing import index_pictures
+from clipress.workflow.exported import find_export
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class IndexRequest:
+    """What is indexed, and how."""
+
+    images: str
+    """A folder of images, or webdataset shards."""
+    model: Path
+    """An export folder, or an artifact that has been exported."""
+    kind: Kind | None = None
+    threads: int = 0
+    add: bool = False
+    """Keep what the index holds."""
+
+
+def index_images(request: IndexRequest, out: Path, say: Say) -> Description:
+    """Embed images with an exported image encoder and write an index of them."""
+    export = find_export(request.model)
+    return index_pictures(request.images, export, out, request.kind, request.threads, request.add, say)
+
+
+def remove_from_index(index: Path, keys: Sequence[str]) -> Description:
+    """Remove entries from an index by their keys."""
+    return change_index(index, keys)

@@ -1,0 +1,70 @@
+"""Classify images with a server; see `clipress.load` for classification on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipress.data.formats.files import images_under
+from clipress.data.prompts import check_labels
+from clipress.errors import DataError
+from clipress.serve.client import Answer, Client
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running Triton server, and how it is used."""
+
+    url: str
+    timeout: float = 60
+    """Seconds per request."""
+    in_flight: int = 16
+    """Concurrent requests."""
+
+
+def labels_from(option: str | None, file: Path | None) -> list[str]:
+    """Return labels from a comma-separated text or from a text file with one per line; blank ones are skipped.
+
+    Exactly one of the two must be given. Raises DataError.
+    """
+    if (option is None) == (file is None):
+        found = "none" if file is None else "both"
+        raise DataError(f"Set exactly one of --labels and --labels-file; found {found}.")
+    parts = option.split(",") if file is None else _lines(file)
+    labels = [part.strip() for part in parts if part.strip()]
+    if not labels:
+        where = f"'{option}'" if file is None else str(file)
+        raise DataError(f"Expected labels, such as cat,dog or one per line; {where} holds none.")
+    check_labels(labels)
+    return labels
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"Labels file {file}: no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"Labels file {file} cannot be read: {error}. Expected UTF-8 text, one label per line."
+        ) from None
+
+
+def images_in(paths: Iterable[Path], standard_input: Iterable[str] = ()) -> Iterator[Path]:
+    """Yield images one by one: every image of a folder; for `-`, the paths in `standard_input`."""
+    for path in paths:
+        if str(path) == "-":
+            yield from (Path(line.rstrip("\r\n")) for line in standard_input if line.strip())
+        elif path.is_dir():
+            yield from (path / name for name in images_under(path))
+        else:
+            yield path
+
+
+def predict_with_server(
+    server: Server, images: Iterable[Path], labels: Sequence[str], templates: Sequence[str], progress: bool
+) -> Iterator[Answer]:
+    """Yield an answer per image, in order, as they arrive; a failed image does not affect the others."""
+    with Client(server.url, timeout=server.timeout, in_flight=server.in_flight, progress=progress) as client:
+        yield from client.classified(images, labels, templates)

@@ -1,0 +1,87 @@
+"""Write Triton model repositories, switch their versions, and start a server on one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clipress.bench.selection import read_kept
+from clipress.recipe import overridden
+from clipress.serve.settings import ServeSettings
+from clipress.serve.triton_repo import serve_version, served_version, triton_repo_from_export
+from clipress.serve.triton_server import serve_until_stopped
+from clipress.storage import locked_and_swept
+from clipress.workflow.export import export_artifacts
+from clipress.workflow.exported import export_of
+from clipress.workflow.plan import Plan, read_plan
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ServeRequest:
+    """What may differ from a run's recipe when its repositories are written."""
+
+    stage: str | None = None
+    """Default: the artifact that bench kept."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that replace those of `serve`."""
+
+
+def serve_run(run: Path, request: ServeRequest, say: Say) -> dict[str, Path]:
+    """Write a run's model repositories, exporting first if needed; return their folders by backend."""
+    plan = read_plan(run)
+    with locked_and_swept(run):
+        settings = overridden(plan.serve, request.settings, "serve")
+        stage = plan.artifact(request.stage) if request.stage else choose_served(run, plan, say)
+        export_artifacts(run, plan, [stage], say)
+        return write_repositories(run, stage, settings, say)
+
+
+def switch_version(run: Path, version: int | None, settings: Mapping[str, Any], say: Say) -> None:
+    """Serve another version of a run's models from its repositories; None: the version before the current one."""
+    plan = read_plan(run)
+    with locked_and_swept(run):
+        wanted = overridden(plan.serve, settings, "serve")
+        for backend in wanted.backend:
+            repository = run / "triton" / backend
+            now = serve_version(repository, version, wanted, _results(run))
+            say(f"Version {now} is served from {repository}")
+
+
+def start_triton(run: Path, stage: str | None, listen: Mapping[str, Any], say: Say) -> None:
+    """Start Triton on a run's python repository and keep it running until Ctrl-C or SIGTERM.
+
+    The repository is served as it is; it is written first if it is missing or if a stage is named. `listen` may hold
+    `host`, `http_port`, `grpc_port` and `metrics_port`.
+    """
+    read_plan(run)  # the folder must be a run
+    repository = run / "triton" / "python"
+    if stage is not None or not repository.is_dir():
+        serve_run(run, ServeRequest(stage, {"backend": "python"}), say)
+    serve_until_stopped(repository, say, **listen)
+
+
+def choose_served(run: Path, plan: Plan, say: Say) -> str:
+    """Return the artifact to serve by default: the last one, or the one that bench kept in its place."""
+    last = plan.artifact(None)
+    kept = read_kept(_results(run), run, last) or last
+    if kept != last:
+        say(
+            f"Serving {kept} instead of {last}, as {_results(run)} recommends. Override: clipress serve {run} --stage {last}"
+        )
+    return kept
+
+
+def write_repositories(run: Path, stage: str, settings: ServeSettings, say: Say) -> dict[str, Path]:
+    """Write the model repositories of an exported artifact; return their folders by backend."""
+    written = triton_repo_from_export(export_of(run, stage), run / "triton", settings, _results(run))
+    for repository in written:
+        say(f"Triton model repository of {stage}, version {served_version(repository)}: {repository}")
+    return {repository.name: repository for repository in written}
+
+
+def _results(run: Path) -> Path:
+    return run / "bench" / "results.json"
