@@ -7,7 +7,7 @@ import os
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,7 @@ from clipress.errors import ArtifactError, ClipressError, DataError, RecipeError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from clipress.bench.results import Results
     from clipress.bench.run import Subject
     from clipress.bench.settings import BenchSettings
     from clipress.compress.plan import Plan
@@ -325,14 +326,15 @@ def bench_run(
     """
     from clipress.bench.fail_if import broken, check, gate_from
     from clipress.bench.report import comparison
-    from clipress.bench.settings import Backend, BenchSettings
+    from clipress.bench.run import graph_names
+    from clipress.bench.runners import RUNNERS
+    from clipress.bench.settings import BenchSettings
     from clipress.recipe import checked
 
     wanted = [gate_from(text) for text in gates]
     plans = [_plan_of(run) for run in runs]
     for backend in asked["backends"]:
-        if backend not in get_args(Backend):
-            raise RecipeError(f"--runner {backend}: there is no such runner.{nearest(backend, get_args(Backend))}")
+        RUNNERS.find(backend, "--runner")
     asked |= {"cpus": _cpus(cpus)}
     raw = {**plans[0].recipe.bench, **{key: value for key, value in asked.items() if value not in (None, ())}}
     settings = checked(BenchSettings, raw, "bench")
@@ -346,7 +348,10 @@ def bench_run(
     compared = len(runs) > 1 or bool(stages)
     subjects = _subjects([(run, stage) for run, _, names in chosen for stage in names], len(runs) > 1)
     sets = [] if no_accuracy else _test_sets(plans[0])
-    check(wanted, [subject.name for subject in subjects], settings.backends, settings.batch, [s.name for s in sets])
+    names_a_graph = any(key == "tower" for gate in wanted for key, _ in gate.where)
+    graphs = graph_names(subjects) if names_a_graph else None
+    stages_named, sets_named = [subject.name for subject in subjects], [s.name for s in sets]
+    check(wanted, stages_named, settings.backends, settings.batch, sets_named, graphs)
     if any(not backend.startswith("torch") for backend in settings.backends):
         for run, plan, names in chosen:
             _hold(run)
@@ -459,17 +464,9 @@ def bench_load(
     """
     from clipress.bench.fail_if import gate_from
     from clipress.bench.server.load import Windows
-    from clipress.bench.server.run import (
-        MODELS,
-        PLACES,
-        bench_server,
-        broken_by_load,
-        load_table,
-        loads_from,
-        places_of,
-        questions,
-        write_load,
-    )
+    from clipress.bench.server.requests import MODELS, request_templates
+    from clipress.bench.server.results import load_table, write_load
+    from clipress.bench.server.run import PLACES, bench_server, broken_by_load, loads_from, places_of
     from clipress.runtime.export_folder import read_export
     from clipress.serve.client import address_from
 
@@ -483,14 +480,14 @@ def bench_load(
     server = address_from(url) if url else None
     if url is None:
         _export(run, plan, [name])
-    made = questions(read_export(_exported(run, name)), _test_sets(plan))
+    made = request_templates(read_export(_exported(run, name)), _test_sets(plan))
     asked = [made[model] for model in dict.fromkeys(models or MODELS)]
     about = {"recipe": plan.recipe.name, "stage": name, "command": _command(ctx)}
     with _server_of(run, plan, name) if url is None else nullcontext(server) as there:
         results = bench_server(there, asked, loads, Windows(**measured), about)
     written = write_load(results, out or run / "bench")
     click.echo(f"{load_table(results)}\nFigures, and every request's times: {written}")
-    _tell_broken(ctx, broken_by_load(wanted, results["rows"]))
+    _tell_broken(ctx, broken_by_load(wanted, results.rows))
 
 
 @contextmanager
@@ -1211,10 +1208,11 @@ def _bench(
     folder: Path,
     about: dict[str, Any],
     profiled: bool = False,
-) -> dict[str, Any]:
+) -> Results:
     """Measure, write results.json and report.html, print the table."""
     from clipress.bench.report import table, write_report
-    from clipress.bench.run import bench, write_results
+    from clipress.bench.results import write_results
+    from clipress.bench.run import bench
 
     results = bench(subjects, sets, settings, folder, about=about, profiled=profiled)
     written, page = write_results(results, folder), write_report(results, folder)
@@ -1225,7 +1223,7 @@ def _bench(
 
 def _served(run: Path, plan: Plan) -> str:
     """Return the artefact to serve where none is named: the last one, or what bench says to keep in its place."""
-    from clipress.bench.selection import read_kept
+    from clipress.bench.results import read_kept
 
     last, results = plan.artifacts[-1], run / "bench" / "results.json"
     kept = read_kept(results, run, last) or last
