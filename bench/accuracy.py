@@ -1,4 +1,4 @@
-"""Accuracy through a runner: the same metrics training uses, on what will really be shipped."""
+"""Accuracy through a runner: the metrics that training uses, measured on what is shipped."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from pathlib import Path
 from clipress.bench.runners import Runner
 from clipress.data.eval_sets import EvalSet
 from clipress.data.tokens import tokenizer_from_spec
-from clipress.metrics.evaluate import evaluate_items
 from clipress.metrics.outcomes import Outcomes, write_outcomes
 from clipress.storage import write_whole
+from clipress.tasks import task_named
 
 
 def accuracy(runner: Runner, sets: Sequence[EvalSet]) -> dict[str, Outcomes]:
-    """Return `{"<set>/<metric>": outcomes}` with the preprocessing and tokenizer the export names."""
-    tokenize = tokenizer_from_spec(runner.exported.tokenizer.model_dump())
-    return evaluate_items(runner.encode("image"), runner.encode("text"), sets, runner.exported.preprocess, tokenize)
+    """Return `{"<set>/<metric>": outcomes}`, with the model's own preprocessing and tokenizer."""
+    model = runner.model
+    tokenize = tokenizer_from_spec(model.tokenizer.model_dump()) if model.tokenizer else None
+    runs = {graph: runner.run(graph) for graph in model.graphs}
+    return task_named(model.task).evaluate(runs, sets, model.preprocess, tokenize)
 
 
 def write_items(stages: Mapping[str, Mapping[str, Outcomes]], folder: Path) -> None:
-    """Write the outcomes of every stage, item by item, as `<folder>/<stage>.npz`; what the folder held is replaced."""
+    """Write each row's outcomes, item by item, as `<folder>/<name>.npz`; older contents of the folder are replaced."""
 
     def fill(aside: Path) -> None:
         for stage, items in stages.items():

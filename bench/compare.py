@@ -1,11 +1,11 @@
-"""How much faster one model is than another, with an interval that a noisy machine does not fool.
+"""How many times as fast one model is as another, with an interval that holds on a noisy machine.
 
-Both ran in the same rounds, back to back, so what slows the machine slows both. What is compared is, round by round,
-the logarithm of the ratio of their median latencies. A round's disturbance is as likely to hit the one as the other, so the
-log ratios scatter symmetrically around the true one, whatever the shape of the noise. That is all that Wilcoxon's signed
-rank test needs. The estimate is Hodges and Lehmann's (the median of the averages of all pairs of rounds), the interval
+Both models ran in the same rounds, back to back, so what slows the machine slows both. Each round gives the logarithm of the
+ratio of the two median latencies. A disturbance hits either model with equal chance, so the log ratios scatter
+symmetrically around the true one, whatever the shape of the noise, which is all that Wilcoxon's signed-rank test
+requires. The estimate is that of Hodges and Lehmann (the median of the averages of all pairs of rounds), and the interval
 is the one that belongs to the test (Hollander and Wolfe, Nonparametric Statistical Methods, 3.1-3.3): exact up to 50
-rounds, no normal distribution assumed, and single spoilt rounds move it little.
+rounds, with no assumption of a normal distribution, and robust against single bad rounds.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 
 from clipress.bench.latency import Timings
 
-LEAST_ROUNDS = 6  # with fewer, no interval of ranks reaches 95 %
+LEAST_ROUNDS = 6  # with fewer rounds, no interval of ranks reaches 95 %
 EXACT_ROUNDS = 50
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """`value` times as fast, and its 95 % interval; without one (None) where there were too few rounds."""
+    """`value` times as fast, with its 95 % interval; the ends are None if there were too few rounds."""
 
     value: float
     low: float | None
@@ -40,18 +40,18 @@ def speed_up(reference: Timings, other: Timings) -> Ratio:
     value = float(np.exp(np.median(averages)))
     if rounds < LEAST_ROUNDS:
         return Ratio(value, None, None, rounds)
-    beyond = _beyond(rounds)
-    low, high = np.exp(averages[[beyond, -1 - beyond]])
+    outside = count_outside(rounds)
+    low, high = np.exp(averages[[outside, -1 - outside]])
     return Ratio(value, float(low), float(high), rounds)
 
 
-def _beyond(rounds: int) -> int:
+def count_outside(rounds: int) -> int:
     """Return how many averages lie outside a 95 % interval on either side: the largest k with P(W <= k) <= 0.025."""
-    if rounds > EXACT_ROUNDS:  # normal, with the correction for whole numbers
+    if rounds > EXACT_ROUNDS:  # normal approximation with continuity correction
         mean = rounds * (rounds + 1) / 4
         return int(mean - 1.959964 * (mean * (2 * rounds + 1) / 6) ** 0.5 - 0.5)
     chances = np.zeros(rounds * (rounds + 1) // 2 + 1)
-    chances[0] = 1.0  # of each sum of ranks, when every rank is in it or not with equal chance
+    chances[0] = 1.0  # of each sum of ranks, if every rank is in it with a chance of one half
     for rank in range(1, rounds + 1):
         chances[rank:] = (chances[rank:] + chances[:-rank]) / 2
         chances[:rank] /= 2

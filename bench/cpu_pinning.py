@@ -1,4 +1,4 @@
-"""Keeping a measurement on the same CPUs: threads that wander between cores lose their caches."""
+"""Keep a measurement on the same CPUs: threads that move between cores lose their caches."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from clipress.errors import RecipeError
 
 @contextmanager
 def pinned(cpus: Sequence[int] | None, threads: int) -> Iterator[list[int] | None]:
-    """Keep this thread, and those it starts, on `cpus`; None: the last `threads` of those allowed, none: no pinning.
+    """Pin this thread, and those it starts, to `cpus`; None: the last `threads` of those allowed; empty: no pinning.
 
-    Yields the CPUs in force, or None where the system cannot tell. Threads that run already stay where they are.
+    Yields the CPUs in force, or None where the system cannot tell. Threads that already run stay where they are.
     """
     if not hasattr(os, "sched_setaffinity"):  # macOS, Windows
         yield None
@@ -22,8 +22,8 @@ def pinned(cpus: Sequence[int] | None, threads: int) -> Iterator[list[int] | Non
     wanted = before[-threads:] if cpus is None else sorted(set(cpus)) or before
     if absent := set(wanted) - set(before):
         raise RecipeError(
-            f"bench.cpus: CPU {', '.join(map(str, sorted(absent)))} was asked for; this process may use "
-            f"{', '.join(map(str, before))}."
+            f"bench.cpus: expected CPUs that this process may use ({', '.join(map(str, before))}), found CPU "
+            f"{', '.join(map(str, sorted(absent)))}. Choose others with --cpus."
         )
     os.sched_setaffinity(0, wanted)
     try:

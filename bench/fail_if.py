@@ -1,21 +1,22 @@
-"""`--fail-if`: what must not be true of the results, for CI.
+"""`--fail-if`: conditions under which a build fails, for CI.
 
     p99_ms > 10
     p99_ms{stage=int8, tower=image, batch=8} > 10
     digits/top1{stage=int8} < 95
     speed_up{stage=int8, tower=image} < 1.5
 
-METRIC{WHERE} OP NUMBER. Without WHERE a gate holds for every row, tower and batch. Nothing is ever evaluated as code.
+METRIC{WHERE} OP NUMBER. Without WHERE a gate applies to every row, graph (`tower`) and batch. Nothing is evaluated as code.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clipress.bench.results import Results, Row
 from clipress.errors import RecipeError, nearest
 
 OPERATORS = {
@@ -29,11 +30,18 @@ OPERATORS = {
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 FORM = re.compile(rf"\s*([\w./@-]+)\s*(?:\{{(.*)\}})?\s*({'|'.join(OPERATORS)})\s*({NUMBER})\s*")
 PLACES = ("stage", "backend", "precision", "tower", "batch", "threads")
+TIMED = (
+    *("min_ms", "max_ms", "mean_ms", "median_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "cv_percent"),
+    *("throughput_qps", "items_per_s", "iterations", "rounds", "speed_up", "speed_up_low", "speed_up_high"),
+    *("enqueue_mean_ms", "enqueue_median_ms", "enqueue_p99_ms"),
+)
+COSTS = ("params", "params_without_embeddings", "block_params", "block_params_kept", "macs", "bytes")
+KNOWN = (*TIMED, *COSTS)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One condition that breaks the build when it is true."""
+    """One condition that fails the build when it is true."""
 
     text: str
     metric: str
@@ -41,14 +49,22 @@ class Gate:
     sign: str
     bound: float
 
+    def fails(self, value: float) -> bool:
+        """Tell whether a value meets the condition."""
+        return OPERATORS[self.sign](value, self.bound)
+
+    def message(self, value: float, place: Sequence[str]) -> str:
+        """Say what was found where."""
+        return f"{self.metric} is {value:g} ({', '.join(place)}), and must not be {self.sign} {self.bound:g}"
+
 
 def gate_from(text: str, places: Sequence[str] = PLACES) -> Gate:
-    """Read a gate; `places` are the keys that say where. Raises RecipeError when it has another form."""
+    """Parse a gate; `places` are the keys that WHERE may have. Raises RecipeError for another form."""
     form = FORM.fullmatch(text)
     if form is None:
         raise RecipeError(
-            f"--fail-if '{text}': METRIC OP NUMBER is asked for, such as 'p99_ms > 10' or "
-            f"'p99_ms{{stage=int8, batch=8}} > 10'; OP is one of {', '.join(OPERATORS)}."
+            f"--fail-if '{text}': expected METRIC OP NUMBER, such as 'p99_ms > 10' or "
+            f"'p99_ms{{stage=int8, batch=8}} > 10'. OP is one of {', '.join(OPERATORS)}."
         )
     metric, where, sign, bound = form.groups()
     return Gate(text.strip(), metric, tuple(_places(where or "", text, places)), sign, float(bound))
@@ -58,28 +74,24 @@ def _places(where: str, text: str, places: Sequence[str]) -> Iterator[tuple[str,
     for part in filter(None, map(str.strip, where.split(","))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if key not in places:
-            raise RecipeError(f"--fail-if '{text}': '{key}' says nothing about where.{nearest(key, places)}")
+            raise RecipeError(f"--fail-if '{text}': unknown key '{key}' between the braces.{nearest(key, places)}")
         if not equals or not value:
-            raise RecipeError(f"--fail-if '{text}': '{key}=VALUE' is asked for, found '{part}'.")
+            raise RecipeError(f"--fail-if '{text}': expected '{key}=VALUE', found '{part}'.")
         yield key, value.strip("\"'")
 
 
-def broken(gates: Sequence[Gate], results: dict[str, Any]) -> list[str]:
+def broken(gates: Sequence[Gate], results: Results) -> list[str]:
     """Return a message for each place where a gate's condition is true.
 
     Raises RecipeError for a metric, or a place, that the results do not have.
     """
-    told = []
+    messages = []
     for gate in gates:
-        found = list(_figures(results["rows"], gate))
+        found = list(_figures(results.rows, gate))
         if not found:
-            raise RecipeError(_nothing(results["rows"], gate))
-        for place, value in found:
-            if OPERATORS[gate.sign](value, gate.bound):
-                told.append(
-                    f"{gate.metric} is {value:g} ({', '.join(place)}), and must not be {gate.sign} {gate.bound:g}"
-                )
-    return told
+            raise RecipeError(_not_found(results.rows, gate))
+        messages += [gate.message(value, place) for place, value in found if gate.fails(value)]
+    return messages
 
 
 def check(
@@ -88,23 +100,26 @@ def check(
     backends: Sequence[str],
     batches: Sequence[int],
     sets: Sequence[str],
+    graphs: Sequence[str] | None = None,
 ) -> None:
-    """Check before anything is measured what can be known by then. Raises RecipeError."""
-    known = {
+    """Check gates before anything is measured, as far as possible. Raises RecipeError.
+
+    `graphs` are the names that `tower` may have; None: not known yet.
+    """
+    known: dict[str, Sequence[str]] = {
         "stage": [*stages, *(f"{stage} ({backend})" for stage in stages for backend in backends)],
         "backend": backends,
-        "tower": ["image", "text"],
         "batch": [str(batch) for batch in batches],
     }
+    if graphs is not None:
+        known["tower"] = graphs
     for gate in gates:
         for key, value in gate.where:
             if key in known and value not in _all_names(known[key], key):
-                raise RecipeError(f"--fail-if '{gate.text}': there is no {key} '{value}'.{nearest(value, known[key])}")
+                raise RecipeError(f"--fail-if '{gate.text}': unknown {key} '{value}'.{nearest(value, known[key])}")
         evalset = gate.metric.rpartition("/")[0]  # an accuracy's name is SET/METRIC
         if not evalset and gate.metric not in KNOWN:
-            raise RecipeError(
-                f"--fail-if '{gate.text}': there is no metric '{gate.metric}'.{nearest(gate.metric, KNOWN)}"
-            )
+            raise RecipeError(f"--fail-if '{gate.text}': unknown metric '{gate.metric}'.{nearest(gate.metric, KNOWN)}")
         if evalset and evalset not in sets:
             raise RecipeError(
                 f"--fail-if '{gate.text}': accuracy on '{evalset}' is not measured."
@@ -113,42 +128,31 @@ def check(
 
 
 def _all_names(names: Sequence[str], key: str) -> set[str]:
-    """A stage of one run among several may be called without its run, as in results."""
+    """Among several runs, a stage may be named without its run, as in the results."""
     return {*names, *(name.rpartition("/")[2] for name in names)} if key == "stage" else set(names)
 
 
-TIMED = (
-    *("min_ms", "max_ms", "mean_ms", "median_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "cv_percent"),
-    *("throughput_qps", "items_per_s", "iterations", "rounds", "speed_up", "speed_up_low", "speed_up_high"),
-    *("enqueue_mean_ms", "enqueue_median_ms", "enqueue_p99_ms"),
-)
-WEIGHED = ("params", "params_without_embeddings", "block_params", "block_params_kept", "macs", "bytes")
-KNOWN = (*TIMED, *WEIGHED)
-
-
-def _figures(rows: Sequence[dict[str, Any]], gate: Gate) -> Iterator[tuple[list[str], float]]:
-    """Yield every place a gate speaks of, in words, with the metric's value there."""
+def _figures(rows: Sequence[Row], gate: Gate) -> Iterator[tuple[list[str], float]]:
+    """Yield every place that a gate applies to, in words, with the metric's value there."""
     for row in rows:
-        for timing in row.get("latency", ()):
-            if gate.metric in timing and timing[gate.metric] is not None and _is_there(gate, row | timing):
-                yield [row["stage"], f"{timing['tower']} tower", f"batch {timing['batch']}"], timing[gate.metric]
-        whole = {key: row[key] for key in WEIGHED if key in row} | row.get("accuracy", {})
-        if gate.metric in whole and _is_there(gate, row):
-            yield [row["stage"]], whole[gate.metric]
+        place = {"stage": row.stage, "backend": row.backend, "precision": row.precision}
+        for timing in row.latency:
+            here = place | {"tower": timing.tower, "batch": timing.batch, "threads": timing.threads}
+            value = getattr(timing, gate.metric) if gate.metric in TIMED else None
+            if value is not None and _applies(gate, row, here):
+                yield [row.stage, f"{timing.tower} tower", f"batch {timing.batch}"], value
+        value = getattr(row, gate.metric) if gate.metric in COSTS else row.accuracy.get(gate.metric)
+        if value is not None and _applies(gate, row, place):
+            yield [row.stage], value
 
 
-def _is_there(gate: Gate, place: dict[str, Any]) -> bool:
-    return all(value in _names(place, key) for key, value in gate.where)
+def _applies(gate: Gate, row: Row, place: Mapping[str, Any]) -> bool:
+    return all(value == str(place.get(key)) or (key == "stage" and value == row.artifact) for key, value in gate.where)
 
 
-def _names(place: dict[str, Any], key: str) -> set[str]:
-    names = {str(place.get(key))}
-    return names | {str(place.get("artifact"))} if key == "stage" else names
-
-
-def _nothing(rows: Sequence[dict[str, Any]], gate: Gate) -> str:
-    known = {key for row in rows for key in row.get("accuracy", {})} | set(WEIGHED)
-    known |= {key for row in rows for timing in row.get("latency", ()) for key in timing if key in TIMED}
+def _not_found(rows: Sequence[Row], gate: Gate) -> str:
+    known = {key for row in rows for key in row.accuracy} | set(COSTS)
+    known |= {key for row in rows for timing in row.latency for key in timing.model_fields_set & set(TIMED)}
     if gate.metric not in known:
         return unknown_metric(gate, known)
     return nowhere(gate)
@@ -160,6 +164,6 @@ def unknown_metric(gate: Gate, known: Iterable[str]) -> str:
 
 
 def nowhere(gate: Gate) -> str:
-    """Say that a metric was not measured at the place a gate speaks of."""
-    asked = ", ".join(f"{key}={value}" for key, value in gate.where)
-    return f"--fail-if '{gate.text}': {gate.metric} was measured nowhere with {asked or 'a value'}."
+    """Say that a metric was not measured at the place that a gate names."""
+    where = ", ".join(f"{key}={value}" for key, value in gate.where)
+    return f"--fail-if '{gate.text}': {gate.metric} was measured nowhere with {where or 'a value'}."

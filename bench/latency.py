@@ -1,13 +1,13 @@
 """Latency in trtexec's terms. Models are measured in turns, so that a noisy moment of the machine hits all of them.
 
-A round is one turn of every model; every other round runs backwards, so that a machine that slows down evenly favours
-none. What belongs to one round stays together in the samples: `compare.speed_up` pairs models round by round.
+A round is one turn of every model. Every other round runs backwards, so that a machine that slows down steadily favours
+no model. Samples stay grouped by round: `compare.speed_up` pairs models round by round.
 
-Where a program's memory happens to lie can move a small model by a percent, the same way for as long as it stays loaded
-(Mytkowicz et al., Producing Wrong Data Without Doing Anything Obviously Wrong!, 2009). Two sessions of one file then
-differ, and no number of queries tells. So sessions are opened anew each round where that is cheap: luck becomes noise, and the
-interval of a ratio covers it. (A small ViT against itself, batch 1, 20 rounds: the 95 % interval held 1 in 23 of 25 tries,
-in 15 of 25 where both sessions were kept.)
+Where a program's memory happens to lie can change the speed of a small model by a percent, for as long as the model stays
+loaded (Mytkowicz et al., Producing Wrong Data Without Doing Anything Obviously Wrong!, 2009). Two sessions of one file
+then differ, and no number of queries reveals it. Sessions are therefore opened anew each round where that is cheap: luck
+becomes noise, and the interval of a ratio covers it. (A small ViT against itself, batch 1, 20 rounds: the 95 % interval
+contained 1 in 23 of 25 trials, and in 15 of 25 when both sessions were kept.)
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-TURN_MS = 50.0  # how long one model runs at most before it is the next one's turn
-ROUNDS = 20  # there are at least so many, unless single queries take longer than their part of the duration
+TURN_MS = 50.0  # how long one model runs at most before the next one has its turn
+ROUNDS = 20  # at least, unless fewer iterations are required
 
 Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Enqueued:
-    """A query to a device: `enqueue` returns once the work is handed over, `wait` when it is done."""
+    """A query to a device: `enqueue` returns once the work is submitted, `wait` when it is done."""
 
     enqueue: Callable[[], Any]
     wait: Callable[[], Any]
 
     def __call__(self) -> None:
-        """Run the query to its end."""
+        """Run the query to completion."""
         self.enqueue()
         self.wait()
 
@@ -43,13 +43,13 @@ class Timings:
     """Every counted query of one model, in the order they ran; all times in ms."""
 
     latency: np.ndarray
-    """[queries] From the call to the answer."""
+    """[queries] From the call to the result."""
     rounds: np.ndarray
-    """[rounds] How many of them ran in each round."""
+    """[rounds] How many queries ran in each round."""
     starts: np.ndarray
-    """[rounds] When each turn began, after the first one of any model."""
+    """[rounds] When each turn began, counted from the first turn of any model."""
     enqueue: np.ndarray | None = None
-    """[queries] Of it, until the call was back; None where the call is back with the answer only."""
+    """[queries] The part until the call returned; None where the call returns with the result."""
 
     def medians(self) -> np.ndarray:
         """Return the median latency of each round."""
@@ -63,10 +63,10 @@ def percentile(times: Sequence[float], percent: float) -> float:
 
 
 def summary(timings: Timings, batch: int) -> dict[str, float]:
-    """Return trtexec's figures: latency in ms, queries and items per second of the time spent, their number.
+    """Return trtexec's figures, by their names in results.json: latency in ms, throughput, number of queries.
 
     `cv_percent` is the coefficient of variation, population standard deviation over mean; trtexec calls a measurement
-    unstable above 2.5. Enqueue times are there where the runner has them.
+    unstable above 2.5. Enqueue times are included for runners on devices.
     """
     times = sorted(timings.latency.tolist())
     n, total = len(times), sum(times)
@@ -101,11 +101,11 @@ def measure_in_turns(
     renew: Mapping[Name, Callable[[], Callable[[], Any]]] | None = None,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[Name, Timings]:
-    """Run queries in turns until each has had its duration and its iterations; what ran as warm-up is not counted.
+    """Run queries in turns until each has had its duration and its iterations; warm-up is not counted.
 
-    Every model takes part in every round, so that rounds can be paired; there are as many as iterations, up to 20, or
-    more. `renew` has, by name, what opens a model anew and returns its query; it is asked every round, and its query is
-    warmed up for a part of the time. `clock` tells nanoseconds.
+    Every model takes part in every round, so that rounds can be paired. There are at least `iterations` rounds, or 20 if
+    that is less. `renew` holds, by name, a function that opens a model anew and returns its query; it is called every
+    round, and the new query is warmed up briefly. `clock` returns nanoseconds.
     """
     queries, renew = dict(queries), renew or {}
     for query in queries.values():
@@ -114,7 +114,7 @@ def measure_in_turns(
     starts: dict[Name, list[int]] = {name: [] for name in queries}
     spent, answered = dict.fromkeys(queries, 0.0), dict.fromkeys(queries, 0)
     order = list(queries)
-    rounds = min(iterations, ROUNDS)  # one busy moment can eat a duration whole, and leave nothing to pair
+    rounds = min(iterations, ROUNDS)  # one busy moment can use up the whole duration, and leave no rounds to pair
     while len(starts[order[0]]) < rounds or any(
         spent[name] < duration_ms or answered[name] < iterations for name in queries
     ):
@@ -141,7 +141,7 @@ def measure_in_turns(
 
 
 def _turn(query: Callable[[], Any], duration_ms: float, clock: Callable[[], int]) -> np.ndarray:
-    """Run a query for a while and at least once. Returns ms [queries, 2]: latency, and enqueue time where it exists."""
+    """Run a query for a while, at least once. Returns ms [queries, 2]: latency, and enqueue time where there is one."""
     taken: list[tuple[float, float]] = []
     total = 0.0
     while total < duration_ms or not taken:

@@ -1,4 +1,4 @@
-"""Where ONNX Runtime spends a query: its own profile, summed per operator kind and per layer.
+"""Where ONNX Runtime spends a query: its own profile, summed per kind of operator and per layer.
 
 Times are medians over queries of what all nodes of a kind, or of a layer, took in one query. A profiled session is
 slower than a plain one: read the shares, not the sums.
@@ -16,42 +16,43 @@ from typing import Any
 import numpy as np
 
 from clipress.bench.layers import ELSE
-from clipress.bench.runners import noise
+from clipress.bench.results import Profile, Spent
 from clipress.errors import ExportError
+from clipress.runtime.graph import Graph
 from clipress.runtime.onnx_session import open_session
 
-WARM_UP = 3  # queries that are run and left out
-SCOPES = "pkg.torch.onnx.name_scopes"  # where the dynamo exporter notes which module a node comes from
+WARM_UP = 3  # queries that are run and not counted
+SCOPES = "pkg.torch.onnx.name_scopes"  # where the dynamo exporter records which module a node comes from
+Events = list[Mapping[str, Any]]
 
 
-def profile(path: Path, tower: str, batch: int, threads: int, queries: int, layers: Sequence[str]) -> dict[str, Any]:
-    """Profile one tower. Returns `{tower, batch, queries, operators, layers}`, both lists by falling time.
+def profile(path: Path, graph: Graph, batch: int, threads: int, queries: int, layers: Sequence[str]) -> Profile:
+    """Profile one graph's file.
 
-    layers: module paths that nodes are gathered under; what lies in none of them is "all else".
+    Args:
+        path: the ONNX file.
+        queries: how many are counted.
+        layers: module paths that nodes are grouped by; a node in none of them belongs to "all else".
     """
-    events = _events(path, tower, batch, threads, queries + WARM_UP)
-    runs = _per_query(events)[WARM_UP:]
+    events = _events(path, graph.example(batch), threads, queries + WARM_UP)
+    runs = split_queries(events)[WARM_UP:]
     if not runs:
-        raise ExportError(f"ONNX Runtime wrote no profile of {path}; its release may write another format.")
-    places = _places(path, layers)
-    operators = _summed(runs, lambda run: [node["args"].get("op_name", "?") for node in run])
-    by_layer = _summed(runs, lambda run: _layers_of(run, places, layers))
-    return {"tower": tower, "batch": batch, "queries": len(runs), "operators": operators, "layers": by_layer}
+        raise ExportError(f"ONNX Runtime wrote no profile of {path}. Its release may use another format.")
+    operators, by_layer = summarise(runs, _places(path, layers))
+    return Profile(tower=graph.name, batch=batch, queries=len(runs), operators=operators, layers=by_layer)
 
 
-def _events(path: Path, tower: str, batch: int, threads: int, queries: int) -> list[dict[str, Any]]:
+def _events(path: Path, inputs: Mapping[str, np.ndarray], threads: int, queries: int) -> Events:
     with tempfile.TemporaryDirectory() as folder:
         session = open_session(path, threads, profile_to=Path(folder) / "profile")
-        takes = session.get_inputs()[0]
-        inputs = noise(tower, (batch, *takes.shape[1:]))
         for _ in range(queries):
-            session.run(None, {takes.name: inputs})
+            session.run(None, dict(inputs))
         return json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
 
 
-def _per_query(events: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Return the nodes of each query in the order they ran; the event of a query comes after those of its nodes."""
-    runs: list[list[Mapping[str, Any]]] = [[]]
+def split_queries(events: Iterable[Mapping[str, Any]]) -> list[Events]:
+    """Return the nodes of each query in the order they ran; the event of a query follows those of its nodes."""
+    runs: list[Events] = [[]]
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             runs[-1].append(event)
@@ -60,7 +61,13 @@ def _per_query(events: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, An
     return [run for run in runs if run]
 
 
-def _summed(runs: list[list[Mapping[str, Any]]], names_of: Callable[[list], list[str]]) -> list[dict[str, Any]]:
+def summarise(runs: Sequence[Events], places: Mapping[str, str]) -> tuple[tuple[Spent, ...], tuple[Spent, ...]]:
+    """Sum the nodes of each query, by operator and by layer. `places` maps the file's nodes to their layers."""
+    operators = _summed(runs, lambda run: [node["args"].get("op_name", "?") for node in run])
+    return operators, _summed(runs, lambda run: _layers_of(run, places))
+
+
+def _summed(runs: Sequence[Events], names_of: Callable[[Events], list[str]]) -> tuple[Spent, ...]:
     names = list(dict.fromkeys(name for run in runs for name in names_of(run)))
     times, counts = np.zeros((len(runs), len(names))), np.zeros(len(names), int)
     for i, run in enumerate(runs):
@@ -70,17 +77,23 @@ def _summed(runs: list[list[Mapping[str, Any]]], names_of: Callable[[list], list
     medians = np.median(times, axis=0)
     whole = medians.sum() or 1.0
     rows = [
-        {"name": name, "median_ms": round(float(ms), 5), "percent": round(float(100 * ms / whole), 2), "nodes": int(n)}
+        Spent(name=name, median_ms=round(float(ms), 5), percent=round(float(100 * ms / whole), 2), nodes=int(n))
         for name, ms, n in zip(names, medians, counts // len(runs), strict=True)
     ]
-    return sorted(rows, key=lambda row: -row["median_ms"])
+    return tuple(sorted(rows, key=lambda row: -row.median_ms))
 
 
 def _places(path: Path, layers: Sequence[str]) -> dict[str, str]:
     """Return the layer of every node of the file, by the node's name."""
     import onnx
 
-    return {node.name: _layer(_scope(node), layers) for node in onnx.load(path, load_external_data=False).graph.node}
+    return {node.name: layer_of(node, layers) for node in onnx.load(path, load_external_data=False).graph.node}
+
+
+def layer_of(node: Any, layers: Sequence[str]) -> str:
+    """Return which layer a node belongs to, by its recorded scopes or its name."""
+    scope = f".{_scope(node).strip('.')}."
+    return next((layer for layer in layers if f".{layer}." in scope), ELSE)
 
 
 def _scope(node: Any) -> str:
@@ -91,12 +104,8 @@ def _scope(node: Any) -> str:
     return node.name.replace("/", ".")
 
 
-def _layer(scope: str, layers: Sequence[str]) -> str:
-    return next((layer for layer in layers if f".{layer}." in f".{scope.strip('.')}."), ELSE)
-
-
-def _layers_of(run: list[Mapping[str, Any]], places: Mapping[str, str], layers: Sequence[str]) -> list[str]:
-    """Return each node's layer. A node that fusion made has no place of its own: it counts to the one run before it."""
+def _layers_of(run: Events, places: Mapping[str, str]) -> list[str]:
+    """Return each node's layer. A node made by fusion has no scope: it counts to the layer of the node before it."""
     found, before = [], ELSE
     for node in run:
         name = node["name"].removesuffix("_kernel_time")

@@ -2,52 +2,58 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clipress import __version__
 from clipress.artifact import read_header
 from clipress.bench.accuracy import accuracy, write_items
 from clipress.bench.compare import Ratio, speed_up
+from clipress.bench.conditions import RENEWING, conditions, turn_ms
 from clipress.bench.cost import cost
 from clipress.bench.cpu_pinning import pinned
-from clipress.bench.latency import ROUNDS, TURN_MS, Timings, measure_in_turns, summary
+from clipress.bench.latency import Timings, measure_in_turns, summary
 from clipress.bench.profile import profile
-from clipress.bench.runners import Runner, input_shape, noise, open_runner
-from clipress.bench.selection import interval, kept, verdicts
+from clipress.bench.results import SCHEMA_VERSION, Case, Latency, Profile, Results, Row
+from clipress.bench.runners import Runner, open_runner
+from clipress.bench.selection import choose_kept, interval, verdicts
 from clipress.bench.settings import BenchSettings
 from clipress.data.eval_sets import EvalSet
 from clipress.errors import ArtifactError
-from clipress.metrics.outcomes import percents, standard_errors
+from clipress.metrics.outcomes import Outcomes, percents, standard_errors
 from clipress.progress import track
 from clipress.runtime.cpu import processor
-from clipress.storage import write_text_whole, write_whole
+from clipress.storage import write_whole
+from clipress.tasks import graphs_of, model_from_artifact
 
-SCHEMA_VERSION = 1
 PROFILED = 20  # queries
-RENEWING = 5  # turns that opening a model may take to be done every round
-Case = tuple[str, int]  # a tower and a batch
+Measured = Mapping[Case, Mapping[str, Timings]]
+"""Case -> label -> timings."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One model to measure: what it is called in the results, its artefact and its export."""
+    """One model to measure: its name in the results, its artifact and its export."""
 
     name: str
     artifact: Path
     export: Path
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One row of the table to be: a subject on a runner."""
+
+    label: str
+    subject: Subject
+    runner: Runner
 
 
 def bench(
@@ -56,156 +62,181 @@ def bench(
     settings: BenchSettings,
     folder: Path,
     *,
-    about: dict[str, Any],
+    about: Mapping[str, Any],
     profiled: bool = False,
-) -> dict[str, Any]:
-    """Measure accuracy, cost and latency of every subject on every backend, the first one the reference.
+) -> Results:
+    """Measure accuracy, cost and latency of every subject on every backend, with the first one as the reference.
 
-    Writes into `folder` what is too long for a table: `items/<name>.npz`, what each model made of each item, so that
-    models can be compared item by item; `samples/<name>.json`, the time of every query. Without `sets` accuracy is not
-    measured. `about` goes into the conditions. Returns results.json's content.
+    What is too long for a table is written into `folder`: each row's outcome on every item, so that models can be
+    compared item by item (`items/<name>.npz`), and the time of every query (`samples/<name>.json`).
+
+    Args:
+        sets: what accuracy is measured on; if empty, it is not measured.
+        about: added to the conditions.
+        profiled: also record where ONNX Runtime spends its time.
     """
     with pinned(settings.cpus, settings.threads) as cpus:
-        named = {
-            _label(subject, backend, settings): (
-                subject,
-                open_runner(backend, subject.artifact, subject.export, settings),
-            )
-            for backend in settings.backends
-            for subject in subjects
-        }
-        runners = {label: runner for label, (_, runner) in named.items()}
-        for label, runner in runners.items():
-            check_answers(label, runner)
-        rows, outcomes = [], {}
-        for label, (subject, runner) in track(named.items(), len(named), "accuracy", "model"):
-            found = outcomes[label] = accuracy(runner, sets) if sets else {}
-            rows.append(_row(label, subject, runner) | _told(found))
-        for row in rows:
-            row["block_params_kept"] = round(row["block_params"] / rows[0]["block_params"], 4)
-        cases = [(tower, batch) for tower in ("image", "text") for batch in settings.batch]
-        timings = {case: _timed(case, runners, settings) for case in track(cases, len(cases), "latency", "case")}
+        opened = _open_all(subjects, settings)
+        shown = track(opened, len(opened), "accuracy", "model")
+        outcomes = {one.label: accuracy(one.runner, sets) if sets else {} for one in shown}
+        rows = [_row(one, outcomes[one.label]) for one in opened]
+        cases = _cases(opened, settings)
+        timings = {case: _timed(case, opened, settings) for case in track(cases, len(cases), "latency", "case")}
         if profiled:
-            for row, (subject, runner) in zip(rows, named.values(), strict=True):
-                row["profiles"] = _profiles(row, subject, runner, settings)
-    for row in rows:
-        row["latency"] = [_latency(row["stage"], rows[0]["stage"], case, timings[case], settings) for case in cases]
-    files = _file_names(list(named))
-    if sets:
-        write_items({files[label]: found for label, found in outcomes.items()}, folder / "items")
-    write_samples({files[label]: _samples(label, timings) for label in named}, folder / "samples")
+            rows = [_with_profiles(row, one, settings) for row, one in zip(rows, opened, strict=True)]
+    rows = [_with_ratios(row, rows[0], timings, settings) for row in rows]
+    _write_details(outcomes if sets else {}, timings, [one.label for one in opened], folder)
 
     def ratio(origin: str, other: str, case: Case) -> Ratio:
         return speed_up(timings[case][origin], timings[case][other])
 
-    told = verdicts(rows, cases, ratio, settings.max_loss, processor())
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "conditions": about | conditions(settings, sets, cpus, [row["device"] for row in rows]),
-        "rows": rows,
-        "verdicts": told,
-        "kept": kept(rows, told),
-    }
+    found = verdicts(rows, cases, ratio, settings.max_loss, processor())
+    return Results(
+        schema_version=SCHEMA_VERSION,
+        conditions=conditions(settings, sets, cpus, [row.device for row in rows], about),
+        rows=rows,
+        verdicts=found,
+        kept=choose_kept(rows, found),
+    )
+
+
+def graph_names(subjects: Sequence[Subject]) -> list[str]:
+    """Return the names of all graphs that will be timed, from the artifacts alone; one of each task is loaded."""
+    of_task = {read_header(one.artifact).get("task"): one.artifact for one in subjects}
+    return list(dict.fromkeys(name for one in of_task.values() for name in graphs_of(model_from_artifact(one))))
+
+
+def _open_all(subjects: Sequence[Subject], settings: BenchSettings) -> list[Opened]:
+    opened = [
+        Opened(
+            subject.name if len(settings.backends) == 1 else f"{subject.name} ({backend})",
+            subject,
+            open_runner(backend, subject.artifact, subject.export, settings),
+        )
+        for backend in settings.backends
+        for subject in subjects
+    ]
+    for one in opened:
+        check_answers(one.label, one.runner)
+    return opened
 
 
 def check_answers(label: str, runner: Runner) -> None:
-    """Raise ArtifactError for a model whose embeddings of noise are not finite, or of another shape than [B, D]."""
-    for tower in ("image", "text"):
-        found = np.asarray(runner.encode(tower)(noise(tower, (2, *input_shape(runner.exported, tower)))))
-        if found.ndim != 2 or len(found) != 2:
-            raise ArtifactError(f"{label}, {tower} tower: embeddings [2, D] are asked for, found {list(found.shape)}.")
-        broken = int((~np.isfinite(found)).sum())
-        if broken:
-            raise ArtifactError(
-                f"{label}, {tower} tower: {broken} of {found.size} numbers in its embeddings are NaN or infinite. "
-                "Its speed would mean nothing; make the artefact again and look at the stage's log."
-            )
+    """Raise ArtifactError for a model whose outputs of random inputs are not finite, or have another shape."""
+    for graph in runner.model.graphs.values():
+        found = runner.run(graph.name)(graph.example(2))
+        for output in graph.outputs:
+            values, expected = np.asarray(found[output.name]), [2, *output.shape]
+            if list(values.shape) != expected:
+                raise ArtifactError(
+                    f"{label}, graph '{graph.name}': expected {output.name} of shape {expected}, found "
+                    f"{list(values.shape)}. Export it again: clipress export RUN"
+                )
+            if broken := int((~np.isfinite(values)).sum()):
+                raise ArtifactError(
+                    f"{label}, graph '{graph.name}': {broken} of {values.size} values of {output.name} are NaN or "
+                    "infinite, so its speed is meaningless. Check the stage's log, and make the artifact again."
+                )
 
 
-def _label(subject: Subject, backend: str, settings: BenchSettings) -> str:
-    return subject.name if len(settings.backends) == 1 else f"{subject.name} ({backend})"
+def _row(one: Opened, outcomes: Mapping[str, Outcomes]) -> Row:
+    """Return a row with everything but what depends on other rows."""
+    model = one.runner.model
+    return Row(
+        stage=one.label,
+        artifact=one.subject.artifact.name,
+        task=model.task,
+        backend=one.runner.backend,
+        device=one.runner.device,
+        precision=model.precision,
+        **vars(cost(one.subject.artifact)),
+        bytes=model.bytes,
+        exact_mode=one.runner.exact_mode,
+        parity=dict(model.parity),
+        lineage=read_header(one.subject.artifact)["lineage"],
+        accuracy={key: round(value, 3) for key, value in percents(outcomes).items()},
+        accuracy_se={key: round(value, 3) for key, value in standard_errors(outcomes).items()},
+    )
 
 
-def _row(label: str, subject: Subject, runner: Runner) -> dict[str, Any]:
-    return {
-        "stage": label,
-        "artifact": subject.artifact.name,
-        "backend": runner.backend,
-        "device": getattr(runner, "device", "cpu"),
-        "precision": runner.exported.precision,
-        **cost(subject.artifact),
-        "bytes": runner.exported.bytes,
-        "exact_mode": getattr(runner, "exact_mode", False),
-        "parity": runner.exported.parity,
-        "lineage": read_header(subject.artifact)["lineage"],
-    }
+def _cases(opened: Sequence[Opened], settings: BenchSettings) -> list[Case]:
+    graphs = dict.fromkeys(graph for one in opened for graph in one.runner.model.graphs)
+    return [Case(graph, batch) for graph in graphs for batch in settings.batch]
 
 
-def _told(found: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "accuracy": {key: round(value, 3) for key, value in percents(found).items()},
-        "accuracy_se": {key: round(value, 3) for key, value in standard_errors(found).items()},
-    }
-
-
-def _timed(case: Case, runners: dict[str, Runner], settings: BenchSettings) -> dict[str, Timings]:
-    """Time all models in turns, on one tower and batch."""
+def _timed(case: Case, opened: Sequence[Opened], settings: BenchSettings) -> dict[str, Timings]:
+    """Time all models that have the case's graph, in turns."""
+    runners = {one.label: one.runner for one in opened if case.graph in one.runner.model.graphs}
     return measure_in_turns(
         {label: runner.query(*case) for label, runner in runners.items()},
         warm_up_ms=settings.warm_up,
         duration_ms=settings.duration,
         iterations=settings.iterations,
-        renew=_renewable(case, runners, settings),
+        renew=renewable(case, runners, settings),
     )
 
 
-def _renewable(case: Case, runners: dict[str, Runner], settings: BenchSettings) -> dict[str, Callable[[], Any]]:
-    """Return what opens each model anew, if all can, and none takes more than a few turns for it.
+def renewable(case: Case, runners: Mapping[str, Runner], settings: BenchSettings) -> dict[str, Callable[[], Any]]:
+    """Return what opens each model anew, if all of them can do so within a few turns, else nothing.
 
-    All or none: a model that is opened anew has colder caches than one that stays.
+    All or none: a model that is opened anew has colder caches than one that stays open.
     """
-    if not all(hasattr(runner, "fresh_query") for runner in runners.values()):
+    if not all(runner.fresh_query for runner in runners.values()):
         return {}
     opening = {label: partial(runner.fresh_query, *case) for label, runner in runners.items()}
     for fresh in opening.values():
         start = time.perf_counter()
         fresh()
-        if (time.perf_counter() - start) * 1000 > RENEWING * _turn_ms(settings):
+        if (time.perf_counter() - start) * 1000 > RENEWING * turn_ms(settings):
             return {}
     return opening
 
 
-def _turn_ms(settings: BenchSettings) -> float:
-    return min(TURN_MS, settings.duration / ROUNDS)
+def _with_profiles(row: Row, one: Opened, settings: BenchSettings) -> Row:
+    """Profile every graph at the largest batch; only ONNX Runtime on the CPU reports where its time goes."""
+    profiles: list[Profile] = []
+    if row.backend == "onnxruntime":
+        for graph in one.runner.model.graphs.values():
+            own = [layer.name for layer in row.layers if layer.tower == graph.name]
+            layers = own or [layer.name for layer in row.layers]
+            path = one.runner.model.onnx(graph.name)
+            profiles.append(profile(path, graph, max(settings.batch), settings.threads, PROFILED, layers))
+    return row.model_copy(update={"profiles": tuple(profiles)})
 
 
-def _latency(
-    label: str, reference: str, case: Case, timings: dict[str, Timings], settings: BenchSettings
-) -> dict[str, Any]:
-    ratio = speed_up(timings[reference], timings[label])
-    where = {"tower": case[0], "batch": case[1], "threads": settings.threads}
-    return where | summary(timings[label], case[1]) | {"speed_up": round(ratio.value, 4), **interval(ratio)}
+def _with_ratios(row: Row, first: Row, timings: Measured, settings: BenchSettings) -> Row:
+    """Add what is relative to the first row: the part of the parameters that is kept, and latencies with ratios."""
+    latency = tuple(
+        _latency(case, found[row.stage], found.get(first.stage), settings)
+        for case, found in timings.items()
+        if row.stage in found
+    )
+    kept = round(row.block_params / first.block_params, 4) if first.block_params else None
+    return row.model_copy(update={"block_params_kept": kept, "latency": latency})
 
 
-def _profiles(row: dict[str, Any], subject: Subject, runner: Runner, settings: BenchSettings) -> list[dict[str, Any]]:
-    """Profile both towers at the largest batch; only ONNX Runtime on the CPU can tell."""
-    if runner.backend != "onnxruntime":
-        return []
-    batch = max(settings.batch)
-    found = []
-    for tower in ("image", "text"):
-        layers = [layer["name"] for layer in row["layers"] if layer["tower"] == tower]
-        path = runner.exported.onnx(tower)
-        found.append(profile(path, tower, batch, settings.threads, PROFILED, layers))
-    return found
+def _latency(case: Case, own: Timings, reference: Timings | None, settings: BenchSettings) -> Latency:
+    ratio = None if reference is None else speed_up(reference, own)
+    compared = {} if ratio is None else {"speed_up": round(ratio.value, 4), **interval(ratio)}
+    return Latency(tower=case.graph, batch=case.batch, threads=settings.threads, **summary(own, case.batch), **compared)
 
 
-def _samples(label: str, timings: dict[Case, dict[str, Timings]]) -> dict[str, Any]:
+def _write_details(
+    outcomes: Mapping[str, Mapping[str, Outcomes]], timings: Measured, labels: Sequence[str], folder: Path
+) -> None:
+    files = _file_names(labels)
+    if outcomes:
+        write_items({files[label]: found for label, found in outcomes.items()}, folder / "items")
+    write_samples({files[label]: _samples(label, timings) for label in labels}, folder / "samples")
+
+
+def _samples(label: str, timings: Measured) -> dict[str, Any]:
     cases = []
-    for (tower, batch), measured in timings.items():
-        own = measured[label]
+    for (graph, batch), measured in timings.items():
+        if (own := measured.get(label)) is None:
+            continue
         case = {
-            "tower": tower,
+            "tower": graph,
             "batch": batch,
             "rounds": own.rounds.tolist(),
             "starts_ms": own.starts.round(3).tolist(),
@@ -217,8 +248,8 @@ def _samples(label: str, timings: dict[Case, dict[str, Timings]]) -> dict[str, A
     return {"schema_version": SCHEMA_VERSION, "stage": label, "cases": cases}
 
 
-def write_samples(samples: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Write every query's time as `<folder>/<name>.json`; what the folder held is replaced."""
+def write_samples(samples: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Write every query's time as `<folder>/<name>.json`; older contents of the folder are replaced."""
 
     def fill(aside: Path) -> None:
         for name, content in samples.items():
@@ -228,7 +259,7 @@ def write_samples(samples: dict[str, dict[str, Any]], folder: Path) -> None:
 
 
 def _file_names(labels: Sequence[str]) -> dict[str, str]:
-    """Return a file name per label that is its own on every system."""
+    """Return a distinct file name per label, on file systems that ignore case too."""
     names: dict[str, str] = {}
     for label in labels:
         plain = re.sub(r"[^\w.+-]+", "-", label).strip("-.") or "model"
@@ -236,51 +267,3 @@ def _file_names(labels: Sequence[str]) -> dict[str, str]:
         tries = (plain if number == 1 else f"{plain}-{number}" for number in range(1, len(labels) + 1))
         names[label] = next(name for name in tries if name.lower() not in taken)
     return names
-
-
-def conditions(
-    settings: BenchSettings, sets: Sequence[EvalSet], cpus: list[int] | None, devices: Sequence[str]
-) -> dict[str, Any]:
-    """Return everything a number needs to be believed."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "clipress": __version__,
-        **{name: known for name in ("onnxruntime", "torch", "numpy") if (known := _version(name))},
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()}",
-        **processor().record(),
-        "devices": list(dict.fromkeys(devices)),
-        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "threads": settings.threads,
-        "cpu_affinity": "not known" if cpus is None else cpus,
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "backends": list(settings.backends),
-        "dtype_of_torch": settings.dtype,
-        "warm_up_ms": settings.warm_up,
-        "duration_ms": settings.duration,
-        "iterations_at_least": settings.iterations,
-        "interleaved": True,
-        "turn_ms": _turn_ms(settings),
-        "sessions": f"opened anew each round where that takes no more than {RENEWING} turns",
-        "order": "rounds of one turn each, every other round backwards",
-        "clock": "host, from the call to the answer (perf_counter)",
-        "transfers": "none: inputs and outputs stay where the model runs",
-        "ratios": "Hodges-Lehmann over rounds of the log ratio of medians, 95 % interval of Wilcoxon's signed ranks",
-        "data": {s.name: {"items": len(s.source), "fingerprint": s.source.fingerprint} for s in sets},
-        "protocol": "text_rK: text for an image, any own caption counts; image_rK: image for a text; ties count as wrong; "
-        "standard errors count an image and its captions as one",
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # onnxruntime-gpu goes by another name
-        return None
-
-
-def write_results(results: dict[str, Any], folder: Path) -> Path:
-    """Write results.json."""
-    path = folder / "results.json"
-    write_text_whole(path, json.dumps(results, indent=1) + "\n")
-    return path

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from clipress.errors import nearest
 from clipress.recipe import Section
 
-Backend = Literal["onnxruntime", "onnxruntime-cuda", "torch", "torch-compiled", "tensorrt"]
+
+def known_runner(name: str) -> str:
+    """Return the name of a runner. Raises ValueError, with the nearest known name, if there is no such runner."""
+    from clipress.bench.runners import RUNNERS  # runners load torch, which settings alone do not need
+
+    if name not in RUNNERS:
+        raise ValueError(f"unknown runner '{name}'.{nearest(name, RUNNERS)}")
+    return name
+
+
+Backend = Annotated[str, AfterValidator(known_runner)]
 
 
 class BenchSettings(Section):
-    """What is measured, in trtexec's words."""
+    """What is measured, in trtexec's terms."""
 
     backends: tuple[Backend, ...] = Field(("onnxruntime",), min_length=1)
-    """What the models run on; the first one, with the first model, is what the others are compared with."""
+    """Runners; the first model on the first runner is the reference that all others are compared with."""
     batch: tuple[int, ...] = (1, 8, 32)
     threads: int = Field(1, ge=1)
-    """Of ONNX Runtime and torch, inside one operator. One thread is what a shared machine measures best."""
+    """Of ONNX Runtime and torch, inside one operator. On a shared machine, one thread gives the steadiest figures."""
     cpus: tuple[int, ...] | None = None
-    """CPUs to stay on. Absent: as many as threads, the last of those allowed; empty: wherever the system likes."""
+    """CPUs to pin to. Absent: the last `threads` CPUs of those allowed; empty: no pinning."""
     warm_up: int = Field(200, ge=0)
-    """Milliseconds each model runs before it counts."""
+    """Milliseconds that each model runs before it is timed."""
     duration: int = Field(1000, ge=0)
-    """Milliseconds each model runs at least, per tower and batch."""
+    """Milliseconds that each model is timed for, at least, per graph and batch."""
     iterations: int = Field(10, ge=1)
-    """Queries each model answers at least, per tower and batch."""
+    """Queries that each model runs, at least, per graph and batch."""
     max_loss: float = Field(1.0, ge=0)
-    """Points of top-1 or R@1 on any set that an INT8 or 2:4 model may lose and still be kept for being faster."""
+    """Points of accuracy (top-1, R@1) that a faster INT8 or 2:4 model may lose on any set and still be kept."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the torch runners; bf16 needs a GPU."""
+    """Of the torch runners; bf16 requires a GPU."""
     two_four: bool = False
-    """Let the torch runners use 2:4 weights as such (semi-structured kernels); needs a GPU and bf16."""
+    """Let the torch runners use semi-structured kernels for 2:4 weights; requires a GPU and bf16."""

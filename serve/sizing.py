@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from clipress.errors import ArtifactError
 from clipress.runtime.export_folder import Exported
+from clipress.runtime.measured import Measurement, read_measurements
 from clipress.serve.settings import ServeSettings
-from clipress.storage import read_json
 
 ITEM_MS = 20.0
 THREAD_BYTES = 64 << 20
@@ -42,13 +41,13 @@ class Sizing:
 
 def sizing(exported: Exported, tower: str, backend: str, settings: ServeSettings, bench: Path | None) -> Sizing:
     """Return an encoder's sizes: the settings', else by the rule. `bench` is a results.json, which need not be there."""
-    rows = [] if bench is None else _latencies(bench, exported, tower, backend)
+    rows = [] if bench is None else _measured(bench, exported, tower, backend)
     cores = os.cpu_count() or 1
     threads = settings.threads if settings.threads != "auto" else min(cores, _threads(exported, tower, rows))
     small = backend != "tensorrt" and 0 < _item_ms(rows) < SMALL_MS
     by_cores = 1 if backend == "tensorrt" else max(1, cores // threads // (2 if small else 1))
     instances = settings.instances if settings.instances != "auto" else by_cores
-    best = max(rows, key=lambda row: row["items_per_s"])["batch"] if rows else 1
+    best = max(rows, key=lambda row: row.items_per_s).batch if rows else 1
     return Sizing(instances, threads, best if 1 < best < settings.max_batch else None, small)
 
 
@@ -58,30 +57,19 @@ def helpers(settings: ServeSettings, encoder: Sizing | None = None) -> int:
     return by_cores if settings.instances == "auto" else settings.instances
 
 
-def _threads(exported: Exported, tower: Any, rows: list[dict[str, Any]]) -> int:
+def _threads(exported: Exported, tower: str, rows: Sequence[Measurement]) -> int:
     if alone := _item_ms(rows):
         return max(1, math.ceil(alone / ITEM_MS))
     return max(1, math.ceil(exported.files[tower].bytes / THREAD_BYTES))
 
 
-def _item_ms(rows: list[dict[str, Any]]) -> float:
-    """Return what one item takes one thread; 0: not measured."""
-    return next((row["median_ms"] * row["threads"] for row in rows if row["batch"] == 1), 0.0)
+def _item_ms(rows: Sequence[Measurement]) -> float:
+    """Return what one item takes on one thread; 0: not measured."""
+    return next((row.median_ms * row.threads for row in rows if row.batch == 1), 0.0)
 
 
-def _latencies(bench: Path, exported: Exported, tower: str, backend: str) -> list[dict[str, Any]]:
-    """Return what the bench measured of this very model; figures of another training say nothing."""
+def _measured(bench: Path, exported: Exported, graph: str, backend: str) -> list[Measurement]:
+    """Return what the bench measured of one graph of this very model; figures of another training say nothing."""
     runner = "tensorrt" if backend == "tensorrt" else "onnxruntime"
-    try:
-        return [
-            {key: latency[key] for key in ("batch", "threads", "median_ms", "items_per_s")}
-            for row in read_json(bench)["rows"]
-            if (row["stage"], row["backend"]) == (exported.stage, runner)
-            and row["lineage"][-1]["hash"] == exported.lineage_hash
-            for latency in row["latency"]
-            if latency["tower"] == tower
-        ]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ArtifactError(f"{bench} is not readable ({error!r}). Measure again: clipress bench RUN") from None
+    rows = read_measurements(bench, exported.stage, exported.lineage_hash, runner)
+    return [row for row in rows if row.tower == graph]

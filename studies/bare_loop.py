@@ -1,8 +1,8 @@
-"""Is clipress's ONNX Runtime median that of a bare loop? `python studies/bare_loop.py EXPORT [BATCH] [ROUNDS]`.
+"""Does clipress measure the same median as a bare loop? `python studies/bare_loop.py EXPORT [BATCH] [ROUNDS]`.
 
-The bare loop is a program of its own that knows nothing of clipress: numpy, onnxruntime and a clock. Both programs stay
-open and are asked in turns, forth and back, so that a noisy machine disturbs both alike. Printed: the two medians, their
-ratio round by round (middle and quartiles), and how busy the machine was.
+The bare loop is a program of its own that does not import clipress: numpy, onnxruntime and a clock. Both programs stay
+open and measure in turns, in alternating order, so that a noisy machine disturbs both alike. Prints the two medians, their
+ratio round by round (median and quartiles), and the machine's load.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ for line in sys.stdin:
 
 
 def main(export: str, batch: str = "8", rounds: str = "15") -> None:
-    """Ask both in turns and print what they say."""
+    """Let both measure in turns and print the result."""
     programs = [
         subprocess.Popen(
             [sys.executable, "-c", text + ANSWER, export, batch],

@@ -1,19 +1,19 @@
 """Run Python as on another CPU: instruction sets hidden from the process at full speed, or a whole CPU emulated.
 
-    this machine        as it is
+    this machine        unchanged
     avx512_vnni         without AMX
     avx_vnni            without AMX and AVX-512
     avx512              without AMX and VNNI: products of 8-bit weights overflow
-    avx2                without AMX, VNNI and AVX-512: they overflow too
-    emulated avx2       the same by qemu-user (Haswell), on any machine, some hundred times slower
+    avx2                without AMX, VNNI and AVX-512: the same
+    emulated avx2       the same with qemu-user (Haswell), on any machine, some hundred times slower
     emulated arm        ARM with dot products; `emulated old arm`: a Cortex-A72, which has none
 
-Hiding needs a C compiler and an x86 CPU that can fault on CPUID; emulation needs `qemu-x86_64` (Debian: qemu-user). A child
-process sees its own environment's packages, clipress included.
+Hiding requires a C compiler and an x86 CPU that can fault on CPUID; emulation requires `qemu-x86_64` (Debian: qemu-user).
+A child process has the packages of its own environment, clipress included.
 
-ARM needs `qemu-aarch64` and, at $ARM64_ROOT, an arm64 system: usr/bin/python3.11 with its libraries (Debian's arm64 packages,
-unpacked), and site/ with arm64 wheels of numpy and onnxruntime. Its programs see these packages only. onnxruntime reads the
-CPU's features from /proc/cpuinfo, so one is written there.
+ARM requires `qemu-aarch64` and, at $ARM64_ROOT, an arm64 system: usr/bin/python3.11 with its libraries (Debian's arm64
+packages, unpacked), and site/ with arm64 wheels of numpy and onnxruntime. Its programs have these packages only. onnxruntime
+reads the CPU's features from /proc/cpuinfo, so one is written there.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FEATURES = {  # and the number of the part
     OLD_ARM: ("fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid", "0xd08"),
 }
 SHIM = Path(__file__).with_name("hide_isa.c")
-# A virtual environment's python is a link, which emulation resolves away: its packages are put in place by hand.
+# A virtual environment's python is a link, which emulation resolves: its packages are added by hand.
 START = (
     "import runpy, site, sys; site.addsitedir({packages!r}); sys.argv = sys.argv[1:]; "
     "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -55,13 +55,13 @@ START = (
 
 @cache
 def missing(cpu: str) -> str | None:
-    """Return why this machine cannot be a CPU, None where it can."""
+    """Return why this machine cannot run programs as on a CPU, None if it can."""
     if cpu == NATIVE:
         return None
     if cpu in MODELS and not shutil.which(_qemu(cpu)):
-        return f"there is no {_qemu(cpu)} here (Debian: apt-get install qemu-user)"
+        return f"{_qemu(cpu)} is not installed (Debian: apt-get install qemu-user)"
     if cpu in (ARM, OLD_ARM):
-        return None if "ARM64_ROOT" in os.environ else "$ARM64_ROOT names no arm64 system"
+        return None if "ARM64_ROOT" in os.environ else "$ARM64_ROOT is not set"
     if cpu == EMULATED:
         return None
     needed = "avx512f" if cpu == "avx512" else cpu
@@ -75,7 +75,7 @@ def missing(cpu: str) -> str | None:
 
 
 def python(cpu: str, script: Path | str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a Python file as on a CPU. Returns what it printed; its exit status is the caller's to look at."""
+    """Run a Python file as on a CPU. Returns the finished process; the caller checks its exit status."""
     words = [str(script), *map(str, arguments)]
     given = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "HIDE_ISA")}
     if cpu == EMULATED:

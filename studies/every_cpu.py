@@ -1,12 +1,12 @@
-"""Is INT8 right, and is it fast, on every CPU? `python studies/every_cpu.py RUN [WORK]`: RUN is a finished demo.
+"""Is INT8 correct, and is it fast, on every CPU? `python studies/every_cpu.py RUN [WORK]`: RUN is a finished demo.
 
-Files of the demo, and of ViT-B/32's and ResNet-18's shapes with random weights, in float32 and INT8: weights in 8 bits, the
-same in ONNX Runtime's exact mode, weights in 7 bits. Each is run on every CPU that `cpus.py` offers here, by a program of
-plain ONNX Runtime. *Integers*: the least cosine of a row with the same file in exact mode on the same CPU, which shows
-overflow alone; ARM has no such mode, and needs none. *Float*: the least cosine with the file's own result when Q/DQ is computed
-in float32, where sums in another order round some activations the other way. Speed: times as fast as float32 on that CPU, one
-thread, forms in turns, the median over rounds; an emulated CPU is not timed, and its large shapes get one row. Writes
-every_cpu.{json,md} beside this file, after each CPU.
+Measures the demo's files, and files of the shapes of ViT-B/32 and ResNet-18 with random weights, in float32 and INT8: weights
+in 8 bits, the same in ONNX Runtime's exact mode, weights in 7 bits. Each runs on every CPU that `cpus.py` offers here, in a
+program of plain ONNX Runtime. *Integers*: the least cosine of a row with the same file in exact mode on the same CPU, which
+shows overflow alone; ARM has no such mode, and does not need one. *Float*: the least cosine with the file's own result when
+Q/DQ is computed in float32, where sums in another order round some activations differently. Speed: times as fast as float32
+on that CPU, one thread, forms in turns, the median over rounds. An emulated CPU is not timed, and its large shapes get one row.
+Writes every_cpu.{json,md} beside this file, after each CPU.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from clipress.progress import track
 from clipress.runtime.cpu import processor
 from clipress.runtime.onnx_session import reference_session
 from clipress.studies import cpus
-from clipress.studies.speed import TEXT, TOWERS, in_int8, settle_norms
+from clipress.studies.speed import IMAGE, TEXT, TOWERS, in_int8, settle_norms
 from clipress.tasks import model_from_artifact, task_named
+from clipress.tasks.clip import INPUTS, SIDES
 
 HERE = Path(__file__).parent
 FORMS = ("fp32", "8 bits", "8 bits, exact mode", "7 bits")
-TAKES = {"image": "pixel_values", "text": "input_ids"}
 ROUNDS, TURN = 12, 0.15  # turns of a form, and how many seconds one lasts at least
 CHILD = """
 import json, sys, time
@@ -82,7 +82,7 @@ json.dump(found, open(sys.argv[2], "w"))
 
 
 def dense(model: str, run: Path) -> Model:
-    """Return what is made INT8: the demo's last stage in float32, or a shape with random weights."""
+    """Return the model to quantize: the demo's last stage in float32, or a shape with random weights."""
     if model == "demo":
         return model_from_artifact(run / "sparse")
     text = TEXT if model == "ResNet-18" else open_clip.get_model_config("ViT-B-32")["text_cfg"]
@@ -90,15 +90,15 @@ def dense(model: str, run: Path) -> Model:
 
 
 def exported(module: str, run: Path, home: Path) -> dict[str, dict[str, Any]]:
-    """Export a model's forms. Returns per tower the files by form, and the inputs with what exact arithmetic gives."""
+    """Export a model's forms. Returns, per tower, the files by form, and the inputs with the results of exact arithmetic."""
     folder = home / module.replace("/", "")
     sets = evalsets([SourceSpec(format="scenes", split="test", limit=32)])
     model = dense(module, run)
     inputs = task_named(model.task).samples(sets, model.preprocess, model.tokenize())
     inputs = {graph: {name: rows[:32] for name, rows in one.items()} for graph, one in inputs.items()}
-    samples = {g: {n: torch.from_numpy(rows) for n, rows in one.items()} for g, one in inputs.items()}
+    samples = {graph: {name: torch.from_numpy(rows) for name, rows in one.items()} for graph, one in inputs.items()}
     if module == "ResNet-18":
-        settle_norms(model, samples["image"]["pixel_values"])
+        settle_norms(model, samples[IMAGE][INPUTS[IMAGE]])
     clips = {"fp32": model, "8 bits": in_int8(model, samples, False), "7 bits": in_int8(model, samples, True)}
     for form, one in clips.items():
         artifact = save_artifact(
@@ -107,19 +107,19 @@ def exported(module: str, run: Path, home: Path) -> dict[str, dict[str, Any]]:
         static = "static" if module == "ResNet-18" and one.quantization else "auto"
         settings = OnnxSettings(exporter="torchscript", int8=static)
         onnx_from_artifact(artifact, folder / form, settings, sets)
-    towers = ("image",) if module == "ResNet-18" else ("image", "text")
-    return {tower: _files(folder, tower, next(iter(inputs[tower].values()))) for tower in towers}
+    towers = SIDES[:1] if module == "ResNet-18" else SIDES
+    return {tower: _files(folder, tower, inputs[tower][INPUTS[tower]]) for tower in towers}
 
 
 def _files(folder: Path, tower: str, rows: np.ndarray) -> dict[str, Any]:
     files = {form: str(folder / form.partition(",")[0] / f"{tower}.onnx") for form in FORMS}
-    expected = {form: reference_session(Path(path)).run(None, {TAKES[tower]: rows})[0] for form, path in files.items()}
+    expected = {form: reference_session(Path(path)).run(None, {INPUTS[tower]: rows})[0] for form, path in files.items()}
     np.savez(folder / f"{tower}.npz", rows=rows, **expected)
     return {"files": files, "inputs": str(folder / f"{tower}.npz")}
 
 
 def measured(cpu: str, model: str, tower: dict[str, Any]) -> dict[str, Any]:
-    """Run a tower's forms on a CPU; of an emulated one nothing is timed, and large shapes get one row and no float32."""
+    """Run a tower's forms on a CPU; on an emulated one nothing is timed, and large shapes get one row and no float32."""
     emulated = cpu in cpus.MODELS
     forms, rows = (("8 bits", "7 bits"), 1) if emulated and model != "demo" else (FORMS, 32)
     files = {form: tower["files"][form] for form in forms}
@@ -156,16 +156,16 @@ def rows_of(cpu: str, model: str, tower: str, found: dict[str, Any]) -> list[dic
 
 
 def markdown(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
-    """Return the table: a line per CPU, model and tower, the forms side by side."""
+    """Return the table as Markdown: a line per CPU, model and tower, the forms side by side."""
     lines = [
         "# INT8 on every CPU",
         "",
         f"`{conditions['command']}`, {conditions['date']}, {conditions['processor']} ({' '.join(conditions['isa'])}), one "
-        f"thread, onnxruntime {conditions['onnxruntime']}; instruction sets hidden from the process, or a CPU emulated, as "
-        "studies/cpus.py does it. *Integers*: least cosine of a row with exact integer arithmetic, all else alike. *Float*: "
-        "with Q/DQ computed in float32, where sums in another order round some activations the other way. Speed: times as "
-        "fast as float32 on that CPU at the larger batch (32 of the demo, else 8), and in brackets 7 bits against 8; a CPU "
-        "that is emulated is not timed.",
+        f"thread, onnxruntime {conditions['onnxruntime']}; instruction sets hidden from the process, or the CPU emulated, by "
+        "studies/cpus.py. *Integers*: least cosine of a row with exact integer arithmetic, all else equal. *Float*: "
+        "with Q/DQ computed in float32, where sums in another order round some activations differently. Speed: times as fast "
+        "as float32 on that CPU at the larger batch (32 for the demo, else 8), and in brackets 7 bits against 8; an "
+        "emulated CPU is not timed.",
         "",
         "| CPU | model | tower | integers: 8 bits | 7 bits | float: 8 bits | 8 bits, exact mode | 7 bits | speed: 8 bits | "
         "8 bits, exact mode | 7 bits |",
@@ -191,7 +191,7 @@ def main(run: str, work: str | None = None) -> None:
 
     torch.set_num_threads(1)
     home = Path(work or tempfile.mkdtemp(prefix="clipress-every-cpu-"))
-    for precision in ("int8", "static int8"):  # most weights are random: nothing to rank
+    for precision in ("int8", "static int8"):  # most weights are random, so rankings mean nothing
         parity.LIMITS[precision] = (0.9, 0.0, 1.0)
     models = {model: exported(model, Path(run), home) for model in ("demo", "ViT-B/32", "ResNet-18")}
     every = (cpus.NATIVE, *cpus.HIDDEN, *cpus.MODELS)
@@ -204,7 +204,7 @@ def main(run: str, work: str | None = None) -> None:
     }
     for cpu in track(every, len(every), "every CPU", "CPU"):
         if reason := cpus.missing(cpu):
-            sys.stderr.write(f"{cpu} is left out: {reason}\n")
+            sys.stderr.write(f"{cpu} skipped: {reason}\n")
             continue
         for model, towers in models.items():
             for tower, files in towers.items():

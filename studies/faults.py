@@ -1,8 +1,8 @@
-"""What came of kills, hostile inputs, fuzzing and abuse of the server: `python studies/faults.py PARTS`.
+"""Results of kills, hostile inputs, fuzzing and abuse of the server: `python studies/faults.py PARTS`.
 
-PARTS is a folder with what the programs that do it have written: faults_kills.json (tests/flow/kill_jobs.py),
-faults_inputs.json (tests/faults.py), faults_fuzz.json (tests/fuzz/, by hand from what libFuzzer says) and
-faults_serving.json (tests of the real Triton). Writes faults.json and faults.md beside this file.
+PARTS is a folder with the results of each program: faults_kills.json (tests/flow/kill_jobs.py), faults_inputs.json
+(tests/faults.py), faults_fuzz.json (tests/fuzz/, by hand from libFuzzer's output) and faults_serving.json (tests of the
+real Triton). Writes faults.json and faults.md beside this file.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from typing import Any
 from clipress.runtime.cpu import processor
 
 HERE = Path(__file__).parent
-PARTS = ("kills", "inputs", "fuzz", "serving")
 
 
 def cell(text: Any) -> str:
-    """Return a text as a table's cell; what cannot be seen is escaped."""
+    """Return a text as a cell of a table; characters that cannot be printed are escaped."""
     seen = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(str(text).split()))
     return seen.replace("|", "\\|")
 
@@ -34,23 +33,23 @@ def table(names: list[str], rows: list[list[Any]]) -> list[str]:
 
 
 def kills(part: dict[str, Any]) -> list[str]:
-    """Count the kills of each stage that found a process alive, and what was lost."""
+    """Count, per stage, the kills that found a process alive, and those that lost something."""
     counted, lost = Counter(), Counter()
     for row in part["kills"]:
-        counted[row["stage"]] += sum(not told.startswith("not killed") for told in row["killed at"])
+        counted[row["stage"]] += sum(not moment.startswith("not killed") for moment in row["killed at"])
         lost[row["stage"]] += not row["bit-exact"]
     total, losses = sum(counted.values()), sum(lost.values())
     rows = [[stage, count, lost[stage]] for stage, count in counted.items()]
     return [
-        f"SIGKILL at a step, right after a change on the disk, or at any moment; {total} kills, {losses} losses. What was left "
-        "is compared byte by byte with a run that nobody killed.",
+        f"SIGKILL at a step, right after a change on the disk, or at any moment; {total} kills, {losses} losses. The result "
+        "is compared byte by byte with that of an uninterrupted run.",
         "",
         *table(["stage", "kills", "lost"], rows),
     ]
 
 
 def inputs(part: list[dict[str, Any]]) -> list[str]:
-    """List every input, what it should give and what it gave."""
+    """List every input and what happened."""
     passed = sum(row["passed"] for row in part)
     return [
         f"{len(part)} inputs, {passed} as expected; each with at most 1 GiB more address space.",
@@ -67,35 +66,44 @@ def fuzz(part: dict[str, Any]) -> list[str]:
 
 
 def serving(part: list[dict[str, Any]]) -> list[str]:
-    """List what was done to the server, what should come back and what came."""
+    """List what was done to the server, what was expected and what happened."""
     keys = ["fault", "expected", "happened"]
     return [
-        "Against a real Triton; after each one a good request is answered as before.",
+        "Against a real Triton. After each fault, a good request is answered as before.",
         "",
         *table(keys, [[row[key] for key in keys] for row in part]),
     ]
 
 
-def main(folder: str) -> None:
-    """Read the parts, write the study."""
-    found = {name: json.loads((Path(folder) / f"faults_{name}.json").read_text(encoding="utf-8")) for name in PARTS}
-    titles = {"kills": "Kills", "inputs": "Inputs", "fuzz": "Fuzzing", "serving": "The server"}
-    told = {"kills": kills, "inputs": inputs, "fuzz": fuzz, "serving": serving}
-    conditions = {"date": date.today().isoformat(), "python": platform.python_version(), **processor().record()}
-    about = (
-        f"{conditions['date']}, {conditions['processor']}, {conditions['cores']} cores, Python {conditions['python']}"
-    )
+def markdown(results: dict[str, Any]) -> str:
+    """Return the tables as Markdown."""
+    known = results["conditions"]
     lines = [
         "# Faults: what was done, and what happened",
         "",
-        f"`python studies/{Path(__file__).name}`, {about}.",
+        f"`python studies/{Path(__file__).name}`, {known['date']}, {known['processor']}, {known['cores']} cores, "
+        f"Python {known['python']}.",
     ]
-    for name in PARTS:
-        lines += ["", f"## {titles[name]}", "", *told[name](found[name])]
-    (HERE / "faults.json").write_text(
-        json.dumps({"conditions": conditions, **found}, indent=1) + "\n", encoding="utf-8"
-    )
-    (HERE / "faults.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for part, (title, section) in PARTS.items():
+        lines += ["", f"## {title}", "", *section(results[part])]
+    return "\n".join(lines) + "\n"
+
+
+PARTS = {
+    "kills": ("Kills", kills),
+    "inputs": ("Inputs", inputs),
+    "fuzz": ("Fuzzing", fuzz),
+    "serving": ("The server", serving),
+}
+
+
+def main(folder: str) -> None:
+    """Read the parts, write the study."""
+    conditions = {"date": date.today().isoformat(), "python": platform.python_version(), **processor().record()}
+    parts = {name: json.loads((Path(folder) / f"faults_{name}.json").read_text(encoding="utf-8")) for name in PARTS}
+    results = {"conditions": conditions, **parts}
+    (HERE / "faults.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (HERE / "faults.md").write_text(markdown(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

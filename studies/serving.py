@@ -1,12 +1,12 @@
-"""What is serving worth? `python studies/serving.py RUN [ROUNDS] [SOAK_SECONDS]`: RUN is a finished run (demo).
+"""What does serving gain? `python studies/serving.py RUN [ROUNDS] [SOAK_SECONDS]`: RUN is a finished run (demo).
 
-Three repositories of one export on three Triton servers: generated, as `clipress serve` writes it; naive, as one writes it
-without the bench, with ensembles, one instance of every model and no dynamic batching; unbatched, which is the generated one
-with one instance and no dynamic batching, all else alike. They are measured in turns, in an order drawn anew each time, a
-client asking one item per request over HTTP; the client shares the machine's cores. Before it, in the same rounds, bare
-ONNX Runtime. Then the first server is asked 80 % of what it answered at most, open loop, while every answer is compared
-with local inference and the memory of all its processes is read. Writes serving.json (raw rows and conditions) and
-serving.md beside this file.
+Three repositories of one export run on three Triton servers: generated, as `clipress serve` writes it; naive, as one would
+write it without bench figures, with ensembles, one instance of every model and no dynamic batching; unbatched, which is the
+generated one with one instance and no dynamic batching, all else equal. They are measured in turns, in a new random order
+each time, by a client that sends one item per request over HTTP and shares the machine's cores. Bare ONNX Runtime is
+measured in the same rounds. Then the first server gets 80 % of the load it handled at most, in an open loop, while every
+answer is compared with local inference and the memory of all its processes is recorded. Writes serving.json (raw rows and
+conditions) and serving.md beside this file.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from clipress.bench.server.load import Load, Measured, Windows, latency_figures, measure, numbered, run
-from clipress.bench.server.protocols import Question, checked_ask, open_wire
-from clipress.bench.server.run import MODELS, PICTURES, questions
+from clipress.bench.server.load import Measured, Windows, latency_figures, measure, numbered, run
+from clipress.bench.server.protocols import RequestTemplate, checked_sender, open_wire
+from clipress.bench.server.requests import IMAGES, MODELS, request_templates
+from clipress.bench.server.results import Load
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import fitted, normalised, open_image
@@ -47,8 +48,10 @@ from clipress.serve.settings import ServeSettings
 from clipress.serve.triton_config import config_from, config_text
 from clipress.serve.triton_repo import triton_repo_from_export
 from clipress.serve.triton_server import TritonServer
+from clipress.tasks.clip import INPUTS, Clip
 
 HERE = Path(__file__).parent
+IMAGE = Clip.main_graph
 TURN = Windows(window=1000, warm_up=500, stability=0, trials=3)
 CONCURRENCY = (1, 32)
 SERVERS = ("generated", "naive", "unbatched")
@@ -95,7 +98,7 @@ def processes(ancestor: int) -> list[int]:
 
 @contextmanager
 def serving(repository: Path) -> Iterator[tuple[TritonServer, list[int]]]:
-    """Serve a repository with this process's priority: a server is a session of its own, with a priority of its own."""
+    """Serve a repository with this process's priority: a server is a session of its own, with its own priority."""
     before = set(processes(os.getpid()))
     with TritonServer(repository, ready_within=300) as server:
         own = [one for one in processes(os.getpid()) if one not in before]
@@ -106,42 +109,43 @@ def serving(repository: Path) -> Iterator[tuple[TritonServer, list[int]]]:
         yield server, own
 
 
-async def asked(address: str, question: Question, load: Load, windows: Windows) -> Measured:
+async def loaded(address: str, template: RequestTemplate, load: Load, windows: Windows) -> Measured:
     """Put one load on one model."""
     wire = open_wire("http", address, False)
     try:
-        return await measure(await checked_ask(wire, question, address), load, windows, wire.statistics, numbered())
+        send = await checked_sender(wire, template, address)
+        return await measure(send, load, windows, wire.statistics, numbered())
     finally:
         await wire.close()
 
 
-def bare(export: Path, question: Question) -> float:
+def bare(export: Path, template: RequestTemplate) -> float:
     """Return the median in ms of bare ONNX Runtime on the same rows."""
-    session = open_session(read_export(export).onnx("image"), 1)
-    rows = [np.frombuffer(question.content(n), np.float32).reshape(question.shape) for n in range(8)]
+    session = open_session(read_export(export).onnx(IMAGE), 1)
+    rows = [np.frombuffer(template.content(n), np.float32).reshape(template.shape) for n in range(8)]
     times = []
     for number in range(2000):
         start = time.perf_counter()
-        session.run(None, {"pixel_values": rows[number % 8]})
+        session.run(None, {INPUTS[IMAGE]: rows[number % 8]})
         times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times)
 
 
 async def soaked(
-    address: str, question: Question, rate: float, seconds: float, expected: np.ndarray, pids: list[int]
+    address: str, template: RequestTemplate, rate: float, seconds: float, expected: np.ndarray, pids: list[int]
 ) -> tuple[Measured, float, list[tuple[float, list[int]]]]:
-    """Ask at a rate for a while; returns what came of it, the furthest answer from local inference, and memory in KB."""
+    """Keep up a rate for a while. Returns figures, the largest difference from local inference, and memory in KB."""
     clock, memory, furthest = asyncio.get_running_loop().time, list[tuple[float, list[int]]](), 0.0
     exact, size = [row.tobytes() for row in expected], expected[0].nbytes
     wire = open_wire("http", address, False)
-    ask = await checked_ask(wire, question, address)
+    send = await checked_sender(wire, template, address)
 
     async def compared(number: int) -> None:
         nonlocal furthest
-        found = (await ask(number))[-size:]
+        found = (await send(number))[-size:]
         if found != exact[number % len(exact)]:
             distance = float(np.abs(np.frombuffer(found, np.float32) - expected[number % len(exact)]).max())
-            furthest = furthest if distance <= furthest else distance  # no number is far, too
+            furthest = furthest if distance <= furthest else distance  # NaN counts as a difference
 
     async def watch() -> None:
         while True:
@@ -159,10 +163,10 @@ async def soaked(
 
 
 def answers(exported: Exported, files: list[bytes]) -> np.ndarray:
-    """Return what local inference makes of pictures' files, one by one."""
-    preprocess, session = exported.preprocess, open_session(exported.onnx("image"), 1)
+    """Return the results of local inference on image files, one by one."""
+    preprocess, session = exported.preprocess, open_session(exported.onnx(IMAGE), 1)
     pixels = [normalised(fitted(open_image(file), preprocess)[None], preprocess) for file in files]
-    return np.concatenate([session.run(None, {"pixel_values": one})[0] for one in pixels])
+    return np.concatenate([session.run(None, {INPUTS[IMAGE]: one})[0] for one in pixels])
 
 
 def resident(pid: int) -> int:
@@ -193,17 +197,17 @@ def by_second(found: Measured, memory: list[tuple[float, list[int]]]) -> list[di
     return rows
 
 
-def soak(address: str, question: Question, rate: float, seconds: float, expected: np.ndarray, pids: list[int]):
+def soak(address: str, template: RequestTemplate, rate: float, seconds: float, expected: np.ndarray, pids: list[int]):
     """Return the soak's figures, and its rows."""
-    found, furthest, memory = run(soaked(address, question, rate, seconds, expected, pids), True)
+    found, furthest, memory = run(soaked(address, template, rate, seconds, expected, pids), True)
     rows = by_second(found, memory)
     settled = [row["rss_mb"] for row in rows[int(WARM * len(rows)) :]]
     middle = statistics.median(settled)
     figures = {
-        "model": question.model,
+        "model": template.model,
         "seconds": seconds,
-        **found.figures(),
-        "error_messages": sorted({one.error for one in found.requests if one.error})[:5],
+        **found.figures().model_dump(),
+        "error_messages": found.errors()[:5],
         "furthest_from_local": furthest,
         "rss_mb": [rows[0]["rss_mb"], min(settled), middle, max(settled)],
         "rss_percent": [round(100 * (value / middle - 1), 2) for value in (min(settled), max(settled))],
@@ -211,8 +215,8 @@ def soak(address: str, question: Question, rate: float, seconds: float, expected
     return figures, rows
 
 
-def turns(served: dict[str, str], made: dict[str, Question], export: Path, rounds: int) -> list[dict[str, Any]]:
-    """Measure the servers in turns, in an order drawn anew each time; one row per round, model, load and server."""
+def turns(served: dict[str, str], made: dict[str, RequestTemplate], export: Path, rounds: int) -> list[dict[str, Any]]:
+    """Measure the servers in turns, in a new random order each time: a row per round, model, load and server."""
     rows, chance = [], random.Random(0)
     for number in range(rounds):
         rows.append(
@@ -220,7 +224,7 @@ def turns(served: dict[str, str], made: dict[str, Question], export: Path, round
         )
         for model, clients in product(MODELS, CONCURRENCY):
             for server in chance.sample(list(served), len(served)):
-                found = run(asked(served[server], made[model], Load(clients), TURN), False).figures()
+                found = run(loaded(served[server], made[model], Load(clients), TURN), False).figures().model_dump()
                 rows.append(
                     {"round": number, "server": server, "model": model, "host_load": os.getloadavg()[0], **found}
                 )
@@ -258,22 +262,22 @@ def middle_of(rows: list[dict[str, Any]], server: str, model: str, clients: int,
 
 
 def spread(values: list[float], form: str = ".2f") -> str:
-    """Print median and range."""
+    """Return median and range as text."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def markdown(told: dict[str, Any]) -> str:
-    """Return the tables."""
-    about, rows, soaked = told["conditions"], told["rows"], told["soak"]
+def markdown(results: dict[str, Any]) -> str:
+    """Return the tables as Markdown."""
+    about, rows, soaked = results["conditions"], results["rows"], results["soak"]
     slow = soaked["infer_per_s"] < 0.97 * soaked["request_rate"]
-    behind = " (at times the machine answered less than was asked, and requests waited)" if slow else ""
+    behind = " (at times the machine could not keep up with the rate, and requests waited)" if slow else ""
     lines = [
-        "# What serving is worth",
+        "# What serving gains",
         "",
         f"`{about['command']}`, {about['date']}, {about['processor']}, {about['cores']} cores that client and server share, "
         f"load average {about['load'][0]} before, {about['load'][1]} after, Triton {about['triton']} (python backend), "
         f"onnxruntime {about['onnxruntime']}. One item per request over HTTP, {len(CONCURRENCY)} loads, {about['rounds']} "
-        "rounds of all servers in turns, in drawn order. generated: as `clipress serve` writes it. naive: without the bench, with "
+        "rounds of all servers in turns, in random order. generated: as `clipress serve` writes it. naive: without bench figures, with "
         "ensembles, one instance of every model, no dynamic batching. unbatched: generated, but one instance and no "
         "dynamic batching. Figures are medians over rounds; ratios are of the same round: median (least to greatest).",
         "",
@@ -305,13 +309,13 @@ def markdown(told: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "Mean batch, queue and infer are those of the model that runs the encoder, from Triton's statistics. Overhead of the server at concurrency 1, "
-        f"image_encoder, its median less that of bare ONNX Runtime: {spread(overheads(rows))} ms.",
+        "Mean batch, queue and infer are those of the model that runs the encoder, from Triton's statistics. Overhead of the "
+        f"server at concurrency 1, image_encoder, its median less that of bare ONNX Runtime: {spread(overheads(rows))} ms.",
         "",
         f"Soak: {soaked['model']}, {soaked['seconds']:.0f} s at {soaked['request_rate']:.0f} requests/s, "
         f"{SHARE:.0%} of the greatest load above (Poisson arrivals, latency from when a request was due): "
         f"{soaked['requests']:,} requests, {soaked['errors']} errors, {soaked['infer_per_s']:.0f} answers/s, "
-        f"p50 {soaked['p50_ms']:.2f} ms, p99 {soaked['p99_ms']:.2f} ms{behind}. Furthest number of an answer from local inference: "
+        f"p50 {soaked['p50_ms']:.2f} ms, p99 {soaked['p99_ms']:.2f} ms{behind}. Largest difference from local inference: "
         f"{soaked['furthest_from_local']:.1e}. Memory of server and models after the first fifth: "
         f"{soaked['rss_mb'][2]:.0f} MB, {soaked['rss_percent'][0]:+.2f} % to {soaked['rss_percent'][1]:+.2f} %.",
     ]
@@ -319,7 +323,7 @@ def markdown(told: dict[str, Any]) -> str:
 
 
 def say(text: str) -> None:
-    """Tell how far it is."""
+    """Report progress."""
     sys.stderr.write(f"{text}\n")
 
 
@@ -330,7 +334,7 @@ def main(folder: str, rounds: str = "7", seconds: str = "300") -> None:
     export = Path(folder) / "export" / STAGE
     exported, load = read_export(export), os.getloadavg()[0]
     sets = evalsets([SourceSpec(format="scenes", split="test"), SourceSpec(format="digits", split="test")])
-    made = questions(exported, sets)
+    made = request_templates(exported, sets)
     with TemporaryDirectory() as work, ExitStack() as stack:
         found = repositories(export, Path(folder) / "bench" / "results.json", Path(work))
         servers = {name: stack.enter_context(serving(repository)) for name, repository in found.items()}
@@ -339,11 +343,11 @@ def main(folder: str, rounds: str = "7", seconds: str = "300") -> None:
             triton = json.load(metadata)["version"]
         rows = turns(served, made, export, int(rounds))
         most = middle_of(rows, "generated", SOAKED, max(CONCURRENCY), "infer_per_s")
-        expected = answers(exported, [made[SOAKED].content(number)[4:] for number in range(PICTURES)])
+        expected = answers(exported, [made[SOAKED].content(number)[4:] for number in range(IMAGES)])
         figures, seconds_rows = soak(
             served["generated"], made[SOAKED], SHARE * most, float(seconds), expected, servers["generated"][1]
         )
-    told = {
+    results = {
         "conditions": {
             "command": "python studies/serving.py RUN",
             "date": date.today().isoformat(),
@@ -359,8 +363,8 @@ def main(folder: str, rounds: str = "7", seconds: str = "300") -> None:
         "soak": figures,
         "soak_by_second": seconds_rows,
     }
-    (HERE / "serving.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
-    table = markdown(told)
+    (HERE / "serving.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
+    table = markdown(results)
     (HERE / "serving.md").write_text(table, encoding="utf-8")
     sys.stdout.write(table)
 

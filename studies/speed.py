@@ -1,9 +1,9 @@
 """How much faster do INT8 and pruning make image towers in ONNX Runtime? `python studies/speed.py [WORK] [MS]`.
 
-Shapes are ViT-B/32's and ResNet-18's at 224 pixels, weights are random: what is measured is time. Towers are pruned by
-random scores to 50 % and 25 % of the blocks' multiply-accumulates, with clipress's alignment and without, cut, made INT8
-and exported the way `clipress` does it all. One thread; all files of a batch size take turns; a ratio is the median over
-rounds with its 95 % interval. Writes speed.json (raw rows and conditions) and speed.md beside this file.
+Shapes are those of ViT-B/32 and ResNet-18 at 224 pixels; weights are random, since only time is measured. Towers are pruned
+by random scores to 50 % and 25 % of the blocks' multiply-accumulates, with clipress's alignment and without, cut, quantized
+and exported as `clipress` does it. One thread; all files of a batch size take turns; a ratio is the median over rounds with
+its 95 % interval. Writes speed.json (raw rows and conditions) and speed.md beside this file.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ from clipress.models import anatomy, quantizers, surgery
 from clipress.models.load import Model, artifact_from_model, new_model
 from clipress.runtime.cpu import processor
 from clipress.tasks import task_named
+from clipress.tasks.clip import INPUTS, SIDES, Clip
 
 HERE = Path(__file__).parent
+IMAGE = Clip.main_graph
 BATCHES = (1, 8)
-TEXT = {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}  # it is not measured
+TEXT = {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}  # not measured
 TOWERS: dict[str, dict[str, Any]] = {
     "ViT-B/32": {"embed_dim": 512, "vision_cfg": open_clip.get_model_config("ViT-B-32")["vision_cfg"]},
     "ResNet-18": {
@@ -59,7 +61,7 @@ def pruned(model: Model, macs: float, align: Align) -> Model:
     """Return a copy cut to a part of the blocks' MACs by random scores."""
     cut = model.copy()
     settings = Prune(budget=Budget(image={"macs": macs}), criterion="random", align=align, steps=1)
-    gates = Gates(cut.module, CRITERIA["random"].space, {"text": ()})
+    gates = Gates(cut.module, CRITERIA["random"].space, {side: () for side in SIDES if side != IMAGE})
     search = Search(cut, gates, settings, 1, 0, lambda total: total)
     search.update(1.0)
     for part, mask in gates.part_masks():
@@ -74,13 +76,13 @@ def in_int8(model: Model, samples: Samples, portable: bool = True) -> Model:
     names = [name for name in quantizers.quantizable(copy.module) if anatomy.tower_of(copy.module, name) in samples]
     with torch.no_grad():
         quantizers.attach(copy.module, names, lambda module: outputs_of(task, module, samples), portable=portable)
-    count = len(next(iter(samples["image"].values())))
+    count = len(samples[IMAGE][INPUTS[IMAGE]])
     about = {"dtype": "int8", "modules": names, "calibrated_on": count, "portable": portable}
     return replace(copy, quantization=about)
 
 
 def settle_norms(model: Model, pixels: torch.Tensor) -> None:
-    """Let batch norms measure what they really see; random weights have none of that."""
+    """Let batch norms collect real statistics, which random weights do not have."""
     model.module.train()
     with torch.no_grad():
         for _ in range(10):
@@ -90,7 +92,7 @@ def settle_norms(model: Model, pixels: torch.Tensor) -> None:
 
 def variants(tower: str, pixels: torch.Tensor) -> dict[str, Model]:
     """Return every model of a tower by its name, the float32 dense one first."""
-    samples = {"image": {"pixel_values": pixels}}
+    samples = {IMAGE: {INPUTS[IMAGE]: pixels}}
     model = new_model({**TOWERS[tower], "text_cfg": TEXT}, 0)
     if tower == "ResNet-18":
         settle_norms(model, pixels)
@@ -104,7 +106,7 @@ def variants(tower: str, pixels: torch.Tensor) -> dict[str, Model]:
 
 
 def exported(name: str, model: Model, home: Path, sets: list[EvalSet]) -> dict[str, dict[str, Any]]:
-    """Export a model. Returns folder, MACs and bytes of its image tower by variant; a ResNet's INT8 in both forms."""
+    """Export a model. Returns folder, MACs and bytes of its image tower by variant; INT8 of a ResNet in both forms."""
     artifact = save_artifact(
         artifact_from_model(model, ({"stage": name, "hash": name},), {}), home / "artifacts" / name
     )
@@ -114,14 +116,14 @@ def exported(name: str, model: Model, home: Path, sets: list[EvalSet]) -> dict[s
         label = name if form == "auto" else f"{name} {form}"
         folder = home / "export" / label
         made = onnx_from_artifact(artifact, folder, OnnxSettings(int8=form, exporter="torchscript"), sets)
-        figures = {"macs": cost(artifact)["macs_per_tower"]["image"], "bytes": made.files["image"].bytes}
-        found[label] = {"folder": str(folder), **figures, "parity": made.least_cosines["image"]}
+        figures = {"macs": cost(artifact).macs_per_tower[IMAGE], "bytes": made.files[IMAGE].bytes}
+        found[label] = {"folder": str(folder), **figures, "parity": made.least_cosines[IMAGE]}
     return found
 
 
 def measured(models: dict[str, dict[str, Any]], batch: int, duration: float) -> dict[str, Timings]:
     """Time all models of a tower in turns."""
-    queries = {name: OnnxRuntimeRunner(Path(one["folder"]), 1).query("image", batch) for name, one in models.items()}
+    queries = {name: OnnxRuntimeRunner(Path(one["folder"]), 1).query(IMAGE, batch) for name, one in models.items()}
     return measure_in_turns(queries, warm_up_ms=300, duration_ms=duration, iterations=20)
 
 
@@ -157,13 +159,13 @@ def rows_of(tower: str, models: dict[str, dict[str, Any]], batch: int, duration:
 
 
 def markdown(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
-    """Return the table."""
+    """Return the table as Markdown."""
     lines = [
         "# Speed of INT8 and of pruning in ONNX Runtime",
         "",
         f"`{conditions['command']}`, {conditions['date']}, {conditions['processor']}, one thread, "
         f"load {conditions['load']} on {conditions['cores']} cores, torch {conditions['torch']}, onnxruntime "
-        f"{conditions['onnxruntime']}. Random weights. The ratio is to the dense float32 file of the same rounds: median over "
+        f"{conditions['onnxruntime']}. Random weights. The ratio is to the dense float32 file in the same rounds: median over "
         "rounds [95 % interval]; of minima: the quickest query of each. Ideal: the ratio of the tower's multiply-accumulates.",
         "",
         "| tower | model | batch | MACs (G) | file | ms | times as fast | of minima | of ideal |",
@@ -180,7 +182,7 @@ def markdown(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
 
 
 def models_of(tower: str, home: Path) -> dict[str, dict[str, Any]]:
-    """Build and export all models of a tower, or find them built in `home`."""
+    """Build and export all models of a tower, unless `home` has them already."""
     index = home / "models.json"
     if not index.is_file():
         sets = evalsets([SourceSpec(format="scenes", split="test", limit=16)])
@@ -199,7 +201,7 @@ def main(work: str | None = None, duration: str = "4000") -> None:
 
     torch.set_num_threads(1)
     home = Path(work or mkdtemp(prefix="clipress-speed-"))
-    for precision in ("int8", "static int8"):  # weights are random: nothing to rank
+    for precision in ("int8", "static int8"):  # weights are random, so rankings mean nothing
         parity.LIMITS[precision] = (0.98, 0.0, 1.0)
     models = {tower: models_of(tower, home / tower.replace("/", "")) for tower in TOWERS}
     cases = [(tower, batch) for tower in TOWERS for batch in BATCHES]

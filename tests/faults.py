@@ -1080,7 +1080,7 @@ for _name, _expected, _changes in (
     ("a study whose name leads out", "refused: study.name: .*expected a folder name", {"name": "../x"}),
     ("a study whose method leads out", "refused: study.methods.* expected a folder name", {"methods": {"../x": []}}),
     ("a study of no seeds", "refused: study.seeds", {"seeds": []}),
-    ("a study with ratios and nothing to prune", "refused: .*begins with a prune", {"ratios": {"2x": 0.5}, "methods": {"a": []}}),
+    ("a study with ratios and nothing to prune", "refused: .*begin with a prune stage", {"ratios": {"2x": 0.5}, "methods": {"a": []}}),
     ("a study whose methods are a list", "refused: study.methods: ", {"methods": [1]}),
 ):  # fmt: skip
     FAULTS.append(Fault(_name, _expected, lambda f, c=_changes: read_study(study(f, **c))))
@@ -1101,7 +1101,8 @@ for _name, _content in (
 
     @fault(_name, "refused: .*holds no readable results")
     def _(folder: Path, content: str = _content) -> Any:
-        from clipress.studies.methods import Case, row_of
+        from clipress.studies.methods import row_of
+        from clipress.studies.study import Case
 
         (folder / "bench").mkdir()
         (folder / "bench" / "results.json").write_text(content)

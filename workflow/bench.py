@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from clipress.bench.fail_if import broken, check, gate_from
 from clipress.bench.latency_table import cost_table
 from clipress.bench.report import comparison, table, write_report
-from clipress.bench.run import Subject, bench, write_results
-from clipress.bench.settings import Backend, BenchSettings
-from clipress.errors import RecipeError, nearest
+from clipress.bench.results import Results, write_results
+from clipress.bench.run import Subject, bench, graph_names
+from clipress.bench.runners import RUNNERS
+from clipress.bench.settings import BenchSettings
 from clipress.progress import progress_bar
 from clipress.recipe import overridden
 from clipress.runtime.cpu import processor
@@ -24,7 +25,6 @@ from clipress.workflow.export import export_artifacts
 from clipress.workflow.plan import Plan, read_plan
 
 Say = Callable[[str], None]
-Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,17 @@ def bench_runs(runs: Sequence[Path], request: BenchRequest, say: Say) -> Measure
     """
     gates = [gate_from(text) for text in request.fail_if]
     plans = [read_plan(run) for run in runs]
-    _check_runners(request.settings.get("backends", ()))
+    for backend in request.settings.get("backends", ()):
+        RUNNERS.find(backend, "--runner")
     settings = overridden(plans[0].bench, request.settings, "bench")
     compared = len(runs) > 1 or bool(request.stages)
     chosen = [_choose_stages(plan, request.stages, len(runs) > 1) for plan in plans]
     artifacts = [(run, stage) for run, stages in zip(runs, chosen, strict=True) for stage in stages]
     subjects = name_subjects(artifacts, several_runs=len(runs) > 1)
     sets = plans[0].test_sets() if request.accuracy else []
-    check(gates, [subject.name for subject in subjects], settings.backends, settings.batch, [one.name for one in sets])
+    graphs = graph_names(subjects) if any(key == "tower" for gate in gates for key, _ in gate.where) else None
+    names = [subject.name for subject in subjects], settings.backends, settings.batch, [one.name for one in sets]
+    check(gates, *names, graphs)
     out = request.out or runs[0] / "bench" / ("compared" if compared else "")
     about = {"recipe": plans[0].recipe.name, "command": request.command}
     with ExitStack() as locks:
@@ -90,12 +93,6 @@ def bench_runs(runs: Sequence[Path], request: BenchRequest, say: Say) -> Measure
     if compared:
         say(comparison(results))
     return Measured(results, broken(gates, results))
-
-
-def _check_runners(names: Sequence[str]) -> None:
-    for name in names:
-        if name not in get_args(Backend):
-            raise RecipeError(f"--runner {name}: unknown runner.{nearest(name, get_args(Backend))}")
 
 
 def _choose_stages(plan: Plan, stages: Sequence[str], several_runs: bool) -> list[str]:

@@ -9,24 +9,15 @@ from pathlib import Path
 
 from clipress.bench.fail_if import gate_from
 from clipress.bench.server.load import Windows
-from clipress.bench.server.run import (
-    MODELS,
-    PLACES,
-    bench_server,
-    broken_by_load,
-    load_table,
-    loads_from,
-    places_of,
-    questions,
-    write_load,
-)
+from clipress.bench.server.requests import MODELS, request_templates
+from clipress.bench.server.results import LoadResults, load_table, write_load
+from clipress.bench.server.run import PLACES, bench_server, broken_by_load, loads_from, places_of
 from clipress.errors import RecipeError, nearest
 from clipress.recipe import overridden
 from clipress.runtime.export_folder import read_export
 from clipress.serve.client import address_from
 from clipress.serve.triton_install import find_triton
 from clipress.serve.triton_server import TritonServer
-from clipress.workflow.bench import Measured
 from clipress.workflow.export import export_artifacts
 from clipress.workflow.exported import export_of
 from clipress.workflow.plan import Plan, read_plan
@@ -55,7 +46,15 @@ class LoadRequest:
     """Recorded in the results."""
 
 
-def bench_run_server(run: Path, request: LoadRequest, say: Say) -> Measured:
+@dataclass(frozen=True)
+class MeasuredLoads:
+    """Results, and a message for each condition of `fail_if` that holds."""
+
+    results: LoadResults
+    broken: list[str]
+
+
+def bench_run_server(run: Path, request: LoadRequest, say: Say) -> MeasuredLoads:
     """Put every load on every model of a server; write load.json and report its table."""
     models = _choose_models(request.models)
     loads = loads_from(request.concurrency, request.request_rate)
@@ -66,13 +65,13 @@ def bench_run_server(run: Path, request: LoadRequest, say: Say) -> Measured:
     stage = plan.artifact(request.stage) if request.stage else choose_served(run, plan, say)
     if address is None:
         export_artifacts(run, plan, [stage], say)
-    templates = questions(read_export(export_of(run, stage)), plan.test_sets())
+    templates = request_templates(read_export(export_of(run, stage)), plan.test_sets())
     about = {"recipe": plan.recipe.name, "stage": stage, "command": request.command}
     with nullcontext(address) if address else _started_server(run, plan, stage, say) as server:
         results = bench_server(server, [templates[model] for model in models], loads, request.windows, about)
     written = write_load(results, request.out or run / "bench")
     say(f"{load_table(results)}\nResults, with the times of every request: {written}")
-    return Measured(results, broken_by_load(gates, results["rows"]))
+    return MeasuredLoads(results, broken_by_load(gates, results.rows))
 
 
 def _choose_models(names: Sequence[str]) -> list[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clipress.bench.results import Results
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Run:
     folder: Path
     artifacts: tuple[str, ...]
     """Names of the artifacts, in order; each is a folder in `folder`."""
-    results: dict[str, Any] = field(default_factory=dict)
-    """Content of bench/results.json. Empty in all but the first process of several."""
+    results: Results | None = None
+    """Content of bench/results.json. None in all but the first process of several."""
     served: str | None = None
     """The artifact in the Triton repositories."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipress.bench.selection import read_kept
+from clipress.bench.results import read_kept
 from clipress.recipe import overridden
 from clipress.serve.settings import ServeSettings
 from clipress.serve.triton_repo import serve_version, served_version, triton_repo_from_export

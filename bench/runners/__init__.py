@@ -1,93 +1,85 @@
-"""What a model is measured on: one small file each, opened by name."""
+"""What a model can be timed on: the interface of a runner, and the registry of all of them, one file each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import numpy as np
+from clipress.registry import Registry
 
 if TYPE_CHECKING:
-    from clipress.bench.settings import BenchSettings
     from clipress.data.transforms import Preprocess
     from clipress.runtime.export_folder import Tokenizer
+    from clipress.runtime.graph import Graph, Run
 
 
-class Subject(Protocol):
-    """What a runner runs, as far as measuring needs to know. An `Exported` is one."""
+class ModelInfo(Protocol):
+    """What measuring needs to know of a model. An `Exported` has all of it."""
 
+    task: str
+    graphs: Mapping[str, Graph]
     precision: str
     preprocess: Preprocess
-    tokenizer: Tokenizer
-    parity: dict[str, Any]
+    tokenizer: Tokenizer | None
+    parity: Mapping[str, Any]
 
     @property
     def bytes(self) -> int:
-        """Size of what it was loaded from."""
+        """Size of the files the model was loaded from."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A subject that was loaded from an artefact's weights."""
+    """The same of a model that was loaded from an artifact's weights."""
 
+    task: str
+    graphs: Mapping[str, Graph]
     precision: str
     preprocess: Preprocess
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     bytes: int
-    parity: dict[str, Any]
+    parity: Mapping[str, Any]
 
 
-class Runner(Protocol):
-    """Both towers of one model, ready to answer.
+class Options(Protocol):
+    """The settings that runners read. `BenchSettings` has them."""
 
-    Two more are used where a runner has them: `device`, a name, and `fresh_query(tower, batch)`, a query like `query`'s in a
-    session that is opened for it.
-    """
-
-    backend: str
-    exported: Subject
-
-    def encode(self, tower: str) -> Callable[[np.ndarray], np.ndarray]:
-        """Return a function from one batch of inputs to embeddings [B, D]."""
-
-    def query(self, tower: str, batch: int) -> Callable[[], Any]:
-        """Return one inference on a fixed batch of noise, ready to be timed; `latency.Enqueued` on a device."""
+    threads: int
+    dtype: str
+    two_four: bool
 
 
-def input_shape(subject: Subject, tower: str) -> tuple[int, ...]:
-    """Return the shape of one input of a tower."""
-    size = subject.preprocess.size
-    return (3, size, size) if tower == "image" else (subject.tokenizer.context_length,)
+class Runner(ABC):
+    """All graphs of one model, loaded and ready to run."""
+
+    backend: ClassVar[str]
+    model: ModelInfo
+    device: str = "cpu"
+    exact_mode: bool = False
+    """Whether ONNX Runtime runs in exact mode, since 8-bit weights overflow on this CPU."""
+    fresh_query: Callable[[str, int], Callable[[], Any]] | None = None
+    """A method like `query` that opens a session of its own; None where a runner cannot do that."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, artifact: Path, export: Path, options: Options) -> Runner:
+        """Load a model. Raises ClipressError where the machine or the files do not allow it."""
+
+    @abstractmethod
+    def run(self, graph: str) -> Run:
+        """Return a graph as a function from inputs by name to outputs by name."""
+
+    @abstractmethod
+    def query(self, graph: str, batch: int) -> Callable[[], Any]:
+        """Return one inference on a fixed random batch, ready to be timed; a `latency.Enqueued` on a device."""
 
 
-def noise(tower: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Return inputs of a tower that mean nothing, the same every time."""
-    rng = np.random.default_rng(0)
-    return rng.standard_normal(shape, dtype=np.float32) if tower == "image" else rng.integers(1, 400, shape)
+RUNNERS: Registry[type[Runner]] = Registry("runner", "clipress.bench.runners")
 
 
-def open_runner(backend: str, artifact: Path, export: Path, settings: BenchSettings) -> Runner:
+def open_runner(backend: str, artifact: Path, export: Path, options: Options) -> Runner:
     """Open a model on a backend. Raises ClipressError where the machine or the files do not allow it."""
-    if backend == "onnxruntime":
-        from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
-
-        return OnnxRuntimeRunner(export, settings.threads)
-    if backend == "onnxruntime-cuda":
-        from clipress.bench.runners.onnxruntime_cuda import OnnxRuntimeCudaRunner
-
-        return OnnxRuntimeCudaRunner(export)
-    if backend == "torch":
-        from clipress.bench.runners.torch import TorchRunner
-
-        return TorchRunner(artifact, settings.threads, settings.dtype, settings.two_four)
-    if backend == "torch-compiled":
-        from clipress.bench.runners.torch_compiled import TorchCompiledRunner
-
-        return TorchCompiledRunner(artifact, settings.threads, settings.dtype, settings.two_four)
-    if backend == "tensorrt":
-        from clipress.bench.runners.tensorrt import TensorRTRunner
-
-        return TensorRTRunner(export)
-    raise ValueError(f"no runner is called {backend}")
+    return RUNNERS.find(backend, "bench.backends").open(artifact, export, options)

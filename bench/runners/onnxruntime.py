@@ -1,70 +1,91 @@
-"""ONNX Runtime on the CPU, with a stated number of threads."""
+"""ONNX Runtime on the CPU, with a fixed number of threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from clipress.bench.runners import input_shape, noise
+from clipress.bench.runners import RUNNERS, Options, Runner
 from clipress.errors import ArtifactError
 from clipress.runtime.export_folder import Exported, read_export
+from clipress.runtime.graph import Graph, Run
 from clipress.runtime.onnx_session import open_session, runs_exactly
 
-TYPES = {"image": "tensor(float)", "text": "tensor(int64)"}
+TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
 
 
-class OnnxRuntimeRunner:
-    """The two towers of one export folder.
+@RUNNERS.register("onnxruntime")
+class OnnxRuntimeRunner(Runner):
+    """The ONNX files of one export folder.
 
     Args:
-        folder: holds image.onnx, text.onnx and export.json.
+        folder: holds export.json and the files it names.
         threads: inside one operator.
     """
 
     backend = "onnxruntime"
 
     def __init__(self, folder: Path, threads: int) -> None:
-        self.exported = read_export(folder)
+        self.model: Exported = read_export(folder)
         self._threads = threads
-        self._sessions = {tower: open_session(self.exported.onnx(tower), threads) for tower in self.exported.files}
-        for tower, session in self._sessions.items():
-            check_form(session, tower, self.exported)
+        self._sessions = {graph: open_session(self.model.onnx(graph), threads) for graph in self.model.graphs}
+        for graph, session in self._sessions.items():
+            check_form(session, graph, self.model)
         self.exact_mode = any(map(runs_exactly, self._sessions.values()))
 
-    def encode(self, tower: str) -> Callable[[np.ndarray], np.ndarray]:
-        """Return a function from one batch of inputs to embeddings [B, D]."""
-        session = self._sessions[tower]
-        name = session.get_inputs()[0].name
-        return lambda batch: session.run(None, {name: batch})[0]
+    @classmethod
+    def open(cls, artifact: Path, export: Path, options: Options) -> OnnxRuntimeRunner:
+        return cls(export, options.threads)
 
-    def query(self, tower: str, batch: int) -> Callable[[], Any]:
-        """Return one inference on a fixed batch of noise, ready to be timed."""
-        return self._query(self._sessions[tower], tower, batch)
+    def run(self, graph: str) -> Run:
+        return run_of(self._sessions[graph], self.model.graphs[graph])
 
-    def fresh_query(self, tower: str, batch: int) -> Callable[[], Any]:
+    def query(self, graph: str, batch: int) -> Callable[[], Any]:
+        return self._query(self._sessions[graph], graph, batch)
+
+    def fresh_query(self, graph: str, batch: int) -> Callable[[], Any]:
         """Return the same inference in a session of its own, opened now."""
-        return self._query(open_session(self.exported.onnx(tower), self._threads), tower, batch)
+        return self._query(open_session(self.model.onnx(graph), self._threads), graph, batch)
 
-    def _query(self, session: Any, tower: str, batch: int) -> Callable[[], Any]:
-        takes = session.get_inputs()[0]
-        inputs = noise(tower, (batch, *takes.shape[1:]))
-        return lambda: session.run(None, {takes.name: inputs})
+    def _query(self, session: Any, graph: str, batch: int) -> Callable[[], Any]:
+        inputs = self.model.graphs[graph].example(batch)
+        return lambda: session.run(None, inputs)
 
 
-def check_form(session: Any, tower: str, exported: Exported) -> None:
-    """Raise ArtifactError for an ONNX file that takes and gives something else than a tower does."""
-    rest = list(input_shape(exported, tower))
-    takes = [(put.type, put.shape[1:]) for put in session.get_inputs()]
-    gives = [(put.type, len(put.shape)) for put in session.get_outputs()]
-    free = all(not isinstance(put.shape[0], int) for put in session.get_inputs() if put.shape)
-    if takes != [(TYPES[tower], rest)] or gives != [("tensor(float)", 2)] or not free:
-        told = ", ".join(f"{put.name} {put.type} {put.shape}" for put in session.get_inputs())
-        given = ", ".join(f"{put.name} {put.type} {put.shape}" for put in session.get_outputs())
+def run_of(session: Any, graph: Graph) -> Run:
+    """Return a session as a function from inputs by name to outputs by name."""
+    outputs = [output.name for output in graph.outputs]
+
+    def run(inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(zip(outputs, session.run(outputs, dict(inputs)), strict=True))
+
+    return run
+
+
+def check_form(session: Any, name: str, exported: Exported) -> None:
+    """Raise ArtifactError for an ONNX file whose inputs and outputs are not those that export.json describes."""
+    graph = exported.graphs[name]
+    expected = {put.name: (TYPES[put.dtype], list(put.shape)) for put in graph.inputs}
+    found = {put.name: (put.type, put.shape[1:]) for put in session.get_inputs()}
+    outputs = {put.name: ("tensor(float)", 1 + len(put.shape)) for put in graph.outputs}
+    found_outputs = {put.name: (put.type, len(put.shape)) for put in session.get_outputs()}
+    any_batch = all(put.shape and not isinstance(put.shape[0], int) for put in session.get_inputs())
+    if found != expected or found_outputs != outputs or not any_batch:
         raise ArtifactError(
-            f"{exported.onnx(tower)} is no {tower} tower that clipress exported: {TYPES[tower]} [batch, "
-            f"{', '.join(map(str, rest))}] -> tensor(float) [batch, {exported.embed_dim}] is asked for, found "
-            f"{told or 'no input'} -> {given or 'no output'}. Make it again: clipress export RUN"
+            f"{exported.onnx(name)} does not have the inputs and outputs of graph '{name}': expected "
+            f"{_form_of(graph)}, found {_puts(session.get_inputs())} -> {_puts(session.get_outputs())}. "
+            "Export it again: clipress export RUN"
         )
+
+
+def _form_of(graph: Graph) -> str:
+    def shape(put: Any) -> str:
+        return f"[{', '.join(map(str, ('batch', *put.shape)))}]"
+
+    inputs = ", ".join(f"{put.name} {TYPES[put.dtype]} {shape(put)}" for put in graph.inputs)
+    return f"{inputs} -> {', '.join(f'{put.name} tensor(float) {shape(put)}' for put in graph.outputs)}"
+
+
+def _puts(puts: Any) -> str:
+    return ", ".join(f"{put.name} {put.type} {put.shape}" for put in puts) or "nothing"

@@ -1,25 +1,29 @@
-"""PyTorch, eager: on a GPU where there is one, else on the CPU. Inputs and outputs stay on the device."""
+"""PyTorch, eager: on a GPU if there is one, else on the CPU. Inputs and outputs stay on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clipress.artifact import WEIGHTS
 from clipress.bench.latency import Enqueued
-from clipress.bench.runners import Loaded, input_shape, noise
+from clipress.bench.runners import RUNNERS, Loaded, Options, Runner
 from clipress.errors import RecipeError
+from clipress.models.load import Model
 from clipress.runtime.export_folder import Tokenizer
-from clipress.tasks import model_from_artifact
+from clipress.runtime.graph import Arrays, Run
+from clipress.tasks import model_from_artifact, task_named
+
+Forward = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
-class TorchRunner:
-    """The two towers of one artefact. INT8 is simulated, as in training: right answers, no speed.
+@RUNNERS.register("torch")
+class TorchRunner(Runner):
+    """The graphs of one artifact. INT8 is simulated, as in training: the same outputs, but not faster.
 
     Args:
         artifact: folder with clipress.json and the weights.
@@ -33,53 +37,51 @@ class TorchRunner:
     def __init__(self, artifact: Path, threads: int, dtype: str = "fp32", two_four: bool = False) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
-        if self._device.type == "cpu" and (dtype != "fp32" or two_four):
-            asked = "2:4 kernels were" if two_four else f"{dtype} was"
-            raise RecipeError(f"{asked} asked for; they need a GPU, and torch {torch.__version__} finds none.")
-        if two_four and dtype != "bf16":
-            raise RecipeError("2:4 kernels were asked for in fp32; torch has them in bf16: add --dtype bf16.")
+        _check_kernels(self._device, dtype, two_four)
         torch.set_num_threads(threads)
         model = model_from_artifact(artifact)
-        self._model = model.module.eval().to(self._device)
-        self._dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
-        self._model.to(self._dtype)
-        precision = "int8 simulated" if model.quantization else dtype
-        if two_four and model.sparsity and not model.quantization:
-            used = use_two_four_kernels(self._model, model.sparsity["weights"])
-            precision = f"bf16, 2:4 in {used} of {len(model.sparsity['weights'])}"
-        self.exported = Loaded(
-            precision,
-            model.preprocess,
-            Tokenizer(**model.tokenizer),
-            (artifact / WEIGHTS).stat().st_size,
-            {},
+        self._task = task_named(model.task)
+        self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+        self._module = model.module.eval().to(self._device, self.dtype)
+        self.model = Loaded(
+            task=model.task,
+            graphs=self._task.graphs(model),
+            precision=_use_kernels(self._module, model, dtype, two_four),
+            preprocess=model.preprocess,
+            tokenizer=Tokenizer(**model.tokenizer) if model.tokenizer else None,
+            bytes=(artifact / WEIGHTS).stat().st_size,
+            parity={},
         )
 
-    def encode(self, tower: str) -> Callable[[np.ndarray], np.ndarray]:
-        """Return a function from one batch of inputs to embeddings [B, D]."""
-        forward = self._forward(tower)
+    @classmethod
+    def open(cls, artifact: Path, export: Path, options: Options) -> TorchRunner:
+        return cls(artifact, options.threads, options.dtype, options.two_four)
 
-        def encode(batch: np.ndarray) -> np.ndarray:
+    def run(self, graph: str) -> Run:
+        forward = self.forward(graph)
+
+        def run(inputs: Arrays) -> dict[str, Any]:
             with torch.inference_mode():
-                return forward(self._inputs(batch)).float().cpu().numpy()
+                return {name: rows.float().cpu().numpy() for name, rows in forward(self.tensors(inputs)).items()}
 
-        return encode
+        return run
 
-    def query(self, tower: str, batch: int) -> Callable[[], Any]:
-        """Return one inference on a fixed batch of noise that is on the device already."""
-        return self._timed(
-            self._forward(tower), self._inputs(noise(tower, (batch, *input_shape(self.exported, tower))))
-        )
+    def query(self, graph: str, batch: int) -> Callable[[], Any]:
+        """Return one inference on a fixed random batch that is on the device already."""
+        return self.timed(self.forward(graph), self.tensors(self.model.graphs[graph].example(batch)))
 
-    def _forward(self, tower: str) -> Callable[[Tensor], Tensor]:
-        encode = self._model.encode_image if tower == "image" else self._model.encode_text
-        return lambda inputs: encode(inputs, normalize=True)
+    def forward(self, graph: str) -> Forward:
+        """Return a graph as a function of tensors."""
+        return lambda inputs: self._task.call(self._module, graph, inputs)
 
-    def _inputs(self, batch: np.ndarray) -> Tensor:
-        inputs = torch.from_numpy(batch).to(self._device)
-        return inputs.to(self._dtype) if inputs.is_floating_point() else inputs
+    def tensors(self, inputs: Arrays) -> dict[str, Tensor]:
+        """Move a graph's inputs to the device, in the model's dtype."""
+        moved = {name: torch.from_numpy(rows).to(self._device) for name, rows in inputs.items()}
+        return {name: rows.to(self.dtype) if rows.is_floating_point() else rows for name, rows in moved.items()}
 
-    def _timed(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Callable[[], Any]:
+    def timed(self, forward: Forward, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
+        """Return one call as a query: on a GPU, enqueueing and waiting are apart."""
+
         def run() -> None:
             with torch.inference_mode():
                 forward(inputs)
@@ -87,8 +89,28 @@ class TorchRunner:
         return run if self._device.type == "cpu" else Enqueued(run, torch.cuda.synchronize)
 
 
+def _check_kernels(device: torch.device, dtype: str, two_four: bool) -> None:
+    if device.type == "cpu" and (dtype != "fp32" or two_four):
+        what = "2:4 kernels" if two_four else dtype
+        raise RecipeError(
+            f"bench: {what} require a GPU, and torch {torch.__version__} found none. Leave --dtype and --two-four out."
+        )
+    if two_four and dtype != "bf16":
+        raise RecipeError("bench: torch has 2:4 kernels in bf16 only, found fp32. Add --dtype bf16.")
+
+
+def _use_kernels(module: nn.Module, model: Model, dtype: str, two_four: bool) -> str:
+    """Switch 2:4 kernels on where they are wanted. Returns the precision that the model then has, in words."""
+    if model.quantization:
+        return "int8 simulated"
+    if two_four and model.sparsity:
+        weights = model.sparsity["weights"]
+        return f"bf16, 2:4 in {use_two_four_kernels(module, weights)} of {len(weights)}"
+    return dtype
+
+
 def use_two_four_kernels(model: nn.Module, names: list[str]) -> int:
-    """Let 2:4 weights run on sparse tensor cores, in place; those whose shape torch refuses stay dense.
+    """Let 2:4 weights run on sparse tensor cores, in place; those whose shape torch rejects stay dense.
 
     Returns how many were accepted.
     """

@@ -1,13 +1,13 @@
-"""Load on a server in perf_analyzer's words: closed loop (`concurrency` requests at any time) or open loop (`request_rate`
-a second, whether or not answers come).
+"""Load on a server in perf_analyzer's terms: a closed loop (`concurrency` requests at any time) or an open loop
+(`request_rate` requests per second, whether or not answers come).
 
-An open loop's arrivals are a Poisson process, as in MLPerf's server scenario, and latency counts from the moment a request
-was due: a server that stalls makes those behind it late too, which a client that waits politely would never notice
-(coordinated omission; Tene, How NOT to Measure Latency, 2015).
+Arrivals of an open loop are a Poisson process, as in MLPerf's server scenario, and latency counts from the moment a request
+was due: a server that stalls also makes the requests behind it late, which a client that waits for answers would never
+notice (coordinated omission; Tene, How NOT to Measure Latency, 2015).
 
-Load is kept up while windows pass; a request belongs to the window its answer came in. When throughput and mean latency
-of the last three windows differ by no more than the stability percentage, these three are what is reported; so they are
-after the last window allowed, and it is said that they are not stable. The clock is the event loop's.
+Load is kept up while windows pass; a request belongs to the window in which its answer arrived. Once throughput and mean
+latency of the last three windows differ by no more than the stability percentage, these three are reported. After the last
+window allowed they are reported anyway, marked as not stable. All times are on the event loop's clock.
 """
 
 from __future__ import annotations
@@ -23,31 +23,21 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from clipress.bench.latency import percentile
+from clipress.bench.server.results import Load, LoadFigures, Served
 
 T = TypeVar("T")
-Ask = Callable[[int], Awaitable[Any]]
-"""Sends request number n; raises what went wrong."""
+Send = Callable[[int], Awaitable[Any]]
+"""Sends request number n and waits for its answer; raises what went wrong."""
 Statistics = dict[str, dict[str, float]]
-"""By model: what Triton has counted since it started, see `server_figures`."""
+"""By model: what Triton has counted since it started; see `server_figures`."""
 STEPS = ("queue", "compute_input", "compute_infer", "compute_output")
 KEPT = 3  # windows
-PAUSE = 0.01  # seconds after an error: a server that refuses at once is not to be asked a million times
-
-
-@dataclass(frozen=True)
-class Load:
-    """Either of both."""
-
-    concurrency: int | None = None
-    request_rate: float | None = None
-
-    def __str__(self) -> str:
-        return f"concurrency {self.concurrency}" if self.concurrency else f"{self.request_rate:g} requests/s"
+PAUSE = 0.01  # seconds after an error, so that a server that refuses at once is not flooded
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How long is measured: all times in ms."""
+    """How long to measure; all times in ms."""
 
     window: float = 2000
     warm_up: float = 1000
@@ -58,7 +48,7 @@ class Windows:
 
 
 class Request(NamedTuple):
-    """What became of one request; seconds on the loop's clock."""
+    """One request and its outcome; seconds on the loop's clock."""
 
     due: float
     sent: float
@@ -67,12 +57,12 @@ class Request(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """What is known at the end of a window."""
+    """The state at the end of a window."""
 
     time: float
     requests: int
     cpu: float
-    """Seconds this process has computed."""
+    """Seconds of CPU time of this process."""
     server: Statistics
 
 
@@ -87,27 +77,31 @@ class Measured:
     """Answers per second of each."""
     stable: bool
 
-    def figures(self) -> dict[str, Any]:
-        """Return one row of the table, in ms and requests a second; `lag` is how late the client itself was to send."""
+    def figures(self) -> LoadFigures:
+        """Return what the client and the server measured."""
         first, last = self.marks[0], self.marks[-1]
         good = [one for one in self.requests if one.error is None]
         seconds, used = last.time - first.time, last.cpu - first.cpu
-        return {
-            "concurrency": self.load.concurrency,
-            "request_rate": self.load.request_rate,
-            "infer_per_s": round(len(good) / seconds, 2),
+        return LoadFigures(
+            concurrency=self.load.concurrency,
+            request_rate=self.load.request_rate,
+            infer_per_s=round(len(good) / seconds, 2),
             **latency_figures(good),
-            "requests": len(self.requests),
-            "errors": len(self.requests) - len(good),
-            "stable": self.stable,
-            "windows": self.windows,
-            "client_us": round(1e6 * used / max(len(self.requests), 1), 1),
-            "client_cores": round(used / seconds, 3),
-            "triton": server_figures(first.server, last.server),
-        }
+            requests=len(self.requests),
+            errors=len(self.requests) - len(good),
+            stable=self.stable,
+            windows=self.windows,
+            client_us=round(1e6 * used / max(len(self.requests), 1), 1),
+            client_cores=round(used / seconds, 3),
+            triton=server_figures(first.server, last.server),
+        )
+
+    def errors(self) -> list[str]:
+        """Return the distinct error messages."""
+        return sorted({one.error for one in self.requests if one.error})
 
     def times(self) -> dict[str, list[float]]:
-        """Return every request's times in ms: when it was due, after the first window began, and its latency."""
+        """Return the times of every request in ms: when it was due, after the first window began, and its latency."""
         start = self.marks[0].time
         return {
             "due_ms": [round(1000 * (one.due - start), 2) for one in self.requests],
@@ -116,7 +110,7 @@ class Measured:
 
 
 def arrivals(rate: float, seed: int = 0) -> Iterator[float]:
-    """Yield the seconds at which requests of an open loop are due: a Poisson process, the same every time."""
+    """Yield the seconds at which requests of an open loop are due: a Poisson process, the same for every run."""
     rng, due = np.random.default_rng(seed), 0.0
     while True:
         for gap in rng.exponential(1 / rate, 1000).tolist():
@@ -125,7 +119,7 @@ def arrivals(rate: float, seed: int = 0) -> Iterator[float]:
 
 
 def latency_figures(requests: Sequence[Request]) -> dict[str, float]:
-    """Return mean and percentiles of latency in ms, and the 99th of the client's own lag; NaN where nothing was answered."""
+    """Return mean and percentiles of latency in ms, and the 99th of the client's own lag; NaN if nothing was answered."""
     times = sorted(1000 * (one.done - one.due) for one in requests) or [float("nan")]
     lags = sorted(1000 * (one.sent - one.due) for one in requests) or [float("nan")]
     found = {
@@ -136,7 +130,7 @@ def latency_figures(requests: Sequence[Request]) -> dict[str, float]:
 
 
 def windows_of(requests: Sequence[Request], marks: Sequence[Mark]) -> list[tuple[Sequence[Request], float]]:
-    """Return each window's requests, and its seconds. `requests` are all since the load began."""
+    """Return each window's requests and its seconds. `requests` are all since the load began."""
     return [(requests[start.requests : end.requests], end.time - start.time) for start, end in pairwise(marks)]
 
 
@@ -147,41 +141,38 @@ def rate_and_latency(requests: Sequence[Request], seconds: float) -> tuple[float
 
 
 def are_stable(windows: Sequence[tuple[float, float]], percent: float) -> bool:
-    """Tell whether the last three windows agree, as perf_analyzer has it: largest over smallest, of rate and of latency."""
+    """Tell whether the last three windows agree in rate and latency: largest over smallest, as in perf_analyzer."""
     if len(windows) < KEPT:
         return False
     limit = 1 + percent / 100
     return all(min(values) > 0 and max(values) <= limit * min(values) for values in zip(*windows[-KEPT:], strict=True))
 
 
-def server_figures(before: Statistics, after: Statistics) -> dict[str, dict[str, float]]:
-    """Return, of each model that was asked, Triton's own figures between two moments.
-
-    Means per request in ms of waiting and of the three parts of computing; `mean_batch` is rows per execution.
-    """
+def server_figures(before: Statistics, after: Statistics) -> dict[str, Served]:
+    """Return Triton's own figures between two moments, of each model that had requests."""
     found = {}
     for model, counted in after.items():
         new = {key: value - before.get(model, {}).get(key, 0) for key, value in counted.items()}
         if new["requests"] > 0:
-            found[model] = {
+            found[model] = Served(
                 **{f"{step}_ms": round(new[step] / new["requests"] / 1e6, 4) for step in STEPS},
-                "mean_batch": round(new["rows"] / new["executions"], 3) if new["executions"] else None,
+                mean_batch=round(new["rows"] / new["executions"], 3) if new["executions"] else None,
                 **{key: int(new[key]) for key in ("requests", "executions", "cache_hits")},
-            }
+            )
     return found
 
 
 async def measure(
-    ask: Ask, load: Load, windows: Windows, statistics: Callable[[], Awaitable[Statistics]], numbers: Iterator[int]
+    send: Send, load: Load, windows: Windows, statistics: Callable[[], Awaitable[Statistics]], numbers: Iterator[int]
 ) -> Measured:
-    """Keep up a load until it is stable, or for as many windows as are allowed. `numbers` tells requests apart."""
+    """Keep up a load until it is stable, or for as many windows as are allowed. `numbers` tell requests apart."""
     clock, requests = asyncio.get_running_loop().time, list[Request]()
 
     async def mark() -> Mark:
         server = await statistics()
         return Mark(clock(), len(requests), time.process_time(), server)
 
-    driver = asyncio.create_task(_driven(ask, load, numbers, requests))
+    driver = asyncio.create_task(_drive(send, load, numbers, requests))
     try:
         await asyncio.sleep(windows.warm_up / 1000)
         marks, stable = [await mark()], False
@@ -198,14 +189,14 @@ async def measure(
     return Measured(load, kept, recent, [round(rate, 2) for rate, _ in found], stable)
 
 
-async def _driven(ask: Ask, load: Load, numbers: Iterator[int], requests: list[Request]) -> None:
-    """Ask until cancelled, and then have what is under way cancelled too."""
+async def _drive(send: Send, load: Load, numbers: Iterator[int], requests: list[Request]) -> None:
+    """Send requests until cancelled, then cancel those under way."""
     clock, under_way = asyncio.get_running_loop().time, set[asyncio.Task]()
 
     async def one(due: float) -> None:
         sent, error = clock(), None
         try:
-            await ask(next(numbers))
+            await send(next(numbers))
         except Exception as problem:
             error = str(problem) or type(problem).__name__
         requests.append(Request(due, sent, clock(), error))
@@ -222,7 +213,7 @@ async def _driven(ask: Ask, load: Load, numbers: Iterator[int], requests: list[R
             await asyncio.gather(*under_way)
         start = clock()
         for offset in arrivals(load.request_rate):
-            await asyncio.sleep(start + offset - clock())  # one that is late still lets others go on
+            await asyncio.sleep(start + offset - clock())  # a late one still lets others run
             under_way.add(task := asyncio.create_task(one(start + offset)))
             task.add_done_callback(under_way.discard)
     finally:
@@ -231,7 +222,7 @@ async def _driven(ask: Ask, load: Load, numbers: Iterator[int], requests: list[R
 
 
 def run(work: Coroutine[Any, Any, T], precise: bool) -> T:
-    """Run to the end; where open loops ask for it, on an event loop that wakes up to the microsecond.
+    """Run a coroutine to the end; if `precise`, on an event loop that wakes up to the microsecond, as open loops require.
 
     The usual loop rounds up to milliseconds, and takes less time per request.
     """
@@ -239,12 +230,12 @@ def run(work: Coroutine[Any, Any, T], precise: bool) -> T:
     try:
         return loop.run_until_complete(work)
     finally:
-        loop.run_until_complete(_ended())
+        loop.run_until_complete(_end_tasks())
         loop.close()
 
 
-async def _ended() -> None:
-    """End what Ctrl-C has left."""
+async def _end_tasks() -> None:
+    """Cancel what Ctrl-C has left running."""
     left = asyncio.all_tasks() - {asyncio.current_task()}
     for task in left:
         task.cancel()
@@ -252,5 +243,5 @@ async def _ended() -> None:
 
 
 def numbered() -> Iterator[int]:
-    """Return numbers that earlier runs did not use: a text that comes again is answered from the server's cache."""
+    """Return numbers that earlier runs did not use: the server answers a repeated text from its cache."""
     return count(time.time_ns() // 1_000_000)

@@ -1,8 +1,8 @@
-"""How load reaches a Triton server: HTTP or gRPC, with requests that are made before they are timed.
+"""How load reaches a Triton server: HTTP or gRPC, with requests that are prepared before they are timed.
 
 A load generator shares the cores with what it measures, so as little as possible is done per request: bytes go out and
-come back, and of an answer only the status is looked at. By HTTP that costs a fifth of what tritonclient's own client
-takes, which is why it is what `clipress bench` uses for a server of its own.
+come back, and only the status of an answer is read. By HTTP that takes a fifth of the time of tritonclient's own client,
+which is why `clipress bench` uses it for a server of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-from clipress.bench.server.load import STEPS, Ask, Statistics
+from clipress.bench.server.load import STEPS, Send, Statistics
 from clipress.errors import ServerError
 
 CONNECTIONS = 256  # by HTTP; further requests wait, and their latency counts from when they were due
@@ -23,54 +23,57 @@ STATISTICS = "/inference.GRPCInferenceService/ModelStatistics"
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a model is asked: one tensor of one row, in another content for every number."""
+class RequestTemplate:
+    """A request to a model: one input tensor of one row, with different content for every number."""
 
     model: str
-    takes: str
-    gives: str
+    input: str
+    """Name of the input tensor."""
+    output: str
+    """Name of the output tensor."""
     datatype: str
     shape: tuple[int, ...]
     content: Callable[[int], bytes]
-    """Of request n, as Triton has tensors on the wire."""
+    """The tensor of request n, in Triton's wire format."""
 
 
 class Refused(Exception):
-    """The server answered, and it is an error."""
+    """The server answered with an error."""
 
 
 class Wire(Protocol):
     """A connection to a server. Raises Refused or OSError."""
 
-    def ask(self, question: Question) -> Ask:
-        """Return what sends request number n of a question and returns the answer as it came, bytes."""
+    def sender(self, template: RequestTemplate) -> Send:
+        """Return a function that sends request number n and returns the answer as bytes."""
 
     async def statistics(self) -> Statistics:
-        """Return what the server has counted of every model."""
+        """Return what the server has counted for every model."""
 
     async def close(self) -> None:
-        """Let go of the server."""
+        """Close all connections."""
 
 
 def open_wire(protocol: str, address: str, tls: bool) -> Wire:
-    """Return a connection to `host:port`, by http or grpc; it is made when it is first asked."""
+    """Return a connection to `host:port`, by http or grpc; it is opened with the first request."""
     return Http(address, tls) if protocol == "http" else Grpc(address, tls)
 
 
-async def checked_ask(wire: Wire, question: Question, url: str) -> Ask:
-    """Return a question's `ask` after one answer. Raises ServerError where there is none."""
-    ask = wire.ask(question)
+async def checked_sender(wire: Wire, template: RequestTemplate, url: str) -> Send:
+    """Return a template's sender after one request has been answered. Raises ServerError if it is not."""
+    send = wire.sender(template)
     try:
-        await ask(0)
+        await send(0)
     except Exception as error:
         raise ServerError(
-            f"{url} was asked for {question.model}, and there is no answer: {error or type(error).__name__}"
+            f"{url}: expected an answer from model {template.model}, found: {error or type(error).__name__}. Check the "
+            "address, and that the server has loaded the model."
         ) from None
-    return ask
+    return send
 
 
 class Http:
-    """Keep-alive connections, as many as requests are under way."""
+    """Keep-alive connections, one per request under way."""
 
     def __init__(self, address: str, tls: bool) -> None:
         self._authority, _, path = address.partition("/")
@@ -78,26 +81,26 @@ class Http:
         self._free: list[_Connection] = []
         self._limit = asyncio.Semaphore(CONNECTIONS)
 
-    def ask(self, question: Question) -> Ask:
+    def sender(self, template: RequestTemplate) -> Send:
         @lru_cache
         def head(size: int) -> bytes:
-            tensor = {"name": question.takes, "shape": question.shape, "datatype": question.datatype}
-            told = {
+            tensor = {"name": template.input, "shape": template.shape, "datatype": template.datatype}
+            request = {
                 "inputs": [{**tensor, "parameters": {"binary_data_size": size}}],
-                "outputs": [{"name": question.gives, "parameters": {"binary_data": True}}],
+                "outputs": [{"name": template.output, "parameters": {"binary_data": True}}],
             }
-            text = json.dumps(told).encode()
+            text = json.dumps(request).encode()
             length = f"Inference-Header-Content-Length: {len(text)}\r\n"
-            return self._head("POST", f"models/{question.model}/infer", len(text) + size, length) + text
+            return self._head("POST", f"models/{template.model}/infer", len(text) + size, length) + text
 
-        async def ask(number: int) -> bytes:
-            content = question.content(number)
+        async def send(number: int) -> bytes:
+            content = template.content(number)
             return await self._answer(head(len(content)) + content)
 
-        return ask
+        return send
 
     async def statistics(self) -> Statistics:
-        return counted(json.loads(await self._answer(self._head("GET", "models/stats", 0))))
+        return read_statistics(json.loads(await self._answer(self._head("GET", "models/stats", 0))))
 
     async def close(self) -> None:
         for connection in self._free:
@@ -112,7 +115,7 @@ class Http:
 
     async def _answer(self, message: bytes) -> bytes:
         async with self._limit:
-            connection = self._free.pop() if self._free else await self._connected()
+            connection = self._free.pop() if self._free else await self._connect()
             status, body = await connection.answer(message)
             if not connection.transport.is_closing():
                 self._free.append(connection)
@@ -120,7 +123,7 @@ class Http:
             raise Refused(body.decode(errors="replace"))
         return body
 
-    async def _connected(self) -> _Connection:
+    async def _connect(self) -> _Connection:
         host, _, port = self._authority.rpartition(":")
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_connection(_Connection, host.strip("[]"), int(port), ssl=self._tls or None)
@@ -158,7 +161,7 @@ class _Connection(asyncio.Protocol):
         try:
             return await self._waiting
         except asyncio.CancelledError:
-            self.transport.abort()  # what it would answer next belongs to nobody
+            self.transport.abort()  # nobody waits for the answer that would come next
             raise
 
 
@@ -171,7 +174,7 @@ def _length(head: bytes) -> int:
 
 
 class Grpc:
-    """One channel; requests are serialised by us, answers are left as they are."""
+    """One channel; requests are serialised here, answers stay bytes."""
 
     def __init__(self, address: str, tls: bool) -> None:
         import grpc
@@ -184,23 +187,23 @@ class Grpc:
         )
         self._infer = self._channel.unary_unary(INFER)
 
-    def ask(self, question: Question) -> Ask:
+    def sender(self, template: RequestTemplate) -> Send:
         from grpc.aio import AioRpcError
         from tritonclient.grpc.service_pb2 import ModelInferRequest
 
-        request = ModelInferRequest(model_name=question.model)
-        request.inputs.add(name=question.takes, datatype=question.datatype, shape=question.shape)
-        request.outputs.add(name=question.gives)
+        request = ModelInferRequest(model_name=template.model)
+        request.inputs.add(name=template.input, datatype=template.datatype, shape=template.shape)
+        request.outputs.add(name=template.output)
         request.raw_input_contents.append(b"")
 
-        async def ask(number: int) -> bytes:
-            request.raw_input_contents[0] = question.content(number)
+        async def send(number: int) -> bytes:
+            request.raw_input_contents[0] = template.content(number)
             try:
                 return await self._infer(request.SerializeToString())
-            except AioRpcError as error:  # it prints as a page
+            except AioRpcError as error:  # its own text is a page long
                 raise Refused(error.details()) from None
 
-        return ask
+        return send
 
     async def statistics(self) -> Statistics:
         from google.protobuf.json_format import MessageToDict
@@ -209,16 +212,16 @@ class Grpc:
         call = self._channel.unary_unary(
             STATISTICS, ModelStatisticsRequest.SerializeToString, ModelStatisticsResponse.FromString
         )
-        return counted(MessageToDict(await call(ModelStatisticsRequest()), preserving_proto_field_name=True))
+        return read_statistics(MessageToDict(await call(ModelStatisticsRequest()), preserving_proto_field_name=True))
 
     async def close(self) -> None:
         await self._channel.close()
 
 
-def counted(told: dict[str, Any]) -> Statistics:
-    """Read Triton's answer about all models; times in nanoseconds, summed over requests. Versions of one are added up."""
+def read_statistics(answer: dict[str, Any]) -> Statistics:
+    """Read Triton's statistics of all models: nanoseconds summed over requests, versions of a model added up."""
     found: Statistics = {}
-    for one in told["model_stats"]:
+    for one in answer["model_stats"]:
         parts = one.get("inference_stats", {})
         new = {
             "requests": _number(parts, "success", "count"),

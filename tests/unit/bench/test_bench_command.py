@@ -49,9 +49,8 @@ def test_the_samples_beside_the_results_give_the_same_figures(compared):
             assert len(case["latency_ms"]) == sum(case["rounds"]) == timing["iterations"] == 7
             own = Timings(np.array(case["latency_ms"]), np.array(case["rounds"]), np.array(case["starts_ms"]))
             again = summary(own, case["batch"])
-            assert again["p99_ms"] == pytest.approx(
-                timing["p99_ms"], abs=2e-5
-            )  # ms, as rounded and again["rounds"] == timing["rounds"]
+            assert again["p99_ms"] == pytest.approx(timing["p99_ms"], abs=2e-5)  # ms, as rounded
+            assert again["rounds"] == timing["rounds"]
             held[row["stage"], case["tower"]] = own
     ratio = speed_up(held["sparse", "text"], held["int8", "text"])
     assert ratio.value == pytest.approx(results["rows"][1]["latency"][1]["speed_up"], rel=1e-3)
@@ -62,17 +61,34 @@ def test_conditions_say_what_it_was_measured_with(compared):
     assert known["threads"] == 1 and known["duration_ms"] == 0 and known["iterations_at_least"] == 7
     assert known["cpu_affinity"] == "not known" or len(known["cpu_affinity"]) == 1
     assert known["command"].startswith("clipress bench ") and "--stage sparse --stage int8" in known["command"]
-    assert known["backends"] == ["onnxruntime"] and "Wilcoxon" in known["ratios"]
+    assert known["backends"] == ["onnxruntime"] and known["turn_ms"] == 0
 
 
-def test_a_verdict_says_whether_int8_pays(compared):
+def test_a_verdict_follows_from_the_times_of_every_query_and_is_printed(compared):
     folder, output = compared
     (verdict,) = results_of(folder)["verdicts"]
     assert (verdict["stage"], verdict["against"], verdict["method"]) == ("int8", "sparse", "INT8")
-    assert " ".join(verdict["text"].split()) in " ".join(output.split())
+    medians = {}
+    for stage in ("sparse", "int8"):
+        case = json.loads((folder / "samples" / f"{stage}.json").read_text())["cases"][0]
+        turns = np.split(np.array(case["latency_ms"]), np.cumsum(case["rounds"])[:-1])
+        medians[stage] = [np.median(turn) for turn in turns]
+    logs = np.log(np.array(medians["sparse"]) / medians["int8"])
+    averages = averages_of(logs)
+    ratio, low, high = np.exp([np.median(averages), averages[2], averages[-3]])  # of 28, 2 lie outside on each side
+    assert verdict["cases"][0]["speed_up"] == pytest.approx(ratio, rel=1e-3)
+    faster = True if low > 1 and ratio >= 1.02 else None if high > 1.1 else False
+    assert (verdict["faster"], verdict["keep"]) == (faster, {True: "int8", False: "sparse", None: None}[faster])
+    said = {True: "INT8 is faster here", False: "INT8 is not faster here", None: "INT8 may or may not be faster here"}
+    assert said[faster] in " ".join(output.split())
 
 
-def test_runs_are_compared_by_their_last_artefacts_and_the_same_one_twice_is_told_apart(tiny_run, tmp_path):
+def averages_of(logs):
+    """The averages of all pairs of rounds, sorted."""
+    return sorted((a + b) / 2 for i, a in enumerate(logs) for b in logs[i:])
+
+
+def test_runs_are_compared_by_their_last_artifacts_and_the_same_one_twice_gets_names_of_its_own(tiny_run, tmp_path):
     run, _ = tiny_run
     shutil.copytree(run, tmp_path / "other")
     result = clipress("bench", run, tmp_path / "other", run, *QUICK, "--out", tmp_path / "out")
@@ -127,7 +143,7 @@ def test_gates_that_hold_are_exit_code_0(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "asked, words",
+    "options, words",
     [
         (("--fail-if", "p98_ms > 1"), "Did you mean 'p9"),
         (("--fail-if", "p99_ms{stage=int9} > 1"), "Did you mean 'int8'"),
@@ -138,8 +154,8 @@ def test_gates_that_hold_are_exit_code_0(tiny_run, tmp_path):
         (("--cpus", "4096"), "CPU 4096"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_measured(tiny_run, tmp_path, asked, words):
-    result = clipress("bench", tiny_run[0], *QUICK, *asked, "--out", tmp_path / "out")
+def test_a_mistake_is_reported_before_anything_is_measured(tiny_run, tmp_path, options, words):
+    result = clipress("bench", tiny_run[0], *QUICK, *options, "--out", tmp_path / "out")
     assert result.exit_code == 2 and words in result.output, result.output
     assert "Traceback" not in result.output and not (tmp_path / "out").exists()
 
@@ -149,7 +165,7 @@ def test_a_file_is_no_run_folder(tiny_run):
     assert result.exit_code == 2 and "is not a run folder: it is a file" in result.output
 
 
-def test_an_artefact_that_is_not_there_is_one_message(tiny_run, tmp_path):
+def test_an_artifact_that_is_missing_is_one_message(tiny_run, tmp_path):
     shutil.copytree(tiny_run[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "int8")
     result = clipress("bench", tmp_path / "run", *QUICK)
@@ -178,14 +194,16 @@ def test_sessions_are_opened_anew_where_all_of_them_are_opened_quickly(monkeypat
     from types import SimpleNamespace
 
     from clipress.bench import run as room
+    from clipress.bench.results import Case
     from clipress.bench.settings import BenchSettings
 
     now = [0.0]
     monkeypatch.setattr(room.time, "perf_counter", lambda: now[0])
 
     def runner(ms):
-        return SimpleNamespace(fresh_query=lambda tower, batch: now.__setitem__(0, now[0] + ms / 1000))
+        return SimpleNamespace(fresh_query=lambda graph, batch: now.__setitem__(0, now[0] + ms / 1000))
 
     runners = {"a": runner(10), "b": runner(opening_ms)}
-    assert set(room._renewable(("image", 1), runners, BenchSettings())) == expected
-    assert room._renewable(("image", 1), runners | {"c": SimpleNamespace()}, BenchSettings()) == {}
+    case, settings = Case("image", 1), BenchSettings()
+    assert set(room.renewable(case, runners, settings)) == expected
+    assert room.renewable(case, runners | {"c": SimpleNamespace(fresh_query=None)}, settings) == {}

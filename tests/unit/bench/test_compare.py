@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from clipress.bench.compare import LEAST_ROUNDS, _beyond, speed_up
+from clipress.bench.compare import LEAST_ROUNDS, count_outside, speed_up
 from clipress.bench.latency import Timings
 
 
@@ -21,7 +21,7 @@ def test_the_interval_leaves_out_what_counting_every_sign_pattern_says(rounds):
     sums = [
         sum(rank for rank, sign in enumerate(signs, 1) if sign) for signs in itertools.product((0, 1), repeat=rounds)
     ]
-    outside = _beyond(rounds)
+    outside = count_outside(rounds)
     assert np.mean(np.array(sums) <= outside) <= 0.025 < np.mean(np.array(sums) <= outside + 1)
 
 
@@ -32,7 +32,7 @@ def test_the_normal_approximation_that_many_rounds_take_is_within_one_of_the_exa
         ways = [a + b for a, b in zip(ways + [0] * rank, [0] * rank + ways, strict=True)]
     reached = itertools.accumulate(ways)
     exact = sum(40 * total <= 2**rounds for total in reached) - 1
-    assert abs(_beyond(rounds) - exact) <= (0 if rounds == 50 else 1)
+    assert abs(count_outside(rounds) - exact) <= (0 if rounds == 50 else 1)
 
 
 @pytest.mark.parametrize("rounds", [8, 20, 35])

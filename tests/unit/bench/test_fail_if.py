@@ -5,42 +5,48 @@ import operator
 import pytest
 
 from clipress.bench.fail_if import OPERATORS, broken, check, gate_from
+from clipress.bench.results import Results
 from clipress.errors import RecipeError
+
+FIGURES = dict.fromkeys(
+    ("min_ms", "max_ms", "mean_ms", "median_ms", "p50_ms", "p90_ms", "p95_ms", "throughput_qps", "items_per_s"), 1.0
+) | {"threads": 1, "iterations": 10}
 
 
 @pytest.fixture
 def results():
     def row(stage, scale, top1):
         latency = [
-            {"tower": tower, "batch": batch, "threads": 1, "p99_ms": scale * batch, "speed_up": 1 / scale}
+            FIGURES | {"tower": tower, "batch": batch, "p99_ms": scale * batch, "speed_up": 1 / scale}
             for tower in ("image", "text")
             for batch in (1, 8)
         ]
         return {"stage": f"run/{stage}", "artifact": stage, "backend": "onnxruntime", "precision": "fp32",
                 "bytes": 1000, "accuracy": {"digits/top1": top1}, "latency": latency}  # fmt: skip
 
-    return {"rows": [row("teacher", 2.0, 99.0), row("int8", 0.5, 90.0)]}
+    rows = [row("teacher", 2.0, 99.0), row("int8", 0.5, 90.0)]
+    return Results.model_validate({"schema_version": 1, "conditions": {}, "rows": rows})
 
 
-def ask(results, *texts):
+def broken_by(results, *texts):
     return broken([gate_from(text) for text in texts], results)
 
 
 def test_a_gate_without_where_holds_for_every_row_tower_and_batch(results):
-    assert len(ask(results, "p99_ms > 1.9")) == 6
-    assert ask(results, "p99_ms > 16") == []
-    assert len(ask(results, "p99_ms >= 16")) == 2
+    assert len(broken_by(results, "p99_ms > 1.9")) == 6
+    assert broken_by(results, "p99_ms > 16") == []
+    assert len(broken_by(results, "p99_ms >= 16")) == 2
 
 
-def test_where_narrows_a_gate_and_the_message_tells_metric_value_place_and_bound(results):
-    (told,) = ask(results, "p99_ms{stage=int8, tower=image, batch=8} > 3")
-    assert told == "p99_ms is 4 (run/int8, image tower, batch 8), and must not be > 3"
-    assert len(ask(results, 'p99_ms{stage="run/int8"} > 0')) == 4
+def test_where_narrows_a_gate_and_the_message_has_metric_value_place_and_bound(results):
+    (message,) = broken_by(results, "p99_ms{stage=int8, tower=image, batch=8} > 3")
+    assert message == "p99_ms is 4 (run/int8, image tower, batch 8), and must not be > 3"
+    assert len(broken_by(results, 'p99_ms{stage="run/int8"} > 0')) == 4
 
 
-def test_several_gates_each_tell_what_they_found(results):
-    told = ask(results, "digits/top1 < 95", "bytes > 999", "speed_up{stage=int8,batch=1,tower=text}<=2")
-    assert [line.split()[0] for line in told] == ["digits/top1", "bytes", "bytes", "speed_up"]
+def test_several_gates_each_report_what_they_found(results):
+    messages = broken_by(results, "digits/top1 < 95", "bytes > 999", "speed_up{stage=int8,batch=1,tower=text}<=2")
+    assert [line.split()[0] for line in messages] == ["digits/top1", "bytes", "bytes", "speed_up"]
 
 
 @pytest.mark.parametrize("sign", OPERATORS)
@@ -54,7 +60,7 @@ def test_every_operator_is_pythons(results, sign):
         "!=": operator.ne,
     }
     for bound in (989.5, 1000, 1.0005e3):
-        assert bool(ask(results, f"bytes{{stage=int8}} {sign} {bound}")) == known[sign](1000, bound)
+        assert bool(broken_by(results, f"bytes{{stage=int8}} {sign} {bound}")) == known[sign](1000, bound)
 
 
 @pytest.mark.parametrize(
@@ -74,17 +80,17 @@ def test_an_unknown_place_or_one_without_value_is_refused():
         gate_from("p99_ms{batch} > 1")
 
 
-def test_what_can_be_known_before_is_told_before_and_names_the_nearest():
+def test_what_can_be_checked_early_is_checked_early_and_names_the_nearest():
     def early(text):
-        check([gate_from(text)], ["run/teacher", "run/int8"], ["onnxruntime"], [1, 8], ["digits"])
+        check([gate_from(text)], ["run/teacher", "run/int8"], ["onnxruntime"], [1, 8], ["digits"], ["image", "text"])
 
     early("p99_ms{stage=int8, batch=8} > 1")
     early("p99_ms{stage=run/int8} > 1")
-    early("digits/anything > 1")  # only the measurement tells which figures a set has
+    early("digits/anything > 1")  # only the measurement knows which figures a set has
     for text, words in {
         "p99ms > 1": "Did you mean 'p99_ms'",
         "p99_ms{stage=run/int} > 1": "Did you mean 'run/int8'",
-        "p99_ms{tower=picture} > 1": "Known: image, text",
+        "p99_ms{tower=photo} > 1": "Known: image, text",
         "p99_ms{batch=2} > 1": "batch '2'",
         "digit/top1 < 1": "Did you mean 'digits'",
     }.items():
@@ -94,11 +100,21 @@ def test_what_can_be_known_before_is_told_before_and_names_the_nearest():
 
 def test_a_metric_the_results_lack_is_refused_and_the_nearest_named(results):
     with pytest.raises(RecipeError, match="Did you mean 'digits/top1'"):
-        ask(results, "digit/top1 < 1")
+        broken_by(results, "digit/top1 < 1")
     with pytest.raises(RecipeError, match="measured nowhere with precision=int8"):
-        ask(results, "p99_ms{precision=int8} > 1")
+        broken_by(results, "p99_ms{precision=int8} > 1")
 
 
-def test_a_gate_on_accuracy_that_is_not_measured_is_told_before():
+def test_a_gate_on_accuracy_that_is_not_measured_is_reported_early():
     with pytest.raises(RecipeError, match="Leave --no-accuracy out"):
         check([gate_from("digits/top1 < 95")], ["int8"], ["onnxruntime"], [1], [])
+
+
+def test_towers_are_the_graphs_that_will_be_timed_and_any_name_passes_while_they_are_unknown():
+    def early(graphs):
+        check([gate_from("p99_ms{tower=question} > 1")], ["vqa"], ["onnxruntime"], [1], [], graphs)
+
+    early(["image", "question"])
+    early(None)
+    with pytest.raises(RecipeError, match=r"unknown tower 'question'\. Known: image, text"):
+        early(["image", "text"])

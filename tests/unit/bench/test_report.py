@@ -1,3 +1,5 @@
+"""The table and the page show the figures of results.json, whatever is in it."""
+
 import copy
 import html
 import json
@@ -8,22 +10,39 @@ from html.parser import HTMLParser
 
 import pytest
 
-from clipress.bench.report import comparison, pareto, report_page, table, write_report
+from clipress.bench import report
+from clipress.bench.report_page import pareto
+from clipress.bench.results import Results, read_results, write_results
+from clipress.errors import ArtifactError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = '</script><script>alert(1)</script><!--<b id="in\'">&amp;'
 
 
+def table(results):
+    return report.table(Results.model_validate(results))
+
+
+def comparison(results):
+    return report.comparison(Results.model_validate(results))
+
+
+def report_page(results):
+    return report.report_page(Results.model_validate(results))
+
+
 def timing(tower, batch, median):
     names = {"min_ms": 0.5, "max_ms": 4, "mean_ms": 1.1, "median_ms": 1, "p90_ms": 1.5, "p95_ms": 2, "p99_ms": 3}
-    times = {name: factor * median for name, factor in names.items()}
-    return {"tower": tower, "batch": batch, "threads": 1, "throughput_qps": 1000 / median, "iterations": 50} | times
+    times = {name: factor * median for name, factor in names.items()} | {"p50_ms": median}
+    rates = {"throughput_qps": 1000 / median, "items_per_s": 1000 * batch / median}
+    return {"tower": tower, "batch": batch, "threads": 1, "iterations": 50} | rates | times
 
 
 def row(stage, precision, params, size, top1, text_r1, image_r1, medians):
     """`medians`: of the image tower at batch 1 and 32; the text tower takes half."""
     return {
         "stage": stage,
+        "artifact": stage,
         "backend": "onnxruntime",
         "precision": precision,
         "params": params,
@@ -73,6 +92,11 @@ def results():
     }
 
 
+def verdict(faster, text):
+    judged = {"stage": "int8", "against": "sparse", "method": "INT8", "keep": None, "loss": None, "cases": []}
+    return judged | {"faster": faster, "text": text}
+
+
 def renamed(results, name):
     """Put a name wherever a user's own words can get into the page."""
     results = copy.deepcopy(results)
@@ -85,7 +109,7 @@ def renamed(results, name):
     last["layers"] = [{"tower": name, "name": name, "params": 1, "macs": 1}]
     spent = [{"name": name, "median_ms": 1.0, "percent": 100.0, "nodes": 1}]
     last["profiles"] = [{"tower": "image", "batch": 2, "queries": 1, "operators": spent, "layers": spent}]
-    results["verdicts"] = [{"faster": False, "text": name}]
+    results["verdicts"] = [verdict(False, name)]
     return results
 
 
@@ -150,7 +174,7 @@ def test_every_point_off_the_front_is_beaten_by_one_on_it_and_none_on_it_is_beat
 # ---- the terminal
 
 
-def test_the_table_tells_the_figures_given_by_hand(results):
+def test_the_table_shows_the_figures_given_by_hand(results):
     groups, heads, *lines = table(results).splitlines()
     assert heads.split() == (
         "stage precision all no emb. kept % (M) (MB) top-1 i->t t->i mean batch 1 batch 32 speed-up".split()
@@ -162,7 +186,7 @@ def test_the_table_tells_the_figures_given_by_hand(results):
     assert lines[3].split() == "int8 int8 4.00 2.00 50.0 12.0 5.00 97.0 81.0 79.0 80.0 0.500 4.00 2.50".split()
 
 
-def test_the_table_tells_what_its_figures_hold_for(results):
+def test_the_table_shows_what_its_figures_hold_for(results):
     beneath = table(results).partition("\n\n")[2]
     assert "Some CPU, 4 cores, avx2, 1 thread, onnxruntime 1.2.3, clipress 9.8.7, 2025-03-04 05:06:07 UTC." in beneath
     assert "speed-up: against teacher at batch 32" in beneath
@@ -247,14 +271,14 @@ def test_the_page_marks_the_rows_on_the_front(results):
     assert marks == [("front", "0"), ("behind", "1"), ("front", "2"), ("front", "3")]
 
 
-def test_the_page_tells_each_stage_of_the_lineage_once_with_settings_and_hash(results):
+def test_the_page_shows_each_stage_of_the_lineage_once_with_settings_and_hash(results):
     page = report_page(results)
     assert page.count("<code>0000000000000000</code>") == 1
     assert page.count("<li>steps <b>7</b></li>") == 4 and "<li>keep" not in page
     assert "<code>int8int8</code>" in page
 
 
-def test_the_page_tells_the_conditions(results):
+def test_the_page_shows_the_conditions(results):
     page = report_page(results)
     for name, value in (("warm up (ms)", "200"), ("interleaved", "yes"), ("data", "digits items 360")):
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
@@ -305,9 +329,38 @@ def test_one_row_makes_a_table_and_a_page(results):
 
 
 def test_the_report_is_written_into_the_folder(results, tmp_path):
-    path = write_report(results, tmp_path / "bench")
+    path = report.write_report(Results.model_validate(results), tmp_path / "bench")
     assert path == tmp_path / "bench" / "report.html"
     assert path.read_text(encoding="utf-8") == report_page(results)
+
+
+# ---- the file
+
+
+def test_results_are_read_back_as_they_were_and_keys_that_were_never_set_are_not_written(results, tmp_path):
+    path = write_results(Results.model_validate(paired(results)), tmp_path)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(results))
+    assert read_results(path) == Results.model_validate(results)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [("rows", "stage"), ("rows", "bytes"), ("rows", "latency", "median_ms"), ("rows", "latency", "cv_percent")],
+)
+def test_a_renamed_key_fails_a_type_not_a_user(results, tmp_path, rename):
+    *path, key = rename
+    inner = paired(results)
+    for name in path:
+        inner = inner[name][0]
+    inner[f"{key}_renamed"] = inner.pop(key)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ArtifactError, match=rf"{key}.*Measure again: clipress bench RUN"):
+        read_results(tmp_path / "results.json")
+
+
+def test_results_that_do_not_exist_say_what_to_do(tmp_path):
+    with pytest.raises(ArtifactError, match=r"no such file.*clipress bench RUN"):
+        read_results(tmp_path / "results.json")
 
 
 # ---- what an interleaved measurement adds
@@ -339,9 +392,9 @@ def paired(results):
         }
     ]
     results["verdicts"] = [
-        {"faster": False, "text": "2:4 is not faster here: sparse is 1.00 [0.99, 1.01] times as fast. Keep pruned."},
-        {"faster": True, "text": "INT8 is faster here: Keep int8."},
-        {"faster": None, "text": "INT8 may or may not be faster here."},
+        verdict(False, "2:4 is not faster here: sparse is 1.00 [0.99, 1.01] times as fast. Keep pruned."),
+        verdict(True, "INT8 is faster here: Keep int8."),
+        verdict(None, "INT8 may or may not be faster here."),
     ]
     return results
 
@@ -364,7 +417,7 @@ def test_the_table_warns_as_trtexec_does(results):
     assert "Bound by enqueue time in 1 of 16 measurements" in shown
 
 
-def test_a_comparison_tells_every_tower_and_batch_of_every_row(results):
+def test_a_comparison_shows_every_tower_and_batch_of_every_row(results):
     lines = comparison(paired(results)).splitlines()
     assert len([line for line in lines if line.startswith(("image", "text"))]) == 16
     (line,) = [line for line in lines if line.split()[:3] == ["image", "32", "int8"]]
@@ -404,7 +457,7 @@ def renamed_without_layers(results):
     return results
 
 
-def test_a_profile_is_told_by_operator_and_by_layer(results):
+def test_a_profile_is_shown_by_operator_and_by_layer(results):
     assert "clipress bench RUN --profile" in report_page(results)
     tables = Read(report_page(paired(results))).tables
     assert tables["profile-3-image-operators"][2:] == [["MatMul", "4.000", "80.0", "6"], ["Add", "1.000", "20.0", "6"]]
@@ -438,10 +491,10 @@ def visit(page, script, folder):
       const point = (i) => one(`.point[data-row="${{i}}"]`);
       const front = () => all(".point.front").map((found) => Number(found.dataset.row)).sort();
       const answer = (() => {{ {script} }})();
-      const told = document.createElement("pre");
-      told.id = "answer";
-      told.textContent = JSON.stringify(answer);
-      document.body.append(told);
+      const written = document.createElement("pre");
+      written.id = "answer";
+      written.textContent = JSON.stringify(answer);
+      document.body.append(written);
     }})();</script>"""
     path = folder / "page.html"
     path.write_text(page.replace("</body>", probe + "</body>"), encoding="utf-8")
@@ -450,8 +503,8 @@ def visit(page, script, folder):
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", "--dump-dom", path.as_uri()]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     console = [line for line in ran.stderr.splitlines() if ":CONSOLE" in line]
-    told = re.search('<pre id="answer">(.*?)</pre>', ran.stdout, re.DOTALL)
-    return json.loads(html.unescape(told[1])) if told else None, console
+    written = re.search('<pre id="answer">(.*?)</pre>', ran.stdout, re.DOTALL)
+    return json.loads(html.unescape(written[1])) if written else None, console
 
 
 def test_a_head_sorts_up_then_down_then_back(results, tmp_path):
@@ -509,7 +562,7 @@ def test_a_point_shows_its_figures_under_the_pointer_and_on_focus(results, tmp_p
     assert expected.items() <= dict(answer["terms"]).items()
 
 
-def test_picture_and_table_follow_what_is_chosen(results, tmp_path):
+def test_chart_and_table_follow_what_is_selected(results, tmp_path):
     results["rows"][2]["latency"][0] |= timing("text", 1, 0.1)  # at batch 1 and text, sparse is the fastest
     results["rows"][2]["accuracy"]["digits/top1"] = 98.5  # and the best at digits
     answer, console = visit(
@@ -569,10 +622,10 @@ def test_no_name_runs_as_code_in_a_browser(results, tmp_path):
         tmp_path,
     )
     assert console == []
-    assert answer == [None, 0, 2]  # the page's own script and the one that asks
+    assert answer == [None, 0, 2]  # the page's own script and the probe
 
 
-def test_a_page_with_everything_shows_its_numbers_under_the_pointer_sorts_its_layers_and_tells_no_error(
+def test_a_page_with_everything_shows_its_numbers_under_the_pointer_sorts_its_layers_and_logs_no_error(
     results, tmp_path
 ):
     answer, console = visit(

@@ -1,25 +1,26 @@
 """Runners agree with one another, and say what they cannot do."""
 
-import json
 import shutil
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
 
 from clipress.bench.run import check_answers
-from clipress.bench.runners import noise, open_runner
-from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
+from clipress.bench.runners import RUNNERS, Loaded, Runner, open_runner
+from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner, run_of
 from clipress.bench.runners.onnxruntime_cuda import OnnxRuntimeCudaRunner
 from clipress.bench.settings import BenchSettings
 from clipress.errors import ArtifactError, ClipressError, RecipeError
 from clipress.models.load import artifact_from_model
-from clipress.storage import sha256
+from clipress.recipe import checked
+from clipress.runtime.export_folder import describe_file, read_export
+from clipress.runtime.graph import Graph, Input, Output
 from clipress.tasks import model_from_artifact
 
-SHAPES = {"image": (3, 3, 32, 32), "text": (3, 24)}
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
 
@@ -27,8 +28,13 @@ def opened(run, stage, backend, **settings):
     return open_runner(backend, run / stage, run / "export" / stage, BenchSettings(**settings))
 
 
-def unit(x):
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+def embeddings(runner, name):
+    """Unit embeddings [3, D] of random inputs."""
+    graph = runner.model.graphs[name]
+    (output,) = graph.outputs
+    found = runner.run(name)(graph.example(3))
+    assert found.keys() == {output.name}
+    return found[output.name] / np.linalg.norm(found[output.name], axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("stage", ["pruned", "int8"])
@@ -36,12 +42,13 @@ def test_torch_and_onnx_runtime_give_the_same_embeddings(tiny_run, stage):
     run, _ = tiny_run
     first, second = opened(run, stage, "onnxruntime"), opened(run, stage, "torch")
     assert (first.backend, second.backend) == ("onnxruntime", "torch")
-    for tower, shape in SHAPES.items():
-        a, b = (unit(runner.encode(tower)(noise(tower, shape))) for runner in (first, second))
+    assert first.model.graphs == second.model.graphs and first.model.graphs.keys() == {"image", "text"}
+    for graph in first.model.graphs:
+        a, b = (embeddings(runner, graph) for runner in (first, second))
         assert (a * b).sum(1).min() > (0.9999 if stage == "pruned" else 0.98)
-        first.query(tower, 2)()
-        second.query(tower, 2)()
-    assert second.exported.precision == ("fp32" if stage == "pruned" else "int8 simulated")
+        first.query(graph, 2)()
+        second.query(graph, 2)()
+    assert second.model.precision == ("fp32" if stage == "pruned" else "int8 simulated")
 
 
 @pytest.mark.slow
@@ -49,7 +56,9 @@ def test_the_compiled_model_is_held_against_eager_before_it_is_timed(tiny_run, m
     run, _ = tiny_run
     runner = opened(run, "pruned", "torch-compiled")
     runner.query("image", 2)()
-    monkeypatch.setattr(torch, "compile", lambda forward, **_: lambda inputs: -forward(inputs))
+    monkeypatch.setattr(
+        torch, "compile", lambda forward, **_: lambda inputs: {name: -rows for name, rows in forward(inputs).items()}
+    )
     with pytest.raises(ClipressError, match="does not agree with eager"):
         runner.query("image", 2)
 
@@ -63,15 +72,15 @@ def test_a_compiler_that_fails_is_one_message(tiny_run, monkeypatch):
 
     runner = opened(tiny_run[0], "pruned", "torch-compiled")
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(RecipeError, match=r"failed on the text tower: no compiler It needs a C\+\+ compiler"):
+    with pytest.raises(RecipeError, match=r"failed on graph 'text': no compiler .*requires a C\+\+ compiler"):
         runner.query("text", 1)
 
 
 @no_gpu
-@pytest.mark.parametrize("asked", [{"dtype": "bf16"}, {"two_four": True}, {"dtype": "bf16", "two_four": True}])
-def test_what_needs_a_gpu_says_so(tiny_run, asked):
-    with pytest.raises(RecipeError, match="they need a GPU"):
-        opened(tiny_run[0], "sparse", "torch", **asked)
+@pytest.mark.parametrize("settings", [{"dtype": "bf16"}, {"two_four": True}, {"dtype": "bf16", "two_four": True}])
+def test_what_needs_a_gpu_says_so(tiny_run, settings):
+    with pytest.raises(RecipeError, match="require a GPU"):
+        opened(tiny_run[0], "sparse", "torch", **settings)
 
 
 @pytest.mark.gpu
@@ -80,12 +89,12 @@ def test_bf16_and_two_four_kernels_agree_with_fp32_on_a_gpu(tiny_run):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     plain = opened(run, "sparse", "torch")
-    for asked in ({"dtype": "bf16"}, {"dtype": "bf16", "two_four": True}):
-        other = opened(run, "sparse", "torch", **asked)
-        for tower, shape in SHAPES.items():
-            a, b = (unit(runner.encode(tower)(noise(tower, shape))) for runner in (plain, other))
+    for settings in ({"dtype": "bf16"}, {"dtype": "bf16", "two_four": True}):
+        other = opened(run, "sparse", "torch", **settings)
+        for graph in plain.model.graphs:
+            a, b = (embeddings(runner, graph) for runner in (plain, other))
             assert (a * b).sum(1).min() > 0.98
-            other.query(tower, 2)()
+            other.query(graph, 2)()
 
 
 @no_gpu
@@ -99,36 +108,26 @@ def test_inputs_bound_to_a_device_give_what_inputs_passed_do(tiny_run):
         provider, place = "CPUExecutionProvider", "cpu"
 
     runner = OnTheCpu(tiny_run[0] / "export" / "pruned")
-    for tower, shape in SHAPES.items():
-        session = runner._sessions[tower]
-        runner.query(tower, 3)()
-        seen = []
-
-        class Seen:
-            def __getattr__(self, name, session=session):
-                return getattr(session, name)
-
-            def run_with_iobinding(self, binding, session=session, seen=seen):
-                session.run_with_iobinding(binding)
-                seen.append(binding.copy_outputs_to_cpu()[0])
-
-        runner._sessions[tower] = Seen()
-        runner.query(tower, 3)()
-        runner._sessions[tower] = session
-        np.testing.assert_allclose(seen[0], runner.encode(tower)(noise(tower, shape)), atol=1e-6)
+    for name, graph in runner.model.graphs.items():
+        binding, run = runner.bound(name, 3)
+        run()
+        (found,) = binding.copy_outputs_to_cpu()
+        np.testing.assert_allclose(found, runner.run(name)(graph.example(3))[graph.outputs[0].name], atol=1e-6)
+        assert runner.query(name, 3)() is None
 
 
 # ---- files that are not ours
 
 
-def replaced(run, folder, model):
-    """A copy of an export whose image tower is another file, hash and all."""
-    copy = folder / "export"
-    shutil.copytree(run / "export" / "pruned", copy)
+def replaced(run, folder, model, dim=3):
+    """A copy of an export with another image.onnx, and described as such; dim: of its embeddings, None: as before."""
+    copy = shutil.copytree(run / "export" / "pruned", folder / "export")
+    exported = read_export(copy)
     onnx.save(model, copy / "image.onnx")
-    described = json.loads((copy / "export.json").read_text())
-    described["files"]["image"]["sha256"] = sha256(copy / "image.onnx")
-    (copy / "export.json").write_text(json.dumps(described))
+    outputs = (Output(name="image_embeds", shape=(dim or exported.embed_dim,)),)
+    graph = exported.graphs["image"].model_copy(update={"outputs": outputs})
+    files = exported.files | {"image": describe_file(copy / "image.onnx")}
+    exported.model_copy(update={"graphs": exported.graphs | {"image": graph}, "files": files}).write()
     return copy
 
 
@@ -137,15 +136,15 @@ def tower(shape, operator="ReduceSum", kind=TensorProto.FLOAT):
     axes = helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])
     zero = helper.make_tensor("zero", kind, [], [0])
     nodes = [
-        helper.make_node("Mul", ["x", "zero"], ["none"]),
-        helper.make_node("Div", ["none", "zero"] if operator == "nan" else ["x", "x"], ["y"]),
-        helper.make_node("ReduceSum", ["y", "axes"], ["z"], keepdims=0),
+        helper.make_node("Mul", ["pixel_values", "zero"], ["none"]),
+        helper.make_node("Div", ["none", "zero"] if operator == "nan" else ["pixel_values", "pixel_values"], ["y"]),
+        helper.make_node("ReduceSum", ["y", "axes"], ["image_embeds"], keepdims=0),
     ]
     graph = helper.make_graph(
         nodes,
         "g",
-        [helper.make_tensor_value_info("x", kind, shape)],
-        [helper.make_tensor_value_info("z", kind, [shape[0], shape[1]])],
+        [helper.make_tensor_value_info("pixel_values", kind, shape)],
+        [helper.make_tensor_value_info("image_embeds", kind, [shape[0], shape[1]])],
         [axes, zero],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
@@ -156,7 +155,9 @@ def tower(shape, operator="ReduceSum", kind=TensorProto.FLOAT):
 )
 def test_an_onnx_file_that_takes_something_else_is_not_ours(tiny_run, tmp_path, model):
     folder = replaced(tiny_run[0], tmp_path, model)
-    with pytest.raises(ArtifactError, match=r"image\.onnx is no image tower .* found x tensor"):
+    with pytest.raises(
+        ArtifactError, match=r"image\.onnx .*inputs and outputs of graph 'image'.* found pixel_values tensor"
+    ):
         OnnxRuntimeRunner(folder, 1)
 
 
@@ -164,8 +165,76 @@ def test_embeddings_that_are_not_numbers_are_refused_before_anything_is_timed(ti
     fine = OnnxRuntimeRunner(replaced(tiny_run[0], tmp_path / "a", tower(["b", 3, 32, 32])), 1)
     check_answers("fine", fine)
     broken = OnnxRuntimeRunner(replaced(tiny_run[0], tmp_path / "b", tower(["b", 3, 32, 32], "nan")), 1)
-    with pytest.raises(ArtifactError, match="odd, image tower: 6 of 6 numbers in its embeddings are NaN"):
+    with pytest.raises(ArtifactError, match="odd, graph 'image': 6 of 6 values of image_embeds are NaN"):
         check_answers("odd", broken)
+
+
+def test_embeddings_of_another_width_than_described_are_refused(tiny_run, tmp_path):
+    runner = OnnxRuntimeRunner(replaced(tiny_run[0], tmp_path, tower(["b", 3, 32, 32]), dim=None), 1)
+    with pytest.raises(ArtifactError, match=r"expected image_embeds of shape \[2, \d+\], found \[2, 3\]"):
+        check_answers("odd", runner)
+
+
+# ---- a graph that no CLIP has
+
+
+class VqaRunner(Runner):
+    """Two inputs, logits: what a visual question answering model may have."""
+
+    backend = "vqa-test"
+    graph = Graph(
+        name="question",
+        inputs=(Input(name="pixels", dtype="float32", shape=(3, 2, 2)), Input(name="ids", dtype="int64", shape=(5,))),
+        outputs=(Output(name="logits", shape=(4, 2)),),
+        agrees="logits",
+    )
+
+    def __init__(self, logits):
+        self.logits = logits
+        self.model = Loaded("vqa", {"question": self.graph}, "fp32", None, None, 1, {})
+
+    @classmethod
+    def open(cls, artifact, export, options):
+        return cls(1.0)
+
+    def run(self, graph):
+        def run(inputs):
+            assert {name: rows.shape for name, rows in inputs.items()} == {"pixels": (2, 3, 2, 2), "ids": (2, 5)}
+            return {"logits": np.full((2, 4, 2), self.logits)}
+
+        return run
+
+    def query(self, graph, batch):
+        return lambda: None
+
+
+def test_outputs_of_any_shape_are_checked_and_graphs_may_have_several_inputs():
+    check_answers("fine", VqaRunner(1.0))
+    with pytest.raises(ArtifactError, match="odd, graph 'question': 16 of 16 values of logits are NaN"):
+        check_answers("odd", VqaRunner(np.nan))
+
+
+def test_an_onnx_file_with_two_inputs_is_run_by_their_names():
+    names = [("a", TensorProto.FLOAT, ["b", 2]), ("b", TensorProto.FLOAT, ["b", 2])]
+    puts = [helper.make_tensor_value_info(*one) for one in names]
+    outs = [helper.make_tensor_value_info("difference", TensorProto.FLOAT, ["b", 2])]
+    graph = helper.make_graph([helper.make_node("Sub", ["a", "b"], ["difference"])], "g", puts, outs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    inputs = tuple(Input(name=name, dtype="float32", shape=(2,)) for name in "ab")
+    form = Graph(name="question", inputs=inputs, outputs=(Output(name="difference", shape=(2,)),))
+    found = run_of(session, form)({"b": np.ones((3, 2), "f"), "a": np.full((3, 2), 5, "f")})
+    assert (found["difference"] == 4).all()
+
+
+def test_every_runner_is_registered_under_its_own_name_and_another_one_can_be_added(monkeypatch, tmp_path):
+    assert {"onnxruntime", "onnxruntime-cuda", "torch", "torch-compiled", "tensorrt"} <= RUNNERS.keys()
+    assert all(name == runner.backend for name, runner in RUNNERS.items())
+    with pytest.raises(RecipeError, match="Did you mean 'torch'"):
+        checked(BenchSettings, {"backends": ["tochr"]}, "bench")
+    RUNNERS.register("vqa-test")(VqaRunner)
+    settings = checked(BenchSettings, {"backends": ["vqa-test"]}, "bench")
+    assert open_runner(*settings.backends, tmp_path, tmp_path, settings).logits == 1.0
 
 
 def test_a_model_whose_weights_are_nan_is_refused_in_torch_too(tiny_run, tmp_path):

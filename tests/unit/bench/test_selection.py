@@ -1,22 +1,36 @@
 """Verdicts say whether INT8 and 2:4 pay, and what to keep."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from clipress.bench import selection
 from clipress.bench.compare import Ratio
-from clipress.bench.selection import judged, kept, read_kept, verdicts
+from clipress.bench.results import Case, Conditions, Results, Row, read_kept, write_results
+from clipress.bench.selection import choose_kept, judge, verdicts
 from clipress.runtime.cpu import Processor
 
-CASES = [("image", 1), ("image", 8), ("text", 1), ("text", 8)]
+CASES = [Case("image", 1), Case("image", 8), Case("text", 1), Case("text", 8)]
 FASTER, SLOWER = Ratio(1.5, 1.4, 1.6, 20), Ratio(0.9, 0.88, 0.93, 20)
 
 
 def row(stage, *kinds, size=100, backend="onnxruntime", **accuracy):
     """Its lineage is the kinds in order; the hash of a record tells all before it."""
     records = [{"hash": "+".join(kinds[: n + 1]), "kind": kind} for n, kind in enumerate(kinds)]
-    label = {"stage": stage, "artifact": stage.partition(" ")[0], "backend": backend}
-    return label | {"bytes": size, "lineage": records, "accuracy": {f"digits/{key}": v for key, v in accuracy.items()}}
+    return Row(
+        stage=stage,
+        artifact=stage.partition(" ")[0],
+        backend=backend,
+        precision="fp32",
+        bytes=size,
+        lineage=records,
+        accuracy={f"digits/{key}": value for key, value in accuracy.items()},
+    )
+
+
+def changed(row, **fields):
+    return row.model_copy(update=fields)
 
 
 @pytest.fixture
@@ -35,46 +49,46 @@ def ask(rows, ratios, max_loss=1.0):
 
 
 def test_each_is_compared_with_the_stage_it_was_made_from(rows):
-    asked = []
-    verdicts(rows, CASES, lambda origin, name, case: asked.append((origin, name)) or FASTER, 1.0)
-    assert dict.fromkeys(asked) == dict.fromkeys([("recovered", "sparse"), ("sparse", "int8")])
+    compared = []
+    verdicts(rows, CASES, lambda origin, name, case: compared.append((origin, name)) or FASTER, 1.0)
+    assert dict.fromkeys(compared) == dict.fromkeys([("recovered", "sparse"), ("sparse", "int8")])
 
 
 def test_without_its_origin_the_nearest_ancestor_that_was_measured_stands_in(rows):
-    (told,) = ask([rows[1], rows[3]], {"int8": FASTER})
-    assert (told["stage"], told["against"]) == ("int8", "recovered")
+    (verdict,) = ask([rows[1], rows[3]], {"int8": FASTER})
+    assert (verdict.stage, verdict.against) == ("int8", "recovered")
     assert ask([rows[3]], {}) == [] and ask(rows[:2], {}) == []
 
 
 def test_an_origin_on_another_backend_is_none(rows):
-    rows[3]["backend"] = "torch"
-    assert [told["stage"] for told in ask(rows, {"sparse": FASTER})] == ["sparse"]
+    rows[3] = changed(rows[3], backend="torch")
+    assert [verdict.stage for verdict in ask(rows, {"sparse": FASTER})] == ["sparse"]
 
 
 def test_what_is_faster_is_kept(rows):
-    told = ask(rows, {"sparse": FASTER, "int8": FASTER})[1]
-    assert (told["faster"], told["keep"], told["loss"]) == (True, "int8", None)  # no accuracy was measured
-    assert told["text"] == (
+    verdict = ask(rows, {"sparse": FASTER, "int8": FASTER})[1]
+    assert (verdict.faster, verdict.keep, verdict.loss) == (True, "int8", None)  # no accuracy was measured
+    assert verdict.text == (
         "INT8 is faster here: int8 is 1.50 [1.40, 1.60] times as fast as sparse (image tower, batch 8). Keep int8."
     )
 
 
-def test_what_is_not_faster_is_said_in_one_line_with_ratio_interval_and_the_artefact_to_keep(rows):
+def test_what_is_not_faster_is_said_in_one_line_with_ratio_interval_and_the_artifact_to_keep(rows):
     sparse, int8 = ask(rows, {"sparse": Ratio(1.0, 0.99, 1.01, 20), "int8": SLOWER})
-    assert (sparse["faster"], sparse["keep"]) == (False, "recovered")
-    assert sparse["text"] == (
+    assert (sparse.faster, sparse.keep) == (False, "recovered")
+    assert sparse.text == (
         "2:4 is not faster here: sparse is 1.00 [0.99, 1.01] times as fast as recovered (image tower, batch 8). "
         "Keep recovered."
     )
-    assert int8["text"].endswith("Keep sparse. int8 is 4.0 times smaller, if size is what counts.")
-    assert "\n" not in sparse["text"] + int8["text"]
+    assert int8.text.endswith("Keep sparse. int8 is 4.0 times smaller, if size is what counts.")
+    assert "\n" not in sparse.text + int8.text
 
 
 def test_where_the_cases_differ_the_largest_image_batch_decides_and_the_others_are_named(rows):
-    told = ask(rows, {"sparse": SLOWER, "int8": FASTER, ("int8", ("image", 1)): SLOWER})[1]
-    assert told["keep"] == "int8" and told["text"].endswith("Keep int8; at image batch 1 it is not faster.")
-    told = ask(rows, {"sparse": SLOWER, "int8": SLOWER, ("int8", ("text", 8)): FASTER})[1]
-    assert told["keep"] == "sparse" and "int8 is faster at text batch 8." in told["text"]
+    verdict = ask(rows, {"sparse": SLOWER, "int8": FASTER, ("int8", ("image", 1)): SLOWER})[1]
+    assert verdict.keep == "int8" and verdict.text.endswith("Keep int8; at image batch 1 it is not faster.")
+    verdict = ask(rows, {"sparse": SLOWER, "int8": SLOWER, ("int8", ("text", 8)): FASTER})[1]
+    assert verdict.keep == "sparse" and "int8 is faster at text batch 8." in verdict.text
 
 
 @pytest.mark.parametrize(
@@ -84,14 +98,14 @@ def test_where_the_cases_differ_the_largest_image_batch_decides_and_the_others_a
         (Ratio(1.2, 0.9, 1.6, 20), "undecided"),
         (Ratio(1.03, 0.99, 1.07, 20), "slower"),
         (Ratio(1.03, 1.01, 1.05, 20), "faster"),
-        (Ratio(3.0, None, None, 3), "untold"),
+        (Ratio(3.0, None, None, 3), "unknown"),
     ],
 )
 def test_a_gain_must_be_certain_and_matter_and_noise_is_called_noise(rows, ratio, word):
-    assert judged(ratio) == word
-    (told, _) = ask(rows, {"sparse": ratio, "int8": FASTER})
-    assert told["faster"] == {"slower": False, "faster": True}.get(word)
-    assert (told["keep"] is None) == (word in ("undecided", "untold"))
+    assert judge(ratio) == word
+    (verdict, _) = ask(rows, {"sparse": ratio, "int8": FASTER})
+    assert verdict.faster == {"slower": False, "faster": True}.get(word)
+    assert (verdict.keep is None) == (word in ("undecided", "unknown"))
 
 
 @pytest.mark.parametrize(("top1", "max_loss", "keep"), [(88.9, 1.0, "sparse"), (89.1, 1.0, "int8"), (80, 10, "int8")])
@@ -100,9 +114,9 @@ def test_what_is_faster_is_kept_only_if_it_costs_no_more_than_allowed(top1, max_
         row("sparse", "start", "sparsify", top1=90.0, text_r1=50.0, top5=99.0),
         row("int8", "start", "sparsify", "quantize", top1=top1, text_r1=50.5, top5=10.0),
     ]
-    (told,) = ask(rows, {"int8": FASTER}, max_loss)
-    assert (told["faster"], told["keep"], told["loss"]) == (True, keep, pytest.approx(90 - top1))
-    assert ("Keep sparse: int8 loses 1.1 points of digits/top1, bench.max_loss allows 1." in told["text"]) == (
+    (verdict,) = ask(rows, {"int8": FASTER}, max_loss)
+    assert (verdict.faster, verdict.keep, verdict.loss) == (True, keep, pytest.approx(90 - top1))
+    assert ("Keep sparse: int8 loses 1.1 points of digits/top1, bench.max_loss allows 1." in verdict.text) == (
         keep == "sparse"
     )
 
@@ -118,37 +132,37 @@ NOISE = Ratio(1.2, 0.9, 1.6, 20)
         (FASTER, SLOWER, "sparse"),
         (SLOWER, SLOWER, "recovered"),
         (NOISE, SLOWER, "sparse"),
-        (SLOWER, NOISE, "int8"),  # what could not be told stays as the recipe has it
+        (SLOWER, NOISE, "int8"),  # what cannot be decided stays as the recipe has it
     ],
 )
-def test_of_the_last_artefact_the_faster_one_is_kept_back_to_what_is_neither_int8_nor_sparse(rows, sparse, int8, keep):
-    (found,) = kept(rows, ask(rows, {"sparse": sparse, "int8": int8}))
-    assert (found["backend"], found["artifact"], found["of"]) == ("onnxruntime", keep, "int8")
-    assert ("--stage int8" in found["text"]) == (keep != "int8")
+def test_of_the_last_artifact_the_faster_one_is_kept_back_to_what_is_neither_int8_nor_sparse(rows, sparse, int8, keep):
+    (found,) = choose_kept(rows, ask(rows, {"sparse": sparse, "int8": int8}))
+    assert (found.backend, found.artifact, found.of) == ("onnxruntime", keep, "int8")
+    assert ("--stage int8" in found.text) == (keep != "int8")
 
 
-def test_each_backend_keeps_its_own_and_names_the_artefact_not_the_row():
+def test_each_backend_keeps_its_own_and_names_the_artifact_not_the_row():
     kinds = {"sparse": ("start", "sparsify"), "int8": ("start", "sparsify", "quantize")}
     rows = [row(f"{name} ({b})", *own, backend=b) for b in ("onnxruntime", "torch") for name, own in kinds.items()]
-    found = kept(rows, ask(rows, {"int8 (onnxruntime)": FASTER, "int8 (torch)": SLOWER}))
-    assert [(one["backend"], one["artifact"]) for one in found] == [("onnxruntime", "int8"), ("torch", "sparse")]
+    found = choose_kept(rows, ask(rows, {"int8 (onnxruntime)": FASTER, "int8 (torch)": SLOWER}))
+    assert [(one.backend, one.artifact) for one in found] == [("onnxruntime", "int8"), ("torch", "sparse")]
 
 
 def test_nothing_is_said_of_a_run_that_ends_in_neither_int8_nor_sparse(rows):
-    assert kept(rows[:2], ask(rows[:2], {})) == []
+    assert choose_kept(rows[:2], ask(rows[:2], {})) == []
 
 
 @pytest.fixture
 def run(rows, tmp_path):
-    """A run whose results keep the sparse artefact."""
+    """A run whose results keep the sparse artifact."""
     for one in rows:
         header = {key: {} for key in ("architecture", "shapes", "preprocess", "tokenizer")}
-        (tmp_path / one["stage"]).mkdir()
-        lineage = [{"stage": one["stage"], **record} for record in one["lineage"]]
+        (tmp_path / one.stage).mkdir()
+        lineage = [{**record.model_dump(), "stage": one.stage} for record in one.lineage]
         header |= {"schema_version": 1, "lineage": lineage, "weights_sha256": ""}
-        (tmp_path / one["stage"] / "clipress.json").write_text(json.dumps(header))
-    results = {"kept": kept(rows, ask(rows, {"sparse": FASTER, "int8": SLOWER}))}
-    (tmp_path / "results.json").write_text(json.dumps(results))
+        (tmp_path / one.stage / "clipress.json").write_text(json.dumps(header))
+    kept = choose_kept(rows, ask(rows, {"sparse": FASTER, "int8": SLOWER}))
+    write_results(Results(schema_version=1, conditions=Conditions(), rows=rows, kept=kept), tmp_path)
     return tmp_path
 
 
@@ -159,7 +173,7 @@ def test_what_is_kept_is_read_back(run):
 
 
 @pytest.mark.parametrize("changed", ["sparse", "int8"])
-def test_figures_of_artefacts_that_were_made_anew_are_not_believed(run, changed):
+def test_figures_of_artifacts_that_were_made_anew_are_not_believed(run, changed):
     header = run / changed / "clipress.json"
     header.write_text(header.read_text().replace('"hash": "start+', '"hash": "other+'))
     assert read_kept(run / "results.json", run, "int8") is None
@@ -185,15 +199,26 @@ OLD, NEW = Processor("Old", "x86_64", 2, ("avx2",)), Processor("New", "x86_64", 
     ],
 )
 def test_a_verdict_on_int8_says_what_the_cpu_has_to_do_with_it(rows, cpu, ratio, exact, why):
-    rows[3]["exact_mode"] = exact
-    (told,) = verdicts([rows[2], rows[3]], CASES, lambda *_: ratio, 1.0, cpu)
-    assert why in told["text"] and ("VNNI" in told["text"]) == bool(why)
-    assert told["keep"] == ("int8" if ratio is FASTER else "sparse")
+    (verdict,) = verdicts([rows[2], changed(rows[3], exact_mode=exact)], CASES, lambda *_: ratio, 1.0, cpu)
+    assert why in verdict.text and ("VNNI" in verdict.text) == bool(why)
+    assert verdict.keep == ("int8" if ratio is FASTER else "sparse")
 
 
 def test_the_cpu_has_nothing_to_do_with_sparsity_or_other_backends(rows):
-    told = verdicts(rows, CASES, lambda *_: SLOWER, 1.0, OLD)
-    assert [("VNNI" in one["text"]) for one in told] == [False, True]
-    for one in rows:
-        one["backend"] = "torch"
-    assert all("VNNI" not in one["text"] for one in verdicts(rows, CASES, lambda *_: SLOWER, 1.0, OLD))
+    verdict = verdicts(rows, CASES, lambda *_: SLOWER, 1.0, OLD)
+    assert [("VNNI" in one.text) for one in verdict] == [False, True]
+    rows = [changed(one, backend="torch") for one in rows]
+    assert all("VNNI" not in one.text for one in verdicts(rows, CASES, lambda *_: SLOWER, 1.0, OLD))
+
+
+def test_a_task_says_which_graph_decides_and_in_which_figures_a_loss_counts(monkeypatch):
+    task = SimpleNamespace(main_graph="question", figures=("/answers",))
+    monkeypatch.setattr(selection, "task_named", lambda name: {"vqa": task}[name])
+    rows = [
+        changed(row("dense", "start", answers=70.0, top1=90.0), task="vqa"),
+        changed(row("int8", "start", "quantize", answers=69.5, top1=10.0), task="vqa"),
+    ]
+    cases = [Case("image", 64), Case("question", 1), Case("question", 8)]
+    (verdict,) = verdicts(rows, cases, lambda *where: FASTER if where[-1].graph == "question" else SLOWER, 1.0)
+    assert (verdict.keep, verdict.loss) == ("int8", 0.5)
+    assert "(question tower, batch 8). Keep int8; at image batch 64 it is not faster." in verdict.text

@@ -1,4 +1,4 @@
-"""The TensorRT runner answers like the ONNX Runtime one, and its phases are told apart."""
+"""The TensorRT runner answers like the ONNX Runtime one, and its phases are timed apart."""
 
 import shutil
 
@@ -53,11 +53,11 @@ def export(tmp_path_factory, machine):
 def held_against_onnx_runtime(export, runner):
     other = OnnxRuntimeRunner(export, 1)
     rng = np.random.default_rng(0)
-    for tower, batch in (
-        ("image", rng.standard_normal((5, 3, 32, 32)).astype("f")),
-        ("text", rng.integers(1, 400, (5, 24))),
+    for tower, inputs in (
+        ("image", {"pixel_values": rng.standard_normal((5, 3, 32, 32)).astype("f")}),
+        ("text", {"input_ids": rng.integers(1, 400, (5, 24))}),
     ):
-        wanted, found = other.encode(tower)(batch), runner.encode(tower)(batch)
+        wanted, found = (one.run(tower)(inputs)[f"{tower}_embeds"] for one in (other, runner))
         assert (wanted * found).sum(1).min() > 0.99
         measured = measure_in_turns(
             {"one": runner.query(tower, 2), "other": other.query(tower, 2)}, warm_up_ms=0, duration_ms=0, iterations=3
@@ -84,10 +84,10 @@ def int8_with_engines(tiny_run, folder, machine, settings=SETTINGS):
 def test_an_int8_export_is_run_by_its_int8_engines(tiny_run, tmp_path, machine):
     runner = TensorRTRunner(int8_with_engines(tiny_run, tmp_path, machine), machine=machine)
     assert runner.precision == "int8-fp16"
-    held_against_onnx_runtime(runner.exported.folder, runner)
+    held_against_onnx_runtime(runner.model.folder, runner)
 
 
-def test_a_batch_the_profile_has_not_is_told(export, machine):
+def test_a_batch_the_profile_does_not_include_is_refused(export, machine):
     with pytest.raises(ExportError, match=r"from \[1, 24\] to \[4, 24\], found \[32, 24\]"):
         TensorRTRunner(export, machine=machine).query("text", 32)
 
@@ -110,14 +110,14 @@ def test_an_engine_of_another_gpu_is_named_when_this_ones_is_missing(export):
         ),
     ],
 )
-def test_the_command_tells_a_batch_outside_the_profile_and_an_engine_of_another_gpu(
+def test_the_command_refuses_a_batch_outside_the_profile_and_an_engine_of_another_gpu(
     tiny_run, tmp_path, machine, monkeypatch, machine_now, batch, words
 ):
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
     with_engines(run / "export" / "int8", machine, SETTINGS)
     monkeypatch.setattr(tensorrt, "find_machine", lambda: fake_machine(**machine_now))
-    asked = ("--stage", "int8", "--runner", "tensorrt", "--batch", batch, "--no-accuracy", "--duration", 0)
-    result = clipress("bench", run, *asked, "--out", tmp_path / "out")
+    options = ("--stage", "int8", "--runner", "tensorrt", "--batch", batch, "--no-accuracy", "--duration", 0)
+    result = clipress("bench", run, *options, "--out", tmp_path / "out")
     assert result.exit_code == 2 and "Traceback" not in result.output, result.output
     assert isinstance(result.exception, SystemExit) and not (tmp_path / "out").exists()
     for word in words:

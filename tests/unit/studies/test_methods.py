@@ -1,4 +1,4 @@
-"""A study spells out its runs and gathers seeds as statistics says."""
+"""A study lists its runs and summarises seeds; committed tables follow from committed figures."""
 
 import json
 from pathlib import Path
@@ -11,21 +11,14 @@ from helpers import write_recipe
 import clipress
 from clipress.errors import ArtifactError, RecipeError
 from clipress.recipe import read_recipe
-from clipress.studies.methods import (
-    Case,
-    StepCost,
-    Study,
-    _changed,
-    _run,
-    lost,
-    markdown,
-    picture,
-    read_study,
-    run_study,
-    summary,
-)
+from clipress.studies import every_cpu, faults, serving, speed
+from clipress.studies.chart import draw_chart
+from clipress.studies.methods import merge_sections, read_study, row_of, run_case, run_study
+from clipress.studies.study import Case, StepCost, Study, StudyRow, TimedSteps
+from clipress.studies.table import lost, markdown, summary
 
 SHIPPED = sorted((Path(clipress.__file__).parent / "configs" / "studies").glob("*.yaml"))
+TABLES = Path(clipress.__file__).parent / "studies"
 
 
 @pytest.fixture
@@ -45,10 +38,17 @@ def row(method, seed, slimmed, recovered):
     def accuracy(r1):
         return {"scenes/text_r1": r1 + 1, "scenes/image_r1": r1 - 1, "digits/top1": 90.0}
 
-    return {
-        "method": method, "ratio": "2x", "seed": seed, "dense": accuracy(80.0), "slimmed": accuracy(slimmed),
-        "final": accuracy(recovered), "macs": 5e6, "latency_of_dense": 0.5, "peak_memory_mb": 900,
-    }  # fmt: skip
+    return StudyRow(
+        method=method,
+        ratio="2x",
+        seed=seed,
+        dense=accuracy(80.0),
+        slimmed=accuracy(slimmed),
+        final=accuracy(recovered),
+        macs=5e6,
+        latency_of_dense=0.5,
+        peak_memory_mb=900,
+    )
 
 
 @pytest.fixture
@@ -65,14 +65,14 @@ def test_seeds_become_mean_and_standard_deviation(study, rows):
 
 def test_the_table_says_what_part_of_the_references_loss_is_lost(study, rows):
     lines = markdown(study, rows, {"device": "x"}).splitlines()
-    told = next(line for line in lines if line.startswith("| 2x | b |"))
-    assert " 70.0 ± 0.0 | 78.5 ± 0.7 | 10.0 ± 0.0 | 1.5 ± 0.7 | 26% / 17% |" in told
+    found = next(line for line in lines if line.startswith("| 2x | b |"))
+    assert " 70.0 ± 0.0 | 78.5 ± 0.7 | 10.0 ± 0.0 | 1.5 ± 0.7 | 26% / 17% |" in found
     assert lines[-1] == "Conditions: device x."
 
 
 def test_without_ratios_methods_are_compared_in_points_and_standard_deviations(study, rows):
     plain = study.model_copy(update={"ratios": {}})
-    lines = markdown(plain, [row | {"ratio": None} for row in rows], {}).splitlines()
+    lines = markdown(plain, [row.model_copy(update={"ratio": None}) for row in rows], {}).splitlines()
     # 78.5 against 71, spreads 0.7 and 1.4: pooled 1.118
     assert next(line for line in lines if line.startswith("| b |")).startswith(
         "| b | 2 | 78.5 ± 0.7 | +7.5 (+6.7 sd) |"
@@ -82,7 +82,7 @@ def test_without_ratios_methods_are_compared_in_points_and_standard_deviations(s
 
 def test_step_costs_are_told_as_ratios_of_the_same_round(study, rows):
     study = study.model_copy(update={"step_cost": StepCost(reference="plain", cases={"plain": {}}, rounds=3)})
-    cost = [{"case": "ours", "seconds": [0.2, 0.3, 0.4], "ratios": [1.1, 1.3, 1.2], "peak_memory_mb": 7}]
+    cost = [TimedSteps(case="ours", seconds=[0.2, 0.3, 0.4], ratios=[1.1, 1.3, 1.2], peak_memory_mb=7)]
     assert "| ours | 0.300 | 1.20 (1.10–1.30) | 7 |" in markdown(study, rows, {}, cost).splitlines()
 
 
@@ -91,15 +91,15 @@ def test_a_finished_run_made_with_other_settings_is_refused(tiny_run, tmp_path):
     recipe = read_recipe(folder / "recipe.yaml")
     (tmp_path / "m-2x-s0").symlink_to(folder)
     same = Case(method="m", ratio="2x", seed=0, recipe=recipe.model_dump())
-    assert _run(same, tmp_path, 1) == tmp_path / "m-2x-s0"
+    assert run_case(same, tmp_path, 1) == tmp_path / "m-2x-s0"
     other = Case(method="m", ratio="2x", seed=0, recipe=recipe.model_copy(update={"seed": 7}).model_dump())
     with pytest.raises(ArtifactError, match="other settings"):
-        _run(other, tmp_path, 1)
+        run_case(other, tmp_path, 1)
 
 
 def test_a_case_changes_what_it_names_and_leaves_the_rest():
     base = {"teacher": {"recipe": 1}, "stages": [1], "data": {"train": 2, "workers": 0}}
-    changed = _changed(base, {"teacher": {"cache": {"views": 2}}, "stages": [2], "data": {"workers": 4}})
+    changed = merge_sections(base, {"teacher": {"cache": {"views": 2}}, "stages": [2], "data": {"workers": 4}})
     assert changed == {
         "teacher": {"recipe": 1, "cache": {"views": 2}}, "stages": [2], "data": {"train": 2, "workers": 4},
     }  # fmt: skip
@@ -126,8 +126,8 @@ def test_a_whole_study_runs_finishes_and_times_its_steps(recipe, tmp_path):
     assert run_study(tmp_path / "study.yaml", tmp_path / "runs", tmp_path / "out") == table  # nothing is done again
 
 
-def test_the_picture_is_one_line_per_method(study, rows):
-    drawn = ElementTree.fromstring(picture(study, rows))
+def test_the_chart_is_one_line_per_method(study, rows):
+    drawn = ElementTree.fromstring(draw_chart(study, rows))
     assert len(drawn.findall("{*}polyline")) == 2
     assert {"dense teacher", "a", "b"} <= {text.text for text in drawn.findall("{*}text")}
 
@@ -141,7 +141,7 @@ def test_shipped_studies_spell_out_valid_runs(path):
     assert len(cases) == len(study.methods) * len(study.seeds) * max(len(study.ratios), 1)
     assert len({case.name for case in cases}) == len(cases)
     for sections in study.step_cost.cases.values() if study.step_cost else ():
-        plan_from(Recipe(**_changed(cases[0].recipe, sections)))
+        plan_from(Recipe(**merge_sections(cases[0].recipe, sections)))
     for case in cases:
         plan = plan_from(Recipe(**case.recipe))
         if study.ratios:
@@ -156,3 +156,43 @@ def test_a_study_with_an_unknown_key_is_told(tmp_path):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"name": "x", "methds": {}}))
     with pytest.raises(RecipeError, match="Did you mean 'methods'"):
         read_study(tmp_path / "s.yaml")
+
+
+def without_notes(text):
+    """A table without the notes that were written into it by hand."""
+    return [line for line in text.splitlines() if line and not line.startswith("> ")]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_committed_table_and_chart_of_a_study_follow_from_its_figures(path):
+    study, _ = read_study(path)
+    found = json.loads((TABLES / f"{study.name}.json").read_text())
+    rows, cost = [StudyRow(**row) for row in found["rows"]], [TimedSteps(**row) for row in found["step_cost"]]
+    made = markdown(study, rows, found["conditions"], cost)
+    assert without_notes(made) == without_notes((TABLES / f"{study.name}.md").read_text())
+    if study.ratios:
+        assert draw_chart(study, rows) == (TABLES / f"{study.name}.svg").read_text()
+
+
+@pytest.mark.parametrize("name", ["faults", "serving", "speed", "every_cpu"])
+def test_the_committed_table_of_a_program_follows_from_its_figures(name):
+    found = json.loads((TABLES / f"{name}.json").read_text())
+    made = {
+        "faults": lambda: faults.markdown(found),
+        "serving": lambda: serving.markdown(found),
+        "speed": lambda: speed.markdown(found["rows"], found["conditions"]),
+        "every_cpu": lambda: every_cpu.markdown(found["rows"], found["conditions"]),
+    }[name]()
+    assert made == (TABLES / f"{name}.md").read_text()
+
+
+def test_a_row_of_a_study_is_what_the_run_measured(tiny_run):
+    run, _ = tiny_run
+    found = row_of(Case(method="m", ratio="2x", seed=3, recipe={}), run)
+    results = json.loads((run / "bench" / "results.json").read_text())
+    teacher, pruned, last = results["rows"][0], results["rows"][1], results["rows"][-1]
+    assert (found.method, found.ratio, found.seed) == ("m", "2x", 3)
+    assert (found.dense, found.slimmed, found.final) == (teacher["accuracy"], pruned["accuracy"], last["accuracy"])
+    milliseconds = [sum(one["median_ms"] for one in row["latency"] if one["batch"] == 2) for row in (last, teacher)]
+    assert found.latency_of_dense == pytest.approx(milliseconds[0] / milliseconds[1], abs=1e-4)
+    assert found.block_params_kept == pruned["block_params_kept"] and found.shapes

@@ -11,7 +11,6 @@ from helpers import clipress
 
 from clipress.bench.fail_if import gate_from
 from clipress.bench.server.load import (
-    Load,
     Measured,
     Request,
     Windows,
@@ -22,9 +21,12 @@ from clipress.bench.server.load import (
     run,
     server_figures,
 )
-from clipress.bench.server.protocols import Question, Refused, checked_ask, counted, open_wire
-from clipress.bench.server.run import FIGURES, MODELS, PLACES, broken_by_load, load_table, loads_from, places_of
+from clipress.bench.server.protocols import Refused, RequestTemplate, checked_sender, open_wire, read_statistics
+from clipress.bench.server.requests import MODELS, request_templates
+from clipress.bench.server.results import Load, LoadResults, LoadRow, load_table, write_load
+from clipress.bench.server.run import FIGURES, PLACES, broken_by_load, loads_from, places_of
 from clipress.errors import RecipeError, ServerError
+from clipress.runtime.export_folder import read_export
 
 
 class Jumping(asyncio.SelectorEventLoop):
@@ -58,44 +60,44 @@ async def no_statistics():
     return {}
 
 
-def measured(loop, ask, load, **windows):
+def measured(loop, send, load, **windows):
     settings = Windows(**{"window": 1000, "warm_up": 0, "stability": 0, "trials": 3, **windows})
-    return loop.run_until_complete(measure(ask, load, settings, no_statistics, count()))
+    return loop.run_until_complete(measure(send, load, settings, no_statistics, count()))
 
 
 def one_at_a_time(seconds):
     """Return a server that answers in order, and takes `seconds(number)` for each."""
     lock = asyncio.Lock()
 
-    async def ask(number):
+    async def send(number):
         async with lock:
             await asyncio.sleep(seconds(number))
 
-    return ask
+    return send
 
 
 def test_a_closed_loop_has_as_many_requests_under_way_as_it_is_told(loop):
     under_way, most = 0, 0
 
-    async def ask(_):
+    async def send(_):
         nonlocal under_way, most
         under_way += 1
         most = max(most, under_way)
         await asyncio.sleep(0.01)
         under_way -= 1
 
-    figures = measured(loop, ask, Load(concurrency=4)).figures()
+    figures = measured(loop, send, Load(concurrency=4)).figures()
     assert (most, under_way) == (4, 4)  # those under way at the end were cut off
-    assert figures["infer_per_s"] == pytest.approx(400, rel=0.01)
-    assert figures["p50_ms"] == figures["p99_ms"] == pytest.approx(10)
-    assert (figures["errors"], figures["concurrency"], figures["request_rate"]) == (0, 4, None)
+    assert figures.infer_per_s == pytest.approx(400, rel=0.01)
+    assert figures.p50_ms == figures.p99_ms == pytest.approx(10)
+    assert (figures.errors, figures.concurrency, figures.request_rate) == (0, 4, None)
 
 
 @pytest.mark.parametrize("clients", [1, 3, 8])
 def test_in_a_closed_loop_littles_law_holds(loop, clients):
     figures = measured(loop, one_at_a_time(lambda _: 0.005), Load(concurrency=clients)).figures()
-    assert figures["infer_per_s"] == pytest.approx(200, rel=0.01)
-    assert figures["infer_per_s"] * figures["mean_ms"] / 1000 == pytest.approx(clients, rel=0.02)
+    assert figures.infer_per_s == pytest.approx(200, rel=0.01)
+    assert figures.infer_per_s * figures.mean_ms / 1000 == pytest.approx(clients, rel=0.02)
 
 
 def lindley(due, service):
@@ -120,16 +122,16 @@ def test_in_an_open_loop_every_latency_is_that_of_the_queue_and_a_stall_makes_al
 
 
 def test_time_the_client_itself_loses_counts(loop):
-    async def ask(number):
+    async def send(number):
         if number == 20:
             loop.now += 2.0  # the client computes, and sends nothing meanwhile
         await asyncio.sleep(0.001)
 
-    found = measured(loop, ask, Load(request_rate=50), window=3000)
+    found = measured(loop, send, Load(request_rate=50), window=3000)
     late = [one for one in found.requests if one.sent - one.due > 0.1]
     assert 60 < len(late) < 140
     assert all(one.done - one.due > 0.1 for one in late)
-    assert found.figures()["lag_p99_ms"] > 1500
+    assert found.figures().lag_p99_ms > 1500
 
 
 def test_arrivals_are_a_poisson_process_and_the_same_every_time():
@@ -153,16 +155,16 @@ def test_percentiles_leave_so_many_requests_above_them():
 def test_requests_belong_to_the_window_of_their_answer(loop):
     found = measured(loop, one_at_a_time(lambda _: 0.3), Load(concurrency=1), trials=3)
     assert [round(one.done, 6) for one in found.requests] == [0.3, 0.6, 0.9, 1.2, 1.5, 1.8, 2.1, 2.4, 2.7, 3.0]
-    assert found.figures()["windows"] in ([3, 3, 4], [3, 3, 3])  # the last answer comes as the window ends
+    assert found.figures().windows in ((3, 3, 4), (3, 3, 3))  # the last answer comes as the window ends
     assert found.times()["due_ms"][:3] == [0, 300, 600]
     assert found.times()["latency_ms"][0] == pytest.approx(300)
 
 
-def test_warm_up_is_not_counted(loop):
+def test_warm_up_is_not_read_statistics(loop):
     found = measured(
         loop, one_at_a_time(lambda number: 1.0 if number == 0 else 0.01), Load(concurrency=1), warm_up=1500
     )
-    assert found.figures()["p99_ms"] == pytest.approx(10)
+    assert found.figures().p99_ms == pytest.approx(10)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_measuring_ends_when_it_is_stable_and_the_last_three_windows_are_reporte
 
     found = measured(loop, one_at_a_time(slow_at_first), Load(concurrency=1), stability=2, trials=10)
     assert found.stable and [round(mark.time, 6) for mark in found.marks] == [2, 3, 4, 5]
-    assert found.figures()["infer_per_s"] == pytest.approx(100, rel=0.01)
+    assert found.figures().infer_per_s == pytest.approx(100, rel=0.01)
 
 
 def test_what_never_settles_is_said_not_to_be_stable(loop):
@@ -195,21 +197,21 @@ def test_what_never_settles_is_said_not_to_be_stable(loop):
 
 
 def test_errors_are_counted_and_have_no_latency_and_a_dead_server_is_not_hammered(loop):
-    async def ask(number):
+    async def send(number):
         await asyncio.sleep(0.01)
         if number % 4 == 0:
             raise Refused("no room")
 
-    figures = measured(loop, ask, Load(concurrency=1)).figures()
-    assert figures["errors"] == pytest.approx(figures["requests"] / 4, abs=1)
-    assert figures["p99_ms"] == pytest.approx(10)
+    figures = measured(loop, send, Load(concurrency=1)).figures()
+    assert figures.errors == pytest.approx(figures.requests / 4, abs=1)
+    assert figures.p99_ms == pytest.approx(10)
 
     async def dead(_):
         raise ConnectionResetError
 
     dead_figures = measured(loop, dead, Load(concurrency=2)).figures()
-    assert dead_figures["errors"] == dead_figures["requests"] < 700
-    assert dead_figures["infer_per_s"] == 0 and np.isnan(dead_figures["p99_ms"])
+    assert dead_figures.errors == dead_figures.requests < 700
+    assert dead_figures.infer_per_s == 0 and np.isnan(dead_figures.p99_ms)
 
 
 def test_what_is_under_way_is_ended_when_the_user_stops_it():
@@ -255,13 +257,13 @@ COUNTED = {
 
 def test_tritons_figures_are_means_between_two_moments():
     as_grpc = json.loads(json.dumps(COUNTED), parse_int=str)  # protobuf's JSON has numbers as text
-    assert counted(as_grpc) == counted(COUNTED)
-    later = counted(COUNTED)
+    assert read_statistics(as_grpc) == read_statistics(COUNTED)
+    later = read_statistics(COUNTED)
     assert later["m"]["rows"] == 120  # versions of a model are added up
     before = {"m": {**dict.fromkeys(later["m"], 0), "requests": 40, "rows": 20, "executions": 10}}
     figures = server_figures(before, later)["m"]
-    assert (figures["mean_batch"], figures["requests"], figures["executions"]) == (10, 20, 10)
-    assert (figures["queue_ms"], figures["compute_infer_ms"]) == (6 / 20, 120 / 20)
+    assert (figures.mean_batch, figures.requests, figures.executions) == (10, 20, 10)
+    assert (figures.queue_ms, figures.compute_infer_ms) == (6 / 20, 120 / 20)
     assert server_figures(later, later) == {}
 
 
@@ -288,8 +290,7 @@ def test_a_sweep_that_is_none_is_a_mistake(text):
 
 def test_gates_hold_where_they_say():
     rows = places_of(MODELS, [Load(1), Load(32)])
-    for row in rows:
-        row["p99_ms"] = float(row["concurrency"])
+    rows = [row.model_copy(update={"p99_ms": float(row.concurrency)}) for row in rows]
     gate = gate_from("p99_ms{model=embed_text, concurrency=32} > 10", PLACES)
     assert broken_by_load([gate], rows) == ["p99_ms is 32 (embed_text, concurrency 32), and must not be > 10"]
     assert len(broken_by_load([gate_from("p99_ms > 10", PLACES)], rows)) == len(MODELS)
@@ -300,6 +301,37 @@ def test_gates_hold_where_they_say():
         gate_from("p99_ms{stage=int8} > 1", PLACES)
 
 
+def test_what_nothing_was_answered_for_is_null_in_the_file_and_read_back(tmp_path):
+    rows = places_of(["embed_text"], [Load(request_rate=2.5)])
+    written = json.loads(write_load(LoadResults(conditions={"protocol": "http"}, rows=rows), tmp_path).read_text())
+    assert written["rows"][0]["p99_ms"] is None and written["rows"][0]["request_rate"] == 2.5
+    (row,) = LoadResults.model_validate(written).rows
+    assert (row.model, row.load, row.p99_ms) == ("embed_text", Load(request_rate=2.5), None)
+    with pytest.raises(ValueError, match="p99"):
+        LoadRow.model_validate({**written["rows"][0], "p99": 1.0})
+
+
+def test_each_graph_of_images_or_texts_is_asked_in_its_own_name(tiny_run):
+    from clipress.data.eval_sets import evalsets
+    from clipress.data.spec import SourceSpec
+
+    exported, sets = read_export(tiny_run[0] / "export" / "int8"), evalsets([SourceSpec(format="digits", limit=3)])
+    found = request_templates(exported, sets)
+    assert found.keys() == set(MODELS)
+    assert found["embed_image"].content(0)[4:6] == b"\xff\xd8"  # a JPEG
+    assert found["embed_text"].content(1) != found["embed_text"].content(2)
+    pixels = np.frombuffer(found["image_encoder"].content(0), "f").reshape(found["image_encoder"].shape)
+    assert pixels.shape == (1, 3, 32, 32) and (found["image_encoder"].content(3) == pixels.tobytes())  # three in turns
+    photo = exported.graphs["image"].model_copy(update={"name": "photo"})
+    (files, rows) = request_templates(exported.model_copy(update={"graphs": {"photo": photo}}), sets).values()
+    assert (files.model, files.input, rows.model, rows.input) == (
+        "embed_photo",
+        "photo",
+        "photo_encoder",
+        "pixel_values",
+    )
+
+
 @pytest.fixture(scope="module")
 def server(triton, tiny_run):
     from clipress.serve.triton_server import TritonServer
@@ -308,10 +340,10 @@ def server(triton, tiny_run):
         yield server
 
 
-QUESTIONS = {
-    "good": Question("tokenize", "text", "input_ids", "BYTES", (1, 1), lambda n: b"\x08\0\0\0%08d" % n),
-    "bad": Question("embed_image", "image", "image_embeds", "BYTES", (1, 1), lambda n: b"\x02\0\0\0no"),
-    "unknown": Question("nobody", "text", "input_ids", "BYTES", (1, 1), lambda n: b"\x01\0\0\0a"),
+TEMPLATES = {
+    "good": RequestTemplate("tokenize", "text", "input_ids", "BYTES", (1, 1), lambda n: b"\x08\0\0\0%08d" % n),
+    "bad": RequestTemplate("embed_image", "image", "image_embeds", "BYTES", (1, 1), lambda n: b"\x02\0\0\0no"),
+    "unknown": RequestTemplate("nobody", "text", "input_ids", "BYTES", (1, 1), lambda n: b"\x01\0\0\0a"),
 }
 
 
@@ -320,16 +352,16 @@ QUESTIONS = {
 def test_a_real_server_counts_the_same_requests(server, protocol, load):
     async def work() -> Measured:
         wire = open_wire(protocol, getattr(server, protocol), False)
-        ask = await checked_ask(wire, QUESTIONS["good"], "the server")
+        send = await checked_sender(wire, TEMPLATES["good"], "the server")
         try:
-            return await measure(ask, load, Windows(200, 100, 0, 3), wire.statistics, count(10**7))
+            return await measure(send, load, Windows(200, 100, 0, 3), wire.statistics, count(10**7))
         finally:
             await wire.close()
 
     figures = run(work(), True).figures()
-    assert figures["errors"] == 0 and figures["requests"] > 5
-    under_way = 3 if load.concurrency else figures["requests"] / 2
-    assert figures["triton"]["tokenize"]["requests"] == pytest.approx(figures["requests"], abs=2 * under_way)
+    assert figures.errors == 0 and figures.requests > 5
+    under_way = 3 if load.concurrency else figures.requests / 2
+    assert figures.triton["tokenize"].requests == pytest.approx(figures.requests, abs=2 * under_way)
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -337,9 +369,9 @@ def test_what_a_real_server_refuses_is_an_error_with_its_words(server, protocol)
     async def work():
         wire = open_wire(protocol, getattr(server, protocol), False)
         try:
-            bad = await measure(wire.ask(QUESTIONS["bad"]), Load(2), Windows(200, 0, 0, 3), wire.statistics, count())
+            bad = await measure(wire.sender(TEMPLATES["bad"]), Load(2), Windows(200, 0, 0, 3), wire.statistics, count())
             with pytest.raises(ServerError, match="nobody"):
-                await checked_ask(wire, QUESTIONS["unknown"], "the server")
+                await checked_sender(wire, TEMPLATES["unknown"], "the server")
         finally:
             await wire.close()
         return bad
@@ -350,7 +382,7 @@ def test_what_a_real_server_refuses_is_an_error_with_its_words(server, protocol)
 
 def test_a_server_that_is_not_there_is_told(tiny_run):
     result = clipress("bench-server", tiny_run[0], "--url", "http://127.0.0.1:9", "--model", "embed_text")
-    assert result.exit_code == 2 and "there is no answer" in result.output
+    assert result.exit_code == 2 and "expected an answer from model embed_text" in result.output
 
 
 def test_the_command_writes_figures_with_every_requests_times(server, tiny_run, tmp_path):
@@ -358,12 +390,14 @@ def test_the_command_writes_figures_with_every_requests_times(server, tiny_run, 
     url = ("--url", f"grpc://{server.grpc}", "--fail-if", "infer_per_s{model=embed_text} > 0")
     result = clipress("bench-server", tiny_run[0], *words, *url)
     assert result.exit_code == 1 and "Broken: infer_per_s" in result.output
-    told = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
-    assert [(row["model"], row["concurrency"]) for row in told["rows"]] == [(m, c) for m in MODELS for c in (1, 2)]
-    for row in told["rows"]:
+    written = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
+    assert [(row["model"], row["concurrency"]) for row in written["rows"]] == [(m, c) for m in MODELS for c in (1, 2)]
+    for row in written["rows"]:
         assert len(row["due_ms"]) == len(row["latency_ms"]) == row["requests"] > 0 == row["errors"]
         assert set(FIGURES) <= set(row) and {row["model"]} <= set(row["triton"])
-    assert load_table(told) in result.output and told["conditions"]["protocol"] == "grpc"
+    assert (
+        load_table(LoadResults.model_validate(written)) in result.output and written["conditions"]["protocol"] == "grpc"
+    )
 
 
 def test_without_a_url_the_runs_own_server_is_started_and_stopped(triton, tiny_run, tmp_path):

@@ -1,0 +1,266 @@
+"""The types of results.json, which is written and read here alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from clipress.artifact import read_header
+from clipress.errors import ArtifactError
+from clipress.recipe import first_problem
+from clipress.runtime.measured import MeasuredRow, Measurement
+from clipress.storage import read_json, write_text_whole
+
+SCHEMA_VERSION = 1
+
+
+class Case(NamedTuple):
+    """What is timed: one graph at one batch size."""
+
+    graph: str
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.graph} tower, batch {self.batch}"
+
+
+class Strict(BaseModel):
+    """Base of everything in the file: frozen, no unknown keys. Keys that were never set are not written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Latency(Measurement):
+    """trtexec's figures of one graph at one batch size, and the ratio to the first row's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_ms: float
+    max_ms: float
+    mean_ms: float
+    p50_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float
+    cv_percent: float | None = None
+    """Coefficient of variation."""
+    throughput_qps: float
+    """Queries per second; a query is one batch."""
+    enqueue_mean_ms: float | None = None
+    """Enqueue times exist on devices only."""
+    enqueue_median_ms: float | None = None
+    enqueue_p99_ms: float | None = None
+    iterations: int
+    """Queries that were counted."""
+    rounds: int | None = None
+    speed_up: float | None = None
+    """Times as fast as the first row, paired by rounds."""
+    speed_up_low: float | None = None
+    """Ends of the 95 % interval; None with too few rounds."""
+    speed_up_high: float | None = None
+
+    @property
+    def case(self) -> Case:
+        return Case(self.tower, self.batch)
+
+
+class LayerCost(Strict):
+    """What one layer costs, exactly."""
+
+    tower: str
+    name: str
+    """Path of the module."""
+    params: int
+    macs: int
+    """Multiply-accumulates of one item."""
+
+
+class Spent(Strict):
+    """The time that a kind of operator, or a layer, takes in a query."""
+
+    name: str
+    median_ms: float
+    percent: float
+    """Of the query."""
+    nodes: int
+
+
+class Profile(Strict):
+    """Where ONNX Runtime spends a query of one graph; both lists by falling time."""
+
+    tower: str
+    """The graph's name."""
+    batch: int
+    queries: int
+    operators: tuple[Spent, ...]
+    layers: tuple[Spent, ...]
+
+    @property
+    def case(self) -> Case:
+        return Case(self.tower, self.batch)
+
+
+class Row(MeasuredRow):
+    """One model on one backend: what it is, what it costs, how good and how fast it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    artifact: str
+    """Name of the artifact's folder."""
+    task: str = "clip"
+    """Results of version 0.1 do not name the task; all of them are of CLIPs."""
+    device: str = "cpu"
+    precision: str
+    params: int | None = None
+    params_without_embeddings: int | None = None
+    block_params: int | None = None
+    macs: int | None = None
+    macs_per_tower: dict[str, int] = Field(default_factory=dict)
+    layers: tuple[LayerCost, ...] = ()
+    bytes: int
+    """Size of the files it runs from."""
+    exact_mode: bool = False
+    """Whether ONNX Runtime ran in exact mode, since 8-bit weights overflow on this CPU."""
+    parity: dict[str, Any] = Field(default_factory=dict)
+    """The export's comparison with torch."""
+    accuracy: dict[str, float] = Field(default_factory=dict)
+    """`<set>/<metric>` -> percent; empty if accuracy was not measured."""
+    accuracy_se: dict[str, float] = Field(default_factory=dict)
+    """Standard errors, in points."""
+    block_params_kept: float | None = None
+    """Of the first row's."""
+    profiles: tuple[Profile, ...] = ()
+    latency: tuple[Latency, ...] = ()
+
+    def timing(self, case: Case | None) -> Latency | None:
+        """Return the latency of a case, None if it was not measured."""
+        return next((one for one in self.latency if one.case == case), None)
+
+
+class CaseRatio(Strict):
+    """How many times as fast a row is than the one it was made from."""
+
+    tower: str
+    """The graph's name."""
+    batch: int
+    speed_up: float
+    speed_up_low: float | None
+    speed_up_high: float | None
+
+
+class Verdict(Strict):
+    """Whether INT8 or 2:4 pays off on this machine."""
+
+    stage: str
+    against: str
+    """The row it was made from."""
+    method: str
+    faster: bool | None
+    """None if the measurement cannot tell."""
+    keep: str | None
+    """The row to keep; None if the measurement cannot tell."""
+    loss: float | None
+    """Points of accuracy lost; None if accuracy was not measured."""
+    text: str
+    cases: tuple[CaseRatio, ...]
+
+
+class Kept(Strict):
+    """The artifact to serve in place of a run's last one, on one backend."""
+
+    backend: str
+    artifact: str
+    hash: str
+    of: str
+    """The last artifact."""
+    of_hash: str
+    text: str
+
+
+class Conditions(BaseModel):
+    """Everything that a number depends on. Keys are shown in reports in this order."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    recipe: str | None = None
+    command: str | None = None
+    date: str | None = None
+    clipress: str | None = None
+    onnxruntime: str | None = None
+    torch: str | None = None
+    numpy: str | None = None
+    python: str | None = None
+    system: str | None = None
+    processor: str | None = None
+    cores: int | None = None
+    isa: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    load_average: tuple[float, ...] | None = None
+    threads: int | None = None
+    cpu_affinity: tuple[int, ...] | str | None = None
+    omp_num_threads: str | None = None
+    backends: tuple[str, ...] = ()
+    dtype_of_torch: str | None = None
+    warm_up_ms: int | None = None
+    duration_ms: int | None = None
+    iterations_at_least: int | None = None
+    interleaved: bool | None = None
+    turn_ms: float | None = None
+    sessions: str | None = None
+    order: str | None = None
+    clock: str | None = None
+    transfers: str | None = None
+    ratios: str | None = None
+    data: dict[str, Any] = Field(default_factory=dict)
+    protocol: str | None = None
+
+    def known(self) -> dict[str, Any]:
+        """Return what was recorded, by name."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class Results(Strict):
+    """The content of results.json; the first row is the reference."""
+
+    schema_version: Literal[1]
+    conditions: Conditions
+    rows: tuple[Row, ...] = Field(min_length=1)
+    verdicts: tuple[Verdict, ...] = ()
+    kept: tuple[Kept, ...] = ()
+
+
+def write_results(results: Results, folder: Path) -> Path:
+    """Write results.json."""
+    path = folder / "results.json"
+    write_text_whole(path, json.dumps(results.model_dump(mode="json", exclude_unset=True), indent=1) + "\n")
+    return path
+
+
+def read_results(path: Path) -> Results:
+    """Read a results.json. Raises ArtifactError if it is missing or damaged."""
+    again = "Measure again: clipress bench RUN"
+    try:
+        return Results.model_validate(read_json(path))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file. Measure first: clipress bench RUN") from None
+    except ValidationError as error:
+        raise ArtifactError(f"{path}, {first_problem(error)}. {again}") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}. {again}") from None
+
+
+def read_kept(results: Path, run: Path, last: str, backend: str = "onnxruntime") -> str | None:
+    """Return which artifact a run's results.json keeps of its last one on a backend.
+
+    None if nothing was measured, or if the artifacts have been made again since.
+    """
+    try:
+        kept = next(one for one in read_results(results).kept if (one.backend, one.of) == (backend, last))
+        expected = {kept.of: kept.of_hash, kept.artifact: kept.hash}
+        current = {name: read_header(run / name)["lineage"][-1]["hash"] for name in expected}
+    except (ArtifactError, LookupError, StopIteration):
+        return None
+    return kept.artifact if current == expected else None

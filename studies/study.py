@@ -1,0 +1,95 @@
+"""The types of a study: its file, its runs, and the rows of its JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from clipress.recipe import FolderName, Section
+
+SCHEMA_VERSION = 1
+
+
+class StepCost(Section):
+    """What one training step costs: short trainings in turns, each in a process of its own."""
+
+    reference: str
+    """The case that the others are compared with."""
+    cases: dict[FolderName, dict[str, Any]]
+    """What each case changes in the base recipe; it has one stage."""
+    rounds: int = Field(3, ge=1)
+
+
+class Study(Section):
+    """A study file."""
+
+    name: FolderName
+    recipe: str
+    """The base, relative to the study file; its stages are replaced."""
+    sections: dict[str, Any] = Field(default_factory=dict)
+    """What all runs change in the base recipe, such as `student`."""
+    methods: dict[FolderName, list[dict[str, Any]]]
+    """Stages of each method; with ratios, the first one is `prune`."""
+    reference: str
+    """The method that the others are compared with."""
+    ratios: dict[FolderName, float] = Field(default_factory=dict)
+    """Name -> part of the parameters that is kept, the budget of the first stage."""
+    seeds: tuple[int, ...] = Field(min_length=1)
+    bench: dict[str, Any] = Field(default_factory=dict)
+    step_cost: StepCost | None = None
+
+
+class Case(Section):
+    """One run of a study."""
+
+    method: str
+    ratio: str | None
+    seed: int
+    recipe: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of the run folder."""
+        return "-".join(part for part in (self.method, self.ratio, f"s{self.seed}") if part)
+
+
+class StudyRow(BaseModel):
+    """What one finished run measured. Keys that were never set are not written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    ratio: str | None
+    seed: int
+    dense: dict[str, float]
+    """Accuracy of the dense teacher: `<set>/<metric>` -> percent."""
+    final: dict[str, float]
+    """Accuracy of the last artifact."""
+    macs: float
+    dense_macs: float | None = None
+    latency_ms: float | None = None
+    """Medians of all graphs at the largest batch, added."""
+    latency_of_dense: float
+    """The same as a part of the dense teacher's."""
+    date: str | None = None
+    peak_memory_mb: float
+    """Of the first stage."""
+    slimmed: dict[str, float] | None = None
+    """Accuracy right after pruning."""
+    block_params_kept: float | None = None
+    search_seconds_per_step: float | None = None
+    shapes: dict[str, Any] | None = None
+
+
+class TimedSteps(BaseModel):
+    """What a training step of one case costs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    case: str
+    seconds: tuple[float, ...]
+    """Median of each round."""
+    ratios: tuple[float, ...]
+    """To the reference's in the same round."""
+    peak_memory_mb: float

@@ -1,0 +1,128 @@
+"""The table of a study, as Markdown: mean ± standard deviation over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean, median, stdev
+from typing import Any
+
+from clipress.studies.study import Study, StudyRow, TimedSteps
+
+
+def recall(accuracy: Mapping[str, float]) -> float:
+    """Return the mean R@1 of both directions over all retrieval sets."""
+    return mean(value for key, value in accuracy.items() if key.endswith(("/text_r1", "/image_r1")))
+
+
+def _top1(accuracy: Mapping[str, float]) -> float:
+    return mean(value for key, value in accuracy.items() if key.endswith("/top1"))
+
+
+def lost(row: StudyRow, when: str) -> float:
+    """Return the points of mean R@1 lost against the dense teacher, `slimmed` or `final`."""
+    return recall(row.dense) - recall(getattr(row, when))
+
+
+def summary(study: Study, rows: Sequence[StudyRow]) -> list[dict[str, Any]]:
+    """Return mean and standard deviation over seeds of what is compared, per ratio and method."""
+    gathered = []
+    for ratio in study.ratios or [None]:
+        for method in study.methods:
+            mine = [row for row in rows if (row.ratio, row.method) == (ratio, method)]
+            if not mine:
+                continue
+            columns = {
+                "macs_m": [row.macs / 1e6 for row in mine],
+                "latency_of_dense": [row.latency_of_dense for row in mine],
+                "peak_memory_mb": [row.peak_memory_mb for row in mine],
+            }
+            for when in ("slimmed", "final") if ratio else ("final",):
+                columns |= {
+                    f"r1_{when}": [recall(getattr(row, when)) for row in mine],
+                    f"lost_{when}": [lost(row, when) for row in mine],
+                    f"top1_{when}": [_top1(getattr(row, when)) for row in mine],
+                }
+            spread = {
+                key: (mean(values), stdev(values) if len(values) > 1 else None) for key, values in columns.items()
+            }
+            gathered.append({"ratio": ratio, "method": method, "seeds": len(mine), **spread})
+    return gathered
+
+
+def markdown(
+    study: Study,
+    rows: Sequence[StudyRow],
+    conditions: Mapping[str, Any],
+    cost: Sequence[TimedSteps] = (),
+) -> str:
+    """Return the table; below it, what a training step costs."""
+    dense = rows[0].dense
+    lines = [
+        f"# Study: {study.name}",
+        "",
+        f"Dense teacher: mean R@1 {recall(dense):.1f} %, zero-shot top-1 {_top1(dense):.1f} %. "
+        "R@1 is the mean of both directions on the test split, over the seeds ± standard deviation.",
+        "",
+        *(_pruning_table if study.ratios else _training_table)(study, summary(study, rows)),
+    ]
+    if cost:
+        lines += ["", f"Cost of a training step: median of a round, {study.step_cost.rounds} rounds in turns.", ""]
+        lines += [
+            f"| training | s/step | of {study.step_cost.reference}'s: median (range) | peak MB |",
+            "|---|---|---|---|",
+        ]
+        for row in cost:
+            spread = f"{median(row.ratios):.2f} ({min(row.ratios):.2f}–{max(row.ratios):.2f})"
+            lines.append(f"| {row.case} | {median(row.seconds):.3f} | {spread} | {row.peak_memory_mb:.0f} |")
+    lines += ["", "Conditions: " + ", ".join(f"{key} {value}" for key, value in conditions.items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def _pruning_table(study: Study, table: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        "*Lost* is in points of R@1 against the dense teacher. Latency: ONNX Runtime, median of both towers at the largest "
+        "batch, against the dense teacher measured in turns with it.",
+        "",
+        "| ratio | method | seeds | R@1 slimmed | R@1 recovered | lost slimmed | lost recovered | of "
+        f"{study.reference}'s loss | top-1 slimmed | top-1 recovered | MACs (M) | latency | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    reference = {row["ratio"]: row for row in table if row["method"] == study.reference}
+    for row in table:
+        base, share = reference.get(row["ratio"]), "–"
+        if base:
+            parts = [row[key][0] / base[key][0] for key in ("lost_slimmed", "lost_final") if base[key][0]]
+            share = " / ".join(f"{part:.0%}" for part in parts)
+        cells = [_in_words(row[key], 1) for key in ("r1_slimmed", "r1_final", "lost_slimmed", "lost_final")]
+        rest = [_in_words(row[key], 1) for key in ("top1_slimmed", "top1_final", "macs_m")]
+        rest += [_in_words(row["latency_of_dense"], 3), _in_words(row["peak_memory_mb"], 0)]
+        lines.append("| " + " | ".join([row["ratio"], row["method"], str(row["seeds"]), *cells, share, *rest]) + " |")
+    return lines
+
+
+def _training_table(study: Study, table: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        f"*Better by*: points against {study.reference}, and in standard deviations (of both methods, pooled).",
+        "",
+        "| method | seeds | R@1 | better by | top-1 | better by | peak MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    base = next((row for row in table if row["method"] == study.reference), None)
+    for row in table:
+        cells = [row["method"], str(row["seeds"])]
+        for key in ("r1_final", "top1_final"):
+            cells += [_in_words(row[key], 1), _against(row[key], base[key]) if base and row is not base else "–"]
+        lines.append("| " + " | ".join([*cells, _in_words(row["peak_memory_mb"], 0)]) + " |")
+    return lines
+
+
+def _against(own: tuple[float, float | None], base: tuple[float, float | None]) -> str:
+    gain = own[0] - base[0]
+    pooled = math.sqrt(((own[1] or 0.0) ** 2 + (base[1] or 0.0) ** 2) / 2)
+    return f"{gain:+.1f}" + (f" ({gain / pooled:+.1f} sd)" if pooled else "")
+
+
+def _in_words(value: tuple[float, float | None], decimals: int) -> str:
+    average, spread = value
+    return f"{average:.{decimals}f}" + ("" if spread is None else f" ± {spread:.{decimals}f}")

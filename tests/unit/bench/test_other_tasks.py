@@ -1,0 +1,52 @@
+"""What bench measures of a model that is no CLIP: its own graphs, figures and cost."""
+
+import json
+
+import pytest
+
+from clipress.artifact import save_artifact
+from clipress.bench.report import comparison, report_page, table
+from clipress.bench.results import read_results, write_results
+from clipress.bench.run import Subject, bench, graph_names
+from clipress.bench.settings import BenchSettings
+from clipress.data.eval_sets import evalsets
+from clipress.data.spec import SourceSpec
+from clipress.models.load import artifact_from_model
+from clipress.tasks import evaluate_model, task_named
+
+SECTION = {"width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 32}
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return evalsets([SourceSpec(format="digits", split="test", limit=40)])
+
+
+@pytest.fixture(scope="module")
+def classifier(sets, tmp_path_factory):
+    """A classifier's artifact, and the model."""
+    model = task_named("classification").student_from({**SECTION, "labels": sets[0].classes.names}, None, 0)
+    folder = tmp_path_factory.mktemp("classifier") / "dense"
+    save_artifact(artifact_from_model(model, ({"stage": "dense", "hash": "abc"},), {}), folder)
+    return folder, model
+
+
+def test_a_classifier_is_measured_by_its_own_graph_and_figures(classifier, sets, tmp_path):
+    folder, model = classifier
+    settings = BenchSettings(backends=("torch",), batch=(1, 2), duration=0, warm_up=0, iterations=7)
+    subjects = [Subject("a", folder, tmp_path), Subject("b", folder, tmp_path)]
+    results = bench(subjects, sets, settings, tmp_path / "bench", about={"recipe": "digits"})
+    for row in results.rows:
+        assert (row.task, row.precision, row.block_params_kept) == ("classification", "fp32", 1.0)
+        assert [(one.tower, one.batch) for one in row.latency] == [("image", 1), ("image", 2)]
+        assert row.params == sum(weights.numel() for weights in model.module.parameters())
+        assert row.macs == sum(layer.macs for layer in row.layers) > 0
+    top1 = evaluate_model(model, sets)["digits/top1"].values.mean()
+    assert results.rows[0].accuracy["digits/top1"] == pytest.approx(100 * top1, abs=1e-3)
+    assert graph_names(subjects) == ["image"]
+    assert read_results(write_results(results, tmp_path)) == results
+    samples = json.loads((tmp_path / "bench" / "samples" / "b.json").read_text())
+    assert [(case["tower"], len(case["latency_ms"])) for case in samples["cases"]] == [("image", 7), ("image", 7)]
+    shown = table(results)
+    assert "top-1" in shown and "i->t" not in shown and "speed-up: against a at batch 2" in shown
+    assert "image" in comparison(results) and "digits" in report_page(results)
