@@ -631,10 +631,10 @@ def serve_index(
         raise click.UsageError("Either --run or --model is asked for.")
     if add and kind:
         raise click.UsageError("--kind is chosen when an index is made; --add keeps it.")
-    from clipress.serve.indexing import index_pictures
+    from clipress.serve.indexing import index_images
 
     export = _exported(run, _chosen(_plan_of(run), stage)) if run else _export_of(model)
-    made = index_pictures(images, export, out, kind, threads, add, lambda line: click.echo(line, err=True))
+    made = index_images(images, export, out, kind, threads, add, lambda line: click.echo(line, err=True))
     click.echo(f"Index of {made.count:,} pictures, {made.dim} numbers each, {made.kind}: {out}")
 
 

@@ -1,14 +1,14 @@
-"""How many instances and threads an encoder gets, and which batch is best: the rule behind `auto`.
+"""How many instances and threads the model of a graph gets, and which batch it prefers: the rule behind `auto`.
 
-Small models gain nothing from threads: one thread each, and as many instances as cores. A larger model gets as many
-threads as bring one item to about 20 ms by the bench's figures (threads taken to scale), and so many instances as the
-cores then allow. Without figures, one thread per 64 MB of its file. On GPUs one instance is enough: its work is queued there
-anyway, and a second one costs its memory again.
+Small models gain nothing from threads: they get one thread each, and as many instances as there are cores. A larger model
+gets as many threads as bring one item to about 20 ms by the benchmark's figures (assuming that threads scale), and as many
+instances as the cores then allow. Without figures it gets one thread per 64 MB of its file. On GPUs one instance is enough:
+the GPU queues the work anyway, and a second instance costs its memory again.
 
-Of a model that takes less than a millisecond, what the server does around a run takes as long: it gets half as many
-instances, and `embed_*` of the python backend, one instance per core, runs it in its own process (studies/serving.md).
+When a model takes less than a millisecond, the server spends as long around a run as in it. Such a model gets half as many
+instances, and the python backend runs it inside `embed_*`, with one instance per core (studies/serving.md).
 
-The batch that the bench found the fastest per item is what the server forms by preference.
+The server prefers the batch that was fastest per item in the benchmark.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from clipress.errors import ArtifactError
+from clipress.recipe import first_problem
 from clipress.runtime.export_folder import Exported
 from clipress.serve.settings import ServeSettings
 from clipress.storage import read_json
@@ -31,24 +33,61 @@ SMALL_MS = 1.0
 
 @dataclass(frozen=True)
 class Sizing:
-    """Of one encoder."""
+    """The sizes of one graph's model."""
 
     instances: int
     threads: int
     preferred_batch: int | None
     small: bool = False
-    """By the bench: what the server does around it takes as long."""
+    """By the benchmark, the server spends as long around a run as in it."""
 
 
-def sizing(exported: Exported, tower: str, backend: str, settings: ServeSettings, bench: Path | None) -> Sizing:
-    """Return an encoder's sizes: the settings', else by the rule. `bench` is a results.json, which need not be there."""
-    rows = [] if bench is None else _latencies(bench, exported, tower, backend)
+class Latency(BaseModel):
+    """One measurement of results.json, as far as sizes depend on it."""
+
+    tower: str
+    """The graph's name."""
+    batch: int
+    threads: int
+    median_ms: float
+    items_per_s: float
+
+
+class Ancestor(BaseModel):
+    """One stage of a model's lineage."""
+
+    hash: str = ""
+
+
+class Row(BaseModel):
+    """One model on one backend."""
+
+    stage: str
+    backend: str
+    lineage: list[Ancestor] = []
+    latency: list[Latency] = []
+
+    def is_of(self, exported: Exported, runner: str) -> bool:
+        """Return whether the row is about this very model; figures of another training do not apply."""
+        hash_ = self.lineage[-1].hash if self.lineage else ""
+        return (self.stage, self.backend, hash_) == (exported.stage, runner, exported.lineage_hash)
+
+
+class Figures(BaseModel):
+    """What serving reads of the benchmark's results.json."""
+
+    rows: list[Row]
+
+
+def sizing(exported: Exported, graph: str, backend: str, settings: ServeSettings, bench: Path | None) -> Sizing:
+    """Return the sizes of a graph's model: the settings', else by the rule. `bench` is a results.json that may not exist."""
+    latencies = [] if bench is None else _latencies(bench, exported, graph, backend)
     cores = os.cpu_count() or 1
-    threads = settings.threads if settings.threads != "auto" else min(cores, _threads(exported, tower, rows))
-    small = backend != "tensorrt" and 0 < _item_ms(rows) < SMALL_MS
+    threads = settings.threads if settings.threads != "auto" else min(cores, _threads(exported, graph, latencies))
+    small = backend != "tensorrt" and 0 < _item_ms(latencies) < SMALL_MS
     by_cores = 1 if backend == "tensorrt" else max(1, cores // threads // (2 if small else 1))
     instances = settings.instances if settings.instances != "auto" else by_cores
-    best = max(rows, key=lambda row: row["items_per_s"])["batch"] if rows else 1
+    best = max(latencies, key=lambda one: one.items_per_s).batch if latencies else 1
     return Sizing(instances, threads, best if 1 < best < settings.max_batch else None, small)
 
 
@@ -58,30 +97,33 @@ def helpers(settings: ServeSettings, encoder: Sizing | None = None) -> int:
     return by_cores if settings.instances == "auto" else settings.instances
 
 
-def _threads(exported: Exported, tower: Any, rows: list[dict[str, Any]]) -> int:
-    if alone := _item_ms(rows):
+def _threads(exported: Exported, graph: str, latencies: list[Latency]) -> int:
+    if alone := _item_ms(latencies):
         return max(1, math.ceil(alone / ITEM_MS))
-    return max(1, math.ceil(exported.files[tower].bytes / THREAD_BYTES))
+    return max(1, math.ceil(exported.files[graph].bytes / THREAD_BYTES))
 
 
-def _item_ms(rows: list[dict[str, Any]]) -> float:
-    """Return what one item takes one thread; 0: not measured."""
-    return next((row["median_ms"] * row["threads"] for row in rows if row["batch"] == 1), 0.0)
+def _item_ms(latencies: list[Latency]) -> float:
+    """Return the time one item takes on one thread; 0 if it was not measured."""
+    return next((one.median_ms * one.threads for one in latencies if one.batch == 1), 0.0)
 
 
-def _latencies(bench: Path, exported: Exported, tower: str, backend: str) -> list[dict[str, Any]]:
-    """Return what the bench measured of this very model; figures of another training say nothing."""
+def _latencies(bench: Path, exported: Exported, graph: str, backend: str) -> list[Latency]:
+    """Return what was measured of this model's graph."""
     runner = "tensorrt" if backend == "tensorrt" else "onnxruntime"
+    again = "Measure again: clipress bench RUN"
     try:
-        return [
-            {key: latency[key] for key in ("batch", "threads", "median_ms", "items_per_s")}
-            for row in read_json(bench)["rows"]
-            if (row["stage"], row["backend"]) == (exported.stage, runner)
-            and row["lineage"][-1]["hash"] == exported.lineage_hash
-            for latency in row["latency"]
-            if latency["tower"] == tower
-        ]
+        figures = Figures.model_validate(read_json(bench))
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ArtifactError(f"{bench} is not readable ({error!r}). Measure again: clipress bench RUN") from None
+    except ValidationError as error:
+        raise ArtifactError(f"{bench}, {first_problem(error)}. {again}") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{bench} cannot be read ({error}). {again}") from None
+    return [
+        latency
+        for row in figures.rows
+        if row.is_of(exported, runner)
+        for latency in row.latency
+        if latency.tower == graph
+    ]
