@@ -307,7 +307,7 @@ def _search(served: Served) -> ModelConfig:
 
 
 def _model(name: str, backend: str, max_batch: int) -> ModelConfig:
-    """Begin a configuration. It has no response cache unless the settings ask for one: Triton caches errors too."""
+    """Begin a configuration. It has no response cache by default, since Triton caches errors too."""
     from tritonclient.grpc import model_config_pb2 as triton
 
     config = triton.ModelConfig(name=name, backend=backend, max_batch_size=max_batch)

@@ -69,8 +69,6 @@ With curl; `Inference-Header-Content-Length: 0` says that the body is the only i
 $curls
 ```
 $program
-The other models take requests in the same way: `client.infer(MODEL, [tensor])` with a tensor of shape [rows, 1].
-
 ## Versions
 
 Each `clipress serve RUN` of a changed export adds a version to every model. Older ones stay, and the newest is served.
@@ -108,8 +106,10 @@ def column(name, values):
 
 
 client = triton.InferenceServerClient("localhost:8001")
-$ask
+$request
 ```
+
+The other models take requests in the same way: `client.infer(MODEL, [tensor])` with a tensor of shape [rows, 1].
 """)
 ZERO_SHOT = """\
 path, *labels = sys.argv[1:]
@@ -230,9 +230,11 @@ def _program(exported: Exported) -> str:
     """Return a program that classifies an image; empty where the server does not classify."""
     if is_zero_shot(exported):
         title = "An image among labels, as `python classify.py IMAGE LABEL LABEL ...`"
-        return PROGRAM.substitute(title=title, ask=ZERO_SHOT)
+        return PROGRAM.substitute(title=title, request=ZERO_SHOT)
     if classifier_graph(exported) is not None:
-        return PROGRAM.substitute(title="The best labels of an image, as `python classify.py IMAGE`", ask=CLASSIFIER)
+        return PROGRAM.substitute(
+            title="The best labels of an image, as `python classify.py IMAGE`", request=CLASSIFIER
+        )
     return ""
 
 

@@ -25,6 +25,7 @@ import os
 import shutil
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,21 @@ class Release(BaseModel):
         return self.model_dump_json(indent=1, exclude={"export": {"folder", "parity"}})
 
 
+@dataclass(frozen=True)
+class Repository:
+    """One backend's repository, and what its configurations depend on."""
+
+    folder: Path
+    settings: ServeSettings
+    bench: Path | None
+    """A results.json that sizes are taken from."""
+
+    @property
+    def backend(self) -> str:
+        """The backend of the encoders, which the folder is named after."""
+        return self.folder.name
+
+
 def triton_repo_from_export(
     export: Path, target: Path, settings: ServeSettings, bench: Path | None = None
 ) -> list[Path]:
@@ -91,7 +107,10 @@ def triton_repo_from_export(
     was written, an engine is missing, or a new version would not take and give what the older ones do.
     """
     exported = read_export(export)
-    return [_add(exported, target / backend, backend, settings, bench) for backend in dict.fromkeys(settings.backend)]
+    repositories = [Repository(target / backend, settings, bench) for backend in dict.fromkeys(settings.backend)]
+    for repository in repositories:
+        _add(exported, repository)
+    return [repository.folder for repository in repositories]
 
 
 def serve_version(repository: Path, version: int | None, settings: ServeSettings, bench: Path | None = None) -> int:
@@ -113,7 +132,7 @@ def serve_version(repository: Path, version: int | None, settings: ServeSettings
             f"{repository}: version {version} needs search/{version}, which was dropped when a version without an index was "
             "served. Do: clipress serve RUN"
         )
-    _write(repository, {}, release, version, settings, bench)
+    _write(Repository(repository, settings, bench), {}, release, version)
     return version
 
 
@@ -123,15 +142,16 @@ def served_version(repository: Path) -> int:
     return max(config.version_policy.specific.versions, default=max(_versions(repository)))
 
 
-def _add(exported: Exported, repository: Path, backend: str, settings: ServeSettings, bench: Path | None) -> Path:
-    release, added = _files(exported, backend, settings)
-    newest = max(_versions(repository), default=0)
-    if newest and all(_same(files, repository / model / str(newest)) for model, files in added.items()):
-        served = served_version(repository)  # a repository that was rolled back stays so until something new comes
-        _write(repository, {}, _read_release(repository, served), served, settings, bench)
+def _add(exported: Exported, repository: Repository) -> None:
+    """Add a version if the export has changed, else write the configurations of the served one again."""
+    folder = repository.folder
+    release, added = _files(exported, repository.backend, repository.settings)
+    newest = max(_versions(folder), default=0)
+    if newest and all(_same(files, folder / model / str(newest)) for model, files in added.items()):
+        served = served_version(folder)  # a repository that was rolled back stays so until something new comes
+        _write(repository, {}, _read_release(folder, served), served)
     else:
-        _write(repository, added, release, newest + 1, settings, bench)
-    return repository
+        _write(repository, added, release, newest + 1)
 
 
 def _files(exported: Exported, backend: str, settings: ServeSettings) -> tuple[Release, dict[str, Files]]:
@@ -183,23 +203,14 @@ def _index(folder: Path, exported: Exported) -> Files:
     }
 
 
-def _write(
-    repository: Path,
-    added: Mapping[str, Files],
-    release: Release,
-    version: int,
-    settings: ServeSettings,
-    bench: Path | None,
-) -> None:
+def _write(repository: Repository, added: Mapping[str, Files], release: Release, version: int) -> None:
     """Replace a repository by one that has the added files as `version`, all older versions, and serves `version`."""
-    exported, backend = release.export, repository.name
-    sizes = {graph: sizing(exported, graph, backend, settings, bench) for graph in exported.graphs}
-    fused = {name for name, size in sizes.items() if size.small and _can_fuse(release, name)}
-    served = Served(exported, backend, settings, sizes, release.engines, fused)
+    folder, exported = repository.folder, release.export
+    served = _served(repository, release)
     made = configs(served, release.search)
     if added:
-        _check_clients(repository, made)
-    newest = max(_versions(repository), default=0)
+        _check_clients(folder, made)
+    newest = max(_versions(folder), default=0)
     if version < newest:
         for config in made.values():
             config.version_policy.specific.versions.append(version)
@@ -207,21 +218,30 @@ def _write(
     around |= _warm_up_files(made, exported.preprocess.size) | {
         "README.md": readme(served, version, release.search, options_for(made.values())).encode(),
     }
-    if not added and all(_holds(repository / name, content) for name, content in around.items()):
+    if not added and all(_holds(folder / name, content) for name, content in around.items()):
         return  # so that a server on this folder is not disturbed
 
     def fill(aside: Path) -> None:
         copies: dict[Path, Path] = {}  # files that two models share are copied once
         for model in made:
             (aside / model).mkdir()
-            for number in _versions(repository, model):
-                shutil.copytree(repository / model / str(number), aside / model / str(number), copy_function=_link)
+            for number in _versions(folder, model):
+                shutil.copytree(folder / model / str(number), aside / model / str(number), copy_function=_link)
             for name, content in added.get(model, {}).items():
                 _put(aside / model / str(version) / name, content, copies)
         for name, content in around.items():
             _put(aside / name, content, copies)
 
-    write_whole(repository, fill)
+    write_whole(folder, fill)
+
+
+def _served(repository: Repository, release: Release) -> Served:
+    exported, backend = release.export, repository.backend
+    sizes = {
+        graph: sizing(exported, graph, backend, repository.settings, repository.bench) for graph in exported.graphs
+    }
+    fused = {graph for graph, size in sizes.items() if size.small and _can_fuse(release, graph)}
+    return Served(exported, backend, repository.settings, sizes, release.engines, fused)
 
 
 def _can_fuse(release: Release, graph: str) -> bool:

@@ -55,6 +55,7 @@ class TritonServer:
         triton: the server to start; None means `find_triton()`.
 
     Attributes:
+        name: what the names of its files in shared memory begin with.
         http, grpc, metrics: its addresses, as host:port. Metrics are at /metrics.
         pid: the process id, which is also that of the session of all its processes; None unless it runs.
     """
@@ -74,7 +75,7 @@ class TritonServer:
         self.repository, self.host, self.ready_within = Path(repository), host, ready_within
         self._wanted_ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self._log, self._triton = log, triton
-        self._name = f"clipress-{os.getpid()}-{secrets.token_hex(4)}"
+        self.name = f"clipress-{os.getpid()}-{secrets.token_hex(4)}"
         self._key = secrets.token_hex(16)
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
@@ -120,7 +121,7 @@ class TritonServer:
             "--model-control-mode=explicit",
             "--load-model=*",
             "--strict-readiness=true",
-            f"--backend-config=python,shm-region-prefix-name={self._name}-",
+            f"--backend-config=python,shm-region-prefix-name={self.name}-",
             f"--exit-timeout-secs={EXIT_SECONDS}",
             f"--http-restricted-api={CLOSED}:clipress={self._key}",
             f"--grpc-restricted-protocol={CLOSED}:clipress={self._key}",
@@ -192,7 +193,7 @@ class TritonServer:
                 with suppress(ProcessLookupError):  # models run in processes of their own
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            for left in SHARED_MEMORY.glob(f"{self._name}-*"):
+            for left in SHARED_MEMORY.glob(f"{self.name}-*"):
                 left.unlink(missing_ok=True)
             if self._folder:
                 self._folder.cleanup()

@@ -192,17 +192,16 @@ def test_only_this_machine_can_reach_it(server):
 
 
 def test_nothing_is_left_of_a_server_that_is_stopped(triton, tmp_path):
-    known = children(os.getpid())
     with TritonServer(put_model(tmp_path, "probe", PROBE), triton=triton) as server:
-        (leader,) = set(children(os.getpid())) - set(known)
-        started = session(leader)
-        assert len(started) > 1
+        leader = server.pid
+        assert len(session(leader)) > 1
+        assert list(SHARED_MEMORY.glob(f"{server.name}-*"))
         assert set(listening()) >= {int(one.split(":")[1]) for one in (server.http, server.grpc, server.metrics)}
         assert server.log.is_file()
     assert session(leader) == []
     assert not {int(one.split(":")[1]) for one in (server.http, server.grpc, server.metrics)} & set(listening())
     assert not server.log.exists()
-    assert shared_memory(os.getpid()) == []
+    assert list(SHARED_MEMORY.glob(f"{server.name}-*")) == []
 
 
 def test_a_model_that_cannot_be_loaded_is_an_error_with_its_reason(triton, tmp_path):
