@@ -23,10 +23,9 @@ def sent_for(exported: Exported, one: Input) -> str | None:
 
 def inputs_for(exported: Exported, sent: str) -> dict[str, Input]:
     """Return the inputs that are made from IMAGE or TEXT, by the names of their graphs."""
-    found = {
-        graph.name: one for graph in exported.graphs.values() for one in graph.inputs if SENT.get(one.name) == sent
+    return {
+        graph.name: one for graph in exported.graphs.values() for one in graph.inputs if sent_for(exported, one) == sent
     }
-    return {graph: one for graph, one in found.items() if sent_for(exported, one)}
 
 
 def model_of(graph: Graph) -> str:
