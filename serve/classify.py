@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from clipress.data.prompts import check_labels, prompts_by_class
-from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import fitted, normalised, open_image
 from clipress.errors import DataError, ExportError, nearest
 from clipress.metrics.classify import softmax
@@ -44,8 +43,7 @@ class Classifier:
                 f"{', '.join(exported.graphs)}."
             )
         self.sessions = {graph: open_session(exported.onnx(graph), threads) for graph in exported.graphs}
-        tokenizer = exported.tokenizer
-        self._tokenize = None if tokenizer is None else tokenizer_from_spec(tokenizer.model_dump())
+        self._tokenize = exported.tokenize()
 
     @property
     def labels(self) -> tuple[str, ...] | None:

@@ -39,7 +39,7 @@ def texts_seen(monkeypatch):
         assert spec == {"name": "clip-bpe", "context_length": LENGTH, "kwargs": {}}
         return lambda texts: seen.extend(texts) or np.asarray([ids_of(text) for text in texts], np.int64)
 
-    monkeypatch.setattr("clipress.serve.classify.tokenizer_from_spec", tokenizer_from_spec)
+    monkeypatch.setattr("clipress.runtime.export_folder.tokenizer_from_spec", tokenizer_from_spec)
     return seen
 
 

@@ -38,7 +38,6 @@ from triton_requests import (
 )
 from tritonclient.utils import InferenceServerException
 
-from clipress.data.tokens import tokenizer_from_spec
 from clipress.errors import ServerError
 from clipress.runtime.export_folder import read_export
 from clipress.serve.classify import Classifier
@@ -55,7 +54,7 @@ class Local:
 
     def __init__(self, export):
         self.export, self.exported = export, read_export(export)
-        self.tokenize = tokenizer_from_spec(self.exported.tokenizer.model_dump())
+        self.tokenize = self.exported.tokenize()
 
     def images(self, *files):
         return embeds_of(self.exported, "image", pixels_of(self.exported, files))

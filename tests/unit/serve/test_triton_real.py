@@ -39,7 +39,6 @@ from triton_requests import (
 )
 from tritonclient.utils import InferenceServerException
 
-from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import MAX_PIXELS
 from clipress.runtime.export_folder import read_export
 from clipress.runtime.onnx_session import open_session
@@ -73,13 +72,13 @@ def test_images_are_prepared_as_in_training_bit_by_bit(client, exports):
 def test_texts_become_the_ids_of_training_and_long_ones_are_cut(client, exports):
     exported = read_export(exports[1])
     found = infer(client, "tokenize", "text", [text.encode() for text in TEXTS], "input_ids")
-    np.testing.assert_array_equal(found, tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS))
+    np.testing.assert_array_equal(found, exported.tokenize()(TEXTS))
 
 
 def test_embeddings_are_onnx_runtimes_over_http_and_grpc(served, client, exports):
     exported = read_export(exports[1])
     images = embeds_of(exported, "image", pixels_of(exported, IMAGES))
-    texts = embeds_of(exported, "text", tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS))
+    texts = embeds_of(exported, "text", exported.tokenize()(TEXTS))
     encoded = [text.encode() for text in TEXTS]
     with triton_http.InferenceServerClient(served.http) as http:
         for library, one in ((triton_grpc, client), (triton_http, http)):
@@ -176,7 +175,7 @@ def test_a_bad_request_is_refused_and_the_next_one_answered(client, images, labe
 
 def test_bad_ids_in_a_batch_fail_their_request_alone(client, exports):
     exported = read_export(exports[1])
-    good = [tokenizer_from_spec(exported.tokenizer.model_dump())([text]) for text in TEXTS]
+    good = [exported.tokenize()([text]) for text in TEXTS]
     bad = np.full_like(good[0], 10**9)
 
     def encode(ids):
@@ -249,7 +248,7 @@ def test_a_repeated_text_comes_from_the_cache_if_there_is_one(triton, exports, t
     for model in MODELS - {"text_encoder"}:
         shutil.rmtree(repository / model)
     exported = read_export(exports[1])
-    ids = tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS[:2])
+    ids = exported.tokenize()(TEXTS[:2])
     with TritonServer(repository, triton=triton) as server, triton_grpc.InferenceServerClient(server.grpc) as client:
         before = executions(client, "text_encoder")[0]
         for _ in range(3):
@@ -275,7 +274,7 @@ def test_a_fused_model_answers_as_the_chain_does(fused, exports):
     _, client = fused
     exported = read_export(exports[1])
     images = embeds_of(exported, "image", pixels_of(exported, IMAGES))
-    texts = embeds_of(exported, "text", tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS))
+    texts = embeds_of(exported, "text", exported.tokenize()(TEXTS))
     encoded = [text.encode() for text in TEXTS]
     np.testing.assert_allclose(infer(client, "embed_image", "image", IMAGES, "image_embeds"), images, atol=1e-6)
     np.testing.assert_allclose(infer(client, "embed_text", "text", encoded, "text_embeds"), texts, atol=1e-6)
@@ -341,7 +340,7 @@ def test_search_finds_the_nearest_images_of_the_index(triton, exports, tmp_path)
     for model in ("image_encoder", "preprocess", "embed_image", "classify"):
         shutil.rmtree(repository / model)
     exported = read_export(exports[1])
-    ids = tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS[:1])
+    ids = exported.tokenize()(TEXTS[:1])
     scores, (keys,) = open_index(tmp_path / "index").search(embeds_of(exported, "text", ids), 3)
     with TritonServer(repository, triton=triton) as server:
         for address in (f"http://{server.http}", f"grpc://{server.grpc}"):
@@ -391,7 +390,7 @@ def test_a_graph_of_several_inputs_is_served_from_files_and_numbers(triton, tmp_
     texts, weights = TEXTS[:3], np.asarray([[0.5], [2], [-1]], np.float32)
     inputs = {
         "pixel_values": pixels_of(exported, IMAGES[:3]),
-        "input_ids": tokenizer_from_spec(exported.tokenizer.model_dump())(texts),
+        "input_ids": exported.tokenize()(texts),
         "weight": weights,
     }
     expected = open_session(exported.onnx("question"), 1).run(["question_embeds", "difference"], inputs)
