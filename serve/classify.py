@@ -1,4 +1,4 @@
-"""Inference with an export folder and ONNX Runtime alone: embeddings, and classification among named labels."""
+"""Inference with an export folder and ONNX Runtime alone: embeddings and classification."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from clipress.data.prompts import check_labels, prompts_by_class
-from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import as_rgb, fitted, normalised, open_image
-from clipress.errors import DataError
+from clipress.errors import DataError, ExportError, nearest
 from clipress.metrics.classify import softmax
 from clipress.metrics.retrieval import finite
 from clipress.metrics.zeroshot import embed_labels
 from clipress.runtime.export_folder import read_export
+from clipress.runtime.graph import Graph
 from clipress.runtime.onnx_session import open_session
+from clipress.serve.graphs import IMAGE, TEXT, classifier_graph, embedder, is_zero_shot
 
 TEMPLATES = ("a photo of a {}",)
 BATCH = 32  # items per call of ONNX Runtime; limits memory
@@ -26,47 +27,70 @@ ImageLike = str | Path | bytes | Image.Image | np.ndarray
 
 
 class LoadedModel:
-    """An exported CLIP model; see `clipress.load`.
+    """An exported model; see `clipress.load`. A CLIP embeds, and classifies among any labels; a classifier among its own.
 
     Args:
-        export: folder with image.onnx, text.onnx and export.json.
+        export: an export folder.
         threads: ONNX Runtime threads inside one operator; 0: one per core.
 
-    Raises ArtifactError if the export is missing or damaged.
+    Raises ArtifactError if the export is missing or damaged, and ExportError for a task that neither embeds nor classifies.
     """
 
     def __init__(self, export: str | Path, threads: int = 0) -> None:
-        self.exported = read_export(export)
-        self.sessions = {tower: open_session(self.exported.onnx(tower), threads) for tower in self.exported.files}
-        self._tokenize = tokenizer_from_spec(self.exported.tokenizer.model_dump())
-        self._labels: tuple[Any, np.ndarray] | None = None  # the last set of labels, and its embeddings
+        self.exported = exported = read_export(export)
+        self._scores = classifier_graph(exported)
+        if self._scores is None and not is_zero_shot(exported):
+            raise ExportError(
+                f"{export}: expected the export of a CLIP or of a classifier with labels, found a {exported.task} with "
+                f"{', '.join(exported.graphs)}."
+            )
+        self.sessions = {graph: open_session(exported.onnx(graph), threads) for graph in exported.graphs}
+        self._tokenize = exported.tokenize()
+        self._embedded: tuple[Any, np.ndarray] | None = None  # the last set of labels, and its embeddings
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The classes of a classifier; None for a CLIP, which takes any labels."""
+        return self.exported.labels
 
     def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
-        """Return unit-length embeddings, float32 [N, D]; a single image gives [1, D]. Raises DataError."""
-        return self._encode("image", _as_list(images), self.pixels)
+        """Return unit-length embeddings, float32 [N, D]; a single image gives [1, D].
+
+        Raises DataError for an image that cannot be read, and ExportError for a model without embeddings.
+        """
+        return self._run(embedder(self.exported, IMAGE), _as_list(images), self._pixels)
 
     def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
-        """Return unit-length embeddings, float32 [N, D]; a single text gives [1, D]."""
-        return self._encode("text", [texts] if isinstance(texts, str) else list(texts), self._tokenize)
+        """Return unit-length embeddings, float32 [N, D]; a single text gives [1, D].
+
+        Raises ExportError for a model without embeddings of texts.
+        """
+        return self._run(embedder(self.exported, TEXT), [texts] if isinstance(texts, str) else texts, self._tokenize)
 
     def classify(
         self,
         images: ImageLike | Sequence[ImageLike],
-        labels: Sequence[str],
+        labels: Sequence[str] | None = None,
         templates: str | Sequence[str] = TEMPLATES,
     ) -> np.ndarray:
         """Return the probability of every label, float32 [N, C]; rows sum to 1. A single image gives [C].
 
         Args:
             images: one image or several.
-            labels: names to choose from.
-            templates: prompts with {} for the label; embeddings of several are averaged.
+            labels: names to choose from. A classifier chooses among its own labels, or some of them; None means all.
+            templates: prompts with {} for the label; embeddings of several are averaged. A classifier has no use for them.
 
-        Raises DataError for an image that cannot be read, and for empty, repeated or malformed labels and templates.
+        Raises DataError for an image that cannot be read, for empty, repeated or malformed labels and templates, and for
+        labels that a classifier does not know.
         """
-        shapes = (templates,) if isinstance(templates, str) else tuple(templates)
-        classes = self.label_embeddings(labels, shapes)
-        found = softmax(self.exported.logit_scale * (self.encode_image(images) @ classes.T))
+        if self._scores is not None:
+            columns = label_columns(self.exported.labels, labels)
+            logits = self._run(self._scores, _as_list(images), self._pixels)[:, columns]
+        else:
+            shapes = (templates,) if isinstance(templates, str) else tuple(templates)
+            classes = self.label_embeddings(labels or (), shapes)
+            logits = zero_shot_logits(self.exported.logit_scale, self.encode_image(images), classes)
+        found = softmax(logits)
         return found[0] if _is_one(images) else found
 
     def label_embeddings(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
@@ -75,24 +99,24 @@ class LoadedModel:
         The last result is kept, so that classifying with the same labels again costs no text encoding.
         """
         key = (tuple(labels), tuple(templates))
-        if self._labels is None or self._labels[0] != key:
+        if self._embedded is None or self._embedded[0] != key:
             check_labels(labels)
             check_templates(templates)
-            self._labels = key, embed_labels(self.encode_text, labels, templates)
-        return self._labels[1]
+            self._embedded = key, embed_labels(self.encode_text, labels, templates)
+        return self._embedded[1]
 
-    def pixels(self, images: Sequence[ImageLike]) -> np.ndarray:
-        """Return the image encoder's input, float32 [N, 3, S, S]. Raises DataError."""
+    def _pixels(self, images: Sequence[ImageLike]) -> np.ndarray:
         preprocess = self.exported.preprocess
         return normalised(np.stack([fitted(_opened(image), preprocess) for image in images]), preprocess)
 
-    def _encode(self, tower: str, items: Sequence[Any], prepare: Callable[[Any], np.ndarray]) -> np.ndarray:
-        session = self.sessions[tower]
-        name = session.get_inputs()[0].name
-        batches = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
-        empty = np.empty((0, self.exported.embed_dim), np.float32)
-        found = np.concatenate([empty, *(session.run(None, {name: prepare(batch)})[0] for batch in batches)])
-        return finite(found, tower)
+    def _run(self, graph: Graph, items: Sequence[Any], prepare: Callable[[Any], np.ndarray]) -> np.ndarray:
+        """Run a graph of one input on all items, a batch at a time, and return its first output."""
+        (takes,), gives = graph.inputs, graph.outputs[0]
+        rows = [np.empty((0, *gives.shape), np.float32)]
+        for start in range(0, len(items), BATCH):
+            inputs = {takes.name: prepare(items[start : start + BATCH])}
+            rows += self.sessions[graph.name].run([gives.name], inputs)
+        return finite(np.concatenate(rows), graph.name)
 
 
 def _is_one(images: ImageLike | Sequence[ImageLike]) -> bool:
@@ -118,10 +142,29 @@ def _opened(image: ImageLike) -> Image.Image | np.ndarray:
 
 
 def prompts_for(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Return every label in every template, the prompts of a label together: C * T texts. Raises DataError."""
+    """Return every label in every template, a label's prompts together: C * T texts. Raises DataError."""
     check_labels(labels)
     check_templates(templates)
     return [prompt for _, prompts in prompts_by_class(labels, templates) for prompt in prompts]
+
+
+def zero_shot_logits(logit_scale: float, images: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return logits [N, C] from unit vectors [N, D] and [C, D]. A logit bias would shift all classes alike."""
+    return logit_scale * (images @ classes.T)
+
+
+def label_columns(known: Sequence[str], labels: Sequence[str] | None) -> list[int]:
+    """Return where a classifier's output has the given labels; None means all. Raises DataError for unknown labels."""
+    if labels is None:
+        return list(range(len(known)))
+    check_labels(labels)
+    columns = {label: column for column, label in enumerate(known)}
+    if unknown := [label for label in labels if label not in columns]:
+        raise DataError(
+            f"labels: expected some of the classifier's own {len(known)} labels, found '{unknown[0]}'."
+            f"{nearest(unknown[0], known)}"
+        )
+    return [columns[label] for label in labels]
 
 
 def check_templates(templates: Sequence[str]) -> None:
@@ -132,4 +175,4 @@ def check_templates(templates: Sequence[str]) -> None:
         )
     for template in templates:
         if "{}" not in template:
-            raise DataError(f"Template '{template}' has no {{}} for the label. Write it as 'a photo of a {{}}'.")
+            raise DataError(f"Template '{template}' has no {{}} for the label. Write it like 'a photo of a {{}}'.")

@@ -1,13 +1,14 @@
-"""A client of the served models: pictures and texts go to Triton as they are, over HTTP or gRPC.
+"""A client of the served models: image files and texts are sent to Triton as they are, over HTTP or gRPC.
 
-A few requests are on their way at any time and the next picture is read only when one has come back, so that a million
-pictures need no more memory than a hundred. A request that the server could not be reached with, or had no room for, is
-sent again, later each time; one that it refused is not. What becomes of one picture is nothing to the others.
+A few requests are in flight at any time and the next image is read only when one has been answered, so that a million
+images need no more memory than a hundred. A request is sent again, with growing delays, if the server could not be reached
+or had no room for it, but not if the server refused it. A failed image does not affect the others.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future
@@ -24,34 +25,35 @@ import numpy as np
 from clipress.data.prompts import check_labels
 from clipress.errors import BackendMissing, DataError, ServerError
 from clipress.progress import progress_bar
+from clipress.serve.classify import ImageFile
+from clipress.serve.graphs import IMAGE, TEXT
 
 Protocol = Literal["auto", "http", "grpc"]
-Picture = str | Path | bytes
 PORTS = {"http": 8000, "grpc": 8001}
 SCHEMES = {"http": ("http", False), "https": ("http", True), "grpc": ("grpc", False), "grpcs": ("grpc", True)}
-BUSY = {"429", "502", "503", "504", "StatusCode.UNAVAILABLE"}  # worth another try
+BUSY = {"429", "502", "503", "504", "StatusCode.UNAVAILABLE"}  # worth a retry
 UNKNOWN = {"404", "StatusCode.NOT_FOUND"}
 LONGEST_DELAY = 10.0  # seconds
-GROUP = 16  # pictures per request of `classify`: labels are embedded once for all of them
+GROUP = 16  # images per request to `classify`: labels are embedded once for all of them
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one item."""
+    """The result for one item."""
 
     item: Any
     value: np.ndarray | None
-    """float32 [D] or [C]; None where there is an error."""
+    """float32 [D] or [C]; None if there is an error."""
     error: str | None = None
 
 
 class Rows(NamedTuple):
-    """Answers to all items, in their order."""
+    """The results for all items, in order."""
 
     values: np.ndarray
-    """float32 [N, D] or [N, C]; rows of NaN where there is an error."""
+    """float32 [N, D] or [N, C]; items with an error have rows of NaN."""
     errors: dict[int, str]
-    """By the item's number."""
+    """Messages by the items' numbers."""
 
 
 class Hit(NamedTuple):
@@ -62,28 +64,28 @@ class Hit(NamedTuple):
 
 
 class _Rejected(Exception):
-    """The server refused this request; it would do so again."""
+    """The server refused this request, and would refuse it again."""
 
 
 class _Unavailable(Exception):
-    """The server could not be reached, or had no room, as often as it was tried."""
+    """The server could not be reached, or had no room, in any of the attempts."""
 
 
 class Client:
-    """Asks the models `embed_image`, `embed_text`, `classify` and `search` of a Triton server.
+    """Sends requests to the models `embed_image`, `embed_text`, `classify` and `search` of a Triton server.
 
-    A client belongs to one thread; close it, or use it in a `with`.
+    A client belongs to one thread. Close it, or use it in a `with`.
 
     Args:
         url: `http://host:8000`, `grpc://host:8001`, either with an s for TLS, or `host:port`.
-        protocol: auto: as the URL says; of a bare `host:port`, gRPC at port 8001 and HTTP elsewhere.
-        timeout: seconds one try may take.
-        retries: further tries when the server cannot be reached or has no room.
-        delay: seconds before the second try; doubled for each later one, up to ten.
-        in_flight: requests that are on their way at the same time.
-        progress: show a bar on stderr.
+        protocol: auto takes it from the URL; a bare `host:port` means gRPC at port 8001 and HTTP elsewhere.
+        timeout: seconds that one attempt may take.
+        retries: further attempts if the server cannot be reached or has no room.
+        delay: seconds before the second attempt; doubled for each later one, up to ten.
+        in_flight: number of concurrent requests.
+        progress: show a progress bar on stderr.
 
-    Raises ServerError for a URL that is none, and BackendMissing when the protocol's packages are not installed.
+    Raises ServerError for an invalid URL, and BackendMissing if the protocol's packages are not installed.
     """
 
     def __init__(
@@ -104,11 +106,11 @@ class Client:
         self._thread = Thread(target=self._loop.run_forever, name="clipress client", daemon=True)
         self._thread.start()
 
-        async def connect() -> Any:  # where the loop runs
+        async def connect() -> Any:  # must run in the loop's thread
             limit = {"conn_limit": in_flight, "conn_timeout": None} if self.protocol == "http" else {}
             return aio.InferenceServerClient(address, ssl=tls, **limit)
 
-        self._server = self._started(connect()).result()
+        self._server = self._start(connect()).result()
 
     def __enter__(self) -> Client:
         return self
@@ -117,10 +119,10 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connections. A server waits half a minute for HTTP ones that are left open when it stops."""
+        """Close the connections. A server that stops waits half a minute for HTTP connections that are still open."""
         if self._loop.is_closed():
             return
-        self._started(self._stop()).result()
+        self._start(self._stop()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -132,63 +134,80 @@ class Client:
         await asyncio.gather(*left, return_exceptions=True)
         await self._server.close()
 
-    def embed_images(self, images: Iterable[Picture]) -> Rows:
-        """Return unit embeddings [N, D] of pictures: paths, or the bytes of files. Raises ServerError."""
-        return _rows(self._answers(images, self._embedder("image"), 1, "picture"))
+    def embed_images(self, images: Iterable[ImageFile]) -> Rows:
+        """Return unit embeddings [N, D] of images: paths, or the bytes of files. Raises ServerError."""
+        return _rows(self._answers(images, self._embedder(IMAGE), 1, IMAGE))
 
     def embed_texts(self, texts: Iterable[str]) -> Rows:
         """Return unit embeddings [N, D] of texts. Raises ServerError."""
-        return _rows(self._answers(texts, self._embedder("text"), 1, "text"))
+        return _rows(self.embedded_texts(texts))
+
+    def embedded_texts(self, texts: Iterable[str]) -> Iterator[Answer]:
+        """Yield what `embed_texts` returns text by text, as results arrive and in order; `texts` may be endless."""
+        return self._answers(texts, self._embedder(TEXT), 1, TEXT)
+
+    def labels(self) -> list[str] | None:
+        """Return the labels of a served classifier; None for a CLIP, which takes any labels. Raises ServerError."""
+        config = self._result("classify", self._read_config("classify"))
+        found = config["parameters"].get("labels")
+        return None if found is None else json.loads(found["string_value"])
 
     def classify(
-        self, images: Iterable[Picture], labels: Sequence[str], templates: Sequence[str] | None = None
+        self, images: Iterable[ImageFile], labels: Sequence[str] | None = None, templates: Sequence[str] | None = None
     ) -> Rows:
-        """Return the probability of every label for every picture, [N, C]; rows sum to 1.
+        """Return the probability of every label for every image, [N, C]; rows sum to 1.
 
-        `templates` are prompts with `{}` for the label; default: the server's. Raises ServerError, and DataError for
-        labels that are empty or repeated.
+        Args:
+            images: paths, or the bytes of files.
+            labels: names to choose from; None for a served classifier, which has its own, see `labels()`.
+            templates: prompts with `{}` for the label; default: the server's.
+
+        Raises ServerError, and DataError for labels that are empty or repeated.
         """
-        return _rows(self.classified(images, labels, templates), len(labels))
+        return _rows(self.classified(images, labels, templates), len(labels or ()))
 
     def classified(
-        self, images: Iterable[Picture], labels: Sequence[str], templates: Sequence[str] | None = None
+        self, images: Iterable[ImageFile], labels: Sequence[str] | None = None, templates: Sequence[str] | None = None
     ) -> Iterator[Answer]:
-        """Yield what `classify` returns picture by picture, as it comes and in order; `images` may be endless."""
-        check_labels(labels)
-        fixed = {"labels": _strings(labels)} | ({} if templates is None else {"templates": _strings(templates)})
+        """Yield what `classify` returns image by image, as results arrive and in order; `images` may be endless."""
+        fixed = {} if templates is None else {"templates": _strings(templates)}
+        if labels is not None:
+            check_labels(labels)
+            fixed["labels"] = _strings(labels)
 
-        async def ask(pictures: Sequence[bytes]) -> np.ndarray:
-            found = await self._infer("classify", {"image": _strings(pictures), **fixed}, "probabilities")
-            return _of_shape(found, (len(pictures), len(labels)), "classify")
+        async def send(files: Sequence[bytes]) -> np.ndarray:
+            found = await self._infer("classify", {IMAGE: _strings(files), **fixed}, "probabilities")
+            return _of_shape(found, (len(files), len(labels) if labels else found.shape[-1]), "classify")
 
-        return self._answers(images, ask, GROUP, "picture")
+        return self._answers(images, send, GROUP, IMAGE)
 
     def search(self, text: str, k: int = 10) -> list[Hit]:
         """Return the entries of the server's index that are nearest to a text, nearest first. Raises ServerError."""
-
-        async def ask() -> tuple[np.ndarray, np.ndarray]:
-            return await self._infer(
-                "search", {"text": _strings([text]), "k": np.asarray([k], np.int32)}, "scores", "keys"
-            )
-
-        try:
-            scores, keys = self._started(ask()).result()
-        except (_Rejected, _Unavailable) as error:
-            raise ServerError(f"{self.url}, search: {error}") from None
+        inputs = {TEXT: _strings([text]), "k": np.asarray([k], np.int32)}
+        scores, keys = self._result("search", self._infer("search", inputs, "scores", "keys"))
         found = zip(keys.ravel(), scores.ravel(), strict=True)  # [1, k]: the server takes several texts
         return [Hit(key.decode("utf-8", "surrogateescape"), float(score)) for key, score in found]
 
-    def _embedder(self, tower: str) -> Callable[[Sequence[bytes | str]], Awaitable[np.ndarray]]:
-        async def ask(items: Sequence[bytes | str]) -> np.ndarray:
-            found = await self._infer(f"embed_{tower}", {tower: _strings(items)[:, None]}, f"{tower}_embeds")
-            return _of_shape(found, (len(items), found.shape[-1]), f"embed_{tower}")
+    def _embedder(self, side: str) -> Callable[[Sequence[bytes | str]], Awaitable[np.ndarray]]:
+        model = f"embed_{side}"
 
-        return ask
+        async def send(items: Sequence[bytes | str]) -> np.ndarray:
+            found = await self._infer(model, {side: _strings(items)[:, None]}, f"{side}_embeds")
+            return _of_shape(found, (len(items), found.shape[-1]), model)
+
+        return send
+
+    def _result(self, model: str, request: Awaitable[Any]) -> Any:
+        """Wait for a single request. Raises ServerError."""
+        try:
+            return self._start(request).result()
+        except (_Rejected, _Unavailable) as error:
+            raise ServerError(f"{self.url}, {model}: {error}") from None
 
     def _answers(
-        self, items: Iterable[Any], ask: Callable[[Sequence[Any]], Awaitable[np.ndarray]], group: int, unit: str
+        self, items: Iterable[Any], send: Callable[[Sequence[Any]], Awaitable[np.ndarray]], group: int, unit: str
     ) -> Iterator[Answer]:
-        """Ask for items in groups; at most `in_flight` groups are read and not yet answered."""
+        """Send items in groups; at most `in_flight` groups are read and not yet answered."""
         iterator, waiting = iter(items), deque[Future]()
         total = len(items) if isinstance(items, Sized) else None
         answered, lost = False, 0
@@ -196,15 +215,13 @@ class Client:
             with progress_bar(total, self.url, unit, disable=not self.progress) as bar:
                 while True:
                     while len(waiting) < self.in_flight and (some := list(islice(iterator, group))):
-                        waiting.append(self._started(self._group(some, ask, _content(some, unit))))
+                        waiting.append(self._start(self._group(some, send, _content(some, unit))))
                     if not waiting:
                         return
                     for answer, reached in waiting.popleft().result():
                         answered, lost = answered or reached is True, lost + (reached is False) if not reached else 0
                         if reached is False and (lost >= self.in_flight * group or not (waiting or answered)):
-                            raise ServerError(
-                                f"{self.url} was asked for, and there is no answer: {answer.error}. Is the server running?"
-                            )
+                            raise ServerError(f"{self.url} does not answer: {answer.error}. Is the server running?")
                         bar.update()
                         yield answer
         finally:
@@ -212,51 +229,59 @@ class Client:
                 one.cancel()
 
     async def _group(
-        self, items: list[Any], ask: Callable[[Sequence[Any]], Awaitable[np.ndarray]], content: list[Any]
+        self, items: list[Any], send: Callable[[Sequence[Any]], Awaitable[np.ndarray]], content: list[Any]
     ) -> list[tuple[Answer, bool | None]]:
-        """Answer some items, each with whether the server was reached; None: it did not have to be."""
+        """Return the answers for some items, each with whether the server was reached; None if nothing was sent."""
         broken = {number: str(one) for number, one in enumerate(content) if isinstance(one, DataError)}
         whole = [number for number in range(len(items)) if number not in broken]
         answers: dict[int, tuple[Answer, bool | None]] = {
             number: (Answer(items[number], None, error), None) for number, error in broken.items()
         }
         try:
-            found = await ask([content[number] for number in whole]) if whole else ()
+            found = await send([content[number] for number in whole]) if whole else ()
             answers |= {number: (Answer(items[number], row), True) for number, row in zip(whole, found, strict=True)}
         except _Unavailable as error:
             answers |= {number: (Answer(items[number], None, str(error)), False) for number in whole}
         except _Rejected as error:
             if len(whole) == 1:
                 answers[whole[0]] = Answer(items[whole[0]], None, str(error)), True
-            else:  # which of them it was is not said
+            else:  # the server does not say which one it was
                 for number in whole:
-                    [answers[number]] = await self._group([items[number]], ask, [content[number]])
+                    [answers[number]] = await self._group([items[number]], send, [content[number]])
         return [answers[number] for number in range(len(items))]
 
     async def _infer(self, model: str, inputs: dict[str, np.ndarray], *outputs: str) -> Any:
-        """Send one request, as often as is allowed; returns its output, or outputs."""
+        """Send a request, with retries; return its output, or outputs."""
         tensors = []
         for name, values in inputs.items():
             kind = "BYTES" if values.dtype == object else "INT32"
             tensors.append(self._triton.InferInput(name, list(values.shape), kind))
             tensors[-1].set_data_from_numpy(values)
-        for attempt in range(self.retries + 1):
+        result = await self._retried(model, lambda: self._server.infer(model, tensors))
+        found = [result.as_numpy(name) for name in outputs]
+        if any(values is None for values in found):
+            raise ServerError(f"{self.url}: model '{model}' gives no {' and '.join(outputs)}.")
+        return found if len(found) > 1 else found[0]
+
+    async def _read_config(self, model: str) -> dict[str, Any]:
+        options = {"as_json": True} if self.protocol == "grpc" else {}
+        found = await self._retried(model, lambda: self._server.get_model_config(model, **options))
+        return found["config"] if self.protocol == "grpc" else found
+
+    async def _retried(self, model: str, attempt: Callable[[], Awaitable[Any]]) -> Any:
+        """Try a request until it succeeds. Raises _Unavailable after the last attempt, and _Rejected or ServerError."""
+        for number in range(self.retries + 1):
             try:
-                result = await asyncio.wait_for(self._server.infer(model, tensors), self.timeout)
+                return await asyncio.wait_for(attempt(), self.timeout)
             except Exception as error:
-                told = self._told(model, error)
-                if attempt == self.retries:
-                    raise _Unavailable(told) from None
-            else:
-                found = [result.as_numpy(name) for name in outputs]
-                if any(values is None for values in found):
-                    raise ServerError(f"{self.url}: model '{model}' gives no {' and '.join(outputs)}.")
-                return found if len(found) > 1 else found[0]
-            await asyncio.sleep(min(self.delay * 2**attempt, LONGEST_DELAY))
+                reason = self._reason_to_retry(model, error)
+                if number == self.retries:
+                    raise _Unavailable(reason) from None
+            await asyncio.sleep(min(self.delay * 2**number, LONGEST_DELAY))
         raise AssertionError("unreachable")
 
-    def _told(self, model: str, error: Exception) -> str:
-        """Say why a try failed if another is worth while; raise what ends the request if it is not."""
+    def _reason_to_retry(self, model: str, error: Exception) -> str:
+        """Return why an attempt failed if another is worthwhile; else raise what ends the request."""
         from tritonclient.utils import InferenceServerException
 
         if isinstance(error, InferenceServerException):
@@ -273,12 +298,12 @@ class Client:
             return str(error) or type(error).__name__
         raise error
 
-    def _started(self, task: Any) -> Future:
+    def _start(self, task: Any) -> Future:
         return asyncio.run_coroutine_threadsafe(task, self._loop)
 
 
 def address_from(url: str, protocol: Protocol = "auto") -> tuple[Literal["http", "grpc"], str, bool]:
-    """Return a URL's protocol, `host:port` (and path), and whether it asks for TLS. Raises ServerError."""
+    """Return a URL's protocol, `host:port` (and path), and whether it uses TLS. Raises ServerError."""
     scheme, separator, rest = url.partition("://")
     try:
         parts = urlsplit(f"//{rest if separator else url}")
@@ -287,12 +312,12 @@ def address_from(url: str, protocol: Protocol = "auto") -> tuple[Literal["http",
         host = port = None
     if not host or (separator and scheme not in SCHEMES):
         raise ServerError(
-            f"'{url}' is no address of a server. Give one such as http://localhost:8000 or grpc://host:8001."
+            f"'{url}' is not a server's address. Use one such as http://localhost:8000 or grpc://host:8001."
         )
     found, tls = SCHEMES[scheme] if separator else ("grpc" if port == PORTS["grpc"] else "http", False)
     if protocol != "auto":
         if separator and protocol != found:
-            raise ServerError(f"'{url}' asks for {found}, and the protocol is to be {protocol}. Leave one of them out.")
+            raise ServerError(f"'{url}' is a {found} address, but the protocol is {protocol}. Leave one of them out.")
         found = protocol
     name = f"[{host}]" if ":" in host else host
     return found, f"{name}:{port or PORTS[found]}{parts.path.rstrip('/') if found == 'http' else ''}", tls
@@ -305,14 +330,13 @@ def _packages(protocol: str) -> tuple[ModuleType, ModuleType]:
         return import_module(f"tritonclient.{protocol}"), import_module(f"tritonclient.{protocol}.aio")
     except ImportError as error:
         raise BackendMissing(
-            f"Asking a server by {protocol} needs a package that is not installed ({error}). "
-            "Do: pip install 'clipress[serve]'"
+            f"The {protocol} client needs a package that is not installed ({error}). Do: pip install 'clipress[serve]'"
         ) from None
 
 
 def _content(items: Sequence[Any], unit: str) -> list[Any]:
-    """Return what is sent of items: texts as they are, pictures' bytes, or the error that stands in their way."""
-    return list(items) if unit == "text" else [item if isinstance(item, bytes) else _read(item) for item in items]
+    """Return what is sent for items: texts as they are, images' bytes, or the error of reading them."""
+    return list(items) if unit == TEXT else [item if isinstance(item, bytes) else _read(item) for item in items]
 
 
 def _read(path: str | Path) -> bytes | DataError:
@@ -323,7 +347,7 @@ def _read(path: str | Path) -> bytes | DataError:
 
 
 def _strings(items: Sequence[bytes | str]) -> np.ndarray:
-    """Return an array of bytes objects [N]; numpy's own kind of bytes would lose zeros at the end."""
+    """Return an array of bytes objects [N]; numpy's own bytes type would drop trailing zeros."""
     array = np.empty(len(items), object)
     array[:] = [item if isinstance(item, bytes) else item.encode("utf-8", "surrogateescape") for item in items]
     return array
@@ -331,14 +355,12 @@ def _strings(items: Sequence[bytes | str]) -> np.ndarray:
 
 def _of_shape(found: np.ndarray, shape: tuple[int, ...], model: str) -> np.ndarray:
     if found.shape != shape or not np.isfinite(found).all():
-        raise ServerError(
-            f"Model '{model}' was to answer with {list(shape)} finite numbers; found {list(found.shape)}."
-        )
+        raise ServerError(f"Model '{model}': expected {list(shape)} finite numbers, found {list(found.shape)}.")
     return found.astype(np.float32, copy=False)
 
 
 def _rows(answers: Iterable[Answer], width: int = 0) -> Rows:
-    """Gather answers; `width` is that of an empty array."""
+    """Gather answers; `width` is the width of an array without rows."""
     found = list(answers)
     width = next((len(answer.value) for answer in found if answer.value is not None), width)
     values = np.full((len(found), width), np.nan, np.float32)

@@ -1,9 +1,8 @@
-"""Which engines of an export Triton gets: those of one TensorRT and one precision, one per compute capability."""
+"""Choose the TensorRT engines of an export to serve: one TensorRT, one precision, one engine per compute capability."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
@@ -13,8 +12,8 @@ from clipress.runtime.tensorrt import Sidecar, numbers, read_plan
 from clipress.serve.settings import ServeSettings
 
 
-class Plans(BaseModel):
-    """What a configuration says of one tower's engines."""
+class Engines(BaseModel):
+    """The engines of one graph, as its configuration describes them."""
 
     tensorrt: str
     version_compatible: bool
@@ -22,37 +21,36 @@ class Plans(BaseModel):
     best_batch: int
     largest_batch: int
     files: dict[str, str]
-    """Compute capability, such as 9.0 -> file in the version's folder. Any GPU may run the first, `model.plan`."""
+    """Compute capability, such as 9.0 -> file in the version's folder. The first is `model.plan`, the default on any GPU."""
 
 
-def plans_from_export(exported: Exported, tower: Any, settings: ServeSettings) -> tuple[Plans, dict[str, Path]]:
-    """Choose a tower's engines: what to say of them, and the files of its version's folder.
+def engines_from_export(exported: Exported, graph: str, settings: ServeSettings) -> tuple[Engines, dict[str, Path]]:
+    """Choose a graph's engines; return their description and the files of the version's folder.
 
-    Every plan must be vouched for by its sidecar, and be built from this very export (ArtifactError, ExportError). Raises
-    ExportError where no engine is there, or where it is not clear which one is meant.
+    Every engine needs a valid sidecar and must be built from this very export (ArtifactError, ExportError). Raises
+    ExportError where there is no engine, or where the choice is ambiguous.
     """
     folder = exported.folder / "tensorrt"
-    build = "Build it on a machine with the GPU: clipress export RUN --tensorrt"
     wanted = settings.precision
-    found = {path: read_plan(path)[1] for path in sorted(folder.glob(f"{tower}.*.engine"))}
+    found = {path: read_plan(path)[1] for path in sorted(folder.glob(f"{graph}.*.engine"))}
     fitting = {
         path: sidecar
         for path, sidecar in found.items()
-        if sidecar.onnx_sha256 == exported.files[tower].sha256 and wanted in (None, sidecar.precision)
+        if sidecar.onnx_sha256 == exported.files[graph].sha256 and wanted in (None, sidecar.precision)
     }
     if not fitting:
-        there = ", ".join(f"{path.name} ({sidecar.precision})" for path, sidecar in found.items()) or "none"
-        asked = f"An {wanted} engine" if wanted else "An engine"
+        names = ", ".join(f"{path.name} ({sidecar.precision})" for path, sidecar in found.items()) or "none"
         raise ExportError(
-            f"{asked} of {exported.stage}'s {tower} tower was asked for in {folder}, built from its {tower}.onnx as it is "
-            f"now; engines there: {there}. {build}, or serve with --backend onnxruntime."
+            f"{folder}: expected an {f'{wanted} ' if wanted else ''}engine of {exported.stage}'s graph '{graph}', built from "
+            f"the current {graph}.onnx; engines found: {names}. Build it on a machine with the GPU: "
+            "clipress export RUN --tensorrt, or serve with --backend onnxruntime."
         )
     newest = max((sidecar.tensorrt for sidecar in fitting.values()), key=numbers)
     chosen = {path: sidecar for path, sidecar in fitting.items() if sidecar.tensorrt == newest}
-    return _described(chosen, tower)
+    return _describe(chosen, graph)
 
 
-def _described(chosen: dict[Path, Sidecar], tower: str) -> tuple[Plans, dict[str, Path]]:
+def _describe(chosen: dict[Path, Sidecar], graph: str) -> tuple[Engines, dict[str, Path]]:
     files: dict[str, str] = {}
     sources: dict[str, Path] = {}
     for path, sidecar in chosen.items():
@@ -60,13 +58,13 @@ def _described(chosen: dict[Path, Sidecar], tower: str) -> tuple[Plans, dict[str
         name = f"model_cc{major}{minor}.plan" if files else "model.plan"
         if f"{major}.{minor}" in files or len({sidecar.precision for sidecar in chosen.values()}) > 1:
             raise ExportError(
-                f"One engine per kind of GPU was asked for, found for the {tower} tower: "
-                f"{', '.join(path.name for path in chosen)}. Say serve.precision, or take the others out of the folder."
+                f"Graph '{graph}': expected one engine per kind of GPU, found {', '.join(path.name for path in chosen)}. "
+                "Set serve.precision, or move the others out of the folder."
             )
         files[f"{major}.{minor}"] = name
         sources |= {name: path, f"{name}.json": path.with_name(f"{path.name}.json")}
     profiles = [sidecar.profile for sidecar in chosen.values()]
-    plans = Plans(
+    engines = Engines(
         tensorrt=next(iter(chosen.values())).tensorrt,
         version_compatible=all(sidecar.version_compatible for sidecar in chosen.values()),
         smallest_batch=max(profile.min[0] for profile in profiles),
@@ -74,9 +72,9 @@ def _described(chosen: dict[Path, Sidecar], tower: str) -> tuple[Plans, dict[str
         largest_batch=min(profile.max[0] for profile in profiles),
         files=files,
     )
-    if plans.smallest_batch > 1:
+    if engines.smallest_batch > 1:
         raise ExportError(
-            f"An engine for batches from 1 on was asked for; the {tower} tower's takes {plans.smallest_batch} or more. "
-            "Build it with export.tensorrt.batch.min=1."
+            f"Graph '{graph}': expected an engine that takes single rows, found one for batches of "
+            f"{engines.smallest_batch} or more. Build it with export.tensorrt.batch.min=1."
         )
-    return plans, sources
+    return engines, sources

@@ -1,15 +1,15 @@
-"""An embedding index: which pictures are nearest to a text, by inner product over faiss.
+"""An embedding index that finds the images nearest to a text, by inner product, with faiss.
 
-    <folder>/index.json               what it is, and sizes and SHA-256 of the two files it names
+    <folder>/index.json               its description, with sizes and SHA-256 of the two files it names
             /index-<hash>.faiss       the vectors; mapped into memory when opened, not loaded
-            /keys-<hash>.jsonl        one JSON string per line: row i of the vectors is called what line i says
+            /keys-<hash>.jsonl        one JSON string per line: line i is the key of row i of the vectors
 
 The files of an index are never changed: new ones are written beside them, and index.json is then replaced in one step.
-So a kill at any moment leaves the old index or the new one, and those who have the old one open may go on with it.
+So a kill at any moment leaves the old index or the new one, and processes that have the old one open can keep using it.
 
 Kinds: `flat` compares with everything and is exact. `ivf` (inverted lists around k-means centres) and `hnsw` (a graph,
 Malkov & Yashunin 2016, arXiv:1603.09320) look at a part only, and may miss some of the nearest. A graph takes longest to
-make, and is made anew when something is taken out of it.
+build, and is rebuilt when entries are removed.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from clipress.storage import flush, sha256, write_bytes_whole, write_text_whole
 
 SCHEMA_VERSION = 1
 DESCRIPTION = "index.json"
-EXACT_UP_TO = 1_000_000  # vectors; beyond, comparing with everything takes a second and more
-PER_LIST, TRAINED_ON = 39, 64  # vectors per inverted list at least; so many per list are shown to k-means
+EXACT_UP_TO = 1_000_000  # vectors; beyond that, comparing with everything takes more than a second
+PER_LIST, TRAINED_ON = 39, 64  # vectors per inverted list, at least, and per list in the training of k-means
+AGAIN = "Make it again: clipress index IMAGES --run RUN --out {}"
 LINKS, BUILD_BREADTH, SEARCH_BREADTH = 32, 100, 128  # of the graph: links per vector, candidates kept
 
 Kind = Literal["flat", "ivf", "hnsw"]
 
 
 class File(Section):
-    """One of the two files, and what it must be."""
+    """One of the two files, and what it must contain."""
 
     file: str = Field(pattern=r"^[^/\\]+$")
     bytes: int
@@ -46,18 +47,18 @@ class File(Section):
 
 
 class Encoder(Section):
-    """What the vectors were made with."""
+    """The model that made the vectors."""
 
     lineage: str
-    """Hash of the artefact's lineage: vectors of another one mean something else."""
+    """Hash of the artifact's lineage. Vectors of another model cannot be compared with these."""
     stage: str
     precision: str
     sha256: str
-    """Of the image tower's file."""
+    """Of the image encoder's file."""
 
 
 class Description(Section):
-    """What index.json says."""
+    """The contents of index.json."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: Kind
@@ -70,7 +71,7 @@ class Description(Section):
 
 
 class Index:
-    """An open index. Searching is safe from several threads. Made by `open_index`."""
+    """An open index, returned by `open_index`. Several threads may search it at once."""
 
     def __init__(self, folder: Path, description: Description, vectors: Any) -> None:
         self.folder, self.description = folder, description
@@ -88,24 +89,24 @@ class Index:
 
     @property
     def lineage(self) -> str:
-        """The encoder's hash; queries must come from the text tower of the same."""
+        """The encoder's hash; queries must come from the text encoder of the same model."""
         return self.description.encoder.lineage
 
     def key(self, row: int) -> str:
-        """Return what a row is called."""
+        """Return the key of a row."""
         start = int(self._ends[row - 1]) + 1 if row else 0
         return json.loads(self._keys[start : int(self._ends[row])].tobytes())
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, list[list[str]]]:
-        """Return inner products float32 [N, k] and keys [N][k] of the nearest to queries [N, D], nearest first.
+        """Return inner products float32 [N, k] and keys [N][k] of the entries nearest to queries [N, D], nearest first.
 
-        Of an index with fewer than k entries, all. Raises DataError for queries of another shape, or not finite.
+        An index with fewer than k entries returns all. Raises DataError for queries of another shape, or not finite.
         """
         queries = np.ascontiguousarray(queries, np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise DataError(f"{self.folder} is asked with [N, {self.dim}] numbers; found {list(queries.shape)}.")
+            raise DataError(f"{self.folder}: expected queries [N, {self.dim}], found {list(queries.shape)}.")
         if k < 1 or not np.isfinite(queries).all():
-            raise DataError(f"{self.folder}: finite queries and a k of 1 or more are asked for; found k = {k}.")
+            raise DataError(f"{self.folder}: expected finite queries and a k of 1 or more, found k = {k}.")
         scores, rows = self._nearest(queries, min(k, len(self)))
         return scores, [[self.key(row) for row in found] for found in rows.tolist()]
 
@@ -117,7 +118,7 @@ class Index:
             few = faiss.SearchParametersHNSW(efSearch=max(SEARCH_BREADTH, 2 * k))
             everything = faiss.downcast_index(self._vectors.storage)
         scores, rows = self._vectors.search(queries, k, params=few)
-        short = (rows < 0).any(1)  # fewer than k lay where it looked
+        short = (rows < 0).any(1)  # the part it looked at has fewer than k
         if short.any():
             ivf = self.description.kind == "ivf"
             all_lists = faiss.SearchParametersIVF(nprobe=self._vectors.nlist) if ivf else None
@@ -126,41 +127,40 @@ class Index:
 
 
 def open_index(folder: str | Path, lineage: str | None = None, verify: bool = True) -> Index:
-    """Open an index; its vectors stay on disk and are mapped.
+    """Open an index; its vectors stay on disk and are mapped into memory.
 
     Args:
-        lineage: hash of the encoder that queries come from; another than the index's is refused.
-        verify: read the files through and compare checksums; sizes always are.
+        lineage: hash of the encoder that queries come from; it must be the index's.
+        verify: also compare checksums, which reads both files; sizes are always compared.
 
-    Raises ArtifactError, which says what differs, and BackendMissing without faiss.
+    Raises ArtifactError if the index is damaged or of another encoder, and BackendMissing without faiss.
     """
     faiss = need_faiss()
     folder = Path(folder)
     description = read_description(folder)
-    if trouble := _trouble(folder, description, verify):
+    if damage := _find_damage(folder, description, verify):
         if read_description(folder) != description:  # it was replaced meanwhile
             return open_index(folder, lineage, verify)
-        raise ArtifactError(f"{folder}: {trouble}. Make it again: clipress index IMAGES --run RUN --out {folder}")
+        raise ArtifactError(f"{folder}: {damage}. {AGAIN.format(folder)}")
     check_encoder(folder, description, lineage)
     vectors = _read(folder / description.vectors.file, faiss.IO_FLAG_MMAP_IFC)
     index = Index(folder, description, vectors)
     if (vectors.ntotal, vectors.d, len(index._ends)) != (len(index), index.dim, len(index)):
         raise ArtifactError(
-            f"{folder}: {vectors.ntotal} x {vectors.d} vectors and {len(index._ends)} keys were found; {DESCRIPTION} "
-            f"says {len(index)} x {index.dim}. Make it again: clipress index IMAGES --run RUN --out {folder}"
+            f"{folder}: expected {len(index)} x {index.dim} vectors and as many keys, as {DESCRIPTION} says; found "
+            f"{vectors.ntotal} x {vectors.d} and {len(index._ends)} keys. {AGAIN.format(folder)}"
         )
     return index
 
 
 def read_description(folder: Path) -> Description:
-    """Read what an index says of itself. Raises ArtifactError."""
+    """Read an index's description. Raises ArtifactError."""
     path = folder / DESCRIPTION
     try:
         return Description.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError(
-            f"An index was asked for at {folder}; there is no {DESCRIPTION} in it. "
-            f"Do: clipress index IMAGES --run RUN --out {folder}"
+            f"{folder} is not an index: it has no {DESCRIPTION}. Do: clipress index IMAGES --run RUN --out {folder}"
         ) from None
     except ValidationError as error:
         raise ArtifactError(f"{path} is damaged: {first_problem(error)}. Make the index again.") from None
@@ -169,16 +169,15 @@ def read_description(folder: Path) -> Description:
 
 
 def check_encoder(folder: Path, description: Description, lineage: str | None) -> None:
-    """Raise ArtifactError when vectors of this encoder have no place among the index's."""
+    """Raise ArtifactError if vectors of this encoder cannot be compared with the index's."""
     if lineage is not None and lineage != description.encoder.lineage:
         raise ArtifactError(
-            f"{folder} was made with the encoder {description.encoder.lineage} (stage {description.encoder.stage}); "
-            f"the one asked for is {lineage}. Embeddings of two encoders cannot be compared: use that one, or make "
-            "the index again."
+            f"{folder}: expected the encoder {description.encoder.lineage} (stage {description.encoder.stage}), found "
+            f"{lineage}. Embeddings of two encoders cannot be compared: use that one, or make the index again."
         )
 
 
-def _trouble(folder: Path, description: Description, verify: bool) -> str | None:
+def _find_damage(folder: Path, description: Description, verify: bool) -> str | None:
     for file in (description.vectors, description.keys):
         path = folder / file.file
         size = path.stat().st_size if path.is_file() else None
@@ -194,23 +193,23 @@ def _read(path: Path, flags: int) -> Any:
     try:
         return faiss.read_index(str(path), flags)
     except RuntimeError as error:  # faiss's own
-        told = str(error).strip().splitlines()[-1]
-        raise ArtifactError(f"{path} cannot be opened by faiss {faiss.__version__}: {told}.") from None
+        reason = str(error).strip().splitlines()[-1]
+        raise ArtifactError(f"{path} cannot be opened by faiss {faiss.__version__}: {reason}.") from None
 
 
 def kind_for(count: int) -> Kind:
-    """Return the kind that is made of so many vectors when none is asked for."""
+    """Return the default kind for a number of vectors."""
     return "flat" if count <= EXACT_UP_TO else "ivf"
 
 
 def write_index(
     folder: Path, kind: Kind, blocks: Callable[[], Iterable[np.ndarray]], keys: Sequence[str], encoder: Encoder
 ) -> Description:
-    """Make an index of vectors and put it in place of what the folder holds.
+    """Make an index of vectors and replace the folder's index with it.
 
     Args:
-        blocks: gives the vectors, float32 [n, D] each, and gives them again when called again.
-        keys: names of all of them, in order.
+        blocks: yields the vectors, float32 [n, D] each; it may be called more than once.
+        keys: names of all vectors, in order.
     """
     faiss = need_faiss()
     dim = next(iter(blocks())).shape[1]
@@ -226,11 +225,11 @@ def write_index(
         vectors.train(_sample(blocks(), len(keys), lists * TRAINED_ON))
     for block in blocks():
         vectors.add(block)
-    return _put(folder, kind, vectors, keys, encoder)
+    return _write(folder, kind, vectors, keys, encoder)
 
 
 def _sample(blocks: Iterable[np.ndarray], count: int, wanted: int) -> np.ndarray:
-    """Draw rows without repeating any, the same ones every time."""
+    """Draw distinct rows, the same ones every time."""
     rows = np.sort(np.random.default_rng(0).choice(count, min(wanted, count), replace=False))
     parts, start = [], 0
     for block in blocks:
@@ -246,30 +245,30 @@ def change_index(
     blocks: Iterable[np.ndarray] = (),
     keys: Sequence[str] = (),
 ) -> Description:
-    """Take entries out of an index, then put others in; its kind and, of `ivf`, its centres stay as they are.
+    """Remove entries from an index, then add others. Its kind, and the centres of an `ivf`, do not change.
 
-    A key that comes in and is there already is replaced. All vectors are in memory meanwhile. Raises DataError for keys
-    to remove that are not there, and when nothing would be left.
+    A new entry replaces an old one of the same key. All vectors are held in memory meanwhile. Raises DataError for keys to
+    remove that the index does not have, and if nothing would be left.
     """
     index = open_index(folder)
     old = [index.key(row) for row in range(len(index))]
-    gone = set(remove)
-    if missing := sorted(gone.difference(old)):
+    removed = set(remove)
+    if missing := sorted(removed.difference(old)):
         raise DataError(f"{folder} has no entry '{missing[0]}'.{nearest(missing[0], old) if len(old) < 10_000 else ''}")
-    gone.update(keys)
-    kept = np.asarray([key not in gone for key in old], bool)
+    removed.update(keys)
+    kept = np.asarray([key not in removed for key in old], bool)
     if not kept.any() and not len(keys):
-        raise DataError(f"{folder}: nothing would be left in it. To be rid of the index, remove the folder.")
+        raise DataError(f"{folder}: nothing would be left. To delete the index, remove the folder.")
     vectors = _read(folder / index.description.vectors.file, 0)
     if not kept.all():  # faiss removes nothing from a graph, and leaves holes in the numbering of lists
-        _keep(vectors, kept)
+        _keep_rows(vectors, kept)
     for block in blocks:
         vectors.add(block)
-    named = [key for key, one in zip(old, kept, strict=True) if one] + list(keys)
-    return _put(folder, index.description.kind, vectors, named, index.description.encoder)
+    names = [key for key, one in zip(old, kept, strict=True) if one] + list(keys)
+    return _write(folder, index.description.kind, vectors, names, index.description.encoder)
 
 
-def _keep(vectors: Any, kept: np.ndarray) -> None:
+def _keep_rows(vectors: Any, kept: np.ndarray) -> None:
     import faiss
 
     lists = isinstance(vectors, faiss.IndexIVF)
@@ -282,8 +281,8 @@ def _keep(vectors: Any, kept: np.ndarray) -> None:
     vectors.add(rows)
 
 
-def _put(folder: Path, kind: Kind, vectors: Any, keys: Sequence[str], encoder: Encoder) -> Description:
-    """Write both files beside the old ones, then index.json over the old one, then remove what it no longer names."""
+def _write(folder: Path, kind: Kind, vectors: Any, keys: Sequence[str], encoder: Encoder) -> Description:
+    """Write both files beside the old ones, replace index.json, then remove the files it no longer names."""
     faiss = need_faiss()
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".vectors.{os.getpid()}.tmp"
@@ -294,7 +293,7 @@ def _put(folder: Path, kind: Kind, vectors: Any, keys: Sequence[str], encoder: E
         vectors_file = File(file=f"index-{found[:12]}.faiss", bytes=aside.stat().st_size, sha256=found)
         aside.replace(folder / vectors_file.file)
     except (OSError, RuntimeError) as error:  # the latter is faiss's
-        raise ArtifactError(f"{folder} could not be written: {error}. What was there before is kept.") from error
+        raise ArtifactError(f"{folder} could not be written: {error}. The old index is kept.") from error
     finally:
         aside.unlink(missing_ok=True)
     lines = folder / f".keys.{os.getpid()}.new"
@@ -311,7 +310,7 @@ def _put(folder: Path, kind: Kind, vectors: Any, keys: Sequence[str], encoder: E
         keys=keys_file,
         made_with={"clipress": __version__, "faiss": faiss.__version__},
     )
-    flush(folder)  # both names are on disk before anything points at them
+    flush(folder)  # both files must be on disk before index.json names them
     write_text_whole(folder / DESCRIPTION, json.dumps(description.model_dump(), indent=1) + "\n")
     flush(folder)
     for pattern in ("index-*.faiss", "keys-*.jsonl", ".*.tmp", ".keys.*.new"):
@@ -322,11 +321,11 @@ def _put(folder: Path, kind: Kind, vectors: Any, keys: Sequence[str], encoder: E
 
 
 def need_faiss() -> Any:
-    """Import faiss, or say how it is had."""
+    """Import faiss. Raises BackendMissing, which says how to install it."""
     try:
         import faiss
     except ImportError:
         raise BackendMissing(
-            "An index needs faiss, and it is not installed. Do: pip install 'clipress[serve]'"
+            "An index needs faiss, which is not installed. Do: pip install 'clipress[serve]'"
         ) from None
     return faiss

@@ -1,4 +1,4 @@
-"""Embeddings of label sets that were asked for lately, within an amount of memory."""
+"""A cache of the embeddings of label sets, limited by memory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Key = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 class LabelSets:
-    """A cache by (labels, templates); the least recently used set goes first.
+    """A cache keyed by (labels, templates). The least recently used set is dropped first.
 
     Args:
-        limit: bytes of all embeddings and names together; a set that is larger is not kept.
+        limit: bytes of all embeddings and names together. A set larger than that is not kept.
     """
 
     def __init__(self, limit: int) -> None:
@@ -21,13 +21,13 @@ class LabelSets:
         self._sets: OrderedDict[Key, np.ndarray] = OrderedDict()
 
     def get(self, key: Key) -> np.ndarray | None:
-        """Return a set's embeddings [C, D], if they are there."""
+        """Return the embeddings [C, D] of a set, or None if the cache does not have them."""
         if key in self._sets:
             self._sets.move_to_end(key)
         return self._sets.get(key)
 
     def put(self, key: Key, classes: np.ndarray) -> None:
-        """Keep a set's embeddings."""
+        """Keep the embeddings of a set."""
         if key in self._sets or _size(key, classes) > self._limit:
             return
         self._sets[key] = classes

@@ -13,50 +13,50 @@ Count = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
 
 
 class RateLimit(Section):
-    """What Triton's rate limiter asks of the encoders. It works where the server gets --rate-limit=execution_count, as
-    `clipress triton` and the repository's page have it."""
+    """What the encoders take from Triton's rate limiter. It works only if the server is started with
+    --rate-limit=execution_count, as `clipress triton` and the repository's README.md do."""
 
     resources: dict[str, PositiveInt] = Field(default_factory=dict)
-    """How much of which resource one run takes. Models that name the same resource share it."""
+    """How much of each resource one run takes. Models that name the same resource share it."""
     priority: int = Field(1, ge=1)
-    """An encoder of priority 2 is let run half as often as one of priority 1."""
+    """An encoder of priority 2 runs half as often as one of priority 1."""
 
 
 class ServeSettings(Section):
-    """What the Triton model repositories ask of the server."""
+    """How the Triton model repositories are set up."""
 
     backend: tuple[Literal["onnxruntime", "python", "tensorrt"], ...] = Field(("onnxruntime", "python"), min_length=1)
-    """Of the encoders, one or several; each becomes a repository of its own."""
+    """Backends of the encoders, one or several. Each gets a repository of its own."""
     container: str = Field("24.10", pattern=r"^\d\d\.\d\d$")
-    """Release of NVIDIA's container; engines need the one that has their TensorRT."""
+    """Release of NVIDIA's container. Engines need the one with their version of TensorRT."""
     precision: str | None = None
-    """Of the engines, such as fp16 or int8-fp16; absent: there is one only."""
+    """Precision of the engines, such as fp16 or int8-fp16. Not needed if there is only one."""
     max_batch: int = Field(64, ge=1, le=1024)
-    """Largest batch the server makes of waiting requests, and takes in one request; of engines, no more than they take."""
+    """Largest batch that the server forms, and accepts in one request. Engines may take less."""
     queue_delay_us: int = Field(0, ge=0, le=1_000_000)
-    """Microseconds a request may wait for company. A lone client pays them in full; at 0, busy servers batch all the same."""
+    """Microseconds a request may wait to be batched. A lone client always waits that long; busy servers batch even at 0."""
     queue_size: int = Field(0, ge=0, le=1_000_000)
-    """Requests that may wait for a model; more are refused at once. 0: any number.
+    """Requests that may wait for a model; further ones are refused at once. 0 sets no limit.
 
     With this or `queue_timeout_ms` Triton keeps its dynamic batcher from working ahead, and 2.51 then loses wake-ups:
     requests wait half a second for nothing, the fewer instances the more often, and throughput may decay until the model
     is loaded again (triton-inference-server/server#8870)."""
     queue_timeout_ms: int = Field(0, ge=0, le=3_600_000)
-    """Milliseconds a request may wait in a model's queue before it is refused. 0: for ever. See `queue_size`."""
+    """Milliseconds after which a waiting request is refused. 0 sets no limit. See `queue_size`."""
     instances: Count = "auto"
-    """Copies of each model that work at the same time; auto: see serve/sizing.py."""
+    """Copies of each model that work in parallel; auto: see serve/sizing.py."""
     threads: Count = "auto"
-    """Of ONNX Runtime, inside one operator, per instance; auto: see serve/sizing.py."""
+    """Threads of ONNX Runtime inside one operator, per instance; auto: see serve/sizing.py."""
     gpus: tuple[int, ...] | None = None
-    """Devices that engines run on, `instances` on each; absent: all."""
+    """Devices for engines, `instances` on each. Default: all."""
     rate_limit: RateLimit | None = None
     text_cache_mb: int = Field(0, ge=0, le=65_536)
-    """Memory for the embeddings of ids that were asked before, kept by Triton itself; 0: no such cache. Triton keeps errors
-    too, and gives them out as empty answers until they fall out: only where texts are few and clients try again."""
+    """Memory for embeddings of token ids that were sent before, kept by Triton itself; 0 for no cache. Triton caches errors
+    too and returns them as empty answers until they are evicted: use it only where texts are few and clients retry."""
     label_cache_mb: int = Field(64, ge=0, le=65_536)
-    """Memory for the embeddings of label sets, per instance of `classify`; the least recently used set goes first."""
+    """Memory for embeddings of label sets, per instance of `classify`. The least recently used set is dropped first."""
     index: Path | None = None
-    """Folder of an index that `search` looks in; absent: no such model."""
+    """Folder of the index that `search` uses. Without one there is no such model."""
 
     @field_validator("backend", mode="before")
     @classmethod

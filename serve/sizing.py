@@ -1,14 +1,14 @@
-"""How many instances and threads an encoder gets, and which batch is best: the rule behind `auto`.
+"""How many instances and threads the model of a graph gets, and which batch it prefers: the rule behind `auto`.
 
-Small models gain nothing from threads: one thread each, and as many instances as cores. A larger model gets as many
-threads as bring one item to about 20 ms by the bench's figures (threads taken to scale), and so many instances as the
-cores then allow. Without figures, one thread per 64 MB of its file. On GPUs one instance is enough: its work is queued there
-anyway, and a second one costs its memory again.
+Small models gain nothing from threads: they get one thread each, and as many instances as there are cores. A larger model
+gets as many threads as bring one item to about 20 ms by the benchmark's figures (assuming that threads scale), and as many
+instances as the cores then allow. Without figures it gets one thread per 64 MB of its file. On GPUs one instance is enough:
+the GPU queues the work anyway, and a second instance costs its memory again.
 
-Of a model that takes less than a millisecond, what the server does around a run takes as long: it gets half as many
-instances, and `embed_*` of the python backend, one instance per core, runs it in its own process (studies/serving.md).
+When a model takes less than a millisecond, the server spends as long around a run as in it. Such a model gets half as many
+instances, and the python backend runs it inside `embed_*`, with one instance per core (studies/serving.md).
 
-The batch that the bench found the fastest per item is what the server forms by preference.
+The server prefers the batch that was fastest per item in the benchmark.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ SMALL_MS = 1.0
 
 @dataclass(frozen=True)
 class Sizing:
-    """Of one encoder."""
+    """The sizes of one graph's model."""
 
     instances: int
     threads: int
     preferred_batch: int | None
     small: bool = False
-    """By the bench: what the server does around it takes as long."""
+    """By the benchmark, the server spends as long around a run as in it."""
 
 
-def sizing(exported: Exported, tower: str, backend: str, settings: ServeSettings, bench: Path | None) -> Sizing:
-    """Return an encoder's sizes: the settings', else by the rule. `bench` is a results.json, which need not be there."""
-    rows = [] if bench is None else _measured(bench, exported, tower, backend)
+def sizing(exported: Exported, graph: str, backend: str, settings: ServeSettings, bench: Path | None) -> Sizing:
+    """Return the sizes of a graph's model: the settings', else by the rule. `bench` is a results.json that may not exist."""
+    rows = [] if bench is None else _measured(bench, exported, graph, backend)
     cores = os.cpu_count() or 1
-    threads = settings.threads if settings.threads != "auto" else min(cores, _threads(exported, tower, rows))
+    threads = settings.threads if settings.threads != "auto" else min(cores, _threads(exported, graph, rows))
     small = backend != "tensorrt" and 0 < _item_ms(rows) < SMALL_MS
     by_cores = 1 if backend == "tensorrt" else max(1, cores // threads // (2 if small else 1))
     instances = settings.instances if settings.instances != "auto" else by_cores
@@ -57,19 +57,19 @@ def helpers(settings: ServeSettings, encoder: Sizing | None = None) -> int:
     return by_cores if settings.instances == "auto" else settings.instances
 
 
-def _threads(exported: Exported, tower: str, rows: Sequence[Measurement]) -> int:
+def _threads(exported: Exported, graph: str, rows: Sequence[Measurement]) -> int:
     if alone := _item_ms(rows):
         return max(1, math.ceil(alone / ITEM_MS))
-    return max(1, math.ceil(exported.files[tower].bytes / THREAD_BYTES))
+    return max(1, math.ceil(exported.files[graph].bytes / THREAD_BYTES))
 
 
 def _item_ms(rows: Sequence[Measurement]) -> float:
-    """Return what one item takes on one thread; 0: not measured."""
+    """Return the time one item takes on one thread; 0 if it was not measured."""
     return next((row.median_ms * row.threads for row in rows if row.batch == 1), 0.0)
 
 
 def _measured(bench: Path, exported: Exported, graph: str, backend: str) -> list[Measurement]:
-    """Return what the bench measured of one graph of this very model; figures of another training say nothing."""
+    """Return what was measured of this very model's graph; figures of another training do not apply."""
     runner = "tensorrt" if backend == "tensorrt" else "onnxruntime"
     rows = read_measurements(bench, exported.stage, exported.lineage_hash, runner)
     return [row for row in rows if row.tower == graph]

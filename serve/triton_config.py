@@ -1,21 +1,34 @@
-"""Triton's config.pbtxt of every model, filled into Triton's own protobuf and printed from it: no field can be misspelt.
+"""Triton's config.pbtxt of every model, built as Triton's own protobuf and printed from it: no field can be misspelt.
 
-Shapes are without the batch, which `max_batch_size` stands for; models whose requests hold lists of several lengths have
-`max_batch_size` 0 and say -1. `parameters` carry preprocessing, tokenizer and logit scale: a client, and the python models,
-need nothing else.
+Shapes exclude the batch, which `max_batch_size` stands for. Models whose requests hold lists of several lengths have
+`max_batch_size` 0 and dims of -1. `parameters` carry preprocessing, tokenizer, logit scale and labels: clients and the
+python models need nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Set
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clipress.errors import ExportError
 from clipress.runtime.cpu import processor
 from clipress.runtime.export_folder import Exported
+from clipress.runtime.graph import Graph, Input, Output
 from clipress.runtime.onnx_session import EXACT_MODE
-from clipress.serve.engines import Plans
+from clipress.serve.engines import Engines
+from clipress.serve.graphs import (
+    IMAGE,
+    PREPARED_BY,
+    TEXT,
+    chain_of,
+    classifier_graph,
+    inputs_for,
+    is_zero_shot,
+    model_of,
+    sent_for,
+)
 from clipress.serve.settings import ServeSettings
 from clipress.serve.sizing import Sizing, helpers
 
@@ -24,66 +37,78 @@ if TYPE_CHECKING:
 
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-FP32, INT32, INT64, STRING = "TYPE_FP32", "TYPE_INT32", "TYPE_INT64", "TYPE_STRING"
-TAKES = {"image": "pixel_values", "text": "input_ids"}  # of the encoders
-STAND_BY = 1000  # to the rate limiter an instance of this priority has run that often when it has run once
-CACHE = "text_cache_mb"  # what a server must be told of, and so is kept in a configuration
-PICTURE, TEXT = "picture", "text"  # files of real inputs, to warm up with: zeros are no picture
+INT32, STRING = "TYPE_INT32", "TYPE_STRING"
+TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
+FP32 = TYPES["float32"]
+SAMPLES = {"float32": {"random_data": True}, "int64": {"zero_data": True}}  # random ids would exceed the vocabulary
+STAND_BY = 1000  # the rate limiter treats an instance of this priority as if each run were a thousand
+CACHE = "text_cache_mb"  # stored in the configuration because the server needs an option for it
 
 
 @dataclass(frozen=True)
 class Served:
-    """What configurations are made from."""
+    """What the configurations of one version depend on."""
 
     exported: Exported
     backend: str
     settings: ServeSettings
     sizes: Mapping[str, Sizing]
-    """Per tower."""
-    plans: Mapping[str, Plans]
-    """Per tower; empty unless the backend is tensorrt."""
+    """Per graph."""
+    engines: Mapping[str, Engines]
+    """Per graph; empty unless the backend is tensorrt."""
     fused: Set[str] = frozenset()
-    """Towers whose embed_* runs the encoder itself."""
+    """Graphs that run in the process that prepares their input."""
+
+    @property
+    def graphs(self) -> Collection[Graph]:
+        """The export's graphs."""
+        return self.exported.graphs.values()
 
     @property
     def needs_exact_mode(self) -> bool:
-        """Whether a session of Triton's own would overflow on x86 CPUs without VNNI instructions."""
+        """Whether a session opened by Triton itself would overflow on x86 CPUs without VNNI instructions."""
         return self.backend == "onnxruntime" and self.exported.precision == "int8" and not self.exported.portable
 
-    def largest_batch(self, tower: str) -> int:
-        """Return how many rows a tower takes at once."""
-        asked = self.settings.max_batch
-        return min(asked, self.plans[tower].largest_batch) if tower in self.plans else asked
+    def largest_batch(self, graph: str) -> int:
+        """Return how many rows a graph takes at once."""
+        limit = self.settings.max_batch
+        return min(limit, self.engines[graph].largest_batch) if graph in self.engines else limit
+
+    def largest_batch_of(self, sent: str) -> int:
+        """Return how many images, or texts, are prepared at once."""
+        return max(self.largest_batch(graph) for graph in inputs_for(self.exported, sent))
 
 
 def configs(served: Served, with_search: bool) -> dict[str, ModelConfig]:
     """Return the configuration of every model by its name."""
-    made = [
-        _encoder(served, "image"),
-        _encoder(served, "text"),
-        _preprocess(served),
-        _tokenize(served),
-        _fused(served, "image") if "image" in served.fused else _ensemble(served, "image", "preprocess"),
-        _fused(served, "text") if "text" in served.fused else _ensemble(served, "text", "tokenize"),
-        _classify(served),
-        *([_search(served)] if with_search else []),
-    ]
+    exported = served.exported
+    made = [_encoder(served, graph) for graph in served.graphs]
+    made += [_prepare(served, sent) for sent in PREPARED_BY if inputs_for(exported, sent)]
+    for graph in served.graphs:
+        if name := chain_of(exported, graph):
+            made.append(_fused(served, graph, name) if graph.name in served.fused else _ensemble(served, graph, name))
+    if is_zero_shot(exported):
+        made.append(_classify_zero_shot(served))
+    elif (scores := classifier_graph(exported)) is not None:
+        made.append(_classify(served, scores))
+    if with_search:
+        made.append(_search(served))
     for config in made:
-        config.parameters["lineage_hash"].string_value = served.exported.lineage_hash
+        config.parameters["lineage_hash"].string_value = exported.lineage_hash
     return {config.name: config for config in made}
 
 
 def config_text(config: ModelConfig) -> str:
-    """Print a configuration the way Triton reads it. Raises ExportError when it does not read back the same."""
+    """Print a configuration the way Triton reads it. Raises ExportError if it does not read back the same."""
     from google.protobuf import text_format
 
     text = text_format.MessageToString(config)
     try:
         same = text_format.Parse(text, type(config)()) == config
     except text_format.ParseError as error:
-        raise ExportError(f"{config.name}: the config.pbtxt that was made cannot be read back: {error}.") from error
+        raise ExportError(f"{config.name}: the generated config.pbtxt cannot be read back: {error}.") from error
     if not same:
-        raise ExportError(f"{config.name}: the config.pbtxt that was made reads back as another configuration.")
+        raise ExportError(f"{config.name}: the generated config.pbtxt reads back as another configuration.")
     return text
 
 
@@ -95,16 +120,16 @@ def config_from(text: str) -> ModelConfig:
     try:
         return text_format.Parse(text, triton.ModelConfig())
     except text_format.ParseError as error:
-        raise ExportError(f"A config.pbtxt is not readable: {error}.") from None
+        raise ExportError(f"A config.pbtxt cannot be read: {error}.") from None
 
 
 def server_options(repository: Path) -> list[str]:
-    """Return what a server of this repository must be told beside where it is."""
+    """Return the options that a server of this repository needs."""
     return options_for([config_from(path.read_text(encoding="utf-8")) for path in repository.glob("*/config.pbtxt")])
 
 
 def options_for(models: Collection[ModelConfig]) -> list[str]:
-    """Return what a server of these models must be told: to heed its rate limiter, to have a cache."""
+    """Return the options that a server of these models needs, for its rate limiter and its cache."""
     limited = any(group.HasField("rate_limiter") for config in models for group in config.instance_group)
     cache = max(
         (int(config.parameters[CACHE].string_value) for config in models if CACHE in config.parameters), default=0
@@ -115,151 +140,174 @@ def options_for(models: Collection[ModelConfig]) -> list[str]:
     ]
 
 
-def _encoder(served: Served, tower: str) -> ModelConfig:
-    exported, settings, size = served.exported, served.settings, served.sizes[tower]
-    side, length = exported.preprocess.size, exported.tokenizer.context_length
-    type_, dims, sample = {  # random ids would exceed the vocabulary
-        "image": (FP32, [3, side, side], {"random_data": True}),
-        "text": (INT64, [length], {"zero_data": True}),
-    }[tower]
-    largest = served.largest_batch(tower)
-    config = _model(f"{tower}_encoder", served.backend, largest)
-    config.input.add(name=TAKES[tower], data_type=type_, dims=dims)
-    config.output.add(name=f"{tower}_embeds", data_type=FP32, dims=[exported.embed_dim])
+def _encoder(served: Served, graph: Graph) -> ModelConfig:
+    """Describe the model that runs a graph on its own inputs."""
+    exported, settings, size = served.exported, served.settings, served.sizes[graph.name]
+    largest = served.largest_batch(graph.name)
+    config = _model(model_of(graph), served.backend, largest)
+    for one in graph.inputs:
+        config.input.add(name=one.name, data_type=TYPES[one.dtype], dims=one.shape)
+    _add_outputs(config, graph.outputs)
     if served.needs_exact_mode:
-        _exactly(config)
-    if served.plans:
-        _on_gpus(config, size.instances, served.plans[tower], settings)
+        _use_exact_mode(config)
+    if served.engines:
+        _run_on_gpus(config, size.instances, served.engines[graph.name], settings)
     else:
-        _instances(config, size.instances)
-    _limited(config, settings)
-    _batching(config, settings)
+        _add_instances(config, size.instances)
+    _limit_rate(config, settings)
+    _batch_requests(config, settings)
     if size.preferred_batch is not None and size.preferred_batch < largest:
         config.dynamic_batching.preferred_batch_size.append(size.preferred_batch)
-    _cached(config, tower, settings)
-    for batch in sorted({1, largest}):  # before the first client, at both ends of memory use
-        _warm_up(config, f"batch_{batch}", batch, sample)
-    _tell(
+    _cache_texts(config, served, graph)
+    samples = {one.name: SAMPLES[one.dtype] for one in graph.inputs}
+    for batch in sorted({1, largest}):  # both ends of memory use, before the first client comes
+        _warm_up(config, f"batch_{batch}", batch, samples)
+    _set_parameters(
         config,
-        logit_scale=repr(exported.logit_scale),
+        logit_scale=None if exported.logit_scale is None else repr(exported.logit_scale),
         precision=exported.precision,
         preprocess=exported.preprocess.model_dump_json(),
-        tokenizer=exported.tokenizer.model_dump_json(),
+        tokenizer=None if exported.tokenizer is None else exported.tokenizer.model_dump_json(),
         intra_op_thread_count=str(size.threads),  # the onnxruntime backend knows this one; model.py reads it too
         **({CACHE: str(settings.text_cache_mb)} if config.response_cache.enable else {}),
     )
     return config
 
 
-def _exactly(config: ModelConfig) -> None:
-    """Ask for exact products of 8-bit weights, which overflow on x86 CPUs without VNNI instructions.
+def _use_exact_mode(config: ModelConfig) -> None:
+    """Compute products of 8-bit weights exactly; they overflow on x86 CPUs without VNNI instructions.
 
-    Triton's onnxruntime backend hands few options on (as of June 2026 not this one), so on a CPU that overflows its optimiser is
-    turned down too: INT8 is computed in float32 then, correct and no faster than float32.
+    Triton's onnxruntime backend passes few options on (as of June 2026 not this one), so on a CPU that overflows its
+    optimiser is turned down too: INT8 is then computed in float32, correct and no faster than float32.
     """
-    _tell(config, **{EXACT_MODE: "1"})
+    _set_parameters(config, **{EXACT_MODE: "1"})
     if processor().saturates:
         config.optimization.graph.level = -1
 
 
-def _on_gpus(config: ModelConfig, count: int, plans: Plans, settings: ServeSettings) -> None:
-    """Engines: on their GPUs, by the one profile they have, with CUDA graphs of the batches they are tuned for."""
+def _run_on_gpus(config: ModelConfig, count: int, engines: Engines, settings: ServeSettings) -> None:
+    """Run engines on their GPUs, with their only profile and with CUDA graphs for the batches they are tuned for."""
     group = config.instance_group.add(count=count)
     group.kind = group.KIND_GPU
     group.gpus.extend(settings.gpus or ())
     group.profile.append("0")
     config.default_model_filename = "model.plan"
-    for capability, file in plans.files.items():
+    for capability, file in engines.files.items():
         config.cc_model_filenames[capability] = file
     cuda = config.optimization.cuda
     cuda.graphs = cuda.output_copy_stream = True
-    (takes,) = config.input
-    for batch in sorted({1, min(plans.best_batch, config.max_batch_size), config.max_batch_size}):
-        cuda.graph_spec.add(batch_size=batch).input[takes.name].dim.extend(takes.dims)
+    for batch in sorted({1, min(engines.best_batch, config.max_batch_size), config.max_batch_size}):
+        spec = cuda.graph_spec.add(batch_size=batch)
+        for one in config.input:
+            spec.input[one.name].dim.extend(one.dims)
 
 
-def _preprocess(served: Served) -> ModelConfig:
-    side = served.exported.preprocess.size
-    config = _model("preprocess", "python", served.largest_batch("image"))
-    config.input.add(name="image", data_type=STRING, dims=[1])
-    config.output.add(name=TAKES["image"], data_type=FP32, dims=[3, side, side])
-    _instances(config, helpers(served.settings, served.sizes["image"]))
-    _batching(config, served.settings)
-    _warm_up(config, PICTURE, 1, {"input_data_file": PICTURE})
-    _tell(config, preprocess=served.exported.preprocess.model_dump_json())
+def _prepare(served: Served, sent: str) -> ModelConfig:
+    """Describe the model that makes a graph's input from images, or from texts."""
+    exported, settings = served.exported, served.settings
+    graph, gives = next(iter(inputs_for(exported, sent).items()))
+    config = _model(PREPARED_BY[sent], "python", served.largest_batch_of(sent))
+    config.input.add(name=sent, data_type=STRING, dims=[1])
+    config.output.add(name=gives.name, data_type=TYPES[gives.dtype], dims=gives.shape)
+    _add_instances(config, helpers(settings, served.sizes[graph]) if sent == IMAGE else 1)  # tokenizing is cheap
+    _batch_requests(config, settings)
+    _warm_up(config, sent, 1, {sent: {"input_data_file": sent}})  # zeros are no image
+    if sent == IMAGE:
+        _set_parameters(config, preprocess=exported.preprocess.model_dump_json())
+    else:
+        _set_parameters(config, tokenizer=exported.tokenizer.model_dump_json())
     return config
 
 
-def _tokenize(served: Served) -> ModelConfig:
-    config = _model("tokenize", "python", served.largest_batch("text"))
-    config.input.add(name="text", data_type=STRING, dims=[1])
-    config.output.add(name=TAKES["text"], data_type=INT64, dims=[served.exported.tokenizer.context_length])
-    _instances(config, 1)  # it has little to do
-    _batching(config, served.settings)
-    _warm_up(config, TEXT, 1, {"input_data_file": TEXT})
-    _tell(config, tokenizer=served.exported.tokenizer.model_dump_json())
-    return config
-
-
-def _fused(served: Served, tower: str) -> ModelConfig:
-    """Let what prepares an input run the encoder too: of a very small one, the way from model to model takes as long."""
-    config = {"image": _preprocess, "text": _tokenize}[tower](served)
-    config.name = f"embed_{tower}"
-    (gives,) = config.output
-    gives.name, gives.data_type, gives.dims[:] = f"{tower}_embeds", FP32, [served.exported.embed_dim]
+def _fused(served: Served, graph: Graph, name: str) -> ModelConfig:
+    """Run a very small graph where its input is prepared: passing tensors between models would take as long."""
+    (one,) = graph.inputs
+    config = _prepare(served, sent_for(served.exported, one))
+    config.name = name
+    config.ClearField("output")
+    _add_outputs(config, graph.outputs)
     config.ClearField("instance_group")
-    _instances(config, helpers(served.settings))
-    _limited(config, served.settings)
-    _cached(config, tower, served.settings)
-    _tell(config, intra_op_thread_count=str(served.sizes[tower].threads))
+    _add_instances(config, helpers(served.settings))
+    _limit_rate(config, served.settings)
+    _cache_texts(config, served, graph)
+    _set_parameters(config, intra_op_thread_count=str(served.sizes[graph.name].threads))
     return config
 
 
-def _ensemble(served: Served, tower: str, first: str) -> ModelConfig:
-    """Chain what prepares an input and its encoder. Neither queue nor instances: these are its parts' own."""
-    between, gives = TAKES[tower], f"{tower}_embeds"
-    config = _model(f"embed_{tower}", "", served.largest_batch(tower))
+def _ensemble(served: Served, graph: Graph, name: str) -> ModelConfig:
+    """Chain the models that prepare inputs and the graph's own. Queues and instances are those of the parts."""
+    exported = served.exported
+    config = _model(name, "", served.largest_batch(graph.name))
     config.platform = "ensemble"
-    config.input.add(name=tower, data_type=STRING, dims=[1])
-    config.output.add(name=gives, data_type=FP32, dims=[served.exported.embed_dim])
-    prepared = config.ensemble_scheduling.step.add(model_name=first, model_version=-1)
-    prepared.input_map[tower], prepared.output_map[between] = tower, between
-    encoded = config.ensemble_scheduling.step.add(model_name=f"{tower}_encoder", model_version=-1)
-    encoded.input_map[between], encoded.output_map[gives] = between, gives
+    steps = config.ensemble_scheduling.step
+    for one in graph.inputs:
+        if sent := sent_for(exported, one):
+            config.input.add(name=sent, data_type=STRING, dims=[1])
+            step = steps.add(model_name=PREPARED_BY[sent], model_version=-1)
+            step.input_map[sent], step.output_map[one.name] = sent, one.name
+        else:
+            config.input.add(name=one.name, data_type=TYPES[one.dtype], dims=one.shape)
+    _add_outputs(config, graph.outputs)
+    step = steps.add(model_name=model_of(graph), model_version=-1)
+    for one in graph.inputs:
+        step.input_map[one.name] = one.name
+    for one in graph.outputs:
+        step.output_map[one.name] = one.name
     return config
 
 
-def _classify(served: Served) -> ModelConfig:
-    """No warm-up: it calls models that need not be loaded yet. They batch what its instances ask at the same time."""
+def _classify_zero_shot(served: Served) -> ModelConfig:
+    """Classify images among labels that the request names.
+
+    There is no warm-up, since the models it calls may not be loaded yet. They batch what its instances send.
+    """
     config = _model("classify", "python", 0)
-    config.input.add(name="image", data_type=STRING, dims=[-1])
+    config.input.add(name=IMAGE, data_type=STRING, dims=[-1])
     config.input.add(name="labels", data_type=STRING, dims=[-1])
     config.input.add(name="templates", data_type=STRING, dims=[-1], optional=True)
     config.output.add(name="probabilities", data_type=FP32, dims=[-1, -1])
-    _instances(config, helpers(served.settings))
-    _tell(
+    _add_instances(config, helpers(served.settings))
+    _set_parameters(
         config,
         logit_scale=repr(served.exported.logit_scale),
         label_cache_mb=str(served.settings.label_cache_mb),
-        image_batch=str(served.largest_batch("image")),
-        text_batch=str(served.largest_batch("text")),
+        image_batch=str(served.largest_batch(IMAGE)),
+        text_batch=str(served.largest_batch(TEXT)),
+    )
+    return config
+
+
+def _classify(served: Served, graph: Graph) -> ModelConfig:
+    """Classify images among a classifier's own labels."""
+    labels = served.exported.labels
+    config = _model("classify", "python", 0)
+    config.input.add(name=IMAGE, data_type=STRING, dims=[-1])
+    config.output.add(name="probabilities", data_type=FP32, dims=[-1, len(labels)])
+    config.output.add(name="labels", data_type=STRING, dims=[len(labels)])
+    _add_instances(config, helpers(served.settings))
+    _set_parameters(
+        config,
+        labels=json.dumps(labels),
+        scores_model=chain_of(served.exported, graph),
+        scores=graph.outputs[0].name,
+        image_batch=str(served.largest_batch(graph.name)),
     )
     return config
 
 
 def _search(served: Served) -> ModelConfig:
     config = _model("search", "python", 0)
-    config.input.add(name="text", data_type=STRING, dims=[-1])
+    config.input.add(name=TEXT, data_type=STRING, dims=[-1])
     config.input.add(name="k", data_type=INT32, dims=[1], optional=True)
     config.output.add(name="scores", data_type=FP32, dims=[-1, -1])
     config.output.add(name="keys", data_type=STRING, dims=[-1, -1])
-    _instances(config, 1)  # each holds the index
-    _tell(config, text_batch=str(served.largest_batch("text")))
+    _add_instances(config, 1)  # each holds the index
+    _set_parameters(config, text_batch=str(served.largest_batch(TEXT)))
     return config
 
 
 def _model(name: str, backend: str, max_batch: int) -> ModelConfig:
-    """Begin a configuration. A response cache is only there when asked for: Triton's keeps errors too."""
+    """Begin a configuration. It has no response cache by default, since Triton caches errors too."""
     from tritonclient.grpc import model_config_pb2 as triton
 
     config = triton.ModelConfig(name=name, backend=backend, max_batch_size=max_batch)
@@ -267,8 +315,13 @@ def _model(name: str, backend: str, max_batch: int) -> ModelConfig:
     return config
 
 
-def _instances(config: ModelConfig, count: int) -> None:
-    """Add instances on CPUs, of which the first works whenever it is idle: those that take turns find their caches cold."""
+def _add_outputs(config: ModelConfig, outputs: Iterable[Output]) -> None:
+    for one in outputs:
+        config.output.add(name=one.name, data_type=FP32, dims=one.shape)
+
+
+def _add_instances(config: ModelConfig, count: int) -> None:
+    """Add instances on CPUs. The first one runs whenever it is idle: instances that take turns find their caches cold."""
     first = config.instance_group.add(count=1)
     first.kind = first.KIND_CPU
     if count > 1:
@@ -277,7 +330,7 @@ def _instances(config: ModelConfig, count: int) -> None:
         first.rate_limiter.priority, others.rate_limiter.priority = 1, STAND_BY
 
 
-def _limited(config: ModelConfig, settings: ServeSettings) -> None:
+def _limit_rate(config: ModelConfig, settings: ServeSettings) -> None:
     if settings.rate_limit is not None:
         for group in config.instance_group:
             limiter = group.rate_limiter
@@ -286,30 +339,35 @@ def _limited(config: ModelConfig, settings: ServeSettings) -> None:
                 limiter.resources.add(name=name, count=count)
 
 
-def _cached(config: ModelConfig, tower: str, settings: ServeSettings) -> None:
-    if tower == "text" and settings.text_cache_mb:
+def _cache_texts(config: ModelConfig, served: Served, graph: Graph) -> None:
+    if served.settings.text_cache_mb and _sent(served.exported, graph.inputs) == {TEXT}:
         config.response_cache.enable = True
 
 
-def _batching(config: ModelConfig, settings: ServeSettings) -> None:
-    config.dynamic_batching.SetInParent()  # being there, even empty, is what switches it on
+def _sent(exported: Exported, inputs: Sequence[Input]) -> set[str | None]:
+    return {sent_for(exported, one) for one in inputs}
+
+
+def _batch_requests(config: ModelConfig, settings: ServeSettings) -> None:
+    config.dynamic_batching.SetInParent()  # present, even if empty, means switched on
     config.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
     if settings.queue_size or settings.queue_timeout_ms:
         queue = config.dynamic_batching.default_queue_policy
         queue.max_queue_size = settings.queue_size
         queue.default_timeout_microseconds = 1000 * settings.queue_timeout_ms
-        queue.allow_timeout_override = True  # a client may ask for less
+        queue.allow_timeout_override = True  # clients may set a shorter one
 
 
-def _warm_up(config: ModelConfig, name: str, batch: int, sample: Mapping[str, Any]) -> None:
+def _warm_up(config: ModelConfig, name: str, batch: int, samples: Mapping[str, Mapping[str, Any]]) -> None:
     from tritonclient.grpc import model_config_pb2 as triton
 
-    (takes,) = config.input
     warm_up = config.model_warmup.add(name=name, batch_size=batch)
-    filled = triton.ModelWarmup.Input(data_type=takes.data_type, dims=takes.dims, **sample)
-    warm_up.inputs[takes.name].CopyFrom(filled)
+    for one in config.input:
+        filled = triton.ModelWarmup.Input(data_type=one.data_type, dims=one.dims, **samples[one.name])
+        warm_up.inputs[one.name].CopyFrom(filled)
 
 
-def _tell(config: ModelConfig, **parameters: str) -> None:
+def _set_parameters(config: ModelConfig, **parameters: str | None) -> None:
     for key, value in parameters.items():
-        config.parameters[key].string_value = value
+        if value is not None:
+            config.parameters[key].string_value = value

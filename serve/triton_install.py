@@ -1,13 +1,13 @@
-"""Where a Triton server is found: on PATH, else in the cache, else in a wheel that holds a whole one (nvidia-pytriton).
+"""Find a Triton server: on PATH, else in the cache, else in a wheel that holds a whole one (nvidia-pytriton).
 
     $CLIPRESS_CACHE/triton/<version>/<interpreter>/
         pytriton/tritonserver/    binary, python backend, response cache
-        nvidia_pytriton.libs/     what they link to
+        nvidia_pytriton.libs/     the libraries they link to
         python/                   a virtual environment with NumPy 1 and nothing else
 
-The wheel is unpacked, not installed: it would pin the NumPy of everybody. Its python backend takes the environment of
-the first `python3` on PATH, and under NumPy 2 answers with empty tensors and no error; so it gets an environment of its
-own. All other packages come from the interpreter that runs clipress: a .pth file adds the folders that MODULES names.
+The wheel is unpacked, not installed: it would pin NumPy for everything else. Its python backend uses the environment of the
+first `python3` on PATH, and under NumPy 2 answers with empty tensors and no error; so it gets an environment of its own.
+All other packages come from the interpreter that runs clipress: a .pth file adds the folders that MODULES names.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ WAY_OUT = "Put a tritonserver on PATH, or start the repository in Triton's conta
 
 @dataclass(frozen=True)
 class Triton:
-    """A server that can be started: its binary, the options that name its own folders, what its environment adds."""
+    """A server that can be started: its binary, the options for its own folders, and additions to its environment."""
 
     binary: Path
     options: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_triton(tell: Callable[[str], None] = lambda _: None) -> Triton:
-    """Return the `tritonserver` on PATH, which brings its own backends, else the one in the cache.
+def find_triton(say: Callable[[str], None] = lambda _: None) -> Triton:
+    """Return the `tritonserver` on PATH, with its own backends, else the one in the cache.
 
-    Where the cache has none it is fetched, some 60 MB, once for every interpreter; `tell` hears of it. Several
-    processes may call this at once. Raises BackendMissing when it cannot be had, or cannot run here.
+    If the cache has none it is fetched, some 60 MB, once for every interpreter; `say` reports that. Several processes may
+    call this at once. Raises BackendMissing if it cannot be fetched, or cannot run on this machine.
     """
     if own := shutil.which("tritonserver"):
         return Triton(Path(own))
     home = cache_folder().absolute() / "triton" / VERSION / _interpreter()
     if not home.is_dir():
         if not sys.platform.startswith("linux"):
-            raise BackendMissing(f"Triton was asked for; it runs on Linux only, and this is {sys.platform}. {WAY_OUT}")
+            raise BackendMissing(f"Triton runs on Linux only, and this is {sys.platform}. {WAY_OUT}")
         try:
-            with locked(home.parent, wait=tell):
+            with locked(home.parent, wait=say):
                 if not home.is_dir():  # another process may have installed it meanwhile
-                    tell(f"Installing Triton (nvidia-pytriton {VERSION}, about 60 MB) into {home}, once.")
+                    say(f"Installing Triton (nvidia-pytriton {VERSION}, about 60 MB) into {home}, once.")
                     write_whole(home, install)
         except ArtifactError as error:
             raise BackendMissing(
@@ -88,7 +88,7 @@ def _in_folder(home: Path) -> Triton:
 
 
 def _joined(*folders: str | Path | None) -> str:
-    """An empty entry would mean the current folder, so none is left in."""
+    """Join folders for an environment variable, without empty entries: those would mean the current folder."""
     return os.pathsep.join(str(folder) for folder in folders if folder)
 
 
@@ -99,7 +99,7 @@ def install(home: Path) -> None:
     for wheel in wheels.glob("*.whl"):
         _unpack(wheel, home)
     shutil.rmtree(wheels)
-    _fit(home)
+    _use_own_stub(home)
     environment = home / "python"
     venv.create(environment, symlinks=True)
     packages = environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
@@ -114,15 +114,15 @@ def _pip(*words: str | Path) -> None:
         [*map(str, command), "--quiet", "--no-input", "--disable-pip-version-check"], capture_output=True, text=True
     )
     if done.returncode:
-        told = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in told if line.startswith("ERROR")] or told
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines
         raise BackendMissing(
-            f"Triton was asked for. There is none on PATH, and `pip {words[0]} {words[-1]}` failed on {_here()}: "
+            f"Triton is missing: there is none on PATH, and `pip {words[0]} {words[-1]}` failed on {_machine()}: "
             f"{' '.join(errors[-2:])} {WAY_OUT}"
         )
 
 
-def _here() -> str:
+def _machine() -> str:
     return f"{platform.platform()} with Python {platform.python_version()}"
 
 
@@ -130,18 +130,20 @@ def _unpack(wheel: Path, home: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             if not (home / name).resolve().is_relative_to(home.resolve()):
-                raise BackendMissing(f"{wheel.name} holds '{name}', outside its own folder: it is not to be trusted.")
+                raise BackendMissing(f"{wheel.name} holds '{name}', outside its own folder: it cannot be trusted.")
         archive.extractall(home)
 
 
-def _fit(home: Path) -> None:
-    """Make binaries executable, and the python backend's stub the one of this interpreter."""
+def _use_own_stub(home: Path) -> None:
+    """Make the binaries executable, and use the python backend's stub for this interpreter."""
     server = home / "pytriton" / "tritonserver"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.is_file():
         known = sorted(path.name for path in stub.parent.parent.glob("*"))
-        raise BackendMissing(f"Triton's python backend was asked for Python {version}; there is: {', '.join(known)}.")
+        raise BackendMissing(
+            f"Triton's python backend: expected one for Python {version}, found {', '.join(known)}. {WAY_OUT}"
+        )
     fitted = server / "backends" / "python" / stub.name
     shutil.copyfile(stub, fitted)
     shutil.rmtree(stub.parent.parent)
@@ -150,7 +152,7 @@ def _fit(home: Path) -> None:
 
 
 def check_binaries(home: Path) -> None:
-    """Start both binaries once: the loader reports what this machine lacks (glibc, libpython, ...).
+    """Start both binaries once: the loader then says what this machine lacks (glibc, libpython, ...).
 
     Raises BackendMissing.
     """
@@ -166,5 +168,5 @@ def check_binaries(home: Path) -> None:
             failed = str(error)
         if failed:
             raise BackendMissing(
-                f"Triton was fetched, and its {Path(command[0]).name} cannot run on {_here()}: {failed.strip()} {WAY_OUT}"
+                f"Triton was fetched, but its {Path(command[0]).name} cannot run on {_machine()}: {failed.strip()} {WAY_OUT}"
             )

@@ -1,6 +1,6 @@
-"""What the python models share. Runs inside Triton only: its python backend brings `triton_python_backend_utils`.
+"""Shared code of the python models. Runs inside Triton only, whose python backend brings `triton_python_backend_utils`.
 
-Any fault of one request, expected or not, is an error for that request alone.
+A fault of one request, expected or not, is an error of that request alone.
 """
 
 from __future__ import annotations
@@ -17,145 +17,151 @@ import triton_python_backend_utils as pb_utils
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import Preprocess, fitted, normalised, open_image
 from clipress.errors import DataError
+from clipress.serve.graphs import IMAGE, TEXT
 
 MAX_PROMPTS = 100_000  # in one request; labels times templates grow fast
-MAX_TEXT = 100_000  # characters: a text is cut to its first words anyway, after work that grows with its length
+MAX_TEXT = 100_000  # characters; only the first words count, but the work grows with the length
 Tensors = Mapping[str, np.ndarray]
 
 
 class ModelError(Exception):
-    """Another model's error, which is passed on. Its status is lost on the way, and is told by Triton's words."""
+    """An error of another model, passed on. Its status is lost on the way and inferred from Triton's words."""
 
     @property
     def code(self) -> Any:
-        """Whether asking again is worth while, it is a bug, or the input's fault."""
+        """Triton's status: worth a retry, a bug, or the input's fault."""
         if re.search("maximum queue size|timeout expired|not healthy|not ready|unknown model", str(self)):
             return pb_utils.TritonError.UNAVAILABLE
-        bug = re.search(r"(^|, )\w+(Error|Exception): ", str(self))  # as `failed` writes it
+        bug = re.search(r"(^|, )\w+(Error|Exception): ", str(self))  # as error_response writes it
         return pb_utils.TritonError.INTERNAL if bug else pb_utils.TritonError.INVALID_ARG
 
 
 def parameters(args: Mapping[str, str]) -> dict[str, str]:
     """Return the parameters of a model's configuration."""
-    told = json.loads(args["model_config"])["parameters"]
-    return {key: value["string_value"] for key, value in told.items()}
+    found = json.loads(args["model_config"])["parameters"]
+    return {key: value["string_value"] for key, value in found.items()}
 
 
 def rows(request: Any, name: str) -> list[bytes]:
-    """Return a TYPE_STRING input as a flat list. Raises DataError when it is empty."""
+    """Return a TYPE_STRING input as a flat list. Raises DataError if it is empty."""
     found = list(pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1))
     if not found:
-        raise DataError(f"{name}: at least one entry is asked for, found none.")
+        raise DataError(f"{name}: expected at least one entry, found none.")
     return found
 
 
 def texts(request: Any, name: str, default: Sequence[str] | None = None) -> list[str]:
-    """Return a TYPE_STRING input as texts; an optional one that is not there is the default.
+    """Return a TYPE_STRING input as texts; an absent optional one is the default.
 
-    Raises DataError when it is empty, too long or no UTF-8.
+    Raises DataError if it is empty, too long or not UTF-8.
     """
     if default is not None and pb_utils.get_input_tensor_by_name(request, name) is None:
         return list(default)
     try:
         found = [row.decode() for row in rows(request, name)]
     except UnicodeDecodeError as error:
-        raise DataError(f"{name}: UTF-8 is asked for, found {error}.") from None
+        raise DataError(f"{name}: expected UTF-8, found {error}.") from None
     longest = max(map(len, found))
     if longest > MAX_TEXT:
-        raise DataError(f"{name}: at most {MAX_TEXT:,} characters are taken, found {longest:,}.")
+        raise DataError(f"{name}: expected at most {MAX_TEXT:,} characters, found {longest:,}.")
     return found
 
 
 def numbers(request: Any, name: str, default: Sequence[int]) -> list[int]:
-    """Return an optional whole-number input as a list. Raises DataError for numbers below 1."""
+    """Return an optional integer input as a list. Raises DataError for numbers below 1."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     found = list(default) if tensor is None else tensor.as_numpy().reshape(-1).tolist()
     if min(found) < 1:
-        raise DataError(f"{name}: 1 or more is asked for, found {min(found)}.")
+        raise DataError(f"{name}: expected 1 or more, found {min(found)}.")
     return found
 
 
-class Pictures:
-    """What an image tower takes, made of requests for `image`: `read` of each one, then `prepared` of all at once."""
+class Images:
+    """Pixel values from requests with `image`: `read` for each request, then `inputs` for all at once."""
 
-    takes = "pixel_values"
-
-    def __init__(self, told: Mapping[str, str]) -> None:
-        self.preprocess = Preprocess(**json.loads(told["preprocess"]))
+    def __init__(self, config: Mapping[str, str]) -> None:
+        self.preprocess = Preprocess(**json.loads(config["preprocess"]))
 
     def read(self, request: Any) -> np.ndarray:
         """Decode and fit: uint8 [B, S, S, 3]. Raises DataError."""
-        return np.stack([fitted(open_image(file), self.preprocess) for file in rows(request, "image")])
+        return np.stack([fitted(open_image(file), self.preprocess) for file in rows(request, IMAGE)])
 
-    def prepared(self, pixels: np.ndarray) -> np.ndarray:
-        """Return float32 [B, 3, S, S]."""
-        return normalised(pixels, self.preprocess)
+    def inputs(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Return a graph's input, float32 [B, 3, S, S]."""
+        return {"pixel_values": normalised(pixels, self.preprocess)}
 
 
 class Texts:
-    """What a text tower takes, made of requests for `text`."""
+    """Token ids from requests with `text`: `read` for each request, then `inputs` for all at once."""
 
-    takes = "input_ids"
-
-    def __init__(self, told: Mapping[str, str]) -> None:
-        self.prepared = tokenizer_from_spec(json.loads(told["tokenizer"]))
-        """Of objects [B]: int64 [B, L]."""
+    def __init__(self, config: Mapping[str, str]) -> None:
+        self.tokenize = tokenizer_from_spec(json.loads(config["tokenizer"]))
 
     def read(self, request: Any) -> np.ndarray:
         """Return objects [B]. Raises DataError."""
-        return np.asarray(texts(request, "text"), object)
+        return np.asarray(texts(request, TEXT), object)
+
+    def inputs(self, given: np.ndarray) -> dict[str, np.ndarray]:
+        """Return a graph's input, int64 [B, L]."""
+        return {"input_ids": self.tokenize(given)}
 
 
-def answered_together(
-    requests: Sequence[Any],
-    gives: str,
-    read: Callable[[Any], np.ndarray],
-    run: Callable[[np.ndarray], np.ndarray],
+def respond_together(
+    requests: Sequence[Any], read: Callable[[Any], np.ndarray], run: Callable[[np.ndarray], Tensors]
 ) -> list[Any]:
-    """Answer all requests with one run: `read` makes rows of a request, `run` turns all rows into the output's."""
-    found = [_tried(read, request) for request in requests]
+    """Answer all requests with one run: `read` makes rows of a request, `run` turns all rows into outputs."""
+    found = [_read_or_error(read, request) for request in requests]
     good = [one for one in found if not isinstance(one, Exception)]
-    made = run(np.concatenate(good)) if good else None
+    outputs = run(np.concatenate(good)) if good else {}
     ends = accumulate(map(len, good))
-    parts = (made[end - len(one) : end] for one, end in zip(good, ends, strict=True))
-    return [failed(one) if isinstance(one, Exception) else _response({gives: next(parts)}) for one in found]
+    parts = (slice(end - len(one), end) for one, end in zip(good, ends, strict=True))
+    return [error_response(one) if isinstance(one, Exception) else _part(outputs, next(parts)) for one in found]
 
 
-async def answered(request: Any, answer: Callable[[Any], Awaitable[Tensors]]) -> Any:
+async def respond(request: Any, answer: Callable[[Any], Awaitable[Tensors]]) -> Any:
     """Answer one request that needs other models."""
     try:
         return _response(await answer(request))
     except Exception as error:
-        return failed(error)
+        return error_response(error)
 
 
-async def embedded(tower: str, items: Sequence[bytes], batch: int) -> np.ndarray:
-    """Ask the server's own `embed_<tower>` for the unit vectors [N, D] of files or texts, `batch` rows a request.
+async def embed(side: str, items: Sequence[bytes], batch: int) -> np.ndarray:
+    """Return the unit vectors [N, D] of images or texts from the server's own `embed_<side>`. Raises ModelError."""
+    return await infer(f"embed_{side}", side, items, f"{side}_embeds", batch)
 
-    Raises ModelError with what that model says.
+
+async def infer(model: str, takes: str, items: Sequence[bytes], gives: str, batch: int) -> np.ndarray:
+    """Return an output of another model for all items, sent `batch` rows per request.
+
+    Raises ModelError with that model's message.
     """
-    # One at a time: Triton lets full batches that wait together lie for up to half a second.
-    return np.concatenate([await _asked(tower, items[start : start + batch]) for start in range(0, len(items), batch)])
+    # One at a time: Triton leaves full batches that wait together for up to half a second.
+    starts = range(0, len(items), batch)
+    return np.concatenate([await _infer_batch(model, takes, items[start : start + batch], gives) for start in starts])
 
 
-async def _asked(tower: str, items: Sequence[bytes]) -> np.ndarray:
-    gives = f"{tower}_embeds"
-    inputs = [pb_utils.Tensor(tower, np.asarray(items, object)[:, None])]  # [B, 1]
+async def _infer_batch(model: str, takes: str, items: Sequence[bytes], gives: str) -> np.ndarray:
+    inputs = [pb_utils.Tensor(takes, np.asarray(items, object)[:, None])]  # [B, 1]
     on_host = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
-    asked = pb_utils.InferenceRequest(
-        model_name=f"embed_{tower}", requested_output_names=[gives], inputs=inputs, preferred_memory=on_host
+    request = pb_utils.InferenceRequest(
+        model_name=model, requested_output_names=[gives], inputs=inputs, preferred_memory=on_host
     )
-    response = await asked.async_exec()
+    response = await request.async_exec()
     if response.has_error():
         raise ModelError(response.error().message())
     return pb_utils.get_output_tensor_by_name(response, gives).as_numpy()
 
 
-def _tried(read: Callable[[Any], np.ndarray], request: Any) -> np.ndarray | Exception:
+def _read_or_error(read: Callable[[Any], np.ndarray], request: Any) -> np.ndarray | Exception:
     try:
         return read(request)
     except Exception as error:
         return error
+
+
+def _part(outputs: Tensors, part: slice) -> Any:
+    return _response({name: output[part] for name, output in outputs.items()})
 
 
 def _response(tensors: Tensors) -> Any:
@@ -164,12 +170,12 @@ def _response(tensors: Tensors) -> Any:
     )
 
 
-def failed(error: Exception) -> Any:
-    """Return the response that carries an error, with the status it has over HTTP and gRPC."""
+def error_response(error: Exception) -> Any:
+    """Return the response for an error, with the status that it has over HTTP and gRPC."""
     if isinstance(error, ModelError):
-        told, code = str(error), error.code
+        message, code = str(error), error.code
     elif isinstance(error, DataError):
-        told, code = str(error), pb_utils.TritonError.INVALID_ARG
+        message, code = str(error), pb_utils.TritonError.INVALID_ARG
     else:
-        told, code = f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(told, code))
+        message, code = f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

@@ -1,33 +1,38 @@
-"""The page beside a repository's models: how to start the server, ask each model, and roll back."""
+"""README.md beside a repository's models: how to start the server, send requests to each model, and roll back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from string import Template
 
 from clipress.data.tokens import CLIP_BPE
-from clipress.runtime.export_folder import Tokenizer
-from clipress.serve.engines import Plans
+from clipress.runtime.export_folder import Exported, Tokenizer
+from clipress.runtime.graph import Graph
+from clipress.serve.engines import Engines
+from clipress.serve.graphs import (
+    IMAGE,
+    PREPARED_BY,
+    TEXT,
+    chain_of,
+    classifier_graph,
+    inputs_for,
+    is_zero_shot,
+    model_of,
+    sent_for,
+)
 from clipress.serve.triton_config import Served
 
 README = Template("""\
 # Triton model repository: stage $stage ($precision), $backend backend, version $version
 
-Lineage `$hash`. Embeddings have unit length; cosine times `logit_scale` is the logit. Requests of up to $max_batch rows are
-taken, and requests that wait at the same time are batched.
+Lineage `$hash`. $about Requests of up to $max_batch rows are
+accepted, and requests that wait at the same time are batched.
 
 | model | takes | gives |
 |---|---|---|
-| `image_encoder` | `pixel_values` FP32 [3, $size, $size] | `image_embeds` FP32 [$dim] |
-| `text_encoder` | `input_ids` INT64 [$length] | `text_embeds` FP32 [$dim] |
-| `preprocess` | `image` BYTES [1]: a JPEG, PNG or WebP file | `pixel_values` |
-| `tokenize` | `text` BYTES [1]: UTF-8 | `input_ids` |
-| `embed_image` | `image` | `image_embeds` |
-| `embed_text` | `text` | `text_embeds` |
-| `classify` | `image` BYTES [N], `labels` BYTES [C], `templates` BYTES [T] (optional; with {} for the label) | \
-`probabilities` FP32 [N, C] |
-$search
-All but the last$two_lists take a batch dimension in front. A picture or text that cannot be read is an error of its request alone.
+$models
+
+$batches An input that cannot be read is an error of its request alone.
 
 ## Start the server
 
@@ -37,9 +42,9 @@ python backend of this release answers with empty tensors and no error. Build su
 ```sh
 docker build -t clipress-triton:$tag -f - . <<'END'
 FROM nvcr.io/nvidia/tritonserver:$tag-py3
-RUN pip install 'numpy<2' onnxruntime $tokenizer pillow pydantic pyyaml
+RUN pip install 'numpy<2' onnxruntime $packages
 COPY . /opt/clipress
-RUN pip install --no-deps open_clip_torch /opt/clipress
+RUN pip install --no-deps $vocabulary/opt/clipress
 END
 ```
 
@@ -49,32 +54,42 @@ Then, in this folder:
 $docker
 ```
 $note
-Or, without a container, where a server is installed: `clipress triton RUN`.
+Or without a container, where a server is installed: `clipress triton RUN`.
 
-Ready when `curl -sf localhost:8000/v2/health/ready` succeeds. Triton still says so when a model's process has been killed, and
-then fails that model's requests: let a health check ask `embed_text` too. `clipress triton RUN` loads it again.
-The folder above this one is mounted, so that a version that
-is added is seen by the running server: `--model-control-mode=poll` loads it by itself, a restart always does.
+The server is ready when `curl -sf localhost:8000/v2/health/ready` succeeds. Triton reports ready even after a model's process
+has been killed, and then fails that model's requests: let a health check send a request to `$checked` too.
+`clipress triton RUN` loads such a model again. The folder above this one is mounted, so that the running server sees a
+version that is added: with `--model-control-mode=poll` it loads it by itself, otherwise after a restart.
 
-## Ask it
+## Send requests
 
-With curl, a picture's embedding and a text's; `Inference-Header-Content-Length: 0` says that the body is the one input:
+With curl; `Inference-Header-Content-Length: 0` says that the body is the only input:
 
 ```sh
-curl -s localhost:8000/v2/models/embed_image/infer -H 'Inference-Header-Content-Length: 0' \\
-  -H 'Content-Type: application/octet-stream' --data-binary @cat.jpg -o answer.bin
-curl -s localhost:8000/v2/models/preprocess/infer -H 'Inference-Header-Content-Length: 0' \\
-  -H 'Content-Type: application/octet-stream' --data-binary @cat.jpg -o answer.bin
-curl -s localhost:8000/v2/models/embed_text/infer \\
-  -d '{"inputs": [{"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["a photo of a cat"]}]}'
-curl -s localhost:8000/v2/models/tokenize/infer \\
-  -d '{"inputs": [{"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["a photo of a cat"]}]}'
-curl -s localhost:8000/v2/models/text_encoder/infer \\
-  -d '{"inputs": [{"name": "input_ids", "shape": [1, $length], "datatype": "INT64", "data": [$ids]}]}'
-curl -s localhost:8000/v2/models/image_encoder/config
-$ask_search```
+$curls
+```
+$program
+## Versions
 
-A picture among labels, as `python ask.py PICTURE LABEL LABEL ...` (`pip install 'tritonclient[grpc]'`):
+Each `clipress serve RUN` of a changed export adds a version to every model. Older ones stay, and the newest is served.
+To roll back, and forward again:
+
+```sh
+clipress serve RUN --roll-back
+clipress serve RUN --version $version
+```
+""")
+
+FILES = Template("""\
+curl -s localhost:8000/v2/models/$model/infer -H 'Inference-Header-Content-Length: 0' \\
+  -H 'Content-Type: application/octet-stream' --data-binary @cat.jpg -o answer.bin""")
+DATA = Template("""\
+curl -s localhost:8000/v2/models/$model/infer \\
+  -d '{"inputs": [{"name": "$name", "shape": $shape, "datatype": "$kind", "data": [$data]}]}'""")
+CONFIG = "curl -s localhost:8000/v2/models/{}/config"
+
+PROGRAM = Template("""
+$title (`pip install 'tritonclient[grpc]'`):
 
 ```python
 import pathlib
@@ -91,94 +106,172 @@ def column(name, values):
 
 
 client = triton.InferenceServerClient("localhost:8001")
-picture, *labels = sys.argv[1:]
-image = column("image", [pathlib.Path(picture).read_bytes()])
+$request
+```
+
+The other models take requests in the same way: `client.infer(MODEL, [tensor])` with a tensor of shape [rows, 1].
+""")
+ZERO_SHOT = """\
+path, *labels = sys.argv[1:]
+image = column("image", [pathlib.Path(path).read_bytes()])
 names = column("labels", [label.encode() for label in labels])
 answer = client.infer("classify", [image, names]).as_numpy("probabilities")[0]
 for label, share in zip(labels, answer):
-    print(f"{label} {share:.1%}")
-```
+    print(f"{label} {share:.1%}")"""
+CLASSIFIER = """\
+image = column("image", [pathlib.Path(sys.argv[1]).read_bytes()])
+answer = client.infer("classify", [image])
+shares, labels = answer.as_numpy("probabilities")[0], answer.as_numpy("labels")
+for number in np.argsort(-shares)[:5]:
+    print(f"{labels[number].decode()} {shares[number]:.1%}")"""
 
-The other models are asked alike: `client.infer("embed_text", [tensor])` with a tensor of shape [rows, 1].
-
-## Versions
-
-Each `clipress serve RUN` of a changed export adds a version to every model; older ones stay, and the newest is served.
-To go back, and to come forward again:
-
-```sh
-clipress serve RUN --roll-back
-clipress serve RUN --version $version
-```
-""")
-
-SEARCH = "| `search` | `text` BYTES [N], `k` INT32 [1] (optional, 10) | `scores` FP32 [N, k], `keys` BYTES [N, k], best first |\n"
-ASK_SEARCH = """\
-curl -s localhost:8000/v2/models/search/infer \\
-  -d '{"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a photo of a cat"]}]}'
-"""
+SENDS = {IMAGE: "`image` BYTES [1]: a JPEG, PNG or WebP file", TEXT: "`text` BYTES [1]: UTF-8"}
+TRITON = {"float32": "FP32", "int64": "INT64"}
 
 
 def readme(served: Served, version: int, with_search: bool, options: Sequence[str]) -> str:
-    """Return the page of one version of a repository; `options` are what its server must be told."""
+    """Return the README.md of one version of a repository; `options` are those that its server needs."""
     exported, settings = served.exported, served.settings
-    length = exported.tokenizer.context_length
+    engines = next(iter(served.engines.values()), None)
+    chains = [name for graph in served.graphs if (name := chain_of(exported, graph))]
     return README.substitute(
         stage=exported.stage,
         precision=exported.precision,
         backend=served.backend,
         version=version,
         hash=exported.lineage_hash,
-        max_batch=served.largest_batch("image"),
-        size=exported.preprocess.size,
-        dim=exported.embed_dim,
-        length=length,
-        search=SEARCH if with_search else "",
-        two_lists=" two" if with_search else "",
-        ask_search=ASK_SEARCH if with_search else "",
+        about=_about(exported),
+        max_batch=max(served.largest_batch(graph.name) for graph in served.graphs),
+        models="\n".join(f"| {' | '.join(row)} |" for row in _models(exported, with_search)),
+        batches=_batches(exported, with_search),
+        checked=[*(model_of(graph) for graph in served.graphs), *chains][-1],
         tag=settings.container,
-        tokenizer=_tokenizer(exported.tokenizer),
-        docker=_docker(served, options),
-        note=_note(served.plans.get("image")) + _about_int8(served),
-        ids=", ".join(["0"] * length),
+        packages=_packages(exported.tokenizer),
+        vocabulary="open_clip_torch " if exported.tokenizer else "",
+        docker=_docker(served, engines, options),
+        note=_about_engines(engines) + _about_int8(served),
+        curls="\n".join(_curls(exported, with_search)),
+        program=_program(exported),
     )
 
 
-def _tokenizer(tokenizer: Tokenizer) -> str:
-    """Return the packages it needs: of CLIP's own, open_clip's vocabulary is read, and no torch is needed."""
-    plain = tokenizer.name == CLIP_BPE and not tokenizer.kwargs
-    return "ftfy regex tokenizers" if plain else "open_clip_torch transformers"
+def _about(exported: Exported) -> str:
+    if classifier_graph(exported) is not None:
+        return f"The classifier has {len(exported.labels)} labels."
+    if exported.logit_scale is None:
+        return f"The model is a {exported.task}."
+    return "Embeddings have unit length; cosine times `logit_scale` is the logit."
 
 
-def _docker(served: Served, more: Sequence[str]) -> str:
-    settings = served.settings
+def _models(exported: Exported, with_search: bool) -> Iterator[tuple[str, str, str]]:
+    """Yield the rows of the table: a model, what it takes and what it gives."""
+    for graph in exported.graphs.values():
+        takes = [f"`{one.name}` {TRITON[one.dtype]} {list(one.shape)}" for one in graph.inputs]
+        gives = [f"`{one.name}` FP32 {list(one.shape)}" for one in graph.outputs]
+        yield f"`{model_of(graph)}`", ", ".join(takes), ", ".join(gives)
+    for sent, model in PREPARED_BY.items():
+        if inputs := inputs_for(exported, sent):
+            yield f"`{model}`", SENDS[sent], f"`{next(iter(inputs.values())).name}`"
+    for graph in exported.graphs.values():
+        if name := chain_of(exported, graph):
+            yield f"`{name}`", _names(sent_for(exported, one) or one.name for one in graph.inputs), _outputs(graph)
+    if is_zero_shot(exported):
+        takes = "`image` BYTES [N], `labels` BYTES [C], `templates` BYTES [T] (optional; with {} for the label)"
+        yield "`classify`", takes, "`probabilities` FP32 [N, C]"
+    elif classifier_graph(exported) is not None:
+        count = len(exported.labels)
+        yield "`classify`", "`image` BYTES [N]", f"`probabilities` FP32 [N, {count}], `labels` BYTES [{count}]"
+    if with_search:
+        gives = "`scores` FP32 [N, k], `keys` BYTES [N, k], best first"
+        yield "`search`", "`text` BYTES [N], `k` INT32 [1] (optional, 10)", gives
+
+
+def _outputs(graph: Graph) -> str:
+    return _names(one.name for one in graph.outputs)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _batches(exported: Exported, with_search: bool) -> str:
+    """Say which models take lists of any length instead of a batch."""
+    has_classify = is_zero_shot(exported) or classifier_graph(exported) is not None
+    lists = ["`classify`"] * has_classify + ["`search`"] * with_search
+    return f"All{' but ' + ' and '.join(lists) if lists else ''} take a batch dimension in front."
+
+
+def _curls(exported: Exported, with_search: bool) -> Iterator[str]:
+    """Yield a command for each kind of request."""
+    cat = '"a photo of a cat"'
+    for sent, model in PREPARED_BY.items():
+        graphs = [exported.graphs[name] for name in inputs_for(exported, sent)]
+        alone = [graph for graph in graphs if len(graph.inputs) == 1]
+        for name in [*(chain_of(exported, graph) for graph in alone), *([model] if graphs else [])]:
+            if sent == IMAGE:
+                yield FILES.substitute(model=name)
+            else:
+                yield DATA.substitute(model=name, name=sent, shape="[1, 1]", kind="BYTES", data=cat)
+        for graph in alone if sent == TEXT else ():
+            (one,) = graph.inputs
+            yield DATA.substitute(
+                model=model_of(graph),
+                name=one.name,
+                shape=[1, *one.shape],
+                kind=TRITON[one.dtype],
+                data=", ".join(["0"] * one.shape[0]),
+            )
+    yield CONFIG.format(model_of(next(iter(exported.graphs.values()))))
+    if with_search:
+        yield DATA.substitute(model="search", name=TEXT, shape="[1]", kind="BYTES", data=cat)
+
+
+def _program(exported: Exported) -> str:
+    """Return a program that classifies an image; empty where the server does not classify."""
+    if is_zero_shot(exported):
+        title = "An image among labels, as `python classify.py IMAGE LABEL LABEL ...`"
+        return PROGRAM.substitute(title=title, request=ZERO_SHOT)
+    if classifier_graph(exported) is not None:
+        return PROGRAM.substitute(
+            title="The best labels of an image, as `python classify.py IMAGE`", request=CLASSIFIER
+        )
+    return ""
+
+
+def _packages(tokenizer: Tokenizer | None) -> str:
+    """Return the packages to install. CLIP's own tokenizer reads open_clip's vocabulary and needs no torch."""
+    plain = tokenizer is not None and tokenizer.name == CLIP_BPE and not tokenizer.kwargs
+    words = "" if tokenizer is None else "ftfy regex tokenizers " if plain else "open_clip_torch transformers "
+    return f"{words}pillow pydantic pyyaml"
+
+
+def _docker(served: Served, engines: Engines | None, more: Sequence[str]) -> str:
     options = [f"--model-repository=/models/{served.backend}", *more]
-    plans = served.plans.get("image")
-    if plans is not None and plans.version_compatible:
+    if engines is not None and engines.version_compatible:
         options.append("--backend-config=tensorrt,version-compatible=true")
-    gpus = " --gpus all" if plans is not None else ""
+    gpus = " --gpus all" if engines is not None else ""
     return (
         f'docker run --rm{gpus} -p 127.0.0.1:8000-8002:8000-8002 -v "$(dirname "$PWD"):/models:ro" --shm-size=1g \\\n'
-        f"  clipress-triton:{settings.container} tritonserver {' '.join(options)}"
+        f"  clipress-triton:{served.settings.container} tritonserver {' '.join(options)}"
     )
 
 
 def _about_int8(served: Served) -> str:
-    """Return what must be known before 8-bit weights are served on another CPU."""
+    """Return a warning about CPUs on which 8-bit weights overflow."""
     if not served.needs_exact_mode:
         return ""
     return (
-        "\nThis model has INT8 weights in 8 bits, whose products overflow on x86 CPUs without VNNI instructions. The\n"
-        "onnxruntime backend has no exact mode, so its answers there would be wrong: serve such CPUs by the python backend,\n"
-        "or quantize with portable: true. `clipress export --verify FOLDER` tests an export on the machine it is on.\n"
+        "\nThis model has 8-bit weights, whose products overflow on x86 CPUs without VNNI instructions. The onnxruntime\n"
+        "backend has no exact mode, so its answers there would be wrong: serve such CPUs by the python backend, or quantize\n"
+        "with portable: true. `clipress export --verify FOLDER` tests an export on the machine it runs on.\n"
     )
 
 
-def _note(plans: Plans | None) -> str:
-    if plans is None:
+def _about_engines(engines: Engines | None) -> str:
+    if engines is None:
         return ""
-    least = "or a later one" if plans.version_compatible else "exactly"
+    least = "or a later one" if engines.version_compatible else "exactly"
     return (
-        f"\nThe engines were built by TensorRT {plans.tensorrt}; the container must have it {least}: look it up in NVIDIA's\n"
-        "support matrix, and set `serve.container` to that release.\n"
+        f"\nThe engines were built by TensorRT {engines.tensorrt}; the container must have it {least}: look it up in\n"
+        "NVIDIA's support matrix, and set `serve.container` to that release.\n"
     )

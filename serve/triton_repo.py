@@ -1,18 +1,20 @@
-"""Export folder -> Triton model repositories, one per backend, each with all that clients ask for.
+"""Write Triton model repositories from an export folder, one per backend, with every model that clients need.
 
-    <target>/<backend>/README.md                          how to start it and ask it
+    <target>/<backend>/README.md                          how to start the server and send requests
     <target>/<backend>/<model>/config.pbtxt               of the version that is served
     <target>/<backend>/<model>/<version>/release.json     which export this version is; the same for all models
     <target>/<backend>/image_encoder/1/model.onnx         or model.plan; and model.py, for the python backend
-    <target>/<backend>/preprocess/warmup/picture          what is asked before the first client
+    <target>/<backend>/preprocess/warmup/image            sent to the model before the first client comes
 
     preprocess ─► image_encoder = embed_image ─┐
-    tokenize   ─► text_encoder  = embed_text  ─┴► classify, search
+    tokenize   ─► text_encoder  = embed_text  ─┴► classify, search          of a CLIP
 
-Of very small encoders embed_* is no chain but one python model, which does both in one process.
+    preprocess ─► image_classifier = score_image ─► classify                of a classifier
 
-A changed export adds a version to every model, under one number, so that what is served together belongs together. A
-repository is written aside, its older versions linked, and renamed into place: all of a version is there, or nothing.
+A very small encoder is not chained: embed_* is then one python model that prepares the input and runs the encoder.
+
+A changed export adds a version to every model, under one number, so that the models of a version belong together. A
+repository is written aside, its older versions linked, and renamed into place: a version is either whole or absent.
 """
 
 from __future__ import annotations
@@ -23,19 +25,31 @@ import os
 import shutil
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from clipress.errors import ArtifactError, ExportError
 from clipress.recipe import first_problem
 from clipress.runtime.export_folder import Exported, read_export
-from clipress.serve.engines import Plans, plans_from_export
+from clipress.serve.engines import Engines, engines_from_export
+from clipress.serve.graphs import (
+    IMAGE,
+    PREPARED_BY,
+    TEXT,
+    chain_of,
+    classifier_graph,
+    embedder,
+    inputs_for,
+    is_zero_shot,
+    model_of,
+)
 from clipress.serve.settings import ServeSettings
 from clipress.serve.sizing import sizing
-from clipress.serve.triton_config import PICTURE, TEXT, Served, config_from, config_text, configs, options_for
+from clipress.serve.triton_config import Served, config_from, config_text, configs, options_for
 from clipress.serve.triton_readme import readme
 from clipress.storage import read_json, sha256, write_whole
 
@@ -44,90 +58,128 @@ if TYPE_CHECKING:
 
 Files = dict[str, bytes | Path]
 """Names below a folder, and their content or the file it is copied from."""
-TOWERS = {"image": "image_encoder", "text": "text_encoder"}
-FIRST = TOWERS["image"]  # the model that tells a repository's versions
 RELEASE = "release.json"
+SEARCH = "search"  # the one model that a version may lack
 
 
 class Release(BaseModel):
-    """What must be remembered of a version, for its configurations to be written again."""
+    """What a version's configurations are written from, kept so that they can be written again."""
 
     export: Exported
-    plans: dict[str, Plans] = {}
+    engines: dict[str, Engines] = Field({}, validation_alias=AliasChoices("engines", "plans"))
+    """Per graph. Version 1 of clipress called them plans."""
     search: bool = False
     fusible: bool = False
-    """embed_* bring the encoder's file, to run it themselves where it is very small."""
+    """The models that chain a graph hold its file too, to run it themselves if it is very small."""
+
+    @field_validator("export", mode="before")
+    @classmethod
+    def _in_folder(cls, value: Any, info: ValidationInfo) -> Any:
+        return {**value, "folder": info.context} if isinstance(value, dict) else value
 
     def text(self) -> str:
         """Return it as JSON, the same for the same files wherever they were exported."""
         return self.model_dump_json(indent=1, exclude={"export": {"folder", "parity"}})
 
 
+@dataclass(frozen=True)
+class Repository:
+    """One backend's repository, and what its configurations depend on."""
+
+    folder: Path
+    settings: ServeSettings
+    bench: Path | None
+    """A results.json that sizes are taken from."""
+
+    @property
+    def backend(self) -> str:
+        """The backend of the encoders, which the folder is named after."""
+        return self.folder.name
+
+
 def triton_repo_from_export(
     export: Path, target: Path, settings: ServeSettings, bench: Path | None = None
 ) -> list[Path]:
-    """Write a model repository per backend into `target`, or add a version where one is there and the export has changed.
+    """Write a model repository per backend into `target`, or add a version to one if the export has changed.
 
-    `bench` is a results.json that sizes are taken from. Returns the repositories' folders. Raises ArtifactError when the
-    export or index is missing, damaged or of another model, and ExportError when a configuration does not read back as it
+    `bench` is a results.json that sizes are taken from. Returns the repositories' folders. Raises ArtifactError if the
+    export or index is missing, damaged or of another model, and ExportError if a configuration does not read back as it
     was written, an engine is missing, or a new version would not take and give what the older ones do.
     """
     exported = read_export(export)
-    return [_add(exported, target / backend, backend, settings, bench) for backend in dict.fromkeys(settings.backend)]
+    repositories = [Repository(target / backend, settings, bench) for backend in dict.fromkeys(settings.backend)]
+    for repository in repositories:
+        _add(exported, repository)
+    return [repository.folder for repository in repositories]
 
 
 def serve_version(repository: Path, version: int | None, settings: ServeSettings, bench: Path | None = None) -> int:
-    """Let a repository serve one of its versions; None: the one before that it serves now. Returns it.
+    """Make a repository serve one of its versions; None means the one before the current one. Returns its number.
 
-    Raises ArtifactError where there is no such version.
+    Raises ArtifactError if there is no such version.
     """
     known = _versions(repository)
     if version is None:
         now = served_version(repository) if known else 0
         version = max((number for number in known if number < now), default=0)
     if version not in known:
-        asked = f"Version {version}" if version else "An older version"
-        there = ", ".join(map(str, known)) or "none"
-        raise ArtifactError(f"{asked} of {repository} was asked for; versions there: {there}. Do: clipress serve RUN")
+        wanted = f"version {version}" if version else "an older version"
+        found = ", ".join(map(str, known)) or "none"
+        raise ArtifactError(f"{repository}: expected {wanted}; versions found: {found}. Do: clipress serve RUN")
     release = _read_release(repository, version)
-    if release.search and version not in _versions(repository, "search"):
+    if release.search and version not in _versions(repository, SEARCH):
         raise ArtifactError(
-            f"Version {version} of {repository} was asked for; its search/{version} went when a version without an index "
-            "was served. Do: clipress serve RUN"
+            f"{repository}: version {version} needs search/{version}, which was dropped when a version without an index was "
+            "served. Do: clipress serve RUN"
         )
-    _write(repository, {}, release, version, settings, bench)
+    _write(Repository(repository, settings, bench), {}, release, version)
     return version
 
 
-def _add(exported: Exported, repository: Path, backend: str, settings: ServeSettings, bench: Path | None) -> Path:
-    release, added = _files(exported, backend, settings)
-    newest = max(_versions(repository), default=0)
-    if newest and all(_same(files, repository / model / str(newest)) for model, files in added.items()):
-        served = served_version(repository)  # a repository that was rolled back stays so until something new comes
-        _write(repository, {}, _read_release(repository, served), served, settings, bench)
+def served_version(repository: Path) -> int:
+    """Return the version that a repository serves."""
+    config = config_from((repository / _first_model(repository) / "config.pbtxt").read_text(encoding="utf-8"))
+    return max(config.version_policy.specific.versions, default=max(_versions(repository)))
+
+
+def _add(exported: Exported, repository: Repository) -> None:
+    """Add a version if the export has changed, else write the configurations of the served one again."""
+    folder = repository.folder
+    release, added = _files(exported, repository.backend, repository.settings)
+    newest = max(_versions(folder), default=0)
+    if newest and all(_same(files, folder / model / str(newest)) for model, files in added.items()):
+        served = served_version(folder)  # a repository that was rolled back stays so until something new comes
+        _write(repository, {}, _read_release(folder, served), served)
     else:
-        _write(repository, added, release, newest + 1, settings, bench)
-    return repository
+        _write(repository, added, release, newest + 1)
 
 
 def _files(exported: Exported, backend: str, settings: ServeSettings) -> tuple[Release, dict[str, Files]]:
-    """Return what a version is, and every model's files of it."""
-    found: dict[str, Files] = {name: {"model.py": _code(name)} for name in ("preprocess", "tokenize", "classify")}
-    plans: dict[str, Plans] = {}
-    for tower, model in TOWERS.items():
-        embed: Files = {}
+    """Return the release of a version, and its files of every model."""
+    prepares = [model for sent, model in PREPARED_BY.items() if inputs_for(exported, sent)]
+    found: dict[str, Files] = {model: {"model.py": _code(model)} for model in prepares}
+    engines: dict[str, Engines] = {}
+    for name, graph in exported.graphs.items():
+        files: Files = {}
         if backend == "tensorrt":
-            plans[tower], sources = plans_from_export(exported, tower, settings)
-            found[model] = {**sources}
+            engines[name], sources = engines_from_export(exported, name, settings)
+            files |= sources
         else:
-            found[model] = {"model.onnx": exported.onnx(tower)}
+            files["model.onnx"] = exported.onnx(name)
+        fused: Files = {}
         if backend == "python":
-            embed = {**found[model], "model.py": _code("embed")}
-            found[model]["model.py"] = _code("python")
-        found[f"embed_{tower}"] = embed
+            fused = {**files, "model.py": _code("fused")}
+            files["model.py"] = _code("encoder")
+        found[model_of(graph)] = files
+        if chain := chain_of(exported, graph):
+            found[chain] = fused if len(graph.inputs) == 1 else {}
+    if is_zero_shot(exported):
+        found["classify"] = {"model.py": _code("zero_shot")}
+    elif classifier_graph(exported) is not None:
+        found["classify"] = {"model.py": _code("classify")}
     if settings.index is not None:
-        found["search"] = {"model.py": _code("search"), **_index(settings.index, exported)}
-    release = Release(export=exported, plans=plans, search=settings.index is not None, fusible=backend == "python")
+        found[SEARCH] = {"model.py": _code("search"), **_index(settings.index, exported)}
+    release = Release(export=exported, engines=engines, search=settings.index is not None, fusible=backend == "python")
     return release, {model: {**files, RELEASE: release.text().encode()} for model, files in found.items()}
 
 
@@ -139,34 +191,26 @@ def _index(folder: Path, exported: Exported) -> Files:
     """Return an index's files. Raises ArtifactError for one that was made with another model."""
     from clipress.serve.index import open_index
 
+    embedder(exported, TEXT)
     index = open_index(folder)
     if (index.lineage, index.dim) != (exported.lineage_hash, exported.embed_dim):
         raise ArtifactError(
-            f"Index {folder} was asked for, made with a model of lineage {index.lineage} and {index.dim} dimensions; "
-            f"{exported.stage} is {exported.lineage_hash} and has {exported.embed_dim}. Make the index again with it."
+            f"Index {folder}: expected lineage {exported.lineage_hash} and {exported.embed_dim} dimensions, as "
+            f"{exported.stage} has; found {index.lineage} and {index.dim}. Make the index again with this model."
         )
     return {
         f"index/{path.relative_to(folder).as_posix()}": path for path in sorted(folder.rglob("*")) if path.is_file()
     }
 
 
-def _write(
-    repository: Path,
-    added: Mapping[str, Files],
-    release: Release,
-    version: int,
-    settings: ServeSettings,
-    bench: Path | None,
-) -> None:
-    """Put a repository in place that has the added files as `version`, all older ones, and serves `version`."""
-    exported, backend = release.export, repository.name
-    sizes = {tower: sizing(exported, tower, backend, settings, bench) for tower in TOWERS}
-    fused = {tower for tower, size in sizes.items() if release.fusible and size.small}
-    served = Served(exported, backend, settings, sizes, release.plans, fused)
+def _write(repository: Repository, added: Mapping[str, Files], release: Release, version: int) -> None:
+    """Replace a repository by one that has the added files as `version`, all older versions, and serves `version`."""
+    folder, exported = repository.folder, release.export
+    served = _served(repository, release)
     made = configs(served, release.search)
     if added:
-        _check_clients(repository, made)
-    newest = max(_versions(repository), default=0)
+        _check_clients(folder, made)
+    newest = max(_versions(folder), default=0)
     if version < newest:
         for config in made.values():
             config.version_policy.specific.versions.append(version)
@@ -174,25 +218,39 @@ def _write(
     around |= _warm_up_files(made, exported.preprocess.size) | {
         "README.md": readme(served, version, release.search, options_for(made.values())).encode(),
     }
-    if not added and all(_holds(repository / name, content) for name, content in around.items()):
-        return  # a server that looks at this folder is not disturbed
+    if not added and all(_holds(folder / name, content) for name, content in around.items()):
+        return  # so that a server on this folder is not disturbed
 
     def fill(aside: Path) -> None:
-        put: dict[Path, Path] = {}  # sources, and where they are: of what two models have there is one copy
+        copies: dict[Path, Path] = {}  # files that two models share are copied once
         for model in made:
             (aside / model).mkdir()
-            for number in _versions(repository, model):
-                shutil.copytree(repository / model / str(number), aside / model / str(number), copy_function=_link)
+            for number in _versions(folder, model):
+                shutil.copytree(folder / model / str(number), aside / model / str(number), copy_function=_link)
             for name, content in added.get(model, {}).items():
-                _put(aside / model / str(version) / name, content, put)
+                _put(aside / model / str(version) / name, content, copies)
         for name, content in around.items():
-            _put(aside / name, content, put)
+            _put(aside / name, content, copies)
 
-    write_whole(repository, fill)
+    write_whole(folder, fill)
+
+
+def _served(repository: Repository, release: Release) -> Served:
+    exported, backend = release.export, repository.backend
+    sizes = {
+        graph: sizing(exported, graph, backend, repository.settings, repository.bench) for graph in exported.graphs
+    }
+    fused = {graph for graph, size in sizes.items() if size.small and _can_fuse(release, graph)}
+    return Served(exported, backend, repository.settings, sizes, release.engines, fused)
+
+
+def _can_fuse(release: Release, graph: str) -> bool:
+    one = release.export.graphs[graph]
+    return release.fusible and len(one.inputs) == 1 and chain_of(release.export, one) is not None
 
 
 def _check_clients(repository: Path, made: Mapping[str, ModelConfig]) -> None:
-    """Raise ExportError when the clients of a repository that is there could not ask the new version."""
+    """Raise ExportError if clients of the existing repository could not use the new version."""
     for name, config in made.items():
         path = repository / name / "config.pbtxt"
         if not path.is_file():
@@ -201,8 +259,8 @@ def _check_clients(repository: Path, made: Mapping[str, ModelConfig]) -> None:
         if (list(old.input), list(old.output)) != (list(config.input), list(config.output)):
             raise ExportError(
                 f"{name} in {repository} takes {_form(old.input)} and gives {_form(old.output)}; the new export takes "
-                f"{_form(config.input)} and gives {_form(config.output)}, which its clients do not expect. "
-                "Move that folder away, or delete it, to start a new repository."
+                f"{_form(config.input)} and gives {_form(config.output)}, which existing clients do not expect. "
+                "Move or delete that folder to start a new repository."
             )
 
 
@@ -210,38 +268,38 @@ def _form(tensors: Sequence[Any]) -> str:
     return ", ".join(f"{tensor.name} {list(tensor.dims)}" for tensor in tensors)
 
 
-def _versions(repository: Path, model: str = FIRST) -> list[int]:
-    """Return a model's versions, oldest first."""
+def _first_model(repository: Path) -> str:
+    """Return a model that every version has."""
+    models = [path.parent.name for path in repository.glob("*/config.pbtxt")]
+    return min((model for model in models if model != SEARCH), default="")
+
+
+def _versions(repository: Path, model: str | None = None) -> list[int]:
+    """Return the versions of a repository, or of one of its models, oldest first."""
+    model = model or _first_model(repository)
     folder = repository / model
-    return sorted(int(path.name) for path in folder.glob("[1-9]*") if path.name.isdigit()) if folder.is_dir() else []
-
-
-def served_version(repository: Path) -> int:
-    """Return the version that a repository serves."""
-    config = config_from((repository / FIRST / "config.pbtxt").read_text(encoding="utf-8"))
-    return max(config.version_policy.specific.versions, default=max(_versions(repository)))
+    if not model or not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.glob("[1-9]*") if path.name.isdigit())
 
 
 def _read_release(repository: Path, version: int) -> Release:
-    path = repository / FIRST / str(version) / RELEASE
+    path = repository / _first_model(repository) / str(version) / RELEASE
     try:
-        told = read_json(path)
-        return Release.model_validate({**told, "export": {**told["export"], "folder": path.parent}})
+        return Release.model_validate(read_json(path), context=path.parent)
     except ValidationError as error:
         raise ArtifactError(f"{path}, {first_problem(error)}. Delete {repository} and do: clipress serve RUN") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"{path} is not readable ({error}): this version was not made by this clipress, or is damaged. "
+            f"{path} cannot be read ({error}): this version is damaged, or was not written by clipress. "
             f"Move {repository} away and do: clipress serve RUN"
         ) from None
 
 
 def _same(files: Files, folder: Path) -> bool:
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    there = {
-        path.as_posix() for path in found if "__pycache__" not in path.parts
-    }  # a server that ran here leaves those
-    return there == set(files) and all(_holds(folder / name, content) for name, content in files.items())
+    names = {path.as_posix() for path in found if "__pycache__" not in path.parts}  # servers leave those behind
+    return names == set(files) and all(_holds(folder / name, content) for name, content in files.items())
 
 
 def _holds(path: Path, content: bytes | Path) -> bool:
@@ -249,19 +307,19 @@ def _holds(path: Path, content: bytes | Path) -> bool:
     return path.is_file() and sha256(path) == wanted
 
 
-def _put(path: Path, content: bytes | Path, put: dict[Path, Path]) -> None:
+def _put(path: Path, content: bytes | Path, copies: dict[Path, Path]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         path.write_bytes(content)
-    elif content in put:
-        _link(put[content], path)
+    elif content in copies:
+        _link(copies[content], path)
     else:
         shutil.copyfile(content, path)
-        put[content] = path
+        copies[content] = path
 
 
 def _link(source: str | Path, target: str | Path) -> None:
-    """Share a file that is never written again; copy it where the disk knows no links."""
+    """Share a file that is never written again; copy it if the disk has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -269,13 +327,13 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def _warm_up_files(made: Mapping[str, ModelConfig], size: int) -> Files:
-    """Return what models are asked before the first client where numbers will not do, as Triton stores strings."""
+    """Return the real inputs that models are warmed up with, stored as Triton stores strings."""
     from PIL import Image
 
     ramp = np.linspace(0, 255, size * size * 3).reshape(size, size, 3).astype(np.uint8)
-    picture = io.BytesIO()
-    Image.fromarray(ramp).save(picture, "JPEG")
-    contents = {PICTURE: picture.getvalue(), TEXT: b"a photo of a cat"}
+    file = io.BytesIO()
+    Image.fromarray(ramp).save(file, "JPEG")
+    contents = {IMAGE: file.getvalue(), TEXT: b"a photo of a cat"}
     return {
         f"{model}/warmup/{name}": struct.pack("<I", len(contents[name])) + contents[name]
         for model, config in made.items()

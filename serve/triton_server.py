@@ -1,4 +1,4 @@
-"""A Triton server on a model repository: started, awaited, told what to load, stopped with nothing left behind."""
+"""A Triton server on a model repository: start it, wait for it, load models, and stop it with nothing left behind."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from tritonclient.grpc import InferenceServerClient
 
 LOOPBACK = "127.0.0.1"
-EXIT_SECONDS = 10  # the server waits as long for requests that are under way, and for clients that stay connected
+EXIT_SECONDS = 10  # how long the server waits for requests in progress, and for clients that stay connected
 SHARED_MEMORY = Path("/dev/shm")
 WATCH_SECONDS = 1
 STUB = "triton_python_backend_stub"
-# Through these a client could have the server run a file of its choice, or read this machine's memory.
+# Through these a client could make the server run a file of its choice, or read this machine's memory.
 CLOSED = "model-repository,shared-memory,trace,logging"
-# Becomes the server; SIGTERM comes to it when clipress has died, however that happened.
+# This program becomes the server, which gets SIGTERM when clipress has died, however that happened.
 TIED = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -41,21 +41,23 @@ if os.getppid() == int(sys.argv[1]):
 
 
 class TritonServer:
-    """Triton on one repository folder, with all its models loaded. A context manager: inside, it is ready.
+    """Triton on one repository folder, with all its models loaded. A context manager: inside, the server is ready.
 
-    Only this object loads and unloads models; to other clients that part of the server is closed. The server ends with
+    Only this object loads and unloads models; that part of the server is closed to other clients. The server ends with
     the thread that started it.
 
     Args:
         repository: folder of models; it is only read.
-        host: interface to listen on; others than the loopback one only by asking.
-        http_port, grpc_port, metrics_port: None: any free one.
-        log: file the server writes to; None: one that is gone when it has stopped.
+        host: interface to listen on; the loopback one by default.
+        http_port, grpc_port, metrics_port: None picks a free one.
+        log: file for the server's log; None uses a temporary one.
         ready_within: seconds until all models must be loaded and warmed up.
-        triton: the server to start; None: `find_triton()`.
+        triton: the server to start; None means `find_triton()`.
 
     Attributes:
-        http, grpc, metrics: where it is asked, as host:port. Metrics are at /metrics.
+        name: what the names of its files in shared memory begin with.
+        http, grpc, metrics: its addresses, as host:port. Metrics are at /metrics.
+        pid: the process id, which is also that of the session of all its processes; None unless it runs.
     """
 
     def __init__(
@@ -71,13 +73,17 @@ class TritonServer:
         triton: Triton | None = None,
     ) -> None:
         self.repository, self.host, self.ready_within = Path(repository), host, ready_within
-        self._asked = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+        self._wanted_ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self._log, self._triton = log, triton
-        self._name = f"clipress-{os.getpid()}-{secrets.token_hex(4)}"
+        self.name = f"clipress-{os.getpid()}-{secrets.token_hex(4)}"
         self._key = secrets.token_hex(16)
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -89,15 +95,15 @@ class TritonServer:
     def start(self) -> None:
         """Start the server and wait until every model is ready.
 
-        Raises BackendMissing where there is no Triton, and ServerError, with what its log says, where a port is taken,
-        a model cannot be loaded or time runs out; then nothing is left behind.
+        Raises BackendMissing if there is no Triton, and ServerError, with its log's errors, if a port is taken, a model
+        cannot be loaded or time runs out; nothing is then left behind.
         """
         triton = self._triton or find_triton()
         if self._log is None:
             self._folder = tempfile.TemporaryDirectory(prefix="clipress-triton-")
         self.log = self._log or Path(self._folder.name, "server.log")
         try:
-            ports = _ports(self.host, self._asked)
+            ports = _free_ports(self.host, self._wanted_ports)
             reached = LOOPBACK if self.host == "0.0.0.0" else self.host
             self.http, self.grpc, self.metrics = (f"{reached}:{port}" for port in ports.values())
             self._launch(triton, ports)
@@ -115,7 +121,7 @@ class TritonServer:
             "--model-control-mode=explicit",
             "--load-model=*",
             "--strict-readiness=true",
-            f"--backend-config=python,shm-region-prefix-name={self._name}-",
+            f"--backend-config=python,shm-region-prefix-name={self.name}-",
             f"--exit-timeout-secs={EXIT_SECONDS}",
             f"--http-restricted-api={CLOSED}:clipress={self._key}",
             f"--grpc-restricted-protocol={CLOSED}:clipress={self._key}",
@@ -130,7 +136,7 @@ class TritonServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **triton.environment},
-                start_new_session=True,  # Ctrl-C is for clipress; and its processes can be ended as a group
+                start_new_session=True,  # Ctrl-C is for clipress, and all processes can be ended as a group
             )
 
     def _await_ready(self) -> None:
@@ -144,7 +150,7 @@ class TritonServer:
         self._ready = True
 
     def _is_ready(self) -> bool:
-        connection = http.client.HTTPConnection(self.http, timeout=5)  # knows nothing of proxies
+        connection = http.client.HTTPConnection(self.http, timeout=5)  # ignores proxies
         try:
             connection.request("GET", "/v2/health/ready")
             return connection.getresponse().status == 200
@@ -154,14 +160,13 @@ class TritonServer:
             connection.close()
 
     def _failure(self, found: str) -> ServerError:
-        return ServerError(f"Triton was asked to serve {self.repository}; {found}. {_reasons(self.log)}")
+        return ServerError(f"Triton cannot serve {self.repository}: {found}. {_errors_in(self.log)}")
 
-    def wait(self, tell: Callable[[str], None] = lambda _: None) -> None:
-        """Wait for as long as the server lives, and load models again whose processes have died; `tell` hears of it.
+    def wait(self, say: Callable[[str], None] = lambda _: None) -> None:
+        """Wait as long as the server runs, and reload models whose processes have died; `say` reports that.
 
-        Triton itself calls such a model ready for ever, and has its requests fail. Raises ServerError when the server ends
-        by itself, or a model cannot be loaded again.
-        Meanwhile no other thread may load or unload.
+        Triton itself keeps reporting such a model as ready, and its requests fail. Raises ServerError when the server ends
+        by itself, or a model cannot be loaded again. No other thread may load or unload models meanwhile.
         """
         process = self._process
         known = _model_processes(process.pid)
@@ -171,15 +176,15 @@ class TritonServer:
                 raise self._failure(f"it ended by itself, with exit code {code}")
             now = _model_processes(process.pid)
             for model in sorted({model for model, _ in known - now}):
-                tell(f"A process of {model} has died: it is loaded again.")
+                say(f"A process of {model} has died: it is loaded again.")
                 self.load(model)
             known = now | _model_processes(process.pid)
 
     def stop(self) -> None:
-        """End the server and its processes. Requests under way are answered first, for up to EXIT_SECONDS."""
+        """End the server and its processes. Requests in progress are answered first, for up to EXIT_SECONDS."""
         process, self._process = self._process, None
         try:
-            if process and self._ready:  # else there is nobody to be answered, and models that load are not left alone
+            if process and self._ready:  # before that there are no requests, and models that are loading would not stop
                 process.terminate()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(EXIT_SECONDS + 5)
@@ -188,29 +193,27 @@ class TritonServer:
                 with suppress(ProcessLookupError):  # models run in processes of their own
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            for left in SHARED_MEMORY.glob(f"{self._name}-*"):
+            for left in SHARED_MEMORY.glob(f"{self.name}-*"):
                 left.unlink(missing_ok=True)
             if self._folder:
                 self._folder.cleanup()
 
     def load(self, model: str) -> None:
-        """Load a model as it is on disk now: versions that came are loaded, versions that went are not served any more.
+        """Load a model as it is on disk now: new versions are loaded, removed ones are no longer served.
 
-        A model that is loaded keeps answering until the new one is ready. Raises ServerError when it cannot be loaded.
+        A loaded model keeps answering until the new one is ready. Raises ServerError if it cannot be loaded.
         """
         with self._control(f"load {model}") as client:
             client.load_model(model, headers=self._headers)
 
     def unload(self, model: str) -> None:
-        """Unload a model, and wait until it is gone; one that is not loaded is no error. Raises ServerError."""
+        """Unload a model, and wait until it is gone. A model that is not loaded is no error. Raises ServerError."""
         with self._control(f"unload {model}") as client:
             client.unload_model(model, headers=self._headers)
             deadline = time.monotonic() + self.ready_within
             while self._states(client, model) & {"READY", "UNLOADING"}:
                 if time.monotonic() > deadline:
-                    raise ServerError(
-                        f"Triton was asked to unload {model}, and has not within {self.ready_within:g} s."
-                    )
+                    raise ServerError(f"Triton did not unload {model} within {self.ready_within:g} s.")
                 time.sleep(0.02)
 
     def _states(self, client: InferenceServerClient, model: str) -> set[str]:
@@ -221,7 +224,7 @@ class TritonServer:
         return {"triton-grpc-protocol-clipress": self._key}
 
     @contextmanager
-    def _control(self, asked: str) -> Iterator[InferenceServerClient]:
+    def _control(self, action: str) -> Iterator[InferenceServerClient]:
         from tritonclient.grpc import InferenceServerClient
         from tritonclient.utils import InferenceServerException
 
@@ -229,25 +232,25 @@ class TritonServer:
         try:
             yield client
         except InferenceServerException as error:
-            raise ServerError(f"Triton was asked to {asked}; it answered: {_short(error.message())}") from None
+            raise ServerError(f"Triton could not {action}: {_short(error.message())}") from None
         finally:
             client.close()
 
 
-def _ports(host: str, asked: dict[str, int | None]) -> dict[str, int]:
-    """Return a free port for each kind. All are held until all are known, so that none is given twice."""
+def _free_ports(host: str, wanted: dict[str, int | None]) -> dict[str, int]:
+    """Return a free port for each kind. All are held until all are known, so that none is used twice."""
     held: dict[str, socket.socket] = {}
     try:
-        for kind, port in asked.items():
+        for kind, port in wanted.items():
             held[kind] = socket.socket()
-            # as servers do: connections of the last one may linger
+            # as servers do: connections of the previous one may linger
             held[kind].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 held[kind].bind((host, port or 0))
             except OSError as error:
                 raise ServerError(
-                    f"Triton was asked to listen on {host}:{port or 'any port'} ({kind}): {error.strerror}. "
-                    "Choose another one; without a port any free one is taken."
+                    f"Triton cannot listen on {host}:{port or 'any port'} ({kind}): {error.strerror}. "
+                    "Choose another port, or none to use a free one."
                 ) from None
         return {kind: taken.getsockname()[1] for kind, taken in held.items()}
     finally:
@@ -256,45 +259,45 @@ def _ports(host: str, asked: dict[str, int | None]) -> dict[str, int]:
 
 
 def _model_processes(server: int) -> set[tuple[str, str]]:
-    """Return (model, instance), such as classify and 0_1, of what the python backend runs, each in its own process."""
+    """Return (model, instance), such as classify and 0_1, of every process of the python backend."""
     found = set()
     for children in Path(f"/proc/{server}/task").glob("*/children"):
         with suppress(OSError):  # a thread or process that ends
             for pid in children.read_text().split():
                 words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-                # one that has ended has no words; other names are of short-lived ones, which complete a configuration
+                # a process that has ended has no words; other names are short-lived ones that complete a configuration
                 if Path(words[0]).name == STUB and (name := re.fullmatch(r"(.+)_(\d+_\d+)", words[-3])):
                     found.add(name.groups())
     return found
 
 
-def _reasons(log: Path) -> str:
-    """Return what the log calls an error, else its last lines."""
+def _errors_in(log: Path) -> str:
+    """Return the errors in a log, else its last lines."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     # E1121 14:50:34.772040 27063 model_lifecycle.cc:642] "failed to load 'x' version 1: ...\n\nAt: ..."
     errors = [match[1] for line in lines if (match := re.match(r"(?:E\d{4} .*?\] |error: )(.*)", line))]
-    errors = [error for error in errors if "CudaDriverHelper" not in error]  # said wherever there is no GPU
+    errors = [error for error in errors if "CudaDriverHelper" not in error]  # reported wherever there is no GPU
     if errors:
         return "Its log says: " + " ".join(dict.fromkeys(map(_short, errors)))
     return "Its log ends: " + "\n".join(["", *lines[-15:]])
 
 
 def _short(text: str) -> str:
-    """Leave out where in Triton's own files an error of a model was raised."""
+    """Drop the part of an error that names places in Triton's own files."""
     return re.split(r"\n|\\n", text.strip().strip('"'))[0].rstrip(".")[:500] + "."
 
 
 def serve_until_stopped(
     repository: Path,
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
     host: str = LOOPBACK,
     http_port: int | None = None,
     grpc_port: int | None = None,
     metrics_port: int | None = None,
 ) -> None:
-    """Serve a repository, tell where, and go on until Ctrl-C or SIGTERM, which end it without an error.
+    """Serve a repository, report its addresses, and run until Ctrl-C or SIGTERM, which end it without an error.
 
-    The log is server.log beside the repository. To be called from the main thread. Raises what `find_triton`,
+    The log is server.log beside the repository. Must be called from the main thread. Raises what `find_triton`,
     `TritonServer.start` and `TritonServer.wait` raise.
     """
     with suppress(KeyboardInterrupt), _both_interrupt():
@@ -305,20 +308,21 @@ def serve_until_stopped(
             grpc_port=grpc_port,
             metrics_port=metrics_port,
             log=repository.with_name("server.log"),
-            triton=find_triton(tell),
+            triton=find_triton(say),
         )
         with server:
-            tell(f"HTTP     http://{server.http}\ngRPC     {server.grpc}\nMetrics  http://{server.metrics}/metrics")
+            say(f"HTTP     http://{server.http}\ngRPC     {server.grpc}\nMetrics  http://{server.metrics}/metrics")
             if host not in (LOOPBACK, "localhost"):
-                tell(f"Whoever reaches {host} can ask it: nothing is encrypted, and there is no password.")
-            tell(f"What a model takes: curl -s http://{server.http}/v2/models/image_encoder/config")
-            tell(f"How to ask it: {repository / 'README.md'}. Log: {server.log}. Ready; Ctrl-C stops it.")
-            server.wait(tell)
+                say(f"Anyone who reaches {host} can use it: there is no encryption and no password.")
+            models = sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))
+            say(f"What a model takes: curl -s http://{server.http}/v2/models/{models[0] if models else 'NAME'}/config")
+            say(f"How to send requests: {repository / 'README.md'}. Log: {server.log}. Ready; Ctrl-C stops it.")
+            server.wait(say)
 
 
 @contextmanager
 def _both_interrupt() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does. A shell that starts a job in the background has it ignore Ctrl-C; not here."""
+    """Let SIGTERM do what Ctrl-C does, and let Ctrl-C work in background jobs too, which a shell starts without it."""
     known = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -39,7 +39,7 @@ def triton(pytestconfig, cache_folder) -> Triton:
 @pytest.fixture(scope="session")
 def exports(tiny_run) -> list[Path]:
     """What `served` serves: its version 1 and its version 2."""
-    from asking import STAGES
+    from triton_requests import STAGES
 
     return [tiny_run[0] / "export" / stage for stage in STAGES]
 
@@ -47,7 +47,7 @@ def exports(tiny_run) -> list[Path]:
 @pytest.fixture(scope="session")
 def served(triton, exports, tmp_path_factory):
     """A real Triton that serves two versions of the tiny run's models, the second one. Leave it as it was."""
-    from asking import SETTINGS
+    from triton_requests import SETTINGS
 
     from clipress.serve.triton_repo import triton_repo_from_export
     from clipress.serve.triton_server import TritonServer

@@ -1,23 +1,25 @@
-"""A server in this process that speaks enough of KServe's HTTP protocol (v2, binary tensors) to be a Triton's stand-in."""
+"""A server in this process that fails on demand: KServe's HTTP protocol (v2), as far as `clipress.serve.client` uses it.
+
+A real Triton shows what right answers look like. This one shows what a server answers seldom: 503, a delay, nonsense.
+"""
 
 from __future__ import annotations
 
 import json
-import struct
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
+from tritonclient.utils import deserialize_bytes_tensor
 
 Inputs = dict[str, np.ndarray]
 Model = Callable[[Inputs], dict[str, np.ndarray]]
-TYPES = {"FP32": np.float32, "INT32": np.int32}
 
 
 class Refusal(Exception):
-    """What a model answers with instead: an HTTP status and a text."""
+    """An error response: an HTTP status and a text."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -25,7 +27,7 @@ class Refusal(Exception):
 
 
 class Server:
-    """Serves `models`: functions from inputs to outputs that run in the request's thread. Counts what it sees."""
+    """Serves `models`: functions from inputs to outputs, run in the request's thread. Keeps the requests it gets."""
 
     def __init__(self, **models: Model) -> None:
         self.models = models
@@ -40,14 +42,13 @@ class Server:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                name = self.path.split("/")[3]
-                status, head, tail = owner._answer(name, body, self.headers.get("Inference-Header-Content-Length"))
+                head = int(self.headers.get("Inference-Header-Content-Length", len(body)))
+                status, answer = owner.answer(self.path.split("/")[3], json.loads(body[:head]), body[head:])
+                content = json.dumps(answer).encode()
                 self.send_response(status)
-                if tail:
-                    self.send_header("Inference-Header-Content-Length", str(len(head)))
-                self.send_header("Content-Length", str(len(head) + len(tail)))
+                self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(head + tail)
+                self.wfile.write(content)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -64,52 +65,32 @@ class Server:
         self._server.server_close()
         self._thread.join()
 
-    def _answer(self, name: str, body: bytes, head: str | None) -> tuple[int, bytes, bytes]:
+    def answer(self, name: str, request: Any, data: bytes) -> tuple[int, Any]:
+        """Return the status and the JSON that answer a request."""
         with self._lock:
             self._now += 1
             self.most_at_once = max(self.most_at_once, self._now)
         try:
             if name not in self.models:
                 raise Refusal(404, f"Request for unknown model: '{name}' is not found")
-            inputs = _inputs(body, int(head or len(body)))
+            inputs = {}
+            for tensor in request["inputs"]:
+                size = tensor["parameters"]["binary_data_size"]
+                rows, data = data[:size], data[size:]
+                is_text = tensor["datatype"] == "BYTES"
+                values = deserialize_bytes_tensor(rows) if is_text else np.frombuffer(rows, np.int32)
+                inputs[tensor["name"]] = values.reshape(tensor["shape"])
             with self._lock:
                 self.requests.append((name, inputs))
-            return 200, *_outputs(self.models[name](inputs))
+            outputs = [_output(*output) for output in self.models[name](inputs).items()]
+            return 200, {"model_name": name, "model_version": "1", "outputs": outputs}
         except Refusal as refusal:
-            return refusal.status, json.dumps({"error": str(refusal)}).encode(), b""
+            return refusal.status, {"error": str(refusal)}
         finally:
             with self._lock:
                 self._now -= 1
 
 
-def _inputs(body: bytes, head: int) -> Inputs:
-    inputs, place = {}, head
-    for tensor in json.loads(body[:head])["inputs"]:
-        size = tensor["parameters"]["binary_data_size"]
-        data = body[place : place + size]
-        place += size
-        if tensor["datatype"] == "BYTES":
-            values, at = np.empty(int(np.prod(tensor["shape"])), object), 0
-            for number in range(len(values)):
-                (length,) = struct.unpack_from("<I", data, at)
-                values[number] = data[at + 4 : at + 4 + length]
-                at += 4 + length
-        else:
-            values = np.frombuffer(data, TYPES[tensor["datatype"]])
-        inputs[tensor["name"]] = values.reshape(tensor["shape"])
-    return inputs
-
-
-def _outputs(outputs: dict[str, np.ndarray]) -> tuple[bytes, bytes]:
-    tensors, tail = [], b""
-    for name, values in outputs.items():
-        kind = "BYTES" if values.dtype == object else "FP32"
-        if kind == "BYTES":
-            data = b"".join(struct.pack("<I", len(one)) + one for one in values.ravel())
-        else:
-            data = values.astype(np.float32).tobytes()
-        tensors.append(
-            {"name": name, "datatype": kind, "shape": values.shape, "parameters": {"binary_data_size": len(data)}}
-        )
-        tail += data
-    return json.dumps({"model_name": "m", "model_version": "1", "outputs": tensors}).encode(), tail
+def _output(name: str, values: np.ndarray) -> dict[str, Any]:
+    data = values.astype(np.float64).ravel().tolist()
+    return {"name": name, "datatype": "FP32", "shape": values.shape, "data": data}

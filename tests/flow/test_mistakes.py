@@ -84,7 +84,7 @@ def test_a_label_file_that_is_empty(tmp_path, tiny_run, content):
     told(
         clipress("predict", tiny_run[0], tmp_path / "x.png", "--labels-file", tmp_path / "labels.txt"),
         "labels.txt",
-        "holds none",
+        "holds no label",
     )
 
 
@@ -98,11 +98,15 @@ def test_a_stage_the_run_does_not_have(tiny_run):
 
 
 def test_a_version_that_a_repository_does_not_have(tiny_run):
-    told(clipress("serve", tiny_run[0], "--backend", "python", "--version", "9"), "Version 9 of", "clipress serve RUN")
+    told(
+        clipress("serve", tiny_run[0], "--backend", "python", "--version", "9"),
+        "expected version 9",
+        "clipress serve RUN",
+    )
 
 
 def test_serving_an_engine_that_was_never_built(tiny_run):
-    told(clipress("serve", tiny_run[0], "--backend", "tensorrt"), "engines there: none", "export RUN --tensorrt")
+    told(clipress("serve", tiny_run[0], "--backend", "tensorrt"), "engines found: none", "export RUN --tensorrt")
 
 
 def test_a_model_that_is_not_exported_yet(tiny_run, tmp_path):

@@ -1,4 +1,4 @@
-"""The client against a stand-in that speaks the protocol: what it sends, what it tries again, what it keeps apart."""
+"""The client: what it sends, what it retries, and what it keeps apart; against a stand-in that can fail, and a real Triton."""
 
 import itertools
 import json
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import clipress
 from kserve import Refusal, Server
-from tower import picture
+from small_exports import small_image
 
 pytest.importorskip("tritonclient.http.aio", reason="pip install 'clipress[serve]'")
 
@@ -17,20 +17,20 @@ from click.testing import CliRunner
 from clipress.errors import DataError, ServerError
 from clipress.serve import client as module
 from clipress.serve.classify import LoadedModel
-from clipress.serve.client import Client, Hit, address_from
+from clipress.serve.client import Client, address_from
 
-BAD = b"no picture"
+BAD = b"no image"
 
 
 def embed(content):
-    """A vector that follows from the bytes alone, zeros at their end included."""
+    """Return a vector that depends on all bytes, trailing zeros included."""
     return np.asarray([len(content), sum(content) % 251, content[0] if content else 0], np.float32)
 
 
 def refuse_bad(contents):
     for content in contents:
         if content.startswith(BAD):
-            raise Refusal(400, "bad image: not a picture")
+            raise Refusal(400, "bad image: cannot be decoded")
 
 
 def embed_image(inputs):
@@ -51,26 +51,13 @@ def classify(inputs):
     return {"probabilities": lengths / lengths.sum(1, keepdims=True)}
 
 
-def search(inputs):
-    (k,) = inputs["k"]
-    (text,) = inputs["text"]
-    keys = np.empty(k, object)
-    keys[:] = [text + b"-%d" % number for number in range(k)]
-    return {"scores": np.linspace(1, 0, k)[None], "keys": keys[None]}  # a row per text
-
-
 @pytest.fixture
 def serve():
-    """Start stand-ins with the four models, or others in their places."""
+    """Start servers with the three models, some of which may be replaced."""
     started = []
 
     def start(**models):
-        started.append(
-            Server(
-                **{"embed_image": embed_image, "embed_text": embed_text, "classify": classify, "search": search}
-                | models
-            )
-        )
+        started.append(Server(**{"embed_image": embed_image, "embed_text": embed_text, "classify": classify} | models))
         return started[-1]
 
     yield start
@@ -79,8 +66,8 @@ def serve():
 
 
 @pytest.fixture
-def ask():
-    """Open clients that hardly wait between tries."""
+def connect():
+    """Open clients that hardly wait between attempts."""
     opened = []
 
     def start(server, **options):
@@ -93,7 +80,7 @@ def ask():
 
 
 def failing(model, times, status):
-    """The model, but for its first requests, which it answers with a status."""
+    """Return the model, except that its first requests get an error status."""
     calls = itertools.count()
 
     def answer(inputs):
@@ -104,58 +91,54 @@ def failing(model, times, status):
     return answer
 
 
-def test_pictures_travel_as_the_bytes_of_their_files(serve, ask, tmp_path):
+def test_images_are_sent_as_the_bytes_of_their_files(serve, connect, tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x01\x02\x00")
     images = [tmp_path / "a.png", str(tmp_path / "a.png"), b"\x05\x00\x00\x00"]
-    values, errors = ask(serve()).embed_images(images)
+    values, errors = connect(serve()).encode_image(images)
     np.testing.assert_array_equal(values, [embed(b"\x01\x02\x00")] * 2 + [embed(b"\x05\x00\x00\x00")])
     assert values.dtype == np.float32 and errors == {}
 
 
-def test_texts_travel_as_utf8(serve, ask):
-    values, _ = ask(serve()).embed_texts(["größe", ""])
+def test_texts_are_sent_as_utf8(serve, connect):
+    values, _ = connect(serve()).encode_text(["größe", ""])
     np.testing.assert_array_equal(values, [embed("größe".encode()), embed(b"")])
 
 
-def test_many_answers_come_in_the_order_of_the_items(serve, ask):
+def test_answers_come_in_the_order_of_the_items(serve, connect):
     items = [bytes([number]) * (number + 1) for number in range(100)]
-    values, _ = ask(serve()).embed_images(iter(items))
+    values, _ = connect(serve()).encode_image(iter(items))
     np.testing.assert_array_equal(values, [embed(item) for item in items])
 
 
-def test_probabilities_are_those_of_the_server(serve, ask):
+def test_probabilities_are_those_of_the_server(serve, connect):
     images, labels = [b"x" * length for length in range(1, 50)], ["a", "abc", "abcdef"]
-    values, errors = ask(serve()).classify(images, labels)
+    values, errors = connect(serve()).classify(images, labels)
     inputs = {"image": images, "labels": [label.encode() for label in labels]}
     np.testing.assert_allclose(values, classify(inputs)["probabilities"], atol=1e-7)
     assert not errors
 
 
-def test_templates_are_sent_only_when_they_are_given(serve, ask):
+def test_templates_are_sent_only_when_they_are_given(serve, connect):
     server = serve()
-    client = ask(server)
+    client = connect(server)
     client.classify([b"x"], ["a", "b"])
     client.classify([b"x"], ["a", "b"], ["one {}", "two {}"])
     assert [sorted(inputs) for _, inputs in server.requests] == [["image", "labels"], ["image", "labels", "templates"]]
     assert server.requests[1][1]["templates"].tolist() == [b"one {}", b"two {}"]
 
 
-def test_search_gives_keys_with_scores(serve, ask):
-    assert ask(serve()).search("dog", 3) == [Hit("dog-0", 1.0), Hit("dog-1", 0.5), Hit("dog-2", 0.0)]
-
-
-def test_nothing_in_gives_nothing_out(serve, ask):
+def test_no_items_give_no_rows(serve, connect):
     server = serve()
-    assert ask(server).embed_images([]).values.shape == (0, 0)
-    assert ask(server).classify([], ["a", "b"]).values.shape == (0, 2)
+    assert connect(server).encode_image([]).values.shape == (0, 0)
+    assert connect(server).classify([], ["a", "b"]).values.shape == (0, 2)
     assert not server.requests
 
 
 @pytest.mark.parametrize("kind", ["embed_images", "classify"])
-def test_a_bad_picture_is_told_and_the_others_are_kept(serve, ask, tmp_path, kind):
+def test_a_bad_image_is_an_error_and_the_others_are_kept(serve, connect, tmp_path, kind):
     images = [b"\x01", BAD, b"\x02\x02", tmp_path / "none.png", b"\x03"]
-    client = ask(serve())
-    values, errors = client.embed_images(images) if kind == "embed_images" else client.classify(images, ["a", "bcd"])
+    client = connect(serve())
+    values, errors = client.encode_image(images) if kind == "embed_images" else client.classify(images, ["a", "bcd"])
     assert errors.keys() == {1, 3} and "bad image" in errors[1] and "none.png cannot be read" in errors[3]
     assert np.isnan(values[[1, 3]]).all()
     good = [b"\x01", b"\x02\x02", b"\x03"]
@@ -163,28 +146,28 @@ def test_a_bad_picture_is_told_and_the_others_are_kept(serve, ask, tmp_path, kin
     np.testing.assert_allclose(values[[0, 2, 4]], wanted)
 
 
-def test_a_bad_picture_is_not_sent_again(serve, ask):
+def test_a_bad_image_is_not_sent_again(serve, connect):
     server = serve()
-    ask(server).embed_images([BAD])
+    connect(server).encode_image([BAD])
     assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("status", [400, 500])
-def test_what_the_server_refuses_is_not_tried_again(serve, ask, status):
+def test_a_refused_request_is_not_retried(serve, connect, status):
     server = serve(embed_text=failing(embed_text, 1, status))
-    _, errors = ask(server, retries=5).embed_texts(["a"])
+    _, errors = connect(server, retries=5).encode_text(["a"])
     assert errors == {0: f"status {status}"} and len(server.requests) == 1
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
-def test_a_server_without_room_is_asked_again(serve, ask, status):
+def test_a_request_to_a_busy_server_is_retried(serve, connect, status):
     server = serve(embed_text=failing(embed_text, 3, status))
-    values, errors = ask(server, retries=3).embed_texts(["a"])
+    values, errors = connect(server, retries=3).encode_text(["a"])
     assert not errors and len(server.requests) == 4
     np.testing.assert_array_equal(values, [embed(b"a")])
 
 
-def test_tries_are_counted_and_come_later_each_time(serve, ask, monkeypatch):
+def test_retries_are_limited_and_their_delays_grow(serve, connect, monkeypatch):
     waited = []
 
     async def sleep(seconds):
@@ -192,71 +175,71 @@ def test_tries_are_counted_and_come_later_each_time(serve, ask, monkeypatch):
 
     monkeypatch.setattr(module.asyncio, "sleep", sleep)
     server = serve(embed_text=failing(embed_text, 100, 503))
-    with pytest.raises(ServerError, match=r"there is no answer: status 503. Is the server running"):
-        ask(server, retries=7, delay=0.5).embed_texts(["a"])
+    with pytest.raises(ServerError, match=r"does not answer: status 503. Is the server running"):
+        connect(server, retries=7, delay=0.5).encode_text(["a"])
     assert waited == [0.5, 1, 2, 4, 8, 10, 10] and len(server.requests) == 8
 
 
-def test_one_item_that_finds_no_room_is_told_and_the_others_are_kept(serve, ask):
+def test_an_item_that_finds_no_room_is_an_error_and_the_others_are_kept(serve, connect):
     def picky(inputs):
         if inputs["text"].ravel()[0] == b"b":
             raise Refusal(503, "no room")
         return embed_text(inputs)
 
-    values, errors = ask(serve(embed_text=picky), retries=1, in_flight=2).embed_texts(["a", "b", "c", "d"])
+    values, errors = connect(serve(embed_text=picky), retries=1, in_flight=2).encode_text(["a", "b", "c", "d"])
     assert errors == {1: "no room"} and np.isfinite(values[[0, 2, 3]]).all()
 
 
-def test_a_server_that_goes_away_ends_the_call_and_not_only_each_item(serve, ask):
+def test_a_server_that_goes_away_ends_the_call(serve, connect):
     server = serve(embed_text=lambda inputs: embed_text(inputs) if len(server.requests) < 4 else refuse())
 
     def refuse():
         raise Refusal(503, "gone")
 
     endless = map(str, itertools.count())
-    with pytest.raises(ServerError, match="no answer: gone"):
-        ask(server, retries=0, in_flight=3).embed_texts(endless)
+    with pytest.raises(ServerError, match="does not answer: gone"):
+        connect(server, retries=0, in_flight=3).encode_text(endless)
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_a_server_that_is_not_there_is_one_message(serve, ask, protocol):
+def test_an_absent_server_is_one_message(serve, connect, protocol):
     server = serve()
     port = server.url.rpartition(":")[2]
     server.close()
-    with pytest.raises(ServerError, match="there is no answer"):
-        ask(f"{protocol}://127.0.0.1:{port}", retries=1).embed_texts(["a", "b"])
+    with pytest.raises(ServerError, match="does not answer"):
+        connect(f"{protocol}://127.0.0.1:{port}", retries=1).encode_text(["a", "b"])
 
 
-def test_a_try_ends_after_the_timeout(serve, ask):
+def test_an_attempt_ends_after_the_timeout(serve, connect):
     released = threading.Event()
     server = serve(embed_text=lambda inputs: released.wait(20) and embed_text(inputs))
     with pytest.raises(ServerError, match=r"no answer within 0.05 s"):
-        ask(server, retries=1, timeout=0.05).embed_texts(["a"])
+        connect(server, retries=1, timeout=0.05).encode_text(["a"])
     released.set()
 
 
-def test_a_model_that_is_not_served_ends_the_call_at_once(ask, serve):
+def test_a_missing_model_ends_the_call_at_once(connect, serve):
     server = serve()
     del server.models["embed_text"]
     with pytest.raises(ServerError, match="has no model 'embed_text'"):
-        ask(server).embed_texts(["a"] * 100)
+        connect(server).encode_text(["a"] * 100)
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "message"),
     [
         ({"other": np.zeros((1, 3))}, "gives no probabilities"),
-        ({"probabilities": np.zeros((1, 3))}, r"was to answer with \[1, 2\]"),
+        ({"probabilities": np.zeros((1, 3))}, r"expected \[1, 2\]"),
         ({"probabilities": np.full((1, 2), np.nan)}, "finite"),
     ],
 )
-def test_an_answer_of_another_form_is_an_error(serve, ask, answer, told):
-    with pytest.raises(ServerError, match=told):
-        ask(serve(classify=lambda _: answer)).classify([b"x"], ["a", "b"])
+def test_an_answer_of_another_form_is_an_error(serve, connect, answer, message):
+    with pytest.raises(ServerError, match=message):
+        connect(serve(classify=lambda _: answer)).classify([b"x"], ["a", "b"])
 
 
-def test_no_more_is_read_and_sent_than_may_be_in_flight(serve, ask):
-    """The server answers nobody until three ask at once; then it must never see a fourth."""
+def test_at_most_in_flight_items_are_read_and_sent(serve, connect):
+    """The server answers only when three requests wait; it must never see a fourth."""
     together = threading.Barrier(3)
     read = itertools.count()
     taken = []
@@ -267,8 +250,8 @@ def test_no_more_is_read_and_sent_than_may_be_in_flight(serve, ask):
 
     server = serve(embed_text=together_only)
     texts = (taken.append(number) or str(number) for number in read)
-    client = ask(server, in_flight=3)
-    answers = client._answers(texts, client._embedder("text"), 1, "text")
+    client = connect(server, in_flight=3)
+    answers = client.embedded_texts(texts)
     first = list(itertools.islice(answers, 1))
     assert first[0].value is not None and taken == [0, 1, 2]
     list(itertools.islice(answers, 1))
@@ -278,20 +261,20 @@ def test_no_more_is_read_and_sent_than_may_be_in_flight(serve, ask):
     assert server.most_at_once == 3
 
 
-def test_labels_that_come_twice_are_refused_before_anything_is_sent(serve, ask):
+def test_repeated_labels_are_refused_before_anything_is_sent(serve, connect):
     server = serve()
     with pytest.raises(DataError):
-        ask(server).classify([b"x"], ["a", "a"])
+        connect(server).classify([b"x"], ["a", "a"])
     assert not server.requests
 
 
-def test_a_closed_client_may_be_closed_again_and_leaves_no_task(serve):
+def test_a_closed_client_may_be_closed_again_and_leaves_no_thread(serve):
     server = serve()
     with Client(server.url) as client:
         answers = client.classified((b"x" for _ in itertools.count()), ["a", "b"])
         next(answers)
     client.close()
-    assert not client._thread.is_alive()
+    assert not [thread for thread in threading.enumerate() if thread.name == "clipress client"]
 
 
 @pytest.mark.parametrize(
@@ -307,14 +290,14 @@ def test_a_closed_client_may_be_closed_again_and_leaves_no_task(serve):
         ("localhost", ("http", "localhost:8000", False)),
     ],
 )
-def test_an_address_says_the_protocol(url, found):
+def test_the_address_sets_the_protocol(url, found):
     assert address_from(url) == found
 
 
 @pytest.mark.parametrize(
     ("url", "protocol"), [("ftp://host", "auto"), ("", "auto"), ("http://host:x", "auto"), ("http://host", "grpc")]
 )
-def test_what_is_no_address_is_refused(url, protocol):
+def test_an_invalid_address_is_refused(url, protocol):
     with pytest.raises(ServerError):
         address_from(url, protocol)
 
@@ -330,20 +313,20 @@ def predict(server, *arguments, text=None):
 @pytest.fixture
 def folder(tmp_path):
     for number in range(3):
-        (tmp_path / "pictures" / f"{number}.png").parent.mkdir(exist_ok=True)
-        (tmp_path / "pictures" / f"{number}.png").write_bytes(b"x" * (number + 1))
-    return tmp_path / "pictures"
+        (tmp_path / "images" / f"{number}.png").parent.mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{number}.png").write_bytes(b"x" * (number + 1))
+    return tmp_path / "images"
 
 
-def test_predict_takes_pictures_folders_and_paths_from_standard_input(serve, folder):
+def test_predict_takes_images_folders_and_paths_from_standard_input(serve, folder):
     found = predict(serve(), folder / "2.png", folder, "-", text=f"{folder / '0.png'}\n\n{folder / '1.png'}\n")
     assert found.exit_code == 0, found.output
     shown = [line.split(":")[0].rpartition("/")[2] for line in found.stdout.splitlines()]
     assert shown == ["2.png", "0.png", "1.png", "2.png", "0.png", "1.png"]
-    assert "picture" in found.stderr
+    assert "image" in found.stderr
 
 
-def test_predict_writes_a_line_of_json_per_picture(serve, folder):
+def test_predict_writes_a_line_of_json_per_image(serve, folder):
     (folder / "1.png").write_bytes(BAD)
     found = predict(serve(), "--json", folder)
     lines = [json.loads(line) for line in found.stdout.splitlines()]
@@ -352,19 +335,24 @@ def test_predict_writes_a_line_of_json_per_picture(serve, folder):
     assert found.exit_code == 2 and "1 of 3 images could not be classified" in found.stderr
 
 
-def test_predict_without_pictures_is_told_what_is_missing(tmp_path):
+def test_predict_without_images_says_what_is_missing(tmp_path):
     found = clipress("predict", tmp_path, "--labels", "a,b")
     assert found.exit_code == 2 and "IMAGES" in found.output
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_a_real_triton_answers_what_the_towers_answer_here(served, exports, ask, protocol):
+def test_a_real_triton_answers_as_local_inference_does(served, exports, connect, protocol):
     local = LoadedModel(exports[1], threads=1)
-    images, labels, templates = [picture(number)[1] for number in range(20)], ["cat", "dog", "größe"], ["a {}", "{}!"]
-    client = ask(f"{protocol}://{getattr(served, protocol)}", timeout=60)
+    assert connect(f"{protocol}://{getattr(served, protocol)}").labels() is None
+    images, labels, templates = (
+        [small_image(number)[1] for number in range(20)],
+        ["cat", "dog", "größe"],
+        ["a {}", "{}!"],
+    )
+    client = connect(f"{protocol}://{getattr(served, protocol)}", timeout=60)
     for found, wanted in (
-        (client.embed_images(images), local.encode_image(images)),
-        (client.embed_texts(labels), local.encode_text(labels)),
+        (client.encode_image(images), local.encode_image(images)),
+        (client.encode_text(labels), local.encode_text(labels)),
         (client.classify(images, labels, templates), local.classify(images, labels, templates)),
     ):
         np.testing.assert_allclose(found.values, wanted, atol=1e-4)
@@ -372,8 +360,8 @@ def test_a_real_triton_answers_what_the_towers_answer_here(served, exports, ask,
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_a_real_triton_tells_which_picture_is_bad(served, ask, protocol):
-    images = [picture(0)[1], BAD, picture(1)[1]]
-    client = ask(f"{protocol}://{getattr(served, protocol)}", timeout=60)
-    for found in (client.embed_images(images), client.classify(images, ["cat", "dog"])):
+def test_a_real_triton_says_which_image_is_bad(served, connect, protocol):
+    images = [small_image(0)[1], BAD, small_image(1)[1]]
+    client = connect(f"{protocol}://{getattr(served, protocol)}", timeout=60)
+    for found in (client.encode_image(images), client.classify(images, ["cat", "dog"])):
         assert found.errors.keys() == {1} and np.isfinite(found.values[[0, 2]]).all()

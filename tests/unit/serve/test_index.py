@@ -1,4 +1,4 @@
-"""The index against numpy; what a kill, a damaged file or another encoder does to it."""
+"""The index against NumPy, and after a kill, with a damaged file, or with another encoder."""
 
 import json
 import os
@@ -21,14 +21,14 @@ def unit(rows):
 
 
 def vectors(count, seed=0):
-    """Clustered, as embeddings are: 32 centres and some noise."""
+    """Return clustered vectors, as embeddings are: 32 centres and some noise."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).standard_normal((32, DIM))
     return unit(centres[rng.integers(32, size=count)] + 0.4 * rng.standard_normal((count, DIM)))
 
 
 def names(count, start=0):
-    return [f"pictures/{number}.jpg" for number in range(start, start + count)]
+    return [f"images/{number}.jpg" for number in range(start, start + count)]
 
 
 def made(folder, rows, keys=None, kind="flat", block=64):
@@ -40,7 +40,7 @@ def made(folder, rows, keys=None, kind="flat", block=64):
 
 
 def by_numpy(rows, keys, queries, k):
-    """Keys of the nearest rows in double precision, nearest first."""
+    """Return the keys of the nearest rows in double precision, nearest first."""
     order = np.argsort(-(queries.astype(float) @ rows.astype(float).T), axis=1, kind="stable")[:, :k]
     return [[keys[row] for row in found] for found in order]
 
@@ -66,12 +66,12 @@ def test_the_other_kinds_find_nearly_all_of_it(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
-def test_as_many_are_found_as_are_asked_for_and_there(tmp_path, kind):
+def test_k_entries_are_found_or_all_if_there_are_fewer(tmp_path, kind):
     rows = vectors(500)
     index = made(tmp_path / "index", rows, kind=kind)
-    for asked, there in ((400, 400), (10_000, 500)):
-        scores, (keys,) = index.search(rows[:1], asked)
-        assert scores.shape == (1, there) and len(set(keys)) == there and np.isfinite(scores).all()
+    for k, count in ((400, 400), (10_000, 500)):
+        scores, (keys,) = index.search(rows[:1], k)
+        assert scores.shape == (1, count) and len(set(keys)) == count and np.isfinite(scores).all()
 
 
 def test_the_default_is_exact_up_to_a_million():
@@ -85,7 +85,7 @@ def test_vectors_are_mapped_and_not_loaded(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
-def test_what_is_added_is_found_and_what_is_removed_is_not(tmp_path, kind):
+def test_added_entries_are_found_and_removed_ones_are_not(tmp_path, kind):
     folder, rows, more = tmp_path / "index", vectors(400), vectors(100, seed=2)
     made(folder, rows, kind=kind)
     change_index(folder, blocks=[more[:60], more[60:]], keys=names(100, start=400))
@@ -102,26 +102,26 @@ def test_what_is_added_is_found_and_what_is_removed_is_not(tmp_path, kind):
     assert index.description.kind == kind
 
 
-def test_a_key_that_comes_again_has_the_new_vector(tmp_path):
+def test_a_repeated_key_has_the_new_vector(tmp_path):
     folder, rows = tmp_path / "index", vectors(50)
     made(folder, rows)
-    change_index(folder, blocks=[-rows[:1]], keys=["pictures/0.jpg"])
+    change_index(folder, blocks=[-rows[:1]], keys=["images/0.jpg"])
     index = open_index(folder)
     assert len(index) == 50
     scores, (found,) = index.search(-rows[:1], 1)
-    assert found == ["pictures/0.jpg"] and scores[0, 0] == pytest.approx(1)
+    assert found == ["images/0.jpg"] and scores[0, 0] == pytest.approx(1)
 
 
-def test_keys_may_hold_anything_a_file_name_can(tmp_path):
+def test_keys_may_be_any_file_name(tmp_path):
     keys = ["two\nlines", 'quo"te\\', "größe\u2028", os.fsdecode(b"not\xffutf8")]
     index = made(tmp_path / "index", vectors(4), keys)
     assert [index.key(row) for row in range(4)] == keys
 
 
-def test_a_key_to_remove_that_is_not_there_changes_nothing(tmp_path):
+def test_removing_an_unknown_key_changes_nothing(tmp_path):
     made(tmp_path / "index", vectors(20))
-    with pytest.raises(DataError, match=r"no entry 'pictures/21.jpg'. Did you mean"):
-        change_index(tmp_path / "index", remove=["pictures/3.jpg", "pictures/21.jpg"])
+    with pytest.raises(DataError, match=r"no entry 'images/21.jpg'. Did you mean"):
+        change_index(tmp_path / "index", remove=["images/3.jpg", "images/21.jpg"])
     assert len(open_index(tmp_path / "index")) == 20
 
 
@@ -132,15 +132,15 @@ def test_the_last_entries_are_not_removed(tmp_path):
 
 
 @pytest.mark.parametrize("queries", [np.zeros((1, DIM + 1)), np.zeros(DIM), np.full((1, DIM), np.nan)])
-def test_queries_that_cannot_be_meant_are_refused(tmp_path, queries):
-    with pytest.raises(DataError, match="asked"):
+def test_malformed_queries_are_refused(tmp_path, queries):
+    with pytest.raises(DataError, match="expected"):
         made(tmp_path / "index", vectors(20)).search(queries, 1)
 
 
 def test_queries_of_another_encoder_are_refused(tmp_path):
     made(tmp_path / "index", vectors(20))
     assert isinstance(open_index(tmp_path / "index", ENCODER.lineage), Index)
-    with pytest.raises(ArtifactError, match=r"encoder 0123456789abcdef.*asked for is other"):
+    with pytest.raises(ArtifactError, match=r"encoder 0123456789abcdef.*found other"):
         open_index(tmp_path / "index", "other")
 
 
@@ -156,14 +156,14 @@ def flip(path):
 
 @pytest.mark.parametrize("which", ["vectors", "keys"])
 @pytest.mark.parametrize(
-    ("harm", "told"), [(truncate, "bytes; index.json says"), (flip, "sha256"), (os.unlink, "no .* in it")]
+    ("harm", "message"), [(truncate, "bytes; index.json says"), (flip, "sha256"), (os.unlink, "no .* in it")]
 )
-def test_a_damaged_file_is_refused(tmp_path, which, harm, told):
+def test_a_damaged_file_is_refused(tmp_path, which, harm, message):
     index = made(tmp_path / "index", vectors(20))
     path = tmp_path / "index" / getattr(index.description, which).file
     del index
     harm(path)
-    with pytest.raises(ArtifactError, match=told):
+    with pytest.raises(ArtifactError, match=message):
         open_index(tmp_path / "index")
 
 
@@ -185,18 +185,18 @@ def test_a_description_that_names_files_elsewhere_is_refused(tmp_path):
         open_index(tmp_path / "index")
 
 
-def test_a_folder_without_an_index_says_how_one_is_made(tmp_path):
+def test_a_folder_without_an_index_says_how_to_make_one(tmp_path):
     with pytest.raises(ArtifactError, match="clipress index IMAGES"):
         open_index(tmp_path)
 
 
 class Killed(BaseException):
-    """What no handler catches."""
+    """An exception that no handler catches."""
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "unlink", "open"])
 def test_a_kill_at_any_moment_leaves_the_old_index_or_the_new_one(tmp_path, monkeypatch, call):
-    """Stop the n-th such call of a change, for every n until the change comes through."""
+    """Stop the n-th such call of a change, for every n until the change succeeds."""
     folder, rows, extra = tmp_path / "index", vectors(30), vectors(1, seed=5)
     whole = getattr(os, call)
     for stop_at in range(1, 50):
@@ -221,10 +221,10 @@ def test_a_kill_at_any_moment_leaves_the_old_index_or_the_new_one(tmp_path, monk
         else:
             assert len(open_index(folder)) == 31
             break
-    assert stop_at > 1  # there was something to stop
+    assert stop_at > 1  # at least one call was stopped
 
 
-def test_what_a_kill_left_is_cleared_away_by_the_next_change(tmp_path, monkeypatch):
+def test_files_left_by_a_kill_are_removed_by_the_next_change(tmp_path, monkeypatch):
     folder = tmp_path / "index"
     made(folder, vectors(30))
 
@@ -233,9 +233,9 @@ def test_what_a_kill_left_is_cleared_away_by_the_next_change(tmp_path, monkeypat
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr("clipress.serve.index.write_text_whole", killed)
-        change_index(folder, remove=["pictures/1.jpg"])
+        change_index(folder, remove=["images/1.jpg"])
     assert len(list(folder.iterdir())) == 5
-    change_index(folder, remove=["pictures/1.jpg"])
+    change_index(folder, remove=["images/1.jpg"])
     described = read_description(folder)
     assert {path.name for path in folder.iterdir()} == {"index.json", described.vectors.file, described.keys.file}
 

@@ -1,4 +1,4 @@
-"""From pictures to an index: what is embedded, what is left out, what a killed run leaves to the next one."""
+"""Embedding images into an index: which ones, which are skipped, and how a killed run is resumed."""
 
 import io
 import signal
@@ -9,11 +9,11 @@ import tarfile
 import numpy as np
 import pytest
 from helpers import clipress
-from tower import describe, picture, write_export
+from small_exports import describe, small_image, write_classifier, write_export
 
 pytest.importorskip("faiss", reason="pip install 'clipress[serve]'")
 
-from clipress.errors import ArtifactError, DataError
+from clipress.errors import ArtifactError, DataError, ExportError
 from clipress.serve import indexing
 from clipress.serve.classify import LoadedModel
 from clipress.serve.index import open_index
@@ -25,13 +25,13 @@ def export(tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """20 pictures in two folders."""
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    """20 images in two folders."""
+    folder = tmp_path / "images"
     for number in range(20):
         path = folder / ("a", "b")[number % 2] / f"{number:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(number)[1])
+        path.write_bytes(small_image(number)[1])
     return folder
 
 
@@ -42,7 +42,7 @@ def small_parts(monkeypatch):
 
 
 def indexed(where, export, out, **options):
-    return indexing.index_pictures(str(where), export, out, threads=1, say=lambda _: None, **options)
+    return indexing.index_images(str(where), export, out, threads=1, say=lambda _: None, **options)
 
 
 def keys_of(folder):
@@ -54,12 +54,11 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_every_picture_is_found_by_the_classifiers_own_embedding_of_it(tmp_path, export, pictures):
-    indexed(pictures, export, tmp_path / "index")
-    paths = sorted(str(path) for path in pictures.rglob("*.png"))
+def test_every_image_is_found_by_its_embedding(tmp_path, export, images):
+    indexed(images, export, tmp_path / "index")
+    paths = sorted(str(path) for path in images.rglob("*.png"))
     assert keys_of(tmp_path / "index") == paths
-    tower = LoadedModel(export, threads=1)
-    queries = tower.encode_image(paths)
+    queries = LoadedModel(export, threads=1).encode_image(paths)
     scores, keys = open_index(tmp_path / "index").search(queries, 1)
     np.testing.assert_allclose(scores, 1, atol=1e-5)
     assert keys == [[path] for path in paths]
@@ -75,9 +74,12 @@ def shard(path, members):
 
 def test_records_of_shards_need_no_captions(tmp_path, export):
     (tmp_path / "shards").mkdir()
-    long = "long" * 60  # beyond what a plain header holds
-    shard(tmp_path / "shards" / "0.tar", [("a.png", picture(0)[1]), ("a.txt", b"a cat"), ("d/b.png", picture(1)[1])])
-    shard(tmp_path / "shards" / "1.tar", [(f"{long}.PNG", picture(2)[1])])
+    long = "long" * 60  # longer than a plain header allows
+    shard(
+        tmp_path / "shards" / "0.tar",
+        [("a.png", small_image(0)[1]), ("a.txt", b"a cat"), ("d/b.png", small_image(1)[1])],
+    )
+    shard(tmp_path / "shards" / "1.tar", [(f"{long}.PNG", small_image(2)[1])])
     indexed(tmp_path / "shards", export, tmp_path / "index")
     home = tmp_path / "shards"
     assert keys_of(tmp_path / "index") == [f"{home}/0.tar/a", f"{home}/0.tar/d/b", f"{home}/1.tar/{long}"]
@@ -85,25 +87,27 @@ def test_records_of_shards_need_no_captions(tmp_path, export):
     assert keys_of(tmp_path / "same") == keys_of(tmp_path / "index")
 
 
-def test_a_folder_of_shards_and_pictures_is_ambiguous(tmp_path, export, pictures):
-    shard(pictures / "0.tar", [("a.png", picture(0)[1])])
+def test_a_folder_of_shards_and_images_is_ambiguous(tmp_path, export, images):
+    shard(images / "0.tar", [("a.png", small_image(0)[1])])
     with pytest.raises(DataError, match="expected images or shards, found both"):
-        indexed(pictures, export, tmp_path / "index")
+        indexed(images, export, tmp_path / "index")
 
 
-def test_pictures_that_cannot_be_read_are_left_out_and_named(tmp_path, export, pictures, caplog):
-    (pictures / "a" / "05.png").write_bytes(b"no picture")
-    (pictures / "b" / "zz.png").write_bytes(picture(1)[1][:40])
-    indexed(pictures, export, tmp_path / "index")
+def test_images_that_cannot_be_read_are_skipped_and_named(tmp_path, export, images, caplog):
+    (images / "a" / "05.png").write_bytes(b"no image")
+    (images / "b" / "zz.png").write_bytes(small_image(1)[1][:40])
+    indexed(images, export, tmp_path / "index")
     keys = keys_of(tmp_path / "index")
-    assert len(keys) == 20 and not {str(pictures / "a" / "05.png"), str(pictures / "b" / "zz.png")} & set(keys)
+    assert len(keys) == 20 and not {str(images / "a" / "05.png"), str(images / "b" / "zz.png")} & set(keys)
     named = (tmp_path / "index" / "skipped.tsv").read_text().splitlines()
-    assert [line.split("\t")[0] for line in named[1:]] == [f"{pictures}/a/05.png", f"{pictures}/b/zz.png"]
-    assert sum("left out" in record.message for record in caplog.records) == 2
+    assert [line.split("\t")[0] for line in named[1:]] == [f"{images}/a/05.png", f"{images}/b/zz.png"]
+    assert sum("skipped: " in record.message for record in caplog.records) == 2
 
 
-def test_a_name_that_comes_twice_is_taken_once(tmp_path, export):
-    shard(tmp_path / "0.tar", [("a.png", picture(0)[1]), ("b.png", picture(1)[1]), ("a.png", picture(2)[1])])
+def test_a_repeated_name_is_indexed_once(tmp_path, export):
+    shard(
+        tmp_path / "0.tar", [("a.png", small_image(0)[1]), ("b.png", small_image(1)[1]), ("a.png", small_image(2)[1])]
+    )
     indexed(tmp_path / "0.tar", export, tmp_path / "index")
     assert keys_of(tmp_path / "index") == [f"{tmp_path}/0.tar/a", f"{tmp_path}/0.tar/b"]
 
@@ -111,9 +115,14 @@ def test_a_name_that_comes_twice_is_taken_once(tmp_path, export):
 def test_a_source_that_is_mostly_broken_stops_the_run(tmp_path, export, monkeypatch):
     monkeypatch.setattr(indexing, "FEW", 2)
     for number in range(20):
-        (tmp_path / f"{number:02}.png").write_bytes(picture(number)[1] if number % 2 else b"")
+        (tmp_path / f"{number:02}.png").write_bytes(small_image(number)[1] if number % 2 else b"")
     with pytest.raises(DataError, match=r"4 of 8 records cannot be used .* At most 20%"):
         indexed(tmp_path, export, tmp_path / "index")
+
+
+def test_a_classifier_cannot_fill_an_index(tmp_path, images):
+    with pytest.raises(ExportError, match="expected a graph 'image' that gives embeddings, found a classification"):
+        indexed(images, write_classifier(tmp_path / "classifier"), tmp_path / "index")
 
 
 def test_nothing_to_read_is_an_error(tmp_path, export):
@@ -121,7 +130,7 @@ def test_nothing_to_read_is_an_error(tmp_path, export):
     with pytest.raises(DataError, match=r"expected images .* or shards .*, found none"):
         indexed(tmp_path / "empty", export, tmp_path / "index")
     (tmp_path / "empty" / "a.png").write_bytes(b"")
-    with pytest.raises(DataError, match="none of its 1 pictures can be read"):
+    with pytest.raises(DataError, match="none of its 1 images can be read"):
         indexed(tmp_path / "empty", export, tmp_path / "index")
 
 
@@ -131,31 +140,31 @@ from pathlib import Path
 from clipress.serve import indexing
 indexing.PART, indexing.BATCH = 8, 3
 where, export, out, batches = sys.argv[1:]
-embed, calls = indexing.ImageTower.__call__, 0
+embed, calls = indexing.ImageEncoder.__call__, 0
 def counted(self, views):
     global calls
     calls += 1
     if calls > int(batches): os.kill(os.getpid(), signal.SIGKILL)
     return embed(self, views)
-indexing.ImageTower.__call__ = counted
-indexing.index_pictures(where, Path(export), Path(out), threads=1)
+indexing.ImageEncoder.__call__ = counted
+indexing.index_images(where, Path(export), Path(out), threads=1)
 """
 
 
-def test_a_killed_run_goes_on_where_it_was_and_ends_as_one_that_was_not(tmp_path, export, pictures, monkeypatch):
-    (pictures / "a" / "05.png").write_bytes(b"no picture")
-    indexed(pictures, export, tmp_path / "whole")
+def test_a_killed_run_is_resumed_and_ends_as_an_uninterrupted_one(tmp_path, export, images, monkeypatch):
+    (images / "a" / "05.png").write_bytes(b"no image")
+    indexed(images, export, tmp_path / "whole")
     out = tmp_path / "killed"
-    job = [sys.executable, "-c", JOB, pictures, export, out, "4"]
+    job = [sys.executable, "-c", JOB, images, export, out, "4"]
     assert subprocess.run(job, capture_output=True).returncode == -signal.SIGKILL
-    assert len(list(out.rglob("*.npz"))) == 1 and not (out / "index.json").exists()  # 3 batches are a part, 1 is lost
+    assert len(list(out.rglob("*.npz"))) == 1 and not (out / "index.json").exists()  # 3 batches make a part, 1 is lost
     embedded = []
-    embed = indexing.ImageTower.__call__
+    embed = indexing.ImageEncoder.__call__
     monkeypatch.setattr(
-        indexing.ImageTower, "__call__", lambda self, views: embedded.append(len(views)) or embed(self, views)
+        indexing.ImageEncoder, "__call__", lambda self, views: embedded.append(len(views)) or embed(self, views)
     )
-    indexed(pictures, export, out)
-    assert sum(embedded) == 20 - 7  # one of the 8 in the kept part is no picture
+    indexed(images, export, out)
+    assert sum(embedded) == 20 - 7  # one of the 8 in the kept part is not an image
     assert content(out) == content(tmp_path / "whole")
 
 
@@ -166,72 +175,71 @@ def stop_after_the_parts(monkeypatch):
     return monkeypatch.setattr(indexing, "write_index", stopped)
 
 
-def test_a_part_whose_pictures_changed_or_that_is_damaged_is_made_anew(tmp_path, export, pictures, monkeypatch):
+def test_a_part_is_made_again_if_it_is_damaged_or_its_images_changed(tmp_path, export, images, monkeypatch):
     out = tmp_path / "index"
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_after_the_parts(patched)
-        indexed(pictures, export, out)
+        indexed(images, export, out)
     parts = sorted(out.rglob("*.npz"))
     assert len(parts) == 3
     parts[0].write_bytes(parts[0].read_bytes()[:-100])
     flipped = bytearray(parts[1].read_bytes())
     flipped[200] ^= 1
     parts[1].write_bytes(flipped)
-    last = sorted(pictures.rglob("*.png"))[-1]
-    last.write_bytes(picture(77)[1] + b" ")
-    indexed(pictures, export, out)
-    indexed(pictures, export, tmp_path / "whole")
+    last = sorted(images.rglob("*.png"))[-1]
+    last.write_bytes(small_image(77)[1] + b" ")
+    indexed(images, export, out)
+    indexed(images, export, tmp_path / "whole")
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_a_stopped_rebuild_leaves_the_old_index(tmp_path, export, pictures, monkeypatch):
-    indexed(pictures / "a", export, tmp_path / "index")
+def test_a_stopped_rebuild_leaves_the_old_index(tmp_path, export, images, monkeypatch):
+    indexed(images / "a", export, tmp_path / "index")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_after_the_parts(patched)
-        indexed(pictures, export, tmp_path / "index")
+        indexed(images, export, tmp_path / "index")
     assert len(open_index(tmp_path / "index")) == 10
-    indexed(pictures, export, tmp_path / "index")
+    indexed(images, export, tmp_path / "index")
     assert len(open_index(tmp_path / "index")) == 20
 
 
-def test_pictures_are_added_and_those_that_were_there_replaced(tmp_path, export, pictures):
+def test_new_images_are_added_and_known_ones_replaced(tmp_path, export, images):
     out = tmp_path / "index"
-    indexed(pictures / "a", export, out)
-    changed = pictures / "a" / "00.png"
-    changed.write_bytes(picture(50)[1])
-    (pictures / "a" / "new.png").write_bytes(picture(51)[1])
-    indexed(pictures / "a", export, out, add=True)
-    indexed(pictures / "b", export, out, add=True)
+    indexed(images / "a", export, out)
+    changed = images / "a" / "00.png"
+    changed.write_bytes(small_image(50)[1])
+    (images / "a" / "new.png").write_bytes(small_image(51)[1])
+    indexed(images / "a", export, out, add=True)
+    indexed(images / "b", export, out, add=True)
     assert len(open_index(out)) == 21
-    tower = LoadedModel(export, threads=1)
-    scores, keys = open_index(out).search(tower.encode_image([changed]), 1)
+    scores, keys = open_index(out).search(LoadedModel(export, threads=1).encode_image([changed]), 1)
     assert keys == [[str(changed)]] and scores[0, 0] == pytest.approx(1, abs=1e-5)
 
 
-def test_pictures_by_another_encoder_are_not_added(tmp_path, export, pictures):
-    indexed(pictures, export, tmp_path / "index")
+def test_images_by_another_encoder_are_not_added(tmp_path, export, images):
+    indexed(images, export, tmp_path / "index")
     describe(export, lineage_hash="another")
     with pytest.raises(ArtifactError, match="Embeddings of two encoders cannot be compared"):
-        indexed(pictures, export, tmp_path / "index", add=True)
+        indexed(images, export, tmp_path / "index", add=True)
 
 
-def test_a_folder_that_is_no_index_is_left_alone(tmp_path, export, pictures):
-    with pytest.raises(ArtifactError, match=r"is no index\. Nothing was changed"):
-        indexed(pictures, export, pictures)
+def test_a_folder_that_is_not_an_index_is_left_alone(tmp_path, export, images):
+    with pytest.raises(ArtifactError, match=r"is not an index\. Nothing was changed"):
+        indexed(images, export, images)
 
 
-def test_the_command_makes_adds_and_removes(tmp_path, export, pictures):
+def test_the_command_makes_adds_and_removes(tmp_path, export, images):
     out = tmp_path / "index"
-    made = clipress("index", pictures / "a", "--model", export, "--out", out, "--threads", 1)
-    assert made.exit_code == 0 and "Index of 10 images, 4 dimensions, flat" in made.output
-    added = clipress("index", pictures / "b", "--model", export, "--out", out, "--add")
-    assert added.exit_code == 0 and "Index of 20 images" in added.output
-    removed = clipress("index", "--out", out, "--remove", pictures / "a" / "00.png")
-    assert removed.exit_code == 0 and "Removed 1 entries, 19 left" in removed.output
+    made = clipress("serve", "index", images / "a", "--model", export, "--out", out, "--threads", 1)
+    assert made.exit_code == 0 and "Index of 10 pictures, 4 numbers each, flat" in made.output
+    added = clipress("serve", "index", images / "b", "--model", export, "--out", out, "--add")
+    assert added.exit_code == 0 and "Index of 20 pictures" in added.output
+    removed = clipress("serve", "index", "--out", out, "--remove", images / "a" / "00.png")
+    assert removed.exit_code == 0 and "1 entries are taken out, 19 are left" in removed.output
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["IMAGES"], "Set exactly one of --run and --model"),
         (["--model", "x"], "IMAGES is required"),
@@ -241,7 +249,7 @@ def test_the_command_makes_adds_and_removes(tmp_path, export, pictures):
         (["IMAGES", "--run", "x"], "x is not a run folder: no such folder"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, monkeypatch, options, told):
+def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    found = clipress("index", *options, "--out", tmp_path / "index")
-    assert found.exit_code == 2 and told in found.output and "Traceback" not in found.output
+    found = clipress("serve", "index", *options, "--out", tmp_path / "index")
+    assert found.exit_code == 2 and message in found.output and "Traceback" not in found.output

@@ -1,4 +1,4 @@
-"""The cache of label sets keeps what was used lately, within its memory."""
+"""The cache of label sets: the least recently used set is dropped first, and memory is limited."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ def key(name):
     return (name, "b"), ("{}",)
 
 
-def test_the_set_that_was_used_least_recently_goes_first():
+def test_the_least_recently_used_set_is_dropped_first():
     sets = LabelSets(2 * 36 + 35)
     for name in "ac":
         sets.put(key(name), CLASSES)
@@ -20,7 +20,7 @@ def test_the_set_that_was_used_least_recently_goes_first():
     assert [sets.get(key(name)) is CLASSES for name in "acd"] == [True, False, True]
 
 
-def test_a_set_that_is_too_large_is_not_kept_and_drives_nothing_out():
+def test_a_set_that_is_too_large_is_not_kept_and_evicts_nothing():
     sets = LabelSets(40)
     sets.put(key("a"), CLASSES)
     sets.put(key("c"), np.ones((2, 5), np.float32))
@@ -34,7 +34,7 @@ def test_the_same_set_takes_its_memory_once():
     assert sets.get(key("a")) is CLASSES and sets.get(key("c")) is CLASSES
 
 
-def test_labels_and_templates_are_told_apart():
+def test_labels_and_templates_are_distinct_parts_of_the_key():
     sets = LabelSets(1000)
     sets.put((("a", "b"), ("{}",)), CLASSES)
     assert sets.get((("a",), ("b", "{}"))) is None and sets.get((("a", "b"), ("{} ",))) is None

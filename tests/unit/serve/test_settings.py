@@ -1,4 +1,4 @@
-"""What the serve section of a recipe may say."""
+"""The serve section of a recipe."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from clipress.recipe import checked
 from clipress.serve.settings import ServeSettings
 
 
-def test_without_a_section_both_backends_are_served_without_a_delay():
+def test_by_default_both_backends_are_served_without_a_delay():
     settings = checked(ServeSettings, None, "serve")
     assert settings.backend == ("onnxruntime", "python")
     assert (settings.max_batch, settings.queue_delay_us) == (64, 0)
@@ -43,7 +43,7 @@ def test_sizes_are_numbers_or_auto(key):
             checked(ServeSettings, {key: wrong}, "serve")
 
 
-def test_what_the_rate_limiter_is_asked_for_is_checked():
+def test_the_rate_limit_is_checked():
     given = {"rate_limit": {"resources": {"cores": 2}, "priority": 3}}
     assert checked(ServeSettings, given, "serve").rate_limit.resources == {"cores": 2}
     with pytest.raises(RecipeError, match=r"serve\.rate_limit\.resources\.cores"):

@@ -1,4 +1,4 @@
-"""How many instances and threads an encoder gets: the rule, and what overrules it."""
+"""How many instances and threads a graph gets: the rule, and the settings that override it."""
 
 import json
 from pathlib import Path
@@ -36,14 +36,14 @@ def exported(size=MB):
 
 
 def results(tmp_path, items_per_s, median_ms=0.2, threads=1, **row):
-    """A results.json with the throughput of each batch of the image tower."""
+    """Write a results.json with the throughput of each batch of the graph `image`."""
     latency = [
         {"tower": "image", "batch": batch, "threads": threads, "median_ms": median_ms, "items_per_s": rate}
         for batch, rate in items_per_s.items()
     ]
-    told = {"stage": "int8", "backend": "onnxruntime", "lineage": [{"hash": "start"}, {"hash": "abc"}]}
+    about = {"stage": "int8", "backend": "onnxruntime", "lineage": [{"hash": "start"}, {"hash": "abc"}]}
     path = tmp_path / "results.json"
-    path.write_text(json.dumps({"rows": [{**told, "latency": latency, **row}]}), encoding="utf-8")
+    path.write_text(json.dumps({"rows": [{**about, "latency": latency, **row}]}), encoding="utf-8")
     return path
 
 
@@ -65,9 +65,7 @@ def test_with_figures_an_item_takes_about_twenty_milliseconds(tmp_path, median_m
 
 
 @pytest.mark.parametrize("median_ms, measured_with, instances", [(0.2, 1, 4), (0.2, 4, 4), (0.3, 4, 8)])
-def test_half_of_the_cores_are_left_to_the_server_around_a_very_small_model(
-    tmp_path, median_ms, measured_with, instances
-):
+def test_a_very_small_model_leaves_half_of_the_cores_to_the_server(tmp_path, median_ms, measured_with, instances):
     found = sizing(exported(), "image", "python", ServeSettings(), results(tmp_path, {1: 5}, median_ms, measured_with))
     assert (found.instances, found.threads, found.small) == (instances, 1, instances < 8)
     assert helpers(ServeSettings(), found) == instances
@@ -104,7 +102,7 @@ def test_a_gpu_has_one_instance():
     assert sizing(exported(), "image", "tensorrt", ServeSettings(), None).instances == 1
 
 
-def test_results_that_are_not_there_are_no_error_and_damaged_ones_are(tmp_path):
+def test_missing_results_are_no_error_and_damaged_ones_are(tmp_path):
     path = tmp_path / "results.json"
     assert sizing(exported(), "image", "python", ServeSettings(), path) == Sizing(8, 1, None)
     for content in ("", "[]", '{"rows": [{}]}', "{}"):

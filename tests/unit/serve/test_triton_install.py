@@ -1,15 +1,15 @@
-"""Where Triton is found and how it is fetched: without a network, the wheels are made here."""
+"""How Triton is found and fetched: without a network, from wheels made here."""
 
 import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from clipress.errors import BackendMissing
-from clipress.serve import triton_install
-from clipress.serve.triton_install import VERSION, Triton, find_triton
+from clipress.serve.triton_install import VERSION, Triton, check_binaries, find_triton
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +31,11 @@ def put_wheel(folder, **members):
             wheel.writestr(name, content)
 
 
-def left(folder):
+def files_left(folder):
     return [path for path in (folder / "cache").rglob("*") if path.name != ".lock" and path.is_file()]
 
 
-def test_a_server_on_path_is_taken_with_its_own_backends(tmp_path, monkeypatch):
+def test_a_server_on_path_is_used_with_its_own_backends(tmp_path, monkeypatch):
     own = tmp_path / "tritonserver"
     own.write_text("#!/bin/sh\n")
     own.chmod(0o755)
@@ -43,19 +43,19 @@ def test_a_server_on_path_is_taken_with_its_own_backends(tmp_path, monkeypatch):
     assert find_triton() == Triton(own, (), {})
 
 
-def test_a_wheel_that_cannot_be_had_is_told_with_a_way_out(tmp_path):
-    told = []
+def test_a_wheel_that_cannot_be_fetched_is_an_error_with_a_way_out(tmp_path):
+    said = []
     with pytest.raises(BackendMissing) as missing:
-        find_triton(told.append)
-    (line,) = told
+        find_triton(said.append)
+    (line,) = said
     assert f"nvidia-pytriton {VERSION}" in line and str(tmp_path / "cache") in line
     for part in ("none on PATH", f"pip download nvidia-pytriton=={VERSION}", "No matching distribution", "container"):
         assert part in str(missing.value)
     assert "\n" not in str(missing.value)
-    assert left(tmp_path) == []
+    assert files_left(tmp_path) == []
 
 
-def test_other_systems_than_linux_are_told_so(monkeypatch):
+def test_other_systems_than_linux_are_refused(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(BackendMissing, match=r"Linux only, and this is darwin.*container"):
         find_triton()
@@ -67,17 +67,17 @@ def test_a_wheel_that_reaches_out_of_its_folder_is_refused(tmp_path, name):
     with pytest.raises(BackendMissing, match=rf"'{name}', outside its own folder"):
         find_triton()
     assert not list(tmp_path.rglob("*evil"))
-    assert left(tmp_path) == []
+    assert files_left(tmp_path) == []
 
 
-def test_a_python_that_has_no_stub_is_told_which_have_one(tmp_path):
+def test_a_python_without_a_stub_gets_a_list_of_those_with_one(tmp_path):
     put_wheel(tmp_path, **{"pytriton/tritonserver/python_backend_stubs/3.8/triton_python_backend_stub": "x"})
-    with pytest.raises(BackendMissing, match=rf"Python {sys.version_info[0]}\.{sys.version_info[1]}; there is: 3\.8\."):
+    with pytest.raises(BackendMissing, match=rf"Python {sys.version_info[0]}\.{sys.version_info[1]}, found 3\.8\."):
         find_triton()
-    assert left(tmp_path) == []
+    assert files_left(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("CLIPRESS_CACHE", str(tmp_path / "file"))
     with pytest.raises(BackendMissing, match=r"\$CLIPRESS_CACHE"):
@@ -85,7 +85,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["tritonserver", "triton_python_backend_stub"])
-def test_a_binary_that_cannot_run_here_is_told_with_what_the_loader_says(tmp_path, broken):
+def test_a_binary_that_cannot_run_is_an_error_with_the_loaders_message(tmp_path, broken):
     server = tmp_path / "pytriton" / "tritonserver"
     for binary in (server / "bin" / "tritonserver", server / "backends" / "python" / "triton_python_backend_stub"):
         binary.parent.mkdir(parents=True)
@@ -93,36 +93,37 @@ def test_a_binary_that_cannot_run_here_is_told_with_what_the_loader_says(tmp_pat
         binary.write_text(f"#!/bin/sh\n{failing if binary.name == broken else 'exit 1'}\n")
         binary.chmod(0o755)
     with pytest.raises(BackendMissing, match=rf"its {broken} cannot run on .*libpython: cannot open"):
-        triton_install.check_binaries(tmp_path)
+        check_binaries(tmp_path)
 
 
-INSTALLER = """
+FIRST = """
 import sys
 from pathlib import Path
 from clipress.serve import triton_install
 
 def install(home):
-    print("installing", flush=True)
-    sys.stdin.read()
+    print("fetching", flush=True)
+    sys.stdin.readline()
     (home / "whole").write_text("yes")
 
 triton_install.install = install
-triton_install.find_triton()
+print(triton_install.find_triton().binary)
 """
+SECOND = FIRST.replace('print("fetching", flush=True)', 'raise SystemExit("fetched twice")').replace(
+    "find_triton()", "find_triton(lambda line: print(line, flush=True))"
+)
 
 
-def test_a_second_process_waits_for_the_first_and_does_not_install_again(monkeypatch):
-    messages = []
-    with subprocess.Popen(
-        [sys.executable, "-c", INSTALLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as first:
-        assert first.stdout.readline() == "installing\n"
+def test_two_processes_that_look_for_it_at_once_fetch_it_once():
+    def start(program):
+        return subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
-        def tell(message):
-            messages.append(message)
-            first.stdin.close()  # lets the first process finish
-
-        monkeypatch.setattr(triton_install, "install", lambda _: pytest.fail("installed twice"))
-        found = find_triton(tell)
-    assert first.returncode == 0 and len(messages) == 1 and "waiting" in messages[0]
-    assert (found.binary.parents[3] / "whole").is_file()
+    first = start(FIRST)
+    assert first.stdout.readline() == "fetching\n"
+    second = start(SECOND)
+    assert "in use by another clipress process; waiting" in second.stdout.readline()
+    found = [first.communicate("go\n")[0], second.communicate()[0]]
+    assert found[0] == found[1] and (first.returncode, second.returncode) == (0, 0)
+    assert (Path(found[0].strip()).parents[3] / "whole").is_file()

@@ -1,6 +1,6 @@
-"""The repository on a real Triton: what the server answers is what this machine computes from the same files.
+"""The repository on a real Triton: the server's answers are those of local inference with the same files.
 
-Skipped where no server is installed. One server answers all of them: its repository has two versions, the second served.
+Skipped if no server can be installed. The tests share a server whose repository has two versions; the second is served.
 """
 
 import concurrent.futures
@@ -20,29 +20,32 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
-from asking import (
+from small_exports import write_classifier, write_questions
+from triton_requests import (
+    IMAGES,
     MODELS,
-    PICTURES,
     SETTINGS,
-    asked,
-    classified,
-    embedded_or_error,
+    classify,
+    column,
+    embed_or_error,
     embeds_of,
     executions,
-    measured,
-    picture,
+    infer,
     pixels_of,
     processes,
+    random_image,
+    tensor,
+    write_latencies,
 )
 from tritonclient.utils import InferenceServerException
 
-from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import MAX_PIXELS
 from clipress.runtime.export_folder import read_export
+from clipress.runtime.onnx_session import open_session
 from clipress.serve.classify import LoadedModel
 from clipress.serve.client import Client
 from clipress.serve.index import open_index
-from clipress.serve.indexing import index_pictures
+from clipress.serve.indexing import index_images
 from clipress.serve.triton_repo import serve_version, triton_repo_from_export
 from clipress.serve.triton_server import TritonServer
 
@@ -61,170 +64,191 @@ def test_every_model_is_ready_and_the_newest_version_is_served(served):
         assert {client.get_model_metadata(model)["versions"][0] for model in MODELS} == {"2"}
 
 
-def test_pictures_are_prepared_as_in_training_bit_by_bit(client, exports):
-    found = asked(client, "preprocess", "image", PICTURES, "pixel_values")
-    np.testing.assert_array_equal(found, pixels_of(read_export(exports[1]), PICTURES))
+def test_images_are_prepared_as_in_training_bit_by_bit(client, exports):
+    found = infer(client, "preprocess", "image", IMAGES, "pixel_values")
+    np.testing.assert_array_equal(found, pixels_of(read_export(exports[1]), IMAGES))
 
 
 def test_texts_become_the_ids_of_training_and_long_ones_are_cut(client, exports):
     exported = read_export(exports[1])
-    found = asked(client, "tokenize", "text", [text.encode() for text in TEXTS], "input_ids")
-    np.testing.assert_array_equal(found, tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS))
+    found = infer(client, "tokenize", "text", [text.encode() for text in TEXTS], "input_ids")
+    np.testing.assert_array_equal(found, exported.tokenize()(TEXTS))
 
 
 def test_embeddings_are_onnx_runtimes_over_http_and_grpc(served, client, exports):
     exported = read_export(exports[1])
-    images = embeds_of(exported, "image", pixels_of(exported, PICTURES))
-    texts = embeds_of(exported, "text", tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS))
+    images = embeds_of(exported, "image", pixels_of(exported, IMAGES))
+    texts = embeds_of(exported, "text", exported.tokenize()(TEXTS))
     encoded = [text.encode() for text in TEXTS]
     with triton_http.InferenceServerClient(served.http) as http:
         for library, one in ((triton_grpc, client), (triton_http, http)):
-            found = asked(one, "embed_image", "image", PICTURES, "image_embeds", library)
+            found = infer(one, "embed_image", "image", IMAGES, "image_embeds", library)
             np.testing.assert_allclose(found, images, atol=1e-6)
             np.testing.assert_allclose(
-                asked(one, "embed_text", "text", encoded, "text_embeds", library), texts, atol=1e-6
+                infer(one, "embed_text", "text", encoded, "text_embeds", library), texts, atol=1e-6
             )
 
 
 @pytest.mark.parametrize("templates", [None, ["{}", "a blurry {}.", "set {0} of {}"]])
 def test_classes_have_the_probabilities_of_local_inference(client, exports, templates):
     labels = ["cat", "red fox", "Käfer"]
-    told = {} if templates is None else {"templates": templates}
-    expected = LoadedModel(exports[1], threads=1).classify(PICTURES, labels, **told)
-    for _ in range(2):  # computed, then remembered
-        np.testing.assert_allclose(classified(client, PICTURES, labels, templates), expected, atol=1e-6)
+    more = {} if templates is None else {"templates": templates}
+    expected = LoadedModel(exports[1], threads=1).classify(IMAGES, labels, **more)
+    rows = executions(client, "text_encoder")[1]
+    for _ in range(2):  # computed, then from the cache
+        np.testing.assert_allclose(classify(client, IMAGES, labels, templates), expected, atol=1e-6)
+    assert executions(client, "text_encoder")[1] - rows in (0, len(labels) * len(templates or [""]))
 
 
-def test_more_pictures_and_labels_than_a_batch_are_classified(client, exports):
-    labels, pictures = [f"thing {n}" for n in range(45)], [picture(seed) for seed in range(11)]
-    expected = LoadedModel(exports[1], threads=1).classify(pictures, labels)
-    np.testing.assert_allclose(classified(client, pictures, labels), expected, atol=1e-6)
+def test_more_images_and_labels_than_a_batch_are_classified(client, exports):
+    labels, images = [f"thing {n}" for n in range(45)], [random_image(seed) for seed in range(11)]
+    expected = LoadedModel(exports[1], threads=1).classify(images, labels)
+    np.testing.assert_allclose(classify(client, images, labels), expected, atol=1e-6)
 
 
 def test_requests_that_wait_together_are_one_run_and_are_answered_apart(client, exports):
     exported = read_export(exports[1])
-    expected = embeds_of(exported, "image", pixels_of(exported, PICTURES))
+    expected = embeds_of(exported, "image", pixels_of(exported, IMAGES))
     before = executions(client, "image_encoder")
-    with concurrent.futures.ThreadPoolExecutor(len(PICTURES)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(len(IMAGES)) as pool:
         found = list(
-            pool.map(lambda file: asked(client, "embed_image", "image", [file], "image_embeds")[0], PICTURES * 8)
+            pool.map(lambda file: infer(client, "embed_image", "image", [file], "image_embeds")[0], IMAGES * 8)
         )
     runs, rows = np.subtract(executions(client, "image_encoder"), before)
-    assert rows == 8 * len(PICTURES) and runs < rows / 2
+    assert rows == 8 * len(IMAGES) and runs < rows / 2
     np.testing.assert_allclose(found, np.tile(expected, (8, 1)), atol=1e-6)
 
 
 def bomb():
-    """A PNG whose header says more pixels than are decoded, and which has none."""
-    file = bytearray(picture(0))
+    """Return a PNG whose header says more pixels than are decoded, and which has none."""
+    file = bytearray(random_image(0))
     file[16:24] = (int(MAX_PIXELS**0.5) + 1).to_bytes(4, "big") * 2
     file[29:33] = zlib.crc32(file[12:29]).to_bytes(4, "big")
     return bytes(file)
 
 
 @pytest.mark.parametrize(
-    "bad, told",
+    "bad, message",
     [
-        (b"no picture", "not a readable image"),
+        (b"no image", "not a readable image"),
         (b"", "not a readable image"),
-        (PICTURES[1][:200], "not a readable image"),
+        (IMAGES[1][:200], "not a readable image"),
         (bomb(), "expected at most 128,000,000 pixels"),
     ],
     ids=["text", "nothing", "cut", "bomb"],
 )
-def test_a_picture_that_cannot_be_read_is_an_error_of_its_request_alone(client, exports, bad, told):
+def test_an_image_that_cannot_be_read_is_an_error_of_its_request_alone(client, exports, bad, message):
     exported = read_export(exports[1])
-    expected = embeds_of(exported, "image", pixels_of(exported, PICTURES))
+    expected = embeds_of(exported, "image", pixels_of(exported, IMAGES))
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        *good, found = pool.map(partial(embedded_or_error, client), [*PICTURES, bad])
-    assert isinstance(found, InferenceServerException) and told in str(found)
+        *good, found = pool.map(partial(embed_or_error, client), [*IMAGES, bad])
+    assert isinstance(found, InferenceServerException) and message in str(found)
     np.testing.assert_allclose(good, expected, atol=1e-6)
 
 
-def test_a_text_that_is_no_utf8_is_an_error_of_its_request_alone(client):
+def test_a_text_that_is_not_utf8_is_an_error_of_its_request_alone(client):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        bad = pool.submit(asked, client, "embed_text", "text", [b"\xff\xfe"], "text_embeds")
-        good = pool.submit(asked, client, "embed_text", "text", [b"a cat"], "text_embeds")
+        bad = pool.submit(infer, client, "embed_text", "text", [b"\xff\xfe"], "text_embeds")
+        good = pool.submit(infer, client, "embed_text", "text", [b"a cat"], "text_embeds")
         assert good.result().shape[0] == 1
         with pytest.raises(InferenceServerException, match="UTF-8"):
             bad.result()
 
 
 @pytest.mark.parametrize(
-    "images, labels, templates, told",
+    "images, labels, templates, message",
     [
-        ([b"no picture"], ["cat"], None, "not a readable image"),
-        ([PICTURES[0]], ["cat", "cat"], None, "repeated ones: cat"),
-        ([PICTURES[0]], ["cat"], ["a photo"], "no {}"),
+        ([b"no image"], ["cat"], None, "not a readable image"),
+        ([IMAGES[0]], ["cat", "cat"], None, "repeated ones"),
+        ([IMAGES[0]], ["cat"], ["a photo"], "no {}"),
         ([], ["cat"], None, "at least one"),
-        ([PICTURES[0]], ["a", "b"] + [str(n) for n in range(998)], ["{}" + "!" * n for n in range(101)], "prompts"),
+        ([IMAGES[0]], ["a", "b"] + [str(n) for n in range(998)], ["{}" + "!" * n for n in range(101)], "prompts"),
     ],
-    ids=["picture", "labels", "template", "nothing", "too many"],
+    ids=["image", "labels", "template", "nothing", "too many"],
 )
-def test_a_bad_question_is_told_and_the_next_one_answered(client, images, labels, templates, told):
-    with pytest.raises(InferenceServerException, match=told):
-        classified(client, images, labels, templates)
-    assert classified(client, PICTURES, ["cat", "dog"]).shape == (len(PICTURES), 2)
+def test_a_bad_request_is_refused_and_the_next_one_answered(client, images, labels, templates, message):
+    with pytest.raises(InferenceServerException, match=message):
+        classify(client, images, labels, templates)
+    assert classify(client, IMAGES, ["cat", "dog"]).shape == (len(IMAGES), 2)
+
+
+def test_bad_ids_in_a_batch_fail_their_request_alone(client, exports):
+    exported = read_export(exports[1])
+    good = [exported.tokenize()([text]) for text in TEXTS]
+    bad = np.full_like(good[0], 10**9)
+
+    def encode(ids):
+        try:
+            inputs = [tensor(triton_grpc, "input_ids", ids, "INT64")]
+            return client.infer("text_encoder", inputs).as_numpy("text_embeds")
+        except InferenceServerException as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        first, *found, last = pool.map(encode, [bad, *good * 2, bad])
+    for error in (first, last):
+        assert error.status() == "StatusCode.INVALID_ARGUMENT" and "out of data bounds" in str(error)
+    np.testing.assert_allclose(found, [embeds_of(exported, "text", ids) for ids in good * 2], atol=1e-6)
 
 
 def test_more_rows_than_a_batch_are_refused(client):
     with pytest.raises(InferenceServerException, match="batch-size must be <= 8"):
-        asked(client, "embed_text", "text", [b"cat"] * 9, "text_embeds")
+        infer(client, "embed_text", "text", [b"cat"] * 9, "text_embeds")
 
 
-def test_the_bytes_of_a_file_are_a_request(served, exports):
+def test_the_bytes_of_a_file_are_a_request_body(served, exports):
     exported = read_export(exports[1])
     url = f"http://{served.http}/v2/models/embed_image/infer"
     headers = {"Inference-Header-Content-Length": "0", "Content-Type": "application/octet-stream"}
-    with urllib.request.urlopen(urllib.request.Request(url, PICTURES[1], headers)) as answer:
+    with urllib.request.urlopen(urllib.request.Request(url, IMAGES[1], headers)) as answer:
         length = int(answer.headers["Inference-Header-Content-Length"])
         content = answer.read()
     assert json.loads(content[:length])["outputs"][0]["name"] == "image_embeds"
-    expected = embeds_of(exported, "image", pixels_of(exported, [PICTURES[1]]))
+    expected = embeds_of(exported, "image", pixels_of(exported, [IMAGES[1]]))
     np.testing.assert_allclose(np.frombuffer(content[length:], np.float32)[None], expected, atol=1e-6)
 
 
-def test_the_program_on_the_repositorys_page_tells_what_local_inference_does(served, exports, tmp_path):
+def test_the_program_in_the_readme_prints_the_result_of_local_inference(served, exports, tmp_path):
     page = (served.repository / "README.md").read_text(encoding="utf-8")
     program = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].replace("localhost:8001", served.grpc)
-    (tmp_path / "ask.py").write_text(program, encoding="utf-8")
-    (tmp_path / "picture.png").write_bytes(PICTURES[0])
-    command = [sys.executable, tmp_path / "ask.py", tmp_path / "picture.png", "cat", "red fox"]
+    (tmp_path / "classify.py").write_text(program, encoding="utf-8")
+    (tmp_path / "image.png").write_bytes(IMAGES[0])
+    command = [sys.executable, tmp_path / "classify.py", tmp_path / "image.png", "cat", "red fox"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (row,) = LoadedModel(exports[1], threads=1).classify([PICTURES[0]], ["cat", "red fox"])
+    (row,) = LoadedModel(exports[1], threads=1).classify([IMAGES[0]], ["cat", "red fox"])
     assert printed.splitlines() == [f"cat {row[0]:.1%}", f"red fox {row[1]:.1%}"]
 
 
 def test_a_running_server_is_rolled_back_without_a_stop(served, client, exports):
     def serve(version):
         found = serve_version(served.repository, version, SETTINGS)
-        for model in ("embed_image", "embed_text", "classify"):  # the first two bring what they are made of
+        for model in ("embed_image", "embed_text", "classify"):  # the first two load the models they chain
             served.load(model)
         return found, {tuple(client.get_model_metadata(model).versions) for model in MODELS}
 
-    newer = classified(client, PICTURES, ["cat", "dog"])
+    newer = classify(client, IMAGES, ["cat", "dog"])
     try:
         assert serve(None) == (1, {("1",)})
-        images = asked(client, "embed_image", "image", PICTURES, "image_embeds")
-        older = classified(client, PICTURES, ["cat", "dog"])
+        images = infer(client, "embed_image", "image", IMAGES, "image_embeds")
+        older = classify(client, IMAGES, ["cat", "dog"])
     finally:
         assert serve(2) == (2, {("2",)})
     old = read_export(exports[0])
-    np.testing.assert_allclose(images, embeds_of(old, "image", pixels_of(old, PICTURES)), atol=1e-6)
+    np.testing.assert_allclose(images, embeds_of(old, "image", pixels_of(old, IMAGES)), atol=1e-6)
     for export, found in zip(exports, (older, newer), strict=True):
-        expected = LoadedModel(export, threads=1).classify(PICTURES, ["cat", "dog"])
+        expected = LoadedModel(export, threads=1).classify(IMAGES, ["cat", "dog"])
         np.testing.assert_allclose(found, expected, atol=1e-6)
     assert np.abs(older - newer).max() > 1e-4
 
 
-def test_a_text_that_was_asked_before_comes_from_the_cache_where_one_is_asked_for(triton, exports, tmp_path):
+def test_a_repeated_text_comes_from_the_cache_if_there_is_one(triton, exports, tmp_path):
     settings = SETTINGS.model_copy(update={"text_cache_mb": 4})
     (repository,) = triton_repo_from_export(exports[1], tmp_path, settings)
     for model in MODELS - {"text_encoder"}:
         shutil.rmtree(repository / model)
     exported = read_export(exports[1])
-    ids = tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS[:2])
+    ids = exported.tokenize()(TEXTS[:2])
     with TritonServer(repository, triton=triton) as server, triton_grpc.InferenceServerClient(server.grpc) as client:
         before = executions(client, "text_encoder")[0]
         for _ in range(3):
@@ -237,49 +261,49 @@ def test_a_text_that_was_asked_before_comes_from_the_cache_where_one_is_asked_fo
 
 @pytest.fixture(scope="module")
 def fused(triton, exports, tmp_path_factory):
-    """A server whose embed_* run the very small encoders themselves, in two instances each."""
+    """Start a server whose embed_* run the very small encoders themselves, in two instances each."""
     folder = tmp_path_factory.mktemp("fused")
-    bench = measured(folder / "results.json", read_export(exports[1]).lineage_hash, image=0.2, text=0.2)
+    bench = write_latencies(folder / "results.json", read_export(exports[1]).lineage_hash, image=0.2, text=0.2)
     settings = SETTINGS.model_copy(update={"instances": 2})
     (repository,) = triton_repo_from_export(exports[1], folder / "triton", settings, bench)
     with TritonServer(repository, triton=triton) as server, triton_grpc.InferenceServerClient(server.grpc) as client:
         yield server, client
 
 
-def test_a_very_small_encoder_answers_the_same_where_its_input_is_prepared(fused, exports):
+def test_a_fused_model_answers_as_the_chain_does(fused, exports):
     _, client = fused
     exported = read_export(exports[1])
-    images = embeds_of(exported, "image", pixels_of(exported, PICTURES))
-    texts = embeds_of(exported, "text", tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS))
+    images = embeds_of(exported, "image", pixels_of(exported, IMAGES))
+    texts = embeds_of(exported, "text", exported.tokenize()(TEXTS))
     encoded = [text.encode() for text in TEXTS]
-    np.testing.assert_allclose(asked(client, "embed_image", "image", PICTURES, "image_embeds"), images, atol=1e-6)
-    np.testing.assert_allclose(asked(client, "embed_text", "text", encoded, "text_embeds"), texts, atol=1e-6)
+    np.testing.assert_allclose(infer(client, "embed_image", "image", IMAGES, "image_embeds"), images, atol=1e-6)
+    np.testing.assert_allclose(infer(client, "embed_text", "text", encoded, "text_embeds"), texts, atol=1e-6)
     labels = ["cat", "red fox"]
-    expected = LoadedModel(exports[1], threads=1).classify(PICTURES, labels)
-    np.testing.assert_allclose(classified(client, PICTURES, labels), expected, atol=1e-6)
+    expected = LoadedModel(exports[1], threads=1).classify(IMAGES, labels)
+    np.testing.assert_allclose(classify(client, IMAGES, labels), expected, atol=1e-6)
 
 
-def test_there_too_requests_are_one_run_and_a_bad_one_fails_alone(fused, exports):
+def test_a_fused_model_batches_requests_and_a_bad_one_fails_alone(fused, exports):
     _, client = fused
     exported = read_export(exports[1])
-    expected = embeds_of(exported, "image", pixels_of(exported, PICTURES))
+    expected = embeds_of(exported, "image", pixels_of(exported, IMAGES))
 
     runs = {model: np.asarray(executions(client, model)) for model in ("embed_image", "image_encoder")}
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        *good, bad = pool.map(partial(embedded_or_error, client), [*PICTURES * 8, PICTURES[1][:200]])
+        *good, bad = pool.map(partial(embed_or_error, client), [*IMAGES * 8, IMAGES[1][:200]])
     assert isinstance(bad, InferenceServerException) and "not a readable image" in str(bad)
     np.testing.assert_allclose(good, np.tile(expected, (8, 1)), atol=1e-6)
     batches, rows = np.asarray(executions(client, "embed_image")) - runs["embed_image"]
-    assert rows == 8 * len(PICTURES) + 1 and batches < rows / 2
+    assert rows == 8 * len(IMAGES) + 1 and batches < rows / 2
     assert executions(client, "image_encoder") == tuple(runs["image_encoder"])
 
 
 def test_a_lone_client_is_answered_by_the_first_instance(fused):
-    """Instances that take turns would find their caches cold."""
+    """Instances that took turns would find their caches cold."""
     server, client = fused
 
     def waits():
-        """How often each process of embed_image has waited for something."""
+        """Return how often each process of embed_image has waited for something."""
         return {
             name: int(re.search(r"\nvoluntary_ctxt_switches:\t(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
             for pid, name in processes(server).items()
@@ -288,35 +312,35 @@ def test_a_lone_client_is_answered_by_the_first_instance(fused):
 
     before = waits()
     for _ in range(200):
-        asked(client, "embed_image", "image", PICTURES[:1], "image_embeds")
+        infer(client, "embed_image", "image", IMAGES[:1], "image_embeds")
     first, other = (after - before[name] for name, after in sorted(waits().items()))
     assert first >= 200 > 10 * other
 
 
-def test_a_model_of_several_instances_is_loaded_again_when_one_was_killed(fused, exports):
+def test_a_model_of_several_instances_is_loaded_again_after_one_was_killed(fused, exports):
     server, client = fused
     exported = read_export(exports[1])
-    expected = embeds_of(exported, "image", pixels_of(exported, PICTURES[:1]))
+    expected = embeds_of(exported, "image", pixels_of(exported, IMAGES[:1]))
     (pid,) = (pid for pid, name in processes(server).items() if name == "embed_image_0_0")
     os.kill(pid, signal.SIGKILL)
     server.load("embed_image")
     for _ in range(3):
-        found = asked(client, "embed_image", "image", PICTURES[:1], "image_embeds")
+        found = infer(client, "embed_image", "image", IMAGES[:1], "image_embeds")
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_the_nearest_pictures_of_an_index_are_found_as_they_are_here(triton, exports, tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for number, content in enumerate(PICTURES):
-        (pictures / f"{number}-größe.png").write_bytes(content)
-    index_pictures(str(pictures), exports[1], tmp_path / "index", say=lambda _: None)
+def test_search_finds_the_nearest_images_of_the_index(triton, exports, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, content in enumerate(IMAGES):
+        (images / f"{number}-größe.png").write_bytes(content)
+    index_images(str(images), exports[1], tmp_path / "index", say=lambda _: None)
     settings = SETTINGS.model_copy(update={"index": tmp_path / "index"})
     (repository,) = triton_repo_from_export(exports[1], tmp_path / "triton", settings)
     for model in ("image_encoder", "preprocess", "embed_image", "classify"):
         shutil.rmtree(repository / model)
     exported = read_export(exports[1])
-    ids = tokenizer_from_spec(exported.tokenizer.model_dump())(TEXTS[:1])
+    ids = exported.tokenize()(TEXTS[:1])
     scores, (keys,) = open_index(tmp_path / "index").search(embeds_of(exported, "text", ids), 3)
     with TritonServer(repository, triton=triton) as server:
         for address in (f"http://{server.http}", f"grpc://{server.grpc}"):
@@ -324,3 +348,58 @@ def test_the_nearest_pictures_of_an_index_are_found_as_they_are_here(triton, exp
                 found = client.search(TEXTS[0], 3)
             assert [hit.key for hit in found] == keys
             np.testing.assert_allclose([hit.score for hit in found], scores[0], atol=1e-6)
+        with triton_grpc.InferenceServerClient(server.grpc) as client:
+            texts = tensor(triton_grpc, "text", np.asarray([text.encode() for text in TEXTS], object))
+            assert client.infer("search", [texts]).as_numpy("keys").shape == (len(TEXTS), len(IMAGES))
+            with pytest.raises(InferenceServerException, match="k: expected 1 or more, found 0"):
+                client.infer("search", [texts, tensor(triton_grpc, "k", np.zeros(1, np.int32), "INT32")])
+
+
+# --- other tasks than CLIP ---
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["chained", "fused"])
+def test_a_classifier_gives_the_probabilities_of_local_inference(triton, tmp_path, small):
+    export = write_classifier(tmp_path / "export")
+    bench = write_latencies(tmp_path / "results.json", image=0.2 if small else 2)
+    (repository,) = triton_repo_from_export(export, tmp_path / "triton", SETTINGS, bench)
+    local = LoadedModel(export, threads=1)
+    images = IMAGES * 2  # more than a batch
+    expected = local.classify(images)
+    with TritonServer(repository, triton=triton) as server:
+        for address in (f"http://{server.http}", f"grpc://{server.grpc}"):
+            with Client(address) as client:
+                assert client.labels() == list(local.labels)
+                found = client.classify([*images, b"no image"])
+            np.testing.assert_allclose(found.values[:-1], expected, atol=1e-6)
+            assert found.errors.keys() == {len(images)} and "not a readable image" in found.errors[len(images)]
+        page = (repository / "README.md").read_text(encoding="utf-8")
+        program = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].replace("localhost:8001", server.grpc)
+        (tmp_path / "classify.py").write_text(program, encoding="utf-8")
+        (tmp_path / "image.png").write_bytes(IMAGES[0])
+        command = [sys.executable, tmp_path / "classify.py", tmp_path / "image.png"]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    best = np.argsort(-expected[0])
+    assert printed == [f"{local.labels[number]} {expected[0][number]:.1%}" for number in best]
+
+
+def test_a_graph_of_several_inputs_is_served_from_files_and_numbers(triton, tmp_path):
+    export = write_questions(tmp_path / "export")
+    exported = read_export(export)
+    (repository,) = triton_repo_from_export(export, tmp_path / "triton", SETTINGS)
+    texts, weights = TEXTS[:3], np.asarray([[0.5], [2], [-1]], np.float32)
+    inputs = {
+        "pixel_values": pixels_of(exported, IMAGES[:3]),
+        "input_ids": exported.tokenize()(texts),
+        "weight": weights,
+    }
+    expected = open_session(exported.onnx("question"), 1).run(["question_embeds", "difference"], inputs)
+    given = [
+        tensor(triton_grpc, "image", column(IMAGES[:3])),
+        tensor(triton_grpc, "text", column([text.encode() for text in texts])),
+        tensor(triton_grpc, "weight", weights, "FP32"),
+    ]
+    with TritonServer(repository, triton=triton) as server, triton_grpc.InferenceServerClient(server.grpc) as client:
+        found = client.infer("embed_question", given)
+    for name, rows in zip(("question_embeds", "difference"), expected, strict=True):
+        np.testing.assert_allclose(found.as_numpy(name), rows, rtol=1e-5)

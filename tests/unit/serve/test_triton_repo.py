@@ -1,28 +1,23 @@
-"""Triton model repositories: what the server will read, and the python backend's model run without a server."""
+"""Triton model repositories: the files and configurations that a server reads."""
 
-import asyncio
 import hashlib
-import importlib.util
-import io
 import json
 import re
 import sys
-from types import ModuleType, SimpleNamespace
-from typing import ClassVar
+from types import ModuleType
 
 import numpy as np
 import onnx
 import pytest
-from asking import measured
-from google.protobuf import json_format, text_format
+from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
-from tritonclient.grpc.model_config_pb2 import ModelConfig
+from small_exports import write_classifier, write_questions
+from triton_requests import write_latencies
+from tritonclient.grpc.model_config_pb2 import TYPE_FP32, TYPE_STRING, ModelConfig
 
-from clipress.data.transforms import fitted, normalised, open_image
+from clipress.data.transforms import open_image
 from clipress.errors import ArtifactError, ExportError
 from clipress.runtime.cpu import Processor
-from clipress.runtime.export_folder import read_export
 from clipress.serve import triton_config, triton_repo
 from clipress.serve.settings import ServeSettings
 from clipress.serve.triton_config import server_options
@@ -39,7 +34,7 @@ def save(path, nodes, takes, gives, weight):
 
 @pytest.fixture
 def export(tmp_path):
-    """An export folder whose image tower is linear and whose text tower averages rows of TABLE."""
+    """Write an export folder whose image encoder is linear and whose text encoder averages rows of TABLE."""
     folder = tmp_path / "run" / "export" / "int8"
     folder.mkdir(parents=True)
     save(
@@ -109,7 +104,7 @@ def test_each_backend_gets_a_repository_of_all_models(export, tmp_path):
     assert triton_repo_from_export(export, target, ServeSettings()) == [target / "onnxruntime", target / "python"]
     both = {
         "README.md",
-        "preprocess/warmup/picture",
+        "preprocess/warmup/image",
         "tokenize/warmup/text",
         *(f"{model}/{file}" for model in MODELS for file in ("config.pbtxt", "1/release.json")),
         *(f"{model}/1/model.py" for model in ("preprocess", "tokenize", "classify")),
@@ -125,13 +120,13 @@ def test_each_backend_gets_a_repository_of_all_models(export, tmp_path):
         assert copied.read_bytes() == (export / f"{tower}.onnx").read_bytes()
 
 
-def test_only_the_backend_that_is_asked_for_is_written(export, tmp_path):
+def test_only_the_chosen_backend_is_written(export, tmp_path):
     settings = ServeSettings(backend=("python", "python"))
     assert triton_repo_from_export(export, tmp_path / "triton", settings) == [tmp_path / "triton" / "python"]
     assert [path.name for path in (tmp_path / "triton").iterdir()] == ["python"]
 
 
-def test_the_image_encoder_is_described_as_triton_wants_it(export, tmp_path):
+def test_the_image_encoder_is_described_as_triton_expects(export, tmp_path):
     settings = ServeSettings(backend="onnxruntime", max_batch=16, instances=1, threads=1)
     (repository,) = triton_repo_from_export(export, tmp_path, settings)
     config, parameters = without_parameters(config_in(repository, "image_encoder"))
@@ -183,7 +178,7 @@ def test_the_text_encoder_follows_the_settings(export, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["image_encoder", "text_encoder"])
-def test_a_client_finds_all_it_needs_in_the_parameters(export, tmp_path, model):
+def test_the_parameters_hold_all_that_clients_need(export, tmp_path, model):
     (repository,) = triton_repo_from_export(export, tmp_path, ServeSettings(backend="onnxruntime"))
     _, parameters = without_parameters(config_in(repository, model))
     assert float(parameters["logit_scale"]) == 20.590953826904297
@@ -204,27 +199,27 @@ def test_a_client_finds_all_it_needs_in_the_parameters(export, tmp_path, model):
 
 
 @pytest.mark.parametrize(
-    ("portable", "isa", "asked", "level"),
+    ("portable", "isa", "exact", "level"),
     [(True, (), False, 0), (False, ("avx512_vnni",), True, 0), (False, (), True, -1)],
 )
 def test_weights_in_8_bits_are_served_exactly_where_they_would_overflow(
-    export, tmp_path, monkeypatch, portable, isa, asked, level
+    export, tmp_path, monkeypatch, portable, isa, exact, level
 ):
     changed(export, precision="int8", portable=portable)
     monkeypatch.setattr(triton_config, "processor", lambda: Processor("A CPU", "x86_64", 2, isa))
     triton_repo_from_export(export, tmp_path / "triton", ServeSettings(backend=("onnxruntime", "python")))
     config = config_in(tmp_path / "triton" / "onnxruntime", "image_encoder")
-    assert (config.parameters["session.x64quantprecision"].string_value == "1") is asked
+    assert (config.parameters["session.x64quantprecision"].string_value == "1") is exact
     assert config.optimization.graph.level == level
     page = (tmp_path / "triton" / "onnxruntime" / "README.md").read_text(encoding="utf-8")
-    assert ("serve such CPUs by the python backend" in page) is asked
-    python = config_in(tmp_path / "triton" / "python", "image_encoder")  # its sessions know the CPU they are on
+    assert ("serve such CPUs by the python backend" in page) is exact
+    python = config_in(tmp_path / "triton" / "python", "image_encoder")  # its sessions adapt to the CPU
     assert "session.x64quantprecision" not in python.parameters and not python.optimization.HasField("graph")
 
 
 @pytest.mark.parametrize(("small", "cached"), [(False, {"text_encoder"}), (True, {"text_encoder", "embed_text"})])
-def test_only_what_encodes_texts_is_cached_and_only_where_that_is_asked_for(export, tmp_path, small, cached):
-    bench = measured(tmp_path / "results.json", text=0.2 if small else 2)
+def test_only_text_encoders_are_cached_and_only_if_the_settings_say_so(export, tmp_path, small, cached):
+    bench = write_latencies(tmp_path / "results.json", text=0.2 if small else 2)
     for mb in (0, 3):
         settings = ServeSettings(backend="python", text_cache_mb=mb, instances=1)
         (repository,) = triton_repo_from_export(export, tmp_path / str(mb), settings, bench)
@@ -269,11 +264,11 @@ def test_a_disk_that_fills_up_leaves_the_older_repository(export, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "printed, told", [('name: "other"', "another configuration"), ("nme: 1", "cannot be read back")]
+    "printed, message", [('name: "other"', "another configuration"), ("nme: 1", "cannot be read back")]
 )
-def test_a_configuration_that_does_not_read_back_is_not_written(export, tmp_path, monkeypatch, printed, told):
+def test_a_configuration_that_does_not_read_back_is_not_written(export, tmp_path, monkeypatch, printed, message):
     monkeypatch.setattr(text_format, "MessageToString", lambda config: printed)
-    with pytest.raises(ExportError, match=f"image_encoder.*{told}"):
+    with pytest.raises(ExportError, match=f"image_encoder.*{message}"):
         triton_repo_from_export(export, tmp_path / "triton", ServeSettings())
     assert list((tmp_path / "triton").glob("*")) == []
 
@@ -307,7 +302,7 @@ def test_the_readme_starts_the_server_its_backend_needs(export, tmp_path):
     ]
 
 
-def test_a_server_of_several_instances_is_told_which_comes_first(export, tmp_path):
+def test_a_server_of_several_instances_gets_their_priorities(export, tmp_path):
     repository = python_repository(export, tmp_path, instances=2)
     assert server_options(repository) == ["--rate-limit=execution_count"]
     page = (repository / "README.md").read_text(encoding="utf-8")
@@ -315,15 +310,15 @@ def test_a_server_of_several_instances_is_told_which_comes_first(export, tmp_pat
 
 
 def changed(export, **described):
-    """Change an export in place: other weights in the text tower, or what export.json says."""
+    """Change an export in place: the text encoder, or entries of export.json."""
     path = export / "export.json"
-    told = json.loads(path.read_text(encoding="utf-8"))
+    written = json.loads(path.read_text(encoding="utf-8"))
     if not described:
         model = onnx.load(export / "text.onnx")
         model.producer_version += "x"
         onnx.save(model, export / "text.onnx")
-        told["files"]["text"]["sha256"] = hashlib.sha256((export / "text.onnx").read_bytes()).hexdigest()
-    path.write_text(json.dumps({**told, **described}), encoding="utf-8")
+        written["files"]["text"]["sha256"] = hashlib.sha256((export / "text.onnx").read_bytes()).hexdigest()
+    path.write_text(json.dumps({**written, **described}), encoding="utf-8")
 
 
 def snapshot(repository):
@@ -335,7 +330,7 @@ def python_repository(export, target, **settings):
 
 
 def policies(repository):
-    """What each model's version policy says; None: the newest."""
+    """Return the versions that the models' policies name; None means the newest."""
     configs = [config_in(repository, model) for model in MODELS]
     return {max(config.version_policy.specific.versions, default=None) for config in configs}
 
@@ -344,17 +339,17 @@ def test_an_export_that_has_not_changed_adds_nothing_and_touches_nothing(export,
     repository = python_repository(export, tmp_path)
     before, folder = snapshot(repository), repository.stat().st_ino
     assert snapshot(python_repository(export, tmp_path)) == before
-    assert repository.stat().st_ino == folder  # a server or container that looks at it keeps what it sees
+    assert repository.stat().st_ino == folder  # a server or container on this folder is not disturbed
 
 
-def test_what_a_server_leaves_in_a_version_is_no_change(export, tmp_path):
+def test_files_left_by_a_server_are_no_change(export, tmp_path):
     left = python_repository(export, tmp_path) / "preprocess" / "1" / "__pycache__" / "model.cpython-311.pyc"
     left.parent.mkdir()
     left.write_bytes(b"compiled")
     assert not (python_repository(export, tmp_path) / "preprocess" / "2").exists()
 
 
-def test_an_export_that_was_made_again_elsewhere_is_the_same(export, tmp_path):
+def test_the_same_export_made_elsewhere_is_no_change(export, tmp_path):
     python_repository(export, tmp_path)
     changed(export, parity={"image_min_cosine": 0.5})
     elsewhere = tmp_path / "elsewhere"
@@ -362,7 +357,7 @@ def test_an_export_that_was_made_again_elsewhere_is_the_same(export, tmp_path):
     assert not (python_repository(elsewhere, tmp_path) / "classify" / "2").exists()
 
 
-def test_settings_that_change_are_written_without_a_new_version(export, tmp_path):
+def test_changed_settings_make_no_new_version(export, tmp_path):
     python_repository(export, tmp_path)
     repository = python_repository(export, tmp_path, max_batch=3)
     assert {config_in(repository, f"{tower}_encoder").max_batch_size for tower in ("image", "text")} == {3}
@@ -381,7 +376,7 @@ def test_a_changed_export_is_added_to_every_model_and_the_older_one_stays(export
     assert policies(repository) == {None}
 
 
-def test_every_model_is_rolled_back_with_what_its_configuration_said_then(export, tmp_path):
+def test_every_model_is_rolled_back_with_its_configuration(export, tmp_path):
     first = snapshot(python_repository(export, tmp_path))
     changed(export, logit_scale=7.0, lineage_hash="later")
     repository = python_repository(export, tmp_path)
@@ -407,12 +402,12 @@ def test_a_repository_stays_rolled_back_until_there_is_something_new(export, tmp
     assert policies(repository) == {None} and served_version(repository) == 3
 
 
-@pytest.mark.parametrize("version, told", [(None, "An older version"), (3, "Version 3")])
-def test_a_version_that_is_not_there_is_told_with_those_that_are(export, tmp_path, version, told):
+@pytest.mark.parametrize("version, message", [(None, "an older version"), (3, "version 3")])
+def test_a_missing_version_is_an_error_that_lists_the_others(export, tmp_path, version, message):
     repository = python_repository(export, tmp_path)
-    with pytest.raises(ArtifactError, match=rf"{told} .*versions there: 1\. Do: clipress serve RUN"):
+    with pytest.raises(ArtifactError, match=rf"expected {message}; versions found: 1\. Do: clipress serve RUN"):
         serve_version(repository, version, ServeSettings())
-    with pytest.raises(ArtifactError, match="versions there: none"):
+    with pytest.raises(ArtifactError, match="versions found: none"):
         serve_version(tmp_path / "nowhere", version, ServeSettings())
 
 
@@ -420,26 +415,27 @@ def test_a_version_that_is_not_there_is_told_with_those_that_are(export, tmp_pat
 def test_a_version_whose_record_is_damaged_is_not_served(export, tmp_path, content):
     repository = python_repository(export, tmp_path)
     changed(export)
-    repository, record = python_repository(export, tmp_path), repository / "image_encoder" / "1" / "release.json"
-    record.unlink()
-    if content is not None:
-        record.write_bytes(content)
+    repository = python_repository(export, tmp_path)
+    for record in repository.glob("*/1/release.json"):
+        record.unlink()
+        if content is not None:
+            record.write_bytes(content)
     before = snapshot(repository)
     with pytest.raises(ArtifactError, match=r"1/release\.json.*clipress serve RUN"):
         serve_version(repository, 1, ServeSettings())
     assert snapshot(repository) == before
 
 
-def test_a_model_that_takes_something_else_is_no_new_version(export, tmp_path):
+def test_an_export_of_another_size_is_no_new_version(export, tmp_path):
     before = snapshot(python_repository(export, tmp_path))
     changed(export, preprocess={"size": 4})
-    told = r"image_encoder .* takes pixel_values \[3, 2, 2\].*takes pixel_values \[3, 4, 4\].*new repository"
-    with pytest.raises(ExportError, match=told):
+    message = r"image_encoder .* takes pixel_values \[3, 2, 2\].*takes pixel_values \[3, 4, 4\].*new repository"
+    with pytest.raises(ExportError, match=message):
         python_repository(export, tmp_path)
     assert snapshot(tmp_path / "python") == before
 
 
-def test_pictures_and_texts_pass_through_what_prepares_them(export, tmp_path):
+def test_images_and_texts_are_chained_to_the_models_that_prepare_them(export, tmp_path):
     repository = python_repository(export, tmp_path, max_batch=8)
     for tower, first, takes, between, dims in (
         ("image", "preprocess", "image", "pixel_values", [3, 2, 2]),
@@ -462,7 +458,7 @@ def test_pictures_and_texts_pass_through_what_prepares_them(export, tmp_path):
 
 
 def test_a_very_small_encoder_is_run_where_its_input_is_prepared(export, tmp_path):
-    bench = measured(tmp_path / "results.json", image=0.9, text=1.1)
+    bench = write_latencies(tmp_path / "results.json", image=0.9, text=1.1)
     settings = ServeSettings(backend=("python", "onnxruntime"), max_batch=8, instances=2)
     python, runtime = triton_repo_from_export(export, tmp_path, settings, bench)
     config, _ = without_parameters(config_in(python, "embed_image"))
@@ -476,28 +472,28 @@ def test_a_very_small_encoder_is_run_where_its_input_is_prepared(export, tmp_pat
           { kind: KIND_CPU count: 1 rate_limiter { priority: 1000 } }
         ]
         dynamic_batching { }
-        model_warmup [ { name: "picture" batch_size: 1
-            inputs { key: "image" value { data_type: TYPE_STRING dims: [ 1 ] input_data_file: "picture" } } } ]
+        model_warmup [ { name: "image" batch_size: 1
+            inputs { key: "image" value { data_type: TYPE_STRING dims: [ 1 ] input_data_file: "image" } } } ]
     """
     assert config == text_format.Parse(expected, ModelConfig())
-    assert open_image((python / "embed_image" / "warmup" / "picture").read_bytes()[4:]).size == (SIZE, SIZE)
+    assert open_image((python / "embed_image" / "warmup" / "image").read_bytes()[4:]).size == (SIZE, SIZE)
     assert config_in(python, "embed_text").platform == "ensemble"
     assert {config_in(runtime, f"embed_{tower}").platform for tower in ("image", "text")} == {"ensemble"}
     copies = [python / model / "1" / "model.onnx" for model in ("image_encoder", "embed_image")]
     assert copies[0].samefile(copies[1])
 
 
-def test_new_figures_change_how_a_version_runs_and_make_no_new_one(export, tmp_path):
+def test_new_measurements_change_sizes_but_make_no_new_version(export, tmp_path):
     settings = ServeSettings(backend="python", instances=1)
     (repository,) = triton_repo_from_export(export, tmp_path, settings)
-    triton_repo_from_export(export, tmp_path, settings, measured(tmp_path / "results.json", image=0.2))
+    triton_repo_from_export(export, tmp_path, settings, write_latencies(tmp_path / "results.json", image=0.2))
     assert config_in(repository, "embed_image").backend == "python"
     assert policies(repository) == {None} and not (repository / "embed_image" / "2").exists()
 
 
 def test_a_version_without_the_encoders_file_in_embed_stays_a_chain(export, tmp_path):
-    """Versions were written so before very small encoders were run there."""
-    bench = measured(tmp_path / "results.json", image=0.2, text=0.2)
+    """Earlier versions of clipress did not fuse very small encoders."""
+    bench = write_latencies(tmp_path / "results.json", image=0.2, text=0.2)
     settings = ServeSettings(backend="python", instances=1)
     (repository,) = triton_repo_from_export(export, tmp_path, settings, bench)
     for path in repository.glob("*/1/release.json"):
@@ -509,15 +505,15 @@ def test_a_version_without_the_encoders_file_in_embed_stays_a_chain(export, tmp_
     assert config_in(repository, "embed_text").platform == "ensemble"
 
 
-def test_the_warm_up_is_a_picture_and_a_text_as_triton_stores_strings(export, tmp_path):
+def test_the_warm_up_is_an_image_and_a_text_as_triton_stores_strings(export, tmp_path):
     repository = python_repository(export, tmp_path)
-    for model, name in (("preprocess", "picture"), ("tokenize", "text")):
+    for model, name in (("preprocess", "image"), ("tokenize", "text")):
         (sample,) = config_in(repository, model).model_warmup
         (given,) = sample.inputs.values()
         assert given.input_data_file == name
         stored = (repository / model / "warmup" / name).read_bytes()
         assert int.from_bytes(stored[:4], "little") == len(stored) - 4
-    assert open_image((repository / "preprocess" / "warmup" / "picture").read_bytes()[4:]).size == (SIZE, SIZE)
+    assert open_image((repository / "preprocess" / "warmup" / "image").read_bytes()[4:]).size == (SIZE, SIZE)
     assert (repository / "tokenize" / "warmup" / "text").read_bytes()[4:].decode() == "a photo of a cat"
 
 
@@ -537,12 +533,12 @@ def test_the_rate_limiter_gets_what_the_encoders_take(export, tmp_path):
 
 
 def engine(export, tower, gpu="nvidia-h200", trt="10.16.1.11", precision="fp16", **changes):
-    """Put a plan and a sidecar that vouches for it into an export."""
+    """Put an engine and its sidecar into an export."""
     plan = export / "tensorrt" / f"{tower}.{gpu}.trt{trt}.{precision}.engine"
     plan.parent.mkdir(exist_ok=True)
     plan.write_bytes(f"plan of {plan.name}".encode())
     shape = (3, SIZE, SIZE) if tower == "image" else (LENGTH,)
-    told = {
+    sidecar = {
         "tower": tower,
         "precision": precision,
         "tensorrt": trt,
@@ -556,7 +552,7 @@ def engine(export, tower, gpu="nvidia-h200", trt="10.16.1.11", precision="fp16",
         "settings": {},
         "clipress": "0",
     }
-    plan.with_name(f"{plan.name}.json").write_text(json.dumps(told | changes), encoding="utf-8")
+    plan.with_name(f"{plan.name}.json").write_text(json.dumps(sidecar | changes), encoding="utf-8")
     return plan
 
 
@@ -618,26 +614,26 @@ def test_an_engine_version_is_rolled_back_as_it_was(export, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "made, told",
+    "made, message",
     [
-        ([], "engines there: none. Build it .*clipress export RUN --tensorrt"),
-        ([{"onnx_sha256": "0" * 64}], r"image\.onnx as it is now; engines there: image\.nvidia"),
-        ([{}, {"precision": "bf16"}], "Say serve.precision"),
-        ([{}, {"gpu": "nvidia-h100"}], "One engine per kind of GPU"),
-        ([{"profile": {"min": [2], "opt": [2], "max": [2]}}], "takes 2 or more"),
+        ([], "engines found: none. Build it .*clipress export RUN --tensorrt"),
+        ([{"onnx_sha256": "0" * 64}], r"current image\.onnx; engines found: image\.nvidia"),
+        ([{}, {"precision": "bf16"}], "Set serve.precision"),
+        ([{}, {"gpu": "nvidia-h100"}], "expected one engine per kind of GPU"),
+        ([{"profile": {"min": [2], "opt": [2], "max": [2]}}], "batches of 2 or more"),
     ],
     ids=["none", "of another export", "two precisions", "two of a kind", "no single rows"],
 )
-def test_where_no_engine_or_more_than_one_is_meant_nothing_is_written(export, tmp_path, made, told):
+def test_an_ambiguous_or_missing_engine_is_an_error(export, tmp_path, made, message):
     engine(export, "text")
     for changes in made:
         engine(export, "image", **changes)
-    with pytest.raises(ExportError, match=told):
+    with pytest.raises(ExportError, match=message):
         triton_repo_from_export(export, tmp_path / "triton", ServeSettings(backend="tensorrt"))
     assert not (tmp_path / "triton").exists()
 
 
-def test_an_engine_that_its_sidecar_does_not_vouch_for_is_not_served(export, tmp_path):
+def test_an_engine_that_differs_from_its_sidecar_is_not_served(export, tmp_path):
     engine(export, "text")
     engine(export, "image").write_bytes(b"another")
     with pytest.raises(ArtifactError, match=r"truncated or changed.*not loaded"):
@@ -649,19 +645,13 @@ def test_an_engine_that_its_sidecar_does_not_vouch_for_is_not_served(export, tmp
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """Stands in for an index: a folder, and a module that opens it. Its vectors are the rows of TABLE."""
+    """Make a stand-in for an index: a folder, and a module that opens it."""
     folder = tmp_path / "index"
     (folder / "parts").mkdir(parents=True)
     (folder / "parts" / "0").write_bytes(b"vectors")
 
     class Index:
         dim, lineage = DIM, "0123456789abcdef"
-
-        def search(self, queries, k):
-            scores = queries @ TABLE.T
-            order = np.argsort(-scores, axis=1)[:, :k]
-            keys = [[f"käfer-{n}.png" for n in row] for row in order]
-            return np.take_along_axis(scores, order, 1), keys
 
     module = ModuleType("clipress.serve.index")
     module.Index, module.open_index = Index, lambda folder: Index()
@@ -678,7 +668,7 @@ def test_an_index_travels_with_the_version_that_searches_it(export, index, tmp_p
     assert "`search`" in (repository / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_version_that_could_not_search_is_rolled_back_to_without_it(export, index, tmp_path):
+def test_rolling_back_to_a_version_without_an_index_drops_search(export, index, tmp_path):
     python_repository(export, tmp_path)
     repository = python_repository(export, tmp_path, index=index)
     assert (repository / "search" / "2").is_dir() and not (repository / "search" / "1").exists()
@@ -690,7 +680,9 @@ def test_a_version_that_could_not_search_is_rolled_back_to_without_it(export, in
 def test_an_index_of_another_model_is_refused(export, index, tmp_path, monkeypatch, change):
     for name, value in change.items():
         monkeypatch.setattr(sys.modules["clipress.serve.index"].Index, name, value)
-    with pytest.raises(ArtifactError, match=r"Index .* dimensions; int8 is 0123456789abcdef and has 4"):
+    with pytest.raises(
+        ArtifactError, match=r"Index .*: expected lineage 0123456789abcdef and 4 dimensions, as int8 has; found"
+    ):
         python_repository(export, tmp_path / "triton", index=index)
     assert not (tmp_path / "triton").exists()
 
@@ -704,286 +696,134 @@ def test_a_version_whose_index_is_gone_is_not_served(export, index, tmp_path):
     assert (python_repository(export, tmp_path, index=index) / "search" / "3" / "index").is_dir()
 
 
-# --- the python models, run without a server ---
+# --- other tasks than CLIP ---
 
 
-class Tensor:
-    """Stands in for pb_utils.Tensor, and for one input of a request."""
-
-    def __init__(self, name, array):
-        self.name, self.array = name, array
-
-    def as_numpy(self):
-        return self.array
+def models_of(repository):
+    return {path.parent.name for path in repository.glob("*/config.pbtxt")}
 
 
-class Fault(str):
-    """An error with its code, as Triton numbers them."""
-
-    INTERNAL, INVALID_ARG, UNAVAILABLE = 1, 3, 4
-
-    def __new__(cls, told, code):
-        made = super().__new__(cls, told)
-        made.code = code
-        return made
-
-
-class Response:
-    def __init__(self, output_tensors=(), error=None):
-        self.outputs, self.error = {tensor.name: tensor.array for tensor in output_tensors}, error
-
-
-class Asked:
-    """Stands in for a request to another model: an encoder that can be followed by hand."""
-
-    log: ClassVar = []
-
-    def __init__(self, model_name, requested_output_names, inputs, preferred_memory):
-        self.model, self.gives, self.input = model_name, requested_output_names[0], inputs[0]
-
-    async def async_exec(self):
-        rows = self.input.as_numpy()
-        Asked.log.append((self.model, len(rows)))
-        bad = [row[0] for row in rows if row[0] == b"bad"]
-        embeds = np.stack([by_hand(row[0]) for row in rows])
-        return SimpleNamespace(
-            has_error=lambda: bool(bad),
-            error=lambda: SimpleNamespace(message=lambda: "in ensemble: bad"),
-            outputs={self.gives: Tensor(self.gives, embeds)},
-        )
+@pytest.mark.parametrize("small", [False, True])
+def test_a_classifier_has_no_models_for_texts(tmp_path, small):
+    bench = write_latencies(tmp_path / "results.json", image=0.2 if small else 2)
+    export = write_classifier(tmp_path / "export")
+    settings = ServeSettings(backend="python", max_batch=8, instances=1, threads=1)
+    (repository,) = triton_repo_from_export(export, tmp_path / "triton", settings, bench)
+    assert models_of(repository) == {"image_classifier", "preprocess", "score_image", "classify"}
+    config, parameters = without_parameters(config_in(repository, "image_classifier"))
+    expected = """
+        name: "image_classifier"  backend: "python"  max_batch_size: 8
+        input [ { name: "pixel_values" data_type: TYPE_FP32 dims: [ 3, 2, 2 ] } ]
+        output [ { name: "logits" data_type: TYPE_FP32 dims: [ 4 ] } ]
+        version_policy { latest { num_versions: 1 } }
+        instance_group [ { kind: KIND_CPU count: 1 } ]
+        dynamic_batching { }
+        model_warmup [
+          { name: "batch_1" batch_size: 1
+            inputs { key: "pixel_values" value { data_type: TYPE_FP32 dims: [ 3, 2, 2 ] random_data: true } } },
+          { name: "batch_8" batch_size: 8
+            inputs { key: "pixel_values" value { data_type: TYPE_FP32 dims: [ 3, 2, 2 ] random_data: true } } }
+        ]
+    """
+    assert config == text_format.Parse(expected, ModelConfig())
+    assert parameters.keys() == {"intra_op_thread_count", "lineage_hash", "precision", "preprocess"}
+    classify, parameters = without_parameters(config_in(repository, "classify"))
+    assert [one.name for one in classify.input] == ["image"]
+    assert [(one.name, list(one.dims)) for one in classify.output] == [("probabilities", [-1, 4]), ("labels", [4])]
+    assert json.loads(parameters["labels"]) == ["cat", "dog", "red fox", "Käfer"]
+    assert config_in(repository, "score_image").backend == ("python" if small else "")
+    assert serve_version(repository, 1, settings, bench) == 1
 
 
-def by_hand(content):
-    vector = np.random.default_rng(list(content)).standard_normal(DIM)
-    return (vector / np.linalg.norm(vector)).astype(np.float32)
+def test_the_readme_of_a_classifier_speaks_of_its_models_alone(tmp_path):
+    (repository,) = triton_repo_from_export(
+        write_classifier(tmp_path / "export"), tmp_path / "triton", ServeSettings(backend="python")
+    )
+    page = (repository / "README.md").read_text(encoding="utf-8")
+    assert "The classifier has 4 labels." in page and "`probabilities` FP32 [N, 4], `labels` BYTES [4]" in page
+    compile(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], "README.md", "exec")
+    requested = set(re.findall(r"v2/models/(\w+)", page))
+    assert requested and requested <= models_of(repository)
+    for word in ("tokenize", "text", "embed", "search", "ftfy"):
+        assert word not in page
 
 
-@pytest.fixture
-def python_backend(monkeypatch):
-    """Triton's module for python models."""
-    utils = ModuleType("triton_python_backend_utils")
-    utils.Tensor, utils.InferenceResponse, utils.TritonError, utils.InferenceRequest = Tensor, Response, Fault, Asked
-    utils.PreferredMemory, utils.TRITONSERVER_MEMORY_CPU = (lambda kind, device: None), 0
-    utils.get_input_tensor_by_name = lambda request, name: request.get(name)
-    utils.get_output_tensor_by_name = lambda response, name: response.outputs[name]
-    monkeypatch.setitem(sys.modules, utils.__name__, utils)
-    monkeypatch.delitem(sys.modules, "clipress.serve.triton_model", raising=False)
-    monkeypatch.setattr(Asked, "log", [])
+def test_a_graph_of_several_inputs_is_chained_to_all_that_prepare_them(tmp_path):
+    bench = write_latencies(tmp_path / "results.json", question=0.2)  # too many inputs to prepare them in one process
+    settings = ServeSettings(backend="python", max_batch=8, instances=1, text_cache_mb=1)
+    (repository,) = triton_repo_from_export(write_questions(tmp_path / "export"), tmp_path / "triton", settings, bench)
+    assert models_of(repository) == {"question_encoder", "preprocess", "tokenize", "embed_question"}
+    encoder, chain = config_in(repository, "question_encoder"), config_in(repository, "embed_question")
+    assert [one.name for one in encoder.input] == ["pixel_values", "input_ids", "weight"]
+    assert list(chain.output) == list(encoder.output) and len(encoder.output) == 2
+    assert {name for warm_up in encoder.model_warmup for name in warm_up.inputs} == {
+        "pixel_values",
+        "input_ids",
+        "weight",
+    }
+    assert not encoder.response_cache.enable
+    assert [(one.name, one.data_type, list(one.dims)) for one in chain.input] == [
+        ("image", TYPE_STRING, [1]),
+        ("text", TYPE_STRING, [1]),
+        ("weight", TYPE_FP32, [1]),
+    ]
+    steps = [(s.model_name, dict(s.input_map), dict(s.output_map)) for s in chain.ensemble_scheduling.step]
+    assert steps == [
+        ("preprocess", {"image": "image"}, {"pixel_values": "pixel_values"}),
+        ("tokenize", {"text": "text"}, {"input_ids": "input_ids"}),
+        (
+            "question_encoder",
+            {name: name for name in ("pixel_values", "input_ids", "weight")},
+            {name: name for name in ("question_embeds", "difference")},
+        ),
+    ]
+    page = (repository / "README.md").read_text(encoding="utf-8")
+    assert "| `embed_question` | `image`, `text`, `weight` | `question_embeds`, `difference` |" in page
 
 
-def started(repository, name):
-    """A model, started the way Triton does."""
-    spec = importlib.util.spec_from_file_location("model", repository / name / "1" / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model = module.TritonPythonModel()
-    config = json_format.MessageToJson(config_in(repository, name), preserving_proto_field_name=True)
-    model.initialize({"model_config": config})
-    return model
+def test_an_index_needs_a_text_encoder(tmp_path, index):
+    with pytest.raises(ExportError, match="expected a graph 'text' that gives embeddings"):
+        python_repository(write_classifier(tmp_path / "export"), tmp_path / "triton", index=index)
 
 
-@pytest.fixture
-def text_model(export, tmp_path, python_backend):
-    """The python backend's text encoder; `runs` holds each run's batch size."""
-    model = started(python_repository(export, tmp_path, threads=2), "text_encoder")
-    model.runs = []
-    session, run = model.session, model.session.run
-
-    class Counted:
-        def run(self, names, feed):
-            model.runs.append(len(feed["input_ids"]))
-            return run(names, feed)
-
-    assert session.get_session_options().intra_op_num_threads == 2
-    model.session = Counted()
-    return model
-
-
-def request(*texts):
-    return {"input_ids": Tensor("input_ids", np.asarray(texts, np.int64))}
+def test_a_release_of_version_1_is_still_served(export, tmp_path):
+    """It called engines plans, and did not describe the export's graphs."""
+    settings = ServeSettings(backend="tensorrt")
+    for graph in ("image", "text"):
+        engine(export, graph)
+    (repository,) = triton_repo_from_export(export, tmp_path, settings)
+    before = snapshot(repository)
+    for path in repository.glob("*/1/release.json"):
+        written = json.loads(path.read_text(encoding="utf-8"))
+        written["plans"] = written.pop("engines")
+        del written["export"]["graphs"], written["export"]["task"]
+        path.write_text(json.dumps(written), encoding="utf-8")
+    assert serve_version(repository, 1, settings) == 1
+    assert {name: text for name, text in snapshot(repository).items() if "release.json" not in name} == {
+        name: text for name, text in before.items() if "release.json" not in name
+    }
 
 
-def test_requests_that_come_together_are_one_run_and_are_answered_apart(text_model):
-    alone, three = [[1, 2, 3]], [[4, 4, 4], [0, 9, 1], [7, 5, 2]]
-    first, second = text_model.execute([request(*alone), request(*three)])
-    assert text_model.runs == [4]
-    for response, texts in ((first, alone), (second, three)):
-        assert response.error is None
-        by_hand = [(TABLE[a] + TABLE[b] + TABLE[c]) / 3 for a, b, c in texts]
-        np.testing.assert_allclose(response.outputs["text_embeds"], by_hand, atol=1e-6)
-
-
-def test_a_request_of_the_wrong_shape_is_answered_with_an_error(text_model):
-    (response,) = text_model.execute([request([1, 2])])
-    assert response.outputs == {}
-    assert response.error.startswith("input_ids: ")
-
-
-def test_one_bad_request_does_not_spoil_its_neighbours(text_model):
-    good, bad, other = text_model.execute([request([1, 1, 1]), request([0, 0, WORDS]), request([2, 2, 2], [3, 3, 3])])
-    np.testing.assert_allclose(good.outputs["text_embeds"], TABLE[[1]], atol=1e-6)
-    np.testing.assert_allclose(other.outputs["text_embeds"], TABLE[[2, 3]], atol=1e-6)
-    assert bad.outputs == {} and "Gather" in bad.error and bad.error.code == Fault.INVALID_ARG
-
-
-def test_when_every_request_is_bad_each_gets_an_error_and_the_model_lives_on(text_model):
-    responses = text_model.execute([request([1, 2]), request([0, 0, WORDS])])
-    assert [bool(response.error) for response in responses] == [True, True]
-    (after,) = text_model.execute([request([5, 5, 5])])
-    np.testing.assert_allclose(after.outputs["text_embeds"], TABLE[[5]], atol=1e-6)
-
-
-def test_a_model_that_is_unloaded_lets_go_of_its_session(text_model):
-    text_model.finalize()
-    assert text_model.session is None
-
-
-def strings(**inputs):
-    """A request of TYPE_STRING inputs."""
-    return {name: Tensor(name, np.asarray(values, object)) for name, values in inputs.items()}
-
-
-def png(seed):
-    file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def test_pictures_are_prepared_together_and_a_bad_one_fails_its_request_alone(export, tmp_path, python_backend):
-    model = started(python_repository(export, tmp_path), "preprocess")
-    given = [[png(0)], [png(1), b"no picture"], [png(2), png(3)]]
-    one, bad, two = model.execute([strings(image=[[file] for file in files]) for files in given])
-    preprocess = read_export(export).preprocess
-    for response, seeds in ((one, [0]), (two, [2, 3])):
-        expected = [normalised(fitted(open_image(png(seed)), preprocess), preprocess) for seed in seeds]
-        np.testing.assert_array_equal(response.outputs["pixel_values"], expected)
-    assert bad.outputs == {} and "not a readable image" in bad.error
-    (alone,) = model.execute([strings(image=[[b""]])])
-    assert "not a readable image" in alone.error
-
-
-def test_texts_are_tokenized_together_and_one_that_is_no_utf8_fails_its_request_alone(
-    export, tmp_path, python_backend, monkeypatch
-):
-    seen = []
-
-    def tokenizer_from_spec(spec):
-        assert spec["context_length"] == LENGTH
-        return lambda texts: seen.append(len(texts)) or np.asarray([[len(t), 0, 0] for t in texts], np.int64)
-
-    monkeypatch.setattr("clipress.data.tokens.tokenizer_from_spec", tokenizer_from_spec)
-    model = started(python_repository(export, tmp_path), "tokenize")
-    given = [["käfer".encode()]], [[b"\xff"]], [[b"x" * 100_001]], [[b"a"], [b"cat"]]
-    one, bad, long, two = model.execute([strings(text=texts) for texts in given])
-    assert seen == [3]
-    assert one.outputs["input_ids"].tolist() == [[5, 0, 0]]
-    assert two.outputs["input_ids"].tolist() == [[1, 0, 0], [3, 0, 0]]
-    assert "UTF-8" in bad.error and "100,001" in long.error
-
-
-@pytest.mark.parametrize("tower", ["image", "text"])
-def test_what_is_prepared_and_encoded_in_one_process_is_what_two_models_make_of_it(
-    export, tmp_path, python_backend, monkeypatch, tower
-):
-    monkeypatch.setattr("clipress.data.tokens.tokenizer_from_spec", lambda spec: lambda texts: ids(texts))
-    bench = measured(tmp_path / "results.json", image=0.2, text=0.2)
-    (repository,) = triton_repo_from_export(export, tmp_path, ServeSettings(backend="python", threads=2), bench)
-    model = started(repository, f"embed_{tower}")
-    assert model.session.get_session_options().intra_op_num_threads == 2
-    good = [[png(0)], [png(2), png(3)]] if tower == "image" else [[b"a"], [b"cat", b"tuna"]]
-    given = [good[0], [good[1][0], b"\xff"], good[1]]
-    one, bad, two = model.execute([strings(**{tower: [[item] for item in items]}) for items in given])
-    preprocess = read_export(export).preprocess
-    for response, items in zip((one, two), good, strict=True):
-        if tower == "image":
-            rows = [normalised(fitted(open_image(item), preprocess), preprocess).sum() for item in items]
-            expected = np.repeat(np.asarray(rows)[:, None], DIM, axis=1)
-        else:
-            expected = TABLE[ids([item.decode() for item in items])].mean(axis=1)
-        np.testing.assert_allclose(response.outputs[f"{tower}_embeds"], expected, rtol=1e-5)
-    assert bad.outputs == {} and bad.error.code == Fault.INVALID_ARG
-    assert ("not a readable image" if tower == "image" else "UTF-8") in bad.error
-    model.finalize()
-    assert model.session is None
-
-
-def ids(texts):
-    return np.asarray([[len(text), 1, 0] for text in texts], np.int64)
-
-
-def probabilities(images, labels, templates=("a photo of a {}",), scale=20.590953826904297):
-    classes = [np.mean([by_hand(t.replace("{}", label).encode()) for t in templates], axis=0) for label in labels]
-    classes = np.stack([vector / np.linalg.norm(vector) for vector in classes])
-    weights = np.exp(scale * np.stack([by_hand(image) for image in images]) @ classes.T)
-    return weights / weights.sum(axis=1, keepdims=True)
+# --- what a server cannot be made to say ---
 
 
 @pytest.mark.parametrize(
-    ("told", "code"),
+    ("message", "code"),
     [
-        ("in ensemble 'embed_text', text: Exceeds maximum queue size", Fault.UNAVAILABLE),
-        ("in ensemble 'embed_text', Request timeout expired", Fault.UNAVAILABLE),
-        ("in ensemble 'embed_image', Stub process 'preprocess_0_0' is not healthy.", Fault.UNAVAILABLE),
-        ("in ensemble 'embed_image', MemoryError: ", Fault.INTERNAL),
-        ("in ensemble 'embed_image', the input is not a readable image: its end", Fault.INVALID_ARG),
+        ("in ensemble 'embed_text', text: Exceeds maximum queue size", "UNAVAILABLE"),
+        ("in ensemble 'embed_text', Request timeout expired", "UNAVAILABLE"),
+        ("in ensemble 'embed_image', Stub process 'preprocess_0_0' is not healthy.", "UNAVAILABLE"),
+        ("in ensemble 'embed_image', MemoryError: ", "INTERNAL"),
+        ("in ensemble 'embed_image', the input is not a readable image: its end", "INVALID_ARG"),
     ],
 )
-def test_another_models_error_says_whose_fault_it_is(python_backend, told, code):
-    from clipress.serve.triton_model import ModelError, failed
+def test_another_models_error_keeps_its_status(monkeypatch, message, code):
+    utils = ModuleType("triton_python_backend_utils")
+    utils.TritonError = lambda text, status: (text, status)
+    utils.TritonError.UNAVAILABLE, utils.TritonError.INTERNAL = "UNAVAILABLE", "INTERNAL"
+    utils.TritonError.INVALID_ARG, utils.InferenceResponse = "INVALID_ARG", lambda error: error
+    monkeypatch.setitem(sys.modules, utils.__name__, utils)
+    monkeypatch.delitem(sys.modules, "clipress.serve.triton_model", raising=False)
+    from clipress.serve.triton_model import ModelError, error_response
 
-    assert failed(ModelError(told)).error == told and failed(ModelError(told)).error.code == code
-
-
-def test_classify_asks_for_a_label_set_once_and_for_no_more_than_a_batch(export, tmp_path, python_backend):
-    model = started(python_repository(export, tmp_path, max_batch=2), "classify")
-    images, labels, templates = [b"1", b"2", b"3"], ["cat", "dog", "fox"], ["{}", "{}?"]
-    asked = strings(image=images, labels=[b"cat", b"dog", b"fox"], templates=[b"{}", b"{}?"])
-    for _ in range(2):
-        (response,) = asyncio.run(model.execute([asked]))
-        found = response.outputs["probabilities"]
-        np.testing.assert_allclose(found, probabilities(images, labels, templates), rtol=1e-5)
-    texts, pictures = ("embed_text", 2), [("embed_image", 2), ("embed_image", 1)]
-    assert Asked.log == [texts] * 3 + pictures * 2
-    (other,) = asyncio.run(model.execute([strings(image=images, labels=[b"cat", b"dog", b"fox"])]))
-    np.testing.assert_allclose(other.outputs["probabilities"], probabilities(images, labels), rtol=1e-5)
-
-
-def test_a_question_that_cannot_be_answered_fails_alone(export, tmp_path, python_backend):
-    model = started(python_repository(export, tmp_path), "classify")
-    many = [b"%d" % n for n in range(1001)]
-    questions = [
-        strings(image=[b"1"], labels=[b"cat"]),
-        strings(image=[b"1", b"bad"], labels=[b"cat"]),
-        strings(image=[b"1"], labels=[b"cat", b"cat"]),
-        strings(image=[b"1"], labels=[]),
-        strings(image=[b"1"], labels=many, templates=[b"{} " + n for n in many[:100]]),
-        strings(image=[b"2"], labels=[b"cat", b"dog"]),
-    ]
-    good, picture, labels, none, prompts, other = asyncio.run(model.execute(questions))
-    assert "in ensemble: bad" in picture.error
-    assert picture.error.code == labels.error.code == none.error.code == Fault.INVALID_ARG
-    assert "repeated ones: cat" in labels.error
-    assert "labels: at least one" in none.error and "1001 labels in 100 templates" in prompts.error
-    assert good.outputs["probabilities"].tolist() == [[1.0]]
-    np.testing.assert_allclose(other.outputs["probabilities"], probabilities([b"2"], ["cat", "dog"]), rtol=1e-5)
-
-
-def test_search_gives_the_nearest_keys_of_every_text(export, index, tmp_path, python_backend):
-    model = started(python_repository(export, tmp_path, index=index), "search")
-    texts = [b"a cat", "käfer".encode()]
-    default, three, bad = asyncio.run(
-        model.execute(
-            [
-                strings(text=texts),
-                strings(text=texts) | {"k": Tensor("k", np.asarray([3], np.int32))},
-                strings(text=texts) | {"k": Tensor("k", np.asarray([0], np.int32))},
-            ]
-        )
-    )
-    scores = np.stack([by_hand(text) for text in texts]) @ TABLE.T
-    np.testing.assert_allclose(three.outputs["scores"], -np.sort(-scores)[:, :3], rtol=1e-6)
-    nearest = [[f"käfer-{n}.png".encode() for n in row] for row in np.argsort(-scores)[:, :3]]
-    assert three.outputs["keys"].tolist() == nearest
-    assert default.outputs["keys"].shape == (2, WORDS)
-    assert "k: 1 or more is asked for, found 0" in bad.error
+    assert error_response(ModelError(message)) == (message, code)

@@ -1,4 +1,4 @@
-"""A real Triton: what it answers, what it says when it cannot, and that nothing of it is left."""
+"""A real Triton: its answers, its errors, and that nothing of it is left when it has stopped."""
 
 import json
 import os
@@ -30,26 +30,26 @@ import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel:
     def execute(self, requests):
-        told = json.dumps({"numpy": numpy.__version__, "clipress": clipress.__file__})
-        tensor = pb_utils.Tensor("told", numpy.array([told.encode()], numpy.object_))
+        text = json.dumps({"numpy": numpy.__version__, "clipress": clipress.__file__})
+        tensor = pb_utils.Tensor("text", numpy.array([text.encode()], numpy.object_))
         return [pb_utils.InferenceResponse([tensor]) for _ in requests]
 """
 
 
 def put_model(repository, name, code):
-    """A python model without a batch: asked with anything, it tells a text."""
+    """Write a python model without a batch that answers any number with a text."""
     (repository / name / "1").mkdir(parents=True)
     (repository / name / "1" / "model.py").write_text(code)
     (repository / name / "config.pbtxt").write_text(
-        'backend: "python" input { name: "asked" data_type: TYPE_FP32 dims: 1 } '
-        'output { name: "told" data_type: TYPE_STRING dims: 1 } instance_group { kind: KIND_CPU }'
+        'backend: "python" input { name: "number" data_type: TYPE_FP32 dims: 1 } '
+        'output { name: "text" data_type: TYPE_STRING dims: 1 } instance_group { kind: KIND_CPU }'
     )
     return repository
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """A model that tells what it was started with."""
+    """Write a model that reports the environment it runs in."""
     return put_model(tmp_path_factory.mktemp("models"), "probe", PROBE)
 
 
@@ -66,19 +66,19 @@ def client(server):
     client.close()
 
 
-def ask(client, model, takes, kind, array, gives):
+def infer(client, model, takes, kind, array, gives):
     tensor = triton_client.InferInput(takes, list(array.shape), kind)
     tensor.set_data_from_numpy(array)
     return client.infer(model, [tensor]).as_numpy(gives)
 
 
 def processes(field, number):
-    """Processes whose parent (field 1) or session (field 3) this is; see proc(5)."""
+    """Return the processes with this parent (field 1) or session (field 3); see proc(5)."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if int(fields[field]) == number and fields[0] != "Z":
             found.append(int(stat.parent.name))
@@ -104,7 +104,7 @@ def await_end(pids, seconds=60):
 
 
 def until(condition, seconds=60):
-    """Ask again and again, until the condition holds."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -128,27 +128,27 @@ def test_both_encoders_answer_as_onnx_runtime_does(served, exports):
         options.intra_op_num_threads = 1
         onnx = exports[1] / f"{tower}.onnx"
         direct = onnxruntime.InferenceSession(onnx, options, ["CPUExecutionProvider"]).run(None, {takes: rows})[0]
-        np.testing.assert_array_equal(ask(client, model, takes, kind, rows, f"{tower}_embeds"), direct)
+        np.testing.assert_array_equal(infer(client, model, takes, kind, rows, f"{tower}_embeds"), direct)
     client.close()
 
 
 def test_models_run_with_numpy_1_and_this_clipress(client):
     import clipress
 
-    told = json.loads(ask(client, "probe", "asked", "FP32", np.zeros(1, np.float32), "told")[0])
-    assert told["numpy"].startswith("1.")
-    assert told["clipress"] == clipress.__file__
+    found = json.loads(infer(client, "probe", "number", "FP32", np.zeros(1, np.float32), "text")[0])
+    assert found["numpy"].startswith("1.")
+    assert found["clipress"] == clipress.__file__
 
 
-def test_a_model_that_is_unloaded_answers_again_when_it_is_loaded(server, client):
+def test_an_unloaded_model_answers_again_after_loading(server, client):
     server.unload("probe")
     with pytest.raises(InferenceServerException, match=r"unknown model|not ready|not found"):
-        ask(client, "probe", "asked", "FP32", np.zeros(1, np.float32), "told")
+        infer(client, "probe", "number", "FP32", np.zeros(1, np.float32), "text")
     server.load("probe")
-    assert ask(client, "probe", "asked", "FP32", np.zeros(1, np.float32), "told").size == 1
+    assert infer(client, "probe", "number", "FP32", np.zeros(1, np.float32), "text").size == 1
 
 
-def test_a_version_that_comes_is_served_when_it_is_loaded(server, client, repository):
+def test_a_new_version_is_served_after_loading(server, client, repository):
     newer = repository / "probe" / "2"
     newer.mkdir()
     (newer / "model.py").write_text(PROBE)
@@ -156,8 +156,8 @@ def test_a_version_that_comes_is_served_when_it_is_loaded(server, client, reposi
     assert [client.is_model_ready("probe", version) for version in "12"] == [False, True]
 
 
-def test_a_model_that_is_not_there_cannot_be_loaded(server):
-    with pytest.raises(ServerError, match="asked to load nobody; it answered: failed to load 'nobody'"):
+def test_a_missing_model_cannot_be_loaded(server):
+    with pytest.raises(ServerError, match="could not load nobody: failed to load 'nobody'"):
         server.load("nobody")
 
 
@@ -172,7 +172,7 @@ def test_nobody_else_loads_models_or_shares_memory(client):
 
 
 def listening():
-    """Return {port: addresses} of all sockets that listen, as proc(5) writes them."""
+    """Return {port: addresses} of all listening sockets, as proc(5) writes them."""
     found = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
@@ -183,7 +183,7 @@ def listening():
     return found
 
 
-def test_only_this_machine_can_ask_it(server):
+def test_only_this_machine_can_reach_it(server):
     found = listening()
     for address in (server.http, server.grpc, server.metrics):
         host, port = address.split(":")
@@ -192,20 +192,19 @@ def test_only_this_machine_can_ask_it(server):
 
 
 def test_nothing_is_left_of_a_server_that_is_stopped(triton, tmp_path):
-    known = children(os.getpid())
     with TritonServer(put_model(tmp_path, "probe", PROBE), triton=triton) as server:
-        (leader,) = set(children(os.getpid())) - set(known)
-        started = session(leader)
-        assert len(started) > 1
+        leader = server.pid
+        assert len(session(leader)) > 1
+        assert list(SHARED_MEMORY.glob(f"{server.name}-*"))
         assert set(listening()) >= {int(one.split(":")[1]) for one in (server.http, server.grpc, server.metrics)}
         assert server.log.is_file()
     assert session(leader) == []
     assert not {int(one.split(":")[1]) for one in (server.http, server.grpc, server.metrics)} & set(listening())
     assert not server.log.exists()
-    assert list(SHARED_MEMORY.glob(f"{server._name}-*")) == []
+    assert list(SHARED_MEMORY.glob(f"{server.name}-*")) == []
 
 
-def test_a_model_that_cannot_be_loaded_is_told_with_its_reason(triton, tmp_path):
+def test_a_model_that_cannot_be_loaded_is_an_error_with_its_reason(triton, tmp_path):
     repository = put_model(tmp_path / "models", "broken", "import a_module_nobody_has")
     with pytest.raises(ServerError) as failed, TritonServer(repository, triton=triton, log=tmp_path / "log"):
         pass
@@ -216,7 +215,7 @@ def test_a_model_that_cannot_be_loaded_is_told_with_its_reason(triton, tmp_path)
     assert "a_module_nobody_has" in (tmp_path / "log").read_text()
 
 
-def test_a_server_that_does_not_get_ready_is_ended(triton, tmp_path):
+def test_a_server_that_does_not_become_ready_is_stopped(triton, tmp_path):
     known = children(os.getpid())
     code = "import threading\nclass TritonPythonModel:\n    def initialize(self, args): threading.Event().wait()"
     with (
@@ -227,7 +226,7 @@ def test_a_server_that_does_not_get_ready_is_ended(triton, tmp_path):
     assert set(children(os.getpid())) <= set(known)
 
 
-def test_a_server_that_dies_is_told(triton, tmp_path):
+def test_a_server_that_dies_is_an_error(triton, tmp_path):
     (tmp_path / "models").mkdir()
     known = children(os.getpid())
     with TritonServer(tmp_path / "models", triton=triton) as server:
@@ -237,7 +236,7 @@ def test_a_server_that_dies_is_told(triton, tmp_path):
             server.wait()
 
 
-def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path):
+def test_a_port_in_use_is_an_error_before_anything_starts(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ServerError, match=rf"127\.0\.0\.1:{port} \(grpc\): Address already in use"):
@@ -249,14 +248,14 @@ RUNNING = []
 
 @pytest.fixture(autouse=True)
 def nothing_outlives_a_test():
-    """A test that fails must not leave its command behind; the server ends with that."""
+    """A failing test must not leave its command behind; the server ends with the command."""
     yield
     while RUNNING:
         RUNNING.pop().kill()
 
 
 def started(*command):
-    """Start a command that serves; return it when it is ready, the server's process and what was printed."""
+    """Start a command that serves; when it is ready return it, the server's process and the output."""
     process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True)
     RUNNING.append(process)
     printed = []
@@ -303,9 +302,9 @@ def test_a_server_whose_clipress_is_killed_ends_too(triton, tmp_path):
     assert session(leader) == [] and shared_memory(process.pid) == []
 
 
-@pytest.mark.slow  # what it waits for is tested with the faults; here, that the command does
+@pytest.mark.slow  # the faults test `wait` itself; this one tests that the command uses it
 def test_a_model_whose_process_is_killed_is_loaded_again(triton, tmp_path):
-    """Without that its requests would fail for ever, and the server would call itself ready."""
+    """Otherwise its requests would keep failing while the server reports ready."""
     process, leader, printed = started("-c", SERVE, put_model(tmp_path / "models", "probe", PROBE))
     (model,) = children(leader)
     os.kill(model, signal.SIGKILL)
@@ -315,7 +314,7 @@ def test_a_model_whose_process_is_killed_is_loaded_again(triton, tmp_path):
 
         def answered():
             with suppress(InferenceServerException):
-                return ask(client, "probe", "asked", "FP32", np.zeros(1, np.float32), "told").size == 1
+                return infer(client, "probe", "number", "FP32", np.zeros(1, np.float32), "text").size == 1
 
         until(answered)
     process.terminate()

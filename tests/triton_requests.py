@@ -1,4 +1,4 @@
-"""How tests ask a real Triton, what they send, and what must come back: local inference on the same files."""
+"""How tests send requests to a real Triton, and what must come back: local inference on the same files."""
 
 from __future__ import annotations
 
@@ -31,58 +31,58 @@ def column(values):
     return np.asarray([[value] for value in values], object)
 
 
-def asked(client, model, name, values, gives, library=triton_grpc):
+def infer(client, model, name, values, gives, library=triton_grpc):
+    """Send one column of strings and return one output."""
     return client.infer(model, [tensor(library, name, column(values))]).as_numpy(gives)
 
 
-def embedded_or_error(client, file):
-    """Ask for the embedding of one picture; return it, or what the server says instead."""
+def embed_or_error(client, file):
+    """Return the embedding of one image, or the server's error."""
     try:
-        return asked(client, "embed_image", "image", [file], "image_embeds")[0]
+        return infer(client, "embed_image", "image", [file], "image_embeds")[0]
     except InferenceServerException as error:
         return error
 
 
-def classified(client, images, labels, templates=None):
+def classify(client, images, labels, templates=None):
     given = {"image": images, "labels": [label.encode() for label in labels]}
     given |= {} if templates is None else {"templates": [template.encode() for template in templates]}
     inputs = [tensor(triton_grpc, name, np.asarray(values, object)) for name, values in given.items()]
     return client.infer("classify", inputs).as_numpy("probabilities")
 
 
-def picture(seed, kind="PNG", size=(50, 37)):
+def random_image(seed, kind="PNG", size=(50, 37)):
+    """Return the bytes of an image file."""
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind)
     return file.getvalue()
 
 
-PICTURES = [picture(seed, kind) for seed, kind in enumerate(("PNG", "JPEG", "WEBP", "JPEG", "PNG"))]
+IMAGES = [random_image(seed, kind) for seed, kind in enumerate(("PNG", "JPEG", "WEBP", "JPEG", "PNG"))]
 
 
-def pixels_of(exported, pictures):
-    return normalised(
-        np.stack([fitted(open_image(file), exported.preprocess) for file in pictures]), exported.preprocess
-    )
+def pixels_of(exported, images):
+    return normalised(np.stack([fitted(open_image(file), exported.preprocess) for file in images]), exported.preprocess)
 
 
-def embeds_of(exported, tower, rows):
-    return open_session(exported.onnx(tower), 1).run(None, {NAMES[tower]: rows})[0]
-
-
-NAMES = {"image": "pixel_values", "text": "input_ids"}
+def embeds_of(exported, graph, rows):
+    """Return a graph's first output for rows of its only input, by ONNX Runtime."""
+    (takes,) = exported.graphs[graph].inputs
+    return open_session(exported.onnx(graph), 1).run(None, {takes.name: rows})[0]
 
 
 def executions(client, model):
-    (told,) = client.get_inference_statistics(model, as_json=True)["model_stats"]
-    return int(told["execution_count"]), int(told["inference_count"])
+    """Return how often a model ran, and for how many rows."""
+    (counted,) = client.get_inference_statistics(model, as_json=True)["model_stats"]
+    return int(counted.get("execution_count", 0)), int(counted.get("inference_count", 0))
 
 
-def measured(path, lineage_hash="0123456789abcdef", **item_ms):
-    """Write a results.json that says what one item takes each tower of the stage int8."""
+def write_latencies(path, lineage_hash="0123456789abcdef", **item_ms):
+    """Write a results.json with the time one item takes each graph of the stage int8."""
     latency = [
-        {"tower": tower, "batch": 1, "threads": 1, "median_ms": ms, "items_per_s": 1000 / ms}
-        for tower, ms in item_ms.items()
+        {"tower": graph, "batch": 1, "threads": 1, "median_ms": ms, "items_per_s": 1000 / ms}
+        for graph, ms in item_ms.items()
     ]
     row = {"stage": "int8", "backend": "onnxruntime", "lineage": [{"hash": lineage_hash}], "latency": latency}
     path.write_text(json.dumps({"rows": [row]}), encoding="utf-8")
@@ -95,7 +95,7 @@ def processes(server):
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             name, fields = stat.read_text().split("(", 1)[1].rsplit(") ", 1)
-            if int(fields.split()[3]) == server._process.pid and fields[0] != "Z":
+            if int(fields.split()[3]) == server.pid and fields[0] != "Z":
                 words = (stat.parent / "cmdline").read_text().split("\0")
                 found[int(stat.parent.name)] = words[-3] if name.startswith("triton_python") else name
     return found
