@@ -54,12 +54,12 @@ def predict(
 ) -> None:
     """Classify images among labels.
 
-    Runs the export of RUN in ONNX Runtime, or uses the server at --url. IMAGES are files, folders, or - to read paths
+    A CLIP needs --labels or --labels-file; a classifier has labels of its own. Runs the export of RUN in ONNX Runtime, or uses the server at --url. IMAGES are files, folders, or - to read paths
     from standard input. A server's answers are printed as they arrive; failed images are counted at the end.
     """
     from clipress.workflow.predict import Server, images_in, labels_from
 
-    names = labels_from(labels, labels_file)
+    names = None if labels is None and labels_file is None else labels_from(labels, labels_file)
     if url is not None:
         if stage:
             raise click.UsageError("--stage selects an artifact of a run; it cannot be used with --url.")
@@ -72,22 +72,24 @@ def predict(
     from clipress.workflow.plan import read_plan
 
     model = clipress.load(run / read_plan(run).artifact(stage))
+    names = names or model.labels or labels_from(None, None)
     files = list(images_in(rest, click.get_text_stream("stdin")))
     for file, row in zip(files, model.classify(files, names, templates), strict=True):
         click.echo(_prediction(file, names, row, as_json))
 
 
 def _predict_with_server(
-    server: Server, images: Sequence[Path], names: list[str], templates: Sequence[str], as_json: bool
+    server: Server, images: Sequence[Path], labels: list[str] | None, templates: Sequence[str], as_json: bool
 ) -> None:
-    from clipress.workflow.predict import images_in, predict_with_server
+    from clipress.workflow.predict import images_in, labels_from, labels_of_server, predict_with_server
 
+    names = labels or labels_of_server(server) or labels_from(None, None)
     files = images_in(images, click.get_text_stream("stdin"))
     if Path("-") not in images:
         files = list(files)  # gives the progress bar its total
     progress = not sys.stdout.isatty()  # on a terminal the answers themselves show the progress
     total, failed = 0, []
-    for total, answer in enumerate(predict_with_server(server, files, names, templates, progress), 1):  # noqa: B007
+    for total, answer in enumerate(predict_with_server(server, files, labels, templates, progress), 1):  # noqa: B007
         if answer.value is not None:
             click.echo(_prediction(answer.item, names, answer.value, as_json))
             continue

@@ -22,7 +22,9 @@ from clipress.serve.graphs import IMAGE, TEXT, classifier_graph, embedder, is_ze
 
 TEMPLATES = ("a photo of a {}",)
 BATCH = 32  # items per call of ONNX Runtime; limits memory
-ImageLike = str | Path | bytes | Image.Image | np.ndarray
+ImageFile = str | Path | bytes
+"""A path, or the content of an image file."""
+ImageLike = ImageFile | Image.Image | np.ndarray
 """A path, the content of an image file, a Pillow image, or uint8 pixels [H, W, 3] in RGB."""
 
 

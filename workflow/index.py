@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipress.serve.index import Description, Kind, change_index
-from clipress.serve.indexing import index_pictures
+from clipress.serve.indexing import index_images as embed_and_index
 from clipress.workflow.exported import find_export
 
 Say = Callable[[str], None]
@@ -30,7 +30,7 @@ class IndexRequest:
 def index_images(request: IndexRequest, out: Path, say: Say) -> Description:
     """Embed images with an exported image encoder and write an index of them."""
     export = find_export(request.model)
-    return index_pictures(request.images, export, out, request.kind, request.threads, request.add, say)
+    return embed_and_index(request.images, export, out, request.kind, request.threads, request.add, say)
 
 
 def remove_from_index(index: Path, keys: Sequence[str]) -> Description:

@@ -24,7 +24,7 @@ class Server:
 
 
 def labels_from(option: str | None, file: Path | None) -> list[str]:
-    """Return labels from a comma-separated text or from a text file with one per line; blank ones are skipped.
+    """Return the labels of a comma-separated text, or of a text file with one per line; blank ones are skipped.
 
     Exactly one of the two must be given. Raises DataError.
     """
@@ -34,8 +34,8 @@ def labels_from(option: str | None, file: Path | None) -> list[str]:
     parts = option.split(",") if file is None else _lines(file)
     labels = [part.strip() for part in parts if part.strip()]
     if not labels:
-        where = f"'{option}'" if file is None else str(file)
-        raise DataError(f"Expected labels, such as cat,dog or one per line; {where} holds none.")
+        where = f"--labels '{option}'" if file is None else f"Labels file {file}"
+        raise DataError(f"{where} holds no label. Name some, such as cat,dog or one per line.")
     check_labels(labels)
     return labels
 
@@ -44,11 +44,9 @@ def _lines(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise DataError(f"Labels file {file}: no such file.") from None
+        raise DataError(f"Labels file {file} does not exist.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"Labels file {file} cannot be read: {error}. Expected UTF-8 text, one label per line."
-        ) from None
+        raise DataError(f"Labels file {file} cannot be read: {error}. Use UTF-8 text, one label per line.") from None
 
 
 def images_in(paths: Iterable[Path], standard_input: Iterable[str] = ()) -> Iterator[Path]:
@@ -62,9 +60,18 @@ def images_in(paths: Iterable[Path], standard_input: Iterable[str] = ()) -> Iter
             yield path
 
 
+def labels_of_server(server: Server) -> list[str] | None:
+    """Return the labels of a served classifier; None for a CLIP, which takes any labels."""
+    with Client(server.url, timeout=server.timeout) as client:
+        return client.labels()
+
+
 def predict_with_server(
-    server: Server, images: Iterable[Path], labels: Sequence[str], templates: Sequence[str], progress: bool
+    server: Server, images: Iterable[Path], labels: Sequence[str] | None, templates: Sequence[str], progress: bool
 ) -> Iterator[Answer]:
-    """Yield an answer per image, in order, as they arrive; a failed image does not affect the others."""
+    """Yield an answer per image, in order, as they arrive; a failed image does not affect the others.
+
+    `labels` is None for a served classifier, which has its own; it has no use for `templates`.
+    """
     with Client(server.url, timeout=server.timeout, in_flight=server.in_flight, progress=progress) as client:
-        yield from client.classified(images, labels, templates)
+        yield from client.classified(images, labels, templates if labels else None)

@@ -11,6 +11,7 @@ from PIL import Image
 
 import clipress
 from clipress.data import digits
+from clipress.data.transforms import fitted, normalised
 from clipress.errors import ArtifactError, DataError, RecipeError
 from clipress.runtime.onnx_session import open_session
 from clipress.tasks import model_from_artifact
@@ -35,7 +36,7 @@ def test_a_recipe_is_run_with_overrides_and_says_what_it_made(recipe, tmp_path):
     run = clipress.run(write_recipe(recipe, tmp_path), tmp_path / "run", overrides, say=lines.append)
     assert isinstance(run, clipress.Run)
     assert (run.folder, run.artifacts) == (tmp_path / "run", ("teacher", "half"))
-    assert [row["stage"] for row in run.results["rows"]] == ["teacher", "half"]
+    assert [row.stage for row in run.results.rows] == ["teacher", "half"]
     assert run.served == "half" and any(line.startswith("half: prune") for line in lines)
     assert [path.name for path in (run.folder / "triton").iterdir()] == ["python"]
     assert clipress.load(run.folder / run.served).encode_text(["a"]).shape == (1, 32)
@@ -71,7 +72,8 @@ def test_embeddings_are_those_of_the_artifact_in_torch(tiny_run, images):
     encode_image, encode_text = artifact.encoders()
     found = loaded.encode_image(images)
     assert found.dtype == np.float32 and found.shape == (5, 32)
-    np.testing.assert_allclose(found, encode_image(loaded.pixels(images)), atol=1e-5)
+    pixels = normalised(np.stack([fitted(image, artifact.preprocess) for image in images]), artifact.preprocess)
+    np.testing.assert_allclose(found, encode_image(pixels), atol=1e-5)
     np.testing.assert_allclose(loaded.encode_text(TEXTS), encode_text(artifact.tokenize()(TEXTS)), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
 

@@ -230,11 +230,11 @@ def test_a_folder_that_is_not_an_index_is_left_alone(tmp_path, export, images):
 
 def test_the_command_makes_adds_and_removes(tmp_path, export, images):
     out = tmp_path / "index"
-    made = clipress("serve", "index", images / "a", "--model", export, "--out", out, "--threads", 1)
+    made = clipress("index", images / "a", "--model", export, "--out", out, "--threads", 1)
     assert made.exit_code == 0 and "Index of 10 pictures, 4 numbers each, flat" in made.output
-    added = clipress("serve", "index", images / "b", "--model", export, "--out", out, "--add")
+    added = clipress("index", images / "b", "--model", export, "--out", out, "--add")
     assert added.exit_code == 0 and "Index of 20 pictures" in added.output
-    removed = clipress("serve", "index", "--out", out, "--remove", images / "a" / "00.png")
+    removed = clipress("index", "--out", out, "--remove", images / "a" / "00.png")
     assert removed.exit_code == 0 and "1 entries are taken out, 19 are left" in removed.output
 
 
@@ -251,5 +251,5 @@ def test_the_command_makes_adds_and_removes(tmp_path, export, images):
 )
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    found = clipress("serve", "index", *options, "--out", tmp_path / "index")
+    found = clipress("index", *options, "--out", tmp_path / "index")
     assert found.exit_code == 2 and message in found.output and "Traceback" not in found.output
