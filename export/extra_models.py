@@ -1,6 +1,6 @@
 """Optional files beside an export's graphs, made from the graphs' files and compared with them.
 
-    <folder>/classifier.onnx   pixel_values f32 [batch, 3, S, S] -> probabilities f32 [batch, C] of fixed labels; CLIP only
+    <folder>/classifier.onnx   pixel_values f32 [batch, 3, S, S] -> probabilities f32 [batch, C]; CLIP only
     <folder>/joint.onnx        pixel_values [image_batch, 3, S, S], input_ids i64 [text_batch, L]
                                -> image_embeds, text_embeds, logits_per_image f32 [image_batch, text_batch]; CLIP only
     <folder>/<any>.fp16.onnx   any graph, classifier or joint file in float16; int8-fp16 where it is INT8
@@ -62,10 +62,11 @@ class ExtraModel:
 
 
 def extra_models_from_export(folder: Path, settings: OnnxSettings, sets: Sequence[EvalSet]) -> dict[str, Path]:
-    """Write the extra files of the settings into an export folder, each compared with its sources on real samples first.
+    """Write the extra files of the settings into an export folder, after comparing each with its sources.
 
-    A file that was made from these graphs with these settings is kept. Returns the files by name. Raises ExportError when
-    one does not agree with its sources or the task cannot have it, DataError for labels or templates that cannot be used.
+    A file that was made from these graphs with these settings is kept. Returns the files by name. Raises ExportError
+    when one does not agree with its sources or the task cannot have it, DataError for labels or templates that cannot
+    be used.
     """
     exported = read_export(folder)
     wanted = _wanted(exported, settings)

@@ -1,7 +1,7 @@
 """Rewrite the INT8 graph that torch exports, in place and exactly, into the form that runtimes execute on integers.
 
-Weights, which torch leaves as float32 behind a QuantizeLinear, are stored as int8; so is the token embedding. A patch embedding
-becomes a product, since ONNX Runtime does not run a convolution with float output on integers.
+Weights, which torch leaves as float32 behind a QuantizeLinear, are stored as int8; so is the token embedding. A patch
+embedding becomes a product, since ONNX Runtime does not run a convolution with float output on integers.
 """
 
 from __future__ import annotations

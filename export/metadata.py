@@ -11,14 +11,14 @@ They are JSON in `metadata_props`, under the key `clipress`; in ONNX Runtime:
     preprocess                       size, mean, std and the rest of what turns an image into pixel_values
     tokenizer                        name, context_length and kwargs: what turns a text into input_ids
     embed_dim, logit_scale, logit_bias   the scale is exponentiated; the bias is null for a CLIP without one
-    labels, templates                of a classifier: the names of its columns in order, and the prompts of a zero-shot one
+    labels, templates                of a classifier: the names of its columns, and the prompts of a zero-shot one
     stage, lineage_hash              the artifact it was exported from
     made_of                          of a file made from others: their sha256, by graph
     parity                           the comparison with the model or the files it was made from
     opset, settings, exporter        how the graphs were exported
     int8                             of a convolutional INT8 graph: its form, and milliseconds per image of both forms
-    portable                         whether INT8 products overflow on no CPU; if false, ONNX Runtime needs its exact mode
-                                     (session.x64quantprecision) on x86 without VNNI instructions
+    portable                         whether INT8 products overflow on no CPU; if false, ONNX Runtime needs its exact
+                                     mode (session.x64quantprecision) on x86 without VNNI instructions
     self_test                        seeded inputs and the outputs of exact arithmetic, see runtime/self_test.py
     versions                         of clipress, torch, onnx and onnxruntime at export
     schema_version                   1

@@ -26,8 +26,9 @@ class Limits(NamedTuple):
     """Scores that differ by less count as equal: of cosines, or of logits divided by a row's range."""
 
 
-# INT8 is compared with torch running the same quantizers, so only rounding differs; ONNX Runtime's own quantization rounds
-# in more places. A float16 file is compared with the float32 one, an engine with ONNX Runtime on the file it was built from.
+# INT8 is compared with torch running the same quantizers, so only rounding differs; ONNX Runtime's own quantization
+# rounds in more places. A float16 file is compared with the float32 one, an engine with ONNX Runtime on the file it was
+# built from.
 LIMITS = {
     "fp32": Limits(0.9999, 1.0, 1e-5),
     "int8": Limits(0.999, 0.95, 5e-3),
@@ -157,8 +158,8 @@ def _least_cosine(
         for output, rows in wanted.items():
             if part[output].shape != rows[:batch].shape:
                 raise ExportError(
-                    f"{what.names[name]}: expected {output} of shape {rows[:batch].shape} for a batch of {batch}, found "
-                    f"{part[output].shape}: its batch is not dynamic. Nothing was written."
+                    f"{what.names[name]}: expected {output} of shape {rows[:batch].shape} for a batch of {batch}, "
+                    f"found {part[output].shape}: its batch is not dynamic. Nothing was written."
                 )
             cosine = min(cosine, _cosines(rows[:batch], part[output]).min())
     if not cosine >= limit:  # NaN fails too.
@@ -175,9 +176,9 @@ def _enough(what: Comparison, graphs: Sequence[str], same: float) -> float:
     if not same >= required:
         names = [what.names[graph] for graph in graphs]
         raise ExportError(
-            f"{' and '.join(names)} {'rank' if len(names) > 1 else 'ranks'} differently from the model: the first place is "
-            f"the same for {same:.1%} of the queries, at least {required:.0%} is required at {what.precision}. Nothing was "
-            "written."
+            f"{' and '.join(names)} {'rank' if len(names) > 1 else 'ranks'} differently from the model: the first "
+            f"place is the same for {same:.1%} of the queries, at least {required:.0%} is required at "
+            f"{what.precision}. Nothing was written."
         )
     return same
 

@@ -1,8 +1,8 @@
 """Rewrite a float32 ONNX graph in float16 or bfloat16, as TensorRT's strongly typed networks require it.
 
-TensorRT 11 has no precision flags, and 10 deprecates them. torch can export `model.half()`, but not with INT8 quantizers, which
-give LayerNorm two types. So the exported float32 graph, INT8 or not, is rewritten here. Inputs and outputs keep their types, and
-the final normalization stays in float32 as in torch's autocast.
+TensorRT 11 has no precision flags, and 10 deprecates them. torch can export `model.half()`, but not with INT8
+quantizers, which give LayerNorm two types. So the exported float32 graph, INT8 or not, is rewritten here. Inputs and
+outputs keep their types, and the final normalization stays in float32 as in torch's autocast.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ def is_int8(model: ModelProto) -> bool:
 
 
 def engine_precision(model: ModelProto, precision: str) -> str:
-    """Return the precision of an engine of this graph: fp16, bf16 or fp32, or int8-fp16 and the like for an INT8 graph."""
+    """Return the precision of an engine of this graph: fp16, bf16 or fp32, or int8-fp16 and the like."""
     return f"int8-{precision}" if is_int8(model) else precision
 
 
 def lower(model: ModelProto, precision: str) -> ModelProto:
     """Return a copy that computes in `precision` ("fp32", "fp16" or "bf16"), with casts of constants folded.
 
-    Values beyond float16's range are clipped to it; infinities of a mask stay. Raises ExportError for graphs with branches.
+    Values beyond float16's range are clipped to it; infinities of a mask stay. Raises ExportError for graphs with
+    branches.
     """
     lowered = ModelProto()
     lowered.CopyFrom(model)

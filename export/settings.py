@@ -20,8 +20,8 @@ class OnnxSettings(Section):
     exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
     """auto: dynamo, and torchscript where dynamo fails or does not apply (INT8, opset 17). Both run equally fast."""
     int8: Literal["auto", "qdq", "static"] = "auto"
-    """Form of a convolutional INT8 graph: explicit Q/DQ, ONNX Runtime's own (static), or the faster of both on this machine.
-    TensorRT always reads Q/DQ; transformers always are Q/DQ."""
+    """Form of a convolutional INT8 graph: explicit Q/DQ, ONNX Runtime's own (static), or the faster of both on this
+    machine. TensorRT always reads Q/DQ; transformers always are Q/DQ."""
     labels: tuple[str, ...] | None = None
     """Also write classifier.onnx, which maps images to probabilities of these labels. CLIP only."""
     labels_file: Path | None = None

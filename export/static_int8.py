@@ -1,9 +1,9 @@
 """INT8 of a convolutional graph for ONNX Runtime on a CPU, with ONNX Runtime's static quantizer.
 
 Its integer kernels for convolutions need uint8 activations on both sides of every convolution, including sums and ReLUs
-between them, and folded batch norms. The graph with modelopt's quantizers has int8 in front of convolutions only, which is
-what TensorRT needs but slower than float32 here. Weights round alike in both: symmetric int8, a scale per output channel.
-Which file is faster depends on the network and the machine, so both are timed.
+between them, and folded batch norms. The graph with modelopt's quantizers has int8 in front of convolutions only, which
+is what TensorRT needs but slower than float32 here. Weights round alike in both: symmetric int8, a scale per output
+channel. Which file is faster depends on the network and the machine, so both are timed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def static_int8_from_onnx(source: Path, target: Path, batches: Iterable[Arrays],
 
 
 def milliseconds(files: Mapping[str, Path], graph: Graph) -> dict[str, float]:
-    """Return the time per row of each file of a graph, the mean over batches of 1 and 8: one thread, in turns, best of 15."""
+    """Return the time per row of each file of a graph, over batches of 1 and 8: one thread, in turns, best of 15."""
     sessions = {name: open_session(path, threads=1) for name, path in files.items()}
     least: dict[tuple[str, int], float] = {}
     for _ in range(ROUNDS):

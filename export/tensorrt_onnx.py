@@ -44,8 +44,8 @@ class Prepared:
 def prepare(source: Path, folder: Path, settings: TensorRTSettings, foreign: bool = False) -> Prepared:
     """Check an ONNX file and write it into `folder` in the precision of the settings. Needs neither TensorRT nor a GPU.
 
-    Raises ExportError for a file that clipress did not make (unless `foreign`), NaN weights, and shapes that are dynamic
-    beyond one batch.
+    Raises ExportError for a file that clipress did not make (unless `foreign`), NaN weights, and shapes that are
+    dynamic beyond one batch.
     """
     try:
         model = onnx.load(source)
@@ -103,7 +103,8 @@ def _profiles(model: onnx.ModelProto, source: Path, batch: BatchProfile) -> dict
         dims = [dim.dim_value if dim.HasField("dim_value") else None for dim in put.type.tensor_type.shape.dim]
         if not dims or None in dims[1:]:
             raise ExportError(
-                f"{source}: {put.name} is dynamic in more than its first dimension, the batch. Export it with fixed ones."
+                f"{source}: {put.name} is dynamic in more than its first dimension, the batch. Export it with fixed "
+                "ones."
             )
         sizes = dict.fromkeys(("min", "opt", "max"), dims[0]) if dims[0] else batch.model_dump()
         profiles[put.name] = Profile(**{key: (size, *dims[1:]) for key, size in sizes.items()})

@@ -1,13 +1,13 @@
 """Artifact -> one ONNX file per graph that agrees with torch, and export.json.
 
     <folder>/<graph>.onnx   inputs and outputs by the names of the task's graph, the batch dynamic;
-                            CLIP: image.onnx  pixel_values f32 [batch, 3, S, S] -> image_embeds f32 [batch, D], unit length
-                                  text.onnx   input_ids i64 [batch, L] -> text_embeds f32 [batch, D], unit length
+        CLIP: image.onnx  pixel_values f32 [batch, 3, S, S] -> image_embeds f32 [batch, D], normalized
+              text.onnx   input_ids i64 [batch, L] -> text_embeds f32 [batch, D], normalized
     <folder>/export.json    what the files also carry as metadata, see metadata.py, and their hashes
 
-INT8 becomes QuantizeLinear / DequantizeLinear around every product, with weights stored as int8: ONNX Runtime fuses these
-into integer kernels, and TensorRT reads them as explicit quantization. For a convolutional graph ONNX Runtime prefers another
-form, static_int8.py; where that is faster it is <graph>.onnx, and TensorRT reads <graph>.qdq.onnx.
+INT8 becomes QuantizeLinear / DequantizeLinear around every product, with weights stored as int8: ONNX Runtime fuses
+these into integer kernels, and TensorRT reads them as explicit quantization. For a convolutional graph ONNX Runtime
+prefers another form, static_int8.py; where that is faster it is <graph>.onnx, and TensorRT reads <graph>.qdq.onnx.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def onnx_from_artifact(
 ) -> Exported:
     """Export an artifact's graphs, compare them with torch on real samples, and only then put them in place.
 
-    `calibration` opens the images that set activation scales where ONNX Runtime's own quantizer is tried; without it, `sets`
-    do. Raises ExportError when a file does not agree with the model, or the model has NaN weights.
+    `calibration` opens the images that set activation scales where ONNX Runtime's own quantizer is tried; without it,
+    `sets` do. Raises ExportError when a file does not agree with the model, or the model has NaN weights.
     """
     artifact = load_artifact(folder)
     _refuse_nan(artifact, folder)

@@ -3,8 +3,8 @@
     <export>/tensorrt/<graph>.<precision>.onnx                                     the file that TensorRT parses
     <export>/tensorrt/<graph>.<gpu>.trt<version>.<precision>.engine{,.json,.log}   see runtime/tensorrt.py
 
-Networks are strongly typed, the only kind in TensorRT 11: the precision is in the parsed file, and INT8 is the Q/DQ of the
-exported one. So no build needs precision flags, which changed most between TensorRT 10 and 11.
+Networks are strongly typed, the only kind in TensorRT 11: the precision is in the parsed file, and INT8 is the Q/DQ of
+the exported one. So no build needs precision flags, which changed most between TensorRT 10 and 11.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def engines_from_export(
 
 
 def engine_from_onnx(one: Prepared, machine: Machine, settings: TensorRTSettings) -> Path:
-    """Build the engine of one ONNX file beside it, compare it with ONNX Runtime on random inputs, and keep it if it agrees.
+    """Build the engine of one ONNX file beside it, and keep it if it agrees with ONNX Runtime on random inputs.
 
     For a file that was copied to the machine with the GPU. Raises like `engines_from_export`.
     """

@@ -37,9 +37,11 @@ COMPATIBILITY = {"ampere_plus": "ampere+", "same_compute_capability": "sameCompu
 
 def write_script(path: Path, prepared: Sequence[Prepared], settings: TensorRTSettings) -> Path:
     """Write one script with the commands of all prepared files; its paths are relative to it."""
-    commands = [f"\n# {one.path.parent.parent.name}, {one.name}, {one.precision}\n{_command(one, path.parent, settings)}\n"
-                for one in prepared]  # fmt: skip
-    write_text_whole(path, HEAD + "".join(commands))
+    commands = [
+        f"\n# {one.path.parent.parent.name}, {one.name}, {one.precision}\n{_command(one, path.parent, settings)}"
+        for one in prepared
+    ]
+    write_text_whole(path, "\n".join([HEAD.rstrip("\n"), *commands]) + "\n")
     path.chmod(0o755)
     return path
 

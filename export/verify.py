@@ -42,8 +42,8 @@ def verify(source: Path) -> Iterator[Verified]:
             raise ArtifactError(f"{path} is not a readable ONNX file: {error}.") from None
         if "self_test" not in about:
             raise ExportError(
-                f"{path} has no self-test: it was exported by an earlier clipress, or by another tool. Export it again: "
-                "clipress export RUN"
+                f"{path} has no self-test: it was exported by an earlier clipress, or by another tool. Export it "
+                "again: clipress export RUN"
             )
         precision = str(about.get("precision", ""))
         session = open_session(path, float16="16" in precision)

@@ -1,7 +1,8 @@
-"""The one place that opens ONNX Runtime sessions: INT8 in a mode that is correct on this CPU, every file self-tested once.
+"""Open every ONNX Runtime session: INT8 in a mode that is correct on this CPU, each file self-tested once.
 
-x86 CPUs without VNNI instructions overflow in products of 8-bit weights. Files with 7-bit weights have `portable` in their
-metadata and give the same results everywhere; any other INT8 file is opened in ONNX Runtime's slower exact mode on such a CPU.
+x86 CPUs without VNNI instructions overflow in products of 8-bit weights. Files with 7-bit weights have `portable` in
+their metadata and give the same results everywhere; any other INT8 file is opened in ONNX Runtime's slower exact mode
+on such a CPU.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def open_session(
         path: the file. If it has a self-test, that runs the first time a process opens it.
         threads: intra-op threads; 0 lets ONNX Runtime choose.
         provider: ONNX Runtime's execution provider.
-        float16: must be set for files that compute in float16: ONNX Runtime crashes in the optimizer that lays out their
-            convolutions for the CPU (microsoft/onnxruntime#15494), so that optimizer is disabled.
+        float16: must be set for files that compute in float16: ONNX Runtime crashes in the optimizer that lays out
+            their convolutions for the CPU (microsoft/onnxruntime#15494), so that optimizer is disabled.
         profile_to: prefix of the profile's path; None writes no profile.
         mode: `auto` uses the exact mode where this CPU would overflow; the other two exist to compare them.
 
@@ -66,8 +67,8 @@ def _open_first(path: Path, threads: int, provider: str, float16: bool, mode: Mo
         session, chosen = _open(path, threads, provider, float16, exact=True), "exact"
         if about:
             log.warning(
-                "%s has 8-bit weights, whose products overflow on this CPU without VNNI instructions (%s). It runs in ONNX "
-                "Runtime's exact mode: correct, but slower. Quantize with portable: true to avoid it.",
+                "%s has 8-bit weights, whose products overflow on this CPU without VNNI instructions (%s). It runs in "
+                "ONNX Runtime's exact mode: correct, but slower. Quantize with portable: true to avoid it.",
                 path,
                 processor(),
             )

@@ -1,7 +1,7 @@
 """The self-test in an ONNX file: seeded inputs and the outputs that exact arithmetic gives for them.
 
-It catches runtimes that compute wrong results, such as INT8 kernels that overflow. Every file that clipress exports has one
-in its metadata, under `self_test`:
+It catches runtimes that compute wrong results, such as INT8 kernels that overflow. Every file that clipress exports has
+one in its metadata, under `self_test`:
 
     seed, rows      make the inputs, see `inputs_of`
     least_cosine    required between every row of every output and the expected row
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 SEED, ROWS, MAX_ROWS = 0, 4, 64
-# Exact sessions sum floats in another order and so round a few activations the other way; an overflow changes all of them.
-# A model that is unusually sensitive to this is allowed MARGIN times the difference seen when it is exported.
+# Exact sessions sum floats in another order and so round a few activations the other way; an overflow changes all of
+# them. A model that is unusually sensitive to this is allowed MARGIN times the difference seen when it is exported.
 LEAST_COSINE, MARGIN = 0.9995, 3
 GRID, SPREAD, IDS = 4, 2.0, 400  # Squares per image side, their largest value; ids are smaller than IDS.
 
@@ -26,8 +26,9 @@ GRID, SPREAD, IDS = 4, 2.0, 400  # Squares per image side, their largest value; 
 def inputs_of(takes: Sequence[Any], seed: int, rows: int) -> dict[str, np.ndarray]:
     """Return inputs for a session's `get_inputs()`, the same on every machine and with every numpy version.
 
-    Floats are noise; of images, float32 [rows, C, H, W], every other row is a grid of 4 x 4 uniform squares, which drive
-    activations further. Integers are ids from 1 to 399. All come from `numpy.random.RandomState(seed)`, input by input.
+    Floats are noise; of images, float32 [rows, C, H, W], every other row is a grid of 4 x 4 uniform squares, which
+    drive activations further. Integers are ids from 1 to 399. All come from `numpy.random.RandomState(seed)`, input by
+    input.
     """
     random, made = np.random.RandomState(seed), {}
     for put in takes:

@@ -4,9 +4,9 @@
     image.nvidia-h200.trt10.16.1.11.fp16.engine.json   its sidecar: what it is, where it runs, its hash
     image.nvidia-h200.trt10.16.1.11.fp16.engine.log    the builder's log
 
-A plan is executable code: it is loaded only if its sidecar says that these bytes were built for this TensorRT and this GPU.
-That catches mistakes and damage; it does not make a folder from an untrusted source safe.
-Written against the Python API of TensorRT 10.12 to 11.4.
+A plan is executable code: it is loaded only if its sidecar says that these bytes were built for this TensorRT and this
+GPU. That catches mistakes and damage; it does not make a folder from an untrusted source safe. Written against the
+Python API of TensorRT 10.12 to 11.4.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def find_machine() -> Machine:
 
 
 def create(kind: Callable[[Any], Any], log: Any) -> Any:
-    """Create a Builder or Runtime. Raises BackendMissing where TensorRT finds no usable GPU (CUDA errors 35 and 100)."""
+    """Create a Builder or Runtime. Raises BackendMissing where TensorRT finds no GPU (CUDA errors 35 and 100)."""
     try:
         return kind(log)
     except TypeError as error:  # "factory function returned nullptr"; only the log has the reason.
@@ -201,7 +201,8 @@ def read_sidecar(plan: Path) -> Sidecar:
         sidecar = Sidecar.model_validate(read_json(path))
     except FileNotFoundError:
         raise ArtifactError(
-            f"Engine {plan} has no {path.name} beside it. A plan is executable code and is not loaded without one. {again}"
+            f"Engine {plan} has no {path.name} beside it. A plan is executable code and is not loaded without one. "
+            f"{again}"
         ) from None
     except ValidationError as error:
         raise ArtifactError(f"{path}, {first_problem(error)}. The engine is not loaded. {again}") from None
@@ -217,8 +218,8 @@ def read_plan(plan: Path) -> tuple[bytes, Sidecar]:
     found = hashlib.sha256(content).hexdigest()
     if found != sidecar.plan_sha256:
         raise ArtifactError(
-            f"{plan} ({len(content)} bytes) is truncated or changed: its sha256 starts with {found[:12]}, its sidecar says "
-            f"{sidecar.plan_sha256[:12]}. It is not loaded. Build it here: clipress export RUN --tensorrt"
+            f"{plan} ({len(content)} bytes) is truncated or changed: its sha256 starts with {found[:12]}, its sidecar "
+            f"says {sidecar.plan_sha256[:12]}. It is not loaded. Build it here: clipress export RUN --tensorrt"
         )
     return content, sidecar
 
@@ -226,8 +227,8 @@ def read_plan(plan: Path) -> tuple[bytes, Sidecar]:
 def load_engine(plan: Path, machine: Machine | None = None) -> Engine:
     """Load an engine.
 
-    Raises ArtifactError when its sidecar is missing or describes another plan, TensorRT or GPU, and BackendMissing when this
-    machine has no TensorRT or GPU.
+    Raises ArtifactError when its sidecar is missing or describes another plan, TensorRT or GPU, and BackendMissing when
+    this machine has no TensorRT or GPU.
     """
     content, sidecar = read_plan(plan)
     machine = machine or find_machine()
@@ -284,13 +285,13 @@ class Engine:
         return {name: np.concatenate(rows) for name, rows in done.items()}
 
     def query(self, inputs: Arrays, cuda_graph: bool = False) -> Query:
-        """Return one inference on these inputs, with buffers of its own. Raises ExportError for shapes outside the profile."""
+        """Return one inference on these inputs, with its own buffers. Raises ExportError outside the profile."""
         for name, profile in self.profiles.items():
             shape = np.shape(inputs[name])
             if not profile.has(shape):
                 raise ExportError(
-                    f"{self.name}: expected {name} from {list(profile.min)} to {list(profile.max)}, found {list(shape)}. "
-                    "Choose another batch, or build the engine with another export.tensorrt.batch."
+                    f"{self.name}: expected {name} from {list(profile.min)} to {list(profile.max)}, found "
+                    f"{list(shape)}. Choose another batch, or build the engine with another export.tensorrt.batch."
                 )
         return Query(self, inputs, cuda_graph)
 
@@ -322,7 +323,7 @@ def _padded(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 class Query:
-    """One inference: copy in, compute, copy out, on the engine's stream. A call returns when the outputs are on the host.
+    """One inference: copy in, compute, copy out, on the engine's stream. A call returns with the outputs on the host.
 
     Copies use pinned memory. With `cuda_graph` the computing part is captured once and launched as one. The execution
     context is not shared, because a captured graph must not see another shape.

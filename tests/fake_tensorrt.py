@@ -1,8 +1,8 @@
 """Fakes of TensorRT 10 and 11 and of CUDA, for machines without them.
 
-A fake has exactly the names of that release's published bindings (tensorrt_api.json): anything else raises AttributeError,
-as in the real one. It records every call. Its engines run the parsed ONNX file in ONNX Runtime, so that the code around an
-engine runs for real.
+A fake has exactly the names of that release's published bindings (tensorrt_api.json): anything else raises
+AttributeError, as in the real one. It records every call. Its engines run the parsed ONNX file in ONNX Runtime, so that
+the code around an engine runs for real.
 """
 
 from __future__ import annotations

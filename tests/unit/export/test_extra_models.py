@@ -101,7 +101,7 @@ def test_a_classifier_needs_no_text_and_gives_the_probabilities_of_both_graphs(e
         (found,) = opened.run(None, {"pixel_values": pixels[:batch]})
         np.testing.assert_allclose(found, wanted, atol=1e-5)
         np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-6)
-    assert np.ptp(wanted, axis=0).max() > 1e-3  # The images are told apart.
+    assert np.ptp(wanted, axis=0).max() > 1e-3  # The images differ in their probabilities.
 
 
 def test_a_classifier_records_its_labels_and_sources(export, sets):

@@ -40,7 +40,7 @@ THROUGH = ("QuantizeLinear", "DequantizeLinear", "Cast")
     scope="module", params=[("vit", "magnitude"), ("vit", "sparsegpt"), ("resnet", "magnitude")], ids="-".join
 )
 def run(request, tmp_path_factory):
-    """A model that is sparsified, fine-tuned, saved, loaded, trained in INT8 and saved; both saved models are exported."""
+    """A model that is sparsified and fine-tuned, then trained in INT8; exported after both steps."""
     (name, method), folder = request.param, tmp_path_factory.mktemp("run")
     sets = evalsets([SourceSpec(format="scenes", split="test", limit=10)])
     data = DataSpec(train=(SourceSpec(format="scenes", limit=40),))
