@@ -6,26 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from clipress.errors import nearest
+from clipress.bench.runners import RUNNERS
 from clipress.recipe import Section
-
-
-def known_runner(name: str) -> str:
-    """Return the name of a runner. Raises ValueError, with the nearest known name, if there is no such runner."""
-    from clipress.bench.runners import RUNNERS  # runners load torch, which settings alone do not need
-
-    if name not in RUNNERS:
-        raise ValueError(f"unknown runner '{name}'.{nearest(name, RUNNERS)}")
-    return name
-
-
-Backend = Annotated[str, AfterValidator(known_runner)]
 
 
 class BenchSettings(Section):
     """What is measured, in trtexec's terms."""
 
-    backends: tuple[Backend, ...] = Field(("onnxruntime",), min_length=1)
+    backends: tuple[Annotated[str, AfterValidator(RUNNERS.check)], ...] = Field(("onnxruntime",), min_length=1)
     """Runners; the first model on the first runner is the reference that all others are compared with."""
     batch: tuple[int, ...] = (1, 8, 32)
     threads: int = Field(1, ge=1)

@@ -175,7 +175,10 @@ def test_an_onnx_file_of_others_in_an_export_is_not_measured(tiny_run, tmp_path)
     about = json.loads((path.parent / "export.json").read_text())
     about["files"]["image"] |= {"sha256": sha256(path), "bytes": path.stat().st_size}
     (path.parent / "export.json").write_text(json.dumps(about))
-    told(clipress("bench", run, "--stage", "int8", "--no-accuracy"), "image.onnx is no image tower")
+    told(
+        clipress("bench", run, "--stage", "int8", "--no-accuracy"),
+        "image.onnx does not have the inputs and outputs of graph 'image'",
+    )
 
 
 def calibrated_on(recipe, tmp_path, teacher, colours):
