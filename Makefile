@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # compared needs none of them.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	$(VENV)/bin/python -m pip install --quiet --no-deps clip-benchmark==1.6.2
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps clip-benchmark==1.6.2
 	touch $@
 
 # Newest versions that fit pyproject.toml, for every supported Python. Run the tests before you commit what comes out.

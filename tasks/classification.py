@@ -318,7 +318,7 @@ def _refuse_other_classes(job: TrainingJob, labels: list[str]) -> None:
 def _check_name(name: str, where: str) -> None:
     import timm
 
-    known = timm.list_models(module="vision_transformer")
+    known = [one for module in ("vision_transformer", "deit") for one in timm.list_models(module=module)]
     if name not in known:
         raise RecipeError(f"{where}: timm has no vision transformer '{name}'.{nearest(name, known)}")
 

@@ -19,6 +19,7 @@ from clipress.compress.train import batches
 from clipress.data.spec import DataSpec, SourceSpec
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
+from clipress.tasks.clip import Clip
 
 ABOUT_AS_LOUD = {"feature": 100.0, "masked-feature": 100.0, "gradient": 0.1, "upop-kd": 0.1}
 STEP = 3  # the slow copy has a say by then
@@ -41,7 +42,10 @@ def alike(gradient):
 
 
 def case(local, embed_dim):
-    names = [name for name in LOSSES if embed_dim == 32 or "width" not in needs_of(terms_from((name,), "job"))]
+    needs = {name: needs_of(terms_from((name,), "job")) for name in LOSSES}
+    names = [
+        name for name in LOSSES if needs[name] <= Clip.provides and (embed_dim == 32 or "width" not in needs[name])
+    ]
     losses = {name: {"weight": ABOUT_AS_LOUD.get(name, 1.0)} for name in names}
     losses["masked-feature"]["patch"] = 8
     student, *teachers = (

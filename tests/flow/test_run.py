@@ -235,7 +235,7 @@ def test_several_teachers_may_be_embedded_once_and_looked_up(tiny_run, tmp_path)
     log = [json.loads(line) for line in (tmp_path / "run" / "logs" / "distilled.jsonl").read_text().splitlines()]
     assert len(log) == 3 and all(row["ensemble"] > 0 and row["feature"] >= 0 for row in log)
     again = clipress("compress", tmp_path / "recipe-under-test.yaml", "--out", tmp_path / "other", "--set", "seed=1")
-    assert again.exit_code == 0 and again.output.count("are there already") == 4
+    assert again.exit_code == 0 and again.output.count("found the embeddings of teacher") == 4
 
 
 def test_either_all_teachers_are_cached_or_none(tiny_run, tmp_path):

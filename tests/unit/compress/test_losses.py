@@ -12,7 +12,7 @@ from clipress.errors import RecipeError
 from clipress.tasks.clip import MAX_LOG_SCALE, SIDES, positives
 from clipress.tasks.training import Batch, Features, Momentum, Sizes
 
-PAIRS, WIDTH, TOKENS, TOKEN_WIDTH, QUEUE = 6, 4, 3, 3, 2
+PAIRS, WIDTH, TOKENS, TOKEN_WIDTH, QUEUE, CLASSES = 6, 4, 3, 3, 2, 3
 GROUPS = torch.tensor([0, 1, 2, 1, 3, 0])  # two groups come twice, in either half
 LABELS = torch.tensor([2, -1, -1, 0, 1, 1])  # the halves hold unequal numbers of labels
 VARIANTS = [
@@ -25,6 +25,7 @@ VARIANTS = [
     ("tokens", {"norm": False}),
     ("kl", {"temperature": 1.5}),
     ("labels", {"scale": 5.0}),
+    ("logits", {"temperature": 1.5}),
 ]
 BOTH_WIDTHS = [
     pytest.param(name, settings, wide, id=f"{name}{settings or ''}{'-wide' * wide}")
@@ -42,6 +43,7 @@ def leaves(seed, width=WIDTH, token_width=TOKEN_WIDTH):
     """What one model gives before anything is made of it."""
     rows = {side: noise(PAIRS, width, seed=seed + n) for n, side in enumerate((*SIDES, "masked"))}
     rows |= {f"{side}_tokens": noise(PAIRS, TOKENS, token_width, seed=seed + n) for n, side in enumerate(SIDES)}
+    rows["logits"] = noise(PAIRS, CLASSES, seed=seed + 5)
     return rows | {"scale": torch.tensor(5.0 + seed / 10, dtype=torch.float64)}
 
 
@@ -65,7 +67,7 @@ def objective(terms, wide=False, sides=SIDES):
     return Objective(terms_from(terms, "x"), sizes).double()
 
 
-def features(model, rows, maps=None, sides=SIDES):
+def features(model, rows, maps=None, sides=SIDES, logits=False):
     given = {"image": model["image"], "text": model["text"], "masked": model["masked"]}
     if maps:
         given = {name: maps["text" if name == "text" else "image"](given[name]) for name in given}
@@ -74,7 +76,8 @@ def features(model, rows, maps=None, sides=SIDES):
     seen |= {f"all_{side}": unit[side] for side in sides}
     seen |= {f"{side}_tokens": model[f"{side}_tokens"][rows] for side in sides}
     absent = dict.fromkeys(("image", "text", "all_image", "all_text"))
-    return Features(**absent | seen, scale=model["scale"], masked_image=unit["masked"][rows])
+    scores = model["logits"][rows] if logits else None  # only a classifier has any
+    return Features(**absent | seen, scale=model["scale"], masked_image=unit["masked"][rows], logits=scores)
 
 
 def batch(of, losses, rows=slice(None), sides=SIDES):
@@ -82,8 +85,8 @@ def batch(of, losses, rows=slice(None), sides=SIDES):
     teacher_sides = SIDES if {"keys", "pairs"} & losses.needs else sides
     slow = replace(of.momentum, **{name: getattr(of.momentum, name)[rows] for name in ("image", "text", "targets")})
     return Batch(
-        features(of.student, rows, sides=sides),
-        tuple(features(teacher, rows, sides=teacher_sides) for teacher in of.teachers),
+        features(of.student, rows, sides=sides, logits="logits" in losses.needs),
+        tuple(features(teacher, rows, sides=teacher_sides, logits="logits" in losses.needs) for teacher in of.teachers),
         positives(GROUPS, GROUPS)[rows].double(),
         GROUPS,
         slow,
@@ -116,7 +119,7 @@ def view(model, maps=None):
         given = {name: linear(rows, maps["text" if name == "text" else "image"]) for name, rows in given.items()}
     seen = {name: unit(rows) for name, rows in given.items()} | {f"raw_{name}": rows for name, rows in given.items()}
     tokens = {f"{side}_tokens": list(model[f"{side}_tokens"].flatten(0, 1)) for side in SIDES}
-    return SimpleNamespace(**seen, **tokens, scale=model["scale"])
+    return SimpleNamespace(**seen, **tokens, scale=model["scale"], logits=list(map(list, model["logits"])))
 
 
 def dots(a, b, scale):
@@ -309,6 +312,12 @@ def upop_kd(s, m, t, loss, of):
     return upop_kd_ranking(s, m, t, loss, of) + copied / 2
 
 
+def soft_logits(s, m, t, loss, _):
+    heat = loss.settings.temperature
+    own, wanted = ([[x / heat for x in row] for row in model.logits] for model in (s, t[0]))
+    return heat**2 * divergence(own, wanted)
+
+
 REFERENCES = {
     "contrastive": contrastive,
     "affinity": against(lambda rows, known: cross_entropy(rows, softmax(known))),
@@ -329,6 +338,7 @@ REFERENCES = {
     "kl": kl,
     "ce": ce,
     "labels": labels,
+    "logits": soft_logits,
     "ita": ita,
     "upop-kd": upop_kd,
 }
@@ -365,7 +375,7 @@ def test_the_mean_over_processes_is_the_loss_of_one(name, settings, wide):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in LOSSES if n != "labels" and "pairs" not in needs_of(terms_from((n,), "x"))]
+    "name", [n for n in LOSSES if n not in ("labels", "logits") and "pairs" not in needs_of(terms_from((n,), "x"))]
 )
 def test_a_tower_that_does_not_learn_is_not_looked_at(name):
     of, shares = world(wide=True), []

@@ -94,19 +94,19 @@ def failing(model, times, status):
 def test_images_are_sent_as_the_bytes_of_their_files(serve, connect, tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x01\x02\x00")
     images = [tmp_path / "a.png", str(tmp_path / "a.png"), b"\x05\x00\x00\x00"]
-    values, errors = connect(serve()).encode_image(images)
+    values, errors = connect(serve()).embed_images(images)
     np.testing.assert_array_equal(values, [embed(b"\x01\x02\x00")] * 2 + [embed(b"\x05\x00\x00\x00")])
     assert values.dtype == np.float32 and errors == {}
 
 
 def test_texts_are_sent_as_utf8(serve, connect):
-    values, _ = connect(serve()).encode_text(["größe", ""])
+    values, _ = connect(serve()).embed_texts(["größe", ""])
     np.testing.assert_array_equal(values, [embed("größe".encode()), embed(b"")])
 
 
 def test_answers_come_in_the_order_of_the_items(serve, connect):
     items = [bytes([number]) * (number + 1) for number in range(100)]
-    values, _ = connect(serve()).encode_image(iter(items))
+    values, _ = connect(serve()).embed_images(iter(items))
     np.testing.assert_array_equal(values, [embed(item) for item in items])
 
 
@@ -129,7 +129,7 @@ def test_templates_are_sent_only_when_they_are_given(serve, connect):
 
 def test_no_items_give_no_rows(serve, connect):
     server = serve()
-    assert connect(server).encode_image([]).values.shape == (0, 0)
+    assert connect(server).embed_images([]).values.shape == (0, 0)
     assert connect(server).classify([], ["a", "b"]).values.shape == (0, 2)
     assert not server.requests
 
@@ -138,7 +138,7 @@ def test_no_items_give_no_rows(serve, connect):
 def test_a_bad_image_is_an_error_and_the_others_are_kept(serve, connect, tmp_path, kind):
     images = [b"\x01", BAD, b"\x02\x02", tmp_path / "none.png", b"\x03"]
     client = connect(serve())
-    values, errors = client.encode_image(images) if kind == "embed_images" else client.classify(images, ["a", "bcd"])
+    values, errors = client.embed_images(images) if kind == "embed_images" else client.classify(images, ["a", "bcd"])
     assert errors.keys() == {1, 3} and "bad image" in errors[1] and "none.png cannot be read" in errors[3]
     assert np.isnan(values[[1, 3]]).all()
     good = [b"\x01", b"\x02\x02", b"\x03"]
@@ -148,21 +148,21 @@ def test_a_bad_image_is_an_error_and_the_others_are_kept(serve, connect, tmp_pat
 
 def test_a_bad_image_is_not_sent_again(serve, connect):
     server = serve()
-    connect(server).encode_image([BAD])
+    connect(server).embed_images([BAD])
     assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("status", [400, 500])
 def test_a_refused_request_is_not_retried(serve, connect, status):
     server = serve(embed_text=failing(embed_text, 1, status))
-    _, errors = connect(server, retries=5).encode_text(["a"])
+    _, errors = connect(server, retries=5).embed_texts(["a"])
     assert errors == {0: f"status {status}"} and len(server.requests) == 1
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_a_request_to_a_busy_server_is_retried(serve, connect, status):
     server = serve(embed_text=failing(embed_text, 3, status))
-    values, errors = connect(server, retries=3).encode_text(["a"])
+    values, errors = connect(server, retries=3).embed_texts(["a"])
     assert not errors and len(server.requests) == 4
     np.testing.assert_array_equal(values, [embed(b"a")])
 
@@ -176,7 +176,7 @@ def test_retries_are_limited_and_their_delays_grow(serve, connect, monkeypatch):
     monkeypatch.setattr(module.asyncio, "sleep", sleep)
     server = serve(embed_text=failing(embed_text, 100, 503))
     with pytest.raises(ServerError, match=r"does not answer: status 503. Is the server running"):
-        connect(server, retries=7, delay=0.5).encode_text(["a"])
+        connect(server, retries=7, delay=0.5).embed_texts(["a"])
     assert waited == [0.5, 1, 2, 4, 8, 10, 10] and len(server.requests) == 8
 
 
@@ -186,7 +186,7 @@ def test_an_item_that_finds_no_room_is_an_error_and_the_others_are_kept(serve, c
             raise Refusal(503, "no room")
         return embed_text(inputs)
 
-    values, errors = connect(serve(embed_text=picky), retries=1, in_flight=2).encode_text(["a", "b", "c", "d"])
+    values, errors = connect(serve(embed_text=picky), retries=1, in_flight=2).embed_texts(["a", "b", "c", "d"])
     assert errors == {1: "no room"} and np.isfinite(values[[0, 2, 3]]).all()
 
 
@@ -198,7 +198,7 @@ def test_a_server_that_goes_away_ends_the_call(serve, connect):
 
     endless = map(str, itertools.count())
     with pytest.raises(ServerError, match="does not answer: gone"):
-        connect(server, retries=0, in_flight=3).encode_text(endless)
+        connect(server, retries=0, in_flight=3).embed_texts(endless)
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -207,14 +207,14 @@ def test_an_absent_server_is_one_message(serve, connect, protocol):
     port = server.url.rpartition(":")[2]
     server.close()
     with pytest.raises(ServerError, match="does not answer"):
-        connect(f"{protocol}://127.0.0.1:{port}", retries=1).encode_text(["a", "b"])
+        connect(f"{protocol}://127.0.0.1:{port}", retries=1).embed_texts(["a", "b"])
 
 
 def test_an_attempt_ends_after_the_timeout(serve, connect):
     released = threading.Event()
     server = serve(embed_text=lambda inputs: released.wait(20) and embed_text(inputs))
     with pytest.raises(ServerError, match=r"no answer within 0.05 s"):
-        connect(server, retries=1, timeout=0.05).encode_text(["a"])
+        connect(server, retries=1, timeout=0.05).embed_texts(["a"])
     released.set()
 
 
@@ -222,7 +222,7 @@ def test_a_missing_model_ends_the_call_at_once(connect, serve):
     server = serve()
     del server.models["embed_text"]
     with pytest.raises(ServerError, match="has no model 'embed_text'"):
-        connect(server).encode_text(["a"] * 100)
+        connect(server).embed_texts(["a"] * 100)
 
 
 @pytest.mark.parametrize(
@@ -351,8 +351,8 @@ def test_a_real_triton_answers_as_local_inference_does(served, exports, connect,
     )
     client = connect(f"{protocol}://{getattr(served, protocol)}", timeout=60)
     for found, wanted in (
-        (client.encode_image(images), local.encode_image(images)),
-        (client.encode_text(labels), local.encode_text(labels)),
+        (client.embed_images(images), local.encode_image(images)),
+        (client.embed_texts(labels), local.encode_text(labels)),
         (client.classify(images, labels, templates), local.classify(images, labels, templates)),
     ):
         np.testing.assert_allclose(found.values, wanted, atol=1e-4)
@@ -363,5 +363,5 @@ def test_a_real_triton_answers_as_local_inference_does(served, exports, connect,
 def test_a_real_triton_says_which_image_is_bad(served, connect, protocol):
     images = [small_image(0)[1], BAD, small_image(1)[1]]
     client = connect(f"{protocol}://{getattr(served, protocol)}", timeout=60)
-    for found in (client.encode_image(images), client.classify(images, ["cat", "dog"])):
+    for found in (client.embed_images(images), client.classify(images, ["cat", "dog"])):
         assert found.errors.keys() == {1} and np.isfinite(found.values[[0, 2]]).all()

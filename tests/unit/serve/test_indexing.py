@@ -231,11 +231,11 @@ def test_a_folder_that_is_not_an_index_is_left_alone(tmp_path, export, images):
 def test_the_command_makes_adds_and_removes(tmp_path, export, images):
     out = tmp_path / "index"
     made = clipress("index", images / "a", "--model", export, "--out", out, "--threads", 1)
-    assert made.exit_code == 0 and "Index of 10 pictures, 4 numbers each, flat" in made.output
+    assert made.exit_code == 0 and "Index of 10 images, 4 dimensions, flat" in made.output
     added = clipress("index", images / "b", "--model", export, "--out", out, "--add")
-    assert added.exit_code == 0 and "Index of 20 pictures" in added.output
+    assert added.exit_code == 0 and "Index of 20 images" in added.output
     removed = clipress("index", "--out", out, "--remove", images / "a" / "00.png")
-    assert removed.exit_code == 0 and "1 entries are taken out, 19 are left" in removed.output
+    assert removed.exit_code == 0 and "Removed 1 entries, 19 left" in removed.output
 
 
 @pytest.mark.parametrize(

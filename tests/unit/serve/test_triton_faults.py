@@ -351,7 +351,7 @@ def test_requests_beyond_the_queue_are_refused_and_can_be_retried(fragile, local
     for one, right in zip(found, expected, strict=True):
         assert isinstance(one, tuple) or np.abs(one - right).max() < 1e-6
     with Client(f"grpc://{server.grpc}", in_flight=len(files), retries=30, delay=0.05) as patient:
-        values, errors = patient.encode_image(files)
+        values, errors = patient.embed_images(files)
     assert not errors
     np.testing.assert_allclose(values, expected, atol=1e-6)
     came = f"{len(refused)} refused, {refused[0][0]}: {refused[0][1]}; a client that tries again gets all {len(files)}"
