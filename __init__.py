@@ -12,12 +12,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from clipress.version import __version__
+
 if TYPE_CHECKING:
     from clipress.serve.classify import LoadedModel
     from clipress.workflow.api import load, run
     from clipress.workflow.outcome import Run
 
-__version__ = "0.1.0"
 __all__ = ["LoadedModel", "Run", "__version__", "load", "run"]
 
 _HOMES = {

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from clipress import __version__
 from clipress.errors import ClipressError, Stopped
 from clipress.storage import is_first_process
+from clipress.version import __version__
 
 COMMANDS = {
     "run": "run:run",

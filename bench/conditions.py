@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from clipress import __version__
 from clipress.bench.latency import ROUNDS, TURN_MS
 from clipress.bench.results import Conditions
 from clipress.bench.settings import BenchSettings
 from clipress.data.eval_sets import EvalSet
 from clipress.runtime.cpu import processor
+from clipress.version import __version__
 
 RENEWING = 5  # a session is opened anew each round if that takes no longer than so many turns
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clipress import __version__
 from clipress.compress.stage import Stage
 from clipress.recipe import digest
+from clipress.version import __version__
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clipress import __version__
 from clipress.compress.fabric import uses_bf16
 from clipress.data.bad_records import refuse_too_many
 from clipress.data.cache_files import (
@@ -45,6 +44,7 @@ from clipress.errors import ArtifactError, DataError, RecipeError
 from clipress.models.load import Model
 from clipress.progress import progress_bar
 from clipress.storage import cache_folder, locked, sweep
+from clipress.version import __version__
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

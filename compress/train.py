@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 logger = logging.getLogger("clipress.train")
+Log = Callable[[Mapping[str, Any]], None]
 MAX_BAD_STEPS = 20  # so many non-finite steps in a row stop the run
 
 
@@ -125,25 +126,18 @@ def train(
     context: Context,
     hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
-    """Train `clip.module` in place with the weighted loss terms. Returns steps, seconds and the last losses.
+    """Train `model.module` in place with the weighted loss terms. Returns steps, seconds and the last losses.
 
-    Raises Stopped, after the step in hand and with a checkpoint of it, when SIGTERM or Ctrl-C came to any process.
+    Raises Stopped, after the current step and with a checkpoint of it, when SIGTERM or Ctrl-C came to any process.
     """
     fabric, steps = context.fabric, steps_of(config, context)
-    terms = terms_from(losses, context.title)
-    learner = Learner(model, config, terms, context)
-    if model.sparsity:  # only now are the weights where they stay, on a device or in shards
-        hooks = [*hooks, HoldZeros(model.module, model.sparsity["weights"])]
-    if model.quantization and model.quantization.get("portable"):
-        hooks = [*hooks, HoldRange(model.module, [f"{name}.weight" for name in model.quantization["modules"]])]
-    progress = _continued(learner, hooks, context)
-    every = context.runtime.checkpoint if context.checkpoints and context.runtime.strategy != "fsdp2" else 0
-    start, bad_in_a_row, skipped = progress["step"], 0, progress["skipped"]
-    record: dict[str, Any] = progress["record"]
-    bad_records = BadRecords()
-    began = time.perf_counter() - progress["seconds"]
+    learner = Learner(model, config, terms_from(losses, context.title), context)
+    # only now are the weights where they stay, on a device or in shards
+    loop = _Loop(learner, [*hooks, *_holds(model)], config, context)
+    start, every, bad_records = loop.step, loop.checkpoint_every, BadRecords()
+    began = time.perf_counter() - loop.seconds
     with (
-        stop_requests() as asked,
+        stop_requests() as requested,
         _log_to(context.log, fabric, start) as log,
         progress_bar(steps, context.title, "step", initial=start, disable=not fabric.is_global_zero) as bar,
     ):
@@ -152,57 +146,99 @@ def train(
                 log({"step": step, "bad_record": asdict(item)})
             arrays = {name: tensor.to(fabric.device, non_blocking=True) for name, tensor in arrays.items()}
             rate = learning_rate(step, steps, config)
-            for hook in hooks:
-                hook.before(step, arrays)
-            total, parts, finite = learner.gradients(step, arrays, hooks)
-            if finite:
-                for hook in hooks:
-                    hook.after_backward(step)
-                learner.update(rate)
-                for hook in hooks:
-                    hook.after_update(step)
-                bad_in_a_row = 0
-                record = dict(zip(("loss", *parts), all_mean([total, *parts.values()], fabric), strict=True))
-                bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
-            else:
-                skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
-                broken = [name for name, part in parts.items() if not torch.isfinite(part)] or ["the gradient"]
-                log({"step": step, "skipped": broken})
-                if bad_in_a_row == MAX_BAD_STEPS:
-                    raise ClipressError(
-                        f"{context.title}: {', '.join(broken)} was not finite for {MAX_BAD_STEPS} steps in a row "
-                        f"(last step {step}). Lower 'lr' (now {config.lr}) or look at the data. Checkpoints "
-                        "from before are kept."
-                    )
-            learner.clear_gradients()
+            if loop.take_step(step, arrays, rate, log):
+                bar.set_postfix(loss=f"{loop.record['loss']:.3f}", refresh=False)
             bar.update()
-            seconds = round(time.perf_counter() - began, 3)
-            log({"step": step, "lr": rate, "seconds": seconds, **record})
-            stop = all_max(asked.signal, fabric)
-            due = every and (((step + 1) % every == 0 and step + 1 < steps) or stop)
-            if due and not bad_in_a_row:  # what led into trouble must not take the place of what is good
-                progress = {"step": step + 1, "skipped": skipped, "record": record, "seconds": seconds}
-                state = {"progress": progress, "learner": learner.state(), "world": fabric.world_size}
-                state["hooks"] = [hook.state() for hook in hooks]
-                save_checkpoint(context.checkpoints, step + 1, state, fabric.global_rank)
+            loop.seconds = round(time.perf_counter() - began, 3)
+            log({"step": step, "lr": rate, "seconds": loop.seconds, **loop.record})
+            stop = all_max(requested.signal, fabric)
+            if every and (((step + 1) % every == 0 and step + 1 < steps) or stop):
+                loop.save(step + 1)
             if stop:
                 fabric.barrier()  # the first to end makes torchrun end the others
                 raise _stopped(stop, step + 1, steps, bool(every), context.title)
     learner.finish()
+    details = {"bad_records": bad_records.bad} if bad_records.bad else {}
     seconds = round(time.perf_counter() - began, 2)
-    replaced = {"bad_records": bad_records.bad} if bad_records.bad else {}
-    return {"steps": steps, "seconds": seconds, "skipped_steps": skipped, "last": record, **replaced}
+    return {"steps": steps, "seconds": seconds, "skipped_steps": loop.skipped, "last": loop.record, **details}
+
+
+def _holds(model: Model) -> list[Hook]:
+    """Return what keeps zeros zero, and INT8 weights in their range, through any training."""
+    holds: list[Hook] = []
+    if model.sparsity:
+        holds.append(HoldZeros(model.module, model.sparsity["weights"]))
+    if model.quantization and model.quantization.get("portable"):
+        holds.append(HoldRange(model.module, [f"{name}.weight" for name in model.quantization["modules"]]))
+    return holds
+
+
+class _Loop:
+    """A training in progress: how far it is, and what a checkpoint of it holds."""
+
+    def __init__(self, learner: Learner, hooks: Sequence[Hook], config: Training, context: Context) -> None:
+        self.learner, self.hooks, self.config, self.context = learner, hooks, config, context
+        progress = _continued(learner, hooks, context)
+        self.step: int = progress["step"]
+        self.skipped: int = progress["skipped"]
+        self.record: dict[str, Any] = progress["record"]
+        self.seconds: float = progress["seconds"]
+        self.bad_in_a_row = 0
+        writes = context.checkpoints and context.runtime.strategy != "fsdp2"
+        self.checkpoint_every = context.runtime.checkpoint if writes else 0
+
+    def take_step(self, step: int, arrays: dict[str, Tensor], rate: float, log: Log) -> bool:
+        """Take one step; return whether everything in it was finite. A step that was not changes nothing.
+
+        Raises ClipressError after `MAX_BAD_STEPS` of those in a row.
+        """
+        for hook in self.hooks:
+            hook.before(step, arrays)
+        total, terms, finite = self.learner.gradients(step, arrays, self.hooks)
+        if finite:
+            for hook in self.hooks:
+                hook.after_backward(step)
+            self.learner.update(rate)
+            for hook in self.hooks:
+                hook.after_update(step)
+            self.bad_in_a_row = 0
+            means = all_mean([total, *terms.values()], self.context.fabric)
+            self.record = dict(zip(("loss", *terms), means, strict=True))
+        else:
+            self._skip(step, terms, log)
+        self.learner.clear_gradients()
+        return finite
+
+    def _skip(self, step: int, terms: Mapping[str, Tensor], log: Log) -> None:
+        self.skipped, self.bad_in_a_row = self.skipped + 1, self.bad_in_a_row + 1
+        bad = [name for name, term in terms.items() if not torch.isfinite(term)] or ["the gradient"]
+        log({"step": step, "skipped": bad})
+        if self.bad_in_a_row == MAX_BAD_STEPS:
+            raise ClipressError(
+                f"{self.context.title}: {', '.join(bad)} was not finite for {MAX_BAD_STEPS} steps in a row (last step "
+                f"{step}). Lower 'lr' (now {self.config.lr}) or check the data. Earlier checkpoints are kept."
+            )
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint after `step` steps, unless the last ones were bad: those must not replace a good one."""
+        if self.bad_in_a_row:
+            return
+        fabric = self.context.fabric
+        progress = {"step": step, "skipped": self.skipped, "record": self.record, "seconds": self.seconds}
+        state = {"progress": progress, "learner": self.learner.state(), "world": fabric.world_size}
+        state["hooks"] = [hook.state() for hook in self.hooks]
+        save_checkpoint(self.context.checkpoints, step, state, fabric.global_rank)
 
 
 def _stopped(number: float, step: int, steps: int, kept: bool, title: str) -> Stopped:
     name = signal.Signals(int(number)).name
     how = "from its last checkpoint" if kept else "from this stage's beginning: it keeps no checkpoints"
-    told = f"{title}: stopped by {name} after {step} of {steps} steps. The same command goes on {how}."
-    return Stopped(told, EXIT_CODES[signal.Signals[name]])
+    message = f"{title}: stopped by {name} after {step} of {steps} steps. The same command goes on {how}."
+    return Stopped(message, EXIT_CODES[signal.Signals[name]])
 
 
 def _continued(learner: Learner, hooks: Sequence[Hook], context: Context) -> dict[str, Any]:
-    """Put everything back to the newest checkpoint that every process can read. Returns how far the training was."""
+    """Restore the newest checkpoint that every process can read. Returns how far the training was."""
     fabric = context.fabric
     for step in reversed(steps_saved(context.checkpoints, 0) if context.checkpoints else []):
         state = load_checkpoint(context.checkpoints, step, fabric.global_rank)
@@ -218,8 +254,8 @@ def _continued(learner: Learner, hooks: Sequence[Hook], context: Context) -> dic
 
 
 @contextmanager
-def _log_to(path: Path | None, fabric: Fabric, start: int) -> Iterator[Any]:
-    """Open the machine-readable log of a stage, one JSON object per line; what `start` steps wrote is kept."""
+def _log_to(path: Path | None, fabric: Fabric, start: int) -> Iterator[Log]:
+    """Open the machine-readable log of a stage, one JSON object per line; the lines of the first `start` steps are kept."""
     if path is None or not fabric.is_global_zero:
         yield lambda row: None
         return

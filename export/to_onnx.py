@@ -18,7 +18,6 @@ from pathlib import Path
 import onnx
 import torch
 
-from clipress import __version__
 from clipress.artifact import Artifact, load_artifact, read_header
 from clipress.data.eval_sets import EvalSet
 from clipress.errors import ArtifactError, ExportError
@@ -32,6 +31,7 @@ from clipress.runtime.export_folder import Exported, OnnxFile, describe_file, re
 from clipress.runtime.onnx_session import self_test_of
 from clipress.storage import write_whole
 from clipress.tasks import graphs_of, model_from_artifact, task_named
+from clipress.version import __version__
 
 
 def onnx_from_artifact(

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipress import __version__
 from clipress.data.eval_sets import EvalSet
 from clipress.errors import ArtifactError
 from clipress.export import parity
@@ -27,6 +26,7 @@ from clipress.runtime.onnx_session import run_from_onnx
 from clipress.runtime.tensorrt import Engine, Machine, Sidecar, engine_path, numbers, read_sidecar
 from clipress.storage import sha256, write_bytes_whole, write_text_whole
 from clipress.tasks import task_named
+from clipress.version import __version__
 
 __all__ = ["engine_from_onnx", "engines_from_export", "prepare", "prepare_export"]
 

@@ -23,10 +23,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
-from clipress import __version__
 from clipress.errors import ArtifactError, BackendMissing, DataError, nearest
 from clipress.recipe import Section, first_problem
 from clipress.storage import flush, sha256, write_bytes_whole, write_text_whole
+from clipress.version import __version__
 
 SCHEMA_VERSION = 1
 DESCRIPTION = "index.json"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from clipress import __version__
 from clipress.data.eval_sets import EvalSet, evalsets, probe_sets
 from clipress.data.sources import fingerprint
 from clipress.errors import RecipeError
@@ -16,6 +15,7 @@ from clipress.metrics.outcomes import Outcomes, paired_difference, percent, stan
 from clipress.metrics.probe import linear_probe
 from clipress.storage import write_text_whole
 from clipress.tasks import evaluate_model, model_from_artifact
+from clipress.version import __version__
 from clipress.workflow.plan import read_plan
 
 Split = Literal["val", "test"]

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import clipress
 from clipress.errors import RecipeError, nearest
 from clipress.recipe import Recipe, read_recipe
 
-SHIPPED = Path(clipress.__file__).parent / "configs"
+SHIPPED = Path(__file__).parents[1] / "configs"
 
 
 def open_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from clipress import __version__
 from clipress.bench.fail_if import Gate, nowhere, unknown_metric
 from clipress.bench.server.load import Windows, measure, numbered, run
 from clipress.bench.server.protocols import RequestTemplate, checked_sender, open_wire
@@ -18,6 +17,7 @@ from clipress.bench.server.results import Load, LoadResults, LoadRow
 from clipress.errors import RecipeError
 from clipress.progress import track
 from clipress.runtime.cpu import processor
+from clipress.version import __version__
 
 PLACES = ("model", "concurrency", "request_rate")
 FIGURES = (

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clipress import __version__
 from clipress.artifact import Artifact
 from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models.importers.base import IMPORTERS, Importer
@@ -16,6 +15,7 @@ from clipress.models.load import Model, artifact_from_model
 from clipress.models.weights_file import State, weights_from_file
 from clipress.recipe import digest
 from clipress.storage import sha256
+from clipress.version import __version__
 
 __all__ = ["IMPORTERS", "Importer", "artifact_from_checkpoint", "detected", "import_checkpoint"]
 
