@@ -1,18 +1,13 @@
-"""How an export's graphs are served: what clients send for each input, and the names of the models."""
+"""How an export's graphs are served: what clients send for each input, and which graphs do what."""
 
 from __future__ import annotations
 
 from clipress.errors import ExportError
 from clipress.runtime.export_folder import Exported
 from clipress.runtime.graph import Graph, Input
+from clipress.runtime.served import IMAGE, SENT, TEXT, chain_name
 
-IMAGE, TEXT = "image", "text"
-"""What clients send: image files and UTF-8 texts. CLIP's two graphs have the same names."""
-SENT = {"pixel_values": IMAGE, "input_ids": TEXT}
-"""Inputs of graphs that the server makes from what clients send. Other inputs are sent as they are."""
 PREPARED_BY = {IMAGE: "preprocess", TEXT: "tokenize"}
-MODELS = {"embeddings": "{}_encoder", "logits": "{}_classifier"}
-CHAINS = {"embeddings": "embed_{}", "logits": "score_{}"}
 
 
 def sent_for(exported: Exported, one: Input) -> str | None:
@@ -28,15 +23,10 @@ def inputs_for(exported: Exported, sent: str) -> dict[str, Input]:
     }
 
 
-def model_of(graph: Graph) -> str:
-    """Return the name of the model that runs a graph on its own inputs."""
-    return MODELS[graph.agrees].format(graph.name)
-
-
 def chain_of(exported: Exported, graph: Graph) -> str | None:
     """Return the name of the model that prepares a graph's inputs and runs it; None where nothing is prepared."""
     is_chained = any(sent_for(exported, one) for one in graph.inputs)
-    return CHAINS[graph.agrees].format(graph.name) if is_chained else None
+    return chain_name(graph) if is_chained else None
 
 
 def is_zero_shot(exported: Exported) -> bool:

@@ -17,6 +17,7 @@ from clipress.runtime.cpu import processor
 from clipress.runtime.export_folder import Exported
 from clipress.runtime.graph import Graph, Input, Output
 from clipress.runtime.onnx_session import EXACT_MODE
+from clipress.runtime.served import model_of
 from clipress.serve.engines import Engines
 from clipress.serve.graphs import (
     IMAGE,
@@ -26,7 +27,6 @@ from clipress.serve.graphs import (
     classifier_graph,
     inputs_for,
     is_zero_shot,
-    model_of,
     sent_for,
 )
 from clipress.serve.settings import ServeSettings

@@ -8,6 +8,7 @@ from string import Template
 from clipress.data.tokens import CLIP_BPE
 from clipress.runtime.export_folder import Exported, Tokenizer
 from clipress.runtime.graph import Graph
+from clipress.runtime.served import model_of
 from clipress.serve.engines import Engines
 from clipress.serve.graphs import (
     IMAGE,
@@ -17,7 +18,6 @@ from clipress.serve.graphs import (
     classifier_graph,
     inputs_for,
     is_zero_shot,
-    model_of,
     sent_for,
 )
 from clipress.serve.triton_config import Served

@@ -35,6 +35,7 @@ from pydantic import AliasChoices, BaseModel, Field, ValidationError, Validation
 from clipress.errors import ArtifactError, ExportError
 from clipress.recipe import first_problem
 from clipress.runtime.export_folder import Exported, read_export
+from clipress.runtime.served import model_of
 from clipress.serve.engines import Engines, engines_from_export
 from clipress.serve.graphs import (
     IMAGE,
@@ -45,7 +46,6 @@ from clipress.serve.graphs import (
     embedder,
     inputs_for,
     is_zero_shot,
-    model_of,
 )
 from clipress.serve.settings import ServeSettings
 from clipress.serve.sizing import sizing

@@ -36,7 +36,7 @@ import numpy as np
 
 from clipress.bench.server.load import Measured, Windows, latency_figures, measure, numbered, run
 from clipress.bench.server.protocols import RequestTemplate, checked_sender, open_wire
-from clipress.bench.server.requests import IMAGES, MODELS, request_templates
+from clipress.bench.server.requests import IMAGES, request_templates
 from clipress.bench.server.results import Load
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
@@ -56,6 +56,7 @@ TURN = Windows(window=1000, warm_up=500, stability=0, trials=3)
 CONCURRENCY = (1, 32)
 SERVERS = ("generated", "naive", "unbatched")
 STAGE = "int8"
+MODELS = ("embed_image", "image_encoder", "embed_text")
 SOAKED = "embed_image"
 ENCODERS = {"embed_image": "image_encoder", "image_encoder": "image_encoder", "embed_text": "text_encoder"}
 SHARE = 0.8  # of the greatest load, in the soak

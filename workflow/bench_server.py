@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clipress.bench.fail_if import gate_from
 from clipress.bench.server.load import Windows
-from clipress.bench.server.requests import MODELS, request_templates
+from clipress.bench.server.requests import model_names, request_templates
 from clipress.bench.server.results import LoadResults, load_table, write_load
 from clipress.bench.server.run import PLACES, bench_server, broken_by_load, loads_from, places_of
 from clipress.errors import RecipeError, nearest
@@ -18,6 +18,7 @@ from clipress.runtime.export_folder import read_export
 from clipress.serve.client import address_from
 from clipress.serve.triton_install import find_triton
 from clipress.serve.triton_server import TritonServer
+from clipress.tasks import graphs_of, model_from_artifact
 from clipress.workflow.export import export_artifacts
 from clipress.workflow.exported import export_of
 from clipress.workflow.plan import Plan, read_plan
@@ -56,13 +57,13 @@ class MeasuredLoads:
 
 def bench_run_server(run: Path, request: LoadRequest, say: Say) -> MeasuredLoads:
     """Put every load on every model of a server; write load.json and report its table."""
-    models = _choose_models(request.models)
     loads = loads_from(request.concurrency, request.request_rate)
     gates = [gate_from(text, PLACES) for text in request.fail_if]
-    broken_by_load(gates, places_of(models, loads))  # unknown metrics fail before anything is measured
     address = address_from(request.url) if request.url else None
     plan = read_plan(run)
     stage = plan.artifact(request.stage) if request.stage else choose_served(run, plan, say)
+    models = _choose_models(request.models, model_names(graphs_of(model_from_artifact(run / stage)).values()))
+    broken_by_load(gates, places_of(models, loads))  # unknown metrics fail before anything is measured
     if address is None:
         export_artifacts(run, plan, [stage], say)
     templates = request_templates(read_export(export_of(run, stage)), plan.test_sets())
@@ -74,11 +75,11 @@ def bench_run_server(run: Path, request: LoadRequest, say: Say) -> MeasuredLoads
     return MeasuredLoads(results, broken_by_load(gates, results.rows))
 
 
-def _choose_models(names: Sequence[str]) -> list[str]:
+def _choose_models(names: Sequence[str], known: Sequence[str]) -> list[str]:
     for name in names:
-        if name not in MODELS:
-            raise RecipeError(f"--model {name}: expected one of the models that can be loaded.{nearest(name, MODELS)}")
-    return list(dict.fromkeys(names or MODELS))
+        if name not in known:
+            raise RecipeError(f"--model {name}: expected one of the models that can be loaded.{nearest(name, known)}")
+    return list(dict.fromkeys(names or known))
 
 
 @contextmanager

@@ -22,11 +22,14 @@ from clipress.bench.server.load import (
     server_figures,
 )
 from clipress.bench.server.protocols import Refused, RequestTemplate, checked_sender, open_wire, read_statistics
-from clipress.bench.server.requests import MODELS, request_templates
+from clipress.bench.server.requests import model_names, request_templates
 from clipress.bench.server.results import Load, LoadResults, LoadRow, load_table, write_load
 from clipress.bench.server.run import FIGURES, PLACES, broken_by_load, loads_from, places_of
 from clipress.errors import RecipeError, ServerError
 from clipress.runtime.export_folder import read_export
+from clipress.runtime.graph import Input, Output
+
+MODELS = ["embed_image", "image_encoder", "embed_text"]
 
 
 class Jumping(asyncio.SelectorEventLoop):
@@ -311,7 +314,7 @@ def test_what_nothing_was_answered_for_is_null_in_the_file_and_read_back(tmp_pat
         LoadRow.model_validate({**written["rows"][0], "p99": 1.0})
 
 
-def test_each_graph_of_images_or_texts_is_asked_in_its_own_name(tiny_run):
+def test_each_graph_of_images_or_texts_has_requests_of_its_own(tiny_run):
     from clipress.data.eval_sets import evalsets
     from clipress.data.spec import SourceSpec
 
@@ -322,14 +325,14 @@ def test_each_graph_of_images_or_texts_is_asked_in_its_own_name(tiny_run):
     assert found["embed_text"].content(1) != found["embed_text"].content(2)
     pixels = np.frombuffer(found["image_encoder"].content(0), "f").reshape(found["image_encoder"].shape)
     assert pixels.shape == (1, 3, 32, 32) and (found["image_encoder"].content(3) == pixels.tobytes())  # three in turns
-    photo = exported.graphs["image"].model_copy(update={"name": "photo"})
-    (files, rows) = request_templates(exported.model_copy(update={"graphs": {"photo": photo}}), sets).values()
-    assert (files.model, files.input, rows.model, rows.input) == (
-        "embed_photo",
-        "photo",
-        "photo_encoder",
-        "pixel_values",
-    )
+    assert list(found) == model_names(exported.graphs.values())
+    outputs = (Output(name="logits", shape=(10,)),)
+    scores = exported.graphs["image"].model_copy(update={"name": "photo", "outputs": outputs, "agrees": "logits"})
+    (files, rows) = request_templates(exported.model_copy(update={"graphs": {"photo": scores}}), sets).values()
+    assert (files.model, files.input, files.output) == ("score_photo", "image", "logits")
+    assert (rows.model, rows.input, rows.output) == ("photo_classifier", "pixel_values", "logits")
+    several = scores.model_copy(update={"inputs": (*scores.inputs, Input(name="ids", dtype="int64", shape=(5,)))})
+    assert model_names([several]) == []
 
 
 @pytest.fixture(scope="module")
