@@ -17,6 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from clipress.errors import RecipeError, nearest
+from clipress.recipe_v1 import upgrade
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1_000_000, 100_000, 64  # of a recipe, with its aliases expanded
 MAX_PROBLEMS, MAX_SHOWN = 20, 200  # problems in one message, characters of a value in it
@@ -121,11 +122,12 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     raw = mapping_from(path)
     for key, value in (overrides or {}).items():
         _override(raw, key, value)
+    raw = upgrade(raw)
     teachers = raw.get("teacher")
     for teacher in teachers if isinstance(teachers, list) else [teachers]:
         if isinstance(teacher, dict) and isinstance(teacher.get("recipe"), str):
             inner = path.parent / teacher["recipe"]
-            teacher["recipe"] = mapping_from(inner)
+            teacher["recipe"] = upgrade(mapping_from(inner))
     return checked(Recipe, raw, "")
 
 

@@ -90,7 +90,7 @@ def bench(
     def ratio(origin: str, other: str, case: Case) -> Ratio:
         return speed_up(timings[case][origin], timings[case][other])
 
-    found = verdicts(rows, cases, ratio, settings.max_loss, processor())
+    found = verdicts(rows, cases, ratio, settings.max_accuracy_drop, processor())
     return Results(
         schema_version=SCHEMA_VERSION,
         conditions=conditions(settings, sets, cpus, [row.device for row in rows], about),

@@ -2,7 +2,7 @@
 
 A row is compared with the one it was made from, in the same rounds. It is faster if the 95 % interval lies above 1 and the
 ratio is at least 1.02: a smaller gain is not worth an artifact, and may be luck where sessions cannot be opened anew
-(latency.py). A faster one is kept if no set loses more than `bench.max_loss` points by it.
+(latency.py). A faster one is kept if no set loses more than `bench.max_accuracy_drop` points by it.
 
 results.json records what is kept (`results.read_kept`), and `clipress serve` serves it.
 """
@@ -26,7 +26,7 @@ def verdicts(
     rows: Sequence[Row],
     cases: Sequence[Case],
     ratio: Callable[[str, str, Case], Ratio],
-    max_loss: float,
+    max_accuracy_drop: float,
     cpu: Processor | None = None,
 ) -> list[Verdict]:
     """Return a verdict per INT8 or 2:4 row whose origin was measured too.
@@ -34,7 +34,7 @@ def verdicts(
     Args:
         cases: what was timed; the largest batch of the task's main graph decides.
         ratio: (origin, row, case) -> how many times as fast the row is.
-        max_loss: points of accuracy that a faster row may lose and still be kept.
+        max_accuracy_drop: points of accuracy that a faster row may lose and still be kept.
         cpu: the CPU of the measurement, if it was one; verdicts mention what it lacks for INT8.
     """
     found = []
@@ -43,7 +43,7 @@ def verdicts(
         if origin is None or not cases:
             continue
         ratios = {case: ratio(origin.stage, row.stage, case) for case in cases}
-        found.append(_verdict(_Comparison(row, origin, ratios), max_loss, cpu))
+        found.append(_verdict(_Comparison(row, origin, ratios), max_accuracy_drop, cpu))
     return found
 
 
@@ -112,15 +112,13 @@ class _Comparison:
         return self.origin.bytes / self.row.bytes if self.row.bytes and self.origin.bytes else 1.0
 
 
-def _verdict(pair: _Comparison, max_loss: float, cpu: Processor | None) -> Verdict:
+def _verdict(pair: _Comparison, max_accuracy_drop: float, cpu: Processor | None) -> Verdict:
     row, origin, main = pair.row, pair.origin, pair.main
     judgement = judge(pair.ratios[main])
     loss, metric = largest_loss(row, origin) or (None, "")
-    costly = loss is not None and loss > max_loss
+    costly = loss is not None and loss > max_accuracy_drop
     if judgement == "faster" and costly:
-        advice = (
-            f"Keep {origin.stage}: {row.stage} loses {loss:.1f} points of {metric}, bench.max_loss allows {max_loss:g}."
-        )
+        advice = f"Keep {origin.stage}: {row.stage} loses {loss:.1f} points of {metric}, bench.max_accuracy_drop allows {max_accuracy_drop:g}."
     else:
         advice = _advice(pair, judgement)
     head = {"faster": "is faster here", "slower": "is not faster here"}.get(judgement, "may or may not be faster here")

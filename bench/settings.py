@@ -26,9 +26,9 @@ class BenchSettings(Section):
     """Milliseconds that each model is timed for, at least, per graph and batch."""
     iterations: int = Field(10, ge=1)
     """Queries that each model runs, at least, per graph and batch."""
-    max_loss: float = Field(1.0, ge=0)
+    max_accuracy_drop: float = Field(1.0, ge=0)
     """Points of accuracy (top-1, R@1) that a faster INT8 or 2:4 model may lose on any set and still be kept."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the torch runners; bf16 requires a GPU."""
-    two_four: bool = False
+    use_sparse_kernels: bool = False
     """Let the torch runners use semi-structured kernels for 2:4 weights; requires a GPU and bf16."""

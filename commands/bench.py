@@ -43,7 +43,11 @@ from clipress.errors import RecipeError
     "--dtype", type=click.Choice(["fp32", "bf16"]), help="Data type of the torch runners; bf16 requires a GPU."
 )
 @click.option(
-    "--two-four", is_flag=True, default=None, help="Sparse kernels for 2:4 weights in torch; GPU and bf16 only."
+    "--sparse-kernels",
+    "use_sparse_kernels",
+    is_flag=True,
+    default=None,
+    help="Sparse kernels for 2:4 weights in torch; GPU and bf16 only.",
 )
 @click.option("--profile", is_flag=True, help="Also profile ONNX Runtime by operator and block.")
 @click.option("--no-accuracy", is_flag=True, help="Measure cost and latency only.")

@@ -46,6 +46,6 @@ def steps_of(config: Training, context: Context) -> int:
     """Return how many steps a stage takes."""
     if config.steps is not None:
         return config.steps
-    shares = [spec.share for spec in context.data.train]
-    per_step = config.batch_size * shares[0] / sum(shares)
+    weights = [spec.weight for spec in context.data.train]
+    per_step = config.batch_size * weights[0] / sum(weights)
     return max(math.ceil(config.epochs * len(context.sources()[0]) / per_step), 1)

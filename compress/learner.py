@@ -46,7 +46,7 @@ class Learner:
             parameter.requires_grad_(False)
         student.module.train()
         eval_frozen_modules(student.module)
-        if context.runtime.checkpointing:
+        if context.runtime.grad_checkpointing:
             student.module.set_grad_checkpointing(True)
         self.ema = self._slow_copy() if "momentum" in self.lesson.needs else None
         self.encoder = self.lesson.module(student.module)
@@ -62,7 +62,7 @@ class Learner:
 
     def _slow_copy(self) -> EMAModel:
         one_pass = steps_of(self.config.model_copy(update={"steps": None, "epochs": 1.0}), self.context)
-        return EMAModel(self.student.module, self.lesson, self.fabric, self.config.queue, one_pass)
+        return EMAModel(self.student.module, self.lesson, self.fabric, self.config.queue_size, one_pass)
 
     def gradients(
         self, step: int, arrays: dict[str, Tensor], hooks: Sequence[Hook]
@@ -87,7 +87,7 @@ class Learner:
         masks_patches = "masked" in self.objective.needs
         inputs = self.lesson.inputs(arrays, self._mask(step) if masks_patches else None)
         moving = any(hook.moves(step) for hook in hooks)
-        chunks = self.context.runtime.accumulate
+        chunks = self.context.runtime.grad_cache_chunks
         outputs = self.module(**inputs) if chunks == 1 else encode_in_chunks(self.module, inputs, chunks)
         batch = self.lesson.batch(outputs, self.teachers(arrays), arrays, self.objective.projections, self.gather)
         if self.ema is not None:
@@ -109,7 +109,7 @@ class Learner:
             backward_in_chunks(self.module, inputs, outputs, chunks, self.fabric, after_chunk)
         own = self._share_own_gradients()
         norm = self.fabric.clip_gradients(
-            self.module, self.optimizer, max_norm=self.config.clip, error_if_nonfinite=False
+            self.module, self.optimizer, max_norm=self.config.grad_clip_norm, error_if_nonfinite=False
         )
         return total, terms, all_true(bool(torch.isfinite(norm) and torch.isfinite(own)), self.fabric)
 
@@ -164,7 +164,7 @@ class Learner:
         gather_shards(self.student.module)
         for parameter in self.held:
             parameter.requires_grad_(True)
-        if self.context.runtime.checkpointing:
+        if self.context.runtime.grad_checkpointing:
             self.student.module.set_grad_checkpointing(False)
         self.student.module.eval()
 
@@ -184,7 +184,7 @@ class Learner:
         if self.fabric.world_size > 1:
             for parameter in learned:
                 parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")
-        return nn.utils.clip_grad_norm_(learned, self.config.clip)
+        return nn.utils.clip_grad_norm_(learned, self.config.grad_clip_norm)
 
 
 def _lesson(

@@ -59,7 +59,7 @@ def compress_plan_from(recipe: Recipe) -> CompressPlan:
 def _check_task(stage: Stage, task: Task, where: str) -> None:
     """Raise RecipeError for settings of a stage that the task does not have: losses, or a tower."""
     settings = stage.settings
-    for name in ("losses", "guide"):
+    for name in ("losses", "distill_losses"):
         losses = getattr(settings, name, ())
         check_losses(terms_from(losses, f"{where}.{name}"), task, f"{where}.{name}")
     tower = getattr(settings, "towers", "both")

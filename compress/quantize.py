@@ -36,12 +36,14 @@ class Quantize(Training):
     portable: bool = True
     """Weights in 7 bits, exact on every CPU. In 8 bits they are for GPUs and for x86 CPUs with VNNI instructions; on others
     ONNX Runtime must run them in a slower mode."""
-    keep: Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)] = ()
+    exclude: Annotated[
+        tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
+    ] = ()
     """Name patterns of modules that stay in full precision; `auto` among them adds the most sensitive ones."""
     max_damage: float = Field(0.01, ge=1e-9, lt=2)
-    """With `keep: auto`: 1 - mean cosine that rounding may cost each tower's embeddings before any training."""
+    """With `exclude: auto`: 1 - mean cosine that rounding may cost each tower's embeddings before any training."""
     sensitivity: bool = False
-    """Measure what every layer alone costs and leave that in the lineage; `keep: auto` does so anyway."""
+    """Measure what every layer alone costs and leave that in the lineage; `exclude: auto` does so anyway."""
     losses: Losses = ("affinity", "feature")
     steps: int | None = Field(None, ge=0)
     """Of quantisation-aware training; 0 calibrates only."""
@@ -55,12 +57,12 @@ class Quantize(Training):
 @stage("quantize", Quantize, makes="int8", never_after={"quantize": "the model is INT8 already"})
 def run(settings: Quantize, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Calibrate, leave sensitive layers out where asked, then train with the rounding in place."""
-    names = quantizers.quantizable(model.module, settings.keep)
+    names = quantizers.quantizable(model.module, settings.exclude)
     model.module.to(context.fabric.device)
     calibration = Calibration(model, settings, context, settings.calibrate)
     quantizers.attach(model.module, names, calibration, settings.method, settings.percentile, settings.portable)
     details: dict[str, Any] = {}
-    if settings.sensitivity or AUTO in settings.keep:
+    if settings.sensitivity or AUTO in settings.exclude:
         details = _sensitivity(settings, model, names, calibration, context)
         kept = details.get("kept", [])
         quantizers.detach(model.module, kept)
@@ -69,7 +71,7 @@ def run(settings: Quantize, model: Model, context: Context) -> tuple[Model, dict
     quantization = {
         "dtype": settings.dtype,
         "modules": names,
-        "keep": list(settings.keep),
+        "exclude": list(settings.exclude),
         "calibrated_on": settings.calibrate,
         "method": settings.method,
         "portable": settings.portable,
@@ -84,10 +86,10 @@ def run(settings: Quantize, model: Model, context: Context) -> tuple[Model, dict
 def _sensitivity(
     settings: Quantize, model: Model, names: list[str], calibration: Calibration, context: Context
 ) -> dict[str, Any]:
-    """Return the report and, with `keep: auto`, what to keep; the first process's samples decide for all."""
+    """Return the report and, with `exclude: auto`, what to keep; the first process's samples decide for all."""
     samples = first_samples(calibration)
     report = sensitivities(model, names, samples)
     details: dict[str, Any] = {"sensitivity": [asdict(layer) for layer in report]}
-    if AUTO in settings.keep:
+    if AUTO in settings.exclude:
         details["kept"], details["damage"] = keep_sensitive(model, report, samples, settings.max_damage)
     return context.fabric.broadcast(details)

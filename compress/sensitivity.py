@@ -72,7 +72,7 @@ def keep_sensitive(
         damage[tower] = found
     if len(kept) == len(names):
         raise RecipeError(
-            f"quantize: max_damage {limit:g} with 'keep: auto' leaves no module in INT8; the least sensitive module alone "
+            f"quantize: max_damage {limit:g} with 'exclude: auto' leaves no module in INT8; the least sensitive module alone "
             f"has a damage of {report[-1].damage:.2g}. Raise max_damage."
         )
     return kept, damage

@@ -23,13 +23,13 @@ class Training(Section):
     lr: float = Field(1e-4, ge=0)
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
-    warmup: float = Field(0.1, ge=0, lt=1)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Fraction of the steps in which the learning rate rises."""
-    decay: Literal["cosine", "constant"] = "cosine"
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
     """After that it falls to zero as a half cosine, or stays."""
-    clip: float = Field(1.0, gt=0)
+    grad_clip_norm: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
-    queue: int = Field(0, ge=0)
+    queue_size: int = Field(0, ge=0)
     """Past pairs that losses with a momentum model contrast with; UPop keeps 57,600."""
     towers: str = "both"
     """Which tower learns: `both`, or the name of one. The other is frozen, and not even run where no loss reads it."""
@@ -47,11 +47,11 @@ class Runtime(Section):
     """auto: bf16 autocast on a GPU that has it, else fp32."""
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     """auto: DDP when there are several processes."""
-    accumulate: int = Field(1, ge=1)
+    grad_cache_chunks: int = Field(1, ge=1)
     """Parts a batch is worked through in; the losses still see the whole batch, so the step is the same one."""
-    checkpointing: bool = False
+    grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    checkpoint: int = Field(200, ge=0)
+    checkpoint_every: int = Field(200, ge=0)
     """Steps between checkpoints, from which a stopped stage is continued; 0 writes none, and so does fsdp2."""
     local_loss: bool = True
     """Each process scores its own rows against all; else every process scores all. The gradient is the same."""

@@ -88,7 +88,7 @@ def batches(model: Model, config: Training, context: Context, steps: int, start:
     )
     sampler = Batches(
         [len(source) for source in sources],
-        [spec.share for spec in context.data.train],
+        [spec.weight for spec in context.data.train],
         config.batch_size,
         steps,
         context.seed,
@@ -111,10 +111,10 @@ def _tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 def learning_rate(step: int, steps: int, config: Training) -> float:
     """Linear warm-up, then a half cosine to zero, or no change."""
-    rising = max(round(config.warmup * steps), 1)
+    rising = max(round(config.warmup_ratio * steps), 1)
     if step < rising:
         return config.lr * (step + 1) / rising
-    if config.decay == "constant":
+    if config.lr_schedule == "constant":
         return config.lr
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
 
@@ -185,7 +185,7 @@ class _Loop:
         self.seconds: float = progress["seconds"]
         self.bad_in_a_row = 0
         writes = context.checkpoints and context.runtime.strategy != "fsdp2"
-        self.checkpoint_every = context.runtime.checkpoint if writes else 0
+        self.checkpoint_every = context.runtime.checkpoint_every if writes else 0
 
     def take_step(self, step: int, arrays: dict[str, Tensor], rate: float, log: Log) -> bool:
         """Take one step; return whether everything in it was finite. A step that was not changes nothing.

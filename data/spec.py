@@ -38,7 +38,7 @@ class SourceSpec(Section):
     """Prompts of labelled images, with `{}`, `{c}` or `{label}`; `openai` (80) and `simple` (7) are open_clip's."""
     check: bool = False
     """Check that every image file exists when the source is opened, not only the first 50,000."""
-    share: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0)
     """This source's share of each training batch, relative to the others."""
     name: str | None = None
     """Name in results; default: the format."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
-from clipress.recipe import Section
+from clipress.errors import RecipeError, nearest
+from clipress.export.targets import TARGETS
+from clipress.recipe import Section, checked
 
 DYNAMO_OPSET = 18  # The oldest that dynamo writes; below it, dynamo writes this one and only logs that.
 
@@ -91,8 +94,30 @@ class TensorRTSettings(Section):
 
 
 class ExportSettings(Section):
-    """All settings of `clipress export`."""
+    """The `export` section: how ONNX files are made, and a section per target that is made from them."""
 
     onnx: OnnxSettings = OnnxSettings()
-    tensorrt: TensorRTSettings | None = None
-    """Default: no engines, except with `clipress export --tensorrt`."""
+    targets: dict[str, SerializeAsAny[Section]] = Field(default_factory=dict)
+    """By name; in a recipe `export.<name>`. Default: none. `clipress export --tensorrt` adds that one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _find_targets(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping) or raw.keys() <= cls.model_fields.keys():
+            return raw
+        names = [name for name in raw if name not in cls.model_fields]
+        if unknown := [name for name in names if name not in TARGETS]:
+            raise RecipeError(
+                f"export.{unknown[0]}: unknown key '{unknown[0]}'.{nearest(str(unknown[0]), ['onnx', *TARGETS])}"
+            )
+        found = {
+            name: checked(TARGETS[name].settings, raw[name], f"export.{name}")
+            for name in names
+            if raw[name] is not None
+        }
+        return {key: value for key, value in raw.items() if key not in names} | {"targets": found}
+
+    @property
+    def tensorrt(self) -> TensorRTSettings | None:
+        """Settings of TensorRT engines; None where the recipe has no such section."""
+        return self.targets.get("tensorrt")

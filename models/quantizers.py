@@ -27,7 +27,7 @@ Method = Literal["max", "entropy", "percentile"]
 
 
 def quantizable(model: nn.Module, keep: tuple[str, ...] = ()) -> list[str]:
-    """Return the modules INT8 applies to; modules that match the patterns `keep` stay in full precision."""
+    """Return the modules INT8 applies to; modules that match the patterns `exclude` stay in full precision."""
     return [
         name
         for name, module in model.named_modules()
@@ -54,7 +54,7 @@ def attach(
     import modelopt.torch.quantization as mtq
 
     if not names:
-        raise RecipeError("quantize: 'keep' leaves no Linear or Conv to quantize. Remove patterns from it.")
+        raise RecipeError("quantize: 'exclude' leaves no Linear or Conv to quantize. Remove patterns from it.")
     if calibrate:
         _refuse_broken(model)
     calibrator = "max" if method == "max" else "histogram"
@@ -140,7 +140,7 @@ def only(model: nn.Module, names: Iterable[str], rounding: Iterable[str]) -> Non
 
 
 def detach(model: nn.Module, names: Iterable[str]) -> None:
-    """Return modules to full precision for good, as if `keep` had listed them."""
+    """Return modules to full precision for good, as if `exclude` had listed them."""
     for _, quantizer in _quantizers(model, names):
         quantizer.reset_amax()
         quantizer.disable()

@@ -37,7 +37,7 @@ class Task(ABC):
     main_graph: ClassVar[str]
     """The graph whose latency decides which artifact is kept."""
     figures: ClassVar[tuple[str, ...]]
-    """Endings of the metrics in which `bench.max_loss` looks for a loss."""
+    """Endings of the metrics in which `bench.max_accuracy_drop` looks for a loss."""
 
     provides: ClassVar[frozenset[str]]
     """What losses may need and this task has, of `losses.Loss.needs`."""

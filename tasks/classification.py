@@ -89,9 +89,9 @@ class Classification(Task):
     figures = ("/top1",)
     provides = frozenset({"teacher", "labels", "space", "logits", "tokens"})
     stage_defaults = {  # noqa: RUF012
-        "distill": {"losses": ["labels"]},
-        "prune": {"losses": ["labels"]},
-        "sparsify": {"losses": ["labels"]},
+        "distill": {"losses": ["classification"]},
+        "prune": {"losses": ["classification"]},
+        "sparsify": {"losses": ["classification"]},
         "quantize": {"losses": ["logits"]},
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +52,10 @@ class Clip(Task):
         students.check(section, has_teacher)
 
     def student_from(self, section: Mapping[str, Any], teacher: Model | None, seed: int) -> Model:
-        return students.student_from(section, teacher, seed)
+        return replace(students.student_from(section, teacher, seed), task=self.name)
 
     def load_pretrained(self, name: str, checkpoint: str | None, where: str) -> Model:
-        return model_from_open_clip(name, checkpoint, where)
+        return replace(model_from_open_clip(name, checkpoint, where), task=self.name)
 
     def towers_of_teacher(self, section: Mapping[str, Any] | None) -> tuple[str, ...]:
         return students.towers_of_teacher(section)

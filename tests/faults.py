@@ -939,7 +939,7 @@ for _name, _expected, _content in (
     ("a recipe with a million letters of key", "unknown key 'xxx", changed(**{"x" * 900_000: 1})),
     ("a recipe with 10,000 unknown keys", "and 9980 more", changed(**{f"x{n}": 1 for n in range(10_000)})),
     ("a recipe with NaN for a rate", "lr: Input should be a finite number", changed(stages=[{"distill": {"lr": float("nan"), "steps": 1}}])),
-    ("a recipe with an infinite share", "share: Input should be a finite number", changed(data={"train": [{"format": "digits", "share": float("inf")}]})),
+    ("a recipe with an infinite weight", "weight: Input should be a finite number", changed(data={"train": [{"format": "digits", "weight": float("inf")}]})),
     ("a recipe with a negative seed", "seed: Input should be greater than or equal to 0", changed(seed=-1)),
     ("a recipe with a negative limit", "limit: Input should be greater", changed(data={"train": [{"format": "digits", "limit": -5}]})),
     ("a recipe whose name leads out", "name: .*expected a folder name", changed(name="../../x")),

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from clipress.models.tiny import tiny_architecture
 
-SOURCES = [{"format": "scenes", "share": 3, "limit": 96}, {"format": "digits", "limit": 96}]
+SOURCES = [{"format": "scenes", "weight": 3, "limit": 96}, {"format": "digits", "limit": 96}]
 HELD_OUT = [{"format": "scenes", "split": "test", "limit": 24}, {"format": "digits", "split": "test", "limit": 48}]
 DATA = {"train": SOURCES, "val": HELD_OUT, "test": HELD_OUT, "augment": {"shift": 1}}
 SHORT = {"steps": 6, "batch_size": 32}
@@ -33,8 +33,8 @@ RECIPE: dict[str, Any] = {
             "prune": {
                 "budget": {"params": 0.5},
                 "align": {"head_dim": 4, "ffn": 16},
-                "interval": 2,
-                "guide": ["affinity"],
+                "update_every": 2,
+                "distill_losses": ["affinity"],
                 **SHORT,
             }
         },

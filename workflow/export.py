@@ -15,7 +15,7 @@ from clipress.export.to_onnx import is_exported, onnx_from_artifact
 from clipress.recipe import overridden
 from clipress.runtime.export_folder import Exported
 from clipress.storage import locked_and_swept
-from clipress.workflow.engines import build_engines, try_engines
+from clipress.workflow.engines import make_target, make_targets_of_recipe
 from clipress.workflow.plan import Plan, read_plan
 
 Say = Callable[[str], None]
@@ -44,9 +44,9 @@ def export_run(run: Path, request: ExportRequest, say: Say) -> None:
         export_artifacts(run, plan, stages, say, settings)
         if request.tensorrt is not None:
             engines = overridden(plan.export.tensorrt or TensorRTSettings(), request.tensorrt, "export.tensorrt")
-            build_engines(run, stages, engines, plan.test_sets, say)
-        elif plan.export.tensorrt is not None:
-            try_engines(run, stages, plan.export.tensorrt, plan.test_sets, say)
+            make_target("tensorrt", engines, run, stages, plan, say)
+        else:
+            make_targets_of_recipe(run, stages, plan, say)
 
 
 def export_artifacts(

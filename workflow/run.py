@@ -9,7 +9,7 @@ from clipress.recipe import Recipe
 from clipress.storage import is_first_process, locked_and_swept
 from clipress.workflow.bench import bench_recipe
 from clipress.workflow.compress import compress
-from clipress.workflow.engines import try_engines
+from clipress.workflow.engines import make_targets_of_recipe
 from clipress.workflow.export import export_artifacts
 from clipress.workflow.outcome import Run
 from clipress.workflow.serve import choose_served, write_repositories
@@ -24,8 +24,7 @@ def run_recipe(recipe: Recipe, out: Path | None, resume: bool, say: Say) -> Run:
         return Run(folder, tuple(plan.artifacts))
     with locked_and_swept(folder):
         export_artifacts(folder, plan, plan.artifacts, say)
-        if plan.export.tensorrt is not None:
-            try_engines(folder, plan.artifacts, plan.export.tensorrt, plan.test_sets, say)
+        make_targets_of_recipe(folder, plan.artifacts, plan, say)
         results = bench_recipe(folder, plan, say)
         served = choose_served(folder, plan, say)
         write_repositories(folder, served, plan.serve, say)

@@ -49,7 +49,7 @@ class Options(Protocol):
 
     threads: int
     dtype: str
-    two_four: bool
+    use_sparse_kernels: bool
 
 
 class Runner(ABC):

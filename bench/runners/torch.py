@@ -29,15 +29,15 @@ class TorchRunner(Runner):
         artifact: folder with clipress.json and the weights.
         threads: inside one operator, on the CPU.
         dtype: fp32, or bf16 on a GPU.
-        two_four: run 2:4 weights with semi-structured kernels, on a GPU in bf16.
+        use_sparse_kernels: run 2:4 weights with semi-structured kernels, on a GPU in bf16.
     """
 
     backend = "torch"
 
-    def __init__(self, artifact: Path, threads: int, dtype: str = "fp32", two_four: bool = False) -> None:
+    def __init__(self, artifact: Path, threads: int, dtype: str = "fp32", use_sparse_kernels: bool = False) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
-        _check_kernels(self._device, dtype, two_four)
+        _check_kernels(self._device, dtype, use_sparse_kernels)
         torch.set_num_threads(threads)
         model = model_from_artifact(artifact)
         self._task = task_named(model.task)
@@ -46,7 +46,7 @@ class TorchRunner(Runner):
         self.model = Loaded(
             task=model.task,
             graphs=self._task.graphs(model),
-            precision=_use_kernels(self._module, model, dtype, two_four),
+            precision=_use_kernels(self._module, model, dtype, use_sparse_kernels),
             preprocess=model.preprocess,
             tokenizer=Tokenizer(**model.tokenizer) if model.tokenizer else None,
             bytes=(artifact / WEIGHTS).stat().st_size,
@@ -55,7 +55,7 @@ class TorchRunner(Runner):
 
     @classmethod
     def open(cls, artifact: Path, export: Path, options: Options) -> TorchRunner:
-        return cls(artifact, options.threads, options.dtype, options.two_four)
+        return cls(artifact, options.threads, options.dtype, options.use_sparse_kernels)
 
     def run(self, graph: str) -> Run:
         forward = self.forward(graph)
@@ -89,27 +89,27 @@ class TorchRunner(Runner):
         return run if self._device.type == "cpu" else Enqueued(run, torch.cuda.synchronize)
 
 
-def _check_kernels(device: torch.device, dtype: str, two_four: bool) -> None:
-    if device.type == "cpu" and (dtype != "fp32" or two_four):
-        what = "2:4 kernels" if two_four else dtype
+def _check_kernels(device: torch.device, dtype: str, use_sparse_kernels: bool) -> None:
+    if device.type == "cpu" and (dtype != "fp32" or use_sparse_kernels):
+        what = "2:4 kernels" if use_sparse_kernels else dtype
         raise RecipeError(
-            f"bench: {what} require a GPU, and torch {torch.__version__} found none. Leave --dtype and --two-four out."
+            f"bench: {what} require a GPU, and torch {torch.__version__} found none. Leave --dtype and --sparse-kernels out."
         )
-    if two_four and dtype != "bf16":
+    if use_sparse_kernels and dtype != "bf16":
         raise RecipeError("bench: torch has 2:4 kernels in bf16 only, found fp32. Add --dtype bf16.")
 
 
-def _use_kernels(module: nn.Module, model: Model, dtype: str, two_four: bool) -> str:
+def _use_kernels(module: nn.Module, model: Model, dtype: str, use_sparse_kernels: bool) -> str:
     """Switch 2:4 kernels on where they are wanted. Returns the precision that the model then has, in words."""
     if model.quantization:
         return "int8 simulated"
-    if two_four and model.sparsity:
+    if use_sparse_kernels and model.sparsity:
         weights = model.sparsity["weights"]
-        return f"bf16, 2:4 in {use_two_four_kernels(module, weights)} of {len(weights)}"
+        return f"bf16, 2:4 in {use_sparse_kernels(module, weights)} of {len(weights)}"
     return dtype
 
 
-def use_two_four_kernels(model: nn.Module, names: list[str]) -> int:
+def use_sparse_kernels(model: nn.Module, names: list[str]) -> int:
     """Let 2:4 weights run on sparse tensor cores, in place; those whose shape torch rejects stay dense.
 
     Returns how many were accepted.

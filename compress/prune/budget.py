@@ -1,6 +1,6 @@
 """Budgets: from scores and exact costs to keep-masks, within one aligned step of the target.
 
-Within a site levels are cut in steps of `align` (so widths stay multiples of it) and never below the floor. Every head
+Within a site levels are cut in steps of `align` (so widths stay multiples of it) and never below `min_keep`. Every head
 keeps as many dims as the others; which ones, each head chooses by its own scores.
 """
 
@@ -122,7 +122,7 @@ class Align(Section):
     """Of a convolutional tower."""
 
 
-class Floor(Section):
+class MinKeep(Section):
     """The smallest fraction of a site that remains; 0 lets all heads, or all hidden units, of a layer go."""
 
     head_dim: float = Field(0.2, ge=0, le=1)
@@ -146,20 +146,20 @@ def keep_masks(
     fraction: float,
     *,
     align: Align,
-    floor: Floor,
+    min_keep: MinKeep,
     per_cost: bool,
 ) -> list[Tensor]:
     """Return bool masks [groups, units] whose cost, with what is fixed, is at most `fraction` of the total.
 
     Steps are taken in the order of their mean score (per cost with `per_cost`), best first, until nothing more fits.
     """
-    kept = [_least(site, align, floor) for site in sites]
+    kept = [_least(site, align, min_keep) for site in sites]
     smallest = costs.fixed + sum(float(curve[least]) for curve, least in zip(costs.curves, kept, strict=True))
     left = fraction * costs.total - smallest
     if left < 0:
         raise RecipeError(
             f"prune.budget: {costs.unit} {fraction:.3f} cannot be met; with these floors and alignments the smallest "
-            f"possible is {smallest / costs.total:.3f}. Raise the budget or lower 'floor' or 'align'."
+            f"possible is {smallest / costs.total:.3f}. Raise the budget or lower 'min_keep' or 'align'."
         )
     steps: list[_Step] = []
     for index, (site, score, curve) in enumerate(zip(sites, scores, costs.curves, strict=True)):
@@ -185,8 +185,8 @@ def stride(site: Site, align: Align) -> int:
     return {"ffn": align.ffn, "heads": align.heads}.get(site.kind, align.head_dim)
 
 
-def _least(site: Site, align: Align, floor: Floor) -> int:
-    part = {"ffn": floor.ffn, "heads": floor.heads}.get(site.kind, floor.head_dim)
+def _least(site: Site, align: Align, min_keep: MinKeep) -> int:
+    part = {"ffn": min_keep.ffn, "heads": min_keep.heads}.get(site.kind, min_keep.head_dim)
     step = stride(site, align)
     wanted = -(-int(part * site.units + 0.5) // step) * step
     if site.kind not in ("ffn", "heads"):  # a head needs a dim: whole heads are cut as heads

@@ -83,12 +83,12 @@ class ConvPruning(Hook):
     """Gather scores while a model trains, then cut its image tower.
 
     `add` is called after each backward pass, by the training loop or by hand; `cut` at the end. `target` is for the whole
-    image tower. Widths end as multiples of `align`, and at least `floor` of every site remains. Raises RecipeError at once
+    image tower. Widths end as multiples of `align`, and at least `min_keep` of every site remains. Raises RecipeError at once
     for a budget that cannot be met.
     """
 
     def __init__(
-        self, model: nn.Module, criterion: str, target: Target, *, align: int = 8, floor: float = 0.1, seed: int = 0
+        self, model: nn.Module, criterion: str, target: Target, *, align: int = 8, min_keep: float = 0.1, seed: int = 0
     ) -> None:
         if not CRITERIA[criterion].for_channels:
             usable = [name for name, kind in CRITERIA.items() if kind.for_channels]
@@ -104,7 +104,7 @@ class ConvPruning(Hook):
         self.sites = [site for site, _ in channel_groups(model)]
         self.costs = tower_costs(model, self.sites, target.unit)
         self.fraction = target.fraction(self.costs.total)
-        self.least = [_least(site.count, align, floor) for site in self.sites]
+        self.least = [_least(site.count, align, min_keep) for site in self.sites]
         self._refuse_the_impossible(target.unit)
         device = next(model.visual.parameters()).device
         self.sums = [torch.zeros(site.count, dtype=torch.float64, device=device) for site in self.sites]
@@ -114,9 +114,9 @@ class ConvPruning(Hook):
         smallest = self.costs.of(self.least) / self.costs.total
         if self.fraction < smallest:
             raise RecipeError(
-                f"prune.budget: {unit} {self.fraction:.3f} of the image tower cannot be met; with this floor and alignment "
+                f"prune.budget: {unit} {self.fraction:.3f} of the image tower cannot be met; with this min_keep and align "
                 f"the smallest possible is {smallest:.3f} (the head and the layer it reads stay whole). "
-                "Raise the budget or lower 'floor' or 'align'."
+                "Raise the budget or lower 'min_keep' or 'align'."
             )
 
     def state(self) -> dict[str, Any]:
@@ -197,8 +197,8 @@ def _step(width: int, align: int) -> int:
     return width % align or align
 
 
-def _least(count: int, align: int, floor: float) -> int:
-    return min(max(-(-int(floor * count + 0.5) // align), 1) * align, count)
+def _least(count: int, align: int, min_keep: float) -> int:
+    return min(max(-(-int(min_keep * count + 0.5) // align), 1) * align, count)
 
 
 def _gate_gradient(conv: nn.Conv2d) -> Tensor:

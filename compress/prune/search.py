@@ -1,7 +1,7 @@
 """The stage `prune`: train with gates, move the masks along a schedule, then cut.
 
 `criterion: upop` follows UPop (Shi et al. 2023): its gates, its signed sum, standardisation per kind and soft masks;
-`criterion: fisher` is ours. `guide` adds distillation losses while searching (the knowledge-guided variant).
+`criterion: fisher` is ours. `distill_losses` adds distillation losses while searching (the knowledge-guided variant).
 
 A convolutional tower is scored during the same search and cut at its end (`convnets.py`); a target for all towers
 together then holds for each by itself.
@@ -22,7 +22,7 @@ from clipress.compress.calibration import outputs_of
 from clipress.compress.context import Context, steps_of
 from clipress.compress.hook import Hook
 from clipress.compress.losses import Losses, terms_from
-from clipress.compress.prune.budget import Align, Budget, Floor, check_towers, keep_masks, stride
+from clipress.compress.prune.budget import Align, Budget, MinKeep, check_towers, keep_masks, stride
 from clipress.compress.prune.convnets import ConvPruning
 from clipress.compress.prune.costs import CostModel, cost_model, read_costs
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
@@ -47,22 +47,22 @@ class Prune(Training):
     """What may be cut, by tower: of heads, qk, v, ffn. An empty list leaves a tower alone; default: qk, v and ffn."""
     criterion: Annotated[str, AfterValidator(CRITERIA.check)] = "fisher"
     losses: Losses = ("contrastive",)
-    """The task loss; scores come from its gradient and the guide's."""
-    guide: Losses = ()
+    """The task loss; scores come from its gradient and that of `distill_losses`."""
+    distill_losses: Losses = ()
     """Distillation losses during the search."""
     schedule: Annotated[str, AfterValidator(SCHEDULES.check)] = "cubic"
-    interval: int = Field(10, ge=1)
+    update_every: int = Field(10, ge=1)
     """Steps between updates of the masks."""
-    frozen: float = Field(0.2, ge=0, lt=1)
+    final_fraction: float = Field(0.2, ge=0, lt=1)
     """The last fraction of the search, in which the masks stay."""
     align: Align = Align()
-    floor: Floor = Floor()
+    min_keep: MinKeep = MinKeep()
     lr: float = Field(2e-4, ge=0)
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
         terms_from(self.losses, "prune.losses")
-        terms_from(self.guide, "prune.guide")
+        terms_from(self.distill_losses, "prune.distill_losses")
         targets = list(self.budget.by_tower.values()) or [self.budget]
         if self.criterion != "upop" and any(target.unit == "upop" for target in targets):
             raise RecipeError("prune.budget: 'upop' counts the gates of criterion upop. Use params, macs or latency.")
@@ -156,14 +156,14 @@ class Search(Hook):
         due, last_due = self._due(step), self._due(step - 1) if step else 0.0
         if due == 1.0:  # once; again only if every step before was skipped
             return last_due < 1.0 or not self.updates
-        return (step + 1) % self.settings.interval == 0
+        return (step + 1) % self.settings.update_every == 0
 
     def after_update(self, step: int) -> None:
         if self.moves(step):
             self.update(self._due(step))
 
     def _due(self, step: int) -> float:
-        return progress(self.settings.schedule, step, self.steps, self.settings.frozen)
+        return progress(self.settings.schedule, step, self.steps, self.settings.final_fraction)
 
     @torch.no_grad()
     def update(self, due: float) -> None:
@@ -187,7 +187,7 @@ class Search(Hook):
                 group.costs,
                 1 - due * (1 - group.target),
                 align=self.settings.align,
-                floor=self.settings.floor,
+                min_keep=self.settings.min_keep,
                 per_cost=self.criterion.per_cost,
             )
             for index, mask in zip(group.members, kept, strict=True):
@@ -208,7 +208,7 @@ class Search(Hook):
 )
 def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Search and cut. The result computes what the masked model computed."""
-    terms = terms_from(settings.losses, "prune.losses") | terms_from(settings.guide, "prune.guide")
+    terms = terms_from(settings.losses, "prune.losses") | terms_from(settings.distill_losses, "prune.distill_losses")
     check_towers(settings.sites, anatomy.towers(model.module), "prune.sites")
     fabric = context.fabric
     model.module.to(fabric.device)
@@ -245,8 +245,8 @@ def _conv_pruning(settings: Prune, model: Model, context: Context) -> ConvPrunin
     may_be_cut = settings.sites.get(convnets.TOWER, DEFAULT_KINDS)
     if target is None or not may_be_cut or not convnets.is_convnet(model.module):
         return None
-    align, floor = settings.align.channels, settings.floor.channels
-    return ConvPruning(model.module, settings.criterion, target, align=align, floor=floor, seed=context.seed)
+    align, min_keep = settings.align.channels, settings.min_keep.channels
+    return ConvPruning(model.module, settings.criterion, target, align=align, min_keep=min_keep, seed=context.seed)
 
 
 def _refuse_unfinished(search: Search, details: dict[str, Any]) -> None:

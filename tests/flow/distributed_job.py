@@ -26,7 +26,9 @@ STEP = 3  # the slow copy has a say by then
 torch.set_num_threads(1)
 fabric = start_fabric(Runtime(strategy=sys.argv[1], accelerator="cpu"))
 several = fabric.world_size > 1
-data = DataSpec(train=(SourceSpec(format="scenes", limit=64, share=9), SourceSpec(format="digits", limit=64, share=7)))
+data = DataSpec(
+    train=(SourceSpec(format="scenes", limit=64, weight=9), SourceSpec(format="digits", limit=64, weight=7))
+)
 
 
 def whole(gradient):
@@ -53,7 +55,7 @@ def case(local, embed_dim):
     )
     gates = Gates(student.module, "separate")
     context = Context(fabric, data, 0, tuple(teachers), Runtime(local_loss=local), title="job")
-    config = Training(steps=1, batch_size=16, clip=1e9)
+    config = Training(steps=1, batch_size=16, grad_clip_norm=1e9)
     learner = Learner(student, config, terms_from(losses, "job"), context)
     arrays = next(iter(batches(student, config, context, 1)))
     if several:

@@ -48,15 +48,15 @@ SHORT = {"steps": STEPS, "batch_size": 16, "lr": 1e-3}
 PRUNE = {
     "budget": {"params": 0.6},
     "align": {"head_dim": 4, "ffn": 16},
-    "interval": 2,
-    "guide": ["affinity"],
+    "update_every": 2,
+    "distill_losses": ["affinity"],
     **SHORT,
 }
-UPOP = PRUNE | {"criterion": "upop", "schedule": "sine", "guide": []}
-UPOP_GUIDED = UPOP | {"guide": ["affinity", "feature"]}
-DISTILL = {"losses": {"contrastive": 1.0, "feature": 10.0, "ita": 1.0}, "queue": 16, **SHORT}
+UPOP = PRUNE | {"criterion": "upop", "schedule": "sine", "distill_losses": []}
+UPOP_GUIDED = UPOP | {"distill_losses": ["affinity", "feature"]}
+DISTILL = {"losses": {"contrastive": 1.0, "feature": 10.0, "momentum-contrastive": 1.0}, "queue_size": 16, **SHORT}
 DATA = {
-    "train": [{"format": "scenes", "share": 3, "limit": 48}, {"format": "digits", "limit": 48}],
+    "train": [{"format": "scenes", "weight": 3, "limit": 48}, {"format": "digits", "limit": 48}],
     "augment": {"shift": 1},
 }
 FILE_CALLS = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
@@ -268,7 +268,7 @@ class Bench:
             "teacher": {"artifact": str(self.home / "teacher" / "teacher")},
             "data": DATA,
             "stages": list(job.stages),
-            "runtime": {"accelerator": "cpu", "checkpoint": EVERY},
+            "runtime": {"accelerator": "cpu", "checkpoint_every": EVERY},
             "export": {"onnx": {"exporter": "torchscript"}},
         }
         path = self._write("recipe", recipe)

@@ -33,7 +33,7 @@ ADDED = {
         class First(Criterion):
             uses_gradients = False
 
-            def static(self, site, generator):
+            def score(self, site, generator):
                 return -torch.arange(site.groups * site.units, dtype=torch.float64).reshape(site.groups, site.units)
     """,
     "a named student": """
@@ -179,7 +179,9 @@ def header(folder):
 def test_every_row_of_the_table_is_tried():
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("## To add")[2]
     rows = re.findall(r"^\| (an? [^|]+?) \|", text, re.M)
-    assert {*rows} - {"a backbone"} == ADDED.keys()  # a backbone changes anatomy.py, which is the one file that knows them
+    assert {*rows} - {
+        "a backbone"
+    } == ADDED.keys()  # a backbone changes anatomy.py, which is the one file that knows them
 
 
 def test_a_loss_is_the_loss_of_a_step(flow):

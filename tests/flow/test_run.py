@@ -161,7 +161,7 @@ def test_only_stages_that_were_asked_for_run(recipe, tmp_path):
 
 def test_upops_criterion_runs_and_gives_all_heads_the_same_dims(recipe, tmp_path):
     recipe["stages"] = [
-        {"prune": {**recipe["stages"][0]["prune"], "criterion": "upop", "schedule": "sine", "guide": []}}
+        {"prune": {**recipe["stages"][0]["prune"], "criterion": "upop", "schedule": "sine", "distill_losses": []}}
     ]
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output

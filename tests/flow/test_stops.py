@@ -42,7 +42,7 @@ def short(recipe, tiny_run):
     recipe["teacher"] = {"artifact": str(tiny_run[0] / "teacher")}
     recipe["stages"] = [{"distill": {"losses": ["contrastive", "feature"], "steps": 6, "batch_size": 16}}]
     recipe["data"]["val"] = recipe["data"]["test"] = []
-    recipe["runtime"] = {"checkpoint": 2}
+    recipe["runtime"] = {"checkpoint_every": 2}
     return recipe
 
 

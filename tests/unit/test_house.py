@@ -26,7 +26,7 @@ ARROWS = {
     "studies": FOUNDATION
     | {"artifact", "bench", "compress", "data", "export", "models", "progress", "runtime", "serve", "tasks"},
     "compress": FOUNDATION | {"artifact", "data", "metrics", "models", "progress", "registry", "tasks", "version"},
-    "export": FOUNDATION | {"artifact", "data", "metrics", "models", "runtime", "tasks", "version"},
+    "export": FOUNDATION | {"artifact", "data", "metrics", "models", "registry", "runtime", "tasks", "version"},
     "bench": FOUNDATION
     | {"artifact", "data", "metrics", "models", "progress", "registry", "runtime", "tasks", "version"},
     "serve": FOUNDATION | {"data", "metrics", "progress", "runtime", "version"},
@@ -34,7 +34,7 @@ ARROWS = {
     "models": FOUNDATION | {"artifact", "data", "registry", "version"},
     "runtime": FOUNDATION | {"data"},
     "metrics": {"data", "errors"},
-    "data": FOUNDATION | {"progress", "registry"},
+    "data": FOUNDATION | {"registry"},
     "artifact": FOUNDATION,
     "recipe": {"errors", "recipe_v1"},
     "recipe_v1": set(),

@@ -77,7 +77,9 @@ def test_a_compiler_that_fails_is_one_message(tiny_run, monkeypatch):
 
 
 @no_gpu
-@pytest.mark.parametrize("settings", [{"dtype": "bf16"}, {"two_four": True}, {"dtype": "bf16", "two_four": True}])
+@pytest.mark.parametrize(
+    "settings", [{"dtype": "bf16"}, {"use_sparse_kernels": True}, {"dtype": "bf16", "use_sparse_kernels": True}]
+)
 def test_what_needs_a_gpu_says_so(tiny_run, settings):
     with pytest.raises(RecipeError, match="require a GPU"):
         opened(tiny_run[0], "sparse", "torch", **settings)
@@ -89,7 +91,7 @@ def test_bf16_and_two_four_kernels_agree_with_fp32_on_a_gpu(tiny_run):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     plain = opened(run, "sparse", "torch")
-    for settings in ({"dtype": "bf16"}, {"dtype": "bf16", "two_four": True}):
+    for settings in ({"dtype": "bf16"}, {"dtype": "bf16", "use_sparse_kernels": True}):
         other = opened(run, "sparse", "torch", **settings)
         for graph in plain.model.graphs:
             a, b = (embeddings(runner, graph) for runner in (plain, other))

@@ -116,7 +116,7 @@ def test_what_is_faster_is_kept_only_if_it_costs_no_more_than_allowed(top1, max_
     ]
     (verdict,) = ask(rows, {"int8": FASTER}, max_loss)
     assert (verdict.faster, verdict.keep, verdict.loss) == (True, keep, pytest.approx(90 - top1))
-    assert ("Keep sparse: int8 loses 1.1 points of digits/top1, bench.max_loss allows 1." in verdict.text) == (
+    assert ("Keep sparse: int8 loses 1.1 points of digits/top1, bench.max_accuracy_drop allows 1." in verdict.text) == (
         keep == "sparse"
     )
 

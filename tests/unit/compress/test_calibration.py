@@ -101,7 +101,7 @@ def test_a_smaller_scale_clips_what_is_larger():
 @pytest.mark.parametrize("method", ["max", "percentile"])
 def test_the_stage_calibrates_on_the_training_pictures(digits, method):
     model, details = quantize.run(
-        settings(method=method, keep=OTHERS), new_model(tiny_architecture(layers=1), 0), digits
+        settings(method=method, exclude=OTHERS), new_model(tiny_architecture(layers=1), 0), digits
     )
     assert model.quantization["modules"] == [ONLY] and details["quantized_modules"] == 1
     assert model.quantization["method"] == method

@@ -19,7 +19,11 @@ from clipress.errors import ArtifactError
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
-LOSSES = {"contrastive": 1.0, "feature": 10.0, "ita": 1.0}  # a projection that learns, a slow copy, a queue
+LOSSES = {
+    "contrastive": 1.0,
+    "feature": 10.0,
+    "momentum-contrastive": 1.0,
+}  # a projection that learns, a slow copy, a queue
 
 
 class Stopped(Exception):
@@ -48,7 +52,7 @@ def context(fabric, folder, every=2):
         data,
         0,
         (teacher,),
-        Runtime(checkpoint=every),
+        Runtime(checkpoint_every=every),
         folder / "log.jsonl",
         checkpoints=folder / "kept",
         title="t",
@@ -58,7 +62,7 @@ def context(fabric, folder, every=2):
 def trained(own, hooks=()):
     torch.manual_seed(0)
     student = new_model(tiny_architecture(layers=1, embed_dim=16), 0)
-    record = train(student, Training(steps=7, batch_size=8, lr=1e-3, queue=16), LOSSES, own, hooks)
+    record = train(student, Training(steps=7, batch_size=8, lr=1e-3, queue_size=16), LOSSES, own, hooks)
     return student.module.state_dict(), record["last"]
 
 
@@ -77,8 +81,8 @@ def test_a_stopped_training_ends_where_an_uninterrupted_one_does(fabric, tmp_pat
 @pytest.mark.parametrize("criterion", ["fisher", "upop"])
 def test_a_stopped_search_cuts_what_an_uninterrupted_one_cuts(fabric, tmp_path, monkeypatch, criterion):
     settings = Prune(
-        budget={"params": 0.6}, criterion=criterion, steps=8, batch_size=8, interval=2, lr=1e-3,
-        align={"head_dim": 1, "ffn": 1}, floor={"head_dim": 0, "ffn": 0.1},
+        budget={"params": 0.6}, criterion=criterion, steps=8, batch_size=8, update_every=2, lr=1e-3,
+        align={"head_dim": 1, "ffn": 1}, min_keep={"head_dim": 0, "ffn": 0.1},
     )  # fmt: skip
 
     def cut(own):

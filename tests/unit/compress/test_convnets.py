@@ -161,7 +161,7 @@ def test_an_absolute_budget_is_met():
 
 def test_widths_are_aligned_and_above_their_floor(tower):
     model = fresh_model(tower)
-    pruning = ConvPruning(model, "random", Target(params=0.95), align=4, floor=0.3)
+    pruning = ConvPruning(model, "random", Target(params=0.95), align=4, min_keep=0.3)
     pruning.fraction = pruning.costs.of(pruning.least) / pruning.costs.total  # all that may go
     before, _, after = conv_shapes(model), pruning.cut(), conv_shapes(model)
     changed = 0

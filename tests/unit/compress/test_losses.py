@@ -20,11 +20,11 @@ VARIANTS = [
     ("interactive", {"published": True}),
     ("fused", {"published": True}),
     ("gradient", {"published": True}),
-    ("ce", {"published": True}),
+    ("embedding-ce", {"published": True}),
     ("ensemble", {"scales": (3.0, 8.0)}),
     ("tokens", {"norm": False}),
-    ("kl", {"temperature": 1.5}),
-    ("labels", {"scale": 5.0}),
+    ("embedding-kl", {"temperature": 1.5}),
+    ("classification", {"scale": 5.0}),
     ("logits", {"temperature": 1.5}),
 ]
 BOTH_WIDTHS = [
@@ -335,11 +335,11 @@ REFERENCES = {
     "huber": raw(
         lambda own, wanted: mean(own, wanted, lambda x: x**2 / 2 if abs(float(x.detach())) <= 1 else abs(x) - 0.5)
     ),
-    "kl": kl,
-    "ce": ce,
-    "labels": labels,
+    "embedding-kl": kl,
+    "embedding-ce": ce,
+    "classification": labels,
     "logits": soft_logits,
-    "ita": ita,
+    "momentum-contrastive": ita,
     "upop-kd": upop_kd,
 }
 
@@ -375,7 +375,8 @@ def test_the_mean_over_processes_is_the_loss_of_one(name, settings, wide):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in LOSSES if n not in ("labels", "logits") and "pairs" not in needs_of(terms_from((n,), "x"))]
+    "name",
+    [n for n in LOSSES if n not in ("classification", "logits") and "pairs" not in needs_of(terms_from((n,), "x"))],
 )
 def test_a_tower_that_does_not_learn_is_not_looked_at(name):
     of, shares = world(wide=True), []
@@ -464,7 +465,7 @@ def test_masked_feature_looks_at_the_masked_picture():
 
 
 def test_a_batch_without_labels_is_worth_exactly_zero_and_can_be_differentiated():
-    of, losses = world(wide=True), objective(("labels",), wide=True)
+    of, losses = world(wide=True), objective(("classification",), wide=True)
     none = torch.full_like(LABELS, -1)
     found, _ = losses(replace(batch(of, losses), labels=none, all_labels=none))
     assert found.item() == 0
@@ -492,14 +493,16 @@ def test_absent_terms_are_not_computed(monkeypatch):
 
 
 def test_names_without_weights_get_the_published_ones():
-    terms = terms_from(("contrastive", "feature", "kl", "l1", "ce"), "x")
+    terms = terms_from(("contrastive", "feature", "embedding-kl", "l1", "embedding-ce"), "x")
     weights = {name: settings.weight for name, settings in terms.items()}
-    assert weights == {"contrastive": 1.0, "feature": 2000.0, "kl": 0.6, "l1": 0.35, "ce": 0.05}
+    assert weights == {"contrastive": 1.0, "feature": 2000.0, "embedding-kl": 0.6, "l1": 0.35, "embedding-ce": 0.05}
     assert terms_from({"feature": 3}, "x")["feature"].weight == 3.0
     assert terms_from({"gradient": {"published": True}}, "x")["gradient"].weight == 1e8
     assert terms_from({"gradient": {"published": True, "weight": 2}}, "x")["gradient"].weight == 2
-    assert "teacher" in needs_of(terms) and "teacher" not in needs_of(terms_from(("contrastive", "ita"), "x"))
-    assert "momentum" in needs_of(terms_from(("ita",), "x"))
+    assert "teacher" in needs_of(terms) and "teacher" not in needs_of(
+        terms_from(("contrastive", "momentum-contrastive"), "x")
+    )
+    assert "momentum" in needs_of(terms_from(("momentum-contrastive",), "x"))
     with pytest.raises(RecipeError, match="Did you mean 'affinity'"):
         terms_from(("afinity",), "x")
     with pytest.raises(RecipeError, match=r"unknown key 'wieght'\. Did you mean 'weight'"):
@@ -511,7 +514,7 @@ def test_names_without_weights_get_the_published_ones():
     [
         ({"tokens": {}}, {"teacher_tokens": dict.fromkeys(SIDES, (5, 3))}, "student has 3 tokens, the teacher's 5"),
         ({"ensemble": {"scales": [1.0]}}, {}, "1 numbers for 2 teachers"),
-        ({"labels": {}}, {"sides": ("text",)}, "image tower does not learn"),
+        ({"classification": {}}, {"sides": ("text",)}, "image tower does not learn"),
         ({"masked-feature": {"patch": 12}}, {}, "patches of 12 pixels do not tile 32x32"),
     ],
 )

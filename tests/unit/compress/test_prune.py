@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipress.compress.prune.budget import Align, Floor, keep_masks
+from clipress.compress.prune.budget import Align, MinKeep, keep_masks
 from clipress.compress.prune.costs import cost_model
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates, sites
@@ -149,7 +149,7 @@ def masks(model, scores=None, fraction=0.5, unit="params", align=(4, 16), floor=
     scores = scores or [torch.rand(s.groups, s.units, generator=generator) for s in found]
     kept = keep_masks(
         found, scores, costs, fraction, per_cost=per_cost,
-        align=Align(head_dim=align[0], ffn=align[1]), floor=Floor(head_dim=floor[0], ffn=floor[1]),
+        align=Align(head_dim=align[0], ffn=align[1]), min_keep=MinKeep(head_dim=floor[0], ffn=floor[1]),
     )  # fmt: skip
     cost = costs.fixed + sum(int(mask[0].sum()) * getattr(s, unit) for mask, s in zip(kept, found, strict=True))
     return found, scores, kept, cost, costs.total
@@ -282,7 +282,7 @@ class TestSearch:
         context = Context(fabric, DataSpec(train=(SourceSpec(format="digits", limit=40),)), 0, title="t")
         model = new_model(architecture or tiny_architecture(layers=1), 0)
         before = {b.tower: sum(p.numel() for p in b.module.parameters()) for b in anatomy.blocks(model.module)}
-        base = {"steps": 4, "interval": 2, "batch_size": 8, "align": {"head_dim": 4, "ffn": 8}}
+        base = {"steps": 4, "update_every": 2, "batch_size": 8, "align": {"head_dim": 4, "ffn": 8}}
         model, details = run(Prune(**{**base, **settings}), model, context)
         after = {b.tower: sum(p.numel() for p in b.module.parameters()) for b in anatomy.blocks(model.module)}
         return model, details, {tower: after[tower] / before[tower] for tower in before}
@@ -311,7 +311,7 @@ class TestSearch:
 
     def test_whole_heads_go(self):
         model, _, _ = self.prune(
-            budget={"params": 0.75}, sites={"image": ["heads"], "text": ["heads"]}, floor={"heads": 0}
+            budget={"params": 0.75}, sites={"image": ["heads"], "text": ["heads"]}, min_keep={"heads": 0}
         )
         assert {part.module.heads for part in anatomy.attentions(model.module)} < {0, 1, 2}
         assert all(part.module.qk_dim in (0, 16) for part in anatomy.attentions(model.module))

@@ -7,7 +7,7 @@ from clipress.artifact import save_artifact
 from clipress.bench.layers import ELSE, layer_costs
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
-from clipress.compress.prune.budget import Align, Budget, Floor, Target, keep_masks
+from clipress.compress.prune.budget import Align, Budget, MinKeep, Target, keep_masks
 from clipress.compress.prune.convnets import ConvPruning
 from clipress.compress.prune.costs import cost_model, part_macs
 from clipress.compress.prune.criterion import CRITERIA, Accumulator, Criterion
@@ -23,7 +23,7 @@ from clipress.models.tiny import tiny_architecture
 from clipress.recipe import checked
 from clipress.tasks import model_from_artifact, task_named
 
-ALIGN, FLOOR = Align(head_dim=4, ffn=16), Floor(head_dim=0.2, ffn=0.1)
+ALIGN, FLOOR = Align(head_dim=4, ffn=16), MinKeep(head_dim=0.2, ffn=0.1)
 
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -74,7 +74,7 @@ def test_a_classifier_is_masked_and_cut_to_the_budget_by_every_criterion(name):
     module = classifier()
     gates, scores = scored(module, name)
     costs = cost_model(module, gates.sites, "params")
-    kept = keep_masks(gates.sites, scores, costs, 0.5, align=ALIGN, floor=FLOOR, per_cost=CRITERIA[name].per_cost)
+    kept = keep_masks(gates.sites, scores, costs, 0.5, align=ALIGN, min_keep=FLOOR, per_cost=CRITERIA[name].per_cost)
     for site, mask in zip(gates.sites, kept, strict=True):
         site.mask = mask.float()
     with torch.no_grad():
@@ -108,8 +108,8 @@ def test_a_classifier_is_searched_cut_saved_and_read_back(criterion, tmp_path):
         start_fabric(Runtime(accelerator="cpu")), DataSpec(train=(SourceSpec(format="digits", limit=40),)), 0, title="t"
     )
     settings = Prune(
-        budget={"image": {"params": 0.6}}, losses=["labels"], criterion=criterion, steps=4, interval=2, batch_size=8,
-        align=ALIGN, floor=FLOOR,
+        budget={"image": {"params": 0.6}}, losses=["classification"], criterion=criterion, steps=4, update_every=2, batch_size=8,
+        align=ALIGN, min_keep=FLOOR,
     )  # fmt: skip
     model, details = run(settings, classifier_model(), context)
     assert 0.5 < details["block_params_kept"] <= 0.6
@@ -149,7 +149,7 @@ def test_a_criterion_that_is_registered_can_be_named_in_a_recipe():
     gates = Gates(module, FirstUnits.space)
     scores = Accumulator(CRITERIA[settings.criterion](), gates.sites).scores(lambda total: total)
     costs = cost_model(module, gates.sites, "params")
-    for mask in keep_masks(gates.sites, scores, costs, 0.5, align=ALIGN, floor=FLOOR, per_cost=True):
+    for mask in keep_masks(gates.sites, scores, costs, 0.5, align=ALIGN, min_keep=FLOOR, per_cost=True):
         assert torch.equal(mask, mask.sort(dim=1, descending=True).values)
 
 

@@ -115,7 +115,7 @@ def settings(**given):
 
 
 def test_keep_auto_keeps_the_sensitive_layer_and_says_so(digits):
-    model, details = quantize.run(settings(keep="auto", max_damage=0.002), with_an_outlier(), digits)
+    model, details = quantize.run(settings(exclude="auto", max_damage=0.002), with_an_outlier(), digits)
     assert details["kept"] == [DELICATE] and DELICATE not in model.quantization["modules"]
     assert details["sensitivity"][0]["module"] == DELICATE and len(details["sensitivity"]) == 13
     assert max(details["damage"].values()) <= 0.002 and details["quantized_modules"] == 12
@@ -127,7 +127,7 @@ def test_keep_auto_keeps_the_sensitive_layer_and_says_so(digits):
 
 
 def test_what_auto_kept_is_saved_and_loaded_as_a_plain_layer(digits):
-    model, _ = quantize.run(settings(keep=("auto", "*.attn.*"), max_damage=0.002), with_an_outlier(), digits)
+    model, _ = quantize.run(settings(exclude=("auto", "*.attn.*"), max_damage=0.002), with_an_outlier(), digits)
     artifact = artifact_from_model(model, ({"stage": "int8", "hash": "x"},), {})
     assert f"{DELICATE}.weight" in artifact.weights and f"{DELICATE}.input_quantizer._amax" not in artifact.weights
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -145,7 +145,7 @@ def test_the_report_can_be_had_without_keeping_anything(digits):
 
 def test_training_goes_on_with_what_was_kept(digits):
     model, details = quantize.run(
-        settings(keep="auto", max_damage=0.002, steps=2, losses=["contrastive"]), with_an_outlier(), digits
+        settings(exclude="auto", max_damage=0.002, steps=2, losses=["contrastive"]), with_an_outlier(), digits
     )
     assert details["steps"] == 2 and DELICATE in details["kept"]
     assert not dict(model.module.named_modules())[DELICATE].input_quantizer.is_enabled

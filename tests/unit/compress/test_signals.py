@@ -21,8 +21,8 @@ from clipress.errors import ArtifactError, ClipressError, Stopped
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
-LOSSES = {"contrastive": 1.0, "feature": 10.0, "ita": 1.0}
-CONFIG = Training(steps=7, batch_size=8, lr=1e-3, queue=16)
+LOSSES = {"contrastive": 1.0, "feature": 10.0, "momentum-contrastive": 1.0}
+CONFIG = Training(steps=7, batch_size=8, lr=1e-3, queue_size=16)
 
 
 class At(Hook):
@@ -43,7 +43,7 @@ def fabric():
 
 def context(fabric, folder, every=100, **more):
     data = DataSpec(train=(SourceSpec(format="digits", limit=40),), **more)
-    teacher, runtime = new_model(tiny_architecture(layers=1), 1), Runtime(checkpoint=every)
+    teacher, runtime = new_model(tiny_architecture(layers=1), 1), Runtime(checkpoint_every=every)
     return Context(
         fabric, data, 0, (teacher,), runtime, folder / "log.jsonl", checkpoints=folder / "kept", title="made"
     )

@@ -136,5 +136,5 @@ def test_modules_named_in_keep_stay_in_full_precision():
 
 
 def test_keeping_everything_is_refused():
-    with pytest.raises(RecipeError, match="'keep' leaves no Linear or Conv"):
+    with pytest.raises(RecipeError, match="'exclude' leaves no Linear or Conv"):
         quantized(keep=("*",))

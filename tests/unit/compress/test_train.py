@@ -35,7 +35,7 @@ def rows(context):
 
 
 def test_the_rate_rises_then_falls_as_a_cosine_to_zero():
-    rates = [learning_rate(step, 100, Training(steps=100, lr=1.0, warmup=0.2)) for step in range(101)]
+    rates = [learning_rate(step, 100, Training(steps=100, lr=1.0, warmup_ratio=0.2)) for step in range(101)]
     assert rates[:20] == pytest.approx([(i + 1) / 20 for i in range(20)])
     assert (
         rates[60] == pytest.approx(0.5)
@@ -45,7 +45,7 @@ def test_the_rate_rises_then_falls_as_a_cosine_to_zero():
 
 
 def test_a_constant_rate_stays_after_its_warm_up():
-    config = Training(steps=10, lr=0.5, warmup=0, decay="constant")
+    config = Training(steps=10, lr=0.5, warmup_ratio=0, lr_schedule="constant")
     assert [learning_rate(step, 10, config) for step in range(10)] == [0.5] * 10
 
 
@@ -157,19 +157,26 @@ class Gradients(Hook):
         self.seen = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("change", [{"accumulate": 4}, {"checkpointing": True}, {"local_loss": False}])
+@pytest.mark.parametrize("change", [{"grad_cache_chunks": 4}, {"grad_checkpointing": True}, {"local_loss": False}])
 def test_how_a_step_is_worked_through_does_not_change_its_gradient(context, change):
     seen, last = [], []
     for runtime in (Runtime(), Runtime(**change)):
         student, teacher = student_and_teacher(embed_dim=16)
         look = Gradients(student.module)
         own = replace(context, teachers=(teacher,), runtime=runtime)
-        losses = {"contrastive": 1.0, "affinity": 1.0, "feature": 10.0, "ita": 1.0, "tokens": 1.0, "labels": 0.1}
+        losses = {
+            "contrastive": 1.0,
+            "affinity": 1.0,
+            "feature": 10.0,
+            "momentum-contrastive": 1.0,
+            "tokens": 1.0,
+            "classification": 0.1,
+        }
         losses |= {"masked-feature": 10.0, "fused": 1.0}
-        record = train(student, Training(steps=1, batch_size=16, clip=1e9), losses, own, [look])
+        record = train(student, Training(steps=1, batch_size=16, grad_clip_norm=1e9), losses, own, [look])
         seen.append(look.seen)
         last.append(record["last"])
-        assert look.parts == change.get("accumulate", 1) or runtime == Runtime()
+        assert look.parts == change.get("grad_cache_chunks", 1) or runtime == Runtime()
     assert last[0] == pytest.approx(last[1], rel=1e-5)
     assert seen[0].keys() == seen[1].keys() and len(seen[0]) > 20
     for name, gradient in seen[0].items():
@@ -204,7 +211,9 @@ def test_a_frozen_tower_keeps_its_weights_and_is_not_run_for_nothing(context, to
     assert all(parameter.requires_grad for parameter in student.module.parameters())
 
 
-@pytest.mark.parametrize("losses", [("tokens",), ("masked-feature",), ("kl", "l1", "ce"), ("mse",), ("cross",)])
+@pytest.mark.parametrize(
+    "losses", [("tokens",), ("masked-feature",), ("embedding-kl", "l1", "embedding-ce"), ("mse",), ("cross",)]
+)
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_one_tower_can_be_distilled_alone(context, losses, tower):
     student, teacher = student_and_teacher(embed_dim=16)
@@ -222,8 +231,8 @@ def test_token_features_leave_no_hooks_behind(context):
 def test_labels_alone_train_a_classifier(context):
     student, teacher = student_and_teacher(embed_dim=16)
     config = Training(steps=30, batch_size=16, lr=5e-3, towers="image")
-    record = train(student, config, ("labels",), replace(context, teachers=(teacher,)))
-    assert record["last"]["labels"] < 0.8 * rows(context)[0]["labels"]
+    record = train(student, config, ("classification",), replace(context, teachers=(teacher,)))
+    assert record["last"]["classification"] < 0.8 * rows(context)[0]["classification"]
 
 
 def test_token_features_of_other_counts_are_refused_before_training(context):

@@ -498,7 +498,7 @@ def test_a_run_with_engines_in_its_recipe_continues_without_them_and_reports_why
     (run / "recipe.yaml").write_text(kept.replace("export:\n", "export:\n  tensorrt:\n    batch:\n      max: 16\n"))
     result = clipress("export", run, "--stage", "int8")
     assert result.exit_code == 0, result.output
-    assert "Skipping TensorRT engines: TensorRT cannot be used on this machine" in result.output
+    assert "Skipping export target tensorrt: TensorRT cannot be used on this machine" in result.output
     assert (run / "export" / "int8" / "tensorrt" / "image.int8-fp16.onnx").is_file()
     assert "--maxShapes=pixel_values:16x3x32x32" in (run / "export" / "trtexec.sh").read_text()
     result = clipress("export", run, "--stage", "int8", "--tensorrt")
@@ -510,7 +510,7 @@ def test_a_whole_run_is_not_stopped_by_missing_engines(tmp_path, recipe, bare):
     recipe["stages"], recipe["export"]["tensorrt"] = [], {}
     result = clipress("run", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    assert "Skipping TensorRT engines: TensorRT cannot be used" in result.output
+    assert "Skipping export target tensorrt: TensorRT cannot be used" in result.output
     assert (tmp_path / "run" / "bench" / "results.json").is_file() and (tmp_path / "run" / "triton").is_dir()
 
 

@@ -11,8 +11,8 @@ from clipress.compress.losses import LOSSES, Loss, each_side, kl_divergence
 from clipress.tasks.training import Batch
 
 
-@LOSSES.register("kl")
-class Kl(Loss):
+@LOSSES.register("embedding-kl")
+class EmbeddingKl(Loss):
     """Divergence of softened embeddings from the teacher's."""
 
     needs = frozenset({"teacher", "space"})

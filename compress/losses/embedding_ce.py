@@ -10,8 +10,8 @@ from clipress.compress.losses import LOSSES, Loss, each_side, soft_cross_entropy
 from clipress.tasks.training import Batch
 
 
-@LOSSES.register("ce")
-class Ce(Loss):
+@LOSSES.register("embedding-ce")
+class EmbeddingCe(Loss):
     """Cross-entropy of embeddings against the teacher's."""
 
     needs = frozenset({"teacher", "space"})

@@ -13,8 +13,8 @@ from clipress.errors import RecipeError
 from clipress.tasks.training import Batch, Sizes
 
 
-@LOSSES.register("labels")
-class Labels(Loss):
+@LOSSES.register("classification")
+class Classification(Loss):
     """Cross-entropy against labels, averaged over the labelled pairs of all processes."""
 
     needs = frozenset({"space", "labels"})
@@ -25,7 +25,9 @@ class Labels(Loss):
     def __init__(self, settings: Settings, sizes: Sizes) -> None:
         super().__init__(settings, sizes)
         if "image" not in sizes.sides:
-            raise RecipeError("labels: pictures are classified, and the image tower does not learn. Change 'towers'.")
+            raise RecipeError(
+                "classification: pictures are classified, and the image tower does not learn. Change 'towers'."
+            )
 
     def forward(self, batch: Batch) -> Tensor:
         logits = batch.class_scores(self.settings.scale)

@@ -10,8 +10,8 @@ from clipress.compress.losses import LOSSES, Loss, soft_cross_entropy
 from clipress.tasks.training import Batch
 
 
-@LOSSES.register("ita")
-class Ita(Loss):
+@LOSSES.register("momentum-contrastive")
+class MomentumContrastive(Loss):
     """Contrast online features with the slow copy's, against targets the slow copy has a say in."""
 
     needs = frozenset({"pairs", "momentum"})
