@@ -26,8 +26,7 @@ def run(recipe: str, out: Path | None, sets: tuple[str, ...], resume: bool) -> N
 
     done = clipress.run(recipe, out, overrides_from(sets), resume, click.echo)
     if done.served is not None:
-        other = "" if done.served == done.artifacts[-1] else f" --stage {done.served}"
-        click.echo(f"Try it: clipress predict {done.folder} IMAGE --labels NAME,NAME{other}")
+        click.echo(f"Try it: {done.predict_command}")
 
 
 @click.command()

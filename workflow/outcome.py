@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipress.runtime.export_folder import read_export
+
 if TYPE_CHECKING:
     from clipress.bench.results import Results
 
@@ -21,3 +23,10 @@ class Run:
     """Content of bench/results.json. None in all but the first process of several."""
     served: str | None = None
     """The artifact in the Triton repositories."""
+
+    @property
+    def predict_command(self) -> str:
+        """A command that classifies an image with the served artifact; a classifier has labels of its own."""
+        labels = "" if read_export(self.folder / "export" / self.served).labels else " --labels NAME,NAME"
+        other = "" if self.served == self.artifacts[-1] else f" --stage {self.served}"
+        return f"clipress predict {self.folder} IMAGE{labels}{other}"
