@@ -343,7 +343,7 @@ def test_a_run_leaves_the_teachers_tower_alone_in_every_stage_and_after_a_stop(t
             {"distill": short},
             {"distill": {"name": "second", **short}},
             {"sparsify": short},
-            {"quantize": {**short, "calibrate": 8, "keep": ["visual.*"]}},
+            {"quantize": {**short, "calibrate": 8, "exclude": ["visual.*"]}},
         ],
     }
     run = tmp_path / "run"
