@@ -1,12 +1,12 @@
-"""Named methods, each registered where it is written: losses, criteria, stages, formats, importers, runners, tasks.
+"""Registries of named methods: losses, criteria, stages, data formats, importers, runners, tasks.
 
     LOSSES = Registry("loss", "clipress.compress.losses")
 
     @LOSSES.register("crd")
     class Crd(Loss): ...
 
-A registry imports its packages the first time it is read, and with them whatever other distributions add: a package that
-declares an entry point in the group `clipress.plugins` is imported too, and registers its methods in the same way.
+A registry imports its packages on first access, together with all plugins: distributions that declare an entry point in the
+group `clipress.plugins`, and register their methods in the same way.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Registry(Mapping[str, T], Generic[T]):
     """A mapping from names to methods, filled by the decorator `register`.
 
     Args:
-        kind: what an entry is called in messages, such as "loss".
-        packages: modules and packages whose import registers the entries; of a package every module in it.
+        kind: name of an entry in messages, such as "loss".
+        packages: modules that register the entries when imported; for a package, all modules in it.
     """
 
     def __init__(self, kind: str, *packages: str) -> None:
@@ -38,7 +38,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._is_loaded = False
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that adds what it decorates under `name`. Raises ValueError for a name that is taken."""
+        """Return a decorator that registers a method under `name`. Raises ValueError if the name is taken."""
 
         def add(entry: T) -> T:
             known = self._entries.get(name)
@@ -50,15 +50,15 @@ class Registry(Mapping[str, T], Generic[T]):
         return add
 
     def find(self, name: str, where: str) -> T:
-        """Return an entry. Raises RecipeError, with the nearest known name, when there is none; `where` begins it."""
+        """Return an entry. Raises RecipeError, prefixed by `where` and with the nearest name, if there is none."""
         if name not in self:
             raise RecipeError(f"{where}: unknown {self.kind} '{name}'.{nearest(name, self)}")
         return self[name]
 
     def check(self, name: str) -> str:
-        """Return a name that is registered; ValueError, with the nearest known name, for any other.
+        """Return `name` if it is registered. Raises ValueError, with the nearest name, if it is not.
 
-        A validator for settings: `criterion: Annotated[str, AfterValidator(CRITERIA.check)]`.
+        For use in settings: `criterion: Annotated[str, AfterValidator(CRITERIA.check)]`.
         """
         if name not in self:
             raise ValueError(f"unknown {self.kind} '{name}'.{nearest(name, self)}")
@@ -79,7 +79,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def _load(self) -> None:
         if self._is_loaded:
             return
-        self._is_loaded = True  # before the imports: an imported module may look something up
+        self._is_loaded = True  # set before the imports, since an imported module may look something up
         try:
             for name in self._packages:
                 package = importlib.import_module(name)
@@ -94,7 +94,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
 @cache
 def load_plugins() -> None:
-    """Import every installed distribution's entry points of the group `clipress.plugins`, once."""
+    """Import the entry points in the group `clipress.plugins` of all installed distributions, once."""
     for point in entry_points(group=PLUGINS):
         point.load()
 

@@ -1,4 +1,4 @@
-"""Calibration: training data run through a model without gradients, and what they must be for that to mean anything."""
+"""Calibration: run training samples through a model without gradients."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from clipress.models.load import Model
 from clipress.tasks import Task, task_named
 
 Samples = dict[str, dict[str, Tensor]]
-"""Of a batch: the inputs of every graph that the data have inputs for, graph -> input -> rows [B, ...]."""
+"""One batch: the inputs of every graph that the data can feed, graph -> input -> rows [B, ...]."""
 
 
 class Calibration:
-    """The first `items` training items of a stage, rounded up to whole batches. Call it with a module to run them."""
+    """The first `items` training items, rounded up to full batches. Call it with a module to run them through it."""
 
     def __init__(self, model: Model, config: Training, context: Context, items: int) -> None:
         self.device, self.title, self.task = context.fabric.device, context.title, task_named(model.task)
         self.loader = batches(model, config, context, -(-items // config.batch_size))
 
     def __iter__(self) -> Iterator[Samples]:
-        """Yield `Samples`, on the model's device. Raises DataError when all images are the same one."""
+        """Yield `Samples` on the model's device. Raises DataError if all images are identical."""
         first, varied, seen = None, False, 0
         for arrays in self.loader:
             tensors = {name: a.to(self.device) for name, a in arrays.items() if isinstance(a, Tensor)}
@@ -37,18 +37,18 @@ class Calibration:
             yield self.task.inputs_of(tensors)
         if first is not None and seen > 1 and not varied:
             raise DataError(
-                f"{self.title}: all {seen} calibration images are the same, and scales set on one image fit no other. "
-                "Give data.train different images."
+                f"{self.title}: expected different calibration images, found {seen} identical ones. Scales set on a single "
+                "image do not fit any other. Use different images in data.train."
             )
 
     @torch.no_grad()
     def __call__(self, module: nn.Module) -> None:
-        """Run every graph on every sample."""
+        """Run every graph on all samples."""
         module.eval()
         for samples in self:
             outputs_of(self.task, module, samples)
 
 
 def outputs_of(task: Task, module: nn.Module, samples: Samples) -> dict[str, Tensor]:
-    """Return every graph's first output for its samples: rows [B, ...] by graph."""
+    """Return the first output of every graph: rows [B, ...] by graph."""
     return {name: next(iter(task.call(module, name, inputs).values())) for name, inputs in samples.items()}

@@ -1,7 +1,7 @@
-"""Checkpoints of a training in progress: written whole, the last two kept, an unreadable one passed over.
+"""Training checkpoints: written atomically, the last two kept, unreadable ones skipped.
 
-A file holds everything a step depends on, so a training that is continued ends bit for bit where an uninterrupted one
-does (on a CPU). Every process writes its own, since each has its own share of a search's scores.
+A checkpoint holds everything the next step depends on, so a resumed run ends bit for bit where an uninterrupted one does
+(on CPU). Every process writes its own file, since pruning scores differ between processes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from clipress.storage import flush, writing
 
 log = logging.getLogger("clipress.checkpoint")
-KEPT = 2
+KEEP_LAST = 2
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], rank: int = 0) -> None:
-    """Write the state after `step` steps: aside, flushed, then renamed into place."""
+    """Write the state after `step` steps to a temporary file, flush it and rename it into place."""
     target = folder / f"rank{rank}-{step:08}.pt"
     aside = target.with_suffix(".tmp")
     try:
@@ -33,7 +33,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], rank: int = 
             flush(aside)
             aside.replace(target)
             flush(folder)
-            for _, old in _there(folder, rank)[:-KEPT]:
+            for _, old in _saved(folder, rank)[:-KEEP_LAST]:
                 old.unlink(missing_ok=True)
     finally:
         with suppress(OSError):
@@ -41,20 +41,20 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], rank: int = 
 
 
 def steps_saved(folder: Path, rank: int = 0) -> list[int]:
-    """Return after how many steps there are checkpoints of this process, oldest first."""
-    return [step for step, _ in _there(folder, rank)]
+    """Return the steps this process has checkpoints for, oldest first."""
+    return [step for step, _ in _saved(folder, rank)]
 
 
 def load_checkpoint(folder: Path, step: int, rank: int = 0) -> dict[str, Any] | None:
-    """Read a checkpoint, tensors and plain values only; None, with a warning, when it cannot be read."""
+    """Read a checkpoint: tensors and plain values only. Returns None, with a warning, if it cannot be read."""
     path = folder / f"rank{rank}-{step:08}.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        log.warning("%s cannot be read (%s); the one before it is used.", path, str(error).splitlines()[0])
+        log.warning("%s cannot be read (%s). Using the previous checkpoint.", path, str(error).splitlines()[0])
         return None
 
 
-def _there(folder: Path, rank: int) -> list[tuple[int, Path]]:
+def _saved(folder: Path, rank: int) -> list[tuple[int, Path]]:
     found = [(re.fullmatch(rf"rank{rank}-(\d+)\.pt", path.name), path) for path in folder.glob(f"rank{rank}-*.pt")]
     return sorted((int(match.group(1)), path) for match, path in found if match)

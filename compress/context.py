@@ -1,4 +1,4 @@
-"""What a stage works with besides its settings and its student."""
+"""What a stage needs besides its settings and student: devices, data, teachers, folders."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Context:
     teachers: tuple[Model, ...] = ()
     runtime: Runtime = field(default_factory=Runtime)
     log: Path | None = None
-    """File of JSON lines; None: no log is kept."""
+    """JSON lines file; None writes no log."""
     caches: tuple[tuple[TeacherCache, ...], ...] = ()
-    """Cached teacher outputs, per source and teacher; empty: teachers run."""
+    """Cached teacher outputs, per source and teacher; empty if the teachers run."""
     checkpoints: Path | None = None
-    """Folder of this stage's checkpoints; None: none are written or read."""
+    """Folder of this stage's checkpoints; None reads and writes none."""
     title: str = ""
     say: Callable[[str], None] = lambda _: None
     """Receives lines for the user."""
@@ -43,7 +43,7 @@ class Context:
 
 
 def steps_of(config: Training, context: Context) -> int:
-    """Return how many steps a stage takes."""
+    """Return the number of steps of a stage."""
     if config.steps is not None:
         return config.steps
     weights = [spec.weight for spec in context.data.train]

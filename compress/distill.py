@@ -1,6 +1,6 @@
-"""Distillation and plain training: move a student's weights with any of the loss terms.
+"""The `distill` stage: train a student with any combination of losses.
 
-With only `contrastive` it is ordinary CLIP training and needs no teacher; after pruning it is recovery.
+With `contrastive` alone it is plain CLIP training and needs no teacher; after pruning it is the recovery phase.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Distill(Training):
     """Settings of `distill`."""
 
     losses: Losses = ("contrastive",)
-    """Names, or names with weights."""
+    """Loss names, or a mapping from names to weights or settings."""
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
@@ -30,7 +30,9 @@ class Distill(Training):
     "distill",
     Distill,
     makes="distilled",
-    never_after={"quantize": "training would leave the INT8 scales behind; quantize trains itself"},
+    never_after={
+        "quantize": "further training would invalidate the INT8 scales. The quantize stage does its own training"
+    },
 )
 def run(settings: Distill, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Train the student."""

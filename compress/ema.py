@@ -1,4 +1,4 @@
-"""A slow copy of the student, an exponential moving average of its weights, as ALBEF, BLIP and UPop train with."""
+"""Momentum model: an exponential moving average (EMA) of the student, as used by ALBEF, BLIP and UPop."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from clipress.tasks.training import Batch, Gather, Lesson, Momentum
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-DECAY = 0.995  # of the copy's weights at each step
-ALPHA = 0.4  # largest weight of the copy's opinion in the targets
+DECAY = 0.995  # EMA decay per step
+ALPHA = 0.4  # final weight of the EMA model's predictions in the targets
 
 
 class EMAModel:
-    """The slow copy and a queue of past features. It carries no gates, and the queue starts empty.
+    """The EMA model and a queue of past features, which starts empty. The EMA model has no gates.
 
     Args:
         module: the student.
-        lesson: how its outputs become features.
-        fabric: where it runs; the copy is whole on each process.
-        queue_size: past rows that are kept.
-        rise: steps in which the weight of its opinion rises to `ALPHA`.
+        lesson: turns its outputs into features.
+        fabric: where it runs; every process holds a full copy.
+        queue_size: number of past rows to keep.
+        ramp_steps: steps over which the weight of its predictions rises to `ALPHA`.
     """
 
-    def __init__(self, module: nn.Module, lesson: Lesson, fabric: Fabric, queue_size: int, rise: int) -> None:
-        self.student, self.lesson, self.fabric, self.queue_size, self.rise = module, lesson, fabric, queue_size, rise
+    def __init__(self, module: nn.Module, lesson: Lesson, fabric: Fabric, queue_size: int, ramp_steps: int) -> None:
+        self.student, self.lesson, self.fabric = module, lesson, fabric
+        self.queue_size, self.ramp_steps = queue_size, ramp_steps
         self.copy = copy.deepcopy(module).eval().requires_grad_(False)
         for inner in self.copy.modules():
             inner._forward_hooks.clear()
@@ -41,17 +42,17 @@ class EMAModel:
         self.past: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Any]:
-        """Return what the next step depends on."""
+        """Return the state for a checkpoint."""
         return {"copy": self.copy.state_dict(), "past": self.past}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.copy.load_state_dict(state["copy"])
         self.past = {name: rows.to(self.fabric.device) for name, rows in state["past"].items()}
 
     @torch.no_grad()
     def step(self, batch: Batch, arrays: Mapping[str, Tensor], step: int, gather: Gather) -> Momentum:
-        """Move the copy towards the student, run the batch through it, and put the batch into the queue."""
+        """Update the EMA weights, run the batch through them, and add the batch to the queue."""
         for slow, fast in zip(self.copy.parameters(), self.student.parameters(), strict=True):
             slow.lerp_(full_tensor(fast).reshape(slow.shape).to(slow.dtype), 1 - DECAY)
         with self.fabric.autocast():
@@ -59,4 +60,4 @@ class EMAModel:
         momentum, rows = self.lesson.momentum(outputs, batch, arrays, self.past, gather)
         kept = {name: torch.cat([new, self.past[name]]) if self.past else new for name, new in rows.items()}
         self.past = {name: old[: self.queue_size] for name, old in kept.items()} if self.queue_size else {}
-        return replace(momentum, alpha=ALPHA * min(step / self.rise, 1.0))
+        return replace(momentum, alpha=ALPHA * min(step / self.ramp_steps, 1.0))

@@ -1,4 +1,4 @@
-"""Where training runs: one process or many, through Lightning Fabric; and the few collectives the losses need."""
+"""Device and process setup with Lightning Fabric, and the collectives that training uses."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def uses_bf16(precision: str, device: str) -> bool:
-    """Tell what a `precision` means on a device: auto is bf16 on a GPU that has it."""
+    """Return whether `precision` means bf16 on a device: `auto` does on GPUs that support it."""
     return precision == "bf16" or (precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
 
 
 def start_fabric(runtime: Runtime) -> Fabric:
-    """Start Fabric on what is there: one CPU, one GPU, or the processes torchrun started."""
+    """Start Fabric on the available hardware: one CPU, one GPU, or the processes that torchrun started."""
     from lightning_fabric import Fabric
 
     local, world = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("WORLD_SIZE", 1))
@@ -44,11 +44,11 @@ def start_fabric(runtime: Runtime) -> Fabric:
 
 
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:
-    """FSDP2: shard every block, then what is left."""
+    """Shard every block with FSDP2, then the remaining parameters."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = mesh["data_parallel"]
-    for owner, name in _scalars(module):  # FSDP2 refuses parameters without dimensions
+    for owner, name in _scalars(module):  # FSDP2 rejects zero-dimensional parameters
         setattr(owner, name, nn.Parameter(getattr(owner, name).detach().reshape(1)))
         owner.scalars_given_a_dimension = {*getattr(owner, "scalars_given_a_dimension", ()), name}
     for block in anatomy.blocks(module.model):
@@ -61,25 +61,25 @@ def _scalars(module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def shut_down_distributed() -> None:
-    """Let the processes go their ways: nothing is gathered from here on. Without it, leaving may abort."""
+    """Destroy the process group: no collectives may follow. Without this call the processes may abort on exit."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
-    """Return a parameter as it is, or gathered from FSDP2's shards."""
+    """Return a parameter unchanged, or gathered from its FSDP2 shards."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 @torch.no_grad()
 def gather_shards(model: nn.Module) -> None:
-    """Turn FSDP2's shards back into plain parameters of plain modules, in place."""
+    """Convert an FSDP2 model back into plain modules with full parameters, in place."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # its hooks would gather again, and wait for processes that are done
+            # FSDP2's hooks would gather again and wait for processes that have already finished.
             module._forward_pre_hooks.clear()
             module._forward_hooks.clear()
             module.__class__ = type(module).__bases__[1]
@@ -92,20 +92,20 @@ def gather_shards(model: nn.Module) -> None:
 
 
 def gathered(local: Tensor, fabric: Fabric) -> Tensor:
-    """Stack all processes' rows [N, ...]; gradients flow back to the process a row came from."""
+    """Gather the rows of all processes [N, ...]; gradients flow back to the process that owns a row."""
     if fabric.world_size == 1:
         return local
     return fabric.all_gather(local, sync_grads=local.requires_grad).flatten(0, 1)
 
 
 def all_mean(values: Sequence[Tensor], fabric: Fabric) -> list[float]:
-    """Average scalars over processes: each has the loss of its own rows."""
+    """Average scalars over processes; each process has the loss of its own rows."""
     stacked = torch.stack([value.detach() for value in values])
     return (stacked if fabric.world_size == 1 else fabric.all_reduce(stacked, reduce_op="mean")).tolist()
 
 
 def all_true(value: bool, fabric: Fabric) -> bool:
-    """Tell whether something holds on every process; all must decide alike."""
+    """Return whether `value` is true on every process, so that all make the same decision."""
     if fabric.world_size == 1:
         return value
     return bool(
@@ -114,7 +114,7 @@ def all_true(value: bool, fabric: Fabric) -> bool:
 
 
 def all_max(value: float, fabric: Fabric) -> float:
-    """Return the largest of all processes' values."""
+    """Return the maximum over processes."""
     if fabric.world_size == 1:
         return value
     return fabric.all_reduce(torch.tensor(float(value), device=fabric.device), reduce_op="max").item()

@@ -1,4 +1,4 @@
-"""Large batches in chunks: the losses see the whole batch, the student a chunk at a time.
+"""GradCache: the losses see the full batch while the student processes it in chunks.
 
 Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup".
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def encode_in_chunks(module: nn.Module, inputs: Mapping[str, Tensor], chunks: int) -> dict[str, Tensor]:
-    """Encode a batch chunk by chunk, keeping outputs only: leaves [B, ...] that the loss is differentiated to."""
+    """Encode a batch in chunks without a graph. Returns leaf tensors [B, ...] that collect the loss's gradients."""
     with torch.no_grad(), frozen_statistics(module):
         seen = [module(**chunk) for chunk in split(inputs, chunks)]
     outputs = {name: torch.cat([one[name] for one in seen]) for name, rows in seen[0].items() if rows.ndim}
@@ -30,7 +30,7 @@ def backward_in_chunks(
     fabric: Fabric,
     after_chunk: Callable[[], None],
 ) -> None:
-    """Encode once more with a graph, chunk by chunk, and pass on the gradients that the loss left on the leaves."""
+    """Encode again in chunks, now with a graph, and backpropagate the gradients collected on the leaves."""
     rows = {name: leaf.grad for name, leaf in leaves.items() if leaf.ndim and leaf.grad is not None}
     scalars = {name: leaf.grad for name, leaf in leaves.items() if not leaf.ndim}
     pieces = list(zip(split(inputs, chunks), split(rows, chunks), strict=True))
@@ -39,7 +39,7 @@ def backward_in_chunks(
         with fabric.no_backward_sync(module, enabled=not last):
             outputs = module(**chunk)
             linear = sum((outputs[name] * grad).sum() for name, grad in grads.items() if outputs[name].requires_grad)
-            for name, grad in scalars.items():  # a scalar's gradient is whole already: it is added once
+            for name, grad in scalars.items():  # a scalar's gradient covers the full batch, so it is added once
                 linear = linear + outputs[name] * (grad if last and grad is not None else 0.0)
             fabric.backward(linear)
         after_chunk()
@@ -59,7 +59,7 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of batch norms as they are: the pass that counts comes later."""
+    """Leave the running statistics of batch norms unchanged; the second pass updates them."""
     norms = batch_norms(module)
     kept = [norm.momentum for norm in norms]
     for norm in norms:

@@ -1,4 +1,4 @@
-"""Fixed points of a training step at which a stage may act."""
+"""Hooks that a stage can run at fixed points of a training step."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from torch import Tensor
 
 
 class Hook:
-    """Base of every hook; what a subclass does not define does nothing."""
+    """Base class of hooks; every method does nothing by default."""
 
     def before(self, step: int, arrays: Mapping[str, Tensor]) -> None:
         """Called before the forward pass, with the batch."""
 
     def moves(self, step: int) -> bool:
-        """Return whether this hook changes masks after this step; some losses depend on it."""
+        """Return whether this hook will change masks after this step; some losses depend on it."""
         return False
 
     def after_part(self, step: int) -> None:
-        """Called after each chunk's backward pass: once a step, unless the batch is processed in chunks."""
+        """Called after the backward pass of each chunk; once per step if the batch is not split."""
 
     def after_backward(self, step: int) -> None:
-        """Called when all gradients are there and finite."""
+        """Called when all gradients are complete and finite."""
 
     def after_update(self, step: int) -> None:
-        """Called when the weights have been updated."""
+        """Called after the weights are updated."""
 
     def state(self) -> dict[str, Any]:
-        """Return what the next step depends on, for a checkpoint."""
+        """Return the state for a checkpoint."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
+        """Restore the state from a checkpoint."""

@@ -1,4 +1,4 @@
-"""One training step: student, teachers, slow copy, objective and optimizers. How a task learns is its lesson's."""
+"""One training step: student, teachers, EMA model, losses and optimizers. The task's lesson provides the forward pass."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from clipress.tasks.training import Gather, Lesson, TrainingJob
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices; leave norms, biases and scales alone."""
+    """Apply weight decay to matrices only, not to norms, biases and scales."""
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 class Learner:
-    """Everything that takes part in a step."""
+    """Everything a training step uses."""
 
     def __init__(self, student: Model, config: Training, terms: Mapping[str, Loss.Settings], context: Context) -> None:
         self.student, self.config, self.context, self.fabric = student, config, context, context.fabric
@@ -48,7 +48,7 @@ class Learner:
         eval_frozen_modules(student.module)
         if context.runtime.grad_checkpointing:
             student.module.set_grad_checkpointing(True)
-        self.ema = self._slow_copy() if "momentum" in self.lesson.needs else None
+        self.ema = self._ema_model() if "momentum" in self.lesson.needs else None
         self.encoder = self.lesson.module(student.module)
         self.module = self.fabric.setup_module(self.encoder)
         groups = parameter_groups(self.module, config.weight_decay)
@@ -60,16 +60,16 @@ class Learner:
         self.own = torch.optim.AdamW(learned, lr=config.lr, betas=config.betas) if learns else None
         self.teachers = Teachers(teachers, self.lesson, context)
 
-    def _slow_copy(self) -> EMAModel:
-        one_pass = steps_of(self.config.model_copy(update={"steps": None, "epochs": 1.0}), self.context)
-        return EMAModel(self.student.module, self.lesson, self.fabric, self.config.queue_size, one_pass)
+    def _ema_model(self) -> EMAModel:
+        epoch_steps = steps_of(self.config.model_copy(update={"steps": None, "epochs": 1.0}), self.context)
+        return EMAModel(self.student.module, self.lesson, self.fabric, self.config.queue_size, epoch_steps)
 
     def gradients(
         self, step: int, arrays: dict[str, Tensor], hooks: Sequence[Hook]
     ) -> tuple[Tensor, dict[str, Tensor], bool]:
-        """Run forward and backward. Returns the loss, its terms, and whether all of it is finite on every process.
+        """Run forward and backward. Returns the loss, its terms, and whether everything is finite on every process.
 
-        When it is not, nothing of the step is left in what later steps depend on.
+        A non-finite step leaves batch norm statistics and the EMA queue as they were before it.
         """
         statistics = [(b, b.clone()) for norm in batch_norms(self.student.module) for b in norm.buffers()]
         past = self.ema.past if self.ema is not None else {}
@@ -107,14 +107,14 @@ class Learner:
             after_chunk()
         else:
             backward_in_chunks(self.module, inputs, outputs, chunks, self.fabric, after_chunk)
-        own = self._share_own_gradients()
+        own = self._reduce_own_gradients()
         norm = self.fabric.clip_gradients(
             self.module, self.optimizer, max_norm=self.config.grad_clip_norm, error_if_nonfinite=False
         )
         return total, terms, all_true(bool(torch.isfinite(norm) and torch.isfinite(own)), self.fabric)
 
     def update(self, rate: float) -> None:
-        """Take the step."""
+        """Update the weights."""
         for optimizer in (self.optimizer, self.own):
             if optimizer is not None:
                 for group in optimizer.param_groups:
@@ -129,7 +129,7 @@ class Learner:
         self.objective.zero_grad()
 
     def state(self) -> dict[str, Any]:
-        """Return what the next step depends on."""
+        """Return the state for a checkpoint."""
         state = {
             "student": self.student.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -145,7 +145,7 @@ class Learner:
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.student.module.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.objective.load_state_dict(state["objective"])
@@ -158,7 +158,7 @@ class Learner:
             torch.cuda.set_rng_state(state["cuda_rng"])
 
     def finish(self) -> None:
-        """Leave the student as a plain model in evaluation mode, nothing frozen, nothing hooked."""
+        """Return the student to a plain model in evaluation mode, without hooks or parameters frozen for this stage."""
         self.encoder.close()
         self.teachers.close()
         gather_shards(self.student.module)
@@ -169,7 +169,7 @@ class Learner:
         self.student.module.eval()
 
     def _mask(self, step: int) -> Callable[[Tensor], Tensor]:
-        """Return what hides patches of a batch, from noise that a row gets on any number of processes."""
+        """Return a function that masks patches; a row gets the same noise on any number of processes."""
         generator = torch.Generator().manual_seed(self.context.seed * 1_000_003 + step)
         rank, world, rows = self.fabric.global_rank, self.fabric.world_size, self.config.batch_size
 
@@ -178,8 +178,8 @@ class Learner:
 
         return lambda pixels: self.objective.mask_patches(pixels, draw)
 
-    def _share_own_gradients(self) -> Tensor:
-        """Average over processes the gradients of the losses' own parameters, and clip them; returns their norm."""
+    def _reduce_own_gradients(self) -> Tensor:
+        """Average the gradients of the losses' own parameters over processes and clip them. Returns their norm."""
         learned = [p for p in self.objective.parameters() if p.grad is not None]
         if self.fabric.world_size > 1:
             for parameter in learned:
@@ -190,13 +190,13 @@ class Learner:
 def _lesson(
     student: Model, config: Training, terms: Mapping[str, Loss.Settings], context: Context
 ) -> tuple[Lesson, tuple[Model, ...]]:
-    """Return how the student's task learns with these losses, and the teachers they need."""
+    """Return the task's lesson for these losses, and the teachers they need."""
     title, task = context.title, task_named(student.task)
     needs = task.needs(needs_of(terms))
     check_losses(terms, task, title)
     teachers = context.teachers if "teacher" in needs else ()
     if "teacher" in needs and not teachers:
-        raise RecipeError(f"{title}: losses {sorted(terms)} need a teacher, and the recipe has none.")
+        raise RecipeError(f"{title}: losses {sorted(terms)} require a teacher, the recipe has none. Set 'teacher'.")
     if any(teacher.task != student.task for teacher in teachers):
         raise RecipeError(f"{title}: expected teachers of task {student.task}, found {teachers[0].task}.")
     job = TrainingJob(

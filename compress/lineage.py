@@ -1,4 +1,4 @@
-"""The record that each stage leaves in its artifact: what it was made from, with what, and how long it took."""
+"""The record each stage adds to its artifact: inputs, settings, versions, machine and duration."""
 
 from __future__ import annotations
 
@@ -20,9 +20,15 @@ Lineage = tuple[dict[str, Any], ...]
 
 
 def record_of(stage: Stage, seed: int, data: str, parents: Lineage, teacher: str, fabric: Fabric) -> dict[str, Any]:
-    """Describe a stage before it runs. Its hash depends on everything that decides its result.
+    """Describe a stage before it runs. The hash covers everything that affects the result.
 
-    data: fingerprint of the training data; teacher: hash of the teachers, or `none`.
+    Args:
+        stage: the stage.
+        seed: the recipe's seed.
+        data: fingerprint of the training data.
+        parents: records of the earlier stages.
+        teacher: hash of the teachers, or `none`.
+        fabric: where the stage runs.
     """
     settings, parent, known = stage.settings.model_dump(mode="json"), parents[-1]["hash"], versions()
     return {
@@ -40,7 +46,7 @@ def record_of(stage: Stage, seed: int, data: str, parents: Lineage, teacher: str
 
 
 def machine(fabric: Fabric) -> dict[str, Any]:
-    """Return what decides the last bits of a result besides settings and versions."""
+    """Describe the hardware, which can affect the last bits of a result."""
     gpu = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else None
     return {
         "processor": platform.processor() or platform.machine(),
@@ -52,7 +58,7 @@ def machine(fabric: Fabric) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that decide what a stage computes."""
+    """Return the versions of the packages that affect what a stage computes."""
     known = {"clipress": __version__}
     for package in ("torch", "open_clip_torch", "nvidia-modelopt", "lightning-fabric", "numpy"):
         try:
@@ -63,7 +69,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_mb() -> int:
-    """Return the most memory the process, or its GPU, has held so far."""
+    """Return the peak memory of the GPU, or of the process if there is no GPU."""
     import resource
 
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""A recipe's stages, one after the other: each takes the last student and leaves an artifact in the run folder."""
+"""Run a recipe's stages in order: each takes the previous student and writes an artifact into the run folder."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Made:
-    """What the stages so far have made."""
+class Student:
+    """The student after the latest stage, with the records of all stages so far."""
 
     model: Model
     lineage: Lineage
 
 
 def compress(plan: CompressPlan, run: Path, say: Say, fresh: bool = False, wait: Say | None = None) -> list[Path]:
-    """Run every stage of a recipe; a finished stage whose inputs have not changed is reused, unless `fresh`.
+    """Run every stage of a recipe. Finished stages whose inputs have not changed are reused, unless `fresh`.
 
-    Returns the artifacts' folders, in order. `wait` is for a folder that several runs share, see `lock_run_folder`.
+    Returns the artifacts' folders, in order. `wait` is for folders that several runs share, see `lock_run_folder`.
     """
     with lock_run_folder(run, plan, say, fresh, wait) if is_first_process() else nullcontext():
         return _Pipeline(plan, run, say, fresh).run_stages()
 
 
 class _Pipeline:
-    """One run of a recipe: what its stages share."""
+    """One run of a recipe."""
 
     def __init__(self, plan: CompressPlan, run: Path, say: Say, fresh: bool) -> None:
         self.plan, self.recipe, self.run, self.fresh = plan, plan.recipe, run, fresh
@@ -61,36 +61,36 @@ class _Pipeline:
         self.teachers = [load_teacher(spec, self.recipe.task, self.say) for spec in plan.teachers]
         self.context = Context(self.fabric, plan.data, self.recipe.seed, runtime=plan.runtime, say=self.say)
         self.data = fingerprint(plan.data.train)
-        self.taught_by = "+".join(teacher.hash for teacher in self.teachers) or "none"
+        self.teacher_hash = "+".join(teacher.hash for teacher in self.teachers) or "none"
 
     def run_stages(self) -> list[Path]:
-        """Run what is not finished; returns the artifacts' folders, in order."""
+        """Run the stages that are not finished. Returns the artifacts' folders, in order."""
         folders = [self.run / "teacher"] if self.teachers else []
         if self.teachers:
-            self._keep_teacher(folders[0])
-        made = self._start()
+            self._save_teacher(folders[0])
+        student = self._initial_student()
         for number, stage in enumerate(self.plan.stages):
             folders.append(self.run / stage.name)
-            made = self._run_stage(number, stage, made)
-        self._clear_checkpoints()  # of a process that was killed right after its last stage
+            student = self._run_stage(number, stage, student)
+        self._clear_checkpoints()  # a process killed right after its last stage leaves some behind
         return folders
 
-    def _start(self) -> Made:
-        """Return the student that the first stage gets."""
+    def _initial_student(self) -> Student:
+        """Build the student for the first stage."""
         section, teacher = self.recipe.student, self.teachers[0] if self.teachers else None
         if section is None:
-            return Made(teacher.model.copy(), teacher.lineage)
-        student = self.task.student_from(section, teacher.model if teacher else None, self.recipe.seed)
-        return Made(student, ({"stage": "start", "hash": start_hash(section, self.recipe.seed)},))
+            return Student(teacher.model.copy(), teacher.lineage)
+        model = self.task.student_from(section, teacher.model if teacher else None, self.recipe.seed)
+        return Student(model, ({"stage": "start", "hash": start_hash(section, self.recipe.seed)},))
 
-    def _run_stage(self, number: int, stage: Stage, made: Made) -> Made:
+    def _run_stage(self, number: int, stage: Stage, student: Student) -> Student:
         folder = self.run / stage.name
-        record = record_of(stage, self.recipe.seed, self.data, made.lineage, self.taught_by, self.fabric)
+        record = record_of(stage, self.recipe.seed, self.data, student.lineage, self.teacher_hash, self.fabric)
         checkpoints = self.run / "checkpoints" / f"{stage.name}-{record['hash']}"
         done = None if self.fresh else _finished(folder, record["hash"])
         if done:
             self.say(f"{stage.name}: reused, its inputs have not changed ({folder})")
-            return Made(model_from_artifact(done), done.lineage)
+            return Student(model_from_artifact(done), done.lineage)
         self.say(f"{stage.name}: {stage.kind} {_settings(stage)}")
         if not self.context.caches:
             self.context = replace(self.context, caches=self._caches())
@@ -106,38 +106,38 @@ class _Pipeline:
             checkpoints=checkpoints,
             title=stage.name,
         )
-        # a model that was loaded or cut has everything trainable again
-        freeze(made.model.module, self.task.towers_of_teacher(self.recipe.student))
-        model, details = stage.run(made.model, context)
+        # Loading and cutting make every parameter trainable again.
+        freeze(student.model.module, self.task.towers_of_teacher(self.recipe.student))
+        model, details = stage.run(student.model, context)
         record |= {
             "details": details,
             "seconds": round(time.perf_counter() - began, 1),
             "peak_memory_mb": peak_memory_mb(),
         }
-        made = Made(model, (*made.lineage, record))
-        self._save(made, None, folder)
+        student = Student(model, (*student.lineage, record))
+        self._save(student, None, folder)
         self._clear_checkpoints()
-        return made
+        return student
 
-    def _keep_teacher(self, folder: Path) -> None:
-        """Leave a copy of the teacher in the run folder."""
+    def _save_teacher(self, folder: Path) -> None:
+        """Save a copy of the teacher in the run folder."""
         teacher = self.teachers[0]
         if self.fabric.is_global_zero and not _finished(folder, teacher.hash):
-            self._write(Made(teacher.model, teacher.lineage), teacher.metrics, folder)
+            self._write(Student(teacher.model, teacher.lineage), teacher.metrics, folder)
         self.fabric.barrier()
 
-    def _save(self, made: Made, metrics: dict[str, Any] | None, folder: Path) -> None:
+    def _save(self, student: Student, metrics: dict[str, Any] | None, folder: Path) -> None:
         if self.fabric.is_global_zero:
-            self._write(made, metrics, folder)
+            self._write(student, metrics, folder)
         self.fabric.barrier()
 
-    def _write(self, made: Made, metrics: dict[str, Any] | None, folder: Path) -> None:
-        """Write an artifact, measured on the validation sets unless it has been."""
-        metrics = self._measure(made.model) if metrics is None else metrics
+    def _write(self, student: Student, metrics: dict[str, Any] | None, folder: Path) -> None:
+        """Write an artifact; evaluate it on the validation sets if `metrics` is None."""
+        metrics = self._measure(student.model) if metrics is None else metrics
         if metrics:
             self.say(f"{folder.name}: " + "  ".join(f"{key} {value:.1f}" for key, value in metrics["accuracy"].items()))
-        artifact = artifact_from_model(made.model, made.lineage, metrics)
-        save_artifact(artifact, folder, lambda aside: self.task.save_for_library(made.model, aside / "open_clip"))
+        artifact = artifact_from_model(student.model, student.lineage, metrics)
+        save_artifact(artifact, folder, lambda aside: self.task.save_for_library(student.model, aside / "open_clip"))
         total, in_blocks = artifact.counts["params"], artifact.counts["block_params"]
         self.say(f"{folder.name}: {total:,} parameters, {in_blocks:,} of them in blocks -> {folder}")
 
@@ -150,7 +150,7 @@ class _Pipeline:
         return {"accuracy": {key: round(value, 3) for key, value in accuracy.items()}, "conditions": conditions}
 
     def _caches(self) -> tuple[tuple[TeacherCache, ...], ...]:
-        """Return the teachers' cached outputs of the training data, per source and teacher, where the recipe has them."""
+        """Open the teacher caches, per source and teacher; empty if the recipe has no `teacher.cache`."""
         specs = self.plan.teachers
         if not any(spec.cache for spec in specs):
             return ()
@@ -166,13 +166,13 @@ class _Pipeline:
 
 
 def _settings(stage: Stage) -> str:
-    """Show every setting in force, defaults included."""
+    """Format the settings in force, defaults included."""
     shown = stage.settings.model_dump(mode="json", exclude_none=True)
     return ", ".join(f"{key}={value}" for key, value in shown.items())
 
 
 def _finished(folder: Path, wanted: str) -> Artifact | None:
-    """Return a stage's artifact when it is whole and was made from the same inputs."""
+    """Return a stage's artifact if it is complete and was made from the same inputs."""
     try:
         if read_header(folder)["lineage"][-1]["hash"] == wanted:
             return load_artifact(folder)
@@ -182,7 +182,7 @@ def _finished(folder: Path, wanted: str) -> Artifact | None:
 
 
 def load_teacher(spec: TeacherSpec, task: str, say: Say) -> Teacher:
-    """Load a teacher, or make it by its recipe; `task` is for one that is named by its library's name."""
+    """Load a teacher, or build it from its recipe. `task` decides which library a `model` name refers to."""
     if spec.model is not None:
         model = task_named(task).load_pretrained(spec.model, spec.checkpoint, "teacher")
         weights = digest(
@@ -194,7 +194,7 @@ def load_teacher(spec: TeacherSpec, task: str, say: Say) -> Teacher:
     if spec.recipe is not None:
         inner = checked(Recipe, spec.recipe, "teacher.recipe")
         home = cache_folder() / "teachers" / f"{inner.name}-{digest(inner.model_dump(), versions())}"
-        say(f"teacher: from recipe '{inner.name}', kept in {home}")
+        say(f"teacher: from recipe '{inner.name}', stored in {home}")
         source = compress(compress_plan_from(inner), home, say, wait=say)[-1]
     artifact = load_artifact(source)
     return Teacher(model_from_artifact(artifact), artifact.lineage, artifact.metrics)

@@ -1,4 +1,4 @@
-"""The sections of a recipe that compressing needs, typed and validated before any work starts."""
+"""The recipe sections that `compress` uses, typed and validated before any work starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clipress.tasks import TASKS, Task
 
 @dataclass(frozen=True)
 class CompressPlan:
-    """What compressing needs: the recipe as it ran, and its sections with types."""
+    """A validated recipe and its typed sections."""
 
     recipe: Recipe
     data: DataSpec
@@ -26,12 +26,12 @@ class CompressPlan:
 
     @property
     def artifacts(self) -> list[str]:
-        """Names of the artifacts that the run leaves, in order."""
+        """Names of the artifacts that the run produces, in order."""
         return (["teacher"] if self.teachers else []) + [stage.name for stage in self.stages]
 
 
 def compress_plan_from(recipe: Recipe) -> CompressPlan:
-    """Validate everything that compressing needs. Raises RecipeError."""
+    """Validate the recipe sections that `compress` uses. Raises RecipeError."""
     task = TASKS.find(recipe.task, "task")()
     raw = recipe.teacher if isinstance(recipe.teacher, list) else [recipe.teacher]
     teachers = tuple(checked(TeacherSpec, one, "teacher") for one in raw if one is not None)
@@ -42,9 +42,10 @@ def compress_plan_from(recipe: Recipe) -> CompressPlan:
         raise RecipeError("The recipe has no model to start from: set 'teacher', 'student' or both.")
     if len({teacher.cache is None for teacher in teachers}) > 1:
         raise RecipeError(
-            "teacher: expected a 'cache' for every teacher or for none, found both. Training either looks all teachers up "
-            "or runs all of them."
+            "teacher: expected a 'cache' for every teacher or for none, found both. Set it for all teachers, or remove it."
         )
+    if any(teacher.cache is not None for teacher in teachers):
+        check_cacheable(task)
     if teachers and any(stage.name == "teacher" for stage in stages):
         raise RecipeError("stages: the name 'teacher' is reserved for the teacher's artifact. Rename the stage.")
     if recipe.student is not None:
@@ -56,8 +57,17 @@ def compress_plan_from(recipe: Recipe) -> CompressPlan:
     return CompressPlan(recipe, data, checked(Runtime, recipe.runtime, "runtime"), teachers, stages)
 
 
+def check_cacheable(task: Task) -> None:
+    """Raise RecipeError if the task's teachers cannot be cached."""
+    if not task.caches_teachers:
+        raise RecipeError(
+            f"teacher.cache: caches hold embeddings of images and texts, which task {task.name} does not have. Remove "
+            "'teacher.cache' to run the teacher at every step."
+        )
+
+
 def _check_task(stage: Stage, task: Task, where: str) -> None:
-    """Raise RecipeError for settings of a stage that the task does not have: losses, or a tower."""
+    """Raise RecipeError for losses or a tower that the task does not support."""
     settings = stage.settings
     for name in ("losses", "distill_losses"):
         losses = getattr(settings, name, ())

@@ -1,6 +1,6 @@
-"""INT8: calibrate on real samples, then quantisation-aware training with the dense teacher (nvidia-modelopt).
+"""The `quantize` stage: INT8 calibration on real samples, then quantization-aware training (nvidia-modelopt).
 
-Calibration and training share one set of quantisers, so PTQ (`steps: 0`) and QAT cannot drift apart.
+Calibration and training share one set of quantizers, so PTQ (`steps: 0`) and QAT cannot diverge.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ class Quantize(Training):
 
     dtype: Literal["int8"] = "int8"
     calibrate: int = Field(512, ge=1)
-    """Training pairs shown to set the activation scales."""
+    """Number of training items used to set the activation scales."""
     method: quantizers.Method = "max"
-    """What of the activations seen sets their scale; the other two cut off outliers."""
+    """How activation scales are chosen: `max` covers all observed values, the other methods clip outliers."""
     percentile: float = Field(99.9, gt=50, le=100)
-    """Of the absolute activations, with `method: percentile`."""
+    """Percentile of the absolute activations, for `method: percentile`."""
     portable: bool = True
-    """Weights in 7 bits, exact on every CPU. In 8 bits they are for GPUs and for x86 CPUs with VNNI instructions; on others
-    ONNX Runtime must run them in a slower mode."""
+    """Use 7-bit weights, which are exact on every CPU. 8-bit weights need a GPU or an x86 CPU with VNNI; on other CPUs
+    ONNX Runtime has to run them in a slower mode."""
     exclude: Annotated[
         tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
     ] = ()
-    """Name patterns of modules that stay in full precision; `auto` among them adds the most sensitive ones."""
+    """Name patterns of modules to leave in full precision; `auto` adds the most sensitive modules."""
     max_damage: float = Field(0.01, ge=1e-9, lt=2)
-    """With `exclude: auto`: 1 - mean cosine that rounding may cost each tower's embeddings before any training."""
+    """With `exclude: auto`: largest damage (1 - mean cosine) that rounding may do to each tower's embeddings before
+    training."""
     sensitivity: bool = False
-    """Measure what every layer alone costs and leave that in the lineage; `exclude: auto` does so anyway."""
+    """Measure the damage of every layer on its own and record it in the lineage; `exclude: auto` always does."""
     losses: Losses = ("affinity", "feature")
     steps: int | None = Field(None, ge=0)
-    """Of quantisation-aware training; 0 calibrates only."""
+    """Steps of quantization-aware training; 0 only calibrates."""
     lr: float = Field(2e-5, ge=0)
 
     def model_post_init(self, context: Any) -> None:
@@ -54,9 +55,9 @@ class Quantize(Training):
         terms_from(self.losses, "quantize.losses")
 
 
-@stage("quantize", Quantize, makes="int8", never_after={"quantize": "the model is INT8 already"})
+@stage("quantize", Quantize, makes="int8", never_after={"quantize": "the model is already INT8"})
 def run(settings: Quantize, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
-    """Calibrate, leave sensitive layers out where asked, then train with the rounding in place."""
+    """Calibrate, exclude sensitive layers if the settings say so, then train with rounding in the forward pass."""
     names = quantizers.quantizable(model.module, settings.exclude)
     model.module.to(context.fabric.device)
     calibration = Calibration(model, settings, context, settings.calibrate)
@@ -86,7 +87,7 @@ def run(settings: Quantize, model: Model, context: Context) -> tuple[Model, dict
 def _sensitivity(
     settings: Quantize, model: Model, names: list[str], calibration: Calibration, context: Context
 ) -> dict[str, Any]:
-    """Return the report and, with `exclude: auto`, what to keep; the first process's samples decide for all."""
+    """Measure sensitivities and, with `exclude: auto`, choose the modules to exclude, on the first process for all."""
     samples = first_samples(calibration)
     report = sensitivities(model, names, samples)
     details: dict[str, Any] = {"sensitivity": [asdict(layer) for layer in report]}

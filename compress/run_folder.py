@@ -1,7 +1,7 @@
-"""Guard a run folder: one writer at a time, with the folder's recipe or one that its finished stages allow.
+"""Run folder guard: one writer at a time, and only recipe changes that finished stages do not depend on.
 
-A recipe may change as long as no finished stage depends on the change. A stage depends on the sections in `INPUTS`, on its
-own entry and on those before it. Test data, `export`, `bench` and `serve` come after all stages.
+A stage depends on the sections in `INPUTS`, on its own entry and on the entries before it. Test data, `export`, `bench` and
+`serve` are used after all stages and may always change.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def lock_run_folder(
 ) -> Iterator[None]:
     """Lock a run folder for this process and write the recipe into it.
 
-    Raises ArtifactError if the folder holds something else, or finished stages of a recipe that differs in what they depend
-    on (not with `fresh`, which redoes them). A folder that another process has locked is an error too; with `wait`, a
-    message is passed to it and the lock is awaited.
+    Raises ArtifactError if the folder is not a run folder, or holds finished stages that depend on a part of the recipe
+    that has changed (unless `fresh`, which reruns them). If another process holds the lock, raises ArtifactError, or with
+    `wait` passes a message to it and waits.
     """
     _refuse_others(run, plan, fresh)
     with locked(run, wait):
-        kept = _refuse_others(run, plan, fresh)  # another process may have written it since
+        kept = _refuse_others(run, plan, fresh)  # again, since another process may have written the folder meanwhile
         sweep(run)
         if kept != plan.recipe:
             if kept is not None:
@@ -44,13 +44,15 @@ def lock_run_folder(
 
 
 def _refuse_others(run: Path, plan: CompressPlan, fresh: bool) -> Recipe | None:
-    """Return the recipe a folder was made with, None for a new folder. Raises ArtifactError for any other folder."""
+    """Return the recipe in a run folder, or None for a new folder. Raises ArtifactError if the folder cannot be used."""
     path = run / RECIPE
     if run.exists() and not run.is_dir():
         raise ArtifactError(f"{run} is a file, not a run folder. Choose a folder with --out.")
     if not path.is_file():
         if run.is_dir() and {*run.iterdir()} - {run / LOCK, *leftovers(run)}:
-            raise ArtifactError(f"Run folder {run} is not empty and has no {RECIPE}. Choose another with --out.")
+            raise ArtifactError(
+                f"{run}: expected an empty folder or a run folder, found files but no {RECIPE}. Choose another with --out."
+            )
         return None
     kept = read_recipe(path)
     if kept == plan.recipe or fresh:
@@ -58,14 +60,14 @@ def _refuse_others(run: Path, plan: CompressPlan, fresh: bool) -> Recipe | None:
     if depending := _depending(run, kept, plan):
         reasons = "; ".join(f"{stage} depends on {', '.join(changes)}" for stage, changes in depending.items())
         raise ArtifactError(
-            f"Run folder {run} holds finished stages of a different recipe: {reasons}. Nothing was changed. Choose another "
-            f"folder with --out, redo every stage with --fresh, or remove {', '.join(str(run / s) for s in depending)}."
+            f"Run folder {run} has finished stages of a different recipe: {reasons}. Nothing was changed. Choose another "
+            f"folder with --out, rerun every stage with --fresh, or remove {', '.join(str(run / s) for s in depending)}."
         )
     return kept
 
 
 def _depending(run: Path, kept: Recipe, plan: CompressPlan) -> dict[str, list[str]]:
-    """Return the finished stages that depend on what changed, each with the places in the recipe that did."""
+    """Return the finished stages that depend on changed parts of the recipe, with those parts."""
     old = compress_plan_from(kept)
     changed = _changed_inputs(old, plan)
     depending = {}
@@ -77,7 +79,7 @@ def _depending(run: Path, kept: Recipe, plan: CompressPlan) -> dict[str, list[st
 
 
 def _changed_inputs(old: CompressPlan, new: CompressPlan) -> list[str]:
-    """Return the sections of `INPUTS` that differ. Decoding workers and test data do not count."""
+    """Return the sections of `INPUTS` that differ, ignoring decoding workers and test data."""
 
     def inputs(plan: CompressPlan) -> dict[str, object]:
         data = plan.data.model_copy(update={"test": (), "workers": 0})
@@ -89,8 +91,8 @@ def _changed_inputs(old: CompressPlan, new: CompressPlan) -> list[str]:
 
 
 def _report_changes(run: Path, kept: Recipe, plan: CompressPlan, say: Say) -> None:
-    """Report what the new recipe changes, and remove a copy of the teacher that may be outdated."""
+    """Report what the new recipe changes, and remove the teacher's copy if it may be outdated."""
     sections = [name for name in type(kept).model_fields if getattr(kept, name) != getattr(plan.recipe, name)]
-    say(f"{run / RECIPE} is replaced: {', '.join(sections)} changed, and no finished stage depends on that")
+    say(f"{run / RECIPE}: replaced, since {', '.join(sections)} changed and no finished stage depends on it")
     if {"teacher", "data"} & {*_changed_inputs(compress_plan_from(kept), plan)}:
         shutil.rmtree(run / "teacher", ignore_errors=True)

@@ -1,7 +1,7 @@
-"""How much INT8 harms each layer, and a greedy choice of the layers to leave in full precision.
+"""INT8 sensitivity of each layer, and a greedy choice of the layers to leave in full precision.
 
-Damage is 1 - mean cosine between a tower's embeddings with and without rounding, over calibration samples. A layer
-changes the embeddings of its own tower only, so every tower is measured, and chosen from, by itself.
+Damage is 1 - mean cosine between a tower's embeddings with and without rounding, over calibration samples. A layer only
+affects its own tower's embeddings, so every tower is measured, and its layers are chosen, separately.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from clipress.models.anatomy import tower_of
 from clipress.models.load import Model
 from clipress.tasks import task_named
 
-PAIRS = 256  # each layer costs a pass over them
+MAX_SAMPLES = 256  # every layer costs one pass over the samples
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The damage to its tower's embeddings when this module, and no other, rounds."""
+    """The damage to a tower's embeddings when only this module rounds."""
 
     module: str
     tower: str
@@ -33,19 +33,19 @@ class Layer:
 
 
 def first_samples(batches: Iterable[Samples]) -> list[Samples]:
-    """Return the first batches, up to `PAIRS` pairs or the batch that exceeds them."""
+    """Return the first batches that together have at least `MAX_SAMPLES` samples, or all of them."""
     kept: list[Samples] = []
     for samples in batches:
         kept.append(samples)
-        if sum(_rows(one) for one in kept) >= PAIRS:
+        if sum(_rows(one) for one in kept) >= MAX_SAMPLES:
             break
     return kept
 
 
 def sensitivities(model: Model, names: Sequence[str], samples: Sequence[Samples]) -> list[Layer]:
-    """Measure every calibrated module of `names` alone in INT8, in evaluation mode. Returns the most damaging first.
+    """Measure each calibrated module in `names` alone in INT8, in evaluation mode. Returns the most damaging first.
 
-    The caller decides which modules round afterwards.
+    Which modules round afterwards is left to the caller.
     """
     exact = _embedded(model, names, (), samples)
     towers = {name: tower_of(model.module, name) for name in names}
@@ -58,10 +58,10 @@ def keep_sensitive(
 ) -> tuple[list[str], dict[str, float]]:
     """Choose the modules to leave in full precision so that no tower's damage exceeds `limit`.
 
-    Greedy, tower by tower: it starts with every module of the tower in INT8, and while the damage exceeds the limit, the
-    most sensitive module that still rounds, by the report, returns to full precision. Returns those modules, in that
-    order, and the damage with all others in INT8. Raises RecipeError when no module remains in INT8. The caller decides
-    which modules round afterwards.
+    Greedy, tower by tower: starts with all modules of the tower in INT8 and returns the most sensitive remaining one to
+    full precision until the damage is within the limit. Returns the excluded modules in that order, and the damage with
+    all others in INT8. Raises RecipeError if no module would remain in INT8. Which modules round afterwards is left to
+    the caller.
     """
     names, kept, damage = [layer.module for layer in report], [], {}
     exact = _embedded(model, names, (), samples)
@@ -72,8 +72,8 @@ def keep_sensitive(
         damage[tower] = found
     if len(kept) == len(names):
         raise RecipeError(
-            f"quantize: max_damage {limit:g} with 'exclude: auto' leaves no module in INT8; the least sensitive module alone "
-            f"has a damage of {report[-1].damage:.2g}. Raise max_damage."
+            f"quantize.max_damage: {limit:g} with 'exclude: auto' leaves no module in INT8; the least sensitive module alone "
+            f"has damage {report[-1].damage:.2g}. Raise 'max_damage'."
         )
     return kept, damage
 
@@ -82,7 +82,7 @@ def keep_sensitive(
 def _embedded(
     model: Model, names: Sequence[str], rounding: Sequence[str], samples: Sequence[Samples]
 ) -> dict[str, Tensor]:
-    """Return every graph's outputs as unit rows, float64 [N, D], while the modules `rounding` round."""
+    """Return every graph's outputs, L2-normalized, float64 [N, D], with rounding in the modules `rounding`."""
     task = task_named(model.task)
     model.module.eval()
     quantizers.only(model.module, names, rounding)
@@ -101,7 +101,7 @@ def _damage(
     exact: dict[str, Tensor],
     tower: str,
 ) -> float:
-    # a tower that is a graph of its own changes that graph alone
+    # A tower with its own graph affects only that graph.
     graphs = [tower] if tower in exact else list(exact)
     rounded = _embedded(model, names, rounding, [{graph: one[graph] for graph in graphs} for one in samples])
     damage = max(max(1 - (rounded[graph] * exact[graph]).sum(1).mean().item(), 0.0) for graph in graphs)

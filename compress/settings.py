@@ -1,4 +1,4 @@
-"""Settings that every stage with a training loop shares, and where it runs."""
+"""Settings shared by all training stages, and the `runtime` section."""
 
 from __future__ import annotations
 
@@ -11,47 +11,50 @@ from clipress.recipe import Section
 
 
 class Training(Section):
-    """Optimizer, schedule and batch of a stage."""
+    """Optimizer, schedule and batch size of a stage."""
 
     name: str | None = None
-    """Name of the artifact; default: the stage's."""
+    """Name of the artifact. Default: depends on the kind of stage."""
     steps: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0)
-    """Passes over the first training source, instead of steps."""
+    """Passes over the first training source. Set either `steps` or `epochs`."""
     batch_size: int = Field(128, ge=2)
-    """Items per step, all processes together."""
+    """Global batch size, summed over all processes."""
     lr: float = Field(1e-4, ge=0)
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
-    """Fraction of the steps in which the learning rate rises."""
+    """Fraction of the steps used for linear warmup."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """After that it falls to zero as a half cosine, or stays."""
+    """Learning rate after warmup: cosine decay to zero, or constant."""
     grad_clip_norm: float = Field(1.0, gt=0)
-    """Largest norm of the gradient."""
+    """Gradients are clipped to this norm."""
     queue_size: int = Field(0, ge=0)
-    """Past pairs that losses with a momentum model contrast with; UPop keeps 57,600."""
+    """Past pairs kept as extra negatives by losses with a momentum model; UPop uses 57,600."""
     towers: str = "both"
-    """Which tower learns: `both`, or the name of one. The other is frozen, and not even run where no loss reads it."""
+    """Towers to train: `both`, or the name of one. The other is frozen, and skipped if no loss uses it."""
 
     def model_post_init(self, _: object) -> None:
         if (self.steps is None) == (self.epochs is None):
-            raise RecipeError("A training stage requires either 'steps' or 'epochs'.")
+            found = "neither" if self.steps is None else "both"
+            raise RecipeError(f"A training stage: expected either 'steps' or 'epochs', found {found}.")
 
 
 class Runtime(Section):
-    """The `runtime` section. Several processes: start the same command with torchrun."""
+    """The `runtime` section. To use several processes, start the same command with torchrun."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on a GPU that has it, else fp32."""
+    """auto: bf16 on GPUs that support it, fp32 otherwise."""
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
-    """auto: DDP when there are several processes."""
+    """auto: DDP with several processes."""
     grad_cache_chunks: int = Field(1, ge=1)
-    """Parts a batch is worked through in; the losses still see the whole batch, so the step is the same one."""
+    """Split each batch into this many chunks (GradCache) to save memory. The losses still see the full batch, so the
+    gradients are the same."""
     grad_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: saves memory, takes about a third longer."""
     checkpoint_every: int = Field(200, ge=0)
-    """Steps between checkpoints, from which a stopped stage is continued; 0 writes none, and so does fsdp2."""
+    """Steps between checkpoints for resuming a stopped stage; 0 writes none. Not supported with fsdp2."""
     local_loss: bool = True
-    """Each process scores its own rows against all; else every process scores all. The gradient is the same."""
+    """Each process computes the loss of its own rows against all rows; otherwise every process computes it for all rows.
+    The gradients are the same."""

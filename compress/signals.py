@@ -1,4 +1,4 @@
-"""A stop that is asked for from outside, noted until the work is at a place where it can go on later."""
+"""Defer SIGTERM and SIGINT to the end of the current step, so that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-# SIGTERM is what schedulers send before they take a machine away; 75 is EX_TEMPFAIL: try again
+# Schedulers send SIGTERM before they preempt a machine; 75 is EX_TEMPFAIL, "try again".
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
 
 @dataclass
 class StopRequest:
-    """The first signal that came, or 0."""
+    """The first signal received, or 0."""
 
     signal: int = 0
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note the first SIGTERM or Ctrl-C instead of dying of it; the next one works as ever. Main thread only."""
-    asked = StopRequest()
+    """Record the first SIGTERM or Ctrl-C instead of exiting; a second one acts as usual. Main thread only."""
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield request
         return
 
-    def note(number: int, _: Any) -> None:
-        asked.signal = asked.signal or number
-        put_back()
+    def record(number: int, _: Any) -> None:
+        request.signal = request.signal or number
+        restore_handlers()
 
-    def put_back() -> None:
+    def restore_handlers() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in EXIT_CODES}
     try:
         for number in EXIT_CODES:
-            signal.signal(number, note)
-        yield asked
+            signal.signal(number, record)
+        yield request
     finally:
-        put_back()
+        restore_handlers()
 
 
-def leave_stops_to_the_parent(_: int) -> None:
-    """Let a loader's process outlive signals to its whole group: it ends when the training process has ended it."""
+def ignore_stop_signals(_: int) -> None:
+    """Make a loader worker ignore signals sent to its process group; the training process shuts it down."""
     for number in EXIT_CODES:
         signal.signal(number, signal.SIG_IGN)

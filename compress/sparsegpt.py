@@ -1,7 +1,7 @@
-"""SparseGPT (Frantar & Alistarh, arXiv:2301.00774) through nvidia-modelopt, with the update that its search leaves out.
+"""SparseGPT (Frantar & Alistarh, arXiv:2301.00774) through nvidia-modelopt, including its weight update.
 
-modelopt 0.47 finds SparseGPT's zeros but returns only the mask: the remaining weights stay unchanged, although adjusting
-them to compensate for the zeros is half of the method. The method's steps are repeated here for that mask.
+modelopt 0.47 computes SparseGPT's mask but leaves the remaining weights unchanged, although adjusting them to compensate
+for the zeros is half of the method. This module applies the update for that mask.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from modelopt.torch.sparsity.weight_sparsity.mode import SparsityModeRegistry
 from modelopt.torch.sparsity.weight_sparsity.sparsegpt import SparseGPTSearcher, prepare
 from torch import Tensor, nn
 
-DAMP = 0.01  # of the Hessian's mean diagonal, as in the paper; modelopt's own is 0.1
+DAMP = 0.01  # relative to the mean of the Hessian's diagonal, as in the paper; modelopt's default is 0.1
 
 
 def sparsify(model: nn.Module, show: Callable[[nn.Module], None]) -> list[str]:
     """Choose 2:4 zeros in place, as modelopt's dynamic modules; `show(model)` runs the calibration samples.
 
-    Convolutions and Linears that no sample reaches use magnitude: modelopt's SparseGPT lays the pattern of a convolution
-    across kernel positions instead of along the input channels. Returns the names of these.
+    Convolutions, and Linears that no sample reaches, use magnitude: modelopt's SparseGPT applies the pattern of a
+    convolution across kernel positions instead of along the input channels. Returns the names of these layers.
     """
     apply_mode(model, "sparsegpt", registry=SparsityModeRegistry)
     searcher = _Searcher()
@@ -30,9 +30,8 @@ def sparsify(model: nn.Module, show: Callable[[nn.Module], None]) -> list[str]:
 
 
 class _Searcher(SparseGPTSearcher):
-    _check_weight_size = (
-        MagnitudeSearcher._check_weight_size
-    )  # the sizes that TensorRT can use, not all multiples of four
+    # TensorRT cannot use every multiple of four, so the stricter check of the magnitude search is used.
+    _check_weight_size = MagnitudeSearcher._check_weight_size
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +39,7 @@ class _Searcher(SparseGPTSearcher):
 
     @classmethod
     def _hook_compute_hessian(cls, mod: nn.Module, inp: tuple[Tensor, ...], out: Tensor) -> None:
-        if isinstance(mod, nn.Linear):  # its input may have more axes between samples and features
+        if isinstance(mod, nn.Linear):  # the input may have more axes between samples and features
             rows = inp[0].detach().reshape(len(inp[0]), -1, inp[0].shape[-1])
             super()._hook_compute_hessian(mod, rows, out)
 
@@ -56,10 +55,10 @@ class _Searcher(SparseGPTSearcher):
 
 
 def compensated(weight: Tensor, keep: Tensor, root: Tensor) -> Tensor:
-    """Zero a weight [R, C] where `keep` is false, and adjust the others so that the output changes least.
+    """Zero a weight [R, C] where `keep` is false, and adjust the rest to minimize the change of the output.
 
-    `root` is the upper Cholesky factor of the inverse Hessian [C, C]: column by column, the error of a zero is spread over
-    the columns to its right (algorithm 1 of the paper).
+    `root` is the upper Cholesky factor of the inverse Hessian [C, C]. Column by column, the error of the zeros is
+    distributed over the columns to the right (algorithm 1 of the paper).
     """
     weight = weight.float().clone()
     for column in range(weight.shape[1]):

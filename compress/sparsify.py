@@ -1,6 +1,6 @@
-"""2:4 sparsity: of every four weights along the input axis two are zero, chosen by nvidia-modelopt.
+"""The `sparsify` stage: 2:4 sparsity, two zeros in every four weights along the input axis (nvidia-modelopt).
 
-The zeros are written into plain weights at once, and later training holds them (`train.HoldZeros`), so they survive
+The zeros are written into plain weights immediately and kept by later training (`train.HoldZeros`), so they survive
 fine-tuning, saving, INT8 and export without special modules.
 """
 
@@ -25,7 +25,7 @@ from clipress.compress.stage import stage
 from clipress.compress.train import train
 from clipress.models.load import Model
 
-PROJECTIONS = ("proj", "text_projection")  # matrices that open_clip's transformers keep as parameters
+PROJECTIONS = ("proj", "text_projection")  # open_clip's transformers store these matrices as bare parameters
 
 
 class Sparsify(Training):
@@ -33,12 +33,12 @@ class Sparsify(Training):
 
     pattern: Literal["2:4"] = "2:4"
     method: Literal["magnitude", "sparsegpt"] = "magnitude"
-    """How the zeros are chosen. SparseGPT also adjusts the remaining weights to compensate for the zeros, in every Linear
-    that the samples reach; all other layers use magnitude."""
+    """How the zeros are chosen. `sparsegpt` also adjusts the remaining weights of every Linear that the calibration samples
+    reach, to compensate for the zeros; all other layers use magnitude."""
     calibrate: int = Field(128, ge=1)
-    """Training pairs that SparseGPT sees."""
+    """Number of training items used by `method: sparsegpt`."""
     losses: Losses = ("contrastive", "affinity", "feature", "interactive")
-    """Of the fine-tuning that follows."""
+    """Losses of the fine-tuning that follows."""
     lr: float = Field(1e-4, ge=0)
 
     def model_post_init(self, context: Any) -> None:
@@ -51,12 +51,12 @@ class Sparsify(Training):
     Sparsify,
     makes="sparse",
     never_after={
-        "quantize": "INT8 scales belong to the weights as they are",
-        "sparsify": "the weights have the pattern already",
+        "quantize": "the INT8 scales were calibrated for the dense weights",
+        "sparsify": "the weights already have the pattern",
     },
 )
 def run(settings: Sparsify, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
-    """Zero two of every four weights, then fine-tune the rest."""
+    """Zero two of every four weights, then fine-tune the others."""
     show = None
     if settings.method == "sparsegpt":
         model.module.to(context.fabric.device)
@@ -64,7 +64,7 @@ def run(settings: Sparsify, model: Model, context: Context) -> tuple[Model, dict
     report = zero_two_of_four(model.module, show)
     for line in report_lines(report):
         context.say(f"{context.title}: {line}")
-    if show:  # each process has seen its own share of the samples
+    if show:  # processes calibrate on different samples, so the first one's weights are used everywhere
         model.module.load_state_dict(context.fabric.broadcast(model.module.state_dict()))
     sparsity = {"pattern": settings.pattern, "method": settings.method, **dataclasses.asdict(report)}
     sparse = dataclasses.replace(model, sparsity=sparsity)
@@ -75,27 +75,27 @@ def run(settings: Sparsify, model: Model, context: Context) -> tuple[Model, dict
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """What 2:4 did to a model."""
+    """Which weights became 2:4 sparse, and which did not."""
 
     weights: list[str]
-    """Names of the weights that hold the pattern now."""
+    """Names of the 2:4 sparse weights."""
     skipped: dict[str, str]
-    """Every other Linear, Conv or bare projection, and why it stays dense."""
+    """Every other Linear, Conv or bare projection, with the reason why it stays dense."""
     by_magnitude: list[str]
     """Those of `weights` whose zeros were chosen by magnitude although the method is SparseGPT."""
 
 
 def report_lines(report: SparsityReport) -> list[str]:
-    """Return a line on what holds the pattern, and one on each layer that does not, with its reason."""
+    """Return a summary line, and one line with the reason for each layer that stays dense."""
     by = f", {len(report.by_magnitude)} of them by magnitude" if report.by_magnitude else ""
     left = [f"{name} stays dense: {reason}" for name, reason in report.skipped.items()]
     return [f"2:4 in {len(report.weights)} weights{by}", *left]
 
 
 def zero_two_of_four(model: nn.Module, show: Callable[[nn.Module], None] | None = None) -> SparsityReport:
-    """Write 2:4 zeros into every layer that is trained and whose shape allows it, in place.
+    """Write 2:4 zeros into every trainable layer whose shape allows it, in place.
 
-    The smaller two of four become zero; with `show`, which runs calibration samples through the model, SparseGPT decides.
+    The two smallest of four become zero, or SparseGPT's choice with `show`, which runs calibration samples.
     """
     import modelopt.torch.sparsity as mts
 
@@ -110,10 +110,10 @@ def zero_two_of_four(model: nn.Module, show: Callable[[nn.Module], None] | None 
         else:
             mts.sparsify(model, "sparse_magnitude")
         mts.export(model)
-    # modelopt's record of its work would stay with the model; the zeros are record enough
+    # The zeros are the only record needed; modelopt's state would otherwise stay attached to the model.
     if hasattr(model, "_modelopt_state"):
         del model._modelopt_state
-    names, skipped = [], dict.fromkeys(held, "not trained, so it could not recover")
+    names, skipped = [], dict.fromkeys(held, "frozen, so it could not recover")
     for name, weight in held.items():
         layers[name].weight = nn.Parameter(weight, requires_grad=False)
     for name, layer in layers.items():
@@ -123,14 +123,14 @@ def zero_two_of_four(model: nn.Module, show: Callable[[nn.Module], None] | None 
             names.append(f"{name}.weight")
         else:
             rows, columns = layer.weight.shape[:2]
-            skipped[name] = f"{rows} x {columns}: 2:4 needs a multiple of 8 x a multiple of 16"
+            skipped[name] = f"{rows} x {columns}; 2:4 requires a multiple of 8 x a multiple of 16"
     bare = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] in PROJECTIONS]
-    skipped |= dict.fromkeys(bare, "a bare matrix; only layers become 2:4")
+    skipped |= dict.fromkeys(bare, "a bare parameter; only layers become 2:4")
     return SparsityReport(names, skipped, [f"{name}.weight" for name in unseen if f"{name}.weight" in names])
 
 
 def is_two_of_four(weight: Tensor) -> bool:
-    """Tell whether every four weights along the input axis of [out, in, ...] have at least two zeros."""
+    """Return whether every four weights along the input axis of [out, in, ...] have at least two zeros."""
     if weight.shape[1] % 4:
         return False
     groups = weight.detach().movedim(1, -1).reshape(-1, 4)

@@ -1,4 +1,4 @@
-"""Stages of a recipe: their kinds, registered where they are written, and the order in which they can work."""
+"""The registry of stage kinds, and validation of a recipe's stages and their order."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from clipress.recipe import Section, checked
 from clipress.registry import Registry
 
 Details = dict[str, Any]
-"""What a stage leaves in the lineage."""
+"""What a stage records in the lineage."""
 Run = Callable[[Any, Model, Context], tuple[Model, Details]]
-"""(settings, student, context) -> the new student, and details."""
+"""(settings, student, context) -> the new student and details."""
 RIGHT_ORDER = "distill -> prune -> distill -> sparsify -> quantize"
 
 
@@ -27,9 +27,9 @@ class StageKind:
     settings: type[Section]
     run: Run
     makes: str
-    """The artifact's name, unless a recipe sets another."""
+    """Default name of the artifact."""
     never_after: Mapping[str, str]
-    """Kinds that must not come before it, each with the reason."""
+    """Kinds that must not come before this one, each with the reason."""
 
 
 STAGES: Registry[StageKind] = Registry("stage", "clipress.compress", "clipress.compress.prune")
@@ -49,21 +49,21 @@ def stage(
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry of a recipe's stages: its kind, the name of the artifact it makes, its settings."""
+    """One entry of a recipe's stages: kind, name of the artifact, settings."""
 
     kind: str
     name: str
     settings: Section
 
     def run(self, model: Model, context: Context) -> tuple[Model, Details]:
-        """Run the stage on a student; returns the new student and details for the lineage."""
+        """Run the stage on a student. Returns the new student and details for the lineage."""
         return STAGES[self.kind].run(self.settings, model, context)
 
 
 def stages_from(
     raw: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[Stage]:
-    """Check a recipe's stages: kinds, settings, order, names. `defaults` are settings by kind, the task's own."""
+    """Validate the kinds, settings, order and names of a recipe's stages. `defaults` are the task's settings by kind."""
     stages: list[Stage] = []
     for number, entry in enumerate(raw):
         where = f"stages.{number}"
@@ -74,7 +74,7 @@ def stages_from(
         for earlier in stages:
             if reason := kind.never_after.get(earlier.kind):
                 raise RecipeError(
-                    f"{where}: {name} cannot come after {earlier.kind}: {reason}. The order that works: {RIGHT_ORDER}."
+                    f"{where}: {name} cannot come after {earlier.kind}: {reason}. Use the order {RIGHT_ORDER}."
                 )
         own = (defaults or {}).get(name, {})
         given = {**own, **settings} if isinstance(settings, Mapping) else settings or own
@@ -89,9 +89,11 @@ def _artifact_name(kind: StageKind, config: Section, earlier: Sequence[Stage]) -
     name = given or ("recovered" if after_pruning else kind.makes)
     taken = {stage.name for stage in earlier}
     if given and name in taken:
-        raise RecipeError(f"stages: two stages are named '{name}'.")
+        raise RecipeError(f"stages: expected unique names, found two stages named '{name}'. Rename one.")
     if not name.replace("-", "").replace("_", "").isalnum():
-        raise RecipeError(f"stages: '{name}' names a folder; use letters, digits, '-' and '_'.")
+        raise RecipeError(
+            f"stages: expected a name of letters, digits, '-' and '_', found '{name}'. It names a folder."
+        )
     if name not in taken:
         return name
     return next(f"{name}-{n}" for n in range(2, 99) if f"{name}-{n}" not in taken)

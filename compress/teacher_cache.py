@@ -1,8 +1,8 @@
-"""Build teacher caches: embed the training data with a teacher once, for `data/teacher_cache.py` to read.
+"""Build teacher caches: embed the training data once with a teacher, for `data/teacher_cache.py` to read.
 
-Images are decoded and texts tokenised ahead of the model, by a thread or by processes; another thread writes finished
-shards, and nothing waits for the GPU before a shard is full. Batches never cross shards, so a build that was killed and
-resumed, or shared among processes, writes the same bytes.
+Images are decoded and texts tokenized ahead of the model, in a thread or in worker processes; another thread writes finished
+shards, and the GPU is synchronized only once per shard. Batches never cross shards, so a build that was killed and resumed,
+or split among processes, writes the same bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipress.compress.fabric import uses_bf16
+from clipress.compress.plan import CompressPlan, check_cacheable
 from clipress.data.bad_records import refuse_too_many
 from clipress.data.cache_files import (
     CacheSettings,
@@ -44,12 +45,12 @@ from clipress.errors import ArtifactError, DataError, RecipeError
 from clipress.models.load import Model
 from clipress.progress import progress_bar
 from clipress.storage import cache_folder, locked, sweep
+from clipress.tasks import task_named
 from clipress.version import __version__
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from clipress.compress.plan import CompressPlan
     from clipress.compress.teachers import Teacher
 
 HOME = "teacher-embeddings"
@@ -75,11 +76,11 @@ def build_cache(
     barrier: Callable[[], Any] = lambda: None,
     wait: Say | None = None,
 ) -> TeacherCache:
-    """Embed a source with a teacher, unless the cache exists already, and open the result.
+    """Embed a source with a teacher, unless the cache already exists, and open the cache.
 
-    Of `world` processes each writes every world-th shard, and all meet at `barrier`. `workers` processes decode, or a
-    thread of this process with 0. The cache has its own folder under `home`. If another command is building the same
-    cache, raises ArtifactError, or calls `wait` with a message and waits.
+    Each of `world` processes writes every world-th shard and then waits at `barrier`. `workers` processes decode images; 0
+    uses a thread of this process. The cache has its own folder under `home`. If another command is building the same
+    cache, raises ArtifactError, or with `wait` passes a message to it and waits.
     """
     manifest = manifest_of(model, source, augment, views, teacher_hash, dtype, precision)
     folder = home / manifest.key
@@ -89,18 +90,18 @@ def build_cache(
         barrier()
     cache = TeacherCache.open(folder)
     if rank == 0:
-        sweep(folder)  # all shards exist, so nobody else writes into the folder
+        sweep(folder)  # all shards exist, so no other process writes into the folder
     return cache
 
 
 def manifest_of(
     model: Model, source: Source, augment: Augment, views: int, teacher_hash: str, dtype: Dtype, precision: Precision
 ) -> Manifest:
-    """Describe a cache before it is built; the description decides its folder."""
+    """Describe a cache before it is built; the folder name is derived from the description."""
     if views > 1 and augment == Augment():
         raise RecipeError(
-            f"cache: expected an augmentation for {views} views of {source.name}, found an empty 'data.augment': the views "
-            "would be identical. Set 'data.augment', or 'views: 1'."
+            f"cache: expected an augmentation for {views} views of {source.name}, found an empty 'data.augment', which makes "
+            "all views identical. Set 'data.augment', or 'views: 1'."
         )
     device, module = next(model.module.parameters()).device, model.module
     bias = getattr(module, "logit_bias", None)
@@ -139,12 +140,12 @@ def write_shards(
     workers: int = 0,
     batch: int = 128,
 ) -> Path:
-    """Write this process's missing shards; returns the cache's folder."""
+    """Write this process's missing shards. Returns the cache's folder."""
     folder = write_manifest(home, manifest)
     mine = range(rank, manifest.shards, world)
     missing = sorted(set(mine) - finished_shards(folder, manifest))
     if not missing:
-        say(f"{source.name}: found the embeddings of teacher {manifest.teacher} in {folder}")
+        say(f"{source.name}: using the cached embeddings of teacher {manifest.teacher} in {folder}")
         return folder
     todo = sum(len(manifest.items_of(shard)) for shard in missing)
     say(f"{source.name}: embedding {todo:,} of {len(source):,} items, {manifest.views} view(s) each -> {folder}")
@@ -168,13 +169,13 @@ def write_shards(
             written = writer.submit(_finish, folder, shard, source, manifest, encoded, failed)
         written.result()
     if failed:
-        say(f"{source.name}: {len(failed)} images could not be read and will be left out; the first: {failed[0]}")
+        say(f"{source.name}: {len(failed)} images could not be read and are skipped; the first: {failed[0]}")
     return folder
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A batch to load: all views of some items' images, or texts."""
+    """A batch to load: all views of the images of some items, or some texts."""
 
     shard: int
     items: Sequence[int] = ()
@@ -182,7 +183,7 @@ class _Job:
 
 
 class _Load(NamedTuple):
-    """A batch ready for the model; a NamedTuple, since DataLoader can pin its memory."""
+    """A batch ready for the model; a NamedTuple, so that DataLoader can pin its memory."""
 
     shard: int
     pixels: Tensor | None = None
@@ -190,7 +191,7 @@ class _Load(NamedTuple):
     views: Tensor | None = None
     """int32 [B, 7]: rows of views.npy."""
     errors: Sequence[str] = ()
-    """Per item: why it could not be read, or an empty string."""
+    """Per item, the reason it could not be read, or an empty string."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def _captions(source: Source, items: Iterable[int]) -> tuple[dict[str, int], np.
 
 
 class _Loads(Dataset):
-    """A dataset that maps jobs to loads: decodes and augments images, or tokenises texts."""
+    """A dataset that maps jobs to loads: decodes and augments images, or tokenizes texts."""
 
     def __init__(self, source: Source, manifest: Manifest, tokenize: Tokenize) -> None:
         self.source, self.manifest, self.tokenize = source, manifest, tokenize
@@ -240,7 +241,7 @@ class _Loads(Dataset):
             except DataError as error:
                 errors.append(str(error))
                 views += [View()] * self.manifest.views
-                # blank images keep the rows, and leave the rest of the batch unchanged
+                # Blank images keep the row numbering, and the other images of the batch unaffected.
                 images += [np.zeros((self.manifest.preprocess.size,) * 2 + (3,), np.uint8)] * self.manifest.views
                 continue
             errors.append("")
@@ -258,7 +259,7 @@ def _unchanged(load: _Load) -> _Load:
 
 
 def _encode(model: Model, loads: Iterable[_Load], precision: str, advance: Callable[[int], Any]) -> _Encoded:
-    """Run the model on a shard's batches; `advance` is called with the number of items of each."""
+    """Run the model on a shard's batches; calls `advance` with the number of items in each."""
     model.module.eval()
     done = _Encoded([], [], [], [])
     for load in loads:
@@ -273,7 +274,7 @@ def _encode(model: Model, loads: Iterable[_Load], precision: str, advance: Calla
 
 
 def _raw(model: Model, tower: Literal["image", "text"], batch: Tensor, precision: str) -> Tensor:
-    """Return raw embeddings, not normalised: float32 [B, D]."""
+    """Return raw embeddings before normalization: float32 [B, D]."""
     device = next(model.module.parameters()).device
     encode = model.module.encode_image if tower == "image" else model.module.encode_text
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -281,7 +282,7 @@ def _raw(model: Model, tower: Literal["image", "text"], batch: Tensor, precision
 
 
 def _finish(folder: Path, shard: int, source: Source, manifest: Manifest, encoded: _Encoded, failed: list[str]) -> None:
-    """Copy a shard's embeddings to the CPU and write them; runs in a thread."""
+    """Copy a shard's embeddings to the CPU and write them; runs in the writer thread."""
     bad = [error for error in encoded.errors if error]
     if bad:
         refuse_too_many(source.name, len(bad), len(encoded.errors), bad[0])
@@ -289,17 +290,17 @@ def _finish(folder: Path, shard: int, source: Source, manifest: Manifest, encode
     _, captions, offsets = _captions(source, manifest.items_of(shard))
     ok = np.ones(len(offsets) - 1, bool)
     ok[: len(encoded.errors)] = [not error for error in encoded.errors]
-    nothing = {
+    no_rows = {
         "image": torch.zeros(0, manifest.dim),
         "text": torch.zeros(0, manifest.dim),
         "views": torch.zeros(0, 7, dtype=torch.int32),
     }
-    image, text, views = (torch.cat([*getattr(encoded, name), empty]).cpu().numpy() for name, empty in nothing.items())
+    image, text, views = (torch.cat([*getattr(encoded, name), empty]).cpu().numpy() for name, empty in no_rows.items())
     write_shard(folder, shard, manifest, Rows(image, text, captions, offsets, views, ok))
 
 
 def check_cache(cache: TeacherCache, model: Model, source: Source, count: int = 32) -> None:
-    """Embed a few views and captions again. Raises ArtifactError if the teacher or the images have changed."""
+    """Embed a few views and captions again. Raises ArtifactError if the embeddings differ from the cached ones."""
     manifest = cache.manifest
     chosen = np.random.default_rng(0).choice(len(cache), min(count, len(cache)), replace=False).tolist()
     items = [item for item in chosen if cache.ok(item)]
@@ -318,7 +319,7 @@ def check_cache(cache: TeacherCache, model: Model, source: Source, count: int = 
         if not cosines.min() > 0.999:
             worst = items[int(cosines.argmin())]
             raise ArtifactError(
-                f"{cache.folder}: expected the teacher's {tower} embedding of item {worst} to have cosine 1 with the cached "
+                f"{cache.folder}: expected cosine 1 between the teacher's {tower} embedding of item {worst} and the cached "
                 f"one, found {cosines.min():.4f}. The images of {source.name} or the teacher have changed. Remove the folder "
                 "and run: clipress embed RECIPE"
             )
@@ -333,10 +334,8 @@ def caches_of(
     home: Path | None = None,
     wait: Say | None = None,
 ) -> list[TeacherCache]:
-    """Open the caches of all training sources of a recipe, building those that are missing.
-
-    `wait` as in `build_cache`.
-    """
+    """Open the caches of a recipe's training sources, and build the missing ones. `wait` as in `build_cache`."""
+    check_cacheable(task_named(teacher.model.task))
     teacher.model.module.to(fabric.device)
     caches = []
     for source in map(open_source, plan.data.train):

@@ -1,4 +1,4 @@
-"""A loaded teacher, and the teachers of a stage: run on each batch, or looked up in the caches that the loader reads."""
+"""Teachers of a stage: run on each batch, or replaced by the cached outputs that the loader reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clipress.tasks.training import Lesson, Outputs
 
 @dataclass(frozen=True)
 class Teacher:
-    """A loaded teacher: the model, its lineage, and its validation figures if it has any."""
+    """A loaded teacher: model, lineage, and validation metrics if available."""
 
     model: Model
     lineage: Lineage
@@ -25,12 +25,12 @@ class Teacher:
 
     @property
     def hash(self) -> str:
-        """Identity of everything that made it."""
+        """Hash of everything that the teacher was made from."""
         return self.lineage[-1]["hash"]
 
 
 class Teachers:
-    """Answers for a batch, one per teacher, without gradients."""
+    """The outputs of all teachers for a batch, without gradients."""
 
     def __init__(self, teachers: tuple[Model, ...], lesson: Lesson, context: Context) -> None:
         self.lesson, self.fabric, self.caches = lesson, context.fabric, context.caches
@@ -48,6 +48,6 @@ class Teachers:
             return [module(**self.lesson.teacher_inputs(arrays)) for module in self.modules]
 
     def close(self) -> None:
-        """Leave the teachers without hooks."""
+        """Remove the hooks from the teachers."""
         for module in self.modules:
             module.close()

@@ -1,4 +1,4 @@
-"""The one training loop. Every stage that learns calls `train`; launch, precision and distribution are Fabric's."""
+"""The training loop that all stages share. Fabric handles launch, precision and distribution."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from clipress.compress.hook import Hook
 from clipress.compress.learner import Learner
 from clipress.compress.losses import terms_from
 from clipress.compress.settings import Training
-from clipress.compress.signals import EXIT_CODES, leave_stops_to_the_parent, stop_requests
+from clipress.compress.signals import EXIT_CODES, ignore_stop_signals, stop_requests
 from clipress.data.bad_records import BadRecords
 from clipress.data.dataset import TrainingSet
 from clipress.data.sampler import Batches
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("clipress.train")
 Log = Callable[[Mapping[str, Any]], None]
-MAX_BAD_STEPS = 20  # so many non-finite steps in a row stop the run
+MAX_BAD_STEPS = 20  # consecutive non-finite steps that stop the run
 
 
 class HoldZeros(Hook):
-    """Keep the zeros of the named weights: this is how 2:4 survives any later training."""
+    """Keep the zeros of the named weights, so that 2:4 sparsity survives later training."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         parameters = dict(model.named_parameters())
@@ -58,9 +58,9 @@ class HoldZeros(Hook):
 
 
 class HoldRange(Hook):
-    """Keep each output channel of the named weights within its largest magnitude of now.
+    """Keep each output channel of the named weights within its initial maximum magnitude.
 
-    INT8 in 7 bits needs it: the quantisers clip at 8 bits only.
+    7-bit weights require it, since the quantizers only clip to 8 bits.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -75,7 +75,7 @@ class HoldRange(Hook):
 
 
 def batches(model: Model, config: Training, context: Context, steps: int, start: int = 0) -> DataLoader:
-    """Return the loader of a stage: step t's batch depends on the seed and t alone."""
+    """Return the data loader of a stage. The batch of step t depends only on the seed and t."""
     sources = context.sources()
     dataset = TrainingSet(
         sources,
@@ -101,7 +101,7 @@ def batches(model: Model, config: Training, context: Context, steps: int, start:
         batch_sampler=sampler,
         collate_fn=_tensors,
         num_workers=context.data.workers,
-        worker_init_fn=leave_stops_to_the_parent,
+        worker_init_fn=ignore_stop_signals,
     )
 
 
@@ -110,13 +110,13 @@ def _tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def learning_rate(step: int, steps: int, config: Training) -> float:
-    """Linear warm-up, then a half cosine to zero, or no change."""
-    rising = max(round(config.warmup_ratio * steps), 1)
-    if step < rising:
-        return config.lr * (step + 1) / rising
+    """Return the learning rate of a step: linear warmup, then cosine decay to zero, or constant."""
+    warmup = max(round(config.warmup_ratio * steps), 1)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.lr_schedule == "constant":
         return config.lr
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
 def train(
@@ -128,11 +128,11 @@ def train(
 ) -> dict[str, Any]:
     """Train `model.module` in place with the weighted loss terms. Returns steps, seconds and the last losses.
 
-    Raises Stopped, after the current step and with a checkpoint of it, when SIGTERM or Ctrl-C came to any process.
+    When any process receives SIGTERM or Ctrl-C, finishes the current step, saves a checkpoint and raises Stopped.
     """
     fabric, steps = context.fabric, steps_of(config, context)
     learner = Learner(model, config, terms_from(losses, context.title), context)
-    # only now are the weights where they stay, on a device or in shards
+    # The hooks need the final parameters, so they come after Fabric has moved or sharded the model.
     loop = _Loop(learner, [*hooks, *_holds(model)], config, context)
     start, every, bad_records = loop.step, loop.checkpoint_every, BadRecords()
     began = time.perf_counter() - loop.seconds
@@ -155,7 +155,7 @@ def train(
             if every and (((step + 1) % every == 0 and step + 1 < steps) or stop):
                 loop.save(step + 1)
             if stop:
-                fabric.barrier()  # the first to end makes torchrun end the others
+                fabric.barrier()  # torchrun kills the other processes as soon as one exits
                 raise _stopped(stop, step + 1, steps, bool(every), context.title)
     learner.finish()
     details = {"bad_records": bad_records.bad} if bad_records.bad else {}
@@ -164,7 +164,7 @@ def train(
 
 
 def _holds(model: Model) -> list[Hook]:
-    """Return what keeps zeros zero, and INT8 weights in their range, through any training."""
+    """Return the hooks that keep 2:4 zeros at zero and 7-bit weights in range."""
     holds: list[Hook] = []
     if model.sparsity:
         holds.append(HoldZeros(model.module, model.sparsity["weights"]))
@@ -174,11 +174,11 @@ def _holds(model: Model) -> list[Hook]:
 
 
 class _Loop:
-    """A training in progress: how far it is, and what a checkpoint of it holds."""
+    """A training run in progress: takes steps, counts bad ones and saves checkpoints."""
 
     def __init__(self, learner: Learner, hooks: Sequence[Hook], config: Training, context: Context) -> None:
         self.learner, self.hooks, self.config, self.context = learner, hooks, config, context
-        progress = _continued(learner, hooks, context)
+        progress = _resume(learner, hooks, context)
         self.step: int = progress["step"]
         self.skipped: int = progress["skipped"]
         self.record: dict[str, Any] = progress["record"]
@@ -188,9 +188,9 @@ class _Loop:
         self.checkpoint_every = context.runtime.checkpoint_every if writes else 0
 
     def take_step(self, step: int, arrays: dict[str, Tensor], rate: float, log: Log) -> bool:
-        """Take one step; return whether everything in it was finite. A step that was not changes nothing.
+        """Take one step. Returns whether everything was finite; a non-finite step changes nothing.
 
-        Raises ClipressError after `MAX_BAD_STEPS` of those in a row.
+        Raises ClipressError after `MAX_BAD_STEPS` non-finite steps in a row.
         """
         for hook in self.hooks:
             hook.before(step, arrays)
@@ -220,7 +220,7 @@ class _Loop:
             )
 
     def save(self, step: int) -> None:
-        """Write a checkpoint after `step` steps, unless the last ones were bad: those must not replace a good one."""
+        """Save a checkpoint after `step` steps, unless the last step was bad: it must not replace a good checkpoint."""
         if self.bad_in_a_row:
             return
         fabric = self.context.fabric
@@ -232,18 +232,22 @@ class _Loop:
 
 def _stopped(number: float, step: int, steps: int, kept: bool, title: str) -> Stopped:
     name = signal.Signals(int(number)).name
-    how = "from its last checkpoint" if kept else "from this stage's beginning: it keeps no checkpoints"
-    message = f"{title}: stopped by {name} after {step} of {steps} steps. The same command goes on {how}."
+    how = "from the last checkpoint" if kept else "from the start of this stage, which saves no checkpoints"
+    message = f"{title}: stopped by {name} after {step} of {steps} steps. Run the same command to continue {how}."
     return Stopped(message, EXIT_CODES[signal.Signals[name]])
 
 
-def _continued(learner: Learner, hooks: Sequence[Hook], context: Context) -> dict[str, Any]:
-    """Restore the newest checkpoint that every process can read. Returns how far the training was."""
+def _resume(learner: Learner, hooks: Sequence[Hook], context: Context) -> dict[str, Any]:
+    """Restore the newest checkpoint that every process can read. Returns the progress it holds."""
     fabric = context.fabric
     for step in reversed(steps_saved(context.checkpoints, 0) if context.checkpoints else []):
         state = load_checkpoint(context.checkpoints, step, fabric.global_rank)
         if state is not None and state["world"] != fabric.world_size and any(state["hooks"]):
-            logger.warning("%s starts over: its scores were spread over %d processes.", context.title, state["world"])
+            logger.warning(
+                "%s: the checkpoint was saved by %d processes, whose pruning scores cannot be redistributed over %d. "
+                "Starting from the beginning.",
+                *(context.title, state["world"], fabric.world_size),
+            )
             state = None
         if all_true(state is not None, fabric):
             learner.load_state(state["learner"])
@@ -255,14 +259,14 @@ def _continued(learner: Learner, hooks: Sequence[Hook], context: Context) -> dic
 
 @contextmanager
 def _log_to(path: Path | None, fabric: Fabric, start: int) -> Iterator[Log]:
-    """Open the machine-readable log of a stage, one JSON object per line; the lines of the first `start` steps are kept."""
+    """Open the JSON lines log of a stage, keeping the lines of the first `start` steps."""
     if path is None or not fabric.is_global_zero:
         yield lambda row: None
         return
     with writing(path):
         kept = path.read_bytes().splitlines(True) if start and path.is_file() else []
         write_bytes_whole(path, b"".join(line for line in kept if _is_before(start, line)))
-        file = path.open("ab", buffering=0)  # a line that did not fit must not turn up again when the file is closed
+        file = path.open("ab", buffering=0)  # unbuffered, so that closing does not retry a line that failed to write
 
     def write(row: Mapping[str, Any]) -> None:
         line = json.dumps(row).encode() + b"\n"
@@ -277,5 +281,5 @@ def _log_to(path: Path | None, fabric: Fabric, start: int) -> Iterator[Log]:
 def _is_before(start: int, line: bytes) -> bool:
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] < start
-    except (ValueError, LookupError, TypeError):  # a line that was cut off
+    except (ValueError, LookupError, TypeError):  # a truncated line
         return False

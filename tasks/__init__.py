@@ -1,7 +1,7 @@
-"""What a model is for: how it is built, its graphs, how it learns, how it is measured. One file per task.
+"""Tasks, one file each: how a kind of model is built, trained, exported and evaluated.
 
-Everything else loops over a task's graphs (functions that are exported, see runtime/graph.py) and its model's parts
-(what may be cut, see models/anatomy.py).
+The rest of the code loops over a task's graphs (the exported functions, see runtime/graph.py) and its model's parts (the
+units of pruning, see models/anatomy.py).
 """
 
 from __future__ import annotations
@@ -29,84 +29,88 @@ Tokenize = Callable[[Sequence[str]], Any]
 
 
 class Task(ABC):
-    """What a model is for. A task is stateless; models and artifacts name theirs."""
+    """Base class of tasks. Tasks are stateless; models and artifacts refer to them by name."""
 
     name: ClassVar[str]
     towers: ClassVar[tuple[str, ...]]
-    """The groups of parts that settings, budgets and reports name."""
+    """Groups of parts, as named in settings, budgets and reports."""
     main_graph: ClassVar[str]
-    """The graph whose latency decides which artifact is kept."""
+    """The graph whose latency decides which artifact is selected."""
     figures: ClassVar[tuple[str, ...]]
-    """Endings of the metrics in which `bench.max_accuracy_drop` looks for a loss."""
+    """Suffixes of the metrics that `bench.max_accuracy_drop` checks."""
 
     provides: ClassVar[frozenset[str]]
-    """What losses may need and this task has, of `losses.Loss.needs`."""
+    """The requirements in `losses.Loss.needs` that this task can satisfy."""
 
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Settings of stages, by kind, whose defaults are the task's own."""
+    """Default settings by stage kind, if they differ from the stage's own."""
     reads_text: ClassVar[bool] = False
     """Whether its models have a tokenizer."""
+    caches_teachers: ClassVar[bool] = False
+    """Whether `teacher.cache` can store its teachers' outputs: embeddings of images and texts."""
 
     @abstractmethod
     def build(self, architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
-        """Build a module from an artifact's architecture, with our attention in every block and random weights.
+        """Build a module with random weights from an artifact's architecture, with our attention in every block.
 
-        Raises RecipeError or ArtifactError for an architecture that cannot be built; sizes are checked before memory is
-        taken.
+        Raises RecipeError or ArtifactError for an invalid architecture; sizes are checked before memory is allocated.
         """
 
     @abstractmethod
     def check_student(self, section: Mapping[str, Any], has_teacher: bool) -> None:
-        """Check a recipe's `student` section before anything is done. Raises RecipeError."""
+        """Validate a recipe's `student` section before any work starts. Raises RecipeError."""
 
     @abstractmethod
     def student_from(self, section: Mapping[str, Any], teacher: Model | None, seed: int) -> Model:
-        """Build the student of a recipe; its random weights depend on the seed alone."""
+        """Build the student of a recipe; random weights depend only on the seed."""
 
     @abstractmethod
     def load_pretrained(self, name: str, checkpoint: str | None, where: str) -> Model:
-        """Load a model by its library's name, with weights from a file or a pretrained tag; `where` begins messages."""
+        """Load a model by its name in the library, with weights from a file or a pretrained tag.
+
+        `where` is the prefix of error messages.
+        """
 
     def towers_of_teacher(self, section: Mapping[str, Any] | None) -> tuple[str, ...]:
-        """Return the towers that a student takes from its teacher whole, and that no stage trains."""
+        """Return the towers that a student copies from its teacher and that no stage trains."""
         return ()
 
     @abstractmethod
     def graphs(self, model: Model) -> dict[str, Graph]:
-        """Return the functions that are exported, by their names."""
+        """Return the exported functions by name."""
 
     @abstractmethod
     def call(self, module: nn.Module, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute a graph's outputs, as they are exported."""
+        """Compute the outputs of a graph, as exported."""
 
     @abstractmethod
     def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the inputs of every graph that a training batch has inputs for: graph -> input -> rows."""
+        """Return the inputs of every graph that a training batch can feed: graph -> input -> rows."""
 
     @abstractmethod
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
-        """Return real inputs of every graph, at most `SAMPLES` images per set: what implementations are compared on."""
+        """Return real inputs for every graph, at most `SAMPLES` images per set, to compare implementations on."""
 
     @abstractmethod
     def evaluate(
         self, run: Mapping[str, Run], sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None
     ) -> dict[str, Outcomes]:
-        """Measure accuracy through callables, one per graph, whatever they run on: `{"<set>/<metric>": outcomes}`."""
+        """Evaluate accuracy through one callable per graph, for any backend: `{"<set>/<metric>": outcomes}`."""
 
     def needs(self, of_losses: frozenset[str]) -> frozenset[str]:
-        """Return what a stage's losses need, with what the task needs to serve them."""
+        """Return the requirements of a stage's losses, plus what the task needs to satisfy them."""
         return of_losses
 
     @abstractmethod
     def lesson(self, job: TrainingJob) -> Lesson:
-        """Return how a model learns in one stage: its forward pass and the batch that losses read."""
+        """Return the lesson of one stage: the forward pass, and the batch that losses read."""
 
     def describe(self, model: Model) -> dict[str, Any]:
-        """Return what a task alone knows of an exported model, for export.json and the files' metadata."""
+        """Return task-specific facts of an exported model, for export.json and the metadata of exported files."""
         return {}
 
     def save_for_library(self, model: Model, folder: Path) -> bool:
-        """Write a model that was not cut in the format of the library it comes from; False where there is none."""
+        """Write an uncut model in its library's format. Returns False if there is no such format."""
         return False
 
 
@@ -115,28 +119,30 @@ SAMPLES = 128  # images per evaluation set, with their captions
 
 
 def task_named(name: str) -> Task:
-    """Return a task by the name that an artifact or export holds. Raises ArtifactError for an unknown one."""
+    """Return the task named by an artifact or export. Raises ArtifactError for an unknown name."""
     if name not in TASKS:
-        raise ArtifactError(f"Unknown task '{name}': this clipress cannot use the model.{nearest(name, TASKS)}")
+        raise ArtifactError(
+            f"Unknown task '{name}': this version of clipress cannot use the model.{nearest(name, TASKS)}"
+        )
     return TASKS[name]()
 
 
 def model_from_artifact(source: Artifact | str | Path) -> Model:
-    """Rebuild a model from nothing but its artifact; outputs are bitwise those it was saved with."""
+    """Rebuild a model from its artifact; outputs are bitwise identical to those before saving."""
     artifact = source if isinstance(source, Artifact) else load_artifact(source)
     task = task_named(artifact.task)
     if task.reads_text and artifact.tokenizer is None:
-        raise ArtifactError(f"The artifact has no tokenizer, which a model of task {task.name} needs.")
+        raise ArtifactError(f"The artifact has no tokenizer, which task {task.name} requires.")
     return rebuild(artifact, task.build)
 
 
 def graphs_of(model: Model) -> dict[str, Graph]:
-    """Return a model's graphs, by their names."""
+    """Return a model's graphs by name."""
     return task_named(model.task).graphs(model)
 
 
 def runs_of(model: Model) -> dict[str, Run]:
-    """Return a model's graphs as functions from arrays to arrays, in torch and in evaluation mode."""
+    """Return a model's graphs as functions on NumPy arrays that run in torch, in evaluation mode."""
     import torch
 
     task, device = task_named(model.task), next(model.module.parameters()).device
@@ -154,5 +160,5 @@ def runs_of(model: Model) -> dict[str, Run]:
 
 
 def evaluate_model(model: Model, sets: Sequence[EvalSet]) -> dict[str, Outcomes]:
-    """Measure a model's accuracy in torch: `{"<set>/<metric>": outcomes}`."""
+    """Evaluate a model's accuracy in torch: `{"<set>/<metric>": outcomes}`."""
     return task_named(model.task).evaluate(runs_of(model), sets, model.preprocess, model.tokenize())

@@ -1,8 +1,8 @@
-"""Image classification with a vision transformer: one graph, `image` -> logits, top-1 and top-5 accuracy.
+"""Image classification with a vision transformer: one graph, `image` -> logits; top-1 and top-5 accuracy.
 
 task: classification
 student: {width: 64, layers: 4, heads: 4, patch_size: 8, image_size: 32, labels: [cat, dog]}
-student: {model: deit_tiny_patch16_224, labels_file: imagenet}       a plain ViT of timm
+student: {model: deit_tiny_patch16_224, labels_file: imagenet}       a plain ViT from timm
 """
 
 from __future__ import annotations
@@ -37,40 +37,41 @@ MAX_CLASSES = 1 << 20
 
 
 class Student(Section):
-    """The `student` section of a classifier: a timm name, or sizes of a ViT."""
+    """The `student` section of a classifier: a timm name, or the sizes of a ViT."""
 
     model: str | None = None
-    """A plain ViT of timm, such as deit_tiny_patch16_224; random weights."""
+    """Name of a plain ViT in timm, such as deit_tiny_patch16_224, with random weights."""
     width: int | None = Field(None, ge=1)
     layers: int = Field(12, ge=1)
     heads: int | None = Field(None, ge=1)
-    """Default: heads of 64 dims."""
+    """Number of heads. Default: one per 64 dims."""
     patch_size: int = Field(16, ge=1)
     image_size: int | None = Field(None, ge=1)
-    """In pixels. Default: the teacher's; without one the model's own, or 224."""
+    """Image size in pixels. Default: the teacher's; without a teacher the timm model's, or 224."""
     labels: tuple[str, ...] | None = None
-    """Names of the classes, in the order of the data's. Default: the teacher's."""
+    """Class names, in the same order as in the data. Default: the teacher's."""
     labels_file: Path | None = None
-    """The same from a text file, one per line, or `imagenet`."""
+    """Text file with one class name per line, or `imagenet`."""
 
     def model_post_init(self, _: Any) -> None:
         if (self.model is None) == (self.width is None):
-            raise RecipeError("student: expected either model, a name of timm, or width, with layers and heads.")
+            found = "neither" if self.model is None else "both"
+            raise RecipeError(f"student: expected either model (a timm name) or width (a ViT's), found {found}.")
         if self.labels is not None and self.labels_file is not None:
-            raise RecipeError("student: expected labels or labels_file, found both.")
+            raise RecipeError("student: expected either labels or labels_file, found both.")
         heads = self.heads or max((self.width or 64) // 64, 1)
         if self.width is not None and self.width % heads:
-            raise RecipeError(f"student: width {self.width} is not a multiple of heads ({heads}).")
+            raise RecipeError(f"student.width: expected a multiple of heads ({heads}), found {self.width}.")
 
     def names(self) -> tuple[str, ...] | None:
-        """Return the names of the classes; None: the teacher's."""
+        """Return the class names, or None to use the teacher's."""
         names = self.labels if self.labels_file is None else read_classes(self.labels_file).names
         if names is not None:
             check_labels(names)
         return names
 
     def architecture(self, size: int | None, labels: Sequence[str]) -> dict[str, Any]:
-        """Return timm's name and arguments; `size` of images in pixels, None: the model's own."""
+        """Return timm's name and arguments. `size` is the image size in pixels; None uses the model's own."""
         sizes = {} if size is None else {"img_size": size}
         if self.width is not None:
             heads = self.heads or max(self.width // 64, 1)
@@ -81,7 +82,7 @@ class Student(Section):
 
 @TASKS.register("classification")
 class Classification(Task):
-    """A ViT that scores classes."""
+    """A ViT classifier."""
 
     name = "classification"
     towers = ("image",)
@@ -111,13 +112,16 @@ class Classification(Task):
             except (TypeError, ValueError, AssertionError, RuntimeError) as error:
                 raise RecipeError(f"timm cannot build {name} with {sizes}: {error}") from None
         if type(module) is not VisionTransformer:
-            raise RecipeError(f"student.model: {name} is not a plain ViT of timm, but a {type(module).__name__}.")
+            raise RecipeError(
+                f"student.model: expected a plain ViT from timm, found {name}, a {type(module).__name__}. Use a model such as "
+                "deit_tiny_patch16_224."
+            )
         return surgery.use_own_attention(module)
 
     def check_student(self, section: Mapping[str, Any], has_teacher: bool) -> None:
         student = checked(Student, section, "student")
         if student.names() is None and not has_teacher:
-            raise RecipeError("student: expected labels or labels_file, the names of the classes; found neither.")
+            raise RecipeError("student: expected class names in labels or labels_file, found neither.")
         if student.model is not None:
             _check_name(student.model, "student")
 
@@ -126,15 +130,15 @@ class Classification(Task):
         student = checked(Student, section, "student")
         labels = student.names() or tuple(teacher.architecture["labels"])
         if teacher is not None and list(labels) != teacher.architecture["labels"]:
-            raise RecipeError("student.labels: they differ from the teacher's; leave them out.")
+            raise RecipeError("student.labels: expected the teacher's labels, found others. Leave labels out.")
         size = student.image_size or (teacher.preprocess.size if teacher else None)
         model = self._model(student.architecture(size, labels), student.model, seed)
         if teacher is None:
             return model
         if teacher.preprocess.size != model.preprocess.size:
             raise RecipeError(
-                f"student: it must share the teacher's image size, {teacher.preprocess.size}; found "
-                f"{model.preprocess.size}."
+                f"student: expected the teacher's image size, {teacher.preprocess.size}, found {model.preprocess.size}. "
+                "Set 'image_size' or choose another model."
             )
         return replace(model, preprocess=teacher.preprocess)
 
@@ -143,7 +147,7 @@ class Classification(Task):
 
         _check_name(name, where)
         if checkpoint is None:
-            raise RecipeError(f"{where}: model '{name}' needs a checkpoint: a file of timm's weights, or 'random'.")
+            raise RecipeError(f"{where}: model '{name}' requires 'checkpoint': a file with timm weights, or 'random'.")
         labels = read_classes(Path("imagenet")).names
         model = self._model({"timm_model": name, "sizes": {}, "labels": list(labels)}, name, 0)
         if checkpoint != "random":
@@ -152,7 +156,7 @@ class Classification(Task):
                 timm.models.load_checkpoint(stock, checkpoint, use_ema=False, weights_only=True)
             except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
                 raise ArtifactError(
-                    f"Checkpoint '{checkpoint}' does not load into {name}: {str(error).splitlines()[0]}"
+                    f"Checkpoint '{checkpoint}' cannot be loaded into {name}: {str(error).splitlines()[0]}"
                 ) from None
             model = replace(model, module=surgery.use_own_attention(stock).eval())
         return model
@@ -182,7 +186,7 @@ class Classification(Task):
 
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
         if not sets:
-            raise ExportError("Parity is checked on real samples: add 'test', 'val' or 'train' data to the recipe.")
+            raise ExportError("Parity checks require real samples. Add 'test', 'val' or 'train' data to the recipe.")
         pixels = [next(one.pixel_batches(preprocess, SAMPLES)) for one in sets]
         return {"image": {"pixel_values": np.concatenate(pixels)}}
 
@@ -192,12 +196,14 @@ class Classification(Task):
         results: dict[str, Outcomes] = {}
         for one in sets:
             if one.classes is None:
-                raise RecipeError(f"data: {one.name} has no classes; a classifier is measured on labelled images.")
+                raise RecipeError(
+                    f"data: {one.name} has no classes. Evaluating a classifier requires labeled images; use data with labels."
+                )
             batches = one.pixel_batches(preprocess)
             logits = np.concatenate([run["image"]({"pixel_values": pixels})["logits"] for pixels in batches])
             if logits.shape[1] != len(one.classes.names):
                 raise RecipeError(
-                    f"data: {one.name} has {len(one.classes.names)} classes, the model scores {logits.shape[1]}."
+                    f"data: expected the model's {logits.shape[1]} classes, found {len(one.classes.names)} in {one.name}."
                 )
             found = score_logits(logits, one.labels(), one.seen)
             results |= {f"{one.name}/{metric}": outcomes for metric, outcomes in found.items()}
@@ -211,7 +217,7 @@ class Classification(Task):
 
 
 class Classifier(nn.Module):
-    """One forward of a training step."""
+    """The forward pass of a training step."""
 
     def __init__(self, model: nn.Module, tokens: bool) -> None:
         super().__init__()
@@ -220,20 +226,20 @@ class Classifier(nn.Module):
         self.handles = [layer.register_forward_hook(lambda _, __, out: self.tokens.append(out))] if tokens else []
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Score images [B, 3, S, S]: logits [B, C], and token features where they are hooked."""
+        """Classify images [B, 3, S, S]. Returns logits [B, C], and token features if they are hooked."""
         outputs = {"logits": self.model(pixels).float()}
         if self.tokens:
             outputs["image_tokens"] = self.tokens.pop().float()
         return outputs
 
     def close(self) -> None:
-        """Leave the model without hooks."""
+        """Remove the hooks from the model."""
         for handle in self.handles:
             handle.remove()
 
 
 class ClassifierLesson(Lesson):
-    """Supervised learning on labels, and distillation of logits and token features."""
+    """Supervised training on labels, and distillation of logits and token features."""
 
     def __init__(self, job: TrainingJob) -> None:
         self.needs, self.learning = job.needs, ("image",)
@@ -244,7 +250,7 @@ class ClassifierLesson(Lesson):
         if "labels" in job.needs:
             _refuse_other_classes(job, labels)
         if not job.sources_have("images"):
-            raise RecipeError(f"{job.title}: a classifier learns from images, and the training data have none.")
+            raise RecipeError(f"{job.title}: a classifier requires images, but the training data has none.")
 
         def shapes(model: Model) -> dict[str, tuple[int, int]] | None:
             return {"image": anatomy.token_shape(model.module, "image")} if tokens else None
@@ -267,9 +273,6 @@ class ClassifierLesson(Lesson):
     def teacher_inputs(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"pixels": arrays["pixels"]}
 
-    def cached_outputs(self, arrays: Mapping[str, Tensor], teacher: int, scale: float | None) -> Outputs:
-        return {"logits": arrays[f"teacher_image_{teacher}"] * arrays[f"teacher_image_norm_{teacher}"][:, None]}
-
     def batch(
         self,
         outputs: Outputs,
@@ -278,7 +281,7 @@ class ClassifierLesson(Lesson):
         projections: Mapping[str, nn.Module],
         gather: Gather,
     ) -> Batch:
-        # sources have the same classes, and the loader numbers them one source after the other
+        # All sources have the same classes, but the loader numbers them consecutively across sources.
         labels = torch.where(arrays["label"] < 0, arrays["label"], arrays["label"] % self.num_classes)
         return Batch(
             _features(outputs, gather),
@@ -296,22 +299,31 @@ def _features(outputs: Outputs, gather: Gather) -> Features:
 
 def _refuse_other_teacher(job: TrainingJob, teacher: Model, labels: list[str]) -> None:
     if teacher.architecture["labels"] != labels:
-        raise RecipeError(f"{job.title}: teacher and student must have the same classes, in the same order.")
+        raise RecipeError(
+            f"{job.title}: expected the same classes in the same order for teacher and student, found different ones. "
+            "Leave the student's labels out."
+        )
     own, other = job.student.preprocess.model_dump(), teacher.preprocess.model_dump()
-    if own != other and not job.cached:
-        raise RecipeError(f"{job.title}: teacher and student must share their preprocessing; found {other} and {own}.")
+    if own != other:
+        raise RecipeError(
+            f"{job.title}: expected the same preprocessing for teacher and student, found {other} and {own}. Use a teacher "
+            "with the student's preprocessing."
+        )
 
 
 def _refuse_other_classes(job: TrainingJob, labels: list[str]) -> None:
     for source in job.sources:
         classes = getattr(source, "classes", None)
         if classes is None:
-            raise RecipeError(f"{job.title}: losses on labels need labelled images; {source.name} has no classes.")
+            raise RecipeError(
+                f"{job.title}: losses on labels require labeled images, but {source.name} has no classes. Use labeled data, "
+                "or losses such as logits."
+            )
         if list(classes.names) != labels:
             raise RecipeError(
-                f"{job.title}: the classes of {source.name} differ from the student's labels: it has "
-                f"{len(classes.names)} ({', '.join(classes.names[:3])}, ...), the student {len(labels)} "
-                f"({', '.join(labels[:3])}, ...). They must be the same, in the same order."
+                f"{job.title}: expected the student's {len(labels)} labels ({', '.join(labels[:3])}, ...) as the classes of "
+                f"{source.name}, found {len(classes.names)} ({', '.join(classes.names[:3])}, ...). Use the same names in the "
+                "same order."
             )
 
 
@@ -324,15 +336,16 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _checked(architecture: Mapping[str, Any]) -> tuple[str, dict[str, int], list[str]]:
-    """Return timm's name, its sizes and the labels of an architecture that anyone may have written."""
+    """Validate an untrusted architecture. Returns timm's name, its sizes and the labels."""
     name, sizes, labels = (architecture.get(key) for key in ("timm_model", "sizes", "labels"))
     if not (isinstance(name, str) and isinstance(sizes, dict) and isinstance(labels, list)):
-        raise ArtifactError("A classifier's architecture needs timm_model, sizes and labels.")
+        raise ArtifactError("architecture: expected timm_model, sizes and labels of a classifier.")
     if not 1 <= len(labels) <= MAX_CLASSES or not all(isinstance(label, str) for label in labels):
-        raise ArtifactError(f"A classifier's labels: expected 1 to {MAX_CLASSES:,} names.")
+        raise ArtifactError(f"architecture.labels: expected 1 to {MAX_CLASSES:,} names, found {len(labels):,} entries.")
     for key, value in sizes.items():
         if key not in SIZES or not isinstance(value, int) or not 1 <= value <= SIZES[key]:
-            raise ArtifactError(f"sizes.{key} is {value!r:.40}; expected 1 to {SIZES.get(key, 0):,}.")
+            expected = f"1 to {SIZES[key]:,}" if key in SIZES else f"one of {', '.join(SIZES)}"
+            raise ArtifactError(f"architecture.sizes.{key}: expected {expected}, found {value!r:.40}.")
     if name != "vit":
         _check_name(name, "architecture")
     return name, sizes, labels

@@ -1,4 +1,4 @@
-"""Contrastive image-text models: two towers, graphs `image` and `text`, retrieval and zero-shot classification."""
+"""Contrastive image-text models: two towers, graphs `image` and `text`; retrieval and zero-shot classification."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ if TYPE_CHECKING:
 
 SIDES = ("image", "text")
 MAX_LOG_SCALE = float(np.log(100))  # CLIP's clamp
-ARRAYS = {"image": "pixels", "text": "ids"}  # of a training batch
+ARRAYS = {"image": "pixels", "text": "ids"}  # names in a training batch
 INPUTS = {"image": "pixel_values", "text": "input_ids"}
 OUTPUTS = {"image": "image_embeds", "text": "text_embeds"}
 
 
 @TASKS.register("clip")
 class Clip(Task):
-    """CLIP and its relatives with two towers."""
+    """CLIP and other models with an image and a text tower."""
 
     name = "clip"
     towers = SIDES
     main_graph = "image"
     reads_text = True
+    caches_teachers = True
     figures = ("/top1", "/text_r1", "/image_r1")
     provides = frozenset({"pairs", "teacher", "space", "width", "keys", "momentum", "tokens", "masked", "labels"})
 
@@ -74,7 +75,7 @@ class Clip(Task):
 
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
         if not sets:
-            raise ExportError("Parity is checked on real samples: add 'test', 'val' or 'train' data to the recipe.")
+            raise ExportError("Parity checks require real samples. Add 'test', 'val' or 'train' data to the recipe.")
         pixels, texts = [], []
         for evalset in sets:
             taken = next(evalset.pixel_batches(preprocess, SAMPLES))
@@ -89,7 +90,7 @@ class Clip(Task):
         return evaluate_items(*(encoder(run, side) for side in SIDES), sets, preprocess, tokenize)
 
     def needs(self, of_losses: frozenset[str]) -> frozenset[str]:
-        # classes are the teacher's prompts, in its embedding space
+        # Classes are embedded prompts of the teacher.
         return of_losses | {"teacher", "classes"} if "labels" in of_losses else of_losses
 
     def lesson(self, job: TrainingJob) -> ClipLesson:
@@ -108,12 +109,12 @@ class Clip(Task):
 
 
 def encoder(run: Mapping[str, Run], side: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Return one graph as a function from rows of its input to embeddings [B, D]."""
+    """Return one graph as a function from input rows to embeddings [B, D]."""
     return lambda rows: run[side]({INPUTS[side]: rows})[OUTPUTS[side]]
 
 
 class EncoderPair(nn.Module):
-    """One forward for both towers, so that DDP and FSDP see every parameter used."""
+    """A single forward pass for both towers, so that DDP and FSDP see all parameters used."""
 
     def __init__(self, model: nn.Module, tokens: Sequence[str] = (), frozen: Sequence[str] = ()) -> None:
         super().__init__()
@@ -128,7 +129,7 @@ class EncoderPair(nn.Module):
     def forward(
         self, pixels: Tensor | None = None, ids: Tensor | None = None, masked: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Encode the given inputs. Returns raw embeddings [B, D] per side, `masked`, tokens where hooked, and `scale`."""
+        """Encode the given inputs. Returns raw embeddings [B, D] per side, `masked`, hooked tokens, and `scale`."""
         outputs = {"scale": self.model.logit_scale.exp().reshape(())}
         encode = {"image": (self.model.encode_image, pixels), "text": (self.model.encode_text, ids)}
         for side, (encoder, inputs) in encode.items():
@@ -143,13 +144,13 @@ class EncoderPair(nn.Module):
         return outputs
 
     def close(self) -> None:
-        """Leave the model without hooks."""
+        """Remove the hooks from the model."""
         for handle in self.handles:
             handle.remove()
 
 
 class ClipLesson(Lesson):
-    """Contrastive learning and distillation of both towers, or of one."""
+    """Contrastive training and distillation of one or both towers."""
 
     def __init__(self, job: TrainingJob) -> None:
         for number, teacher in enumerate(job.teachers):
@@ -232,7 +233,7 @@ class ClipLesson(Lesson):
             targets=positives(gather.own(arrays["group"]), seen["group"]),
             alpha=0.0,
         )
-        # the queue holds online features, as UPop's code does
+        # As in UPop's code, the queue holds online features.
         return result, {
             **new,
             "image": batch.student.all_image.detach(),
@@ -245,7 +246,7 @@ class ClipLesson(Lesson):
 
 
 def positives(groups: Tensor, all_groups: Tensor) -> Tensor:
-    """Return the targets [B, N] of rows in `groups` [B] among `all_groups` [N]: uniform over a row's right answers."""
+    """Return the targets [B, N] of rows in `groups` [B] among `all_groups` [N]: uniform over the positives of a row."""
     same = (groups[:, None] == all_groups[None, :]).float()
     return same / same.sum(1, keepdim=True)
 
@@ -272,30 +273,31 @@ def _features(outputs: Outputs, gather: Gather) -> Features:
 
 
 def _learning(job: TrainingJob) -> tuple[str, ...]:
-    """Return the towers that learn: allowed by the setting, not the teacher's own, and with data to learn from."""
-    there = {"image": job.sources_have("images"), "text": job.sources_have("texts")}
-    lacking = [side for side in SIDES if not there[side]]
+    """Return the towers to train: selected by `towers`, not copied from the teacher, and with training data."""
+    has_data = {"image": job.sources_have("images"), "text": job.sources_have("texts")}
+    lacking = [side for side in SIDES if not has_data[side]]
     if lacking and {"pairs", "keys"} & job.needs:
         raise RecipeError(
-            f"{job.title}: its losses compare images with texts, and the training data have no {lacking[0]}s. Use losses "
-            "that read one tower alone, such as feature, or data with both."
+            f"{job.title}: its losses compare images with texts, but the training data has no {lacking[0]}s. Use losses for "
+            "a single tower, such as feature, or data with both."
         )
     module = job.student.module
     trainable = [side for side in SIDES if any(p.requires_grad for p in anatomy.tower_parameters(module, side))]
-    sides = tuple(side for side in trainable if job.towers in ("both", side) and there[side])
+    sides = tuple(side for side in trainable if job.towers in ("both", side) and has_data[side])
     if not sides:
         raise RecipeError(
-            f"{job.title}: nothing can learn. 'towers' is {job.towers}, trainable are {trainable}, the data have "
-            f"{[side for side in SIDES if there[side]]}."
+            f"{job.title}: expected a tower to train, found none: 'towers' is {job.towers}, trainable towers are {trainable}, "
+            f"the training data covers {[side for side in SIDES if has_data[side]]}. Change 'towers' or the data."
         )
     return sides
 
 
 def _refuse_other_inputs(job: TrainingJob, teacher: Model, same_width: Sequence[str]) -> None:
-    """A teacher that runs sees the student's pixels and ids; some losses need embeddings of one width."""
+    """Raise RecipeError if the teacher needs other inputs than the student, or another width than a loss requires."""
     if job.cached and "tokens" in job.needs:
         raise RecipeError(
-            f"{job.title}: a teacher's cache holds no token features. Leave out 'tokens' or 'teacher.cache'."
+            f"{job.title}: loss 'tokens' requires a teacher that runs, since its cache has no token features. Remove 'tokens' "
+            "or 'teacher.cache'."
         )
     student = job.student
     for what, own, other in (
@@ -304,14 +306,14 @@ def _refuse_other_inputs(job: TrainingJob, teacher: Model, same_width: Sequence[
     ):
         if own != other and not job.cached:
             raise RecipeError(
-                f"{job.title}: teacher and student must share their {what}; found {other} and {own}. "
-                "With 'teacher.cache' they need not."
+                f"{job.title}: expected the same {what} for teacher and student, found {other} and {own}. Set "
+                "'teacher.cache' to use different ones."
             )
     widths = [model.architecture["embed_dim"] for model in (teacher, student)]
     if same_width and widths[0] != widths[1]:
         raise RecipeError(
-            f"{job.title}: losses {sorted(same_width)} compare embeddings; the teacher's have {widths[0]} dims, the "
-            f"student's {widths[1]}. Give the student the same embed_dim, or use affinity or feature."
+            f"{job.title}: losses {sorted(same_width)} require the teacher's embedding width, {widths[0]}, found {widths[1]}. "
+            "Set the student's embed_dim to it, or use affinity or feature."
         )
 
 
@@ -330,12 +332,14 @@ def _sizes(job: TrainingJob, sides: Sequence[str], tokens: Sequence[str]) -> Siz
 
 
 def _classes(job: TrainingJob) -> Tensor:
-    """Return the teacher's text classifier of all labelled sources, one after the other: unit rows [C, D]."""
+    """Return the teacher's text classifiers of all labeled sources, concatenated: unit rows [C, D]."""
     teacher = job.teachers[0]
     encode, found = encoder(runs_of(teacher), "text"), []
     for source in job.sources:
         if classes := getattr(source, "classes", None):
             found.append(embed_classes(encode, teacher.tokenize(), classes))
     if not found:
-        raise RecipeError(f"{job.title}: a loss on labels needs classes, and no training source has any.")
+        raise RecipeError(
+            f"{job.title}: losses on labels require classes, but no training source has any. Use labeled data."
+        )
     return torch.from_numpy(np.concatenate(found)).float()

@@ -1,4 +1,4 @@
-"""What passes between a training step, a task and the losses: features of a batch, sizes, and what a lesson is."""
+"""The interface between the training step, tasks and losses: features of a batch, sizes, and the `Lesson` class."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor, nn
 from clipress.models.load import Model
 
 Outputs = Mapping[str, Tensor]
-"""What a training module returns: rows [B, ...] by name, and `scale` (), where there is one."""
+"""What a training module returns: rows [B, ...] by name, and a scalar `scale` if the model has one."""
 
 
 @dataclass(frozen=True)
 class Features:
     """One model's outputs for a batch. B: this process's rows; N: all processes' rows; D: embedding; C: classes.
 
-    What a task does not have, or a step did not compute, is None.
+    Fields that a task does not have or a step did not compute are None.
     """
 
-    image: Tensor | None = None  # [B, D], L2-normalised
+    image: Tensor | None = None  # [B, D], L2-normalized
     text: Tensor | None = None  # [B, D]
     all_image: Tensor | None = None  # [N, D], gathered with gradients; row `offset + i` is image[i]
     all_text: Tensor | None = None  # [N, D]
     scale: Tensor | None = None  # (), exp(logit_scale)
     raw_image: Tensor | None = None  # [B, D], before normalization
     raw_text: Tensor | None = None
-    image_tokens: Tensor | None = None  # [B, n, W]: the tower's last layer, before pooling and projection
+    image_tokens: Tensor | None = None  # [B, n, W], the tower's last layer before pooling and projection
     text_tokens: Tensor | None = None  # [B, L, W]
-    masked_image: Tensor | None = None  # [B, D], L2-normalised: of the image with most patches masked
-    logits: Tensor | None = None  # [B, C]: a classifier's scores, before the softmax
+    masked_image: Tensor | None = None  # [B, D], L2-normalized, of images with most patches masked
+    logits: Tensor | None = None  # [B, C], a classifier's scores before softmax
 
     def similarities(self) -> tuple[Tensor, Tensor]:
         """Return scaled similarities, image -> text and text -> image: [B, N] each."""
@@ -41,36 +41,36 @@ class Features:
 
 @dataclass(frozen=True)
 class Momentum:
-    """A slow copy's features of a batch, and of past ones. M = N + queue. No gradients."""
+    """The EMA model's features of a batch and of past batches. M = N + queue size. No gradients."""
 
     image: Tensor  # [B, D]
     text: Tensor  # [B, D]
-    all_image: Tensor  # [M, D]: the slow copy's features of this batch, then past online features
+    all_image: Tensor  # [M, D], EMA features of this batch, then past online features
     all_text: Tensor  # [M, D]
-    teacher_image: Tensor | None  # [M, D]: the teacher's features of the same pairs
+    teacher_image: Tensor | None  # [M, D], the teacher's features of the same pairs
     teacher_text: Tensor | None
     targets: Tensor  # [B, M], rows sum to one
-    alpha: float  # weight of the slow copy's opinion in the targets
+    alpha: float  # weight of the EMA model's predictions in the targets
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything a loss may read."""
+    """Everything a loss can read."""
 
     student: Features
     teachers: tuple[Features, ...]  # no gradients
-    targets: Tensor | None = None  # [B, N], rows sum to one; several right answers share the mass
-    groups: Tensor | None = None  # [N]: pairs of one group are right answers to one another
+    targets: Tensor | None = None  # [B, N], rows sum to one, uniform over the positives
+    groups: Tensor | None = None  # [N], pairs of the same group are positives of each other
     momentum: Momentum | None = None
     projected: Features | None = None
-    """The student in the (first) teacher's space, where their widths differ; see `matched`."""
-    labels: Tensor | None = None  # [B], the column of `class_scores`; -1: none
+    """The student projected into the (first) teacher's space if the widths differ; see `matched`."""
+    labels: Tensor | None = None  # [B], columns of `class_scores`; -1 for no label
     all_labels: Tensor | None = None  # [N]
-    classes: Tensor | None = None  # [C, D]: the first teacher's text classifier, L2-normalised
+    classes: Tensor | None = None  # [C, D], the first teacher's text classifier, L2-normalized
     masks_move: bool = False
-    """Whether a search changes its masks after this step."""
+    """Whether a pruning search updates its masks after this step."""
     sides: tuple[str, ...] = ()
-    """The towers that learn."""
+    """The trained towers."""
 
     @property
     def teacher(self) -> Features:
@@ -79,11 +79,11 @@ class Batch:
 
     @property
     def matched(self) -> Features:
-        """The student's embeddings as they are compared with the teacher's: projected if their widths differ."""
+        """The student's embeddings to compare with the teacher's: projected if the widths differ."""
         return self.projected or self.student
 
     def class_scores(self, scale: float) -> Tensor:
-        """Return scores [B, C] of the classes: a classifier's own, or `scale` times the similarities to `classes`."""
+        """Return class scores [B, C]: a classifier's logits, or `scale` times the similarities to `classes`."""
         if self.student.logits is not None:
             return self.student.logits
         return scale * self.matched.image @ self.classes.T
@@ -91,75 +91,75 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a loss may need to know before training: widths of embeddings, and what to check."""
+    """Sizes that losses use to build their parameters and to validate their settings."""
 
     student: int
-    """Dimensions of the embedding, or classes of a classifier."""
+    """Width of the embedding, or number of classes of a classifier."""
     teachers: tuple[int, ...] = ()
-    sides: tuple[str, ...] = ()  # the towers that learn
+    sides: tuple[str, ...] = ()  # the trained towers
     image: tuple[int, int] | None = None  # height and width in pixels
-    student_tokens: Mapping[str, tuple[int, int]] | None = None  # per side that learns: how many, and their width
+    student_tokens: Mapping[str, tuple[int, int]] | None = None  # per trained tower: number of tokens, and their width
     teacher_tokens: Mapping[str, tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What one stage is to learn from, and what its losses need."""
+    """The models and data of one training stage, and the requirements of its losses."""
 
     title: str
     student: Model
     teachers: tuple[Model, ...]
     needs: frozenset[str]
-    """Of the losses, see `losses.Loss.needs`."""
+    """Requirements of the losses, see `losses.Loss.needs`."""
     same_width: tuple[str, ...]
-    """Names of the losses that compare embeddings of one width."""
+    """Names of the losses that require teacher and student to have the same width."""
     towers: str
-    """The setting: `both`, or the name of the tower that learns."""
+    """The setting `towers`: `both`, or the name of the tower to train."""
     sources: tuple[Any, ...]
     """The training sources."""
     cached: bool
-    """Whether teachers' answers come from caches."""
+    """Whether teacher outputs are read from caches."""
 
     def sources_have(self, what: str) -> bool:
-        """Tell whether every training source has `images`, or `texts`."""
+        """Return whether every training source has `images` or `texts`."""
         return all(getattr(source, f"has_{what}") for source in self.sources)
 
 
 @dataclass(frozen=True)
 class Gather:
-    """How rows of all processes come together. With `local`, a process scores its own rows against all."""
+    """Gathers rows from all processes. With `local`, each process computes the loss of its own rows only."""
 
     rows: Callable[[Tensor], Tensor]
     local: bool
 
     def own(self, rows: Tensor) -> Tensor:
-        """Return the rows that a process scores: its own, or all."""
+        """Return the rows that this process computes the loss for: its own, or all."""
         return rows if self.local else self.rows(rows)
 
 
 class Lesson(ABC):
-    """How a model learns in one stage: the module that a step calls, and the batch that losses read of its outputs."""
+    """How a task trains in one stage: the module that a step calls, and the batch that losses read."""
 
     needs: frozenset[str]
-    """Of the losses, and what the task needs to serve them."""
+    """Requirements of the losses, plus what the task needs to satisfy them."""
     learning: tuple[str, ...]
-    """The towers that learn."""
+    """The trained towers."""
     sizes: Sizes
 
     @abstractmethod
     def module(self, module: nn.Module) -> nn.Module:
-        """Wrap a student or teacher so that its forward(**inputs) returns `Outputs` and DDP sees every parameter used.
+        """Wrap a student or teacher so that forward(**inputs) returns `Outputs` and DDP sees all parameters used.
 
-        It has `close()`, which leaves the wrapped module without hooks.
+        The wrapper has a method `close()` that removes its hooks.
         """
 
     @abstractmethod
     def inputs(self, arrays: Mapping[str, Tensor], mask: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
-        """Return the student's inputs; `mask` hides patches, for a loss that needs it."""
+        """Return the student's inputs; `mask` masks patches for losses that need it."""
 
     @abstractmethod
     def teacher_inputs(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what a teacher that runs is shown."""
+        """Return the inputs of a teacher that is not cached."""
 
     @abstractmethod
     def batch(
@@ -170,17 +170,20 @@ class Lesson(ABC):
         projections: Mapping[str, nn.Module],
         gather: Gather,
     ) -> Batch:
-        """Gather from the other processes what the losses read."""
+        """Build the batch that the losses read, gathering rows from all processes."""
 
-    @abstractmethod
     def cached_outputs(self, arrays: Mapping[str, Tensor], teacher: int, scale: float | None) -> Outputs:
-        """Return what a teacher's module would have returned, from the arrays that the loader read of its cache."""
+        """Rebuild the outputs of a teacher's module from the cached arrays in a batch."""
+        raise NotImplementedError("a task with caches_teachers defines this")
 
     def momentum(
         self, slow: Outputs, batch: Batch, arrays: Mapping[str, Tensor], past: Mapping[str, Tensor], gather: Gather
     ) -> tuple[Momentum, dict[str, Tensor]]:
-        """Return a slow copy's view of a batch and of `past`, and the rows of the batch to put in front of `past`."""
+        """Return the EMA model's features of a batch and of `past`, and the rows of the batch to prepend to `past`.
+
+        `slow` are the EMA model's outputs.
+        """
         raise NotImplementedError("a task that provides momentum defines this")
 
     def keep_in_range(self, module: nn.Module) -> None:  # noqa: B027
-        """Bound what the task bounds after each update, such as a temperature."""
+        """Clamp parameters after each update, such as the logit scale."""

@@ -1110,8 +1110,8 @@ for _name, _content in (
 
 
 for _name, _expected, _content in (
-    ("a cost table that is none", "refused: .*is no cost table", "[]"),
-    ("a cost table nested 100,000 deep", "refused: .*is no cost table .it nests deeper", DEEP),
+    ("a cost table that is none", "refused: .*is not a cost table", "[]"),
+    ("a cost table nested 100,000 deep", "refused: .*is not a cost table .it nests deeper", DEEP),
     ("a cost table without figures", "refused: .*the table has none", '{"schema_version": 1, "towers": []}'),
     (
         "a cost table of unequal rows",

@@ -1,6 +1,6 @@
-"""Loss terms, one file each. A recipe names them, with weights or settings; an absent term is not computed.
+"""Loss terms, one file each. A recipe lists them by name, with weights or settings.
 
-To add one: a file with a `Loss`, registered under its name.
+To add one, write a file with a `Loss` that is registered under its name.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from clipress.errors import RecipeError
 from clipress.recipe import Section, checked
 from clipress.registry import Registry
 from clipress.tasks import Task
-from clipress.tasks.clip import MAX_LOG_SCALE
+from clipress.tasks.clip import MAX_LOG_SCALE, SIDES
 from clipress.tasks.training import Batch, Sizes
 
 Losses = dict[str, float | dict[str, Any]] | tuple[str, ...]
-"""How a recipe writes losses: names; names with weights; names with settings."""
+"""Losses in a recipe: a list of names, or a mapping from names to weights or settings."""
 
 LOSSES: Registry[type[Loss]] = Registry("loss", "clipress.compress.losses")
 
 
 class Loss(nn.Module):
-    """One term: a scalar from a batch. What it learns itself (projections, scales) are its parameters."""
+    """One loss term: a scalar computed from a batch. It may have parameters of its own, such as projections or scales."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of: pairs (both towers' embeddings), teacher, space (embeddings are compared with the teacher's, projected where
-    widths differ), width (the teacher's must be the student's), keys (both of the teacher's towers), momentum, tokens,
-    masked, labels, logits (a classifier's scores)."""
+    """Requirements of the loss, any of: `pairs` (embeddings of both towers), `teacher`, `space` (embeddings are compared
+    with the teacher's, projected if the widths differ), `width` (teacher and student must have the same width), `keys`
+    (both towers of the teacher), `momentum`, `tokens`, `masked`, `labels`, `logits` (scores of a classifier)."""
 
     class Settings(Section):
-        """What a recipe may set; `weight` is the published one."""
+        """Settings in a recipe; `weight` defaults to the published value."""
 
         weight: float = 1.0
 
@@ -44,12 +44,12 @@ class Loss(nn.Module):
         self.settings = settings
 
     def mask_patches(self, pixels: Tensor, draw: Callable[..., Tensor]) -> Tensor:
-        """Return the images [B, 3, S, S] as a `masked` term needs them; `draw(*shape)` is uniform noise [B, *shape]."""
+        """Mask the images [B, 3, S, S] for a loss that needs `masked`; `draw(*shape)` is uniform noise [B, *shape]."""
         raise NotImplementedError
 
 
 class Scale(nn.Module):
-    """A learnable factor on similarities, at first 1 / 0.07; `published`: CLIP-KD's, which forgets the exp (2.66)."""
+    """A learnable logit scale, initially 1 / 0.07. `published` omits the exp like CLIP-KD's code (initially 2.66)."""
 
     def __init__(self, published: bool = False) -> None:
         super().__init__()
@@ -60,12 +60,12 @@ class Scale(nn.Module):
 
 
 def loss_type(name: str, where: str) -> type[Loss]:
-    """Return the class of a named term. Raises RecipeError for an unknown name."""
+    """Return the class of a loss. Raises RecipeError for an unknown name."""
     return LOSSES.find(name, where)
 
 
 def terms_from(losses: Mapping[str, Any] | tuple[str, ...], where: str) -> dict[str, Loss.Settings]:
-    """Check a recipe's losses and fill in published weights and settings."""
+    """Validate a recipe's losses and fill in default weights and settings."""
     named = losses.items() if isinstance(losses, Mapping) else ((name, {}) for name in losses)
     terms = {}
     for name, value in named:
@@ -79,23 +79,24 @@ def terms_from(losses: Mapping[str, Any] | tuple[str, ...], where: str) -> dict[
 
 
 def needs_of(terms: Mapping[str, Loss.Settings]) -> frozenset[str]:
-    """Return everything the terms need."""
+    """Return the combined requirements of the terms."""
     return frozenset().union(*(loss_type(name, "losses").needs for name in terms))
 
 
 def check_losses(terms: Mapping[str, Loss.Settings], task: Task, where: str) -> None:
-    """Raise RecipeError for a loss that needs what a task does not have."""
+    """Raise RecipeError for a loss that needs something the task does not provide."""
     for name in terms:
         if lacking := sorted(loss_type(name, where).needs - task.provides):
             raise RecipeError(
-                f"{where}: loss '{name}' needs {', '.join(lacking)}, which task {task.name} does not have."
+                f"{where}: loss '{name}' requires {', '.join(lacking)}, which task {task.name} does not provide. Choose "
+                "another loss."
             )
 
 
 class Objective(nn.Module):
-    """The weighted terms of a stage, with what they learn and the projections into the teacher's space.
+    """The weighted loss terms of a stage, with their parameters and the projections into the teacher's space.
 
-    Everything learnable starts the same on every process, from `seed`.
+    Parameters are initialized from `seed`, identically on every process.
     """
 
     def __init__(self, terms: Mapping[str, Loss.Settings], sizes: Sizes, seed: int = 0) -> None:
@@ -106,18 +107,18 @@ class Objective(nn.Module):
             self.losses = nn.ModuleDict(
                 {name: loss_type(name, "losses")(settings, sizes) for name, settings in terms.items()}
             )
-            # CLIP-KD: a linear map per tower, only where the widths differ
+            # As in CLIP-KD, each tower gets a linear projection, but only if the widths differ.
             apart = "space" in self.needs and sizes.teachers and sizes.student != sizes.teachers[0]
-            maps = {side: nn.Linear(sizes.student, sizes.teachers[0]) for side in ("image", "text")} if apart else {}
+            maps = {side: nn.Linear(sizes.student, sizes.teachers[0]) for side in SIDES} if apart else {}
             self.projections = nn.ModuleDict(maps)
 
     def mask_patches(self, pixels: Tensor, draw: Callable[..., Tensor]) -> Tensor:
-        """Return the images with patches masked, for the one term that needs it."""
+        """Mask the images for the one term that needs `masked`."""
         return next(loss for loss in self.losses.values() if "masked" in loss.needs).mask_patches(pixels, draw)
 
     @torch.no_grad()
     def clamp_scales(self) -> None:
-        """Keep scales that losses learn where CLIP keeps its own: 1 to 100."""
+        """Clamp the losses' own logit scales to CLIP's range, 1 to 100."""
         for module in self.modules():
             if isinstance(module, Scale) and not module.published:
                 module.log.clamp_(0, MAX_LOG_SCALE)
@@ -129,13 +130,13 @@ class Objective(nn.Module):
 
 
 def each_side(batch: Batch, kind: str = "{}") -> list[tuple[Tensor, Tensor]]:
-    """Return (student's, teacher's) embeddings [B, D] of every tower that learns: unit rows, or `raw_{}` ones."""
+    """Return (student, teacher) embeddings [B, D] of every trained tower, L2-normalized, or raw with `raw_{}`."""
     names = [kind.format(side) for side in batch.sides]
     return [(getattr(batch.matched, name), getattr(batch.teacher, name)) for name in names]
 
 
 def crossed_logits(batch: Batch, scale: Tensor) -> list[Tensor]:
-    """Return similarities of the student's rows to the teacher's of the other tower, per tower that learns: [B, N]."""
+    """Return the student's similarities [B, N] to the teacher's embeddings of the other tower, per trained tower."""
     own, keys = batch.matched, {"image": batch.teacher.all_text, "text": batch.teacher.all_image}
     return [scale * getattr(own, side) @ keys[side].T for side in batch.sides]
 
@@ -145,6 +146,6 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * logits.log_softmax(-1)).sum(-1).mean()
 
 
-def kl_divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over rows of KL(softmax(wanted) || softmax(logits)); both [B, N]."""
-    return F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean")
+def kl_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:
+    """Mean over rows of KL(softmax(target_logits) || softmax(logits)); both [B, N]."""
+    return F.kl_div(logits.log_softmax(-1), target_logits.log_softmax(-1), log_target=True, reduction="batchmean")

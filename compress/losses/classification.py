@@ -1,8 +1,8 @@
-"""Supervised training: the image embedding is classified by the teacher's class prompts.
+"""Supervised classification, with the teacher's class prompts as the head of a CLIP.
 
-L = mean over labelled pairs of CE(s v C^T, y);  v unit image embeddings [B, D], C the teacher's text classifier of the
-sources' classes [K, D], y labels [B]. Alone it is plain supervised training of the image tower, the teacher giving the
-head only. Pairs without a label contribute nothing, and a batch of them is worth exactly zero.
+L = mean over labeled samples of CE(s v C^T, y);  v unit image embeddings [B, D], C the teacher's text classifier for the
+sources' classes [K, D], y labels [B]. Used alone, it is plain supervised training of the image tower with the teacher's
+head. Samples without a label contribute nothing; a batch without labels has a loss of exactly zero.
 """
 
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from clipress.tasks.training import Batch, Sizes
 
 @LOSSES.register("classification")
 class Classification(Loss):
-    """Cross-entropy against labels, averaged over the labelled pairs of all processes."""
+    """Cross-entropy against labels, averaged over the labeled samples of all processes."""
 
     needs = frozenset({"space", "labels"})
 
@@ -26,11 +26,11 @@ class Classification(Loss):
         super().__init__(settings, sizes)
         if "image" not in sizes.sides:
             raise RecipeError(
-                "classification: pictures are classified, and the image tower does not learn. Change 'towers'."
+                "classification: expected a trained image tower, found it frozen. Set 'towers' to both or image."
             )
 
     def forward(self, batch: Batch) -> Tensor:
         logits = batch.class_scores(self.settings.scale)
         rows = F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="none")
-        labelled = (batch.all_labels >= 0).sum().clamp(min=1)
-        return rows.mean() * len(batch.all_labels) / labelled  # processes may hold unequal numbers of labels
+        labeled = (batch.all_labels >= 0).sum().clamp(min=1)
+        return rows.mean() * len(batch.all_labels) / labeled  # processes may have different numbers of labels

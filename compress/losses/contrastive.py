@@ -1,4 +1,4 @@
-"""CLIP's contrastive loss (Radford et al. 2021), with several right answers per row where groups repeat.
+"""CLIP's contrastive loss (Radford et al. 2021), with several positives per row where pairs share a group.
 
 L = (CE(s v t^T, T) + CE(s t v^T, T)) / 2;  v, t unit features, s = exp(logit_scale), T uniform over a row's positives.
 """
@@ -11,7 +11,7 @@ from clipress.tasks.training import Batch
 
 @LOSSES.register("contrastive")
 class Contrastive(Loss):
-    """Pull pairs of one group together. The targets are the same both ways, since groups are."""
+    """Pull the pairs of a group together. Groups are symmetric, so both directions share the targets."""
 
     needs = frozenset({"pairs"})
 

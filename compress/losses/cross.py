@@ -1,8 +1,8 @@
-"""Cross distillation, in CLIP-KD's code (Yang et al. 2024): student queries rank the teacher's keys as the teacher does.
+"""Cross distillation from CLIP-KD's code (Yang et al. 2024): student queries rank teacher keys as the teacher does.
 
 L = (KL(softmax(S V T^T) || softmax(c v T^T)) + KL(softmax(S T V^T) || softmax(c t V^T))) / 2 over [B, N];  capitals are the
-teacher's, c a scale this loss learns, 1 / 0.07 at first. Published with weight 0, so never used; here a recipe that names
-it gets weight 1. The published code leaves out the exp of c; here it is not left out.
+teacher's, c is a learned scale, initially 1 / 0.07. The published weight is 0, so CLIP-KD never uses it; the default here
+is 1. The published code omits the exp of c; this one does not.
 """
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from clipress.tasks.training import Batch, Sizes
 
 @LOSSES.register("cross")
 class Cross(Loss):
-    """Divergence of student-to-teacher similarity rows from teacher-to-teacher ones."""
+    """KL divergence of student-to-teacher similarity distributions from teacher-to-teacher ones."""
 
     needs = frozenset({"teacher", "space", "keys"})
 
@@ -23,6 +23,6 @@ class Cross(Loss):
         self.scale = Scale()
 
     def forward(self, batch: Batch) -> Tensor:
-        wanted = dict(zip(SIDES, batch.teacher.similarities(), strict=True))
+        target = dict(zip(SIDES, batch.teacher.similarities(), strict=True))
         rows = zip(batch.sides, crossed_logits(batch, self.scale()), strict=True)
-        return sum(kl_divergence(logits, wanted[side]) for side, logits in rows) / len(batch.sides)
+        return sum(kl_divergence(logits, target[side]) for side, logits in rows) / len(batch.sides)

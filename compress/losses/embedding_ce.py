@@ -1,7 +1,7 @@
-"""CLIP Distill's cross-entropy: a raw embedding is read as the logits of one distribution over its dims.
+"""CLIP Distill's cross-entropy: raw embeddings are treated as logits of a distribution over their dims.
 
-L = CE(softmax(V), v) + CE(softmax(T), t), mean over pairs;  v, t are logits [B, D]. The weight is CLIP Distill's, beside
-`kl` and `l1`. Its code takes a softmax of v and then another within the cross-entropy: `published: true` does the same.
+L = CE(softmax(V), v) + CE(softmax(T), t), mean over pairs;  v, t are raw embeddings [B, D]. The default weight is CLIP
+Distill's, for use with `embedding-kl` and `l1`. Its code applies softmax to v twice: `published: true` does the same.
 """
 
 from torch import Tensor
@@ -19,8 +19,8 @@ class EmbeddingCe(Loss):
     class Settings(Loss.Settings):
         weight: float = 0.05
         published: bool = False
-        """Softmax twice on the student's side."""
+        """Apply softmax twice on the student's side, as the published code does."""
 
     def forward(self, batch: Batch) -> Tensor:
         pairs = [(v.softmax(-1) if self.settings.published else v, V) for v, V in each_side(batch, "raw_{}")]
-        return sum(soft_cross_entropy(own, wanted.softmax(-1)) for own, wanted in pairs)
+        return sum(soft_cross_entropy(own, target.softmax(-1)) for own, target in pairs)

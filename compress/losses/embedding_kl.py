@@ -1,7 +1,8 @@
-"""CLIP Distill's divergence: a raw embedding is read as the logits of one distribution over its dims.
+"""CLIP Distill's KL divergence: raw embeddings are treated as logits of a distribution over their dims.
 
-L = H^2 KL(softmax(V / H) || softmax(v / H)) + the same of texts, mean over pairs, v and V [B, D] before normalisation, H the
-temperature. The weight is CLIP Distill's, beside `l1` and `ce`. It halves the temperature after 100 epochs; ours stays.
+L = H^2 KL(softmax(V / H) || softmax(v / H)) + the same for texts, mean over pairs;  v, V are embeddings [B, D] before
+normalization, H is the temperature. The default weight is CLIP Distill's, for use with `l1` and `embedding-ce`. CLIP Distill
+halves the temperature after 100 epochs; here it is constant.
 """
 
 from pydantic import Field
@@ -13,7 +14,7 @@ from clipress.tasks.training import Batch
 
 @LOSSES.register("embedding-kl")
 class EmbeddingKl(Loss):
-    """Divergence of softened embeddings from the teacher's."""
+    """KL divergence of softened embeddings from the teacher's."""
 
     needs = frozenset({"teacher", "space"})
 
@@ -22,5 +23,5 @@ class EmbeddingKl(Loss):
         temperature: float = Field(4.0, gt=0)
 
     def forward(self, batch: Batch) -> Tensor:
-        heat = self.settings.temperature
-        return sum(heat**2 * kl_divergence(own / heat, wanted / heat) for own, wanted in each_side(batch, "raw_{}"))
+        h = self.settings.temperature
+        return sum(h**2 * kl_divergence(own / h, target / h) for own, target in each_side(batch, "raw_{}"))

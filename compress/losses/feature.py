@@ -1,6 +1,6 @@
-"""Feature distillation, FD of CLIP-KD (Yang et al. 2024): unit embeddings copy the teacher's.
+"""Feature distillation, FD of CLIP-KD (Yang et al. 2024): match the teacher's normalized embeddings.
 
-L = MSE(v, V) + MSE(t, T), mean over pairs and dims; hence the published weight of 2000.
+L = MSE(v, V) + MSE(t, T), mean over pairs and dims, which is small; hence the published weight of 2000.
 """
 
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from clipress.tasks.training import Batch
 
 @LOSSES.register("feature")
 class Feature(Loss):
-    """Mean squared difference of unit embeddings [B, D], image plus text."""
+    """Mean squared error of L2-normalized embeddings [B, D], image plus text."""
 
     needs = frozenset({"teacher", "space"})
 
@@ -20,4 +20,4 @@ class Feature(Loss):
         weight: float = 2000.0
 
     def forward(self, batch: Batch) -> Tensor:
-        return sum(F.mse_loss(own, wanted) for own, wanted in each_side(batch))
+        return sum(F.mse_loss(own, target) for own, target in each_side(batch))

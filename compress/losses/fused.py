@@ -1,7 +1,8 @@
-"""Augmented feature distillation, AFD of CLIP-KD (Yang et al. 2024): contrast features fused with the teacher's.
+"""Augmented feature distillation, AFD of CLIP-KD (Yang et al. 2024): contrastive loss on features fused with the teacher's.
 
 L = (CE(c h_v h_t^T, targets) + CE(c h_t h_v^T, targets)) / 2 over [B, N];  h_v = norm(W_v [v; V] + b_v) and h_t likewise,
-[B, D] of the student's width, capitals the teacher's. The maps and the scale c (1 / 0.07 at first) belong to this loss.
+[B, D] with the student's width; capitals are the teacher's. The linear maps and the scale c (initially 1 / 0.07) are
+parameters of this loss.
 """
 
 import torch
@@ -15,13 +16,13 @@ from clipress.tasks.training import Batch, Sizes
 
 @LOSSES.register("fused")
 class Fused(Loss):
-    """Contrastive loss on linear mixtures of both models' embeddings."""
+    """Contrastive loss on linear combinations of both models' embeddings."""
 
     needs = frozenset({"pairs", "teacher"})
 
     class Settings(Loss.Settings):
         published: bool = False
-        """Use the logarithm of the scale (2.66 at first) for the scale, as the published code does."""
+        """Omit the exp of the learned scale (initially 2.66 instead of 14.3), as the published code does."""
 
     def __init__(self, settings: Settings, sizes: Sizes) -> None:
         super().__init__(settings, sizes)
@@ -35,5 +36,5 @@ class Fused(Loss):
             return F.normalize(self.maps[side](both), dim=-1)
 
         ways = [("image", "text"), ("text", "image")]
-        logits = [self.scale() * fuse(asked, "") @ fuse(keys, "all_").T for asked, keys in ways]
+        logits = [self.scale() * fuse(queries, "") @ fuse(keys, "all_").T for queries, keys in ways]
         return sum(soft_cross_entropy(rows, batch.targets) for rows in logits) / 2

@@ -1,8 +1,8 @@
 """Interactive contrastive learning, ICL of CLIP-KD (Yang et al. 2024): student queries, teacher keys.
 
-L = (CE(c v T^T, targets) + CE(c t V^T, targets)) / 2 over [B, N];  capitals are the teacher's unit features, c a scale this
-loss learns, as the paper has it: 1 / 0.07 at first. The published code leaves out its exp: `published: true`.
-A tower that does not learn asks nothing.
+L = (CE(c v T^T, targets) + CE(c t V^T, targets)) / 2 over [B, N];  capitals are the teacher's unit features, c is a learned
+scale, initially 1 / 0.07, as in the paper. The published code omits its exp: `published: true` does the same.
+A frozen tower contributes no term.
 """
 
 from torch import Tensor
@@ -13,13 +13,13 @@ from clipress.tasks.training import Batch, Sizes
 
 @LOSSES.register("interactive")
 class Interactive(Loss):
-    """Contrast the student's embeddings with the teacher's of the other tower."""
+    """Contrastive loss of the student's embeddings against the teacher's embeddings of the other tower."""
 
     needs = frozenset({"teacher", "space", "keys"})
 
     class Settings(Loss.Settings):
         published: bool = False
-        """Use the logarithm of the scale (2.66 at first) for the scale, as the published code does."""
+        """Omit the exp of the learned scale (initially 2.66 instead of 14.3), as the published code does."""
 
     def __init__(self, settings: Settings, sizes: Sizes) -> None:
         super().__init__(settings, sizes)

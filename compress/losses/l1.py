@@ -1,7 +1,7 @@
-"""Mean absolute difference of raw embeddings: of CLIP Distill, and a choice of NVIDIA's clip-distillation.
+"""L1 loss on raw embeddings, from CLIP Distill; also an option of NVIDIA's clip-distillation.
 
-L = mean |v - V| + mean |t - T|, before normalisation. The weight is CLIP Distill's, beside `kl` and `ce`; NVIDIA's, alone,
-is 1.
+L = mean |v - V| + mean |t - T|, before normalization. The default weight is CLIP Distill's, for use with `embedding-kl` and
+`embedding-ce`; NVIDIA uses it alone, with weight 1.
 """
 
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from clipress.tasks.training import Batch
 
 @LOSSES.register("l1")
 class L1(Loss):
-    """Raw embeddings [B, D] copy the teacher's, length included."""
+    """Mean absolute error of raw embeddings [B, D], norms included."""
 
     needs = frozenset({"teacher", "space"})
 
@@ -21,4 +21,4 @@ class L1(Loss):
         weight: float = 0.35
 
     def forward(self, batch: Batch) -> Tensor:
-        return sum(F.l1_loss(own, wanted) for own, wanted in each_side(batch, "raw_{}"))
+        return sum(F.l1_loss(own, target) for own, target in each_side(batch, "raw_{}"))

@@ -1,7 +1,8 @@
-"""Logit distillation (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"), for classifiers.
+"""Logit distillation for classifiers (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network").
 
-L = T^2 KL(softmax(Z / T) || softmax(z / T)), mean over the batch;  z, Z are the student's and the teacher's scores [B, C].
-DeiT (Touvron et al. 2021) calls it soft distillation and uses T = 3; the factor T^2 keeps the size of the gradients.
+L = T^2 KL(softmax(Z / T) || softmax(z / T)), mean over the batch;  z, Z are the student's and the teacher's logits [B, C].
+DeiT (Touvron et al. 2021) calls it soft distillation and uses T = 3. The factor T^2 keeps the gradient magnitude independent
+of T.
 """
 
 from pydantic import Field
@@ -13,7 +14,7 @@ from clipress.tasks.training import Batch
 
 @LOSSES.register("logits")
 class Logits(Loss):
-    """Divergence of the student's softened class probabilities from the teacher's."""
+    """KL divergence of the student's softened class probabilities from the teacher's."""
 
     needs = frozenset({"teacher", "logits"})
 

@@ -1,8 +1,8 @@
-"""Masked feature distillation, MFD of CLIP-KD (Yang et al. 2024): embed a picture whose patches are mostly hidden.
+"""Masked feature distillation, MFD of CLIP-KD (Yang et al. 2024): match the teacher from a mostly masked image.
 
-L = MSE(v', V) + MSE(t, T);  v' is the student's unit embedding of the picture with `ratio` of its patches at the mean
-colour, V the teacher's of the whole picture. In the published code the masked pass is overwritten by the plain one,
-which makes it FD; here it is not.
+L = MSE(v', V) + MSE(t, T);  v' is the student's unit embedding of the image with `ratio` of its patches set to the mean
+color, V the teacher's embedding of the full image. The published code overwrites the masked pass with the plain one, which
+reduces it to FD; this one does not.
 """
 
 from collections.abc import Callable
@@ -18,31 +18,33 @@ from clipress.tasks.training import Batch, Sizes
 
 @LOSSES.register("masked-feature")
 class MaskedFeature(Loss):
-    """Mean squared difference of unit embeddings [B, D], the image tower seeing a part only."""
+    """Mean squared error of L2-normalized embeddings [B, D], with masked images for the student."""
 
     needs = frozenset({"teacher", "space", "masked"})
 
     class Settings(Loss.Settings):
         weight: float = 2000.0
         ratio: float = Field(0.75, ge=0, le=1)
-        """Part of the patches that is hidden."""
+        """Fraction of the patches to mask."""
         patch: int = Field(16, ge=1)
-        """Side of a hidden square in pixels; it need not be the tower's own patch."""
+        """Size of a masked patch in pixels; may differ from the tower's patch size."""
 
     def __init__(self, settings: Settings, sizes: Sizes) -> None:
         super().__init__(settings, sizes)
         if sizes.image and any(side % settings.patch for side in sizes.image):
             size = "x".join(map(str, sizes.image))
-            raise RecipeError(f"masked-feature: patches of {settings.patch} pixels do not tile {size}. Set 'patch'.")
+            raise RecipeError(
+                f"masked-feature.patch: expected a divisor of the image size {size}, found {settings.patch}. Set 'patch'."
+            )
 
     def mask_patches(self, pixels: Tensor, draw: Callable[..., Tensor]) -> Tensor:
         patch = self.settings.patch
         rows, columns = (side // patch for side in pixels.shape[2:])
-        place = draw(rows * columns).argsort(1)  # of each patch in a random order
-        shown = (place >= round(self.settings.ratio * rows * columns)).reshape(-1, 1, rows, columns)
-        return pixels * shown.repeat_interleave(patch, 2).repeat_interleave(patch, 3)  # 0: normalised pixels' mean
+        rank = draw(rows * columns).argsort(1)  # a random order of the patches
+        shown = (rank >= round(self.settings.ratio * rows * columns)).reshape(-1, 1, rows, columns)
+        return pixels * shown.repeat_interleave(patch, 2).repeat_interleave(patch, 3)  # 0 is the mean color
 
     def forward(self, batch: Batch) -> Tensor:
-        asked = {"image": batch.matched.masked_image, "text": batch.matched.text}
+        own = {"image": batch.matched.masked_image, "text": batch.matched.text}
         pairs = zip(batch.sides, each_side(batch), strict=True)
-        return sum(F.mse_loss(asked[side], wanted) for side, (_, wanted) in pairs)
+        return sum(F.mse_loss(own[side], target) for side, (_, target) in pairs)

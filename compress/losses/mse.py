@@ -1,6 +1,6 @@
-"""Mean squared difference of raw embeddings: the default of NVIDIA's clip-distillation.
+"""MSE loss on raw embeddings, the default of NVIDIA's clip-distillation.
 
-L = MSE(v, V) + MSE(t, T), before normalisation, mean over pairs and dims.
+L = MSE(v, V) + MSE(t, T), before normalization, mean over pairs and dims.
 """
 
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ from clipress.tasks.training import Batch
 
 @LOSSES.register("mse")
 class Mse(Loss):
-    """Raw embeddings [B, D] copy the teacher's, length included."""
+    """Mean squared error of raw embeddings [B, D], norms included."""
 
     needs = frozenset({"teacher", "space"})
 
     def forward(self, batch: Batch) -> Tensor:
-        return sum(F.mse_loss(own, wanted) for own, wanted in each_side(batch, "raw_{}"))
+        return sum(F.mse_loss(own, target) for own, target in each_side(batch, "raw_{}"))

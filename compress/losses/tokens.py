@@ -1,8 +1,8 @@
-"""Token features: the last layer's tokens copy the teacher's, the feature term of DGMR (arXiv 2506.08591).
+"""Token feature distillation: match the teacher's last-layer tokens, the feature term of DGMR (arXiv 2506.08591).
 
-L = MSE(norm(z), norm(Z)) over [B, n, W], image plus text;  z, Z are what the last blocks give, mapped linearly to the
-teacher's width where widths differ. DGMR compares tokens after each model's final layer norm; so does `norm`, without the
-norm's learned factors. DGMR has images only; of texts every position counts, padding too.
+L = MSE(norm(z), norm(Z)) over [B, n, W], image plus text;  z, Z are the outputs of the last blocks, with z projected to the
+teacher's width if the widths differ. DGMR compares tokens after each model's final layer norm; `norm` does the same without
+the learned affine parameters. DGMR covers images only; for texts all positions count, including padding.
 """
 
 import torch.nn.functional as F
@@ -15,31 +15,31 @@ from clipress.tasks.training import Batch, Sizes
 
 @LOSSES.register("tokens")
 class Tokens(Loss):
-    """Mean squared difference of token features."""
+    """Mean squared error of token features."""
 
     needs = frozenset({"teacher", "tokens"})
 
     class Settings(Loss.Settings):
         norm: bool = True
-        """Compare tokens after a layer norm without factors; else as the last blocks give them."""
+        """Apply a layer norm without affine parameters to the tokens before comparing them."""
 
     def __init__(self, settings: Settings, sizes: Sizes) -> None:
         super().__init__(settings, sizes)
         self.maps = nn.ModuleDict()
         for side in sizes.sides:
-            (count, width), (wanted, wide) = sizes.student_tokens[side], sizes.teacher_tokens[side]
-            if count != wanted:
+            (count, width), (teacher_count, teacher_width) = sizes.student_tokens[side], sizes.teacher_tokens[side]
+            if count != teacher_count:
                 raise RecipeError(
-                    f"tokens: the {side} tower of the student has {count} tokens, the teacher's {wanted}; they are "
-                    "compared one by one. Take a teacher with the same patches and context length, or 'feature'."
+                    f"tokens: expected as many tokens in the student's {side} tower as in the teacher's ({teacher_count}), "
+                    f"found {count}. Use a teacher with the same patch size and context length, or the loss 'feature'."
                 )
-            if width != wide:
-                self.maps[side] = nn.Linear(width, wide)
+            if width != teacher_width:
+                self.maps[side] = nn.Linear(width, teacher_width)
 
     def forward(self, batch: Batch) -> Tensor:
         total = 0.0
         for side in batch.sides:
-            own, wanted = (getattr(model, f"{side}_tokens") for model in (batch.student, batch.teacher))
-            pair = (self.maps[side](own) if side in self.maps else own, wanted)
+            own, target = (getattr(model, f"{side}_tokens") for model in (batch.student, batch.teacher))
+            pair = (self.maps[side](own) if side in self.maps else own, target)
             total = total + F.mse_loss(*(F.layer_norm(z, z.shape[-1:]) for z in pair) if self.settings.norm else pair)
         return total

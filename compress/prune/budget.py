@@ -1,7 +1,7 @@
-"""Budgets: from scores and exact costs to keep-masks, within one aligned step of the target.
+"""Budgets: turn scores and exact costs into keep masks, within one aligned step of the target.
 
-Within a site levels are cut in steps of `align` (so widths stay multiples of it) and never below `min_keep`. Every head
-keeps as many dims as the others; which ones, each head chooses by its own scores.
+Levels of a site are cut in steps of `align`, so widths stay multiples of it, and never below `min_keep`. All heads of a
+layer keep the same number of dims, but each head keeps its own best ones.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ ABSOLUTE = {"max_params": "params", "max_macs": "macs", "max_ms": "latency"}
 
 
 class Target(Section):
-    """What may remain: exactly one limit, as a fraction of what the blocks have or as an absolute."""
+    """How much may remain: exactly one limit, as a fraction of what the blocks have, or absolute."""
 
     params: float | None = Field(None, gt=0, lt=1)
+    """Fraction of the parameters."""
     macs: float | None = Field(None, gt=0, lt=1)
+    """Fraction of the multiply-accumulates."""
     latency: float | None = Field(None, gt=0, lt=1)
-    """Of the time in a cost table; needs `costs`."""
+    """Fraction of the latency according to a cost table; requires `costs`."""
     upop: float | None = Field(None, gt=0, lt=1)
-    """Of UPop's own count, 36 for a gate of attention and 1 for a hidden unit: only to repeat its published runs."""
+    """Fraction of UPop's own cost, 36 per attention gate and 1 per hidden unit; only to reproduce its published runs."""
     max_params: int | None = Field(None, ge=1)
     """Parameters inside blocks."""
     max_macs: int | None = Field(None, ge=1)
-    """Multiply-accumulates inside blocks, of one sample."""
+    """Multiply-accumulates inside blocks, for one sample."""
     max_ms: float | None = Field(None, gt=0)
-    """Milliseconds inside blocks, by the cost table, at the table's batch."""
+    """Milliseconds inside blocks according to the cost table, at the table's batch size; requires `costs`."""
 
     def given(self) -> list[str]:
         """Return which limits are set."""
@@ -58,22 +60,25 @@ class Target(Section):
 
 
 class Budget(Target):
-    """One target for all towers together, whose shares the search finds; or one per tower, under the tower's name."""
+    """One target shared by all towers, or one per tower under the tower's name.
+
+    With a shared target, the search decides how much each tower keeps.
+    """
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Target] = Field(init=False)
-    """Targets by tower. Their names are checked when the search starts, against the towers of the model."""
+    """Targets by tower. The names are checked against the model's towers when the search starts."""
     costs: Path | None = None
-    """The cost table of `latency`: made by `clipress latency-table`."""
+    """Cost table for `latency` and `max_ms`, from `clipress latency-table`."""
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, raw: Any) -> Any:
-        """Raise RecipeError for an unknown key that holds no target, and so cannot be a tower."""
+        """Raise RecipeError for an unknown key that cannot be a tower, since it holds no target."""
         for key, value in raw.items() if isinstance(raw, Mapping) else ():
             if key not in cls.model_fields and not isinstance(value, Mapping | Target | None):
                 raise RecipeError(f"prune.budget: unknown key '{key}'.{nearest(key, cls.model_fields)}")
-        if isinstance(raw, Mapping):  # a tower set to null has no target
+        if isinstance(raw, Mapping):  # null removes a tower's target
             return {key: value for key, value in raw.items() if key in cls.model_fields or value is not None}
         return raw
 
@@ -86,19 +91,19 @@ class Budget(Target):
                 f"together or under the name of each tower; found {', '.join(found) or 'none'}."
             )
         if any(target.unit == "latency" for target in targets) and self.costs is None:
-            raise RecipeError(f"prune.budget: a latency budget needs 'costs', a cost table. {HOW_TO_MEASURE}")
+            raise RecipeError(f"prune.budget: a latency budget requires 'costs', a cost table. {HOW_TO_MEASURE}")
 
     @property
     def by_tower(self) -> dict[str, Target]:
-        """The targets of single towers; empty where all towers share one."""
+        """Targets by tower; empty if all towers share one."""
         return self.__pydantic_extra__ or {}
 
     def target_of(self, tower: str) -> Target | None:
-        """Return the target that a tower has to meet, alone or with the others; None: it is left alone."""
+        """Return the target of a tower, its own or the shared one; None if the tower is not pruned."""
         return self.by_tower.get(tower) if self.by_tower else self
 
     def targets(self, towers: Sequence[str]) -> list[tuple[tuple[str, ...], Target]]:
-        """Return which of a model's towers share which target. Raises RecipeError for a tower it does not have."""
+        """Return the targets with the towers that share them. Raises RecipeError for towers the model does not have."""
         check_towers(self.by_tower, towers, "prune.budget")
         if not self.by_tower:
             return [(tuple(towers), self)]
@@ -106,24 +111,24 @@ class Budget(Target):
 
 
 def check_towers(named: Mapping[str, Any], towers: Sequence[str], where: str) -> None:
-    """Raise RecipeError when a setting names a tower that the model does not have."""
+    """Raise RecipeError if a setting names a tower that the model does not have."""
     for name in named:
         if name not in towers:
             raise RecipeError(f"{where}: expected a tower of this model ({', '.join(towers)}), found '{name}'.")
 
 
 class Align(Section):
-    """Widths stay multiples of these; 8 and 32 suit INT8, 2:4 and wide vector units."""
+    """Widths are kept at multiples of these. The defaults suit INT8, 2:4 and wide vector units."""
 
     head_dim: int = Field(8, ge=1)
     ffn: int = Field(32, ge=1)
     heads: int = Field(1, ge=1)
     channels: int = Field(8, ge=1)
-    """Of a convolutional tower."""
+    """Channels of a convolutional tower."""
 
 
 class MinKeep(Section):
-    """The smallest fraction of a site that remains; 0 lets all heads, or all hidden units, of a layer go."""
+    """Minimum fraction of each site to keep; 0 allows removing all heads or all hidden units of a layer."""
 
     head_dim: float = Field(0.2, ge=0, le=1)
     ffn: float = Field(0.1, ge=0, le=1)
@@ -149,16 +154,16 @@ def keep_masks(
     min_keep: MinKeep,
     per_cost: bool,
 ) -> list[Tensor]:
-    """Return bool masks [groups, units] whose cost, with what is fixed, is at most `fraction` of the total.
+    """Return bool masks [groups, units] whose cost, including the fixed part, is at most `fraction` of the total.
 
-    Steps are taken in the order of their mean score (per cost with `per_cost`), best first, until nothing more fits.
+    Steps are added in order of their mean score (per cost with `per_cost`), best first, until no more fit.
     """
     kept = [_least(site, align, min_keep) for site in sites]
     smallest = costs.fixed + sum(float(curve[least]) for curve, least in zip(costs.curves, kept, strict=True))
     left = fraction * costs.total - smallest
     if left < 0:
         raise RecipeError(
-            f"prune.budget: {costs.unit} {fraction:.3f} cannot be met; with these floors and alignments the smallest "
+            f"prune.budget: {costs.unit} {fraction:.3f} cannot be met; with these 'min_keep' and 'align' the smallest "
             f"possible is {smallest / costs.total:.3f}. Raise the budget or lower 'min_keep' or 'align'."
         )
     steps: list[_Step] = []
@@ -171,30 +176,30 @@ def keep_masks(
             value = worth / max(cost, 1e-12) if per_cost else worth / (count * site.groups)
             steps.append(_Step(index, count, cost, value))
     full = set()
-    for step in sorted(steps, key=lambda step: -step.value):  # stable: within a site the order stands
+    for step in sorted(steps, key=lambda step: -step.value):  # a stable sort keeps the order within a site
         if step.site not in full and step.cost <= left:
             kept[step.site] += step.count
             left -= step.cost
         else:
-            full.add(step.site)  # a site never skips a step
+            full.add(step.site)  # steps of a site cannot be skipped
     return [_best(score, count) for score, count in zip(scores, kept, strict=True)]
 
 
 def stride(site: Site, align: Align) -> int:
-    """Return in what steps a site's levels are cut."""
+    """Return the step size in which a site's levels are cut."""
     return {"ffn": align.ffn, "heads": align.heads}.get(site.kind, align.head_dim)
 
 
 def _least(site: Site, align: Align, min_keep: MinKeep) -> int:
     part = {"ffn": min_keep.ffn, "heads": min_keep.heads}.get(site.kind, min_keep.head_dim)
     step = stride(site, align)
-    wanted = -(-int(part * site.units + 0.5) // step) * step
-    if site.kind not in ("ffn", "heads"):  # a head needs a dim: whole heads are cut as heads
-        wanted = max(wanted, step)
-    return min(wanted, site.units)
+    least = -(-int(part * site.units + 0.5) // step) * step
+    if site.kind not in ("ffn", "heads"):  # every head keeps at least one step; whole heads are cut by kind `heads`
+        least = max(least, step)
+    return min(least, site.units)
 
 
 def _best(score: Tensor, count: int) -> Tensor:
-    """Mark the `count` best of each row: bool, same shape."""
+    """Return a bool mask of the `count` best scores in each row."""
     order = score.argsort(dim=1, descending=True, stable=True)[:, :count]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, True)

@@ -1,8 +1,9 @@
-"""Pruning of convolutional image towers: whole channels, in one cut at the end of a search.
+"""Channel pruning of convolutional image towers, in one cut at the end of a search.
 
-torch-pruning's dependency graph finds which channels have to be cut together: tensors that are added or multiplied share
-their channels, and a depthwise convolution passes them on. Such a set is a site. The sum of weight * gradient over all
-weights that read a channel is the gradient of a gate on it, so the criteria need neither gates nor a second backward pass.
+torch-pruning's dependency graph finds the channels that must be cut together: tensors that are added or multiplied share
+their channels, and a depthwise convolution passes them on. Such a set is a site. The gradient of a gate on a channel equals
+the sum of weight * gradient over all weights that read the channel, so the criteria need neither gates nor a second backward
+pass.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from clipress.models.convnets import is_depthwise, layers
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group
 
-# Operations that do not mix channels. Channels that meet any other (a reshape, a product of matrices, a concatenation, the
-# end of the features) stay whole.
+# Operations that do not mix channels. Channels that reach any other operation (a reshape, a matrix product, a concatenation,
+# the end of the features) are not cut.
 CHANNELWISE = {
     "Add", "Mul", "Clone", "ToCopy", "Relu", "LeakyRelu", "Silu", "Gelu", "Mish", "Hardswish", "Hardsigmoid", "Hardtanh",
     "Sigmoid", "Mean", "AvgPool2D", "AdaptiveAvgPool2D", "MaxPool2DWithIndices", "ConstantPadNd", "NativeBatchNorm",
@@ -39,25 +40,25 @@ CHANNELWISE = {
 
 @dataclass(frozen=True)
 class Channels:
-    """One set of channels that are cut together; `name` is one of the layers that make them."""
+    """A set of channels that are cut together; `name` is one of the layers that produce them."""
 
     name: str
     count: int
     made_by: tuple[str, ...]
-    """Convolutions, depthwise ones too, and norms: their output rows."""
+    """Convolutions, including depthwise ones, and norms that lose output rows."""
     read_by: tuple[str, ...]
-    """Convolutions: their input columns."""
+    """Convolutions that lose input columns."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a tower costs as a function of its sites' widths: fixed + sum of factor * product of widths. Exact."""
+    """The exact cost of a tower as a function of its sites' widths: fixed + sum of factor * product of widths."""
 
     total: int
     widths: list[int]
-    """Of the uncut sites."""
+    """Widths of the uncut sites."""
     terms: list[tuple[int, tuple[int, ...]]]
-    """(factor, sites); a convolution from one site to another has both."""
+    """(factor, sites); a convolution between two sites has both."""
 
     @cached_property
     def by_site(self) -> list[list[tuple[int, tuple[int, ...]]]]:
@@ -69,7 +70,7 @@ class Costs:
         return self.total - _sum(self.terms, self.widths) + _sum(self.terms, widths)
 
     def saved(self, widths: Sequence[int], site: int, step: int) -> int:
-        """Return what cutting `step` channels of one site saves while the others are this wide."""
+        """Return the cost saved by cutting `step` channels of one site at these widths."""
         after = [*widths]
         after[site] -= step
         return _sum(self.by_site[site], widths) - _sum(self.by_site[site], after)
@@ -80,11 +81,11 @@ def _sum(terms: Sequence[tuple[int, tuple[int, ...]]], widths: Sequence[int]) ->
 
 
 class ConvPruning(Hook):
-    """Gather scores while a model trains, then cut its image tower.
+    """Accumulate scores while a model trains, then cut its image tower.
 
-    `add` is called after each backward pass, by the training loop or by hand; `cut` at the end. `target` is for the whole
-    image tower. Widths end as multiples of `align`, and at least `min_keep` of every site remains. Raises RecipeError at once
-    for a budget that cannot be met.
+    The training loop, or the caller, calls `add` after each backward pass and `cut` at the end. `target` applies to the
+    whole image tower. Final widths are multiples of `align`, and every site keeps at least a fraction `min_keep`. Raises
+    RecipeError immediately if the budget cannot be met.
     """
 
     def __init__(
@@ -93,11 +94,11 @@ class ConvPruning(Hook):
         if not CRITERIA[criterion].for_channels:
             usable = [name for name, kind in CRITERIA.items() if kind.for_channels]
             raise RecipeError(
-                f"prune.criterion: {criterion} cannot score the convolutional image tower. Use one of {', '.join(usable)}."
+                f"prune.criterion: {criterion} cannot score convolutional image towers. Use one of {', '.join(usable)}."
             )
         if target.unit not in ("params", "macs"):
             raise RecipeError(
-                f"prune.budget: {target.unit} is not known for a convolutional image tower. Use params or macs."
+                f"prune.budget: expected params or macs for a convolutional image tower, found {target.unit}."
             )
         self.model, self.criterion_name, self.align, self.seed = model, criterion, align, seed
         self.criterion = CRITERIA[criterion]()
@@ -105,12 +106,12 @@ class ConvPruning(Hook):
         self.costs = tower_costs(model, self.sites, target.unit)
         self.fraction = target.fraction(self.costs.total)
         self.least = [_least(site.count, align, min_keep) for site in self.sites]
-        self._refuse_the_impossible(target.unit)
+        self._check_budget(target.unit)
         device = next(model.visual.parameters()).device
         self.sums = [torch.zeros(site.count, dtype=torch.float64, device=device) for site in self.sites]
         self.taken_in = self.left_out = 0
 
-    def _refuse_the_impossible(self, unit: str) -> None:
+    def _check_budget(self, unit: str) -> None:
         smallest = self.costs.of(self.least) / self.costs.total
         if self.fraction < smallest:
             raise RecipeError(
@@ -131,7 +132,7 @@ class ConvPruning(Hook):
 
     @torch.no_grad()
     def add(self) -> None:
-        """Add this micro-batch's gradients; if any is not finite, the micro-batch is left out and counted."""
+        """Add the gradients of this micro-batch; a micro-batch with non-finite gradients is skipped and counted."""
         if not self.criterion.uses_gradients:
             return
         found = layers(self.model)
@@ -145,14 +146,14 @@ class ConvPruning(Hook):
 
     @torch.no_grad()
     def scores(self) -> list[Tensor]:
-        """Return a score per channel of every site, float64; the largest are kept."""
+        """Return the channel scores of every site, float64; the largest are kept."""
         if not self.criterion.uses_gradients:
             found, generator = layers(self.model), torch.Generator().manual_seed(self.seed)
             return [self.criterion.score_channels(_channel_weights(site, found), generator) for site in self.sites]
         if not self.taken_in:
             raise ClipressError(
-                f"prune: criterion {self.criterion_name} saw no finite gradient ({self.left_out} steps left out). "
-                "Give it more steps or a lower 'lr'."
+                f"prune: criterion {self.criterion_name} found no finite gradient ({self.left_out} steps skipped). "
+                "Use more steps or a lower 'lr'."
             )
         return self.sums
 
@@ -160,7 +161,7 @@ class ConvPruning(Hook):
         """Cut the channels with the lowest score per cost until the budget is met. Returns a record for the lineage."""
         scores = self.scores()
         widths = choose_widths(self.costs, scores, self.fraction * self.costs.total, self.least, self.align)
-        groups = dict(channel_groups(self.model))  # traced again, since training may have replaced weights
+        groups = dict(channel_groups(self.model))  # trace again, since training may have replaced weights
         for site, score, width in zip(self.sites, scores, widths, strict=True):
             if width < site.count:
                 worst = score.argsort(stable=True)[: site.count - width]
@@ -173,12 +174,14 @@ class ConvPruning(Hook):
 
 
 def choose_widths(costs: Costs, scores: Sequence[Tensor], target: float, least: Sequence[int], align: int) -> list[int]:
-    """Return the widths that meet `target`: aligned steps are cut, those with the lowest score per cost first.
+    """Return the widths that meet `target`: aligned steps are cut in order of increasing score per cost.
 
-    What a step saves depends on how wide its neighbours still are, so it is computed again before every cut.
+    What a step saves depends on the current widths of its neighbors, so it is recomputed before every cut.
     """
     widths = [*costs.widths]
-    worth = [[0.0, *score.sort().values.cumsum(0).tolist()] for score in scores]  # [site][n]: of the n worst channels
+    worth = [
+        [0.0, *score.sort().values.cumsum(0).tolist()] for score in scores
+    ]  # [site][n]: sum of the n lowest scores
 
     def price(site: int) -> float:
         step, gone = _step(widths[site], align), costs.widths[site] - widths[site]
@@ -209,14 +212,14 @@ def _gate_gradient(conv: nn.Conv2d) -> Tensor:
 
 
 def _channel_weights(site: Channels, found: dict[str, nn.Module]) -> Tensor:
-    """Return all weights that make or read each channel: [channels, weights]."""
+    """Return all weights that produce or read each channel: [channels, weights]."""
     made = [p.reshape(site.count, -1) for name in site.made_by for p in found[name].parameters(recurse=False)]
     read = [found[name].weight.transpose(0, 1).reshape(site.count, -1) for name in site.read_by]
     return torch.cat([*made, *read], 1)
 
 
 def tower_costs(model: nn.Module, sites: Sequence[Channels], unit: str) -> Costs:
-    """Return what the image tower costs; unit: params, or macs of one image."""
+    """Return the image tower's cost in `unit`: params, or macs for one image."""
     maker = {name: i for i, site in enumerate(sites) for name in site.made_by}
     reader = {name: i for i, site in enumerate(sites) for name in site.read_by}
     total, positions = _macs(model) if unit == "macs" else (sum(p.numel() for p in model.visual.parameters()), None)
@@ -233,7 +236,7 @@ def tower_costs(model: nn.Module, sites: Sequence[Channels], unit: str) -> Costs
 
 
 def _macs(model: nn.Module) -> tuple[int, dict[str, int]]:
-    """Count the image tower's multiply-accumulates on one image, and the positions each convolution works on."""
+    """Count the image tower's multiply-accumulates for one image, and the output positions of each convolution."""
     from torch.utils.flop_counter import FlopCounterMode
 
     positions: dict[str, int] = {}
@@ -249,11 +252,11 @@ def _macs(model: nn.Module) -> tuple[int, dict[str, int]]:
 
 
 def channel_groups(model: nn.Module) -> Iterator[tuple[Channels, Group]]:
-    """Yield every site of the image tower with torch-pruning's group, which can cut it."""
+    """Yield every site of the image tower with the torch-pruning group that cuts it."""
     from torch_pruning import DependencyGraph
 
     names = {layer: name for name, layer in layers(model).items()}
-    image = _image(model).requires_grad_()  # so that frozen weights are traced as well
+    image = _image(model).requires_grad_()  # with this, frozen weights are traced too
     with _evaluating(model.visual), torch.enable_grad():
         graph = DependencyGraph().build_dependency(model.visual, (image,), forward_fn=_features, verbose=False)
     for group in graph.get_all_groups(root_module_types=(nn.Conv2d,)):
@@ -266,7 +269,7 @@ def channel_groups(model: nn.Module) -> Iterator[tuple[Channels, Group]]:
 
 
 def _may_be_cut(node: Any, indices: int, count: int) -> bool:
-    """Tell whether a member of a group can lose channels: it has exactly these, each to itself."""
+    """Return whether a member of a group can lose channels: it has exactly these, and does not mix them."""
     from torch_pruning.ops import OPTYPE
 
     layer = node.module
@@ -278,13 +281,13 @@ def _may_be_cut(node: Any, indices: int, count: int) -> bool:
 
 
 def _features(visual: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    """Run a tower up to what its head reads. As the traced graph's output it keeps its width, which the head relies on."""
+    """Run a tower up to the input of its head. As the output of the traced graph it keeps the width the head expects."""
     (image,) = inputs
     if hasattr(visual, "trunk"):
         features = visual.trunk.forward_features(image)
     else:
         (features,) = visual.forward_intermediates(image, indices=1, intermediates_only=True)["image_intermediates"]
-    return features * 1  # a separate operation, or the last layer would be taken for the output
+    return features * 1  # a separate operation, so that the last layer itself is not treated as the output
 
 
 def _image(model: nn.Module) -> Tensor:

@@ -1,4 +1,4 @@
-"""What sites cost: parameters and MACs exactly from the shapes, or milliseconds from a measured table."""
+"""Costs of sites: exact parameters and MACs from the shapes, or milliseconds from a measured table."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from clipress.models import anatomy
 from clipress.models.anatomy import Attn, Part
 from clipress.storage import read_json
 
-UPOP_COSTS = {"attn": 36, "ffn": 1}  # as published, for every model; true costs are 16 to 32 to 1
+UPOP_COSTS = {"attn": 36, "ffn": 1}  # as published, for all models; the true ratio is between 16 and 32
 HOW_TO_MEASURE = "Measure one on the target: clipress latency-table RUN --out costs.json"
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a group of sites costs."""
+    """Costs of a group of sites."""
 
     unit: str
     """params, macs, latency or upop."""
     curves: list[np.ndarray]
-    """Per site: what keeping 0, 1, ... levels costs."""
+    """Per site, the cost of keeping 0, 1, ... levels."""
     total: float
-    """What all blocks of the sites' towers cost uncut."""
+    """Cost of all uncut blocks in the sites' towers."""
     fixed: float
-    """What no site can cut."""
+    """Cost that no site can reduce."""
 
 
 def cost_model(model: nn.Module, sites: Sequence[Site], unit: str, table: dict[str, Any] | None = None) -> CostModel:
-    """Return what the sites cost in a unit; latency is read from a table, linearly between its measured points."""
+    """Return the sites' costs in a unit. Latency is interpolated linearly between the points of a measured table."""
     if unit in ("upop", "latency"):
         curves = [_upop_curve(site) if unit == "upop" else latency_curve(site, table) for site in sites]
         return CostModel(unit, curves, sum(float(curve[-1]) for curve in curves), 0.0)
@@ -50,7 +50,7 @@ def cost_model(model: nn.Module, sites: Sequence[Site], unit: str, table: dict[s
 
 
 def part_macs(part: Part) -> int:
-    """Count multiply-accumulates of one part on one sample: projections, and attention's two products."""
+    """Count the multiply-accumulates of a part for one sample: projections, and the two products of attention."""
     costs = level_costs(part)
     if isinstance(part, Attn):
         return part.module.qk_dim * costs["qk"][1] + part.module.v_dim * costs["v"][1]
@@ -62,29 +62,29 @@ def _upop_curve(site: Site) -> np.ndarray:
 
 
 def latency_curve(site: Site, table: dict[str, Any]) -> np.ndarray:
-    """Return the milliseconds that keeping 0, 1, ... levels of a site costs, by a table from `read_costs`."""
+    """Return the milliseconds for keeping 0, 1, ... levels of a site, from a table read by `read_costs`."""
     tower, kind = site.part.tower, site.kind
     try:
         points = table["towers"][tower][kind]
         levels, times = np.asarray(points["levels"], float), np.asarray(points["ms"], float)
         if not (len(levels) and levels.shape == times.shape == (len(levels),) and np.isfinite(levels + times).all()):
-            raise ValueError("levels and milliseconds differ in number, or are not finite")
+            raise ValueError("levels and milliseconds must be finite and of equal number")
     except (KeyError, TypeError, ValueError):
         raise RecipeError(
-            f"prune.budget.costs: expected levels and milliseconds of {kind} in the {tower} tower, the table has none. "
+            f"prune.budget.costs: expected levels and milliseconds for {kind} in the {tower} tower, the table has none. "
             f"{HOW_TO_MEASURE}"
         ) from None
     if levels[-1] < site.units:
         raise RecipeError(
             f"prune.budget.costs: expected up to {site.units} {kind} in the {tower} tower, the table ends at "
-            f"{levels[-1]:.0f}: it was measured for another model. {HOW_TO_MEASURE}"
+            f"{levels[-1]:.0f}. It was measured for a different model. {HOW_TO_MEASURE}"
         )
-    times = np.maximum.accumulate(times)  # noise must not make a wider layer cheaper
+    times = np.maximum.accumulate(times)  # measurement noise must not make a wider layer cheaper
     return np.interp(np.arange(site.units + 1), levels, times - times[0])
 
 
 def read_costs(path: Path) -> dict[str, Any]:
-    """Read a cost table. Raises RecipeError for a file that is missing or no cost table."""
+    """Read a cost table. Raises RecipeError if the file is missing or invalid."""
     try:
         table = read_json(path)
         if table["schema_version"] != 1:
@@ -93,4 +93,4 @@ def read_costs(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise RecipeError(f"prune.budget.costs: {path} does not exist. {HOW_TO_MEASURE}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"prune.budget.costs: {path} is no cost table ({error}). {HOW_TO_MEASURE}") from None
+        raise RecipeError(f"prune.budget.costs: {path} is not a cost table ({error}). {HOW_TO_MEASURE}") from None

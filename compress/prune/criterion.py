@@ -1,7 +1,7 @@
-"""Criteria: from the gradients of gates, or from weights alone, to a score per unit; the largest scores are kept.
+"""Pruning criteria: score every unit from the gradients of its gate, or from weights; the largest scores are kept.
 
-Sums are kept in float64 outside `.grad`, and a sample with a non-finite gradient is left out and counted, so neither
-mixed precision nor an overflow can change what is pruned.
+Sums are accumulated in float64 outside `.grad`, and samples with non-finite gradients are skipped and counted, so neither
+mixed precision nor overflows affect what is pruned.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from clipress.registry import Registry
 
 
 class Criterion:
-    """One way of scoring units. A subclass has `summed`, for scores from gradients, or `score`, for scores without."""
+    """A way to score units. Subclasses define `summed` for scores from gradients, or `score` for scores from weights."""
 
     space: ClassVar[str] = "separate"
-    """Which gates it looks at: separate or upop."""
+    """Which gates it uses: `separate` or `upop`."""
     uses_gradients: ClassVar[bool] = True
     probe: ClassVar[bool] = False
-    """Takes the gradients of random projections of the embeddings instead of the loss's."""
+    """Whether to use gradients of random projections of the outputs instead of gradients of the loss."""
     per_cost: ClassVar[bool] = True
-    """Ranks by score per cost; else by the score, standardised per kind over all towers."""
+    """Whether to rank by score per cost; otherwise by score, standardized per kind over all towers."""
     decay: ClassVar[float] = 0.5
-    """The fraction of the sums that remains after each update of the masks."""
+    """Factor applied to the sums after each update of the masks."""
     reversible: ClassVar[bool] = False
-    """Whether a cut unit may come back in a later update."""
+    """Whether a later update may restore a masked unit."""
     for_channels: ClassVar[bool] = False
-    """Whether it can score the channels of a convolutional tower, whose gradients come per micro-batch."""
+    """Whether it can score the channels of a convolutional tower, which have gradients per micro-batch only."""
 
     def summed(self, gradient: Tensor) -> Tensor:
-        """Reduce gradients per sample to what is added up: [B, groups, units] -> [groups, units]."""
+        """Reduce per-sample gradients over the batch: [B, groups, units] -> [groups, units]."""
         raise NotImplementedError
 
     def score(self, site: Site, generator: torch.Generator) -> Tensor:
-        """Return scores [groups, units] that need no gradients."""
+        """Return scores [groups, units] without gradients."""
         raise NotImplementedError
 
     def score_channels(self, weights: Tensor, generator: torch.Generator) -> Tensor:
-        """Return scores [channels], float64, from all weights that make or read each channel: [channels, weights]."""
+        """Return float64 scores [channels] from all weights that produce or read a channel: [channels, weights]."""
         raise NotImplementedError
 
 
@@ -52,7 +52,7 @@ CRITERIA: Registry[type[Criterion]] = Registry("criterion", "clipress.compress.p
 
 @CRITERIA.register("fisher")
 class Fisher(Criterion):
-    """Squared gradient per sample: the diagonal of the empirical Fisher matrix, in which nothing cancels."""
+    """Squared per-sample gradients: the diagonal of the empirical Fisher matrix. Samples cannot cancel out."""
 
     for_channels = True
 
@@ -62,7 +62,7 @@ class Fisher(Criterion):
 
 @CRITERIA.register("taylor")
 class Taylor(Criterion):
-    """First-order Taylor: the size of each sample's change of loss (Molchanov et al. 2019)."""
+    """First-order Taylor expansion: absolute change of each sample's loss (Molchanov et al. 2019)."""
 
     for_channels = True
 
@@ -72,9 +72,9 @@ class Taylor(Criterion):
 
 @CRITERIA.register("gauss-newton")
 class GaussNewton(Criterion):
-    """Squared gradient of random projections of the embeddings.
+    """Squared gradients of random projections of the outputs.
 
-    It needs no labels, and works with a distillation loss that is zero at the start.
+    Requires no labels, and works even if a distillation loss is zero at the start.
     """
 
     probe = True
@@ -85,7 +85,7 @@ class GaussNewton(Criterion):
 
 @CRITERIA.register("upop")
 class Upop(Criterion):
-    """UPop's signed sum over the whole search (Shi et al. 2023). The largest are cut, hence the minus."""
+    """UPop's signed sum over the whole search (Shi et al. 2023). UPop cuts the largest sums, hence the minus sign."""
 
     space = "upop"
     per_cost = False
@@ -98,7 +98,7 @@ class Upop(Criterion):
 
 @CRITERIA.register("magnitude")
 class Magnitude(Criterion):
-    """Product of the norms of the weights that go into a unit and of those that come out of it."""
+    """Product of the norms of a unit's input weights and output weights."""
 
     uses_gradients = False
     for_channels = True
@@ -118,7 +118,7 @@ class Magnitude(Criterion):
 
 @CRITERIA.register("random")
 class Random(Criterion):
-    """Uniform noise: the baseline that every other criterion must beat."""
+    """Uniform noise, a baseline for the other criteria."""
 
     uses_gradients = False
     for_channels = True
@@ -145,7 +145,7 @@ class Accumulator:
             return
         gradients = [site.gradient() for site in self.sites]
         finite = torch.stack([g.isfinite().flatten(1).all(1) for g in gradients if g is not None and len(g)], 0)
-        # all towers see the same samples; one non-finite copy leaves the sample out everywhere
+        # All towers see the same samples, so a sample with one non-finite gradient is skipped everywhere.
         good = finite.all(0)
         self.left_out += int((~good).sum())
         for total, gradient in zip(self.sums, gradients, strict=True):
@@ -153,7 +153,7 @@ class Accumulator:
                 total += self.criterion.summed(gradient[good].double())
 
     def scores(self, reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Return every site's scores [groups, units], summed over processes by `reduce`, then decay the sums."""
+        """Return the scores [groups, units] of all sites, summed over processes by `reduce`. Decays the sums."""
         if not self.criterion.uses_gradients:
             generator = torch.Generator().manual_seed(self.seed)  # the same scores at every update
             return [self.criterion.score(site, generator).detach().double() for site in self.sites]
@@ -161,9 +161,9 @@ class Accumulator:
         self.sums = [total * self.criterion.decay for total in self.sums]
         if self.criterion.per_cost:
             return sums
-        return self._standardised(sums)
+        return self._standardized(sums)
 
-    def _standardised(self, sums: list[Tensor]) -> list[Tensor]:
+    def _standardized(self, sums: list[Tensor]) -> list[Tensor]:
         result = list(sums)
         for kind in {site.kind for site in self.sites}:
             members = [i for i, site in enumerate(self.sites) if site.kind == kind]

@@ -1,11 +1,11 @@
-"""Gates: a vector of ones multiplied into each site, whose gradient measures the importance of every unit.
+"""Gates: a vector of ones multiplied into each site; its gradient measures the importance of every unit.
 
-Two spaces. `separate`, ours: one gate on the queries per head and dim, one on the values per head and dim (or one per
-head), one on the hidden units after the activation; the output is linear in each. `upop` (Shi et al. 2023): one gate per
-head dim, shared by all heads and by q, k and v; one on the hidden units before the activation.
+There are two spaces of gates. `separate` (ours) has a gate per head and dim on the queries, one per head and dim (or per
+head) on the values, and one per hidden unit after the activation; the output is linear in each gate. `upop` (Shi et al.
+2023) has one gate per head dim, shared by all heads and by q, k and v, and one per hidden unit before the activation.
 
-Each sample of a batch has its own copy of the gate, made in the forward pass, so the ordinary backward pass yields a
-gradient per sample: [B, groups, units].
+The forward pass creates a copy of the gate for each sample, so one backward pass yields per-sample gradients
+[B, groups, units].
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ DEFAULT_KINDS: tuple[Kind, ...] = ("qk", "v", "ffn")
 
 @dataclass
 class Site:
-    """One set of prunable units of a part. A *level* is one unit of every group; levels are what is kept or cut."""
+    """A set of prunable units in a part. Units are kept or cut in *levels* of one unit per group."""
 
     part: Part
     kind: str
-    """`heads`, `qk`, `v`, `ffn`, or `attn` where one gate rules q, k and v."""
+    """`heads`, `qk`, `v`, `ffn`, or `attn` if q, k and v share a gate."""
     groups: int
     units: int
     params: int
-    """Of one level."""
+    """Parameters of one level."""
     macs: int
-    """Of one level, one sample."""
+    """Multiply-accumulates of one level for one sample."""
     mask: Tensor = field(repr=False)
-    """[groups, units]: 1 keeps, 0 cuts, a value between is on its way to 0."""
+    """[groups, units]: 1 keeps and 0 cuts a unit; values in between are on their way to 0."""
     copies: list[Tensor] = field(default_factory=list, repr=False)
     """This step's gates, [B, groups, units] each."""
 
@@ -47,22 +47,22 @@ class Site:
         return f"{self.part.name}.{self.kind}"
 
     def spread(self, gate: Tensor, width: int) -> Tensor:
-        """Repeat a gate [..., groups, units] over the activations it rules: [..., width]."""
-        if self.kind == "heads":  # one number for all dims of a head
+        """Expand a gate [..., groups, units] to the activations it multiplies: [..., width]."""
+        if self.kind == "heads":  # one value for all dims of a head
             return gate.flatten(-2).repeat_interleave(width // self.units, dim=-1)
         repeats = width // (self.groups * self.units)  # one gate for all heads, or one per head
         return gate.flatten(-2).repeat(*[1] * (gate.ndim - 2), repeats)
 
     def gradient(self) -> Tensor | None:
-        """Return this step's gradient per sample, float32 [B, groups, units], or None before a backward pass."""
+        """Return this step's per-sample gradients, float32 [B, groups, units], or None before the backward pass."""
         grads = [copy.grad.float() for copy in self.copies if copy.grad is not None]
         return sum(grads) if grads else None
 
 
 def sites(model: nn.Module, space: str, kinds: Mapping[str, Sequence[str]] | None = None) -> list[Site]:
-    """List the sites of a space with exact costs, derived from the shapes.
+    """List the sites of a space, with exact costs from the shapes.
 
-    `kinds` maps a tower to what may be cut in it; a tower that is absent has `DEFAULT_KINDS`.
+    `kinds` maps towers to the kinds of sites that may be cut; the default is `DEFAULT_KINDS`.
     """
     found = []
     for part in anatomy.parts(model):
@@ -80,10 +80,10 @@ def _module(part: Part) -> nn.Module:
 
 
 def _kinds_of(part: Part, space: str, wanted: Sequence[str]) -> list[str]:
-    """Return the kinds of sites of a part, as the space has them."""
+    """Return the kinds of sites that a part has in a space."""
     if not isinstance(part, Attn):
         return ["ffn"] * ("ffn" in wanted)
-    if space == "upop":  # its gates are shared by q, k and v
+    if space == "upop":  # q, k and v share a gate
         return ["attn"] * ("qk" in wanted or "v" in wanted)
     return [kind for kind in wanted if kind != "ffn"]
 
@@ -102,10 +102,10 @@ def _sizes(part: Part) -> dict[str, tuple[int, int]]:
 
 
 def level_costs(part: Part) -> dict[str, tuple[int, int]]:
-    """Return (params, MACs on one sample) of one level, by kind.
+    """Return (params, MACs for one sample) of one level, by kind.
 
-    A level of qk is a row of q and of k in every head, one of v is a row of v and a column of out; a level of ffn is a row
-    of the first and a column of the second Linear.
+    In every head, a level of qk is a row of q and of k, and a level of v is a row of v and a column of out. A level of ffn
+    is a row of the first Linear and a column of the second.
     """
     if not isinstance(part, Attn):
         bias = int(part.linear_in.bias is not None)
@@ -122,7 +122,7 @@ def level_costs(part: Part) -> dict[str, tuple[int, int]]:
 
 
 class Gates:
-    """Hooks that multiply the sites' masks into a model while it is searched."""
+    """Forward hooks that multiply the sites' masks into a model during the search."""
 
     def __init__(self, model: nn.Module, space: str, kinds: Mapping[str, Sequence[str]] | None = None) -> None:
         self.sites = sites(model, space, kinds)
@@ -137,18 +137,18 @@ class Gates:
                 self._handles.append(linear.register_forward_hook(lambda _, __, out, gate=gate: gate(out)))
 
     def clear(self) -> None:
-        """Forget the copies of the last step."""
+        """Drop the gate copies of the last step."""
         for site in self.sites:
             site.copies.clear()
 
     def remove(self) -> None:
-        """Take the hooks off; the model computes unmasked again."""
+        """Remove the hooks, so that the model runs without masks again."""
         for handle in self._handles:
             handle.remove()
         self.clear()
 
     def part_masks(self) -> list[tuple[Part, surgery.Mask]]:
-        """Return every part that has a site, with what stays of it: where the mask is not zero."""
+        """Return every part that has sites, with a mask of the units to keep."""
         by_part: dict[str, list[Site]] = {}
         for site in self.sites:
             by_part.setdefault(site.part.name, []).append(site)
@@ -176,7 +176,7 @@ def _gate(site: Site) -> Callable[[Tensor], Tensor]:
 
 
 def _part_mask(found: Sequence[Site]) -> surgery.Mask:
-    """Return what the masks of one part's sites leave of it."""
+    """Combine the masks of a part's sites."""
     kept = {site.kind: site.mask != 0 for site in found}
     if "ffn" in kept:
         return surgery.FfnMask(kept["ffn"][0])

@@ -1,10 +1,10 @@
-"""The stage `prune`: train with gates, move the masks along a schedule, then cut.
+"""The `prune` stage: train with gates, update the masks along a schedule, then cut.
 
-`criterion: upop` follows UPop (Shi et al. 2023): its gates, its signed sum, standardisation per kind and soft masks;
-`criterion: fisher` is ours. `distill_losses` adds distillation losses while searching (the knowledge-guided variant).
+`criterion: upop` follows UPop (Shi et al. 2023): its gates, signed sum, standardization per kind and soft masks;
+`criterion: fisher` is ours. `distill_losses` adds distillation losses to the search (the knowledge-guided variant).
 
-A convolutional tower is scored during the same search and cut at its end (`convnets.py`); a target for all towers
-together then holds for each by itself.
+A convolutional tower is scored during the same search and cut at the end (`convnets.py`); in that case a target shared by
+all towers applies to each of them separately.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class Prune(Training):
 
     budget: Budget
     sites: dict[str, tuple[Kind, ...]] = Field(default_factory=dict)
-    """What may be cut, by tower: of heads, qk, v, ffn. An empty list leaves a tower alone; default: qk, v and ffn."""
+    """What to cut, per tower: any of heads, qk, v, ffn. An empty list leaves a tower uncut. Default: qk, v and ffn."""
     criterion: Annotated[str, AfterValidator(CRITERIA.check)] = "fisher"
     losses: Losses = ("contrastive",)
-    """The task loss; scores come from its gradient and that of `distill_losses`."""
+    """Task losses; scores use their gradients and those of `distill_losses`."""
     distill_losses: Losses = ()
-    """Distillation losses during the search."""
+    """Distillation losses to add during the search."""
     schedule: Annotated[str, AfterValidator(SCHEDULES.check)] = "cubic"
     update_every: int = Field(10, ge=1)
     """Steps between updates of the masks."""
     final_fraction: float = Field(0.2, ge=0, lt=1)
-    """The last fraction of the search, in which the masks stay."""
+    """Fraction of the steps, at the end of the search, in which the masks no longer change."""
     align: Align = Align()
     min_keep: MinKeep = MinKeep()
     lr: float = Field(2e-4, ge=0)
@@ -65,27 +65,27 @@ class Prune(Training):
         terms_from(self.distill_losses, "prune.distill_losses")
         targets = list(self.budget.by_tower.values()) or [self.budget]
         if self.criterion != "upop" and any(target.unit == "upop" for target in targets):
-            raise RecipeError("prune.budget: 'upop' counts the gates of criterion upop. Use params, macs or latency.")
+            raise RecipeError("prune.budget: 'upop' requires 'criterion: upop'. Use params, macs or latency.")
         for tower, kinds in self.sites.items():
             if "heads" in kinds and {"qk", "v"} & set(kinds):
                 raise RecipeError(
-                    f"prune.sites.{tower}: heads and dims of heads cannot be searched together, since the score and cost of "
-                    "one depend on the other. Prune heads in one stage and dims in another."
+                    f"prune.sites.{tower}: expected either heads, or qk and v, found both. The score and cost of one depend "
+                    "on the other. Prune heads and dims in separate stages."
                 )
 
 
 @dataclass(frozen=True)
 class BudgetGroup:
-    """The sites that share one target, as indices into all sites."""
+    """The sites that share a target, as indices into all sites."""
 
     members: list[int]
     costs: CostModel
     target: float
-    """A fraction of the total cost."""
+    """Fraction of the total cost."""
 
 
 def groups_of(model: Model, sites: Sequence[Site], budget: Budget) -> list[BudgetGroup]:
-    """Work out what each target means for this model. Raises RecipeError when nothing can be cut under it."""
+    """Resolve the targets of a budget for a model. Raises RecipeError if a target has no sites to cut."""
     table = read_costs(budget.costs) if budget.costs is not None else None
     groups = []
     for towers, target in budget.targets(anatomy.towers(model.module)):
@@ -93,14 +93,17 @@ def groups_of(model: Model, sites: Sequence[Site], budget: Budget) -> list[Budge
         if not members and convnets.is_convnet(model.module) and convnets.TOWER in towers:
             continue
         if not members:
-            raise RecipeError(f"prune: 'sites' leaves nothing to cut in the {' and '.join(towers)} tower.")
+            raise RecipeError(
+                f"prune.sites: expected something to cut in the {' and '.join(towers)} tower, found nothing. Remove the "
+                "tower's target, or allow kinds of sites in it."
+            )
         costs = cost_model(model.module, [sites[i] for i in members], target.unit, table)
         groups.append(BudgetGroup(members, costs, target.fraction(costs.total)))
     return groups
 
 
 class Search(Hook):
-    """Accumulate scores, and set the masks when it is time."""
+    """Accumulate scores and update the masks along the schedule."""
 
     def __init__(self, model: Model, gates: Gates, settings: Prune, steps: int, seed: int, reduce: Callable) -> None:
         self.model, self.gates, self.settings, self.steps, self.reduce = model, gates, settings, steps, reduce
@@ -108,12 +111,12 @@ class Search(Hook):
         self.seen = Accumulator(self.criterion, gates.sites, seed)
         self.groups = groups_of(model, gates.sites, settings.budget)
         self.updates, self.seed = 0, seed
-        self._masks([torch.ones_like(site.mask) for site in gates.sites], 1.0)  # fails now if the budget is impossible
+        self._masks([torch.ones_like(site.mask) for site in gates.sites], 1.0)  # fail early if the budget is impossible
         for site in gates.sites:
             step = stride(site, settings.align)
             if site.units % step:
                 log.warning(
-                    "%s has %d units, which is no multiple of align (%d): it keeps all of them or a multiple of %d.",
+                    "%s has %d units, which is not a multiple of align (%d): it keeps all of them, or a multiple of %d.",
                     *(site.name, site.units, step, step),
                 )
 
@@ -128,7 +131,7 @@ class Search(Hook):
             self.gates.clear()
 
     def _probe(self, step: int, arrays: Mapping[str, Tensor]) -> None:
-        """Accumulate gradients of random projections of every graph's output; the weights' own gradients stay as they are."""
+        """Accumulate gradients of random projections of all graph outputs, without touching the weights' gradients."""
         self.gates.clear()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         task = task_named(self.model.task)
@@ -154,7 +157,7 @@ class Search(Hook):
 
     def moves(self, step: int) -> bool:
         due, last_due = self._due(step), self._due(step - 1) if step else 0.0
-        if due == 1.0:  # once; again only if every step before was skipped
+        if due == 1.0:  # update once, and again only if all earlier steps were skipped
             return last_due < 1.0 or not self.updates
         return (step + 1) % self.settings.update_every == 0
 
@@ -167,12 +170,12 @@ class Search(Hook):
 
     @torch.no_grad()
     def update(self, due: float) -> None:
-        """Set every mask for the part of the pruning that is due."""
+        """Set all masks for the fraction of the pruning that is due."""
         sites, reversible = self.gates.sites, self.criterion.reversible
         scores = self.seen.scores(self.reduce)
         if not reversible:
             scores = [score.masked_fill(site.mask == 0, 0.0) for score, site in zip(scores, sites, strict=True)]
-        # UPop's soft masks: a unit to be cut sinks from 1 to 0 along the schedule
+        # With UPop's soft masks, units to be cut decrease from 1 to 0 along the schedule.
         cut_value = 1 - due if reversible else 0.0
         for site, keep in zip(sites, self._masks(scores, due), strict=True):
             site.mask = torch.where(keep, 1.0, cut_value)
@@ -203,11 +206,11 @@ class Search(Hook):
     makes="pruned",
     never_after={
         "sparsify": "cutting units would break the 2:4 pattern",
-        "quantize": "INT8 scales belong to uncut layers",
+        "quantize": "the INT8 scales were calibrated for the uncut layers",
     },
 )
 def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
-    """Search and cut. The result computes what the masked model computed."""
+    """Search and cut. The cut model computes the same outputs as the masked one."""
     terms = terms_from(settings.losses, "prune.losses") | terms_from(settings.distill_losses, "prune.distill_losses")
     check_towers(settings.sites, anatomy.towers(model.module), "prune.sites")
     fabric = context.fabric
@@ -224,10 +227,10 @@ def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[st
     channels = _conv_pruning(settings, model, context)
     hooks: list[Hook] = [hook for hook in (search, channels) if hook is not None]
     if not hooks:
-        raise RecipeError("prune: 'sites' leaves nothing to cut in any tower.")
+        raise RecipeError("prune.sites: expected something to cut, found nothing in any tower. Allow kinds of sites.")
     details = train(model, settings, terms, context, hooks)
     if search is not None:
-        _refuse_unfinished(search, details)
+        _check_finished(search, details)
         details |= {"mask_updates": search.updates, "samples_left_out": search.seen.left_out}
     for part, mask in gates.part_masks():
         surgery.cut(part, mask)
@@ -240,7 +243,7 @@ def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[st
 
 
 def _conv_pruning(settings: Prune, model: Model, context: Context) -> ConvPruning | None:
-    """Return what scores and cuts a convolutional tower, if there is one that may be cut."""
+    """Return the pruning hook of the convolutional tower, or None if there is none to cut."""
     target = settings.budget.target_of(convnets.TOWER)
     may_be_cut = settings.sites.get(convnets.TOWER, DEFAULT_KINDS)
     if target is None or not may_be_cut or not convnets.is_convnet(model.module):
@@ -249,10 +252,10 @@ def _conv_pruning(settings: Prune, model: Model, context: Context) -> ConvPrunin
     return ConvPruning(model.module, settings.criterion, target, align=align, min_keep=min_keep, seed=context.seed)
 
 
-def _refuse_unfinished(search: Search, details: dict[str, Any]) -> None:
-    between = any(((site.mask != 0) & (site.mask != 1)).any() for site in search.gates.sites)
-    if not search.updates or between:
+def _check_finished(search: Search, details: dict[str, Any]) -> None:
+    has_soft_masks = any(((site.mask != 0) & (site.mask != 1)).any() for site in search.gates.sites)
+    if not search.updates or has_soft_masks:
         raise ClipressError(
             f"prune: the search ended before its masks were final ({search.updates} updates, "
-            f"{details['skipped_steps']} steps skipped). Give it more steps."
+            f"{details['skipped_steps']} steps skipped). Use more steps."
         )

@@ -35,7 +35,7 @@ def test_a_typo_that_stopped_the_first_stage_is_corrected_in_the_same_folder(rec
     recipe["data"]["train"] = good
     done = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
-    assert "is replaced: data changed, and no finished stage depends on that" in done.output
+    assert "replaced, since data changed and no finished stage depends on it" in done.output
     assert read_recipe(tmp_path / "run" / "recipe.yaml").data == recipe["data"]
 
 

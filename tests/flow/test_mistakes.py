@@ -30,7 +30,7 @@ def test_an_order_of_stages_that_cannot_work(recipe, tmp_path):
     told(
         clipress("run", write_recipe(recipe, tmp_path), "--out", tmp_path / "run"),
         "cannot come after",
-        "order that works",
+        "Use the order distill -> prune",
     )
 
 
@@ -192,9 +192,7 @@ def calibrated_on(recipe, tmp_path, teacher, colours):
     return write_recipe(recipe, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("colours", "words"), [([], "no usable records"), (["red"] * 16, "all 8 calibration images are the same")]
-)
+@pytest.mark.parametrize(("colours", "words"), [([], "no usable records"), (["red"] * 16, "found 8 identical ones")])
 def test_calibration_data_that_are_empty_or_all_the_same(recipe, tmp_path, tiny_run, colours, words):
     path = calibrated_on(recipe, tmp_path, tiny_run[0] / "recovered", colours)
     told(clipress("compress", path, "--out", tmp_path / "run"), words)

@@ -148,7 +148,7 @@ def test_settings_in_force_are_printed_defaults_included(tiny_run):
 
 def test_layers_that_stay_dense_are_printed_with_their_reason(tiny_run):
     run, result = tiny_run
-    reason = "visual.conv1 stays dense: 32 x 3: 2:4 needs a multiple of 8 x a multiple of 16"
+    reason = "visual.conv1 stays dense: 32 x 3; 2:4 requires a multiple of 8 x a multiple of 16"
     assert f"sparse: {reason}" in result.output and reason in clipress("show", run / "sparse").output
 
 
@@ -235,7 +235,7 @@ def test_several_teachers_may_be_embedded_once_and_looked_up(tiny_run, tmp_path)
     log = [json.loads(line) for line in (tmp_path / "run" / "logs" / "distilled.jsonl").read_text().splitlines()]
     assert len(log) == 3 and all(row["ensemble"] > 0 and row["feature"] >= 0 for row in log)
     again = clipress("compress", tmp_path / "recipe-under-test.yaml", "--out", tmp_path / "other", "--set", "seed=1")
-    assert again.exit_code == 0 and again.output.count("found the embeddings of teacher") == 4
+    assert again.exit_code == 0 and again.output.count("using the cached embeddings of teacher") == 4
 
 
 def test_either_all_teachers_are_cached_or_none(tiny_run, tmp_path):

@@ -1,4 +1,4 @@
-"""What calibration is shown, what it makes of it, and what it refuses."""
+"""Calibration: its samples, the scales it sets, and the data it rejects."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def settings(**given):
 
 
 class Heavy(nn.Module):
-    """One Linear; its input has outliers a hundred times larger than the rest."""
+    """One Linear; its input has outliers a hundred times larger than its other values."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class Heavy(nn.Module):
 def heavy_tailed():
     x = torch.randn(64, 512, 16, generator=torch.Generator().manual_seed(0))
     x[:, 0, :2] *= 100
-    x[0, 0, 0] = 500  # the first batch has the widest range: histograms grow by whole bins
+    x[0, 0, 0] = 500  # The first batch has the widest range, since histograms grow by full bins.
     return x
 
 
@@ -87,9 +87,9 @@ def test_weight_scales_do_not_depend_on_the_method():
         torch.manual_seed(0)
         model = quantizers.attach(Heavy(), ["linear"], lambda m: m(heavy_tailed()[:4]), method)
         largest = model.linear.weight.abs().amax(1)
-        assert torch.equal(model.linear.weight_quantizer.amax.flatten(), largest * (127 / 64))  # which becomes 64
+        assert torch.equal(model.linear.weight_quantizer.amax.flatten(), largest * (127 / 64))  # this value becomes 64
         weights.append(model.linear(torch.ones(1, 16)))
-    assert not torch.equal(weights[0], weights[1])  # the activations' scale does
+    assert not torch.equal(weights[0], weights[1])  # the activation scale depends on the method
 
 
 def test_a_smaller_scale_clips_what_is_larger():
@@ -99,7 +99,7 @@ def test_a_smaller_scale_clips_what_is_larger():
 
 
 @pytest.mark.parametrize("method", ["max", "percentile"])
-def test_the_stage_calibrates_on_the_training_pictures(digits, method):
+def test_the_stage_calibrates_on_the_training_images(digits, method):
     model, details = quantize.run(
         settings(method=method, exclude=OTHERS), new_model(tiny_architecture(layers=1), 0), digits
     )
@@ -109,39 +109,39 @@ def test_the_stage_calibrates_on_the_training_pictures(digits, method):
 
 
 @pytest.mark.parametrize("given", [{"method": "minmax"}, {"percentile": 101}, {"percentile": 0.999}])
-def test_methods_and_percentiles_are_checked_at_the_door(given):
+def test_methods_and_percentiles_are_validated_in_the_settings(given):
     with pytest.raises(RecipeError, match=next(iter(given))):
         checked(Quantize, {"steps": 0, **given}, "stages.0.quantize")
 
 
-def folder_of(pictures, path):
-    for number, colour in enumerate(pictures):
+def folder_of(colours, path):
+    for number, colour in enumerate(colours):
         (path / "one").mkdir(exist_ok=True)
         Image.new("RGB", (32, 32), colour).save(path / "one" / f"{number}.png")
     return SourceSpec(format="folder", images=path)
 
 
-def test_calibration_on_one_picture_again_and_again_is_refused(fabric, tmp_path):
+def test_calibration_on_identical_images_is_rejected(fabric, tmp_path):
     source = folder_of([(9, 90, 200)] * 8, tmp_path)
     context = Context(fabric, DataSpec(train=(source,)), 0, title="int8")
-    with pytest.raises(DataError, match="all 16 calibration images are the same"):
+    with pytest.raises(DataError, match="found 16 identical ones"):
         quantize.run(settings(), new_model(tiny_architecture(layers=1), 0), context)
 
 
-def test_calibration_without_data_is_refused(fabric, tmp_path):
+def test_calibration_without_data_is_rejected(fabric, tmp_path):
     (tmp_path / "one").mkdir()
     context = Context(fabric, DataSpec(train=(SourceSpec(format="folder", images=tmp_path),)), 0, title="int8")
-    with pytest.raises(DataError, match="no usable records") as told:
+    with pytest.raises(DataError, match="no usable records") as error:
         quantize.run(settings(), new_model(tiny_architecture(layers=1), 0), context)
-    assert told.value.exit_code == 2 and "\n" not in str(told.value)
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)
 
 
 def test_weights_that_are_not_finite_are_named(digits):
     model = new_model(tiny_architecture(layers=1), 0)
     model.module.visual.conv1.weight.data[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ArtifactError, match=r"not finite: visual\.conv1\.weight\.") as told:
+    with pytest.raises(ArtifactError, match=r"not finite: visual\.conv1\.weight\.") as error:
         quantize.run(settings(), model, digits)
-    assert told.value.exit_code == 2
+    assert error.value.exit_code == 2
 
 
 @pytest.mark.parametrize("method", ["max", "percentile", "entropy"])

@@ -1,4 +1,4 @@
-"""A training that was stopped goes on from its last checkpoint and ends bit for bit where it would have ended."""
+"""A stopped run resumes from its last checkpoint and ends bit for bit where an uninterrupted one does."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ LOSSES = {
     "contrastive": 1.0,
     "feature": 10.0,
     "momentum-contrastive": 1.0,
-}  # a projection that learns, a slow copy, a queue
+}  # a trained projection, an EMA model, a queue
 
 
 class Stopped(Exception):
@@ -104,7 +104,7 @@ def test_a_stopped_search_cuts_what_an_uninterrupted_one_cuts(fabric, tmp_path, 
     assert again == shapes and all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
 
 
-def test_scores_that_were_spread_over_more_processes_are_not_taken_for_all(fabric, tmp_path, caplog):
+def test_a_checkpoint_of_more_processes_is_not_used_for_scores(fabric, tmp_path, caplog):
     class Scores(StopAt):
         def state(self):
             return {"sums": 1}
@@ -116,11 +116,11 @@ def test_scores_that_were_spread_over_more_processes_are_not_taken_for_all(fabri
     for path in own.checkpoints.iterdir():
         torch.save(torch.load(path) | {"world": 2}, path)
     found, _ = trained(own, [Scores(99)])
-    assert "spread over 2 processes" in caplog.text and len(own.log.read_text().splitlines()) == 7
+    assert "saved by 2 processes" in caplog.text and len(own.log.read_text().splitlines()) == 7
     assert all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
 
 
-def test_a_checkpoint_that_cannot_be_read_is_passed_over(fabric, tmp_path, caplog):
+def test_a_checkpoint_that_cannot_be_read_is_skipped(fabric, tmp_path, caplog):
     wanted, _ = trained(context(fabric, tmp_path / "a"))
     own = context(fabric, tmp_path / "b")
     with pytest.raises(Stopped):
@@ -142,7 +142,7 @@ def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
     assert load_checkpoint(tmp_path, 1) is None
 
 
-def test_only_the_last_two_are_kept_and_a_place_that_cannot_be_written_is_told(tmp_path):
+def test_only_the_last_two_are_kept_and_an_unwritable_folder_is_reported(tmp_path):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path / "kept", step, {"x": torch.zeros(2)})
     assert steps_saved(tmp_path / "kept") == [2, 3]
@@ -151,7 +151,7 @@ def test_only_the_last_two_are_kept_and_a_place_that_cannot_be_written_is_told(t
         save_checkpoint(tmp_path / "file" / "kept", 1, {})
 
 
-def test_no_checkpoints_where_none_are_asked_for(fabric, tmp_path):
+def test_no_checkpoints_if_they_are_disabled(fabric, tmp_path):
     own = context(fabric, tmp_path, every=0)
     trained(own)
     assert not own.checkpoints.exists()

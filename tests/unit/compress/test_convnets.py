@@ -1,4 +1,4 @@
-"""Convolutional image towers: cutting equals masking, budgets are met, and what is cut travels."""
+"""Convolutional image towers: cutting equals masking, budgets are met, and cut towers are saved and exported."""
 
 import copy
 import functools
@@ -45,7 +45,7 @@ TOWERS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Layers this small gain nothing from more threads, and wait for each other where the machine is busy."""
+    """Use one thread: layers this small gain nothing from more, and threads are slow on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -69,7 +69,7 @@ def first_model(name):
 
 
 def fresh_model(name):
-    """A model whose norms and biases are all different and none of them trivial."""
+    """A model with distinct, nontrivial norms and biases."""
     return copy.deepcopy(first_model(name))
 
 
@@ -93,16 +93,16 @@ def pruned(tower, **limit):
 
 
 def kept_rows(before, after):
-    """Find which rows are left by their values alone: bool [rows]."""
+    """Find the remaining rows by their values: bool [rows]."""
     return (before[:, None] == after[None, :]).any(1)
 
 
 @torch.no_grad()
 def mask_outputs(uncut, cut):
-    """Make the uncut model give zeros for every channel that the cut one has no more."""
+    """Make the uncut model output zeros for every channel that was cut."""
     masked, small = 0, layers(cut)
     for name, layer in layers(uncut).items():
-        if layer.bias is None:  # a norm follows, and is masked
+        if layer.bias is None:  # the norm that follows is masked instead
             continue
         keep = kept_rows(layer.bias, small[name].bias)
         assert keep.sum() == len(small[name].bias)
@@ -140,11 +140,11 @@ def test_a_budget_is_met_within_one_aligned_step(tower, unit, fraction):
     assert record["image_tower_kept"] == round(left / total, 4)
 
 
-def test_steps_are_cut_in_the_order_of_worth_per_cost():
-    # a convolution of 9 weights per pair of channels joins two sites; each site has 10 more weights per channel
+def test_steps_are_cut_in_order_of_score_per_cost():
+    # A convolution of 9 weights per pair of channels joins two sites; each site has 10 more weights per channel
     costs = Costs(total=1_000_000, widths=[22, 16], terms=[(9, (0, 1)), (10, (0,)), (10, (1,))])
     scores = [torch.arange(22.0).flip(0), torch.full((16,), 1.5)]
-    # the first six of site 0 (to a multiple of 8) are worth 15 and cost 6 * (9 * 16 + 10): 0.016 each; eight of site 1
+    # The first six of site 0 (to a multiple of 8) are worth 15 and cost 6 * (9 * 16 + 10): 0.016 each; eight of site 1
     # are worth 12 and cost 8 * (9 * 22 + 10) at first: 0.007
     first, second = 8 * (9 * 22 + 10), 6 * (9 * 8 + 10)
     assert choose_widths(costs, scores, 1_000_000 - 1, [8, 8], align=8) == [22, 8]
@@ -162,7 +162,7 @@ def test_an_absolute_budget_is_met():
 def test_widths_are_aligned_and_above_their_floor(tower):
     model = fresh_model(tower)
     pruning = ConvPruning(model, "random", Target(params=0.95), align=4, min_keep=0.3)
-    pruning.fraction = pruning.costs.of(pruning.least) / pruning.costs.total  # all that may go
+    pruning.fraction = pruning.costs.of(pruning.least) / pruning.costs.total  # everything that may be cut
     before, _, after = conv_shapes(model), pruning.cut(), conv_shapes(model)
     changed = 0
     for name, sizes in before.items():
@@ -185,15 +185,15 @@ def test_what_the_head_reads_keeps_its_width(name):
 @pytest.mark.parametrize(
     ("tower", "stem", "streams", "inside"),
     [
-        ("modified resnet", 3, 3, 4 * 2),  # four stages; what the last one gives, the attention pool reads
-        ("efficientnet", 1, 5, 0 + 1 + 1 + 2 + 2),  # blocks: plain, two that expand, two that squeeze as well
+        ("modified resnet", 3, 3, 4 * 2),  # four stages; the attention pool reads the output of the last one
+        ("efficientnet", 1, 5, 0 + 1 + 1 + 2 + 2),  # blocks: one plain, two that expand, two that also squeeze
     ],
 )
-def test_every_set_of_channels_that_can_go_is_found(tower, stem, streams, inside):
+def test_every_set_of_channels_that_can_be_cut_is_found(tower, stem, streams, inside):
     assert len(ConvPruning(fresh_model(tower), "random", Target(params=0.99)).sites) == stem + streams + inside
 
 
-def test_grouped_convolutions_are_left_whole():
+def test_grouped_convolutions_are_not_cut():
     model = fresh_model("resnet")
     model.visual.trunk.layer1[0].conv2 = nn.Conv2d(32, 32, 3, padding=1, groups=4)
     sites = ConvPruning(model, "random", Target(params=0.99)).sites
@@ -202,7 +202,7 @@ def test_grouped_convolutions_are_left_whole():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_looking_at_a_tower_changes_nothing_in_it(training):
+def test_tracing_a_tower_changes_nothing_in_it(training):
     model = fresh_model("modified resnet").train(training)
     before = copy.deepcopy(model.state_dict())
     ConvPruning(model, "fisher", Target(macs=0.5))
@@ -221,7 +221,7 @@ def loss_of(model, batch):
 
 
 @pytest.mark.parametrize(("criterion", "power"), [("fisher", 2), ("taylor", 1)])
-def test_scores_are_those_of_a_gate_on_what_is_read(tower, criterion, power):
+def test_scores_equal_those_of_gates_on_the_channels(tower, criterion, power):
     model = fresh_model(tower)
     pruning = ConvPruning(model, criterion, Target(params=0.9))
     found, batches = layers(model), pixels(model, 4).split(2)
@@ -258,7 +258,7 @@ def test_magnitude_cuts_the_channels_with_the_smallest_weights():
     assert torch.equal(block.bn1.weight, wanted)
 
 
-def test_a_micro_batch_that_is_not_finite_is_left_out_and_counted():
+def test_a_micro_batch_that_is_not_finite_is_skipped_and_counted():
     model = fresh_model("resnet")
     pruning = ConvPruning(model, "fisher", Target(params=0.8))
     loss_of(model, pixels(model)).backward()
@@ -270,8 +270,8 @@ def test_a_micro_batch_that_is_not_finite_is_left_out_and_counted():
     assert all(torch.equal(a, b) for a, b in zip(pruning.sums, wanted, strict=True))
 
 
-def test_a_search_that_saw_no_gradient_says_so():
-    with pytest.raises(ClipressError, match="fisher saw no finite gradient"):
+def test_a_search_without_finite_gradients_is_reported():
+    with pytest.raises(ClipressError, match="fisher found no finite gradient"):
         ConvPruning(fresh_model("resnet"), "fisher", Target(params=0.8)).cut()
 
 
@@ -321,7 +321,7 @@ def test_convolutional_towers_are_not_taken_for_transformers(tower):
     assert not is_convnet(build(tiny_architecture(layers=1)))
 
 
-def test_an_impossible_budget_says_the_smallest_possible():
+def test_an_impossible_budget_reports_the_smallest_possible():
     with pytest.raises(
         RecipeError, match=r"params 0\.050 of the image tower cannot be met.*possible is 0\.\d+"
     ) as caught:
@@ -334,10 +334,10 @@ def test_an_impossible_budget_says_the_smallest_possible():
     ("criterion", "limit", "message"),
     [
         ("upop", Target(params=0.5), "upop cannot score.*Use one of fisher, taylor, magnitude, random"),
-        ("fisher", Target(latency=0.5), "latency is not known.*params or macs"),
+        ("fisher", Target(latency=0.5), "expected params or macs.*found latency"),
     ],
 )
-def test_what_convolutions_cannot_do_is_refused(criterion, limit, message):
+def test_settings_that_convolutions_do_not_support_are_rejected(criterion, limit, message):
     with pytest.raises(RecipeError, match=message):
         ConvPruning(fresh_model("resnet"), criterion, limit)
 
@@ -357,7 +357,7 @@ DEPTHWISE = "visual.trunk.blocks.3.0.conv_dw"
         ("visual.trunk.blocks.9", {"out": 1, "in": 1, "groups": 1}, "name layer visual.trunk.blocks.9"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(name, change, message):
+def test_invalid_sizes_are_rejected(name, change, message):
     shapes = conv_shapes(build(TOWERS["efficientnet"]))
     shapes[name] = change
     with pytest.raises(ArtifactError, match=message):

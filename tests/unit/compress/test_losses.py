@@ -1,4 +1,4 @@
-"""Every loss against a slow double-precision reference, gradients included; and what each of them promises."""
+"""Every loss and its gradients against a slow double-precision reference, and the properties of single losses."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,8 +13,8 @@ from clipress.tasks.clip import MAX_LOG_SCALE, SIDES, positives
 from clipress.tasks.training import Batch, Features, Momentum, Sizes
 
 PAIRS, WIDTH, TOKENS, TOKEN_WIDTH, QUEUE, CLASSES = 6, 4, 3, 3, 2, 3
-GROUPS = torch.tensor([0, 1, 2, 1, 3, 0])  # two groups come twice, in either half
-LABELS = torch.tensor([2, -1, -1, 0, 1, 1])  # the halves hold unequal numbers of labels
+GROUPS = torch.tensor([0, 1, 2, 1, 3, 0])  # two groups appear twice, once in each half
+LABELS = torch.tensor([2, -1, -1, 0, 1, 1])  # the halves have different numbers of labels
 VARIANTS = [
     *((name, {}) for name in LOSSES),
     ("interactive", {"published": True}),
@@ -40,7 +40,7 @@ def noise(*shape, seed):
 
 
 def leaves(seed, width=WIDTH, token_width=TOKEN_WIDTH):
-    """What one model gives before anything is made of it."""
+    """Raw outputs of one model."""
     rows = {side: noise(PAIRS, width, seed=seed + n) for n, side in enumerate((*SIDES, "masked"))}
     rows |= {f"{side}_tokens": noise(PAIRS, TOKENS, token_width, seed=seed + n) for n, side in enumerate(SIDES)}
     rows["logits"] = noise(PAIRS, CLASSES, seed=seed + 5)
@@ -48,7 +48,7 @@ def leaves(seed, width=WIDTH, token_width=TOKEN_WIDTH):
 
 
 def world(wide=False):
-    """A student, two teachers of other widths than one another, a slow copy with a queue, groups, labels and classes."""
+    """A student, two teachers of different widths, an EMA model with a queue, groups, labels and classes."""
     width = WIDTH + wide
     student = {name: tensor.requires_grad_() for name, tensor in leaves(0).items()}
     teachers = leaves(10, width, TOKEN_WIDTH + wide), leaves(20, WIDTH + 3)
@@ -76,12 +76,12 @@ def features(model, rows, maps=None, sides=SIDES, logits=False):
     seen |= {f"all_{side}": unit[side] for side in sides}
     seen |= {f"{side}_tokens": model[f"{side}_tokens"][rows] for side in sides}
     absent = dict.fromkeys(("image", "text", "all_image", "all_text"))
-    scores = model["logits"][rows] if logits else None  # only a classifier has any
+    scores = model["logits"][rows] if logits else None  # only classifiers have logits
     return Features(**absent | seen, scale=model["scale"], masked_image=unit["masked"][rows], logits=scores)
 
 
 def batch(of, losses, rows=slice(None), sides=SIDES):
-    """What a process that holds these rows sees."""
+    """The batch of a process that holds these rows."""
     teacher_sides = SIDES if {"keys", "pairs"} & losses.needs else sides
     slow = replace(of.momentum, **{name: getattr(of.momentum, name)[rows] for name in ("image", "text", "targets")})
     return Batch(
@@ -98,7 +98,7 @@ def batch(of, losses, rows=slice(None), sides=SIDES):
     )
 
 
-# The references: Python loops over numbers, nothing of the package.
+# The references are Python loops over numbers that use nothing from the package.
 
 
 def linear(rows, layer):
@@ -139,7 +139,7 @@ def softmax(rows):
 
 
 def cross_entropy(scores, wanted):
-    """Mean over rows of -sum wanted log softmax(scores)."""
+    """Mean over rows of -sum targets log softmax(scores)."""
     total = 0
     for row, aim in zip(scores, wanted, strict=True):
         norm = sum(x.exp() for x in row).log()
@@ -190,7 +190,7 @@ def contrastive(s, *_):
 
 
 def against(measure):
-    """Similarity rows against the first teacher's."""
+    """Similarity rows of the student with those of the first teacher."""
 
     def reference(s, m, t, *_):
         known = {"image": dots(t[0].image, t[0].text, t[0].scale), "text": dots(t[0].text, t[0].image, t[0].scale)}
@@ -288,11 +288,15 @@ def labels(s, m, t, loss, of):
 
 def slow_ways(s, t, slow):
     scale = s.scale.detach()
-    for query, slow_query, keys, asked, known in (
+    for query, slow_query, keys, teacher_query, teacher_keys in (
         (s.image, slow.image, slow.all_text, t[0].image, slow.teacher_text),
         (s.text, slow.text, slow.all_image, t[0].text, slow.teacher_image),
     ):
-        yield dots(query, keys, s.scale), softmax(dots(slow_query, keys, scale)), dots(asked, known, t[0].scale)
+        yield (
+            dots(query, keys, s.scale),
+            softmax(dots(slow_query, keys, scale)),
+            dots(teacher_query, teacher_keys, t[0].scale),
+        )
 
 
 def ita(s, m, t, loss, of):
@@ -378,7 +382,7 @@ def test_the_mean_over_processes_is_the_loss_of_one(name, settings, wide):
     "name",
     [n for n in LOSSES if n not in ("classification", "logits") and "pairs" not in needs_of(terms_from((n,), "x"))],
 )
-def test_a_tower_that_does_not_learn_is_not_looked_at(name):
+def test_a_frozen_tower_is_not_used(name):
     of, shares = world(wide=True), []
     for sides in (("image",), ("text",), SIDES):
         losses = objective({name: 1.0}, wide=True, sides=SIDES)
@@ -391,7 +395,7 @@ def test_every_loss_has_a_reference():
     assert REFERENCES.keys() == LOSSES.keys()
 
 
-def test_learnable_parts_start_alike_and_scales_stay_where_clip_keeps_its_own():
+def test_parameters_start_alike_and_scales_stay_in_clips_range():
     first, second = (objective(("interactive", "fused", "cross"), wide=True) for _ in range(2))
     learned = dict(first.named_parameters())
     assert {"losses.interactive.scale.log", "losses.fused.maps.text.weight", "projections.image.weight"} <= set(learned)
@@ -436,14 +440,14 @@ def test_gradients_of_the_right_temperature_do_not_vanish_as_the_published_ones_
     assert sizes[1] < 1e-3 * sizes[0]
 
 
-def hidden(ratio, rows=slice(None), pictures=8):
+def hidden(ratio, rows=slice(None), images=8):
     losses = objective({"masked-feature": {"ratio": ratio, "patch": 8}})
-    values = torch.rand(pictures, 16, generator=torch.Generator().manual_seed(0))
-    return losses.mask_patches(torch.ones(pictures, 3, 32, 32)[rows], lambda patches: values[rows, :patches])
+    values = torch.rand(images, 16, generator=torch.Generator().manual_seed(0))
+    return losses.mask_patches(torch.ones(images, 3, 32, 32)[rows], lambda patches: values[rows, :patches])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.75, 1.0])
-def test_exactly_the_asked_share_of_patches_is_hidden(ratio):
+def test_exactly_the_given_ratio_of_patches_is_masked(ratio):
     squares = hidden(ratio).unfold(2, 8, 8).unfold(3, 8, 8).flatten(4)  # [B, 3, 4, 4, 64]
     assert torch.equal(squares.amin(-1), squares.amax(-1)) and torch.equal(squares[:, 0], squares[:, 2])
     assert ((squares[:, 0, :, :, 0] == 0).flatten(1).sum(1) == round(ratio * 16)).all()
@@ -451,11 +455,11 @@ def test_exactly_the_asked_share_of_patches_is_hidden(ratio):
         assert len(torch.unique(hidden(ratio).flatten(1), dim=0)) > 1
 
 
-def test_a_picture_hides_the_same_patches_wherever_it_is_computed():
+def test_an_image_gets_the_same_mask_on_any_process():
     assert torch.equal(hidden(0.75, slice(1, None, 2)), hidden(0.75)[1::2])
 
 
-def test_masked_feature_looks_at_the_masked_picture():
+def test_masked_feature_uses_the_masked_image():
     of, losses = world(), objective({"masked-feature": 1.0, "feature": 1.0})
     seen = batch(of, losses)
     _, parts = losses(seen)
@@ -464,7 +468,7 @@ def test_masked_feature_looks_at_the_masked_picture():
     torch.testing.assert_close(parts["masked-feature"], parts["feature"])
 
 
-def test_a_batch_without_labels_is_worth_exactly_zero_and_can_be_differentiated():
+def test_a_batch_without_labels_has_zero_loss_and_can_be_differentiated():
     of, losses = world(wide=True), objective(("classification",), wide=True)
     none = torch.full_like(LABELS, -1)
     found, _ = losses(replace(batch(of, losses), labels=none, all_labels=none))
@@ -492,7 +496,7 @@ def test_absent_terms_are_not_computed(monkeypatch):
             losses(batch(of, losses))
 
 
-def test_names_without_weights_get_the_published_ones():
+def test_names_without_weights_get_the_published_weights():
     terms = terms_from(("contrastive", "feature", "embedding-kl", "l1", "embedding-ce"), "x")
     weights = {name: settings.weight for name, settings in terms.items()}
     assert weights == {"contrastive": 1.0, "feature": 2000.0, "embedding-kl": 0.6, "l1": 0.35, "embedding-ce": 0.05}
@@ -510,16 +514,16 @@ def test_names_without_weights_get_the_published_ones():
 
 
 @pytest.mark.parametrize(
-    ("term", "sizes", "told"),
+    ("term", "sizes", "message"),
     [
-        ({"tokens": {}}, {"teacher_tokens": dict.fromkeys(SIDES, (5, 3))}, "student has 3 tokens, the teacher's 5"),
-        ({"ensemble": {"scales": [1.0]}}, {}, "1 numbers for 2 teachers"),
-        ({"classification": {}}, {"sides": ("text",)}, "image tower does not learn"),
-        ({"masked-feature": {"patch": 12}}, {}, "patches of 12 pixels do not tile 32x32"),
+        ({"tokens": {}}, {"teacher_tokens": dict.fromkeys(SIDES, (5, 3))}, r"tower as in the teacher's \(5\), found 3"),
+        ({"ensemble": {"scales": [1.0]}}, {}, r"expected one of .scales. per teacher \(2\), found 1"),
+        ({"classification": {}}, {"sides": ("text",)}, "expected a trained image tower, found it frozen"),
+        ({"masked-feature": {"patch": 12}}, {}, "expected a divisor of the image size 32x32, found 12"),
     ],
 )
-def test_a_loss_that_cannot_work_says_so_before_training(term, sizes, told):
+def test_a_loss_that_cannot_work_is_rejected_before_training(term, sizes, message):
     shapes = dict.fromkeys(SIDES, (3, 3))
     known = Sizes(WIDTH, (WIDTH, WIDTH + 3), SIDES, (32, 32), shapes, shapes)
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises(RecipeError, match=message):
         Objective(terms_from(term, "x"), replace(known, **sizes))

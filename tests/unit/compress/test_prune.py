@@ -121,14 +121,14 @@ def test_costs_are_what_cutting_really_saves(space, wanted):
         assert (saved, macs(whole) - macs(model)) == (levels * site.params, levels * site.macs), site.name
 
 
-def test_criteria_sum_what_they_say():
+def test_criteria_sum_their_formula():
     gradient = torch.tensor([[[1.0, -2.0]], [[3.0, 2.0]]])  # two samples, two units
     assert CRITERIA["fisher"]().summed(gradient).tolist() == [[10.0, 8.0]]
     assert CRITERIA["taylor"]().summed(gradient).tolist() == [[4.0, 4.0]]
-    assert CRITERIA["upop"]().summed(gradient).tolist() == [[-4.0, 0.0]]  # largest positive sum goes first
+    assert CRITERIA["upop"]().summed(gradient).tolist() == [[-4.0, 0.0]]  # the largest positive sum is cut first
 
 
-def test_a_sample_that_is_not_finite_is_left_out_and_counted():
+def test_a_sample_that_is_not_finite_is_skipped_and_counted():
     model = tiny()
     gates = Gates(model, "separate")
     per_sample_losses(model).sum().backward()
@@ -172,7 +172,7 @@ def test_widths_are_aligned_above_their_floor_and_equal_across_heads():
         assert counts[0] >= floor * site.units
 
 
-def test_what_stays_is_worth_more_than_what_goes():
+def test_kept_units_score_higher_than_cut_ones():
     _, scores, kept, _, _ = masks(tiny(), fraction=0.5)
     for score, mask in zip(scores, kept, strict=True):
         for row, keep in zip(score, mask, strict=True):
@@ -180,13 +180,13 @@ def test_what_stays_is_worth_more_than_what_goes():
                 assert row[keep].min() >= row[~keep].max()
 
 
-def test_an_impossible_budget_says_the_smallest_possible():
+def test_an_impossible_budget_reports_the_smallest_possible():
     with pytest.raises(RecipeError, match=r"params 0\.050 cannot be met.*smallest possible is 0\.\d+"):
         masks(tiny(), fraction=0.05)
 
 
 @pytest.mark.parametrize("budget", [{"params": 0}, {"params": 1.5}, {"params": -0.2}, {"macs": 1}])
-def test_a_ratio_outside_zero_and_one_is_refused(budget):
+def test_a_ratio_outside_zero_and_one_is_rejected(budget):
     from clipress.recipe import checked
 
     with pytest.raises(RecipeError, match=r"stages\.0\.prune\.budget\.\w+: Input should be"):
@@ -206,7 +206,7 @@ def test_upops_schedule_is_the_published_formula():
         assert p * progress("sine", t, steps, 0.0) == pytest.approx(published)
 
 
-def test_all_heads_and_all_hidden_units_of_a_layer_may_go():
+def test_all_heads_and_all_hidden_units_of_a_layer_may_be_cut():
     model = tiny()
     attn, ffn = anatomy.blocks(model)[0].parts
     masked = copy.deepcopy(model)
@@ -247,7 +247,7 @@ def test_cutting_keeps_the_type_of_the_weights(dtype):
 def test_heads_and_their_dims_are_not_searched_together():
     from clipress.recipe import checked
 
-    with pytest.raises(RecipeError, match="heads in one stage and dims in another"):
+    with pytest.raises(RecipeError, match="Prune heads and dims in separate stages"):
         checked(Prune, {"budget": {"params": 0.5}, "sites": {"image": ["heads", "qk"]}, "steps": 1}, "p")
 
 
@@ -257,7 +257,7 @@ def test_heads_and_their_dims_are_not_searched_together():
         ({}, "exactly one of params"),
         ({"params": 0.5, "macs": 0.5}, "exactly one of params"),
         ({"params": 0.5, "image": {"macs": 0.5}}, "exactly one of params"),
-        ({"latency": 0.5}, "needs 'costs'"),
+        ({"latency": 0.5}, "requires 'costs'"),
     ],
 )
 def test_a_budget_needs_exactly_one_target(budget, message):
@@ -292,9 +292,9 @@ class TestSearch:
         _, details, _ = self.prune(budget={"params": 0.6}, criterion=criterion)
         assert 0.5 < details["block_params_kept"] <= 0.6
 
-    def test_a_site_that_cannot_be_aligned_says_why(self, caplog):
+    def test_a_site_that_cannot_be_aligned_is_reported(self, caplog):
         model, _, _ = self.prune(budget={"params": 0.6}, align={"head_dim": 6, "ffn": 8})
-        assert "transformer.resblocks.0.attn.qk has 16 units, which is no multiple of align (6)" in caplog.text
+        assert "transformer.resblocks.0.attn.qk has 16 units, which is not a multiple of align (6)" in caplog.text
         assert {part.module.qk_dim for part in anatomy.attentions(model.module)} <= {6, 12, 16}
 
     def test_each_tower_can_have_its_own_budget(self):
@@ -309,7 +309,7 @@ class TestSearch:
         model, _, _ = self.prune(budget={"max_params": 20_000})
         assert 17_000 < anatomy.counts(model.module)["block_params"] <= 20_000
 
-    def test_whole_heads_go(self):
+    def test_whole_heads_are_cut(self):
         model, _, _ = self.prune(
             budget={"params": 0.75}, sites={"image": ["heads"], "text": ["heads"]}, min_keep={"heads": 0}
         )
@@ -330,7 +330,7 @@ class TestSearch:
         )
         assert 9 <= spent <= 10  # of twenty
 
-    def test_a_missing_cost_table_says_how_to_make_it(self, tmp_path):
+    def test_a_missing_cost_table_is_reported_with_the_command_to_make_it(self, tmp_path):
         with pytest.raises(RecipeError, match=r"costs\.json does not exist.*clipress latency-table"):
             self.prune(budget={"latency": 0.5, "costs": tmp_path / "costs.json"})
 
@@ -359,7 +359,7 @@ class TestSearch:
         with torch.no_grad():
             assert torch.equal(again.encode_image(pixels), model.module.eval().encode_image(pixels))
 
-    def test_a_convolutional_tower_refuses_a_criterion_it_has_no_gates_for(self):
+    def test_a_convolutional_tower_rejects_a_criterion_without_channel_scores(self):
         vision = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64, "patch_size": None}
         with pytest.raises(RecipeError, match=r"upop cannot score.*convolutional"):
             self.prune(tiny_architecture(layers=1) | {"vision_cfg": vision}, budget={"params": 0.8}, criterion="upop")
@@ -372,5 +372,5 @@ def test_upops_own_count_is_36_to_1_and_for_its_own_criterion_alone():
     assert costs.fixed == 0
     assert costs.total == sum(36 * site.units if site.kind == "attn" else site.units for site in found)
     assert [curve[1] for curve in costs.curves] == [36 if site.kind == "attn" else 1 for site in found]
-    with pytest.raises(RecipeError, match="gates of criterion upop"):
+    with pytest.raises(RecipeError, match="'upop' requires 'criterion: upop'"):
         Prune(budget={"upop": 0.5}, criterion="fisher", steps=1)

@@ -1,4 +1,4 @@
-"""Every criterion and schedule works on every kind of model; budgets and sites go by the towers a model has."""
+"""Every criterion and schedule works on every kind of model; budgets and sites use the names of its towers."""
 
 import pytest
 import torch

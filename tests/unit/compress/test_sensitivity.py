@@ -1,4 +1,4 @@
-"""Which layers INT8 hurts, and which are left out for it."""
+"""INT8 sensitivity of layers, and the layers left in full precision because of it."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ DELICATE = "visual.transformer.resblocks.0.mlp.c_proj"
 
 
 def with_an_outlier():
-    """A CLIP in which hidden unit 0 of a feed-forward is huge and read by no one: only rounding notices it."""
+    """A CLIP in which hidden unit 0 of a feed-forward is huge but unused: it only affects rounding."""
     model = new_model(tiny_architecture(layers=1), 0)
     mlp = model.module.visual.transformer.resblocks[0].mlp
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_damage_is_one_minus_the_cosine_to_the_model_without_quantizers(calibrat
     assert cosine(model, samples) == pytest.approx(1, abs=1e-6)
 
 
-def test_sensitive_layers_go_back_until_the_damage_is_under_the_limit(calibrated):
+def test_sensitive_layers_are_excluded_until_the_damage_is_under_the_limit(calibrated):
     model, names, samples = calibrated
     report = sensitivities(model, names, samples)
     kept, damage = keep_sensitive(model, report, samples, limit=report[0].damage / 2)
@@ -98,7 +98,7 @@ def test_sensitive_layers_go_back_until_the_damage_is_under_the_limit(calibrated
     assert more[0] == DELICATE and len(more) > 1 and max(less.values()) <= damage["image"] / 2
 
 
-def test_nothing_is_kept_under_a_loose_limit(calibrated):
+def test_nothing_is_excluded_under_a_loose_limit(calibrated):
     model, names, samples = calibrated
     assert keep_sensitive(model, sensitivities(model, names, samples), samples, limit=1.9)[0] == []
 
@@ -106,7 +106,7 @@ def test_nothing_is_kept_under_a_loose_limit(calibrated):
 def test_a_limit_that_no_layer_can_meet_is_reported(calibrated):
     model, names, samples = calibrated
     report = sensitivities(model, names, samples)
-    with pytest.raises(RecipeError, match=r"max_damage 1e-12 .*leaves no module in INT8"):
+    with pytest.raises(RecipeError, match=r"max_damage: 1e-12 .*leaves no module in INT8"):
         keep_sensitive(model, report, samples, limit=1e-12)
 
 
@@ -114,7 +114,7 @@ def settings(**given):
     return Quantize(**{"steps": 0, "calibrate": 16, "batch_size": 8, **given})
 
 
-def test_keep_auto_keeps_the_sensitive_layer_and_says_so(digits):
+def test_exclude_auto_excludes_the_sensitive_layer_and_records_it(digits):
     model, details = quantize.run(settings(exclude="auto", max_damage=0.002), with_an_outlier(), digits)
     assert details["kept"] == [DELICATE] and DELICATE not in model.quantization["modules"]
     assert details["sensitivity"][0]["module"] == DELICATE and len(details["sensitivity"]) == 13
@@ -126,7 +126,7 @@ def test_keep_auto_keeps_the_sensitive_layer_and_says_so(digits):
     }
 
 
-def test_what_auto_kept_is_saved_and_loaded_as_a_plain_layer(digits):
+def test_an_excluded_layer_is_saved_and_loaded_as_a_plain_layer(digits):
     model, _ = quantize.run(settings(exclude=("auto", "*.attn.*"), max_damage=0.002), with_an_outlier(), digits)
     artifact = artifact_from_model(model, ({"stage": "int8", "hash": "x"},), {})
     assert f"{DELICATE}.weight" in artifact.weights and f"{DELICATE}.input_quantizer._amax" not in artifact.weights
@@ -136,14 +136,14 @@ def test_what_auto_kept_is_saved_and_loaded_as_a_plain_layer(digits):
         assert torch.equal(again.module.encode_image(pixels), model.module.eval().encode_image(pixels))
 
 
-def test_the_report_can_be_had_without_keeping_anything(digits):
+def test_the_report_is_available_without_excluding_anything(digits):
     model, details = quantize.run(settings(sensitivity=True), with_an_outlier(), digits)
     assert len(details["sensitivity"]) == 13 == len(model.quantization["modules"]) and "kept" not in details
     modules = dict(model.module.named_modules())
     assert all(modules[name].input_quantizer.is_enabled for name in model.quantization["modules"])
 
 
-def test_training_goes_on_with_what_was_kept(digits):
+def test_training_runs_with_excluded_layers(digits):
     model, details = quantize.run(
         settings(exclude="auto", max_damage=0.002, steps=2, losses=["contrastive"]), with_an_outlier(), digits
     )

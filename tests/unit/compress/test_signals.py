@@ -1,4 +1,4 @@
-"""A training that is told to stop leaves a checkpoint of its last step; what is not finite never becomes one."""
+"""A stopped run saves a checkpoint of its last step; non-finite states are never saved."""
 
 import errno
 import os
@@ -66,8 +66,8 @@ def same(a, b):
 def test_a_signal_ends_a_training_after_its_step_with_a_checkpoint(fabric, tmp_path, number, code, step, workers):
     wanted = trained(context(fabric, tmp_path / "a"))
     own, before = context(fabric, tmp_path / "b", workers=workers), signal.getsignal(number)
-    told = rf"made: stopped by {number.name} after {step + 1} of 7 steps.*from its last checkpoint"
-    with pytest.raises(Stopped, match=told) as stop:
+    message = rf"made: stopped by {number.name} after {step + 1} of 7 steps.*from the last checkpoint"
+    with pytest.raises(Stopped, match=message) as stop:
         trained(own, [At(step, lambda: signal.raise_signal(number))])
     assert stop.value.exit_code == code and signal.getsignal(number) == before
     assert steps_saved(own.checkpoints) == [step + 1]
@@ -77,7 +77,7 @@ def test_a_signal_ends_a_training_after_its_step_with_a_checkpoint(fabric, tmp_p
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(fabric, tmp_path):
     own = context(fabric, tmp_path)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs behind them
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore SIGINT for background jobs
     try:
         with pytest.raises(KeyboardInterrupt):
             trained(own, [At(2, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])])
@@ -86,12 +86,12 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(fabric, tmp_path):
     assert steps_saved(own.checkpoints) == []
 
 
-def test_a_stage_without_checkpoints_says_that_it_will_start_over(fabric, tmp_path):
-    with pytest.raises(Stopped, match="from this stage's beginning"):
+def test_a_stage_without_checkpoints_reports_that_it_starts_over(fabric, tmp_path):
+    with pytest.raises(Stopped, match="from the start of this stage"):
         trained(context(fabric, tmp_path, every=0), [At(2, lambda: signal.raise_signal(signal.SIGTERM))])
 
 
-def test_signals_to_the_whole_group_leave_loading_processes_alone(fabric, tmp_path):
+def test_loader_workers_ignore_signals_to_the_process_group(fabric, tmp_path):
     own = context(fabric, tmp_path, workers=2)
 
     def to_all():
@@ -104,7 +104,7 @@ def test_signals_to_the_whole_group_leave_loading_processes_alone(fabric, tmp_pa
     assert steps_saved(own.checkpoints) == [3]
 
 
-def test_a_full_disk_stops_a_training_and_its_last_good_checkpoint_goes_on(fabric, tmp_path, monkeypatch):
+def test_a_full_disk_stops_a_training_which_resumes_from_its_last_good_checkpoint(fabric, tmp_path, monkeypatch):
     wanted = trained(context(fabric, tmp_path / "a"))
     own, save = context(fabric, tmp_path / "b", every=2), torch.save
 
@@ -122,7 +122,7 @@ def test_a_full_disk_stops_a_training_and_its_last_good_checkpoint_goes_on(fabri
     assert same(trained(own), wanted)
 
 
-def test_a_log_that_was_cut_off_does_not_stand_in_the_way(fabric, tmp_path):
+def test_a_truncated_log_does_not_prevent_resuming(fabric, tmp_path):
     own = context(fabric, tmp_path, every=2)
     with pytest.raises(Stopped):
         trained(own, [At(3, lambda: signal.raise_signal(signal.SIGTERM))])
@@ -132,7 +132,7 @@ def test_a_log_that_was_cut_off_does_not_stand_in_the_way(fabric, tmp_path):
     assert [line[:10] for line in own.log.read_text().splitlines()] == [f'{{"step": {n}' for n in range(7)]
 
 
-def test_a_row_of_steps_that_are_not_finite_never_becomes_a_checkpoint(fabric, tmp_path):
+def test_consecutive_non_finite_steps_are_never_saved(fabric, tmp_path):
     own = context(fabric, tmp_path, every=2)
     student = new_model(tiny_architecture(layers=1), 0)
     poison = At(5, lambda: student.module.visual.proj.data.fill_(float("nan")))
@@ -143,8 +143,8 @@ def test_a_row_of_steps_that_are_not_finite_never_becomes_a_checkpoint(fabric, t
     assert all(tensor.isfinite().all() for tensor in kept["student"].values() if tensor.is_floating_point())
 
 
-def test_a_step_that_is_not_finite_leaves_nothing_in_queues_and_running_statistics(fabric, tmp_path):
-    """A norm behind the patches stands for those of a convolutional tower."""
+def test_a_non_finite_step_does_not_change_queues_and_running_statistics(fabric, tmp_path):
+    """A batch norm after the patch embedding stands in for those of a convolutional tower."""
     own, student = context(fabric, tmp_path), new_model(tiny_architecture(layers=1, embed_dim=16), 0)
     student.module.visual.conv1 = nn.Sequential(student.module.visual.conv1, nn.BatchNorm2d(32))
     learner = Learner(student, CONFIG, terms_from(LOSSES, "made"), own)
@@ -162,7 +162,7 @@ def test_a_step_that_is_not_finite_leaves_nothing_in_queues_and_running_statisti
     assert torch.equal(norm.running_mean, mean) and torch.equal(norm.num_batches_tracked, counted)
 
 
-def test_gradients_of_what_a_loss_learns_are_looked_at_too(fabric, tmp_path):
+def test_non_finite_gradients_of_a_losss_own_parameters_are_detected(fabric, tmp_path):
     own, student = context(fabric, tmp_path), new_model(tiny_architecture(layers=1, embed_dim=16), 0)
     learner = Learner(student, CONFIG, terms_from(LOSSES, "made"), own)
     parameter = next(p for p in learner.objective.parameters() if p.requires_grad)

@@ -16,7 +16,7 @@ from clipress.models.tiny import tiny_architecture
 
 
 def correlated(samples=512, features=32):
-    """Inputs whose features repeat each other, so that one weight can make up for another."""
+    """Inputs with redundant features, so that one weight can compensate for another."""
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(samples, features // 4, generator=generator)
     mixing = torch.randn(features // 4, features, generator=generator)
@@ -40,7 +40,7 @@ def test_surviving_weights_move():
     dense, model = layer()[0].weight.detach(), sparse(correlated())
     left = model[0].weight.detach()
     still = torch.isclose(left, dense)[left != 0].float().mean()
-    assert still < 0.1  # only those to the left of every zero
+    assert still < 0.1  # only weights to the left of every zero stay unchanged
     assert torch.equal(model[0].bias, layer()[0].bias)
 
 
@@ -50,7 +50,7 @@ def test_less_of_the_output_is_lost_than_by_magnitude():
     assert lost[0] < 0.5 * lost[1]
 
 
-def test_what_is_left_is_nearly_the_least_squares_answer_for_its_zeros():
+def test_remaining_weights_are_close_to_least_squares_for_the_zeros():
     x, dense, model = correlated().double(), layer()[0].weight.detach().double(), sparse(correlated())
     found, lost, least = model[0].weight.detach().double(), 0.0, 0.0
     for row, wanted in zip(found, dense, strict=True):
@@ -62,26 +62,26 @@ def test_what_is_left_is_nearly_the_least_squares_answer_for_its_zeros():
     assert least <= lost < least + 0.35 * (magnitude - least)
 
 
-def test_of_independent_features_none_can_stand_in_for_another():
+def test_independent_features_cannot_compensate_for_each_other():
     weight = torch.arange(1.0, 9.0).reshape(1, 8)
     keep = torch.tensor([[False, True, True, False] * 2])
     assert torch.equal(compensated(weight, keep, torch.eye(8)), weight * keep)
 
 
-def test_the_last_column_takes_over_what_its_twin_loses():
+def test_the_last_column_compensates_for_its_duplicate():
     hessian = torch.tensor([[1.0, 0.999], [0.999, 1.0]])
     root = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
     moved = compensated(torch.tensor([[2.0, 3.0]]), torch.tensor([[False, True]]), root)
     torch.testing.assert_close(moved, torch.tensor([[0.0, 3.0 + 2.0 * 0.999]]))
 
 
-def test_a_layer_no_sample_reaches_goes_by_magnitude():
+def test_a_layer_that_no_sample_reaches_uses_magnitude():
     model, expected = layer(), sparse(None)
     assert zero_two_of_four(model, lambda m: None).by_magnitude == ["0.weight"]
     assert torch.equal(model[0].weight, expected[0].weight)
 
 
-def test_convolutions_go_by_magnitude_along_their_input_channels():
+def test_convolutions_use_magnitude_along_their_input_channels():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1)), torch.randn(2, 16, 5, 5)
     dense = model[0].weight.detach().clone()
@@ -94,20 +94,20 @@ def test_convolutions_go_by_magnitude_along_their_input_channels():
     )
 
 
-def test_inputs_with_more_axes_than_tokens_are_seen_whole():
+def test_inputs_with_extra_axes_are_used_completely():
     x = correlated()
     flat, square = sparse(x), sparse(x.reshape(8, 8, 8, 32))
     torch.testing.assert_close(flat[0].weight, square[0].weight)
 
 
-def test_the_stage_leaves_a_plain_model_whose_zeros_hold():
-    said = []
+def test_the_stage_returns_a_plain_model_whose_zeros_hold():
+    messages = []
     context = Context(
         start_fabric(Runtime(accelerator="cpu")),
         DataSpec(train=(SourceSpec(format="digits", limit=40),)),
         0,
         title="sparse",
-        say=said.append,
+        say=messages.append,
     )
     settings = Sparsify(method="sparsegpt", steps=2, calibrate=16, batch_size=8, losses=["contrastive"])
     model = new_model(tiny_architecture(layers=1), 0)
@@ -117,23 +117,23 @@ def test_the_stage_leaves_a_plain_model_whose_zeros_hold():
     assert list(made.module.state_dict()) == names and details["sparse_weights"] == 12
     assert all(is_two_of_four(weights[name]) and (weights[name] != 0).any() for name in made.sparsity["weights"])
     assert details["skipped"] == made.sparsity["skipped"] and made.sparsity["method"] == "sparsegpt"
-    assert said[0] == "sparse: 2:4 in 12 weights" and details["by_magnitude"] == []
-    assert "sparse: visual.conv1 stays dense: 32 x 3: 2:4 needs a multiple of 8 x a multiple of 16" in said
+    assert messages[0] == "sparse: 2:4 in 12 weights" and details["by_magnitude"] == []
+    assert "sparse: visual.conv1 stays dense: 32 x 3; 2:4 requires a multiple of 8 x a multiple of 16" in messages
 
 
-def test_what_sparsegpt_left_to_magnitude_is_listed_and_reported():
+def test_layers_that_use_magnitude_are_listed_and_reported():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 16), nn.Linear(16, 12))
     zeros = zero_two_of_four(model, lambda m: m[0](correlated()))
     assert (zeros.weights, zeros.by_magnitude) == (["0.weight", "1.weight"], ["1.weight"])
     assert sparsify.report_lines(zeros) == [
         "2:4 in 2 weights, 1 of them by magnitude",
-        "2 stays dense: 12 x 16: 2:4 needs a multiple of 8 x a multiple of 16",
+        "2 stays dense: 12 x 16; 2:4 requires a multiple of 8 x a multiple of 16",
     ]
 
 
 @pytest.mark.parametrize("frozen", ["transformer", "visual"])
-def test_what_is_not_trained_stays_as_it_was(frozen):
+def test_frozen_weights_stay_unchanged(frozen):
     model = new_model(tiny_architecture(layers=1), 0).module
     getattr(model, frozen).requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in getattr(model, frozen).state_dict().items()}

@@ -19,12 +19,16 @@ def layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
 
 
-def test_the_two_smallest_of_every_four_weights_go():
+def test_the_two_smallest_of_every_four_weights_become_zero():
     model = new_model(tiny_architecture(layers=1), 0).module
     before = {name: layer.weight.detach().clone() for name, layer in layers(model).items()}
     report = zero_two_of_four(model)
     names, skipped = report.weights, report.skipped
-    assert skipped.keys() == {"visual.conv1", "visual.proj", "text_projection"}  # three input channels; no layers
+    assert skipped.keys() == {
+        "visual.conv1",
+        "visual.proj",
+        "text_projection",
+    }  # three input channels, and bare parameters
     assert set(names) == {f"{name}.weight" for name in before if name not in skipped}
     after = layers(model)
     for name, old in before.items():
@@ -45,7 +49,7 @@ def test_the_model_is_plain_afterwards():
     assert [type(module) for module in model.modules()] == kinds and list(model.state_dict()) == names
 
 
-def test_what_is_not_trained_stays_dense():
+def test_frozen_weights_stay_dense():
     model = new_model(tiny_architecture(layers=1), 0).module
     model.transformer.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -116,7 +120,7 @@ def test_a_quantized_linear_rounds_to_levels_of_seven_bits_or_of_eight(portable,
 
 def test_training_leaves_portable_weights_within_the_levels_they_were_calibrated_to(tmp_path):
     recipe = copy.deepcopy(RECIPE)
-    recipe["stages"] = [{"quantize": {"calibrate": 32, **SHORT, "lr": 0.05}}]  # a rate that moves weights far
+    recipe["stages"] = [{"quantize": {"calibrate": 32, **SHORT, "lr": 0.05}}]  # a high rate, which moves weights far
     done = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
     artifact = load_artifact(tmp_path / "run" / "int8")
@@ -129,12 +133,12 @@ def test_training_leaves_portable_weights_within_the_levels_they_were_calibrated
         assert levels.max() == 64
 
 
-def test_modules_named_in_keep_stay_in_full_precision():
+def test_modules_in_exclude_stay_in_full_precision():
     model, names, _ = quantized(keep=("*.attn.*", "visual.conv1"))
     assert names and not any(".attn." in name or name == "visual.conv1" for name in names)
     assert not dict(model.named_modules())["visual.transformer.resblocks.0.attn.q"].weight_quantizer.is_enabled
 
 
-def test_keeping_everything_is_refused():
+def test_excluding_everything_is_rejected():
     with pytest.raises(RecipeError, match="'exclude' leaves no Linear or Conv"):
         quantized(keep=("*",))

@@ -51,7 +51,7 @@ def content(folder):
 
 
 class Counted:
-    """A source that knows which images were read."""
+    """A source that records which images were read."""
 
     def __init__(self, source):
         self.source, self.reads = source, []
@@ -167,19 +167,19 @@ def test_two_processes_side_by_side_write_what_one_writes(model, digits, tmp_pat
     TeacherCache.open(together, verify=True)
 
 
-def test_processes_that_decode_change_nothing(model, digits, tmp_path):
+def test_decoding_in_workers_changes_nothing(model, digits, tmp_path):
     here = in_small_shards(model, digits, tmp_path / "here")
     assert content(in_small_shards(model, digits, tmp_path / "there", workers=2)) == content(here)
 
 
-def test_a_second_build_computes_nothing_and_says_so(model, digits, tmp_path):
+def test_a_second_build_computes_nothing_and_reports_it(model, digits, tmp_path):
     messages = []
     arguments = {"teacher_hash": "hash", "say": messages.append}
     folder = build_cache(model, digits, BOTH, 2, tmp_path, **arguments).folder
     (folder / ".00000.1.tmp").mkdir()
     counted = Counted(digits)
     build_cache(model, counted, BOTH, 2, tmp_path, **arguments)
-    assert not counted.reads and "found the embeddings of teacher" in messages[-1]
+    assert not counted.reads and "using the cached embeddings of teacher" in messages[-1]
     assert not (folder / ".00000.1.tmp").exists()
 
 
@@ -195,7 +195,7 @@ def test_a_second_build_computes_nothing_and_says_so(model, digits, tmp_path):
         {"model": tiny_architecture(embed_dim=16)},
     ],
 )
-def test_whatever_decides_the_content_decides_the_folder(model, digits, other):
+def test_everything_that_affects_the_content_changes_the_folder(model, digits, other):
     same = {"model": model, "source": digits, "augment": BOTH, "views": 2, "teacher_hash": "h", "dtype": "fp16"}
     same |= {"precision": "fp32"}
     make = {"source": open_source, "model": lambda architecture: new_model(architecture, 0)}
@@ -235,7 +235,7 @@ def test_too_many_unreadable_images_stop_the_build(model, images, tmp_path):
         build_cache(model, images, BOTH, 2, tmp_path, teacher_hash="hash", say=say)
 
 
-def test_texts_that_come_often_are_encoded_once(model, digits, tmp_path):
+def test_repeated_texts_are_encoded_once(model, digits, tmp_path):
     cache = build_cache(model, digits, BOTH, 1, tmp_path, teacher_hash="hash", say=say)
     captions = [caption for item in range(len(digits)) for caption in digits.captions(item)]
     shard = cache.shards[0]
@@ -244,9 +244,9 @@ def test_texts_that_come_often_are_encoded_once(model, digits, tmp_path):
     np.testing.assert_allclose(cache.texts(range(len(captions))), wanted, atol=5e-4)
 
 
-def test_changed_images_or_another_teacher_are_found_by_a_few_samples(model, images, tmp_path):
+def test_changed_images_or_another_teacher_are_detected_with_a_few_samples(model, images, tmp_path):
     cache = build_cache(model, images, BOTH, 2, tmp_path, teacher_hash="hash", say=say)
-    with pytest.raises(ArtifactError, match=r"image embedding of item \d+ to have cosine 1 .*, found"):
+    with pytest.raises(ArtifactError, match=r"cosine 1 between the teacher.s image embedding of item \d+ .*, found"):
         check_cache(cache, new_model(tiny_architecture(layers=1), 9), images)
     for number in range(10):
         Image.new("RGB", (50, 40)).save(tmp_path / "images" / str(number) / "a.png")
@@ -254,7 +254,7 @@ def test_changed_images_or_another_teacher_are_found_by_a_few_samples(model, ima
         check_cache(cache, model, images)
 
 
-def test_embeddings_that_are_not_finite_are_reported_and_not_kept(digits, tmp_path):
+def test_embeddings_that_are_not_finite_are_reported_and_not_saved(digits, tmp_path):
     broken = new_model(tiny_architecture(layers=1), 0)
     broken.module.visual.proj.data.fill_(float("nan"))
     with pytest.raises(
@@ -264,14 +264,14 @@ def test_embeddings_that_are_not_finite_are_reported_and_not_kept(digits, tmp_pa
     assert not list(tmp_path.glob("*/0*"))
 
 
-def test_many_views_of_images_that_are_not_augmented_are_refused(model, digits, tmp_path):
+def test_many_views_of_images_that_are_not_augmented_are_rejected(model, digits, tmp_path):
     with pytest.raises(RecipeError, match=r"3 views of digits, found an empty 'data\.augment'"):
         build_cache(model, digits, Augment(), 3, tmp_path, teacher_hash="hash", say=say)
 
 
 @pytest.fixture
 def with_artifact(recipe, model, tmp_path):
-    """The tiny recipe, its teacher an artefact with a hash."""
+    """The tiny recipe, with an artifact as the teacher."""
     artifact = artifact_from_model(model, ({"stage": "start", "hash": "0123"},), {})
     recipe["teacher"] = {"artifact": str(save_artifact(artifact, tmp_path / "teacher"))}
     recipe["data"]["train"] = [{"format": "digits", "limit": 12}, {"format": "scenes", "limit": 12}]
@@ -286,7 +286,7 @@ def test_the_command_embeds_every_training_source_once(with_artifact, tmp_path):
     caches = [TeacherCache.open(folder, verify=True) for folder in home.iterdir()]
     assert {cache.manifest.source for cache in caches} == {"digits", "scenes"}
     assert {(c.manifest.views, c.manifest.dtype, c.manifest.teacher) for c in caches} == {(2, "bf16", "0123")}
-    assert clipress("embed", path, "--out", home).output.count("found the embeddings of teacher") == 2
+    assert clipress("embed", path, "--out", home).output.count("using the cached embeddings of teacher") == 2
     again = clipress("embed", path, "--out", home, "--views", 3, "--dtype", "fp16")
     assert "3 view(s)" in again.output and len(list(home.iterdir())) == 4
 
@@ -310,7 +310,7 @@ def test_a_recipe_without_a_teacher_is_reported(recipe, tmp_path):
 
 
 def test_a_teacher_is_known_by_the_hash_that_a_run_gives_it(recipe, tmp_path):
-    """Else a run would not find what the command has made."""
+    """Otherwise a run would not find the command's cache."""
     from clipress.artifact import read_header
     from clipress.compress.pipeline import compress
     from clipress.recipe import Recipe

@@ -1,4 +1,4 @@
-"""The loop: schedule, decay, non-finite steps."""
+"""The training loop: schedule, weight decay, non-finite steps, teachers, frozen towers."""
 
 import json
 from dataclasses import replace
@@ -34,7 +34,7 @@ def rows(context):
     return [json.loads(line) for line in context.log.read_text().splitlines()]
 
 
-def test_the_rate_rises_then_falls_as_a_cosine_to_zero():
+def test_the_learning_rate_warms_up_then_decays_as_a_cosine_to_zero():
     rates = [learning_rate(step, 100, Training(steps=100, lr=1.0, warmup_ratio=0.2)) for step in range(101)]
     assert rates[:20] == pytest.approx([(i + 1) / 20 for i in range(20)])
     assert (
@@ -44,7 +44,7 @@ def test_the_rate_rises_then_falls_as_a_cosine_to_zero():
     )
 
 
-def test_a_constant_rate_stays_after_its_warm_up():
+def test_a_constant_learning_rate_stays_after_warmup():
     config = Training(steps=10, lr=0.5, warmup_ratio=0, lr_schedule="constant")
     assert [learning_rate(step, 10, config) for step in range(10)] == [0.5] * 10
 
@@ -71,18 +71,18 @@ def test_training_lowers_the_loss_and_logs_every_step(context):
 
 
 class Poison(Hook):
-    """Make weights NaN before chosen steps and whole again after them."""
+    """Make weights NaN before chosen steps and restore them afterwards."""
 
     def __init__(self, model, steps):
         self.weight, self.steps = model.visual.proj, steps
 
     def before(self, step, arrays):
-        self.whole = self.weight.detach().clone()
+        self.original = self.weight.detach().clone()
         if step in self.steps:
             self.weight.data.fill_(float("nan"))
 
     def heal(self):
-        self.weight.data.copy_(self.whole)
+        self.weight.data.copy_(self.original)
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_named(context):
@@ -109,21 +109,21 @@ def test_too_many_bad_steps_stop_the_run_with_the_terms_name(context):
         train(model, Training(steps=50, batch_size=8), {"contrastive": 1.0}, context)
 
 
-def test_a_loss_that_needs_a_teacher_says_so(context):
-    with pytest.raises(RecipeError, match="need a teacher"):
+def test_a_loss_that_requires_a_teacher_reports_it(context):
+    with pytest.raises(RecipeError, match="require a teacher"):
         train(new_model(tiny_architecture(layers=1), 0), Training(steps=1), {"feature": 1.0}, context)
 
 
 @pytest.mark.parametrize(
-    ("change", "loss", "told"),
+    ("change", "loss", "message"),
     [
-        ({"embed_dim": 16}, "upop-kd", "32 dims, the student's 16"),
-        ({"image_size": 64}, "feature", "share their preprocessing"),
+        ({"embed_dim": 16}, "upop-kd", "width, 32, found 16"),
+        ({"image_size": 64}, "feature", "expected the same preprocessing for teacher and student"),
     ],
 )
-def test_a_teacher_that_does_not_fit_the_student_is_told(context, change, loss, told):
+def test_a_teacher_that_does_not_fit_the_student_is_rejected(context, change, loss, message):
     student, teacher = (new_model(tiny_architecture(layers=1, **own), 0) for own in (change, {}))
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises(RecipeError, match=message):
         train(student, Training(steps=1), {loss: 1.0}, replace(context, teachers=(teacher,)))
 
 
@@ -145,7 +145,7 @@ def student_and_teacher(**own):
 
 
 class Gradients(Hook):
-    """Keep the gradients of a step, and how often parts of it came by."""
+    """Record the gradients of a step, and the number of chunks."""
 
     def __init__(self, model):
         self.model, self.parts, self.seen = model, 0, {}
@@ -158,7 +158,7 @@ class Gradients(Hook):
 
 
 @pytest.mark.parametrize("change", [{"grad_cache_chunks": 4}, {"grad_checkpointing": True}, {"local_loss": False}])
-def test_how_a_step_is_worked_through_does_not_change_its_gradient(context, change):
+def test_chunks_and_checkpointing_do_not_change_the_gradient(context, change):
     seen, last = [], []
     for runtime in (Runtime(), Runtime(**change)):
         student, teacher = student_and_teacher(embed_dim=16)
@@ -183,7 +183,7 @@ def test_how_a_step_is_worked_through_does_not_change_its_gradient(context, chan
         torch.testing.assert_close(seen[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_batch_norms_count_a_batch_once_however_many_parts_it_has():
+def test_batch_norms_count_a_batch_once_for_any_number_of_chunks():
     from clipress.compress.grad_cache import frozen_statistics
 
     norm = torch.nn.BatchNorm1d(3)
@@ -196,7 +196,7 @@ def test_batch_norms_count_a_batch_once_however_many_parts_it_has():
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_a_frozen_tower_keeps_its_weights_and_is_not_run_for_nothing(context, tower):
+def test_a_frozen_tower_keeps_its_weights_and_is_not_run_if_unused(context, tower):
     student, teacher = student_and_teacher()
     before = {name: tensor.clone() for name, tensor in student.module.state_dict().items()}
     runs = []
@@ -235,13 +235,13 @@ def test_labels_alone_train_a_classifier(context):
     assert record["last"]["classification"] < 0.8 * rows(context)[0]["classification"]
 
 
-def test_token_features_of_other_counts_are_refused_before_training(context):
+def test_token_features_of_different_counts_are_rejected_before_training(context):
     student = new_model(tiny_architecture(layers=1, patch=16), 0)
-    with pytest.raises(RecipeError, match="image tower of the student has 5 tokens, the teacher's 17"):
+    with pytest.raises(RecipeError, match=r"the student's image tower as in the teacher's \(17\), found 5"):
         train(student, Training(steps=1), ("tokens",), replace(context, teachers=(student_and_teacher()[1],)))
 
 
-def test_widths_that_differ_are_bridged_by_maps_that_learn_and_stay_out_of_the_student(context):
+def test_different_widths_use_trained_projections_outside_the_student(context):
     student, teacher = student_and_teacher(embed_dim=16)
     names = set(student.module.state_dict())
     record = train(

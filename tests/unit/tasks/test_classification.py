@@ -1,4 +1,4 @@
-"""A classifier computes what timm's computes, says what a recipe must hold, and is measured as anyone would."""
+"""The classification task: outputs equal timm's, invalid recipes are rejected, accuracy equals a reference."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,17 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from clipress.artifact import save_artifact
+from clipress.compress.plan import compress_plan_from
+from clipress.compress.teacher_cache import caches_of
+from clipress.compress.teachers import Teacher
+from clipress.data.cache_files import CacheSettings
 from clipress.data.eval_sets import EvalSet
 from clipress.data.sources import Classes
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, RecipeError
 from clipress.models import surgery
 from clipress.models.load import artifact_from_model
+from clipress.recipe import Recipe
 from clipress.tasks import evaluate_model, graphs_of, model_from_artifact, runs_of, task_named
 
 LABELS = ["cat", "dog", "owl"]
@@ -27,7 +32,7 @@ def stock():
     return VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3).eval()
 
 
-def test_it_computes_what_timms_vision_transformer_computes():
+def test_outputs_equal_those_of_timms_vision_transformer():
     model, reference = classifier(), stock()
     state = surgery.stock_weights(model.module)
     reference.load_state_dict(state)
@@ -36,7 +41,7 @@ def test_it_computes_what_timms_vision_transformer_computes():
         torch.testing.assert_close(model.module.eval()(pixels), reference(pixels), atol=1e-5, rtol=1e-5)
 
 
-def test_a_name_of_timm_gives_that_model_and_its_preprocessing():
+def test_a_timm_name_builds_that_model_with_its_preprocessing():
     model = task_named("classification").student_from(
         {"model": "deit_tiny_patch16_224", "image_size": 32, "labels": LABELS}, None, 0
     )
@@ -60,7 +65,7 @@ def test_it_has_one_graph_from_pixels_to_logits():
     assert [(one.name, one.shape) for one in graph.outputs] == [("logits", (3,))]
 
 
-def test_saved_and_loaded_it_answers_bitwise_the_same(tmp_path):
+def test_outputs_are_bitwise_the_same_after_saving_and_loading(tmp_path):
     model = classifier()
     save_artifact(artifact_from_model(model, ({"stage": "a", "hash": "h"},), {}), tmp_path / "a")
     again = model_from_artifact(tmp_path / "a")
@@ -90,7 +95,7 @@ class Labelled:
         return int(self.targets[index])
 
 
-def test_top1_is_the_part_of_the_images_whose_largest_logit_is_their_class():
+def test_top1_is_the_fraction_of_images_whose_largest_logit_is_their_class():
     model, source = classifier(), Labelled()
     found = evaluate_model(model, [EvalSet(source, source.classes)])
     from PIL import Image
@@ -104,25 +109,25 @@ def test_top1_is_the_part_of_the_images_whose_largest_logit_is_their_class():
     assert "pets/top5" not in found  # there are three classes
 
 
-def test_data_with_other_classes_than_the_model_are_refused():
+def test_data_with_different_classes_than_the_model_is_rejected():
     model, source = classifier(labels=["cat", "dog"]), Labelled()
-    with pytest.raises(RecipeError, match="pets has 3 classes, the model scores 2"):
+    with pytest.raises(RecipeError, match="2 classes, found 3 in pets"):
         evaluate_model(model, [EvalSet(source, source.classes)])
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"labels": LABELS}, "expected either model, a name of timm, or width"),
-        ({"width": 32}, "expected labels or labels_file"),
-        ({"width": 32, "heads": 3, "labels": LABELS}, r"width 32 is not a multiple of heads \(3\)"),
+        ({"labels": LABELS}, r"expected either model \(a timm name\) or width .*found neither"),
+        ({"width": 32}, "expected class names in labels or labels_file"),
+        ({"width": 32, "heads": 3, "labels": LABELS}, r"width: expected a multiple of heads \(3\), found 32"),
         ({"width": 32, "labels": LABELS, "labels_file": "imagenet"}, "found both"),
         ({"model": "deit_tiny_patch61_224", "labels": LABELS}, "Did you mean 'deit_tiny_patch16_224'"),
         ({"width": 32, "lables": LABELS}, "unknown key 'lables'. Did you mean 'labels'"),
-        ({"model": "deit_tiny_distilled_patch16_224", "labels": LABELS}, "not a plain ViT of timm"),
+        ({"model": "deit_tiny_distilled_patch16_224", "labels": LABELS}, "expected a plain ViT from timm"),
     ],
 )
-def test_a_student_that_cannot_be_built_is_one_message(section, message):
+def test_an_invalid_student_is_reported_in_one_message(section, message):
     task = task_named("classification")
     with pytest.raises((RecipeError, ArtifactError), match=message):
         task.check_student(section, False)
@@ -134,7 +139,7 @@ def test_a_student_that_cannot_be_built_is_one_message(section, message):
     [{"sizes": {"depth": 10**6}}, {"sizes": {"embed_dim": -4}}, {"labels": []}, {"labels": [1]}, {"timm_model": 3}],
     ids=str,
 )
-def test_an_architecture_that_no_model_has_is_refused_before_memory_is_taken(change):
+def test_an_impossible_architecture_is_rejected_before_memory_is_allocated(change):
     architecture = {**classifier().architecture, **change}
     with pytest.raises(ArtifactError):
         task_named("classification").build(architecture)
@@ -144,7 +149,18 @@ def test_a_student_shares_its_teachers_images_and_classes():
     teacher, task = classifier(), task_named("classification")
     student = task.student_from({"width": 16, "layers": 1, "heads": 1, "patch_size": 8}, teacher, 0)
     assert student.architecture["labels"] == LABELS and student.preprocess == teacher.preprocess == Preprocess(size=16)
-    with pytest.raises(RecipeError, match="differ from the teacher's"):
+    with pytest.raises(RecipeError, match="expected the teacher's labels, found others"):
         task.student_from({"width": 16, "heads": 1, "labels": ["a", "b", "c"]}, teacher, 0)
-    with pytest.raises(RecipeError, match="share the teacher's image size, 16; found 32"):
+    with pytest.raises(RecipeError, match="expected the teacher's image size, 16, found 32"):
         task.student_from({"width": 16, "heads": 1, "image_size": 32}, teacher, 0)
+
+
+def test_a_cache_of_a_classifiers_logits_is_rejected():
+    student = {"width": 16, "heads": 1, "labels": LABELS}
+    recipe = {"name": "r", "task": "classification", "teacher": {"artifact": "t", "cache": {}}, "student": student}
+    recipe |= {"data": {}, "stages": [{"distill": {"losses": ["logits"], "steps": 1}}]}
+    message = r"teacher\.cache: .*task classification does not have"
+    with pytest.raises(RecipeError, match=message):
+        compress_plan_from(Recipe(**recipe))
+    with pytest.raises(RecipeError, match=message):  # `clipress embed` needs no `cache` in the recipe
+        caches_of(Teacher(classifier(), (), None), CacheSettings(), None, None, None)
