@@ -171,10 +171,10 @@ def _settings(stage: Stage) -> str:
     return ", ".join(f"{key}={value}" for key, value in shown.items())
 
 
-def _finished(folder: Path, wanted: str) -> Artifact | None:
+def _finished(folder: Path, stage_hash: str) -> Artifact | None:
     """Return a stage's artifact if it is complete and was made from the same inputs."""
     try:
-        if read_header(folder)["lineage"][-1]["hash"] == wanted:
+        if read_header(folder)["lineage"][-1]["hash"] == stage_hash:
             return load_artifact(folder)
     except (ArtifactError, LookupError, TypeError):
         pass

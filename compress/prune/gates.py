@@ -79,13 +79,13 @@ def _module(part: Part) -> nn.Module:
     return part.module if isinstance(part, Attn) else part.parent
 
 
-def _kinds_of(part: Part, space: str, wanted: Sequence[str]) -> list[str]:
+def _kinds_of(part: Part, space: str, kinds: Sequence[str]) -> list[str]:
     """Return the kinds of sites that a part has in a space."""
     if not isinstance(part, Attn):
-        return ["ffn"] * ("ffn" in wanted)
+        return ["ffn"] * ("ffn" in kinds)
     if space == "upop":  # q, k and v share a gate
-        return ["attn"] * ("qk" in wanted or "v" in wanted)
-    return [kind for kind in wanted if kind != "ffn"]
+        return ["attn"] * ("qk" in kinds or "v" in kinds)
+    return [kind for kind in kinds if kind != "ffn"]
 
 
 def _sizes(part: Part) -> dict[str, tuple[int, int]]:

@@ -67,7 +67,10 @@ def test_a_folder_that_holds_a_different_run_is_left_alone(recipe, tmp_path, tin
 def test_a_folder_that_holds_something_else_is_left_alone(recipe, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    told(clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "mine"), "expected an empty folder or a run folder")
+    told(
+        clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "mine"),
+        "expected an empty folder or a run folder",
+    )
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 

@@ -71,7 +71,7 @@ def test_two_of_four_survives_training_saving_and_int8(tiny_run, stage):
     names, skipped = artifact.sparsity["weights"], artifact.sparsity["skipped"]
     in_blocks = [name for name in skipped if "resblocks" in name]
     assert len(names) + len(in_blocks) == 24  # six Linears in each of four blocks
-    assert len(names) >= 20 and all("2:4 needs" in skipped[name] for name in in_blocks)
+    assert len(names) >= 20 and all("2:4 requires" in skipped[name] for name in in_blocks)
     for name in names:
         assert is_two_of_four(artifact.weights[name]), name
     model = onnx.load(run / "export" / stage / "image.onnx")

@@ -68,13 +68,13 @@ def trained(own, hooks=()):
 
 @pytest.mark.parametrize("stop", [1, 3, 6])
 def test_a_stopped_training_ends_where_an_uninterrupted_one_does(fabric, tmp_path, stop):
-    wanted, last = trained(context(fabric, tmp_path / "a"))
+    expected, last = trained(context(fabric, tmp_path / "a"))
     own = context(fabric, tmp_path / "b")
     with pytest.raises(Stopped):
         trained(own, [StopAt(stop)])
     assert steps_saved(own.checkpoints) == [step for step in (2, 4, 6) if step <= stop][-2:]
     found, again = trained(own, [StopAt(99)])
-    assert all(torch.equal(wanted[name], tensor) for name, tensor in found.items()) and again == last
+    assert all(torch.equal(expected[name], tensor) for name, tensor in found.items()) and again == last
     assert len(own.log.read_text().splitlines()) == 7
 
 
@@ -89,7 +89,7 @@ def test_a_stopped_search_cuts_what_an_uninterrupted_one_cuts(fabric, tmp_path, 
         model, details = prune(settings, new_model(tiny_architecture(layers=1), 0), own)
         return model.module.state_dict(), details["shapes"]
 
-    wanted, shapes = cut(context(fabric, tmp_path / "a", every=3))
+    expected, shapes = cut(context(fabric, tmp_path / "a", every=3))
     own = context(fabric, tmp_path / "b", every=3)
     from clipress.compress.prune.search import Search
 
@@ -101,7 +101,7 @@ def test_a_stopped_search_cuts_what_an_uninterrupted_one_cuts(fabric, tmp_path, 
         cut(own)
     assert steps_saved(own.checkpoints) == [3]
     found, again = cut(own)
-    assert again == shapes and all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
+    assert again == shapes and all(torch.equal(expected[name], tensor) for name, tensor in found.items())
 
 
 def test_a_checkpoint_of_more_processes_is_not_used_for_scores(fabric, tmp_path, caplog):
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_more_processes_is_not_used_for_scores(fabric, tmp_path,
         def state(self):
             return {"sums": 1}
 
-    wanted, _ = trained(context(fabric, tmp_path / "a"))
+    expected, _ = trained(context(fabric, tmp_path / "a"))
     own = context(fabric, tmp_path / "b")
     with pytest.raises(Stopped):
         trained(own, [Scores(5)])
@@ -117,18 +117,20 @@ def test_a_checkpoint_of_more_processes_is_not_used_for_scores(fabric, tmp_path,
         torch.save(torch.load(path) | {"world": 2}, path)
     found, _ = trained(own, [Scores(99)])
     assert "saved by 2 processes" in caplog.text and len(own.log.read_text().splitlines()) == 7
-    assert all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
+    assert all(torch.equal(expected[name], tensor) for name, tensor in found.items())
 
 
 def test_a_checkpoint_that_cannot_be_read_is_skipped(fabric, tmp_path, caplog):
-    wanted, _ = trained(context(fabric, tmp_path / "a"))
+    expected, _ = trained(context(fabric, tmp_path / "a"))
     own = context(fabric, tmp_path / "b")
     with pytest.raises(Stopped):
         trained(own, [StopAt(6)])
     newest = own.checkpoints / "rank0-00000006.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])
     found, _ = trained(own, [StopAt(99)])
-    assert "cannot be read" in caplog.text and all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
+    assert "cannot be read" in caplog.text and all(
+        torch.equal(expected[name], tensor) for name, tensor in found.items()
+    )
 
 
 def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):

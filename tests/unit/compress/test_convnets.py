@@ -115,9 +115,9 @@ def test_a_cut_tower_computes_what_the_masked_one_computes(tower):
     uncut, cut = pruned(tower)
     before = features(uncut)
     assert mask_outputs(uncut, cut) > 0
-    wanted = features(uncut)
-    assert not torch.allclose(wanted, before, rtol=1e-3)
-    torch.testing.assert_close(features(cut), wanted, atol=1e-5, rtol=1e-5)
+    expected = features(uncut)
+    assert not torch.allclose(expected, before, rtol=1e-3)
+    torch.testing.assert_close(features(cut), expected, atol=1e-5, rtol=1e-5)
 
 
 def counted(model, unit):
@@ -212,8 +212,8 @@ def test_tracing_a_tower_changes_nothing_in_it(training):
 
 def test_a_frozen_tower_is_cut_like_any_other():
     model = fresh_model("efficientnet")
-    wanted = ConvPruning(model, "random", Target(macs=0.5)).sites
-    assert ConvPruning(model.requires_grad_(False), "random", Target(macs=0.5)).sites == wanted
+    expected = ConvPruning(model, "random", Target(macs=0.5)).sites
+    assert ConvPruning(model.requires_grad_(False), "random", Target(macs=0.5)).sites == expected
 
 
 def loss_of(model, batch):
@@ -230,19 +230,19 @@ def test_scores_equal_those_of_gates_on_the_channels(tower, criterion, power):
         loss_of(model, batch).backward()
         pruning.add()
     for index in (0, len(pruning.sites) // 2, len(pruning.sites) - 1):
-        site, wanted = pruning.sites[index], 0
+        site, expected = pruning.sites[index], 0
         for batch in batches:
             gate = torch.ones(site.count, requires_grad=True)
             hooks = [
                 found[name].register_forward_pre_hook(lambda _, args, gate=gate: (args[0] * gate[:, None, None],))
                 for name in site.read_by
             ]
-            wanted = wanted + torch.autograd.grad(loss_of(model, batch), gate)[0].abs() ** power
+            expected = expected + torch.autograd.grad(loss_of(model, batch), gate)[0].abs() ** power
             for hook in hooks:
                 hook.remove()
         found_scores = pruning.scores()[index]
         assert found_scores.dtype == torch.float64
-        torch.testing.assert_close(found_scores, wanted.double(), rtol=1e-3, atol=1e-4 * float(wanted.max()))
+        torch.testing.assert_close(found_scores, expected.double(), rtol=1e-3, atol=1e-4 * float(expected.max()))
 
 
 def test_magnitude_cuts_the_channels_with_the_smallest_weights():
@@ -253,9 +253,9 @@ def test_magnitude_cuts_the_channels_with_the_smallest_weights():
             tensor[weak] *= 1e-4
         block.conv2.weight[:, weak] *= 1e-4
     strong = [i for i in range(32) if i not in weak]
-    wanted = block.bn1.weight[strong].clone()
+    expected = block.bn1.weight[strong].clone()
     ConvPruning(model, "magnitude", Target(params=0.9999), align=4).cut()
-    assert torch.equal(block.bn1.weight, wanted)
+    assert torch.equal(block.bn1.weight, expected)
 
 
 def test_a_micro_batch_that_is_not_finite_is_skipped_and_counted():
@@ -263,11 +263,11 @@ def test_a_micro_batch_that_is_not_finite_is_skipped_and_counted():
     pruning = ConvPruning(model, "fisher", Target(params=0.8))
     loss_of(model, pixels(model)).backward()
     pruning.add()
-    wanted = [total.clone() for total in pruning.scores()]
+    expected = [total.clone() for total in pruning.scores()]
     model.visual.trunk.layer1[0].conv1.weight.grad[0, 0, 0, 0] = float("inf")
     pruning.add()
     assert pruning.left_out == 1 and pruning.cut()["micro_batches_left_out"] == 1
-    assert all(torch.equal(a, b) for a, b in zip(pruning.sums, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(pruning.sums, expected, strict=True))
 
 
 def test_a_search_without_finite_gradients_is_reported():

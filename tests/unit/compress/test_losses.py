@@ -138,19 +138,19 @@ def softmax(rows):
     return shares
 
 
-def cross_entropy(scores, wanted):
+def cross_entropy(scores, expected):
     """Mean over rows of -sum targets log softmax(scores)."""
     total = 0
-    for row, aim in zip(scores, wanted, strict=True):
+    for row, aim in zip(scores, expected, strict=True):
         norm = sum(x.exp() for x in row).log()
         total = total - sum(a * (x - norm) for x, a in zip(row, aim, strict=True))
     return total / len(scores)
 
 
-def divergence(scores, wanted):
+def divergence(scores, expected):
     """Mean over rows of sum p (log p - log q)."""
     total = 0
-    for q, p in zip(softmax(scores), softmax(wanted), strict=True):
+    for q, p in zip(softmax(scores), softmax(expected), strict=True):
         total = total + sum(y * (y.log() - x.log()) for x, y in zip(q, p, strict=True))
     return total / len(scores)
 
@@ -272,12 +272,12 @@ def tokens(s, m, t, loss, _):
 def kl(s, m, t, loss, _):
     heat = loss.settings.temperature
     cool = lambda rows: [[x / heat for x in row] for row in rows]  # noqa: E731
-    return heat**2 * raw(lambda own, wanted: divergence(cool(own), cool(wanted)))(s, m, t)
+    return heat**2 * raw(lambda own, expected: divergence(cool(own), cool(expected)))(s, m, t)
 
 
 def ce(s, m, t, loss, _):
     ready = softmax if loss.settings.published else list
-    return raw(lambda own, wanted: cross_entropy(ready(own), softmax(wanted)))(s, m, t)
+    return raw(lambda own, expected: cross_entropy(ready(own), softmax(expected)))(s, m, t)
 
 
 def labels(s, m, t, loss, of):
@@ -318,8 +318,8 @@ def upop_kd(s, m, t, loss, of):
 
 def soft_logits(s, m, t, loss, _):
     heat = loss.settings.temperature
-    own, wanted = ([[x / heat for x in row] for row in model.logits] for model in (s, t[0]))
-    return heat**2 * divergence(own, wanted)
+    own, expected = ([[x / heat for x in row] for row in model.logits] for model in (s, t[0]))
+    return heat**2 * divergence(own, expected)
 
 
 REFERENCES = {
@@ -335,9 +335,9 @@ REFERENCES = {
     "fused": fused,
     "tokens": tokens,
     "mse": raw(mean),
-    "l1": raw(lambda own, wanted: mean(own, wanted, abs)),
+    "l1": raw(lambda own, expected: mean(own, expected, abs)),
     "huber": raw(
-        lambda own, wanted: mean(own, wanted, lambda x: x**2 / 2 if abs(float(x.detach())) <= 1 else abs(x) - 0.5)
+        lambda own, expected: mean(own, expected, lambda x: x**2 / 2 if abs(float(x.detach())) <= 1 else abs(x) - 0.5)
     ),
     "embedding-kl": kl,
     "embedding-ce": ce,
@@ -359,10 +359,10 @@ def test_a_loss_and_its_gradients_equal_the_slow_reference(name, settings, wide)
     found, parts = losses(batch(of, losses))
     student = view(of.student)
     matched = view(of.student, losses.projections) if losses.projections else student
-    wanted = 2.0 * REFERENCES[name](student, matched, list(map(view, of.teachers)), losses.losses[name], of)
-    assert set(parts) == {name} and wanted > 0
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=0)
-    slow = gradients(wanted, of, losses)
+    expected = 2.0 * REFERENCES[name](student, matched, list(map(view, of.teachers)), losses.losses[name], of)
+    assert set(parts) == {name} and expected > 0
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    slow = gradients(expected, of, losses)
     assert any(g.abs().max() > 0 for g in slow)
     for own, other in zip(gradients(found, of, losses), slow, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-11)

@@ -55,34 +55,34 @@ CHOICES = [("separate", None), ("upop", None), ("separate", HEADS)]
 @pytest.mark.parametrize("space", SPACES)
 def test_open_gates_change_nothing(space):
     model = tiny()
-    wanted = per_sample_losses(model).detach()
+    expected = per_sample_losses(model).detach()
     gates = Gates(model, space)
-    torch.testing.assert_close(per_sample_losses(model), wanted)
+    torch.testing.assert_close(per_sample_losses(model), expected)
     gates.remove()
-    torch.testing.assert_close(per_sample_losses(model), wanted)
+    torch.testing.assert_close(per_sample_losses(model), expected)
 
 
-@pytest.mark.parametrize(("space", "wanted"), CHOICES)
-def test_masked_by_gates_equals_cut(space, wanted):
+@pytest.mark.parametrize(("space", "kinds"), CHOICES)
+def test_masked_by_gates_equals_cut(space, kinds):
     model = tiny()
-    gates = Gates(model, space, wanted)
+    gates = Gates(model, space, kinds)
     generator = torch.Generator().manual_seed(0)
     for site in gates.sites:
         order = torch.rand(site.groups, site.units, generator=generator).argsort(1)
         site.mask = (order < site.units // 2).float()
     pixels, ids = inputs()
     with torch.no_grad():
-        wanted = model.encode_image(pixels), model.encode_text(ids)
+        expected = model.encode_image(pixels), model.encode_text(ids)
     cut_as_masked(gates)
     with torch.no_grad():
-        for a, b in zip(wanted, (model.encode_image(pixels), model.encode_text(ids)), strict=True):
+        for a, b in zip(expected, (model.encode_image(pixels), model.encode_text(ids)), strict=True):
             torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("space", "wanted"), CHOICES)
-def test_a_gates_gradient_per_sample_is_the_slope_of_that_samples_loss(space, wanted):
+@pytest.mark.parametrize(("space", "kinds"), CHOICES)
+def test_a_gates_gradient_per_sample_is_the_slope_of_that_samples_loss(space, kinds):
     model = tiny().double()
-    gates = Gates(model, space, wanted)
+    gates = Gates(model, space, kinds)
     for site in gates.sites:
         site.mask = site.mask.double()
     per_sample_losses(model).sum().backward()
@@ -98,8 +98,8 @@ def test_a_gates_gradient_per_sample_is_the_slope_of_that_samples_loss(space, wa
             np.testing.assert_allclose(found[:, group, unit], (up - down) / 2e-5, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("space", "wanted"), CHOICES)
-def test_costs_are_what_cutting_really_saves(space, wanted):
+@pytest.mark.parametrize(("space", "kinds"), CHOICES)
+def test_costs_are_what_cutting_saves(space, kinds):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -110,9 +110,9 @@ def test_costs_are_what_cutting_really_saves(space, wanted):
         return counter.get_total_flops() // 2
 
     whole = tiny()
-    for index in range(len(sites(whole, space, wanted))):
+    for index in range(len(sites(whole, space, kinds))):
         model = copy.deepcopy(whole)
-        gates = Gates(model, space, wanted)
+        gates = Gates(model, space, kinds)
         site = gates.sites[index]
         levels = 1 if site.kind == "heads" else 3
         site.mask[:, -levels:] = 0
@@ -134,11 +134,11 @@ def test_a_sample_that_is_not_finite_is_skipped_and_counted():
     per_sample_losses(model).sum().backward()
     with torch.no_grad():
         gates.sites[0].copies[0].grad[1, 0, 0] = float("nan")
-        wanted = gates.sites[1].gradient()[[0, 2]].double().square().sum(0)
+        expected = gates.sites[1].gradient()[[0, 2]].double().square().sum(0)
     seen = Accumulator(CRITERIA["fisher"](), gates.sites)
     seen.add()
     assert seen.left_out == 1
-    torch.testing.assert_close(seen.sums[1], wanted)
+    torch.testing.assert_close(seen.sums[1], expected)
     assert all(total.isfinite().all() for total in seen.sums)
 
 

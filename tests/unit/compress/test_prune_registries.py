@@ -78,13 +78,13 @@ def test_a_classifier_is_masked_and_cut_to_the_budget_by_every_criterion(name):
     for site, mask in zip(gates.sites, kept, strict=True):
         site.mask = mask.float()
     with torch.no_grad():
-        wanted = module(pixels())
+        expected = module(pixels())
     before, masks = anatomy.counts(module)["block_params"], gates.part_masks()
     gates.remove()
     for part, mask in masks:
         surgery.cut(part, mask)
     with torch.no_grad():
-        torch.testing.assert_close(module(pixels()), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(module(pixels()), expected, atol=1e-5, rtol=1e-5)
     left = anatomy.counts(module)["block_params"]
     largest = max(site.params * (16 if site.kind == "ffn" else 4) for site in gates.sites)
     assert costs.total == before and 0.5 * before - largest < left <= 0.5 * before

@@ -64,14 +64,14 @@ def same(a, b):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("step", [2, 6])
 def test_a_signal_ends_a_training_after_its_step_with_a_checkpoint(fabric, tmp_path, number, code, step, workers):
-    wanted = trained(context(fabric, tmp_path / "a"))
+    expected = trained(context(fabric, tmp_path / "a"))
     own, before = context(fabric, tmp_path / "b", workers=workers), signal.getsignal(number)
     message = rf"made: stopped by {number.name} after {step + 1} of 7 steps.*from the last checkpoint"
     with pytest.raises(Stopped, match=message) as stop:
         trained(own, [At(step, lambda: signal.raise_signal(number))])
     assert stop.value.exit_code == code and signal.getsignal(number) == before
     assert steps_saved(own.checkpoints) == [step + 1]
-    assert same(trained(own, [At(99, None)]), wanted)
+    assert same(trained(own, [At(99, None)]), expected)
     assert len(own.log.read_text().splitlines()) == 7
 
 
@@ -105,7 +105,7 @@ def test_loader_workers_ignore_signals_to_the_process_group(fabric, tmp_path):
 
 
 def test_a_full_disk_stops_a_training_which_resumes_from_its_last_good_checkpoint(fabric, tmp_path, monkeypatch):
-    wanted = trained(context(fabric, tmp_path / "a"))
+    expected = trained(context(fabric, tmp_path / "a"))
     own, save = context(fabric, tmp_path / "b", every=2), torch.save
 
     def until_full(state, file):
@@ -119,7 +119,7 @@ def test_a_full_disk_stops_a_training_which_resumes_from_its_last_good_checkpoin
         patch.setattr(torch, "save", until_full)
         trained(own)
     assert [path.name for path in sorted(own.checkpoints.iterdir())] == ["rank0-00000002.pt", "rank0-00000004.pt"]
-    assert same(trained(own), wanted)
+    assert same(trained(own), expected)
 
 
 def test_a_truncated_log_does_not_prevent_resuming(fabric, tmp_path):

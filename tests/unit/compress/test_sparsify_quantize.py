@@ -114,8 +114,8 @@ def test_a_quantized_linear_rounds_to_levels_of_seven_bits_or_of_eight(portable,
         return (values / step).round().clamp(-levels, levels) * step
 
     weight = rounded(linear.weight, linear.weight.abs().amax(1, keepdim=True) / largest, largest)
-    wanted = rounded(x, linear.input_quantizer.amax / 127, 127) @ weight.T + linear.bias
-    torch.testing.assert_close(linear(x), wanted, rtol=1e-4, atol=1e-5)
+    expected = rounded(x, linear.input_quantizer.amax / 127, 127) @ weight.T + linear.bias
+    torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_training_leaves_portable_weights_within_the_levels_they_were_calibrated_to(tmp_path):

@@ -84,10 +84,10 @@ def test_looked_up_embeddings_are_those_of_the_teachers_on_the_same_batch(model,
     for number, teacher in enumerate(teachers):
         with torch.no_grad():
             raw = {"image": teacher.module.encode_image(pixels), "text": teacher.module.encode_text(ids)}
-        for tower, wanted in raw.items():
+        for tower, expected in raw.items():
             unit, norm = arrays[f"teacher_{tower}_{number}"], arrays[f"teacher_{tower}_norm_{number}"]
-            np.testing.assert_allclose(unit, torch.nn.functional.normalize(wanted, dim=-1), atol=5e-4)
-            np.testing.assert_allclose(norm, wanted.norm(dim=-1), rtol=1e-4)
+            np.testing.assert_allclose(unit, torch.nn.functional.normalize(expected, dim=-1), atol=5e-4)
+            np.testing.assert_allclose(norm, expected.norm(dim=-1), rtol=1e-4)
 
 
 def test_one_view_without_augmentation_is_the_evaluation_view(model, digits, tmp_path):
@@ -224,8 +224,8 @@ def test_an_unreadable_image_is_counted_and_the_other_rows_do_not_shift(model, i
     check_cache(cache, model, images)
     data = TrainingSet([images], model.preprocess, model.tokenize(), BOTH, 0, [[cache]])
     arrays = data.__getitems__([Draw(0, item, epoch) for item in range(10) for epoch in range(3)])
-    wanted = model.encoders()[0](arrays["pixels"])
-    np.testing.assert_allclose(arrays["teacher_image_0"], wanted, atol=5e-4)
+    expected = model.encoders()[0](arrays["pixels"])
+    np.testing.assert_allclose(arrays["teacher_image_0"], expected, atol=5e-4)
 
 
 def test_too_many_unreadable_images_stop_the_build(model, images, tmp_path):
@@ -240,8 +240,8 @@ def test_repeated_texts_are_encoded_once(model, digits, tmp_path):
     captions = [caption for item in range(len(digits)) for caption in digits.captions(item)]
     shard = cache.shards[0]
     assert shard.texts == len(set(captions)) < shard.captions == len(captions)
-    wanted = model.encoders()[1](model.tokenize()(captions))
-    np.testing.assert_allclose(cache.texts(range(len(captions))), wanted, atol=5e-4)
+    expected = model.encoders()[1](model.tokenize()(captions))
+    np.testing.assert_allclose(cache.texts(range(len(captions))), expected, atol=5e-4)
 
 
 def test_changed_images_or_another_teacher_are_detected_with_a_few_samples(model, images, tmp_path):
