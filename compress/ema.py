@@ -53,8 +53,8 @@ class EMAModel:
     @torch.no_grad()
     def step(self, batch: Batch, arrays: Mapping[str, Tensor], step: int, gather: Gather) -> Momentum:
         """Update the EMA weights, run the batch through them, and add the batch to the queue."""
-        for slow, fast in zip(self.copy.parameters(), self.student.parameters(), strict=True):
-            slow.lerp_(full_tensor(fast).reshape(slow.shape).to(slow.dtype), 1 - DECAY)
+        for average, current in zip(self.copy.parameters(), self.student.parameters(), strict=True):
+            average.lerp_(full_tensor(current).reshape(average.shape).to(average.dtype), 1 - DECAY)
         with self.fabric.autocast():
             outputs = self.encoder(**self.lesson.inputs(arrays, None))
         momentum, rows = self.lesson.momentum(outputs, batch, arrays, self.past, gather)

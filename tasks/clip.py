@@ -215,9 +215,9 @@ class ClipLesson(Lesson):
         )
 
     def momentum(
-        self, slow: Outputs, batch: Batch, arrays: Mapping[str, Tensor], past: Mapping[str, Tensor], gather: Gather
+        self, outputs: Outputs, batch: Batch, arrays: Mapping[str, Tensor], past: Mapping[str, Tensor], gather: Gather
     ) -> tuple[Momentum, dict[str, Tensor]]:
-        features = _features(slow, gather)
+        features = _features(outputs, gather)
         groups = gather.rows(arrays["group"])
         new = {"image": features.all_image, "text": features.all_text, "group": groups}
         if batch.teachers:

@@ -177,11 +177,11 @@ class Lesson(ABC):
         raise NotImplementedError("a task with caches_teachers defines this")
 
     def momentum(
-        self, slow: Outputs, batch: Batch, arrays: Mapping[str, Tensor], past: Mapping[str, Tensor], gather: Gather
+        self, outputs: Outputs, batch: Batch, arrays: Mapping[str, Tensor], past: Mapping[str, Tensor], gather: Gather
     ) -> tuple[Momentum, dict[str, Tensor]]:
         """Return the EMA model's features of a batch and of `past`, and the rows of the batch to prepend to `past`.
 
-        `slow` are the EMA model's outputs.
+        `outputs` are the EMA model's outputs.
         """
         raise NotImplementedError("a task that provides momentum defines this")
 
