@@ -13,7 +13,7 @@ from clipress.models.tiny import tiny_architecture
 from clipress.studies.faults import HERE
 
 
-def test_no_two_inputs_have_one_name_and_the_committed_table_has_no_input_twice():
+def test_names_are_unique_and_the_committed_table_lists_existing_inputs_once():
     names = [fault.name for fault in FAULTS]
     assert sorted(set(names)) == sorted(names)
     rows = json.loads((HERE / "faults.json").read_text())["inputs"]
@@ -22,13 +22,13 @@ def test_no_two_inputs_have_one_name_and_the_committed_table_has_no_input_twice(
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_an_input_gets_the_answer_it_should(fault, tmp_path):
+def test_every_input_has_the_expected_outcome(fault, tmp_path):
     (tmp_path / "home").mkdir()
     happened = fault.happened(tmp_path / "home")
     assert re.search(fault.expected, happened, re.DOTALL), happened
 
 
-def test_a_run_over_a_corpus_of_which_a_twentieth_is_broken_finishes_with_the_right_counts(tmp_path):
+def test_a_run_on_data_with_five_percent_bad_records_finishes_with_the_right_counts(tmp_path):
     bad = {
         "cut.png": encoded("PNG", size=(64, 64))[:60],
         "note.jpg": b"not an image",

@@ -69,7 +69,7 @@ def on_small_files(source, files):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_setting_is_built_and_takes_two_steps(name, files, teachers, tmp_path):
+def test_a_published_recipe_runs_for_two_steps(name, files, teachers, tmp_path):
     recipe = read_recipe(CONFIGS / f"{name}.yaml").model_dump(exclude_none=True)
     small = copy.deepcopy(recipe)
     train = [on_small_files(source, files) for source in recipe["data"]["train"]]
@@ -94,6 +94,6 @@ def test_a_published_setting_is_built_and_takes_two_steps(name, files, teachers,
         assert all(np.isfinite(value) for value in record["details"]["last"].values())
 
 
-def test_every_recipe_of_a_student_is_among_them():
+def test_every_shipped_recipe_with_a_student_is_tested():
     shipped = {path.stem for path in CONFIGS.glob("*.yaml") if "student" in yaml.safe_load(path.read_text())}
     assert shipped - {"demo-teacher"} == set(PUBLISHED)

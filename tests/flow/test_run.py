@@ -21,7 +21,7 @@ from clipress.tasks import model_from_artifact
 STAGES = ["teacher", "pruned", "recovered", "sparse", "int8"]
 
 
-def test_every_stage_leaves_an_artefact_a_row_and_a_repository(tiny_run):
+def test_every_stage_has_an_artifact_a_row_and_a_repository(tiny_run):
     run, result = tiny_run
     assert result.exit_code == 0, result.output
     results = json.loads((run / "bench" / "results.json").read_text())
@@ -48,7 +48,7 @@ def test_every_stage_leaves_an_artefact_a_row_and_a_repository(tiny_run):
         assert stage in result.output
 
 
-def test_pruning_keeps_the_asked_part_and_lineage_tells_the_story(tiny_run):
+def test_pruning_meets_its_budget_and_the_lineage_lists_every_stage(tiny_run):
     run, _ = tiny_run
     teacher, int8 = read_header(run / "teacher"), read_header(run / "int8")
     kept = int8["counts"]["block_params"] / teacher["counts"]["block_params"]
@@ -84,7 +84,7 @@ def test_two_of_four_survives_training_saving_and_int8(tiny_run, stage):
     assert len(sparse) >= 10
 
 
-def test_int8_runs_as_integer_kernels(tiny_run, tmp_path):
+def test_int8_runs_on_integer_kernels(tiny_run, tmp_path):
     run, _ = tiny_run
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -98,7 +98,7 @@ def test_int8_runs_as_integer_kernels(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_artefact_is_read_back_with_bitwise_the_same_outputs(tiny_run, stage, tmp_path):
+def test_an_artifact_is_read_back_with_bitwise_equal_outputs(tiny_run, stage, tmp_path):
     from clipress.artifact import save_artifact
     from clipress.models.load import artifact_from_model
 
@@ -112,7 +112,7 @@ def test_an_artefact_is_read_back_with_bitwise_the_same_outputs(tiny_run, stage,
         np.testing.assert_array_equal(a(inputs), b(inputs))
 
 
-def test_predict_names_a_picture_with_onnx_runtime(tiny_run, tmp_path):
+def test_predict_classifies_an_image_with_onnx_runtime(tiny_run, tmp_path):
     run, _ = tiny_run
     Image.fromarray(digits.digits("test")[0][0]).save(tmp_path / "digit.png")
     result = clipress("predict", run, tmp_path / "digit.png", "--labels", "zero,one,two")
@@ -121,7 +121,7 @@ def test_predict_names_a_picture_with_onnx_runtime(tiny_run, tmp_path):
     assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2)
 
 
-def test_a_second_run_does_nothing_again_and_a_changed_stage_redoes_what_follows(tiny_run, recipe, tmp_path):
+def test_a_second_run_reuses_every_stage_and_a_changed_one_is_rerun(tiny_run, recipe, tmp_path):
     run, _ = tiny_run
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -139,27 +139,27 @@ def test_a_second_run_does_nothing_again_and_a_changed_stage_redoes_what_follows
     assert read_header(copy / "sparse") == read_header(run / "sparse")
 
 
-def test_settings_in_force_are_printed_defaults_included(tiny_run):
+def test_settings_are_printed_with_their_defaults(tiny_run):
     _, result = tiny_run
     line = next(line for line in result.output.splitlines() if line.startswith("pruned: prune"))
     for shown in ("criterion=fisher", "schedule=cubic", "weight_decay=0.05", "steps=6"):
         assert shown in line
 
 
-def test_layers_that_stay_dense_are_printed_with_their_reason(tiny_run):
+def test_layers_that_stay_dense_are_reported_with_the_reason(tiny_run):
     run, result = tiny_run
     reason = "visual.conv1 stays dense: 32 x 3: 2:4 needs a multiple of 8 x a multiple of 16"
     assert f"sparse: {reason}" in result.output and reason in clipress("show", run / "sparse").output
 
 
-def test_only_stages_that_were_asked_for_run(recipe, tmp_path):
+def test_only_the_stages_of_the_recipe_run(recipe, tmp_path):
     recipe["stages"] = recipe["stages"][:1]
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"teacher", "pruned", "recipe.yaml", "logs", ".lock"}
 
 
-def test_upops_criterion_runs_and_gives_all_heads_the_same_dims(recipe, tmp_path):
+def test_the_upop_criterion_keeps_the_same_dims_in_every_head(recipe, tmp_path):
     recipe["stages"] = [
         {"prune": {**recipe["stages"][0]["prune"], "criterion": "upop", "schedule": "sine", "distill_losses": []}}
     ]
@@ -170,7 +170,7 @@ def test_upops_criterion_runs_and_gives_all_heads_the_same_dims(recipe, tmp_path
     assert len({shape["ffn"] for shape in shapes} | {shape["qk_dim"] for shape in shapes}) > 1
 
 
-def test_a_cost_table_is_measured_and_rules_a_search(tiny_run, recipe, tmp_path):
+def test_a_measured_cost_table_is_used_in_a_search(tiny_run, recipe, tmp_path):
     run, _ = tiny_run
     made = clipress("latency-table", run, "--out", tmp_path / "costs.json", "--duration", 1, "--batch", 2)
     assert made.exit_code == 0, made.output
@@ -187,7 +187,7 @@ def test_a_cost_table_is_measured_and_rules_a_search(tiny_run, recipe, tmp_path)
     assert counts[1] < counts[0]
 
 
-def test_an_imported_checkpoint_is_an_artefact_and_a_teacher(recipe, tmp_path):
+def test_an_imported_checkpoint_can_be_a_teacher(recipe, tmp_path):
     import open_clip
 
     from clipress.models.tiny import tiny_architecture
@@ -202,7 +202,7 @@ def test_an_imported_checkpoint_is_an_artefact_and_a_teacher(recipe, tmp_path):
     assert [record["stage"] for record in read_header(tmp_path / "run" / "pruned")["lineage"]] == ["import", "pruned"]
 
 
-def test_another_teacher_makes_a_student_from_scratch_anew(recipe, tmp_path):
+def test_a_changed_teacher_changes_the_hash_of_a_student_trained_from_scratch(recipe, tmp_path):
     from clipress.models.tiny import tiny_architecture
 
     recipe |= {
@@ -218,7 +218,7 @@ def test_another_teacher_makes_a_student_from_scratch_anew(recipe, tmp_path):
     assert hashes[0] != hashes[1]
 
 
-def test_several_teachers_may_be_embedded_once_and_looked_up(tiny_run, tmp_path):
+def test_several_teachers_are_embedded_once_and_read_from_the_cache(tiny_run, tmp_path):
     folder, _ = tiny_run
     teachers = [
         {"artifact": str(folder / name), "cache": {"views": 2}} for name in ("teacher", "pruned")
@@ -238,7 +238,7 @@ def test_several_teachers_may_be_embedded_once_and_looked_up(tiny_run, tmp_path)
     assert again.exit_code == 0 and again.output.count("found the embeddings of teacher") == 4
 
 
-def test_either_all_teachers_are_cached_or_none(tiny_run, tmp_path):
+def test_caching_only_some_teachers_is_refused(tiny_run, tmp_path):
     folder, _ = tiny_run
     teachers = [{"artifact": str(folder / "teacher"), "cache": {}}, {"artifact": str(folder / "pruned")}]
     recipe = {"name": "mixed", "teacher": teachers, "data": DATA, "stages": [{"distill": {"steps": 1}}]}
@@ -246,7 +246,7 @@ def test_either_all_teachers_are_cached_or_none(tiny_run, tmp_path):
     assert result.exit_code == 2 and "expected a 'cache' for every teacher or for none" in result.output
 
 
-def test_serve_takes_what_bench_kept_and_says_so_and_a_named_stage_comes_first(tiny_run, tmp_path):
+def test_serve_follows_the_recommendation_of_bench_unless_a_stage_is_named(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
     path = run / "bench" / "results.json"
     results = json.loads(path.read_text())
@@ -276,7 +276,7 @@ def test_serve_takes_what_bench_kept_and_says_so_and_a_named_stage_comes_first(t
     )  # nothing was measured: the last one
 
 
-def test_another_stage_becomes_a_version_that_can_be_rolled_back(tiny_run, tmp_path):
+def test_serving_another_stage_adds_a_version_that_can_be_rolled_back(tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run[0], run)
     shutil.rmtree(run / "triton")

@@ -27,12 +27,12 @@ def killed(tmp_path, *arguments):
     return json.loads((tmp_path / "faults_kills.json").read_text())["kills"]
 
 
-def test_a_killed_search_ends_as_an_unkilled_one(tmp_path):
+def test_a_killed_search_resumes_to_the_same_bytes(tmp_path):
     assert all(row["bit-exact"] for row in killed(tmp_path, "--kills", 2, "--only", "prune, fisher, guided"))
 
 
 @pytest.mark.slow
-def test_sixty_kills_lose_nothing(tmp_path):
+def test_sixty_kills_lose_no_work(tmp_path):
     assert all(row["bit-exact"] for row in killed(tmp_path, "--kills", 60, "--seed", 1))
 
 
@@ -51,7 +51,7 @@ def weights_of(run):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_stop_is_one_message_and_an_exit_code_of_its_own(short, tmp_path, monkeypatch, number, code):
+def test_a_stop_is_one_message_with_its_own_exit_code(short, tmp_path, monkeypatch, number, code):
     path = write_recipe(short, tmp_path)
     assert clipress("compress", path, "--out", tmp_path / "a").exit_code == 0
     update, seen = Learner.update, []
@@ -81,14 +81,14 @@ def test_ctrl_c_between_steps_is_one_message_too(short, tmp_path, monkeypatch):
     assert result.exit_code == 130 and result.output.startswith("Interrupted.") and "Traceback" not in result.output
 
 
-def test_fresh_does_finished_stages_over(short, tmp_path):
+def test_fresh_reruns_finished_stages(short, tmp_path):
     path = write_recipe(short, tmp_path)
     for fresh, finished in (((), 0), ((), 1), (("--fresh",), 0)):
         result = clipress("compress", path, "--out", tmp_path / "run", *fresh)
         assert result.exit_code == 0 and result.output.count("distilled: reused") == finished, result.output
 
 
-def test_a_run_that_another_process_is_at_work_on_is_refused(short, tmp_path):
+def test_a_run_in_use_by_another_process_is_refused(short, tmp_path):
     path, run = write_recipe(short, tmp_path), tmp_path / "run"
     assert clipress("compress", path, "--out", run).exit_code == 0
     for command in (["compress", path, "--out", run], ["export", run], ["serve", run]):
@@ -104,7 +104,7 @@ def test_a_run_that_another_process_is_at_work_on_is_refused(short, tmp_path):
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2, command
 
 
-def test_a_changed_caption_makes_a_stage_anew_and_what_follows_it(short, tmp_path):
+def test_a_changed_caption_reruns_its_stage_and_later_ones(short, tmp_path):
     for number in range(4):
         Image.new("RGB", (32, 32), (60 * number, 0, 0)).save(tmp_path / f"{number}.png")
     rows = [f"{number}.png\ta picture, number {number}" for number in range(4)]
@@ -141,7 +141,7 @@ def without_times(run, stage):
     return header
 
 
-def test_the_same_recipe_leaves_the_same_artefacts_in_every_stage_bit_for_bit(tiny_run, recipe, tmp_path, monkeypatch):
+def test_the_same_recipe_gives_bitwise_equal_artifacts_in_every_stage(tiny_run, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("CLIPRESS_CACHE", str(tmp_path / "cache"))  # the teacher is made anew, too
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 0 and ": reused," not in result.output, result.output
@@ -154,7 +154,7 @@ def test_the_same_recipe_leaves_the_same_artefacts_in_every_stage_bit_for_bit(ti
 
 
 @pytest.mark.slow
-def test_processes_of_one_training_stop_at_the_same_step(tmp_path):
+def test_all_processes_of_a_training_run_stop_at_the_same_step(tmp_path):
     done = torchrun(STOPPED_JOB, tmp_path)
     assert done.returncode != 0 and "exitcode  : 75" in done.stderr, done.stderr[-3000:]
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [f"rank{n}-00000003.pt" for n in (0, 1)]
@@ -179,7 +179,7 @@ def one_message(result, *words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("free", [0, 8_000, 3_000_000, 9_000_000, 21_000_000, 23_000_000])
-def test_a_full_disk_is_one_message_and_with_more_space_the_run_ends_as_it_should(short, tmp_path, small_disk, free):
+def test_a_full_disk_is_one_message_and_the_run_resumes_with_more_space(short, tmp_path, small_disk, free):
     path, run = write_recipe(short, tmp_path), small_disk / "run"
     assert clipress("compress", path, "--out", tmp_path / "a").exit_code == 0
     ballast = small_disk / "ballast"

@@ -11,7 +11,7 @@ CORPUS = sorted(path for path in (Path(targets.__file__).parent / "corpus").glob
 
 
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_inputs_that_were_kept_are_answered(path):
+def test_corpus_inputs_raise_nothing_but_clipress_errors(path):
     getattr(targets, path.parent.name)(path.read_bytes())
 
 
@@ -20,7 +20,7 @@ def test_inputs_that_were_kept_are_answered(path):
     [(targets.recipe, 2), (targets.artifact, 16), (targets.importers, 25), (targets.annotations, 11)],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_any_bytes_are_answered(target, kinds):
+def test_arbitrary_bytes_raise_nothing_but_clipress_errors(target, kinds):
     @given(st.integers(0, kinds - 1), st.binary(max_size=60))
     @settings(deadline=None, max_examples=40, database=None, suppress_health_check=list(HealthCheck))
     def tried(kind, data):

@@ -36,7 +36,7 @@ def test_every_help_page_says_what_the_command_does_and_every_option_has_help(co
 
 
 @pytest.mark.parametrize("group", [(), ("data",)])
-def test_no_line_in_a_list_of_commands_is_cut_off(group):
+def test_no_line_in_a_list_of_commands_is_truncated(group):
     listed = help_page(*group).split("Commands:\n")[1]
     assert "..." not in listed and all(name in listed for (*path, name) in PAGES[1:] if tuple(path) == group)
 

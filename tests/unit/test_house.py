@@ -76,14 +76,14 @@ def room_of(name):
     return parts[1] if len(parts) > 1 and (parts[1] in ARROWS) else "clipress"
 
 
-def test_imports_go_one_way_and_every_arrow_is_used():
+def test_imports_go_one_way_and_every_allowed_import_is_used():
     found = {}
     for module, source in modules().items():
         found.setdefault(room_of(module), set()).update(room_of(name) for name in imports(source))
     assert {room: others - {room} for room, others in found.items()} == ARROWS
 
 
-def test_no_file_imports_itself_through_others():
+def test_there_are_no_circular_imports():
     sources, graph = modules(), {}
     for module, source in sources.items():
         targets = {name if name in sources else name.rpartition(".")[0] for name in imports(source)}
@@ -94,7 +94,7 @@ def test_no_file_imports_itself_through_others():
     assert not graph, f"these files import one another in a circle: {sorted(graph)}"
 
 
-def test_nothing_private_is_imported_by_another_file():
+def test_no_private_name_is_imported():
     tests = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
     private = re.compile(r"\._(?!_)")
     for module, source in {**modules(), **tests}.items():
@@ -102,7 +102,7 @@ def test_nothing_private_is_imported_by_another_file():
         assert not taken, f"{module} imports {taken}"
 
 
-def test_files_and_functions_are_short():
+def test_files_and_functions_stay_within_their_limits():
     for module, source in modules().items():
         assert len(source.splitlines()) <= MAX_LINES, module
         for node in ast.walk(ast.parse(source)):
@@ -110,7 +110,7 @@ def test_files_and_functions_are_short():
                 assert node.end_lineno - node.lineno < MAX_FUNCTION, f"{module}.{node.name}"
 
 
-def test_only_clip_is_about_images_and_texts():
+def test_image_and_text_literals_stay_in_the_clip_task():
     where = {
         module: len(re.findall(r"""(?m)^.*["'](?:image|text)["'].*$""", source))
         for module, source in modules().items()
@@ -122,7 +122,7 @@ def test_only_clip_is_about_images_and_texts():
 @pytest.mark.parametrize(
     "command", [["--help"], ["--version"], ["run", "--help"], ["embed", "--help"], ["predict", "--help"]]
 )
-def test_help_is_given_without_loading_anything_heavy(command):
+def test_help_loads_nothing_heavy(command):
     code = (
         "import sys; from clipress.cli import main\n"
         "try: main()\n"
@@ -143,7 +143,7 @@ def test_every_shipped_recipe_is_valid():
         plan_from(read_recipe(path))
 
 
-def test_the_demo_prunes_to_forty_percent_or_less():
+def test_the_demo_prunes_to_at_most_forty_percent():
     demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text(encoding="utf-8"))
     budgets = [stage["prune"]["budget"]["params"] for stage in demo["stages"] if "prune" in stage]
     assert budgets and max(budgets) <= 0.4

@@ -57,7 +57,7 @@ def test_the_tested_versions_meet_every_requirement(python):
         assert wanted.specifier.contains(found), f"{wanted} is asked for, constraints.txt has {found}"
 
 
-def test_constraints_are_exact_and_sorted_and_say_nothing_else():
+def test_constraints_are_exact_pins_in_order():
     pins = [Requirement(line) for line in PINS]
     assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) and not pin.url and not pin.extras for pin in pins)
     names = [canonicalize_name(pin.name) for pin in pins]
@@ -73,12 +73,12 @@ def test_make_installs_the_tested_versions(tmp_path, target):
     assert installs and all("--constraint constraints.txt" in line for line in installs)
 
 
-def test_every_supported_python_is_told():
+def test_every_supported_python_is_listed():
     told = {entry.rpartition(" ")[2] for entry in PROJECT["project"]["classifiers"] if ":: Python ::" in entry}
     assert told == set(PYTHONS) and PROJECT["project"]["requires-python"] == f">={PYTHONS[0]}"
 
 
-def test_the_wheel_holds_every_folder_of_code_and_what_lies_in_it(tracked):
+def test_the_wheel_contains_every_code_folder_and_its_files(tracked):
     settings = PROJECT["tool"]["setuptools"]
     folders = {path.parent for path in tracked if path.name == "__init__.py"}
     assert set(settings["packages"]) == {".".join(("clipress", *folder.parts)) for folder in folders}
@@ -88,7 +88,7 @@ def test_the_wheel_holds_every_folder_of_code_and_what_lies_in_it(tracked):
             assert any(fnmatch(path.name, pattern) for pattern in patterns), f"{path} is not in the wheel"
 
 
-def test_extras_that_are_named_exist(tracked):
+def test_mentioned_extras_exist(tracked):
     named = {
         extra
         for path in tracked
@@ -99,7 +99,7 @@ def test_extras_that_are_named_exist(tracked):
 
 
 @pytest.mark.parametrize("what", FOREIGN)
-def test_no_file_names_a_registry_or_a_place_on_one_machine(tracked, what):
+def test_no_file_names_a_registry_or_a_local_path(tracked, what):
     for path in tracked:
         found = FOREIGN[what].search((ROOT / path).read_text(encoding="utf-8", errors="replace"))
         assert not found, f"{path} names {what}: {found[0]}"
@@ -130,7 +130,7 @@ def filtered(bom):
     return subprocess.run(script, input=json.dumps(bom), capture_output=True, text=True)
 
 
-def test_an_sbom_is_about_clipress_and_keeps_all_but_addresses():
+def test_an_sbom_describes_clipress_without_addresses():
     found = json.loads(filtered(bill()).stdout)
     assert found == {
         "metadata": {
@@ -143,6 +143,6 @@ def test_an_sbom_is_about_clipress_and_keeps_all_but_addresses():
 
 
 @pytest.mark.parametrize("place", ["see https://example.org", "file:wheel.whl", "in /srv/wheels/torch"])
-def test_an_sbom_with_an_address_in_its_words_is_refused(place):
+def test_an_sbom_with_an_address_in_its_text_is_refused(place):
     done = filtered(bill(description=place))
     assert done.returncode == 1 and not done.stdout and "An address is left" in done.stderr

@@ -31,7 +31,7 @@ def classifier(sets, tmp_path_factory):
     return folder, model
 
 
-def test_a_classifier_is_measured_by_its_own_graph_and_figures(classifier, sets, tmp_path):
+def test_a_classifier_is_benchmarked_with_its_own_graph_and_metrics(classifier, sets, tmp_path):
     folder, model = classifier
     settings = BenchSettings(backends=("torch",), batch=(1, 2), duration=0, warm_up=0, iterations=7)
     subjects = [Subject("a", folder, tmp_path), Subject("b", folder, tmp_path)]

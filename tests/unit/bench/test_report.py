@@ -150,7 +150,7 @@ class Read(HTMLParser):
 # ---- which points no other beats
 
 
-def test_the_pareto_front_is_what_one_sees_on_paper():
+def test_the_pareto_front_matches_a_hand_drawn_example():
     points = [(1, 1), (2, 3), (3, 2), (4, 4), (5, 4), (4, 1)]
     assert pareto(points) == [0, 1, 3]
 
@@ -160,7 +160,7 @@ def test_equal_points_are_both_on_the_front_and_an_absent_point_is_not():
     assert pareto([None]) == pareto([]) == []
 
 
-def test_every_point_off_the_front_is_beaten_by_one_on_it_and_none_on_it_is_beaten():
+def test_points_off_the_front_are_dominated_and_points_on_it_are_not():
     points = [((i * 37) % 20, (i * i * 13) % 20) for i in range(60)]
     front = pareto(points)
 
@@ -174,7 +174,7 @@ def test_every_point_off_the_front_is_beaten_by_one_on_it_and_none_on_it_is_beat
 # ---- the terminal
 
 
-def test_the_table_shows_the_figures_given_by_hand(results):
+def test_the_table_shows_hand_computed_figures(results):
     groups, heads, *lines = table(results).splitlines()
     assert heads.split() == (
         "stage precision all no emb. kept % (M) (MB) top-1 i->t t->i mean batch 1 batch 32 speed-up".split()
@@ -186,13 +186,13 @@ def test_the_table_shows_the_figures_given_by_hand(results):
     assert lines[3].split() == "int8 int8 4.00 2.00 50.0 12.0 5.00 97.0 81.0 79.0 80.0 0.500 4.00 2.50".split()
 
 
-def test_the_table_shows_what_its_figures_hold_for(results):
+def test_the_table_names_the_conditions_of_its_figures(results):
     beneath = table(results).partition("\n\n")[2]
     assert "Some CPU, 4 cores, avx2, 1 thread, onnxruntime 1.2.3, clipress 9.8.7, 2025-03-04 05:06:07 UTC." in beneath
     assert "speed-up: against teacher at batch 32" in beneath
 
 
-def test_the_table_has_the_columns_of_the_sets_and_batches_there_are(results):
+def test_the_table_has_columns_for_the_measured_sets_and_batches(results):
     for given in results["rows"]:
         given["accuracy"] = {"pets/top1": 55.5}
         given["latency"] = [timing("image", 16, 3.0)]
@@ -202,7 +202,7 @@ def test_the_table_has_the_columns_of_the_sets_and_batches_there_are(results):
     assert "i->t" not in table(results)
 
 
-def test_a_table_of_many_sets_and_long_names_fits_a_terminal_and_says_what_it_left_out(results):
+def test_a_wide_table_fits_the_terminal_and_names_the_omitted_columns(results):
     for given in results["rows"]:
         given["stage"] += "-with-a-very-long-name-indeed"
         given["accuracy"] |= {f"set{i}/{kind}_r1": 50.0 for i in range(9) for kind in ("text", "image")}
@@ -212,7 +212,7 @@ def test_a_table_of_many_sets_and_long_names_fits_a_terminal_and_says_what_it_le
     assert "speed-up" in shown
 
 
-def test_a_figure_that_is_absent_is_a_dash(results):
+def test_a_missing_figure_is_a_dash(results):
     del results["rows"][1]["params_without_embeddings"], results["rows"][1]["accuracy"]["digits/top1"]
     results["rows"][1]["latency"] = []
     words = table(results).splitlines()[3].split()
@@ -222,14 +222,14 @@ def test_a_figure_that_is_absent_is_a_dash(results):
 # ---- the page, without JavaScript
 
 
-def test_the_page_says_what_was_gained(results):
+def test_the_page_has_a_headline_with_the_gain(results):
     said = re.sub("<.*?>", "", re.search('<section id="headline">(.*?)</section>', report_page(results))[1])
     assert "int8 is 2.5 times faster and 6.4 times smaller than teacher, and loses 1.5 points of accuracy." in said
     assert "10.00 → 4.00 ms" in said and "32.00 → 5.00 MB" in said
     assert "90.0 → 88.5 %" in said
 
 
-def test_the_headline_names_no_model_that_lost_more_than_three_per_cent(results):
+def test_the_headline_skips_models_that_lost_more_than_three_percent(results):
     results["rows"][3]["accuracy"]["digits/top1"] = 50.0
     assert "<b>sparse</b> is" in report_page(results)
     results["rows"] = results["rows"][:2]
@@ -284,13 +284,13 @@ def test_the_page_shows_the_conditions(results):
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
 
 
-def test_the_page_loads_nothing(results):
+def test_the_page_loads_no_external_resources(results):
     page = report_page(results)
     assert not re.search("https?://|@import|url\\(", page)
     assert not re.search(r"<(script|img|iframe|link)[^>]*\b(src|href)=\"(?!data:)", page)
 
 
-def test_no_name_breaks_out_of_its_place(results):
+def test_names_cannot_inject_html(results):
     expected = Read(report_page(renamed(results, "plain")))
     read = Read(report_page(renamed(results, HOSTILE)))
     assert len(read.scripts) == 2 and read.ids == expected.ids
@@ -300,12 +300,12 @@ def test_no_name_breaks_out_of_its_place(results):
     assert HOSTILE in read.heading
 
 
-def test_a_name_that_looks_like_a_place_of_the_template_is_left_as_it_is(results):
+def test_names_that_look_like_placeholders_are_left_unchanged(results):
     page = report_page(renamed(results, "@@data@@"))
     assert Read(page).tables["main"][-1][0] == "@@data@@"
 
 
-def test_fields_that_may_be_absent_may_be_absent(results):
+def test_optional_fields_may_be_absent(results):
     for given in results["rows"]:
         for name in ("accuracy_se", "lineage", "params_without_embeddings"):
             del given[name]
@@ -337,7 +337,7 @@ def test_the_report_is_written_into_the_folder(results, tmp_path):
 # ---- the file
 
 
-def test_results_are_read_back_as_they_were_and_keys_that_were_never_set_are_not_written(results, tmp_path):
+def test_results_round_trip_and_unset_keys_are_not_written(results, tmp_path):
     path = write_results(Results.model_validate(paired(results)), tmp_path)
     assert json.loads(path.read_text()) == json.loads(json.dumps(results))
     assert read_results(path) == Results.model_validate(results)
@@ -347,7 +347,7 @@ def test_results_are_read_back_as_they_were_and_keys_that_were_never_set_are_not
     "rename",
     [("rows", "stage"), ("rows", "bytes"), ("rows", "latency", "median_ms"), ("rows", "latency", "cv_percent")],
 )
-def test_a_renamed_key_fails_a_type_not_a_user(results, tmp_path, rename):
+def test_a_renamed_key_is_a_validation_error(results, tmp_path, rename):
     *path, key = rename
     inner = paired(results)
     for name in path:
@@ -358,7 +358,7 @@ def test_a_renamed_key_fails_a_type_not_a_user(results, tmp_path, rename):
         read_results(tmp_path / "results.json")
 
 
-def test_results_that_do_not_exist_say_what_to_do(tmp_path):
+def test_missing_results_name_the_command_that_writes_them(tmp_path):
     with pytest.raises(ArtifactError, match=r"no such file.*clipress bench RUN"):
         read_results(tmp_path / "results.json")
 
@@ -399,7 +399,7 @@ def paired(results):
     return results
 
 
-def test_the_table_takes_paired_ratios_and_says_how_far_off_they_may_be(results):
+def test_the_table_shows_paired_ratios_with_their_uncertainty(results):
     shown = table(paired(results))
     assert shown.splitlines()[5].split()[-1] == "2.60"  # medians alone would say 2.50
     beneath = " ".join(shown.partition("\n\n")[2].split())
@@ -408,7 +408,7 @@ def test_the_table_takes_paired_ratios_and_says_how_far_off_they_may_be(results)
     assert "Unstable" not in beneath
 
 
-def test_the_table_warns_as_trtexec_does(results):
+def test_the_table_has_the_warnings_of_trtexec(results):
     rows = paired(results)["rows"]
     rows[1]["latency"][0]["cv_percent"] = 41.4
     rows[2]["latency"][3] |= {"enqueue_median_ms": 4.5}
@@ -425,23 +425,23 @@ def test_a_comparison_shows_every_tower_and_batch_of_every_row(results):
     assert lines[-1] == "speed-up: against teacher, 20 rounds or more; above 1 is faster."
 
 
-def test_the_page_has_speed_ups_with_their_intervals(results):
+def test_the_page_shows_speed_ups_with_intervals(results):
     int8 = Read(report_page(paired(results))).tables["main"][-1]
     assert int8[12:15] == ["4.00", "2.60", "2.55–2.65"]
 
 
-def test_the_headline_is_the_tables_speed_up(results):
+def test_the_headline_has_the_same_speed_up_as_the_table(results):
     page = report_page(paired(results))
     assert "2.6 times faster" in page and "2.5 times faster" not in page  # medians alone would say 2.5
 
 
-def test_the_page_says_what_pays_and_what_does_not(results):
+def test_the_page_shows_the_verdicts(results):
     page = report_page(paired(results))
     kinds = re.findall(r'<li class="(\w+)">(\S+)', page.partition('id="verdicts"')[2].partition("</ul>")[0])
     assert kinds == [("no", "2:4"), ("yes", "INT8"), ("unsure", "INT8")]
 
 
-def test_layers_stand_once_per_shape_with_every_digit_under_the_pointer(results):
+def test_layers_are_grouped_by_shape_with_exact_values_in_tooltips(results):
     page = report_page(paired(results))
     found = Read(page).tables["layers"]
     assert found[1] == ["layer", "tower", *["teacher", "pruned, sparse, int8"] * 2]
@@ -507,7 +507,7 @@ def visit(page, script, folder):
     return json.loads(html.unescape(written[1])) if written else None, console
 
 
-def test_a_head_sorts_up_then_down_then_back(results, tmp_path):
+def test_clicking_a_header_sorts_ascending_then_descending_then_resets(results, tmp_path):
     answer, console = visit(
         report_page(results),
         """
@@ -528,7 +528,7 @@ def test_a_head_sorts_up_then_down_then_back(results, tmp_path):
     ]
 
 
-def test_numbers_are_sorted_as_numbers_and_absent_ones_come_last(results, tmp_path):
+def test_numbers_sort_numerically_and_missing_ones_come_last(results, tmp_path):
     results["rows"][0]["accuracy"]["digits/top1"] = 100.0
     del results["rows"][2]["accuracy"]["digits/top1"]
     answer, console = visit(
@@ -538,7 +538,7 @@ def test_numbers_are_sorted_as_numbers_and_absent_ones_come_last(results, tmp_pa
     assert answer == [["pruned", "int8", "teacher", "sparse"], ["teacher", "int8", "pruned", "sparse"]]
 
 
-def test_a_point_shows_its_figures_under_the_pointer_and_on_focus(results, tmp_path):
+def test_a_point_shows_its_figures_on_hover_and_focus(results, tmp_path):
     answer, console = visit(
         report_page(results),
         """
@@ -562,7 +562,7 @@ def test_a_point_shows_its_figures_under_the_pointer_and_on_focus(results, tmp_p
     assert expected.items() <= dict(answer["terms"]).items()
 
 
-def test_chart_and_table_follow_what_is_selected(results, tmp_path):
+def test_chart_and_table_follow_the_selection(results, tmp_path):
     results["rows"][2]["latency"][0] |= timing("text", 1, 0.1)  # at batch 1 and text, sparse is the fastest
     results["rows"][2]["accuracy"]["digits/top1"] = 98.5  # and the best at digits
     answer, console = visit(
@@ -586,7 +586,7 @@ def test_chart_and_table_follow_what_is_selected(results, tmp_path):
     assert "digits top-1 (%)" in second[3] and "text tower, batch 1 (ms)" in second[3]
 
 
-def test_the_area_of_a_bubble_is_the_size_of_the_files_and_no_two_labels_overlap(results, tmp_path):
+def test_bubble_areas_follow_file_sizes_and_labels_do_not_overlap(results, tmp_path):
     results["rows"] += [copy.deepcopy(results["rows"][2]) | {"stage": f"sparse-{i}"} for i in range(5)]
     answer, console = visit(
         report_page(results),
@@ -609,7 +609,7 @@ def test_the_area_of_a_bubble_is_the_size_of_the_files_and_no_two_labels_overlap
             assert x >= u + w or u >= x + width or y >= v + h or v >= y + height
 
 
-def test_no_name_runs_as_code_in_a_browser(results, tmp_path):
+def test_names_do_not_run_as_code_in_a_browser(results, tmp_path):
     hostile = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
     answer, console = visit(
         report_page(renamed(results, hostile)),
@@ -625,9 +625,7 @@ def test_no_name_runs_as_code_in_a_browser(results, tmp_path):
     assert answer == [None, 0, 2]  # the page's own script and the probe
 
 
-def test_a_page_with_everything_shows_its_numbers_under_the_pointer_sorts_its_layers_and_logs_no_error(
-    results, tmp_path
-):
+def test_a_full_page_shows_tooltips_sorts_its_layers_and_logs_no_error(results, tmp_path):
     answer, console = visit(
         report_page(paired(results)),
         """

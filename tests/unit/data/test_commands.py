@@ -66,7 +66,7 @@ def fake_img2dataset(monkeypatch):
     return calls
 
 
-def test_raw_conceptual_captions_are_passed_on_as_json_lines(tmp_path, fake_img2dataset):
+def test_raw_conceptual_captions_are_converted_to_json_lines(tmp_path, fake_img2dataset):
     table = tmp_path / "cc12m.tsv"
     table.write_text('http://x.org/1.jpg\t"a" dog\nhttp://x.org/2.jpg\tNA\n')
     settings = ("--size", 128, "--per-shard", 50, "--processes", 2, "--threads", 8, "--timeout", 3)

@@ -30,7 +30,7 @@ def slowly(images, prompts, count, threshold):
 
 @pytest.mark.parametrize("threshold", [None, 0.3, 0.8])
 @pytest.mark.parametrize("block", [1, 7, 1024])
-def test_the_choice_is_that_of_a_slow_loop(threshold, block, monkeypatch):
+def test_the_selection_matches_a_slow_loop(threshold, block, monkeypatch):
     monkeypatch.setattr(choose, "BLOCK", block)
     rng = np.random.default_rng(0)
     images, prompts = units(rng, 60, 6), units(rng, 4, 6)
@@ -49,7 +49,7 @@ def test_copies_of_an_image_are_kept_once():
     assert sorted(pick.index for pick in chosen) == list(range(10))
 
 
-def test_embeddings_that_are_not_finite_are_refused():
+def test_non_finite_embeddings_are_refused():
     images = np.full((3, 4), np.nan, np.float32)
     with pytest.raises(DataError, match="not finite"):
         nearest_to_prompts(images, np.ones((1, 4), np.float32), 2)

@@ -36,7 +36,7 @@ def test_starting_late_gives_the_same_batches():
     assert list(Batches([50, 7], [2, 1], batch=6, steps=20, seed=3, start=13)) == whole[13:]
 
 
-def test_two_processes_together_see_the_batch_of_one():
+def test_two_processes_together_see_the_batch_of_one_process():
     whole = Batches([50], [1], batch=6, steps=4, seed=3)
     parts = [list(Batches([50], [1], batch=6, steps=4, seed=3, rank=r, world=2)) for r in range(2)]
     for step, batch in enumerate(whole):
@@ -59,7 +59,7 @@ def test_items_do_not_depend_on_what_was_drawn_before():
 
 @pytest.mark.parametrize("size", [(50, 40), (40, 50), (32, 32), (333, 32), (31, 77)])
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
-def test_the_pixels_are_open_clips(size, mode):
+def test_pixels_equal_open_clips(size, mode):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     preprocess = Preprocess(size=32, resize_mode=mode)
     reference = open_clip.transform.image_transform_v2(
@@ -143,7 +143,7 @@ def test_numeric_class_folders_are_labels_not_strings(tmp_path):
     assert source.captions(0)[0].startswith("a photo of a thing")
 
 
-def test_every_format_is_registered_and_none_is_left_out():
+def test_every_format_module_registers_its_formats():
     expected = {"scenes", "digits", "csv", "karpathy", "coco", "webdataset", "folder", "images", "captions"}
     assert set(FORMATS) == expected
 

@@ -246,7 +246,7 @@ def training_set(source, caches, augment=Augment(shift=2), size=32):  # noqa: B0
     return TrainingSet([source], Preprocess(size=size), lambda t: np.ones((len(t), 4)), augment, 5, [caches])
 
 
-def test_looked_up_rows_depend_on_seed_epoch_and_index_alone(tmp_path, digits):
+def test_cached_rows_depend_only_on_seed_epoch_and_index(tmp_path, digits):
     cache = TeacherCache.open(make(tmp_path, source=digits, failed={3, 4})[0])
     draws = [Draw(0, index, epoch) for epoch in range(3) for index in range(8)]
     together = training_set(digits, [cache]).__getitems__(draws)
@@ -290,7 +290,7 @@ def test_teachers_with_different_views_are_refused(tmp_path, digits):
         training_set(digits, [first, third])
 
 
-def test_a_shift_in_pixels_needs_one_size(tmp_path, digits):
+def test_a_shift_in_pixels_requires_one_image_size(tmp_path, digits):
     cache = TeacherCache.open(make(tmp_path, source=digits)[0])
     with pytest.raises(DataError, match=r"'augment\.shift' is in pixels"):
         training_set(digits, [cache], size=48)

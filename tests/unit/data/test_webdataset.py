@@ -82,7 +82,7 @@ ODD = [
 ]
 
 
-def test_records_are_those_of_the_webdataset_library(tmp_path, monkeypatch):
+def test_records_match_the_webdataset_library(tmp_path, monkeypatch):
     wds = pytest.importorskip("webdataset")
     monkeypatch.setattr(webdataset, "report_skipped", lambda *_: None)  # half of these are odd on purpose
     path = tar(tmp_path / "odd.tar", ODD)
@@ -108,7 +108,7 @@ def test_a_repeated_suffix_starts_another_record(tmp_path):
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_and_foreign_names_are_read(tmp_path, form):
+def test_long_and_non_ascii_names_are_read(tmp_path, form):
     folder = "ordner/" * 12  # 84 letters, ustar splits a longer path
     long = "x" * (90 if form == tarfile.USTAR_FORMAT else 300)
     name = folder + long + ("" if form == tarfile.USTAR_FORMAT else "ü")
@@ -181,7 +181,7 @@ def test_a_shard_that_is_modified_while_it_is_read_is_reported(tmp_path):
         source.captions(1)
 
 
-def test_an_index_is_built_once_and_again_when_the_shard_has_changed(tmp_path, monkeypatch):
+def test_an_index_is_rebuilt_only_when_its_shard_changes(tmp_path, monkeypatch):
     built = []
     build_index = webdataset.build_index
     monkeypatch.setattr(webdataset, "build_index", lambda path: built.append(path) or build_index(path))
@@ -192,7 +192,7 @@ def test_an_index_is_built_once_and_again_when_the_shard_has_changed(tmp_path, m
     assert len(index_of(path)["image"]) == 4 and len(built) == 2
 
 
-def test_a_damaged_index_is_built_again(tmp_path, monkeypatch):
+def test_a_damaged_index_is_rebuilt(tmp_path, monkeypatch):
     monkeypatch.setenv("CLIPRESS_CACHE", str(tmp_path / "cache"))
     path = tar(tmp_path / "s.tar", pairs(0, 3))
     index_of(path)
@@ -248,7 +248,7 @@ def test_limit_and_fingerprint(tmp_path):
     assert opened(path).fingerprint != first
 
 
-def test_several_workers_read_the_same_batches_as_none(tmp_path):
+def test_workers_do_not_change_the_batches(tmp_path):
     from torch.utils.data import DataLoader
 
     for shard in range(2):

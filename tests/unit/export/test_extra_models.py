@@ -114,7 +114,7 @@ def test_a_classifier_records_its_labels_and_sources(export, sets):
     assert 0 <= about["parity"]["probabilities_max_difference"] < 1e-5
 
 
-def test_a_classifier_is_made_again_only_when_its_settings_change_or_it_is_damaged(fp32, sets):
+def test_a_classifier_is_rebuilt_only_if_its_settings_change_or_it_is_damaged(fp32, sets):
     path = extra_models_from_export(fp32, OnnxSettings(**SETTINGS), sets)["classifier"]
     path.touch()
     first = path.stat().st_ino
@@ -127,7 +127,7 @@ def test_a_classifier_is_made_again_only_when_its_settings_change_or_it_is_damag
     assert open_session(path).get_outputs()[0].shape[1] == 2
 
 
-def test_a_file_that_does_not_agree_is_not_written(fp32, sets, monkeypatch):
+def test_a_file_that_fails_parity_is_not_written(fp32, sets, monkeypatch):
     honest = merge.classifier
     monkeypatch.setattr(merge, "classifier", lambda image, classes, scale: honest(image, classes[::-1], scale))
     with pytest.raises(

@@ -115,7 +115,7 @@ def test_an_export_is_kept_while_artifact_settings_and_files_are_the_same(artifa
         assert not is_exported(artifact, target, settings)
 
 
-def test_an_export_that_does_not_agree_is_refused_and_the_old_one_kept(artifact, sets, tmp_path, monkeypatch):
+def test_an_export_that_fails_parity_is_refused_and_the_old_one_is_kept(artifact, sets, tmp_path, monkeypatch):
     target = tmp_path / "e"
     onnx_from_artifact(artifact, target, OnnxSettings(exporter="torchscript"), sets)
     before = {path.name: path.read_bytes() for path in target.iterdir()}

@@ -179,7 +179,7 @@ def test_a_batch_outside_the_profile_is_refused(foreign, shape):
 
 
 @pytest.mark.parametrize("damage", [0.2, np.nan])
-def test_an_engine_that_does_not_agree_is_not_kept(export, sets, damage):
+def test_an_engine_that_fails_parity_is_not_kept(export, sets, damage):
     machine = fake_machine()
     machine.trt.damage = damage
     settings = TensorRTSettings(precision="fp32")
@@ -284,9 +284,7 @@ H100, A100, T4 = ("NVIDIA H100", (9, 0)), ("NVIDIA A100", (8, 0)), ("Tesla T4", 
         ({"hardware_compatibility": "ampere_plus"}, VERSIONS[1], A100, False),
     ],
 )
-def test_an_engine_runs_where_it_was_built_for_and_elsewhere_is_refused_with_both_machines(
-    foreign, settings, version, gpu, fits
-):
+def test_an_engine_runs_on_its_machine_and_is_refused_elsewhere_with_both_named(foreign, settings, version, gpu, fits):
     path = built(foreign, fake_machine(VERSIONS[0]), **settings)
     here = fake_machine(version, gpu=gpu[0], capability=gpu[1])
     if fits:
@@ -476,7 +474,7 @@ def test_a_release_that_is_too_old_is_refused(monkeypatch, gpu):
         machines.find_machine()
 
 
-def test_a_machine_with_both_is_found(monkeypatch, gpu):
+def test_a_machine_with_tensorrt_and_a_gpu_is_accepted(monkeypatch, gpu):
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(VERSIONS[1], None))
     assert str(machines.find_machine()) == "TensorRT 11.4.0.106 on NVIDIA H200 (compute capability 9.0)"
 

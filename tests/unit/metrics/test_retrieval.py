@@ -32,7 +32,7 @@ def problems(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.sampled_from([1, 7, 1 << 23]))
-def test_ranks_equal_walking_sorted_lists_for_any_captions_ties_and_block_size(problem, scores):
+def test_ranks_match_sorted_lists_for_any_captions_ties_and_block_size(problem, scores):
     images, texts, owner = problem
     index = np.arange(len(images))
     with pytest.MonkeyPatch.context() as patch:
@@ -49,7 +49,7 @@ def slow_recall(queries, gallery, right, own, k):
     return 100 * np.mean([slow_rank(q, gallery, own == r, False) < k for q, r in zip(queries, right, strict=True)])
 
 
-def test_recalls_equal_walking_sorted_lists_and_count_every_caption():
+def test_recalls_match_sorted_lists_and_count_every_caption():
     rng = np.random.default_rng(0)
     images = unit(rng.standard_normal((12, 4))).astype(np.float32)
     owner = np.concatenate([np.arange(12), rng.integers(0, 12, 20)])
@@ -62,7 +62,7 @@ def test_recalls_equal_walking_sorted_lists_and_count_every_caption():
     assert found["rsum"] == pytest.approx(sum(found[f"{way}_r{k}"] for way in ("text", "image") for k in (1, 5, 10)))
 
 
-def test_any_of_an_images_captions_is_a_hit_not_the_first_alone():
+def test_any_caption_of_an_image_counts_as_a_hit():
     images = np.eye(3, dtype=np.float32)
     texts = np.concatenate([np.roll(images, 1, axis=0), images])  # the first caption of each image is another's
     owner = np.concatenate([np.arange(3), np.arange(3)])
@@ -71,7 +71,7 @@ def test_any_of_an_images_captions_is_a_hit_not_the_first_alone():
     assert found["image_r1"].values.tolist() == [False] * 3 + [True] * 3
 
 
-def test_a_collapsed_model_scores_nothing_and_every_query_is_told_as_a_tie():
+def test_a_collapsed_model_scores_zero_and_every_query_is_a_tie():
     same = np.ones((10, 3), np.float32)
     found = retrieval(same, same, np.arange(10), (1, 5))
     assert set(percents(found).values()) == {0.0}
@@ -79,7 +79,7 @@ def test_a_collapsed_model_scores_nothing_and_every_query_is_told_as_a_tie():
 
 
 @pytest.mark.parametrize("width", [3, 64, 129])
-def test_equal_captions_of_different_images_tie_wherever_they_stand(width):
+def test_equal_captions_of_different_images_tie_at_any_position(width):
     rng = np.random.default_rng(width)
     images = unit(rng.standard_normal((41, width), dtype=np.float32))
     texts = images.copy()
@@ -94,7 +94,7 @@ def test_equal_captions_of_different_images_tie_wherever_they_stand(width):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("side", ["image", "text"])
-def test_embeddings_that_are_not_finite_are_an_error_never_a_hit(bad, side):
+def test_non_finite_embeddings_are_an_error(bad, side):
     parts = {name: np.random.default_rng(0).standard_normal((5, 3)) for name in ("image", "text")}
     parts[side][2, 1] = bad
     with pytest.raises(ArtifactError, match=f"1 of 5 {side} embeddings are not finite"):
@@ -119,7 +119,7 @@ def test_half_precision_embeddings_are_scored_in_single_precision():
     assert percents(half) == percents(single)
 
 
-def test_captions_of_one_image_are_one_unit_of_the_standard_error():
+def test_captions_of_one_image_count_once_in_the_standard_error():
     rng = np.random.default_rng(0)
     images = unit(rng.standard_normal((200, 4))).astype(np.float32)
     owner = np.repeat(np.arange(200), 5)

@@ -136,7 +136,7 @@ DENSE = {
 
 
 @pytest.mark.parametrize("case", DENSE)
-def test_a_checkpoint_computes_what_the_model_it_came_from_computes(case, name, tmp_path):
+def test_an_imported_checkpoint_matches_its_source_model(case, name, tmp_path):
     write, quick_gelu, module, form = DENSE[case]
     stock = source(quick_gelu)
     torch.save(write(stock.state_dict()), tmp_path / "weights.pt")
@@ -156,12 +156,12 @@ WRITERS = {
 }
 
 
-def test_every_importer_has_a_writer_here():
+def test_every_importer_is_tested():
     assert WRITERS.keys() == set(SHIPPED)
 
 
 @pytest.mark.parametrize("form", SHIPPED)
-def test_every_importer_is_detected_by_its_own_signs_and_reads_its_format(form, name, tmp_path):
+def test_every_importer_detects_and_reads_its_format(form, name, tmp_path):
     quick_gelu = form in ("upop", "openai")
     stock = source(quick_gelu)
     torch.save(WRITERS[form](stock.state_dict()), tmp_path / "weights.pt")
@@ -190,7 +190,7 @@ def test_a_registered_importer_is_detected_too(tmp_path):
     assert record["format"] == "renamed"
 
 
-def test_the_activation_of_the_formats_differs_so_the_comparison_can_fail(tmp_path):
+def test_formats_differ_in_activation_so_the_comparison_can_fail(tmp_path):
     stock = source(quick_gelu=True)
     torch.save(stock.state_dict(), tmp_path / "weights.pt")
     assert_same(import_checkpoint(tmp_path / "weights.pt", "openai"), outputs(stock))
@@ -314,7 +314,7 @@ def slim_file(tmp_path):
     return tmp_path / "model_base_retrieval_coco_clip_4x.pth"
 
 
-def test_a_slimmed_upop_model_computes_what_the_published_code_computes(slim_file):
+def test_a_slimmed_upop_model_matches_the_published_code(slim_file):
     model = import_checkpoint(slim_file)
     assert_same(model, reference_outputs(source(quick_gelu=True).state_dict()))
     found = surgery.shapes(model.module)
@@ -322,7 +322,7 @@ def test_a_slimmed_upop_model_computes_what_the_published_code_computes(slim_fil
         assert found[at] == {"heads": 2, "qk_dim": dim, "v_dim": dim, "scale": dim**-0.5, "ffn": hidden}
 
 
-def test_the_reference_is_open_clips_when_nothing_is_cut(monkeypatch):
+def test_the_upop_reference_matches_open_clip_when_nothing_is_cut(monkeypatch):
     stock = source(quick_gelu=True)
     whole = {at: (torch.ones(64, dtype=torch.bool), torch.ones(512, dtype=torch.bool)) for at in KEPT}
     monkeypatch.setitem(globals(), "masks", lambda: whole)
@@ -330,7 +330,7 @@ def test_the_reference_is_open_clips_when_nothing_is_cut(monkeypatch):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_slimmed_upop_is_recognised_without_its_momentum_twin(tmp_path):
+def test_slimmed_upop_is_detected_without_its_momentum_model(tmp_path):
     state = source(quick_gelu=True).state_dict()
     torch.save({"model": slimmed(state)}, tmp_path / "slim.pth")
     assert_same(import_checkpoint(tmp_path / "slim.pth"), reference_outputs(state))
@@ -357,7 +357,7 @@ def test_the_shapes_survive_saving_and_loading_the_artifact(slim_file, tmp_path)
 # lineage, folders, reports
 
 
-def test_the_lineage_begins_with_the_file(slim_file, tmp_path):
+def test_the_lineage_starts_with_the_file(slim_file, tmp_path):
     (record,) = artifact_from_checkpoint(slim_file).lineage
     assert record["stage"] == "import" and record["format"] == "upop" and record["model"] is None
     assert record["file"] == slim_file.name and record["sha256"] == sha256(slim_file)
@@ -412,7 +412,7 @@ def test_a_folder_with_a_bad_config_is_reported(folder, text, message):
         import_checkpoint(folder)
 
 
-def test_a_config_that_asks_for_a_download_is_not_followed(folder):
+def test_a_config_that_requires_a_download_is_refused(folder):
     path = folder / "open_clip_config.json"
     config = json.loads(path.read_text())
     config["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = True
@@ -430,7 +430,7 @@ def test_a_folder_takes_no_format_and_no_name(folder, name):
             import_checkpoint(folder, **given)
 
 
-def test_what_distillation_left_in_the_file_is_reported(tmp_path, caplog):
+def test_leftovers_of_distillation_in_the_file_are_reported(tmp_path, caplog):
     torch.save(clip_kd(source().state_dict()), tmp_path / "weights.pt")
     import_checkpoint(tmp_path / "weights.pt")
     assert "3 tensors are not part of the CLIP and are ignored: cross_logit_scale, text_proj.weight" in caplog.text
@@ -443,7 +443,7 @@ def test_what_distillation_left_in_the_file_is_reported(tmp_path, caplog):
         ("ViT-L-14", {"resize_mode": "shortest"}),
     ],
 )
-def test_preprocessing_is_what_all_pretrained_weights_of_a_name_share(known, wanted):
+def test_preprocessing_is_taken_from_the_pretrained_weights_of_a_name(known, wanted):
     tags = open_clip.list_pretrained_tags_by_model(known)
     agreed = agreed_preprocess([open_clip.get_pretrained_cfg(known, tag) for tag in tags])
     assert wanted.items() <= agreed.items()
@@ -480,7 +480,7 @@ def test_a_pickled_module_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_torchscript_archive_is_refused_with_a_way_out(tmp_path):
+def test_a_torchscript_archive_is_refused_with_instructions(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-B-32.pt")
     with pytest.raises(ArtifactError, match=r"TorchScript.*torch\.save\(torch\.jit\.load"):
         import_checkpoint(tmp_path / "ViT-B-32.pt")
@@ -536,13 +536,13 @@ def test_a_missing_file_is_reported(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_no_clip_is_refused_with_what_was_found(saved, message, tmp_path):
+def test_a_file_that_is_not_a_clip_is_refused_with_what_was_found(saved, message, tmp_path):
     torch.save(saved, tmp_path / "odd.pt")
     with pytest.raises(ArtifactError, match=message):
         import_checkpoint(tmp_path / "odd.pt")
 
 
-def test_bytes_that_are_anything_are_reported(tmp_path):
+def test_arbitrary_bytes_are_reported(tmp_path):
     for seed in range(40):
         (tmp_path / "noise.pt").write_bytes(np.random.default_rng(seed).bytes(10 * seed))
         with pytest.raises(ArtifactError, match=r"noise\.pt"):
@@ -594,7 +594,7 @@ def test_the_tensor_that_does_not_fit_is_named(form, change, message, tmp_path):
 
 
 @pytest.mark.parametrize("rows", [3 * 2 * 5 + 3, 3])
-def test_upop_rows_that_are_not_equal_heads_are_named(rows, tmp_path):
+def test_upop_rows_that_do_not_form_equal_heads_are_named(rows, tmp_path):
     saved = upop({**source().state_dict(), f"{AT}attn.in_proj_weight": torch.ones(rows, 128)})
     torch.save(saved, tmp_path / "odd.pth")
     with pytest.raises(
@@ -603,7 +603,7 @@ def test_upop_rows_that_are_not_equal_heads_are_named(rows, tmp_path):
         import_checkpoint(tmp_path / "odd.pth")
 
 
-def test_a_slim_attention_whose_output_does_not_follow_is_named(tmp_path):
+def test_a_slim_attention_with_a_mismatched_output_is_named(tmp_path):
     state = slimmed(source().state_dict())
     state["visual.transformer.resblocks.0.attn.out_proj.weight"] = torch.ones(128, 12)
     torch.save(upop(state), tmp_path / "odd.pth")
@@ -633,7 +633,7 @@ def test_auto_inherited_tinyclip_is_refused(cut, tmp_path):
 # formats and names
 
 
-def test_names_that_fit_three_formats_are_not_guessed(tmp_path):
+def test_an_ambiguous_format_is_not_guessed(tmp_path):
     torch.save(training(source().state_dict()), tmp_path / "epoch_1.pt")
     with pytest.raises(ArtifactError, match=r"do not reveal the activation.*openai for QuickGELU, clip-kd for GELU"):
         import_checkpoint(tmp_path / "epoch_1.pt")
@@ -654,7 +654,7 @@ def test_an_unknown_model_name_is_reported(given, message, name, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["openai", "upop"])
-def test_a_name_is_refused_where_shapes_tell(form, name, tmp_path):
+def test_a_model_name_is_refused_where_shapes_define_the_model(form, name, tmp_path):
     torch.save(source().state_dict(), tmp_path / "a.pt")
     with pytest.raises(RecipeError, match="Leave it out"):
         import_checkpoint(tmp_path / "a.pt", form, name)

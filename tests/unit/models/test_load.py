@@ -56,7 +56,7 @@ def test_random_weights_must_be_requested(tiny_name):
 
 
 @pytest.mark.parametrize("given", [{}, {"artifact": "a", "model": "b"}])
-def test_a_teacher_comes_from_exactly_one_place(given):
+def test_a_teacher_has_exactly_one_source(given):
     with pytest.raises(RecipeError, match="exactly one of artifact, model, recipe"):
         TeacherSpec(**given)
 

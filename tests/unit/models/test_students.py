@@ -93,7 +93,7 @@ def assert_comes_back_bitwise(model, folder):
 
 
 @pytest.mark.parametrize("image", IMAGE_TOWERS)
-def test_every_named_image_tower_learns_all_over_and_comes_back_bitwise(image, tmp_path):
+def test_every_named_image_tower_trains_all_weights_and_round_trips_bitwise(image, tmp_path):
     model = named(image)
     model.module.train()
     loss(model).backward()
@@ -104,7 +104,7 @@ def test_every_named_image_tower_learns_all_over_and_comes_back_bitwise(image, t
 
 
 @pytest.mark.parametrize("text", TEXT_TOWERS)
-def test_every_named_text_tower_learns_all_over_and_comes_back_bitwise(text, tmp_path):
+def test_every_named_text_tower_trains_all_weights_and_round_trips_bitwise(text, tmp_path):
     teacher = teacher_clip(text_cfg={**TEXT, "context_length": 77})  # its vocabulary is small
     model = student("vit-1x32-p16", text, teacher)
     loss(model).backward()
@@ -116,7 +116,7 @@ def test_every_named_text_tower_learns_all_over_and_comes_back_bitwise(text, tmp
 @pytest.mark.parametrize(
     "image", ["resnet-18", "mobilevit-s", "vit-t-16", pytest.param("swin-t", marks=pytest.mark.slow)]
 )
-def test_students_of_every_family_export_and_agree(image, tmp_path):
+def test_students_of_every_family_export_and_match_torch(image, tmp_path):
     text = {**TEXT, "vocab_size": 49408}
     model = student(image, text, embed_dim=32, image_size=SIZES.get(image, 32))
     folder = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "a")
@@ -125,7 +125,7 @@ def test_students_of_every_family_export_and_agree(image, tmp_path):
     assert made.least_cosines["image"] > 0.9999
 
 
-def test_students_with_batch_norm_keep_statistics_while_learning_and_use_them_afterwards():
+def test_batch_norm_statistics_are_updated_in_training_and_used_in_evaluation():
     model = named("resnet-18")
     pixels, _ = inputs(model)
     (norm, *_) = [m for m in model.module.visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
@@ -153,7 +153,7 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def test_named_towers_are_the_published_ones():
+def test_named_towers_match_the_published_ones():
     d, tokens = 192, 1 + (32 // 16) ** 2
     block = 2 * 2 * d + (4 * d * d + 4 * d) + (8 * d * d + 5 * d)  # norms, attention, feed-forward
     ends = d * 3 * 16 * 16 + d + tokens * d + 2 * 2 * d + d * 32  # patches, class, positions, norms, projection
@@ -182,7 +182,7 @@ def test_named_towers_are_the_published_ones():
         ("vit-1x96-p8", "1x32", {"image": [(96, 3, 32)], "text": [(32, 1, 32)]}),
     ],
 )
-def test_a_short_size_says_layers_width_and_patch(image, text, wanted):
+def test_a_short_size_spells_layers_width_and_patch(image, text, wanted):
     model = student(image, text, image_size=32)
     found = {"image": [], "text": []}
     for part in anatomy.attentions(model.module):
@@ -202,7 +202,7 @@ def test_any_timm_tower_is_built_at_the_required_size(tmp_path):
         assert model.architecture["vision_cfg"]["timm_model_pretrained"] is False
 
 
-def test_a_resized_timm_tower_is_not_offered_to_plain_open_clip(tmp_path):
+def test_a_resized_timm_tower_is_not_written_for_open_clip(tmp_path):
     """open_clip would build it at the size its name stands for, and refuse its positions."""
     assert not save_for_open_clip(student({"timm": "test_vit"}, image_size=64), tmp_path / "resized")
     assert save_for_open_clip(student({"timm": "test_vit"}, image_size=160), tmp_path / "as-published")
@@ -230,7 +230,7 @@ def test_timms_own_weights_are_fetched_once_and_never_requested_again(monkeypatc
     assert requested[0] and not any(requested[1:]) and torch.equal(outputs(again)[0], outputs(model)[0])
 
 
-def test_timms_weights_that_cannot_be_had_are_reported(monkeypatch):
+def test_unavailable_timm_weights_are_reported(monkeypatch):
     def fails(*_, **__):
         raise OSError("no route to the hub")
 
@@ -245,7 +245,7 @@ def test_the_seed_decides_the_weights():
     assert not torch.equal(outputs(first)[0], outputs(other)[0])
 
 
-def test_a_whole_open_clip_config_goes_on_working_and_sees_what_the_teacher_sees():
+def test_a_full_open_clip_config_works_and_uses_the_teachers_preprocessing():
     config = tiny_architecture(width=16)
     wanted = new_model(config, 3)
     alone, taught = student_from(config, None, 3), student_from(config, teacher_clip(), 3)
@@ -286,7 +286,7 @@ def test_a_checkpoint_gives_an_open_clip_name_its_weights(tiny_name, tmp_path):
     assert start_hash(section, 0) != before  # other weights under the same name are another start
 
 
-def test_a_new_tower_reads_texts_as_the_teachers_tokenizer_writes_them():
+def test_a_new_text_tower_uses_the_teachers_tokenizer():
     teacher = teacher_clip()
     teacher.architecture["text_cfg"]["pool_type"] = "last"
     model = student("resnet-18", "1x32", teacher)
@@ -297,7 +297,7 @@ def test_a_new_tower_reads_texts_as_the_teachers_tokenizer_writes_them():
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize("tower", anatomy.TOWERS)
-def test_a_tower_is_taken_from_the_teacher_whole(tower, custom_text, cut, tmp_path):
+def test_a_whole_tower_is_copied_from_the_teacher(tower, custom_text, cut, tmp_path):
     teacher = teacher_clip(custom_text, cut)
     section = {"image": {"timm": "test_resnet"}, "text": "1x32"} | {tower: "teacher"}
     model = student_from(section, teacher, 0)
@@ -313,7 +313,7 @@ def test_a_tower_is_taken_from_the_teacher_whole(tower, custom_text, cut, tmp_pa
     assert_comes_back_bitwise(student_from(section, teacher, 0), tmp_path / "a")
 
 
-def test_frozen_towers_neither_learn_nor_gather_statistics():
+def test_frozen_towers_update_neither_weights_nor_statistics():
     teacher = teacher_clip(vision_cfg={"timm_model_name": "test_resnet", "timm_proj": "linear", "image_size": 32})
     section = {"image": "teacher", "text": "1x32"}
     model = student_from(section, teacher, 0)
@@ -328,7 +328,7 @@ def test_frozen_towers_neither_learn_nor_gather_statistics():
     assert torch.equal(outputs(model)[0], outputs(teacher)[0])
 
 
-def test_a_run_leaves_the_teachers_tower_alone_in_every_stage_and_after_a_stop(tmp_path):
+def test_a_tower_copied_from_the_teacher_stays_unchanged_in_every_stage_and_after_a_stop(tmp_path):
     short = {"losses": ["contrastive"], "steps": 3, "batch_size": 8, "lr": 1e-2}
     vision = {"timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
     save_artifact(
@@ -381,7 +381,7 @@ def test_a_run_leaves_the_teachers_tower_alone_in_every_stage_and_after_a_stop(t
         ({"image": "vit-t-16", "text": {"head": 2}}, "unknown key 'head'. Did you mean 'heads'"),
     ],
 )
-def test_a_section_that_makes_no_sense_is_reported_before_anything_is_built(section, message):
+def test_an_invalid_student_section_is_reported_before_anything_is_built(section, message):
     with pytest.raises(RecipeError, match=message):
         check(section, has_teacher=False)
 
@@ -400,12 +400,12 @@ def test_a_section_that_makes_no_sense_is_reported_before_anything_is_built(sect
         ({"inherit": {"text": {"layers": 3}}}, r"inherit\.text\.layers: expected at most the teacher\'s 2, found 3"),
     ],
 )
-def test_a_section_that_the_teacher_does_not_fit_is_reported(section, message):
+def test_a_student_section_that_does_not_fit_the_teacher_is_reported(section, message):
     with pytest.raises(RecipeError, match=message):
         student_from(section, teacher_clip(), 0)
 
 
-def test_an_int8_teacher_gives_no_towers():
+def test_copying_a_tower_from_an_int8_teacher_is_refused():
     teacher = teacher_clip()
     int8 = Model(**{**teacher.__dict__, "quantization": {"dtype": "int8"}})
     with pytest.raises(RecipeError, match="INT8"):

@@ -56,7 +56,7 @@ def mask_by_hand(block, masks):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_cut_model_computes_what_the_masked_model_computes(seed):
+def test_a_cut_model_matches_the_masked_model(seed):
     masked = new_model(tiny_architecture(layers=2), seed).module
     for parameter in masked.parameters():  # biases start at zero: randomise them
         if parameter.ndim == 1:
@@ -74,7 +74,7 @@ def test_a_cut_model_computes_what_the_masked_model_computes(seed):
 
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize("quick_gelu", [False, True])
-def test_own_attention_computes_what_open_clip_computes(custom_text, quick_gelu):
+def test_attention_matches_open_clip(custom_text, quick_gelu):
     config = tiny_architecture() | {"quick_gelu": quick_gelu}
     kind = open_clip.model.CustomTextCLIP if custom_text else open_clip.model.CLIP
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def test_the_softmax_scale_is_the_original_one_after_cutting():
     assert part.module.qk_dim == 4 and part.module.v_dim == 16 and part.module.scale == 16**-0.5
 
 
-def test_a_cut_artifact_is_read_back_with_bitwise_the_same_outputs(tmp_path):
+def test_a_cut_artifact_is_read_back_with_bitwise_equal_outputs(tmp_path):
     model = new_model(tiny_architecture(), 1)
     for number, block in enumerate(anatomy.blocks(model.module)):
         cut_block(block, random_masks(block, number))
@@ -103,7 +103,7 @@ def test_a_cut_artifact_is_read_back_with_bitwise_the_same_outputs(tmp_path):
         assert torch.equal(wanted, found)
 
 
-def test_an_uncut_model_is_written_so_that_plain_open_clip_loads_it(tmp_path):
+def test_an_uncut_model_is_written_in_a_form_that_open_clip_loads(tmp_path):
     model = new_model(tiny_architecture(), 2)
     assert save_for_open_clip(model, tmp_path / "open_clip")
     stock = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}", require_pretrained=True)
@@ -111,7 +111,7 @@ def test_an_uncut_model_is_written_so_that_plain_open_clip_loads_it(tmp_path):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_a_cut_model_is_not_offered_to_plain_open_clip(tmp_path):
+def test_a_cut_model_is_not_written_for_open_clip(tmp_path):
     model = new_model(tiny_architecture(), 2)
     block = anatomy.blocks(model.module)[0]
     cut_block(block, random_masks(block, 0))
@@ -119,7 +119,7 @@ def test_a_cut_model_is_not_offered_to_plain_open_clip(tmp_path):
     assert not (tmp_path / "open_clip").exists()
 
 
-def test_embeddings_are_the_tables_and_nothing_else():
+def test_embedding_counts_cover_the_embedding_tables_only():
     model = build(tiny_architecture(width=32))
     counted = anatomy.counts(model)
     # token table, text positions, 16 patches + class position, class embedding; all 32 wide
@@ -138,7 +138,7 @@ def timm_vit():
     return config | {"custom_text": True}
 
 
-def test_timms_vision_transformers_are_taken_apart_cut_and_read_back(tmp_path):
+def test_timm_vision_transformers_are_cut_and_read_back(tmp_path):
     config = timm_vit()
     torch.manual_seed(0)
     stock = open_clip.model.CustomTextCLIP(

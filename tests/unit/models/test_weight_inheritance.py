@@ -71,7 +71,7 @@ def silence(block, heads, ffn):
 
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize(("heads", "ffn"), [(1, 37), (2, 128), (3, 5)])
-def test_dropped_heads_and_units_equal_zeroed_ones(heads, ffn, custom_text, tmp_path):
+def test_dropping_heads_and_units_equals_zeroing_them(heads, ffn, custom_text, tmp_path):
     teacher = clip_of(width=48, ffn=128, custom_text=custom_text)
     before = {name: tensor.clone() for name, tensor in teacher.module.state_dict().items()}
     size = Size(heads=heads, ffn=ffn)
@@ -100,7 +100,7 @@ def test_one_tower_may_keep_the_teachers_sizes():
     assert (student.preprocess, student.tokenizer) == (teacher.preprocess, teacher.tokenizer)
 
 
-def test_open_clips_config_says_every_feed_forward_exactly(tmp_path):
+def test_the_open_clip_config_gives_exact_feed_forward_widths(tmp_path):
     assert int(112 * (244 / 112)) == 243  # how open_clip would read the plain ratio
     student = inherited(clip_of(layers=1, width=112), {"image": Size(ffn=244)})
     assert student.module.visual.transformer.resblocks[0].mlp.c_fc.out_features == 244
@@ -155,7 +155,7 @@ def planted(small, big, seed=0):
 
 
 @pytest.mark.parametrize("custom_text", [False, True])
-def test_a_small_model_hidden_in_a_large_one_is_found_again(custom_text, tmp_path):
+def test_a_small_model_hidden_in_a_large_one_is_recovered(custom_text, tmp_path):
     small = clip_of(layers=2, width=32, ffn=90, embed_dim=40, custom_text=custom_text)
     big = clip_of(layers=4, width=64, ffn=200, embed_dim=40, custom_text=custom_text)
     planted(small, big)
@@ -197,7 +197,7 @@ def slow_channels(weights, tower, layers, count):
 
 @pytest.mark.parametrize("width", [20, 41])
 @pytest.mark.parametrize("tower", anatomy.TOWERS)
-def test_width_keeps_the_channels_that_weigh_most_over_the_whole_tower(tower, width):
+def test_width_keeps_the_channels_with_the_largest_norms_in_the_tower(tower, width):
     teacher = clip_of(layers=2, width=48, seed=3)
     student = inherited(teacher, {tower: Size(width=width)})
     theirs, own = teacher.module.state_dict(), student.module.state_dict()
@@ -213,7 +213,7 @@ def test_width_keeps_the_channels_that_weigh_most_over_the_whole_tower(tower, wi
     assert torch.equal(outputs(student.module)[other], outputs(teacher.module)[other])
 
 
-def test_a_teacher_that_has_been_cut_gives_what_it_has_left(tmp_path):
+def test_a_pruned_teacher_passes_on_its_remaining_dims(tmp_path):
     teacher = clip_of(layers=2)
     for number, block in enumerate(anatomy.blocks(teacher.module)):
         dims = torch.arange(HEAD).expand(2, HEAD) < 8 + 2 * number
@@ -244,7 +244,7 @@ TIMM = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linea
 RESNET = {"layers": [1, 1, 1, 1], "width": 16, "head_width": 64, "image_size": 32}
 
 
-def test_timms_transformers_give_heads_and_units():
+def test_heads_and_units_are_inherited_from_timm_transformers():
     teacher = clip_of(vision_cfg=TIMM, custom_text=True)
     student = inherited(teacher, {"image": Size(heads=1, ffn=48)})
     for block in anatomy.blocks(teacher.module):
@@ -279,12 +279,12 @@ def _silence_timm(block):
         ({}, Size(ffn=129), r"image\.ffn: expected at most the teacher\'s 128, found 129"),
     ],
 )
-def test_sizes_that_the_teacher_cannot_give_are_reported(changes, size, message):
+def test_sizes_larger_than_the_teacher_are_reported(changes, size, message):
     with pytest.raises(RecipeError, match=message):
         inherited(clip_of(**changes), {"image": size})
 
 
-def test_width_is_refused_where_it_is_the_embeddings_or_where_a_part_is_unknown():
+def test_width_is_refused_for_embeddings_and_unknown_parts():
     teacher = clip_of(custom_text=True)
     teacher.architecture["text_cfg"]["proj_type"] = "none"
     with pytest.raises(RecipeError, match=r"text\.width: without a projection"):

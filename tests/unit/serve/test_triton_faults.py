@@ -224,7 +224,7 @@ def test_an_invalid_request_is_refused_with_a_reason(served, client, http, local
     happened(fault, f"{status}: {words}", f"{found}: {message}")
 
 
-def test_a_bomb_is_refused_before_it_is_decoded(served, client, happened):
+def test_a_decompression_bomb_is_refused_before_decoding(served, client, happened):
     for pid in processes(served):
         Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets the peak
     before = memory(served, "VmHWM")
@@ -274,7 +274,7 @@ def test_other_requests_are_answered_while_thousands_of_labels_are_embedded(serv
     happened("10,000 labels", "the probabilities of local inference, others answered meanwhile", f"so, {others} others")
 
 
-def test_clients_that_go_away_leave_nothing_behind(served, client, local, happened):
+def test_disconnected_clients_leave_nothing_behind(served, client, local, happened):
     """Half of 64 leave before they have sent everything, half before the answer; all with a reset."""
     host, port = served.http.split(":")
     content = random_image(5, "JPEG", (1000, 1000))

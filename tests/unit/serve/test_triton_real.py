@@ -75,7 +75,7 @@ def test_texts_become_the_ids_of_training_and_long_ones_are_cut(client, exports)
     np.testing.assert_array_equal(found, exported.tokenize()(TEXTS))
 
 
-def test_embeddings_are_onnx_runtimes_over_http_and_grpc(served, client, exports):
+def test_embeddings_over_http_and_grpc_equal_onnx_runtimes(served, client, exports):
     exported = read_export(exports[1])
     images = embeds_of(exported, "image", pixels_of(exported, IMAGES))
     texts = embeds_of(exported, "text", exported.tokenize()(TEXTS))
@@ -106,7 +106,7 @@ def test_more_images_and_labels_than_a_batch_are_classified(client, exports):
     np.testing.assert_allclose(classify(client, images, labels), expected, atol=1e-6)
 
 
-def test_requests_that_wait_together_are_one_run_and_are_answered_apart(client, exports):
+def test_queued_requests_are_batched_and_answered_separately(client, exports):
     exported = read_export(exports[1])
     expected = embeds_of(exported, "image", pixels_of(exported, IMAGES))
     before = executions(client, "image_encoder")

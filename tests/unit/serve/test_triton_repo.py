@@ -342,14 +342,14 @@ def test_an_export_that_has_not_changed_adds_nothing_and_touches_nothing(export,
     assert repository.stat().st_ino == folder  # a server or container on this folder is not disturbed
 
 
-def test_files_left_by_a_server_are_no_change(export, tmp_path):
+def test_files_left_by_a_server_do_not_count_as_a_change(export, tmp_path):
     left = python_repository(export, tmp_path) / "preprocess" / "1" / "__pycache__" / "model.cpython-311.pyc"
     left.parent.mkdir()
     left.write_bytes(b"compiled")
     assert not (python_repository(export, tmp_path) / "preprocess" / "2").exists()
 
 
-def test_the_same_export_made_elsewhere_is_no_change(export, tmp_path):
+def test_the_same_export_from_another_machine_does_not_count_as_a_change(export, tmp_path):
     python_repository(export, tmp_path)
     changed(export, parity={"image_min_cosine": 0.5})
     elsewhere = tmp_path / "elsewhere"

@@ -161,7 +161,7 @@ def test_a_missing_model_cannot_be_loaded(server):
         server.load("nobody")
 
 
-def test_nobody_else_loads_models_or_shares_memory(client):
+def test_clients_cannot_load_models_or_share_memory(client):
     for forbidden in (
         lambda: client.load_model("probe"),
         lambda: client.unload_model("probe"),
@@ -191,7 +191,7 @@ def test_only_this_machine_can_reach_it(server):
         assert {one[-8:] for one in found[int(port)]} == {"0100007F"}
 
 
-def test_nothing_is_left_of_a_server_that_is_stopped(triton, tmp_path):
+def test_stopping_a_server_leaves_nothing_behind(triton, tmp_path):
     with TritonServer(put_model(tmp_path, "probe", PROBE), triton=triton) as server:
         leader = server.pid
         assert len(session(leader)) > 1
@@ -284,7 +284,7 @@ def test_ctrl_c_ends_the_command_without_an_error_and_the_server_with_it(triton,
     assert (tmp_path / "run" / "triton" / "server.log").is_file()
 
 
-def test_sigterm_ends_it_without_an_error_too(triton, tmp_path):
+def test_sigterm_ends_the_command_without_an_error(triton, tmp_path):
     process, leader, _ = started("-c", SERVE, put_model(tmp_path / "models", "probe", PROBE))
     process.terminate()
     process.communicate()
@@ -292,7 +292,7 @@ def test_sigterm_ends_it_without_an_error_too(triton, tmp_path):
     assert session(leader) == [] and shared_memory(process.pid) == []
 
 
-def test_a_server_whose_clipress_is_killed_ends_too(triton, tmp_path):
+def test_the_server_ends_when_its_clipress_is_killed(triton, tmp_path):
     process, leader, _ = started("-c", SERVE, put_model(tmp_path / "models", "probe", PROBE))
     everything = session(leader)
     assert len(everything) == 2

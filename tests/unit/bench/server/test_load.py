@@ -79,7 +79,7 @@ def one_at_a_time(seconds):
     return send
 
 
-def test_a_closed_loop_has_as_many_requests_under_way_as_it_is_told(loop):
+def test_a_closed_loop_keeps_the_set_number_of_requests_in_flight(loop):
     under_way, most = 0, 0
 
     async def send(_):
@@ -97,7 +97,7 @@ def test_a_closed_loop_has_as_many_requests_under_way_as_it_is_told(loop):
 
 
 @pytest.mark.parametrize("clients", [1, 3, 8])
-def test_in_a_closed_loop_littles_law_holds(loop, clients):
+def test_a_closed_loop_obeys_littles_law(loop, clients):
     figures = measured(loop, one_at_a_time(lambda _: 0.005), Load(concurrency=clients)).figures()
     assert figures.infer_per_s == pytest.approx(200, rel=0.01)
     assert figures.infer_per_s * figures.mean_ms / 1000 == pytest.approx(clients, rel=0.02)
@@ -116,7 +116,7 @@ def service_with_a_stall(number):
     return 1.0 if number == 50 else 0.004 + 0.001 * (number % 3)
 
 
-def test_in_an_open_loop_every_latency_is_that_of_the_queue_and_a_stall_makes_all_behind_it_late(loop):
+def test_an_open_loop_has_the_latencies_of_a_queue_and_a_stall_delays_everything_behind_it(loop):
     found = measured(loop, one_at_a_time(service_with_a_stall), Load(request_rate=100), window=3000)
     count_ = len(found.requests)
     expected = lindley(islice(arrivals(100), count_), map(service_with_a_stall, range(count_)))
@@ -124,7 +124,7 @@ def test_in_an_open_loop_every_latency_is_that_of_the_queue_and_a_stall_makes_al
     assert sum(latency > 0.5 for latency in expected) > 30  # a client that waits for answers would have seen one
 
 
-def test_time_the_client_itself_loses_counts(loop):
+def test_time_lost_in_the_client_counts_as_latency(loop):
     async def send(number):
         if number == 20:
             loop.now += 2.0  # the client computes, and sends nothing meanwhile
@@ -146,7 +146,7 @@ def test_arrivals_are_a_poisson_process_and_the_same_every_time():
     np.testing.assert_array_equal(due[:2000], list(islice(arrivals(200.0), 2000)))
 
 
-def test_percentiles_leave_so_many_requests_above_them():
+def test_percentiles_leave_the_right_share_of_requests_above_them():
     rng = np.random.default_rng(0)
     requests = [Request(0.0, 0.0, done, None) for done in rng.permutation(np.arange(1, 1001)) / 1000]
     figures = latency_figures(requests)
@@ -163,7 +163,7 @@ def test_requests_belong_to_the_window_of_their_answer(loop):
     assert found.times()["latency_ms"][0] == pytest.approx(300)
 
 
-def test_warm_up_is_not_read_statistics(loop):
+def test_warm_up_is_not_measured(loop):
     found = measured(
         loop, one_at_a_time(lambda number: 1.0 if number == 0 else 0.01), Load(concurrency=1), warm_up=1500
     )
@@ -185,7 +185,7 @@ def test_three_windows_that_agree_in_rate_and_latency_are_stable(windows, percen
     assert are_stable(windows, percent) is stable
 
 
-def test_measuring_ends_when_it_is_stable_and_the_last_three_windows_are_reported(loop):
+def test_measuring_ends_when_stable_and_reports_the_last_three_windows(loop):
     def slow_at_first(number):
         return 0.02 if number < 100 else 0.01  # two seconds' worth
 
@@ -194,12 +194,12 @@ def test_measuring_ends_when_it_is_stable_and_the_last_three_windows_are_reporte
     assert found.figures().infer_per_s == pytest.approx(100, rel=0.01)
 
 
-def test_what_never_settles_is_said_not_to_be_stable(loop):
+def test_unstable_measurements_are_reported_as_unstable(loop):
     found = measured(loop, one_at_a_time(lambda n: 0.001 * 1.005**n), Load(concurrency=1), stability=5, trials=4)
     assert not found.stable and [round(mark.time, 6) for mark in found.marks] == [1, 2, 3, 4]
 
 
-def test_errors_are_counted_and_have_no_latency_and_a_dead_server_is_not_hammered(loop):
+def test_errors_are_counted_without_latency_and_a_dead_server_is_not_hammered(loop):
     async def send(number):
         await asyncio.sleep(0.01)
         if number % 4 == 0:
@@ -217,7 +217,7 @@ def test_errors_are_counted_and_have_no_latency_and_a_dead_server_is_not_hammere
     assert dead_figures.infer_per_s == 0 and np.isnan(dead_figures.p99_ms)
 
 
-def test_what_is_under_way_is_ended_when_the_user_stops_it():
+def test_requests_in_flight_are_cancelled_when_the_user_interrupts():
     ended = []
 
     async def forever():
@@ -258,7 +258,7 @@ COUNTED = {
 }
 
 
-def test_tritons_figures_are_means_between_two_moments():
+def test_triton_statistics_are_means_between_two_snapshots():
     as_grpc = json.loads(json.dumps(COUNTED), parse_int=str)  # protobuf's JSON has numbers as text
     assert read_statistics(as_grpc) == read_statistics(COUNTED)
     later = read_statistics(COUNTED)
@@ -286,12 +286,12 @@ def test_a_sweep_is_a_list_a_doubling_or_steps(given, expected):
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "x", "1:", "8:4:0:1", "1.5", "nan"])
-def test_a_sweep_that_is_none_is_a_mistake(text):
+def test_an_invalid_sweep_is_refused(text):
     with pytest.raises(RecipeError, match=r"--concurrency .*numbers above 0"):
         loads_from(text, None)
 
 
-def test_gates_hold_where_they_say():
+def test_gates_apply_only_where_they_say():
     rows = places_of(MODELS, [Load(1), Load(32)])
     rows = [row.model_copy(update={"p99_ms": float(row.concurrency)}) for row in rows]
     gate = gate_from("p99_ms{model=embed_text, concurrency=32} > 10", PLACES)
@@ -304,7 +304,7 @@ def test_gates_hold_where_they_say():
         gate_from("p99_ms{stage=int8} > 1", PLACES)
 
 
-def test_what_nothing_was_answered_for_is_null_in_the_file_and_read_back(tmp_path):
+def test_missing_latencies_are_null_in_the_file_and_read_back(tmp_path):
     rows = places_of(["embed_text"], [Load(request_rate=2.5)])
     written = json.loads(write_load(LoadResults(conditions={"protocol": "http"}, rows=rows), tmp_path).read_text())
     assert written["rows"][0]["p99_ms"] is None and written["rows"][0]["request_rate"] == 2.5
@@ -368,7 +368,7 @@ def test_a_real_server_counts_the_same_requests(server, protocol, load):
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_what_a_real_server_refuses_is_an_error_with_its_words(server, protocol):
+def test_a_request_refused_by_a_real_server_is_an_error_with_its_message(server, protocol):
     async def work():
         wire = open_wire(protocol, getattr(server, protocol), False)
         try:
@@ -383,7 +383,7 @@ def test_what_a_real_server_refuses_is_an_error_with_its_words(server, protocol)
     assert found.requests and all("not a readable image" in one.error for one in found.requests)
 
 
-def test_a_server_that_is_not_there_is_told(tiny_run):
+def test_an_unreachable_server_is_one_message(tiny_run):
     result = clipress("bench-server", tiny_run[0], "--url", "http://127.0.0.1:9", "--model", "embed_text")
     assert result.exit_code == 2 and "expected an answer from model embed_text" in result.output
 
@@ -403,7 +403,7 @@ def test_the_command_writes_figures_with_every_requests_times(server, tiny_run, 
     )
 
 
-def test_without_a_url_the_runs_own_server_is_started_and_stopped(triton, tiny_run, tmp_path):
+def test_without_a_url_a_server_for_the_run_is_started_and_stopped(triton, tiny_run, tmp_path):
     words = ("--concurrency", "1", "--window", "200", "--warm-up", "0", "--trials", "3", "--model", "image_encoder")
     result = clipress("bench-server", tiny_run[0], *words, "--out", tmp_path)
     assert result.exit_code == 0, result.output
