@@ -1,4 +1,4 @@
-"""The table "To add ..." of ARCHITECTURE.md is true: each row is tried with one file of another distribution."""
+"""Every row of the "To add" table in ARCHITECTURE.md works, with one file of another distribution per row."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import clipress
 from clipress.models.tiny import tiny_architecture
 
 ROOT = Path(clipress.__file__).parent
-# What is added, by the name of its row: one file each. Every one leaves a trace that the flow must show.
+# One file per row of the table. Each one leaves a trace that the tests below look for.
 ADDED = {
     "a loss": """
         from clipress.compress.losses import LOSSES, Loss
@@ -121,7 +121,7 @@ main(["import", "marked.safetensors", "imported"], standalone_mode=False)
 
 @pytest.fixture(scope="module")
 def flow(tmp_path_factory):
-    """One run that uses everything that was added; returns the folder it ran in."""
+    """Run a recipe that uses every addition; return its working folder."""
     home = tmp_path_factory.mktemp("adding")
     about = home / "site" / "additions-1.0.dist-info"
     about.mkdir(parents=True)
@@ -179,9 +179,7 @@ def header(folder):
 def test_every_row_of_the_table_is_tested():
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("## To add")[2]
     rows = re.findall(r"^\| (an? [^|]+?) \|", text, re.M)
-    assert {*rows} - {
-        "a backbone"
-    } == ADDED.keys()  # a backbone changes anatomy.py, which is the one file that knows them
+    assert {*rows} - {"a backbone"} == ADDED.keys()  # A backbone is added in anatomy.py.
 
 
 def test_an_added_loss_is_used_in_a_step(flow):

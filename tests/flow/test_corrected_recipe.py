@@ -1,4 +1,4 @@
-"""A recipe that was corrected goes on in its folder, as far as nothing that is finished depends on the correction."""
+"""A corrected recipe continues in its run folder if no finished stage depends on the correction."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from clipress.recipe import read_recipe
 
 @pytest.fixture
 def run(tiny_run, tmp_path):
-    """The artefacts and the recipe of a finished run."""
+    """The artifacts and the recipe of a finished run."""
     folder = tmp_path / "run"
     shutil.copytree(tiny_run[0], folder, ignore=shutil.ignore_patterns("export", "bench", "triton"))
     return folder
@@ -21,8 +21,8 @@ def hashes(run):
     return {path.parent.name: read_header(path.parent)["lineage"][-1]["hash"] for path in run.glob("*/clipress.json")}
 
 
-def taken(done):
-    """The stages a command took as they were."""
+def reused(done):
+    """Return the stages that a command reused."""
     return [stage for stage in ("pruned", "recovered", "sparse", "int8") if f"\n{stage}: reused" in done.output]
 
 
@@ -46,7 +46,7 @@ def test_sections_after_all_stages_may_change_at_any_time(recipe, run, tmp_path)
     recipe["data"]["test"] = recipe["data"]["test"][:1]
     done = clipress("compress", write_recipe(recipe, tmp_path), "--out", run)
     assert done.exit_code == 0, done.output
-    assert len(taken(done)) == 4 and hashes(run) == before
+    assert len(reused(done)) == 4 and hashes(run) == before
     assert read_recipe(run / "recipe.yaml").bench["batch"] == [1]
 
 
@@ -56,7 +56,7 @@ def test_an_unfinished_stage_may_change_and_finished_stages_are_kept(recipe, run
     recipe["stages"][3]["quantize"]["lr"] = 1e-5
     done = clipress("compress", write_recipe(recipe, tmp_path), "--out", run)
     assert done.exit_code == 0, done.output
-    assert taken(done) == ["pruned", "recovered", "sparse"]
+    assert reused(done) == ["pruned", "recovered", "sparse"]
     after = hashes(run)
     assert after.keys() - before.keys() == {"int8"} and after.items() >= before.items()
 
@@ -64,7 +64,7 @@ def test_an_unfinished_stage_may_change_and_finished_stages_are_kept(recipe, run
 def test_spelling_out_defaults_does_not_change_a_stage(recipe, run, tmp_path):
     recipe["stages"][3]["quantize"]["portable"] = True
     done = clipress("compress", write_recipe(recipe, tmp_path), "--out", run)
-    assert done.exit_code == 0 and len(taken(done)) == 4
+    assert done.exit_code == 0 and len(reused(done)) == 4
 
 
 def test_stages_that_depend_on_a_change_are_named_and_nothing_is_modified(recipe, run, tmp_path):

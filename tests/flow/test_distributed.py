@@ -1,4 +1,4 @@
-"""One process and two see the same loss, the same gradients and the same scores."""
+"""One process and two compute the same losses, gradients and pruning scores."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ JOB = Path(__file__).with_name("distributed_job.py")
 
 
 def close(found, wanted, what):
-    atol = 1e-5 * max(float(wanted.abs().max()), 1.0)  # float32 sums of many terms
+    atol = 1e-5 * max(float(wanted.abs().max()), 1.0)  # These are float32 sums of many terms.
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=atol, msg=lambda text: f"{what}: {text}")
 
 

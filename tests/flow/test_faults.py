@@ -1,4 +1,4 @@
-"""Every file is safe to open: what is hostile or broken is skipped and counted, or refused in one clear message."""
+"""Hostile and broken files are skipped and counted, or refused with one clear message."""
 
 import csv
 import json
@@ -42,18 +42,20 @@ def test_a_run_on_data_with_five_percent_bad_records_finishes_with_the_right_cou
         (tmp_path / name).write_bytes(content)
     with (tmp_path / "table.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerows([("title", "filepath"), *((f"a picture\0 {n}", name) for n, name in enumerate(names))])
+        writer.writerows([("title", "filepath"), *((f"an image\0 {n}", name) for n, name in enumerate(names))])
     source = {"format": "csv", "annotations": str(tmp_path / "table.csv"), "images": str(tmp_path), "separator": ","}
     recipe = {
         "name": "broken",
         "student": tiny_architecture(),
         "data": {"train": [source]},
-        "stages": [{"distill": {"losses": ["contrastive"], "steps": 3, "batch_size": 33}}],  # one epoch of 99
+        "stages": [{"distill": {"losses": ["contrastive"], "steps": 3, "batch_size": 33}}],  # One epoch has 99 items.
     }
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     log = [json.loads(line) for line in (tmp_path / "run" / "logs" / "distilled.jsonl").read_text().splitlines()]
-    told = [row["bad_record"] for row in log if "bad_record" in row]
-    assert {row["index"] for row in told} == {95, 96, 97, 98} and len(told) == 4  # gone.png was skipped at the start
-    assert all(any(name in row["reason"] for name in bad) for row in told)
+    reported = [row["bad_record"] for row in log if "bad_record" in row]
+    assert {row["index"] for row in reported} == {95, 96, 97, 98} and len(
+        reported
+    ) == 4  # gone.png was skipped on opening.
+    assert all(any(name in row["reason"] for name in bad) for row in reported)
     assert read_header(tmp_path / "run" / "distilled")["lineage"][-1]["details"]["bad_records"] == 4

@@ -1,4 +1,4 @@
-"""A tiny recipe through every stage to a Triton repository, and what is left afterwards."""
+"""A tiny recipe runs through every stage to a Triton repository."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def test_two_of_four_survives_training_saving_and_int8(tiny_run, stage):
     artifact = load_artifact(run / stage)
     names, skipped = artifact.sparsity["weights"], artifact.sparsity["skipped"]
     in_blocks = [name for name in skipped if "resblocks" in name]
-    assert len(names) + len(in_blocks) == 24  # six Linears in each of four blocks
+    assert len(names) + len(in_blocks) == 24  # Four blocks with six Linears each.
     assert len(names) >= 20 and all("2:4 needs" in skipped[name] for name in in_blocks)
     for name in names:
         assert is_two_of_four(artifact.weights[name]), name
@@ -93,7 +93,7 @@ def test_int8_runs_on_integer_kernels(tiny_run, tmp_path):
     integer = sum(kind in ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul") for kind in kinds)
     quantized = [name for name in read_header(run / "int8")["quantization"]["modules"] if name.startswith("visual.")]
     linears = [name for name in quantized if ".resblocks." in name]
-    assert len(linears) == 2 * 6 and "visual.conv1" in quantized  # q, k, v, out and two of the feed-forward
+    assert len(linears) == 2 * 6 and "visual.conv1" in quantized  # q, k, v, out and two in the feed-forward.
     assert integer == len(quantized)
 
 
@@ -222,7 +222,7 @@ def test_several_teachers_are_embedded_once_and_read_from_the_cache(tiny_run, tm
     folder, _ = tiny_run
     teachers = [
         {"artifact": str(folder / name), "cache": {"views": 2}} for name in ("teacher", "pruned")
-    ]  # an ensemble of two, neither of which is run while training
+    ]  # An ensemble of two teachers, neither of which runs during training.
     recipe = {
         "name": "cached",
         "teacher": teachers,
@@ -231,7 +231,7 @@ def test_several_teachers_are_embedded_once_and_read_from_the_cache(tiny_run, tm
     }
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    assert result.output.count(": embedding 96 of 96") == 4  # two sources, two teachers
+    assert result.output.count(": embedding 96 of 96") == 4  # Two sources times two teachers.
     log = [json.loads(line) for line in (tmp_path / "run" / "logs" / "distilled.jsonl").read_text().splitlines()]
     assert len(log) == 3 and all(row["ensemble"] > 0 and row["feature"] >= 0 for row in log)
     again = clipress("compress", tmp_path / "recipe-under-test.yaml", "--out", tmp_path / "other", "--set", "seed=1")
@@ -253,7 +253,7 @@ def test_serve_follows_the_recommendation_of_bench_unless_a_stage_is_named(tiny_
     (measured,) = results["kept"]
     assert (measured["backend"], measured["of"]) == ("onnxruntime", "int8") and measured["artifact"] in STAGES
     assert measured["text"] in " ".join(tiny_run[1].output.split())
-    for keeps, asked, served, said in (
+    for keeps, options, served, message in (
         (
             "sparse",
             (),
@@ -265,27 +265,27 @@ def test_serve_follows_the_recommendation_of_bench_unless_a_stage_is_named(tiny_
     ):
         kept = measured | {"artifact": keeps, "hash": read_header(run / keeps)["lineage"][-1]["hash"]}
         path.write_text(json.dumps(results | {"kept": [kept]}))
-        result = clipress("serve", run, *asked)
+        result = clipress("serve", run, *options)
         assert result.exit_code == 0, result.output
-        assert said in result.output and ("Serving " in result.output) == bool(said)
+        assert message in result.output and ("Serving " in result.output) == bool(message)
         assert f"Triton model repository of {served}, version" in result.output
         assert f"stage {served} (" in (run / "triton" / "onnxruntime" / "README.md").read_text()
     path.unlink()
     assert (
         "Triton model repository of int8, version" in clipress("serve", run).output
-    )  # nothing was measured: the last one
+    )  # Without measurements the last artifact is served.
 
 
 def test_serving_another_stage_adds_a_version_that_can_be_rolled_back(tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run[0], run)
     shutil.rmtree(run / "triton")
-    said = [
+    outputs = [
         clipress("serve", run, "--backend", "python", *options).output
         for options in (["--stage", "recovered"], ["--stage", "int8"], ["--roll-back"], ["--version", "2"])
     ]
-    assert "of recovered, version 1" in said[0] and "of int8, version 2" in said[1]
-    assert "Version 1 is served" in said[2] and "Version 2 is served" in said[3]
+    assert "of recovered, version 1" in outputs[0] and "of int8, version 2" in outputs[1]
+    assert "Version 1 is served" in outputs[2] and "Version 2 is served" in outputs[3]
     assert sorted(path.name for path in (run / "triton" / "python" / "classify").iterdir()) == [
         "1",
         "2",

@@ -1,4 +1,4 @@
-"""Whatever is in a file, readers answer or raise a ClipressError: the targets of `tests/fuzz`, tried on a few bytes."""
+"""The fuzz targets on their corpus and on arbitrary bytes: readers return or raise a ClipressError."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_corpus_inputs_raise_nothing_but_clipress_errors(path):
 def test_arbitrary_bytes_raise_nothing_but_clipress_errors(target, kinds):
     @given(st.integers(0, kinds - 1), st.binary(max_size=60))
     @settings(deadline=None, max_examples=40, database=None, suppress_health_check=list(HealthCheck))
-    def tried(kind, data):
+    def run_target(kind, data):
         target(bytes([kind]) + data)
 
-    tried()
+    run_target()

@@ -1,4 +1,4 @@
-"""The Python API: `clipress.run`, `clipress.load` and what they return."""
+"""The Python API: `clipress.run`, `clipress.load` and their results."""
 
 import shutil
 import subprocess
@@ -103,7 +103,7 @@ def test_an_image_may_be_a_path_bytes_a_pillow_image_or_an_array(model, images, 
 def test_a_pillow_image_is_rotated_and_converted_like_a_file(model, tmp_path):
     rng = np.random.default_rng(0)
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by a quarter
+    exif[0x0112] = 6  # Rotated by 90 degrees.
     turned, grey = tmp_path / "turned.jpg", tmp_path / "grey.png"
     Image.fromarray(rng.integers(0, 256, (40, 64, 3), np.uint8)).save(turned, exif=exif)
     Image.fromarray(rng.integers(0, 65_536, (40, 40), np.uint16)).save(grey)

@@ -1,4 +1,4 @@
-"""The house rules: which room may know which, what an import costs, what is shipped is valid."""
+"""Architecture rules: allowed imports, sizes of files and functions, light imports, valid shipped recipes."""
 
 import ast
 import re
@@ -14,11 +14,11 @@ import clipress
 
 ROOT = Path(clipress.__file__).parent
 FOUNDATION = {"errors", "recipe", "storage"}
-# Each room, and the others that it imports. An arrow that nothing uses is an error too.
+# The imports of each top-level package. An allowed import that nothing uses is an error too.
 ARROWS = {
     "clipress": {"serve", "version", "workflow"},
     "__main__": {"cli"},
-    "cli": {"errors", "storage", "version"},  # it imports commands by name
+    "cli": {"errors", "storage", "version"},  # It imports commands by name.
     "commands": FOUNDATION | {"artifact", "clipress", "studies", "workflow"},
     "workflow": FOUNDATION
     | {"artifact", "bench", "compress", "data", "export", "metrics", "models", "progress", "runtime", "serve", "tasks"}
@@ -49,7 +49,7 @@ MAX_LINES, MAX_FUNCTION, MAX_LITERALS = 400, 60, 60
 
 @cache
 def modules():
-    """Return every module of the package by its full name, parsed."""
+    """Return {full name: source} of every module of the package."""
     tracked = subprocess.check_output(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"], cwd=ROOT, text=True
     )
@@ -63,7 +63,7 @@ def modules():
 
 
 def imports(source):
-    """Yield every name of the package that a file imports, inside functions too: `clipress.data.spec.DataSpec`."""
+    """Yield every clipress name that a file imports, inside functions too, such as `clipress.data.spec.DataSpec`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "clipress":
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -87,7 +87,7 @@ def test_there_are_no_circular_imports():
     sources, graph = modules(), {}
     for module, source in sources.items():
         targets = {name if name in sources else name.rpartition(".")[0] for name in imports(source)}
-        graph[module] = targets - {module, "clipress"}  # the package itself imports its public names when they are used
+        graph[module] = targets - {module, "clipress"}  # The package imports its public names on first use.
     while leaves := [module for module, targets in graph.items() if not targets & graph.keys()]:
         for module in leaves:
             del graph[module]

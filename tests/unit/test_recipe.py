@@ -1,4 +1,4 @@
-"""A recipe is validated when it is read; messages name what is wrong and what is right."""
+"""Recipes are validated on reading, with messages that name the mistake and the correct form."""
 
 import pytest
 import yaml

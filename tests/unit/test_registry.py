@@ -1,4 +1,4 @@
-"""A registry holds what its modules register, finds the nearest name, and imports what other distributions add."""
+"""Registries: entries, suggestions for unknown names, and plugins of other distributions."""
 
 import subprocess
 import sys

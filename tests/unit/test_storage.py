@@ -32,7 +32,7 @@ def names(folder):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that locks a folder until its input ends or it is killed."""
+    """Another process that holds a lock until its input ends or it is killed."""
     command = [sys.executable, "-c", HOLDER, tmp_path / "run"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
@@ -56,7 +56,7 @@ def test_locking_a_shared_folder_waits(holder, tmp_path):
 
     def wait(message):
         messages.append(message)
-        holder.stdin.close()  # lets it go
+        holder.stdin.close()  # This releases the lock.
 
     with locked(tmp_path / "run", wait):
         assert len(messages) == 1 and "waiting" in messages[0]
@@ -73,7 +73,7 @@ def test_forked_children_do_not_keep_the_lock(tmp_path):
         process.kill()
         process.wait()
         with locked(tmp_path / "run"):
-            os.kill(worker, signal.SIGKILL)  # it has outlived its parent
+            os.kill(worker, signal.SIGKILL)  # The worker has outlived its parent.
 
 
 @pytest.mark.parametrize("call", ["mkdir", "fsync", "rename"])

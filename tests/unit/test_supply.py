@@ -1,4 +1,4 @@
-"""What a release brings and what it was tested with: requirements, the wheel's files, nothing of one builder's machine."""
+"""Releases: tested requirements, complete wheels, no traces of the build machine."""
 
 import json
 import re
@@ -25,7 +25,9 @@ EXTRAS = PROJECT["project"]["optional-dependencies"]
 PINS = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
 PYTHONS = ("3.10", "3.11", "3.12")
 HERE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
-REGISTRIES = [name[::-1] for name in ("ipyp", "detsohnohtyp", "sjmpn")]  # no file names them, and so not this one
+REGISTRIES = [
+    name[::-1] for name in ("ipyp", "detsohnohtyp", "sjmpn")
+]  # Spelled backwards: this file must not name them either.
 FOREIGN = {
     "a package registry": re.compile(rf"\b(?:{'|'.join(REGISTRIES)})\.[a-z]"),
     "a place on one machine": re.compile(r"(?<![\w.~])/(?:work|tmp/v|root|home/\w+)/"),
@@ -34,7 +36,7 @@ FOREIGN = {
 
 @pytest.fixture(scope="module")
 def tracked():
-    """All files under version control, as paths from the root."""
+    """Return all tracked files as paths from the root."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -50,11 +52,11 @@ def applies(pin, python):
 def test_the_tested_versions_meet_every_requirement(python):
     pins = [pin for pin in map(Requirement, PINS) if applies(pin, python)]
     versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
-    assert len(versions) == len(pins)  # none has two
-    asked = [*PROJECT["project"]["dependencies"], *EXTRAS["test"], *EXTRAS["serve"]]
-    for wanted in (Requirement(line) for line in asked if not line.startswith("clipress[")):
+    assert len(versions) == len(pins)  # No package has two pins.
+    required = [*PROJECT["project"]["dependencies"], *EXTRAS["test"], *EXTRAS["serve"]]
+    for wanted in (Requirement(line) for line in required if not line.startswith("clipress[")):
         found = versions[canonicalize_name(wanted.name)]
-        assert wanted.specifier.contains(found), f"{wanted} is asked for, constraints.txt has {found}"
+        assert wanted.specifier.contains(found), f"expected {wanted}, found {found} in constraints.txt"
 
 
 def test_constraints_are_exact_pins_in_order():
@@ -66,16 +68,16 @@ def test_constraints_are_exact_pins_in_order():
 
 @pytest.mark.parametrize("target", ["demo", "test"])
 def test_make_installs_the_tested_versions(tmp_path, target):
-    told = subprocess.run(
+    printed = subprocess.run(
         ["make", "-n", target, f"VENV={tmp_path}/venv"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    installs = [line for line in told.splitlines() if "pip install" in line]
+    installs = [line for line in printed.splitlines() if "pip install" in line]
     assert installs and all("--constraint constraints.txt" in line for line in installs)
 
 
 def test_every_supported_python_is_listed():
-    told = {entry.rpartition(" ")[2] for entry in PROJECT["project"]["classifiers"] if ":: Python ::" in entry}
-    assert told == set(PYTHONS) and PROJECT["project"]["requires-python"] == f">={PYTHONS[0]}"
+    listed = {entry.rpartition(" ")[2] for entry in PROJECT["project"]["classifiers"] if ":: Python ::" in entry}
+    assert listed == set(PYTHONS) and PROJECT["project"]["requires-python"] == f">={PYTHONS[0]}"
 
 
 def test_the_wheel_contains_every_code_folder_and_its_files(tracked):
@@ -106,7 +108,7 @@ def test_no_file_names_a_registry_or_a_local_path(tracked, what):
 
 
 def bill(**torch):
-    """What cyclonedx-py writes, cut down."""
+    """Return a shortened SBOM as cyclonedx-py writes it."""
     website = [{"type": "website", "url": "https://example.org"}]
     return {
         "$schema": "http://example.org/bom.json",

@@ -1,4 +1,4 @@
-"""`clipress bench`: comparisons, gates, what is written, and mistakes."""
+"""`clipress bench`: comparisons, gates, written files and user mistakes."""
 
 import json
 import shutil
@@ -49,7 +49,9 @@ def test_the_saved_samples_reproduce_the_figures(compared):
             assert len(case["latency_ms"]) == sum(case["rounds"]) == timing["iterations"] == 7
             own = Timings(np.array(case["latency_ms"]), np.array(case["rounds"]), np.array(case["starts_ms"]))
             again = summary(own, case["batch"])
-            assert again["p99_ms"] == pytest.approx(timing["p99_ms"], abs=2e-5)  # ms, as rounded
+            assert again["p99_ms"] == pytest.approx(
+                timing["p99_ms"], abs=2e-5
+            )  # Milliseconds are rounded to four digits.
             assert again["rounds"] == timing["rounds"]
             held[row["stage"], case["tower"]] = own
     ratio = speed_up(held["sparse", "text"], held["int8", "text"])
@@ -75,7 +77,9 @@ def test_a_verdict_follows_from_the_sampled_times_and_is_printed(compared):
         medians[stage] = [np.median(turn) for turn in turns]
     logs = np.log(np.array(medians["sparse"]) / medians["int8"])
     averages = averages_of(logs)
-    ratio, low, high = np.exp([np.median(averages), averages[2], averages[-3]])  # of 28, 2 lie outside on each side
+    ratio, low, high = np.exp(
+        [np.median(averages), averages[2], averages[-3]]
+    )  # Of 28 averages, 2 lie outside on each side.
     assert verdict["cases"][0]["speed_up"] == pytest.approx(ratio, rel=1e-3)
     faster = True if low > 1 and ratio >= 1.02 else None if high > 1.1 else False
     assert (verdict["faster"], verdict["keep"]) == (faster, {True: "int8", False: "sparse", None: None}[faster])
@@ -84,7 +88,7 @@ def test_a_verdict_follows_from_the_sampled_times_and_is_printed(compared):
 
 
 def averages_of(logs):
-    """The averages of all pairs of rounds, sorted."""
+    """Return the averages of all pairs of rounds, sorted."""
     return sorted((a + b) / 2 for i, a in enumerate(logs) for b in logs[i:])
 
 

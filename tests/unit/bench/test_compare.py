@@ -1,4 +1,4 @@
-"""Ratios and their intervals: against scipy, against every sign pattern, and against truth on simulated noise."""
+"""Ratios and intervals against scipy, an exact count of sign patterns, and the truth on simulated noise."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def test_the_interval_matches_an_exact_count_of_sign_patterns(rounds):
 
 @pytest.mark.parametrize("rounds", [50, 51, 80, 200])
 def test_the_normal_approximation_is_within_one_of_the_exact_count(rounds):
-    ways = [1]  # in whole numbers: of reaching each sum of ranks
+    ways = [1]  # Exact number of ways to reach each sum of ranks.
     for rank in range(1, rounds + 1):
         ways = [a + b for a, b in zip(ways + [0] * rank, [0] * rank + ways, strict=True)]
     reached = itertools.accumulate(ways)
@@ -66,7 +66,7 @@ def test_outliers_in_a_quarter_of_the_rounds_barely_move_the_estimate():
 
 
 def test_the_interval_has_its_nominal_coverage_on_a_noisy_machine():
-    """Both share a wandering load; each has bursts of its own."""
+    """Both models share a drifting load, and each has its own bursts."""
     rng = np.random.default_rng(1)
     held = 0
     for _ in range(400):

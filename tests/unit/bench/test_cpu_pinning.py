@@ -1,4 +1,4 @@
-"""A measurement stays on the CPUs it names, and leaves the process as it was."""
+"""A measurement is pinned to its CPUs and restores the affinity of the process."""
 
 import os
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="th
 
 @pytest.fixture
 def allowed(monkeypatch):
-    """A machine with CPUs 2 to 5; returns where the process is."""
+    """A machine with CPUs 2 to 5; return the current affinity."""
     now = [{2, 3, 4, 5}]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: now[0])
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cpus: now.__setitem__(0, set(cpus)))

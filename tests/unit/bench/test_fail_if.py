@@ -1,4 +1,4 @@
-"""Gates read METRIC{WHERE} OP NUMBER and nothing else."""
+"""Gates have the form METRIC{WHERE} OP NUMBER."""
 
 import operator
 
@@ -86,7 +86,7 @@ def test_gates_are_validated_early_and_typos_get_a_suggestion():
 
     early("p99_ms{stage=int8, batch=8} > 1")
     early("p99_ms{stage=run/int8} > 1")
-    early("digits/anything > 1")  # only the measurement knows which figures a set has
+    early("digits/anything > 1")  # The metrics of a set are only known after measuring.
     for text, words in {
         "p99ms > 1": "Did you mean 'p99_ms'",
         "p99_ms{stage=run/int} > 1": "Did you mean 'run/int8'",

@@ -1,4 +1,4 @@
-"""The cost table of a latency budget: what is measured, and that a narrowed block is the block with units cut."""
+"""The cost table of a latency budget: what is measured, and narrowed blocks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Cost per layer is what arithmetic says of the shapes, and the layers add up to the model."""
+"""Layer costs match arithmetic and sum to the cost of the model."""
 
 import pytest
 
@@ -52,8 +52,8 @@ def test_layer_costs_sum_to_the_model_for_any_image_tower(model):
     resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
     convolutional = {"embed_dim": 16, "vision_cfg": resnet, "text_cfg": text}
     for one in (model, new_model(convolutional, 0)):
-        one.module.eval()  # batch norms need more than one image otherwise
+        one.module.eval()  # In training mode, batch norms need more than one image.
         rows = layer_costs(one)
-        assert sum(row["params"] for row in rows) == anatomy.counts(one.module)["params"] - 1  # logit_scale
+        assert sum(row["params"] for row in rows) == anatomy.counts(one.module)["params"] - 1  # All but logit_scale.
         assert all(row["macs"] >= 0 and row["params"] >= 0 for row in rows)
     assert {"visual.conv1", "visual.layer1.0", "visual.layer4.0", "visual.attnpool"} <= {row["name"] for row in rows}

@@ -1,4 +1,4 @@
-"""Latency figures are trtexec's; costs are what arithmetic says."""
+"""Latency figures match trtexec."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from clipress.bench.latency import Enqueued, Timings, measure_in_turns, percenti
 
 
 class Clock:
-    """A clock that only queries move on; it notes what it saw."""
+    """A clock that only queries advance; it records the order of queries."""
 
     def __init__(self):
         self.now, self.seen = 0, []
@@ -29,7 +29,7 @@ def timings(*latency, rounds=None, enqueue=None):
 
 
 def test_percentiles_match_trtexec():
-    times = [float(t) for t in range(1, 201)]  # sorted, 200 of them
+    times = [float(t) for t in range(1, 201)]  # 200 sorted times.
     assert [percentile(times, p) for p in (50, 90, 95, 99)] == [100.0, 180.0, 190.0, 198.0]
     assert percentile([5.0], 99) == 5.0
     assert percentile([1.0, 2.0, 3.0], 100) == 3.0
@@ -54,8 +54,10 @@ def test_models_alternate_until_all_reach_their_duration_and_iterations():
     clock = Clock()
     queries = {"a": clock.query("a", 1), "b": clock.query("b", 4)}
     found = measure_in_turns(queries, warm_up_ms=0, duration_ms=8, iterations=5, clock=clock)
-    assert "".join(clock.seen) == "ab" + "abba" * 4  # one warm-up each; a turn is a twentieth of 8 ms: one query
-    assert {name: len(own.latency) for name, own in found.items()} == {"a": 8, "b": 8}  # a has its 8 ms last
+    assert (
+        "".join(clock.seen) == "ab" + "abba" * 4
+    )  # One warm-up each; a turn is a twentieth of 8 ms, which is one query.
+    assert {name: len(own.latency) for name, own in found.items()} == {"a": 8, "b": 8}  # `a` reaches its 8 ms last.
     assert found["a"].latency.tolist() == [1.0] * 8 and found["b"].latency.tolist() == [4.0] * 8
     assert found["a"].starts.tolist()[:3] == [0, 9, 10] and found["b"].starts.tolist()[:3] == [1, 5, 11]
     assert found["a"].enqueue is None
@@ -64,7 +66,7 @@ def test_models_alternate_until_all_reach_their_duration_and_iterations():
 def test_warm_up_lasts_as_long_as_set_and_is_not_counted():
     clock = Clock()
     found = measure_in_turns({"a": clock.query("a", 3)}, warm_up_ms=10, duration_ms=0, iterations=2, clock=clock)
-    assert len(clock.seen) == 4 + 2  # 9 ms are less than 10
+    assert len(clock.seen) == 4 + 2  # After 9 ms the warm-up of 10 ms is not over.
     assert len(found["a"].latency) == 2 and found["a"].starts[0] == 0
 
 
@@ -78,7 +80,7 @@ def test_a_turn_lasts_a_twentieth_of_the_duration():
 
 def test_one_slow_query_as_long_as_the_duration_still_leaves_paired_rounds():
     clock = Clock()
-    slow = iter([0, 5000])  # the first query after warm-up
+    slow = iter([0, 5000])  # The first query after the warm-up is slow.
 
     def query():
         clock.now += int((1 + next(slow, 0)) * 1e6)

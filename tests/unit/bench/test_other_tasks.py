@@ -1,4 +1,4 @@
-"""What bench measures of a model that is no CLIP: its own graphs, figures and cost."""
+"""Bench measures other tasks than CLIP with their own graphs, metrics and costs."""
 
 import json
 
@@ -24,7 +24,7 @@ def sets():
 
 @pytest.fixture(scope="module")
 def classifier(sets, tmp_path_factory):
-    """A classifier's artifact, and the model."""
+    """A classifier's artifact folder and the model."""
     model = task_named("classification").student_from({**SECTION, "labels": sets[0].classes.names}, None, 0)
     folder = tmp_path_factory.mktemp("classifier") / "dense"
     save_artifact(artifact_from_model(model, ({"stage": "dense", "hash": "abc"},), {}), folder)

@@ -1,4 +1,4 @@
-"""ONNX Runtime's profile is summed per operator kind and per layer."""
+"""ONNX Runtime's profile, summed per operator kind and per layer."""
 
 import json
 from types import SimpleNamespace

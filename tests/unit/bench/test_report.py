@@ -1,4 +1,4 @@
-"""The table and the page show the figures of results.json, whatever is in it."""
+"""The table and the page show the figures of results.json."""
 
 import copy
 import html
@@ -39,7 +39,7 @@ def timing(tower, batch, median):
 
 
 def row(stage, precision, params, size, top1, text_r1, image_r1, medians):
-    """`medians`: of the image tower at batch 1 and 32; the text tower takes half."""
+    """Return latencies; `medians` are those of the image tower at batch 1 and 32, and the text tower takes half."""
     return {
         "stage": stage,
         "artifact": stage,
@@ -67,7 +67,7 @@ def row(stage, precision, params, size, top1, text_r1, image_r1, medians):
 
 @pytest.fixture
 def results():
-    """Mean accuracies: 90, 84, 88.5, 89. The front over the image tower at batch 32: int8, sparse, teacher."""
+    """Four rows with mean accuracies 90, 84, 88.5 and 89. The front at image batch 32 is int8, sparse, teacher."""
     return {
         "schema_version": 1,
         "conditions": {
@@ -98,7 +98,7 @@ def verdict(faster, text):
 
 
 def renamed(results, name):
-    """Put a name wherever a user's own words can get into the page."""
+    """Put a name everywhere that user input reaches the page."""
     results = copy.deepcopy(results)
     results["conditions"] |= {"recipe": name, "processor": name, name: name}
     last = results["rows"][-1]
@@ -114,7 +114,7 @@ def renamed(results, name):
 
 
 class Read(HTMLParser):
-    """The page as a browser without JavaScript has it: the texts of tables, by id, and of scripts."""
+    """Parse the page without JavaScript: the texts of tables, by id, and of scripts."""
 
     def __init__(self, page):
         super().__init__()
@@ -147,7 +147,7 @@ class Read(HTMLParser):
             self._table[-1][-1] += data.strip()
 
 
-# ---- which points no other beats
+# ---- Pareto front
 
 
 def test_the_pareto_front_matches_a_hand_drawn_example():
@@ -171,7 +171,7 @@ def test_points_off_the_front_are_dominated_and_points_on_it_are_not():
         assert any(better(i, j) for i in front) == (j not in front)
 
 
-# ---- the terminal
+# ---- terminal
 
 
 def test_the_table_shows_hand_computed_figures(results):
@@ -219,7 +219,7 @@ def test_a_missing_figure_is_a_dash(results):
     assert words == "pruned fp32 4.00 - 50.0 12.0 16.00 - 78.0 74.0 76.0 - - -".split()
 
 
-# ---- the page, without JavaScript
+# ---- page without JavaScript
 
 
 def test_the_page_has_a_headline_with_the_gain(results):
@@ -246,7 +246,7 @@ def test_the_page_has_every_figure_without_javascript(results):
     int8 = read.tables["main"][-1]
     assert int8[:2] == ["int8", "int8"]
     assert int8[7:12] == ["97.0", "81.0", "79.0", "80.0", "88.5"]
-    assert int8[12:] == ["4.00", "2.50", "6.00", "8.00", "12.00", "8000"]  # 250 queries/s of 32
+    assert int8[12:] == ["4.00", "2.50", "6.00", "8.00", "12.00", "8000"]  # 250 queries/s at batch 32.
     assert len(read.tables["latency"]) == 2 + 4 * 4
     assert [
         "int8",
@@ -334,7 +334,7 @@ def test_the_report_is_written_into_the_folder(results, tmp_path):
     assert path.read_text(encoding="utf-8") == report_page(results)
 
 
-# ---- the file
+# ---- results.json
 
 
 def test_results_round_trip_and_unset_keys_are_not_written(results, tmp_path):
@@ -363,11 +363,11 @@ def test_missing_results_name_the_command_that_writes_them(tmp_path):
         read_results(tmp_path / "results.json")
 
 
-# ---- what an interleaved measurement adds
+# ---- interleaved measurements
 
 
 def paired(results):
-    """The results of a measurement with rounds: speed-ups with intervals, verdicts, costs per layer, one profile."""
+    """Results of an interleaved measurement: speed-ups with intervals, verdicts, costs per layer and a profile."""
     layers = [
         {"tower": "image", "name": "visual.blocks.0", "params": 4_000, "macs": 2_500_000},
         {"tower": "image", "name": "all else", "params": 1_000, "macs": 1_234_567},
@@ -401,7 +401,7 @@ def paired(results):
 
 def test_the_table_shows_paired_ratios_with_their_uncertainty(results):
     shown = table(paired(results))
-    assert shown.splitlines()[5].split()[-1] == "2.60"  # medians alone would say 2.50
+    assert shown.splitlines()[5].split()[-1] == "2.60"  # The ratio of medians is 2.50.
     beneath = " ".join(shown.partition("\n\n")[2].split())
     assert "speed-up: against teacher at batch 32, paired by rounds, 95 % intervals of ± 2.0% or less." in beneath
     assert "2:4 is not faster here: sparse is 1.00 [0.99, 1.01] times as fast. Keep pruned." in beneath
@@ -432,7 +432,7 @@ def test_the_page_shows_speed_ups_with_intervals(results):
 
 def test_the_headline_has_the_same_speed_up_as_the_table(results):
     page = report_page(paired(results))
-    assert "2.6 times faster" in page and "2.5 times faster" not in page  # medians alone would say 2.5
+    assert "2.6 times faster" in page and "2.5 times faster" not in page  # The ratio of medians is 2.5.
 
 
 def test_the_page_shows_the_verdicts(results):
@@ -471,11 +471,11 @@ def test_without_accuracy_the_headline_names_the_fastest(results):
     assert said.startswith("int8 is 2.60 times as fast as teacher (95 %: 2.55 to 2.65), image tower, batch 32.")
 
 
-# ---- the page in a browser
+# ---- page in a browser
 
 
 def visit(page, script, folder):
-    """Open a copy of the page with a script at its end; returns what the script answers and the console's lines."""
+    """Open a copy of the page with a script appended; return the script's result and the console output."""
     if CHROMIUM is None:
         pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
     probe = f"""<script>(() => {{
@@ -563,8 +563,8 @@ def test_a_point_shows_its_figures_on_hover_and_focus(results, tmp_path):
 
 
 def test_chart_and_table_follow_the_selection(results, tmp_path):
-    results["rows"][2]["latency"][0] |= timing("text", 1, 0.1)  # at batch 1 and text, sparse is the fastest
-    results["rows"][2]["accuracy"]["digits/top1"] = 98.5  # and the best at digits
+    results["rows"][2]["latency"][0] |= timing("text", 1, 0.1)  # sparse is fastest for text at batch 1,
+    results["rows"][2]["accuracy"]["digits/top1"] = 98.5  # and most accurate on digits.
     answer, console = visit(
         report_page(results),
         """
@@ -622,7 +622,7 @@ def test_names_do_not_run_as_code_in_a_browser(results, tmp_path):
         tmp_path,
     )
     assert console == []
-    assert answer == [None, 0, 2]  # the page's own script and the probe
+    assert answer == [None, 0, 2]  # The page has its own script and the probe.
 
 
 def test_a_full_page_shows_tooltips_sorts_its_layers_and_logs_no_error(results, tmp_path):
@@ -650,5 +650,5 @@ def test_a_full_page_shows_tooltips_sorts_its_layers_and_logs_no_error(results, 
     assert {"speed-up": "2.60", "95 %": "2.55–2.65", "median": "4.00"}.items() <= dict(answer["terms"]).items()
     assert answer["up"] == ["blocks.0", "all else", "visual.blocks.0"] and answer["down"] == answer["up"][::-1]
     assert answer["title"].endswith("parameters") and "linear-gradient" in answer["drawn"]
-    assert answer["grey"] != answer["own"]  # a model that others beat is greyed
+    assert answer["grey"] != answer["own"]  # Dominated models are grey.
     assert "0.500" in answer["cell"] and answer["verdicts"] == 3

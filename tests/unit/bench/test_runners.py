@@ -1,4 +1,4 @@
-"""Runners agree with one another, and say what they cannot do."""
+"""Runners agree with each other and refuse what they do not support."""
 
 import shutil
 
@@ -29,7 +29,7 @@ def opened(run, stage, backend, **settings):
 
 
 def embeddings(runner, name):
-    """Unit embeddings [3, D] of random inputs."""
+    """Return unit embeddings [3, D] of random inputs."""
     graph = runner.model.graphs[name]
     (output,) = graph.outputs
     found = runner.run(name)(graph.example(3))
@@ -118,11 +118,11 @@ def test_bound_and_passed_inputs_give_the_same_outputs(tiny_run):
         assert runner.query(name, 3)() is None
 
 
-# ---- files that are not ours
+# ---- foreign files
 
 
 def replaced(run, folder, model, dim=3):
-    """A copy of an export with another image.onnx, and described as such; dim: of its embeddings, None: as before."""
+    """Copy an export, replacing image.onnx and its description; `dim` is the embedding width, None to keep it."""
     copy = shutil.copytree(run / "export" / "pruned", folder / "export")
     exported = read_export(copy)
     onnx.save(model, copy / "image.onnx")
@@ -134,7 +134,7 @@ def replaced(run, folder, model, dim=3):
 
 
 def tower(shape, operator="ReduceSum", kind=TensorProto.FLOAT):
-    """[batch, 3, 32, 32] -> [batch, 3] by summing twice."""
+    """Return a graph [batch, 3, 32, 32] -> [batch, 3] that sums twice."""
     axes = helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])
     zero = helper.make_tensor("zero", kind, [], [0])
     nodes = [
@@ -177,11 +177,11 @@ def test_embeddings_of_an_unexpected_width_are_refused(tiny_run, tmp_path):
         check_answers("odd", runner)
 
 
-# ---- a graph that no CLIP has
+# ---- graphs of other tasks
 
 
 class VqaRunner(Runner):
-    """Two inputs, logits: what a visual question answering model may have."""
+    """A graph with two inputs and logits, like visual question answering."""
 
     backend = "vqa-test"
     graph = Graph(

@@ -1,4 +1,4 @@
-"""The TensorRT runner answers like the ONNX Runtime one, and its phases are timed apart."""
+"""The TensorRT runner matches ONNX Runtime and times its phases separately."""
 
 import shutil
 
@@ -126,7 +126,7 @@ def test_bench_refuses_a_batch_outside_the_profile_and_an_engine_of_another_gpu(
 
 @pytest.fixture
 def real():
-    """TensorRT and a GPU, if this machine has them."""
+    """Skip unless this machine has TensorRT and a GPU."""
     try:
         return find_machine()
     except BackendMissing as error:

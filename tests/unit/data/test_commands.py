@@ -144,7 +144,7 @@ def test_downloaded_shards_can_be_read(tmp_path):
         "4",
     ]
     code = "from clipress.cli import main\nif __name__ == '__main__': main()"
-    (tmp_path / "start.py").write_text(code)  # img2dataset starts processes of its own
+    (tmp_path / "start.py").write_text(code)  # img2dataset starts its own processes.
     try:
         subprocess.run([sys.executable, tmp_path / "start.py", *command, "--threads", "2"], check=True, timeout=300)
     finally:

@@ -1,4 +1,4 @@
-"""The images kept are the nearest ones, and no two of them alike."""
+"""Filtering keeps the best-ranked images without near duplicates."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def units(rng, *shape):
 
 
 def slowly(images, prompts, count, threshold):
-    """The same by the plainest of loops, in double precision."""
+    """Reference: a plain loop in double precision."""
     images, prompts = images.astype(float), prompts.astype(float)
     scores = [max(float(x @ p) for p in prompts) for x in images]
     kept = []

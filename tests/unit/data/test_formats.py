@@ -1,4 +1,4 @@
-"""Readers return what was written, in the exact formats that data sets come in."""
+"""Readers return what was written, in the exact formats of published datasets."""
 
 import json
 import pickle
@@ -317,7 +317,7 @@ def test_class_folders_are_named_by_a_list_with_wordnet_ids(tmp_path):
 def test_subsets_of_imagenet_use_the_names_of_imagenet(tmp_path):
     from open_clip import IMAGENET_CLASSNAMES
 
-    missiles = ["n03773504", "n04008634"]  # labels 657 and 744, both are called missile
+    missiles = ["n03773504", "n04008634"]  # Labels 657 and 744 are both called missile.
     root = class_folders(tmp_path / "imagenet-a", ["n01498041", *missiles])
     source = open_source(SourceSpec(format="folder", images=root, classes="imagenet", templates="openai"))
     assert source.classes.names == (IMAGENET_CLASSNAMES[6], "missile", "missile") == ("stingray", "missile", "missile")

@@ -1,4 +1,4 @@
-"""Images of every mode decode to what they show; what cannot be decoded is a DataError and nothing else."""
+"""Images of every mode are decoded correctly, and undecodable files raise a DataError."""
 
 import io
 import random
@@ -69,7 +69,7 @@ def test_the_format_is_detected_from_the_content(tmp_path):
 
 def test_a_decompression_bomb_is_refused(tmp_path):
     small = encoded(Image.new("1", (8, 8)), "PNG")
-    size = (40_000).to_bytes(4, "big")  # a header that promises 1.6 billion pixels
+    size = (40_000).to_bytes(4, "big")  # The header claims 1.6 billion pixels.
     header = b"IHDR" + size + size + small[24:29]
     bomb = small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
     with pytest.raises(DataError):

@@ -1,4 +1,4 @@
-"""Class lists and templates in their common spellings."""
+"""Class lists and prompt templates in their common formats."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Batches depend on the seed and the step alone; readers return what was written."""
+"""Batches depend only on the seed and the step; readers return what was written."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_items_do_not_depend_on_what_was_drawn_before():
     together, alone = make().__getitems__(draws), make().__getitems__(draws[4:5])
     np.testing.assert_array_equal(together["pixels"][4], alone["pixels"][0])
     again = make().__getitems__([Draw(0, 4, 1)])
-    assert not np.array_equal(alone["pixels"], again["pixels"])  # another pass is another view
+    assert not np.array_equal(alone["pixels"], again["pixels"])  # Another epoch has other augmentations.
 
 
 @pytest.mark.parametrize("size", [(50, 40), (40, 50), (32, 32), (333, 32), (31, 77)])

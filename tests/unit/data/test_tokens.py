@@ -1,4 +1,4 @@
-"""Token ids against open_clip's own tokenizer, which the embeddings of all published models rest on."""
+"""Token ids equal those of open_clip's tokenizer."""
 
 import subprocess
 import sys
@@ -18,9 +18,9 @@ TRICKY = [
     "  a\tphoto\n of\u00a0a   cat ",
     "It's we're I've I'm they'll he'd 'S \u017fo '\u017f",
     "&amp;amp;lt; &#39; &nbsp; caf&eacute;",
-    "schÃ¶n âœ” “quoted” ﬁne ＦＵＬＬ",  # wrongly decoded, ligatures, wide: ftfy's work
+    "schÃ¶n âœ” “quoted” ﬁne ＦＵＬＬ",  # Mojibake, ligatures and full-width letters, fixed by ftfy.
     "<start_of_text> <END_OF_TEXT> <\u017ftart_of_text> <start_of_text",
-    "İstanbul STRASSE ǅ Σίσυφος",  # lower case that is longer, or depends on the place
+    "İstanbul STRASSE ǅ Σίσυφος",  # Lower case that is longer or depends on the position.
     "日本語 한국어 العربية ไทย 👩‍🚀🇩🇪 ½ ² Ⅷ ١٢٣",
     "abcabcabc aaaaaaaaa ababababab hahahahahaha",
     "\x00\x01\x7f\u200b\ufeff\u2028 \U000e0041",
@@ -64,7 +64,7 @@ def test_ids_of_any_text_equal_open_clips(both, found):
 def test_a_truncated_text_keeps_its_end_token(both, length):
     cut = ours(length)(["one", "one two", "one two three four"])
     np.testing.assert_array_equal(cut, both[1](["one", "one two", "one two three four"], length).numpy())
-    assert (cut.max(axis=1) == cut[0].max()).all()  # the end has the highest id
+    assert (cut.max(axis=1) == cut[0].max()).all()  # The end token has the highest id.
 
 
 def test_tokenizer_arguments_of_open_clip_are_kept():

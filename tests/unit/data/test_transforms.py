@@ -1,4 +1,4 @@
-"""Views of an image, and the faster ways to the same pixels."""
+"""Image augmentations, and faster implementations with the same pixels."""
 
 import io
 

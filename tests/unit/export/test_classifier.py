@@ -1,4 +1,4 @@
-"""A classifier, a task of one graph without texts and embeddings, is exported, compared and built like a CLIP."""
+"""Exporting a classifier: a task with one graph, no texts and no embeddings."""
 
 import json
 

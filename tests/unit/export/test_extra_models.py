@@ -1,4 +1,4 @@
-"""Extra files made from an export's graphs give the same results as these, and their metadata say what they are."""
+"""Extra files give the same results as the graphs they are made from and describe themselves in metadata."""
 
 import io
 import json
@@ -272,7 +272,7 @@ QUESTION = Graph(
 
 @pytest.fixture
 def questions(tmp_path, monkeypatch):
-    """An export of a task that is no CLIP: one graph with two inputs, no tokenizer, no embeddings."""
+    """An export of another task: one graph with two inputs, no tokenizer, no embeddings."""
 
     class Questions(Task):
         name, main_graph, towers, figures, provides = "questions", "question", (), (), frozenset()

@@ -1,4 +1,4 @@
-"""Metrics from logits against scikit-learn, and against zero-shot metrics of the same scores."""
+"""Classification metrics match scikit-learn, and zero-shot metrics of the same scores."""
 
 import numpy as np
 import pytest

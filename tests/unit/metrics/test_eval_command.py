@@ -1,4 +1,4 @@
-"""`clipress eval`: figures with their errors, differences on the same items, a linear probe, a file."""
+"""`clipress eval`: metrics with standard errors, paired differences, a linear probe and a results file."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_two_stages_are_compared_and_the_file_matches_the_output(tiny_run, tmp_p
             f"{found['percent']:6.2f} ± {found['se']:4.2f} %   {found['difference']:+6.2f} [{low:+.2f}, {high:+.2f}]"
         )
         assert printed_lines[key].endswith(printed)
-    assert written["metrics"]["digits/lp_top1"]["percent"] > 25  # chance is 10
+    assert written["metrics"]["digits/lp_top1"]["percent"] > 25  # Chance level is 10.
 
 
 def test_bench_writes_the_outcome_of_every_item(tiny_run):

@@ -1,4 +1,4 @@
-"""Evaluation through two encoders: every caption, every template, the right labels, seen and unseen classes."""
+"""Evaluation with two encoders: captions, templates, labels, seen and unseen classes."""
 
 import logging
 
@@ -54,7 +54,7 @@ def test_equal_texts_have_equal_embeddings_in_any_batch():
 
     def encode(batch):
         calls.append(len(batch))
-        return batch + np.float32(len(calls) * 1e-3)  # an encoder that rounds differently in every batch
+        return batch + np.float32(len(calls) * 1e-3)  # The encoder rounds differently in every batch.
 
     texts = ["a", "b", "a", "c", "a"]
     found = encode_texts(encode, lambda texts: np.array([[ord(t), 1.0] for t in texts]), texts, batch=2)
@@ -86,7 +86,7 @@ def folders(root, names, listed=None):
 def test_numbered_folders_are_labels_of_a_subset_of_the_classes(tmp_path):
     names = [f"thing {i}" for i in range(11)]
     (evalset,) = evalsets([folders(tmp_path, ("0", "2", "10"), names)])
-    assert sorted(evalset.labels().tolist()) == [0, 0, 2, 2, 10, 10]  # 10 is not 1, though its folder comes second
+    assert sorted(evalset.labels().tolist()) == [0, 0, 2, 2, 10, 10]  # The folder 10 sorts second but is label 10.
     label_of = {round(float(batch), 3): label for batch, label in zip(reds(evalset), evalset.labels(), strict=True)}
 
     def knows_them(batch):

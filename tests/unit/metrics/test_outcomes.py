@@ -1,4 +1,4 @@
-"""Standard errors and paired differences against textbook formulas and against resampling, item by item."""
+"""Standard errors and paired differences match textbook formulas and resampling."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def hits(n, p, seed=0):
 
 
 def slow_value(outcomes, items):
-    """The figure of the items drawn, from its definition."""
+    """Compute the metric of the drawn items from its definition."""
     strata = np.zeros(len(outcomes.values)) if outcomes.strata is None else outcomes.strata
     means = [outcomes.values[items][strata[items] == s].mean() for s in np.unique(strata[items])]
     if outcomes.combine == "harmonic":
@@ -29,7 +29,7 @@ def slow_value(outcomes, items):
 
 
 def slow_draws(outcomes, replicates=1500):
-    """Draw units with replacement and work the figure out anew each time."""
+    """Draw units with replacement and recompute the metric each time."""
     rng = np.random.default_rng(1)
     units = np.arange(len(outcomes.values)) if outcomes.units is None else outcomes.units
     members = [np.flatnonzero(units == u) for u in np.unique(units)]
@@ -52,7 +52,7 @@ KINDS = {
 
 
 def model(kind, p, seed):
-    """Outcomes that differ between classes and are alike within a unit."""
+    """Return outcomes that differ between classes and correlate within a unit."""
     rng = np.random.default_rng(seed)
     lift = np.linspace(0.1, -0.4, 8)[LABELS] + np.random.default_rng(9).normal(0, 0.25, 150)[OWNER]
     return Outcomes(rng.random(N) < p + lift, **KINDS[kind])
@@ -114,11 +114,11 @@ def test_the_paired_interval_agrees_with_scipys_bootstrap():
 
 def test_paired_differences_are_more_precise_than_two_standard_errors():
     a = hits(2000, 0.6)
-    b = a & ~hits(2000, 0.03, 1)  # loses a few of what the first one has
+    b = a & ~hits(2000, 0.03, 1)  # `b` misses a few items that `a` gets right.
     found = paired_difference(Outcomes(a), Outcomes(b))
     assert 0 < found.low < found.value < found.high
     unpaired = 1.96 * np.hypot(standard_error(Outcomes(a)), standard_error(Outcomes(b)))
-    assert found.value < unpaired  # standard errors alone would not tell the two apart
+    assert found.value < unpaired  # Unpaired standard errors would not separate the two.
 
 
 def test_a_model_does_not_differ_from_itself():

@@ -1,4 +1,4 @@
-"""The linear probe learns what is linear, chooses C without the test items, and is the same every time."""
+"""The linear probe learns linear classes, chooses C without test items and is deterministic."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Ranks and recalls against an independent walk over sorted lists, ties included."""
+"""Ranks and recalls match an independent implementation on sorted lists, ties included."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from clipress.metrics.zeroshot import unit
 
 
 def slow_rank(query, gallery, is_right, right_first):
-    """Sort one list in double precision; among equal scores the right answers stand first or last."""
+    """Sort one list in double precision; correct answers come first or last among equal scores."""
     scores = [float(np.dot(query.astype(float), item.astype(float))) for item in gallery]
     order = sorted(range(len(gallery)), key=lambda g: (-scores[g], is_right[g] != right_first))
     return next(place for place, g in enumerate(order) if is_right[g])
@@ -21,7 +21,7 @@ def slow_rank(query, gallery, is_right, right_first):
 
 @st.composite
 def problems(draw):
-    """Small integer embeddings, whose products are exact, so that there are many real ties."""
+    """Draw small integer embeddings: their products are exact, so there are many true ties."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     images, extra, width = draw(st.integers(1, 9)), draw(st.integers(0, 20)), draw(st.integers(1, 4))
     owner = rng.permutation(np.concatenate([np.arange(images), rng.integers(0, images, extra)]))
@@ -64,7 +64,9 @@ def test_recalls_match_sorted_lists_and_count_every_caption():
 
 def test_any_caption_of_an_image_counts_as_a_hit():
     images = np.eye(3, dtype=np.float32)
-    texts = np.concatenate([np.roll(images, 1, axis=0), images])  # the first caption of each image is another's
+    texts = np.concatenate(
+        [np.roll(images, 1, axis=0), images]
+    )  # The first caption of each image belongs to another one.
     owner = np.concatenate([np.arange(3), np.arange(3)])
     found = retrieval(images, texts + 0.5 * np.repeat([[0], [1]], 3, axis=0).astype(np.float32), owner)
     assert found["text_r1"].values.tolist() == [True] * 3
@@ -83,11 +85,11 @@ def test_equal_captions_of_different_images_tie_at_any_position(width):
     rng = np.random.default_rng(width)
     images = unit(rng.standard_normal((41, width), dtype=np.float32))
     texts = images.copy()
-    texts[40] = texts[23] = texts[0]  # a matrix product may round these columns differently
+    texts[40] = texts[23] = texts[0]  # A matrix product may round these columns differently.
     found = retrieval(images, texts, np.arange(41))
     missed = np.flatnonzero(~found["text_r1"].values)
     assert 0 in missed and found["text_r1"].tied >= 1
-    order = np.r_[40, 1:40, 0]  # the same problem with two places exchanged
+    order = np.r_[40, 1:40, 0]  # The same problem with two positions swapped.
     again = retrieval(images[order], texts[order], np.arange(41))
     assert again["text_r1"].values.tolist() == found["text_r1"].values[order].tolist()
 
@@ -123,8 +125,10 @@ def test_captions_of_one_image_count_once_in_the_standard_error():
     rng = np.random.default_rng(0)
     images = unit(rng.standard_normal((200, 4))).astype(np.float32)
     owner = np.repeat(np.arange(200), 5)
-    alike = (images + 0.2 * rng.standard_normal((200, 4)).astype(np.float32))[owner]  # five captions, one outcome
+    alike = (images + 0.2 * rng.standard_normal((200, 4)).astype(np.float32))[owner]  # Five captions share one outcome.
     found = retrieval(images, alike, owner)["image_r1"]
     p = percent(found) / 100
     assert 0.1 < p < 0.9
-    assert standard_error(found) == pytest.approx(100 * (p * (1 - p) / 200) ** 0.5)  # as of 200 items, not of 1000
+    assert standard_error(found) == pytest.approx(
+        100 * (p * (1 - p) / 200) ** 0.5
+    )  # The error is that of 200 items, not of 1000.

@@ -1,4 +1,4 @@
-"""Zero-shot figures against scikit-learn on the same scores."""
+"""Zero-shot metrics match scikit-learn on the same scores."""
 
 from statistics import harmonic_mean
 
@@ -31,7 +31,7 @@ def test_top_k_and_mean_per_class_recall_equal_scikit_learn():
 def test_classes_without_images_do_not_count_in_the_mean():
     images, classes, labels = problem(classes=30, used=[2, 10, 29])
     found, guessed = percents(classification(images, classes, labels)), (images @ classes.T).argmax(1)
-    assert not np.isin(guessed, [2, 10, 29]).all()  # all 30 classes are there to be chosen
+    assert not np.isin(guessed, [2, 10, 29]).all()  # All 30 classes are candidates.
     recalls = [np.mean(guessed[labels == label] == label) for label in (2, 10, 29)]
     assert found["mean_per_class_recall"] == pytest.approx(100 * np.mean(recalls))
     assert found["top1"] == pytest.approx(100 * np.mean(guessed == labels))
@@ -75,7 +75,7 @@ def test_without_images_of_unseen_classes_there_is_no_harmonic_mean():
 @pytest.mark.parametrize(("classes", "width"), [(7, 5), (30, 64), (101, 129)])
 def test_classes_with_the_same_name_tie_and_the_ties_are_counted(classes, width):
     images, columns, labels = problem(classes, 300, width)
-    columns[-1] = columns[1]  # ImageNet has two such pairs: missile and sunglasses
+    columns[-1] = columns[1]  # ImageNet has two such pairs: missile and sunglasses.
     found, twins = classification(images, columns, labels, ks=(1, 2)), np.isin(labels, [1, classes - 1])
     assert twins.any() and not found["top1"].values[twins].any()
     assert found["top1"].tied == twins.sum()

@@ -1,4 +1,4 @@
-"""Parts and towers of every kind of model: a CLIP, a CLIP with timm's tower, a classifier; and attention to a memory."""
+"""Parts and towers of a CLIP, a CLIP with a timm tower and a classifier; cross-attention."""
 
 import copy
 
@@ -19,7 +19,7 @@ CLASSES, SIDE = 7, 32
 
 
 def stock_classifier(**changes):
-    """timm's plain vision transformer with a head, and random biases and gains."""
+    """Return timm's plain vision transformer with a head and random biases and gains."""
     torch.manual_seed(0)
     shape = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": CLASSES} | changes
     model = timm.models.VisionTransformer(img_size=SIDE, **shape)
@@ -73,9 +73,9 @@ def test_a_classifier_is_a_single_tower():
 
 def test_parameter_counts_of_a_classifier_match_arithmetic():
     d, patches = 48, 16
-    block = 4 * d + (4 * d * d + 4 * d) + (8 * d * d + 5 * d)  # norms, attention, feed-forward
-    ends = 3 * 64 * d + d + 2 * d + d * CLASSES + CLASSES  # patches, norm, head
-    embeddings = d + (patches + 1) * d  # class and positions
+    block = 4 * d + (4 * d * d + 4 * d) + (8 * d * d + 5 * d)  # Norms, attention, feed-forward.
+    ends = 3 * 64 * d + d + 2 * d + d * CLASSES + CLASSES  # Patches, norm, head.
+    embeddings = d + (patches + 1) * d  # Class token and positions.
     assert anatomy.counts(classifier()) == {
         "params": 3 * block + ends + embeddings,
         "params_without_embeddings": 3 * block + ends,
@@ -92,7 +92,7 @@ def test_int8_reaches_patches_blocks_and_head_of_a_classifier():
 
 @st.composite
 def part_masks(draw):
-    """For each of three blocks: heads, query and key dims, value dims and hidden units that stay."""
+    """Draw, for each of three blocks, the heads, query-key dims, value dims and hidden units to keep."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     masks = []
     for _ in range(3):
@@ -218,11 +218,11 @@ def test_impossible_records_are_refused(change, message):
         surgery.reshape(build(tiny_architecture(layers=1), 0), record)
 
 
-# attention to a memory of another width and length
+# cross-attention to a memory of another width and length
 
 
 def reference_attention(attn, x, memory, mask=None):
-    """Head by head, in double precision."""
+    """Reference: head by head, in double precision."""
     out = attn.out.bias.double() if attn.out.bias is not None else 0
     x, memory = x.double(), memory.double()
     q, k, v = (
@@ -245,7 +245,7 @@ def test_cross_attention_matches_the_formula(masked):
     mask = torch.randn(2, 1, 1, 9) * 3 if masked else None
     wanted = reference_attention(attn, x, memory, None if mask is None else mask[:, 0])
     torch.testing.assert_close(attn.attend(x, mask, memory), wanted, atol=1e-5, rtol=1e-5)
-    flat = None if mask is None else mask.expand(2, 3, 6, 9).reshape(6, 6, 9)  # one mask per sample and head
+    flat = None if mask is None else mask.expand(2, 3, 6, 9).reshape(6, 6, 9)  # One mask per sample and head.
     torch.testing.assert_close(attn.attend(x, flat, memory), wanted, atol=1e-5, rtol=1e-5)
 
 

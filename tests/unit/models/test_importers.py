@@ -1,4 +1,4 @@
-"""Third-party checkpoints, written here in their exact layouts, against the models they came from."""
+"""Third-party checkpoints, written here in their exact layouts, match their source models."""
 
 import copy
 import functools
@@ -32,7 +32,7 @@ NOTES = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77
 
 @functools.cache
 def source(quick_gelu=False, resnet=False):
-    """A model of plain open_clip with random biases and norms."""
+    """Return a plain open_clip model with random biases and norms."""
     torch.manual_seed(0)
     model = open_clip.model.CLIP(64, dict(RESNET if resnet else VIT), dict(TEXT), quick_gelu=quick_gelu).eval()
     for name, tensor in model.state_dict().items():
@@ -65,18 +65,18 @@ def assert_same(model, wanted):
 
 @pytest.fixture(scope="module")
 def name(tmp_path_factory):
-    """The same architecture as a named config of open_clip."""
+    """Register the same architecture as a named open_clip config."""
     path = tmp_path_factory.mktemp("configs") / "importers-test.json"
     path.write_text(json.dumps({"embed_dim": 64, "vision_cfg": VIT, "text_cfg": TEXT}))
     open_clip.add_model_config(path)
     return path.stem
 
 
-# each writer: state dict -> what the third-party code saves
+# Writers: from a state dict to the file that the third-party code saves.
 
 
 def upop(state, twin=None):
-    """The online model, its momentum twin (other weights), queues, masks of a search and the run's settings."""
+    """The online model, its momentum model (other weights), queues, search masks and the run's settings."""
     twin = twin or state
     renamed = {}
     for key, tensor in twin.items():
@@ -172,7 +172,7 @@ def test_every_importer_detects_and_reads_its_format(form, name, tmp_path):
 def test_a_registered_importer_is_detected_too(tmp_path):
     @IMPORTERS.register("renamed")
     class Renamed(Importer):
-        """A format whose names begin with `net.`."""
+        """A format with names that begin with `net.`."""
 
         priority = 60
 
@@ -232,9 +232,9 @@ def test_a_custom_text_tower_takes_weights_in_the_old_naming(tmp_path):
     assert_same(model, outputs(stock))
 
 
-# UPop, slimmed: an independent forward of the dense weights with the published code's slicing and scale
+# Slimmed UPop: an independent forward pass of the dense weights with the published slicing and scale.
 
-KEPT = {  # block: dims per head, hidden units
+KEPT = {  # Block: dims per head, hidden units.
     "visual.transformer.resblocks.0": (5, 100),
     "visual.transformer.resblocks.1": (64, 512),
     "transformer.resblocks.0": (1, 37),
@@ -243,7 +243,7 @@ KEPT = {  # block: dims per head, hidden units
 
 
 def masks():
-    """Per block: which dims of a head stay, the same for all heads, and which hidden units."""
+    """Return, per block, the dims of a head to keep (the same for all heads) and the hidden units to keep."""
     generator = torch.Generator().manual_seed(4)
     return {
         at: (
@@ -280,7 +280,7 @@ def reference_block(x, w, at, alpha, hidden, causal):
         heads.append(logits.softmax(-1) @ v @ w[f"{at}.attn.out_proj.weight"][:, rows[0]].T)
     x = x + sum(heads) + w[f"{at}.attn.out_proj.bias"]
     h = norm(x, "ln_2") @ w[f"{at}.mlp.c_fc.weight"].T + w[f"{at}.mlp.c_fc.bias"]
-    h = h * torch.sigmoid(1.702 * h) * hidden  # quick gelu of nothing is nothing
+    h = h * torch.sigmoid(1.702 * h) * hidden  # Quick GELU maps zero to zero.
     return x + h @ w[f"{at}.mlp.c_proj.weight"].T + w[f"{at}.mlp.c_proj.bias"]
 
 
@@ -364,7 +364,7 @@ def test_the_lineage_starts_with_the_file(slim_file, tmp_path):
     assert record["hash"] == artifact_from_checkpoint(slim_file, "upop").hash
     torch.save(source().state_dict(), tmp_path / "dense.pt")
     as_openai, as_kd = (artifact_from_checkpoint(tmp_path / "dense.pt", form).hash for form in ("openai", "clip-kd"))
-    assert as_openai != as_kd  # the same weights with another activation are another model
+    assert as_openai != as_kd  # The same weights with another activation are another model.
 
 
 def test_a_folder_needs_no_name(tmp_path):
@@ -447,7 +447,7 @@ def test_preprocessing_is_taken_from_the_pretrained_weights_of_a_name(known, wan
     tags = open_clip.list_pretrained_tags_by_model(known)
     agreed = agreed_preprocess([open_clip.get_pretrained_cfg(known, tag) for tag in tags])
     assert wanted.items() <= agreed.items()
-    assert ("mean" in agreed) == (known != "ViT-L-14")  # whose weights were trained with different ones
+    assert ("mean" in agreed) == (known != "ViT-L-14")  # The weights of ViT-L-14 were trained with different ones.
 
 
 # files that are not weights
@@ -470,7 +470,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(form, zipped, tmp_path):
         import_checkpoint(tmp_path / "evil.pth", form)
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "evil.pth", weights_only=False)
-    assert (tmp_path / "ran").exists()  # so the file was indeed able to
+    assert (tmp_path / "ran").exists()  # The file was able to run code.
 
 
 def test_a_pickled_module_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Loading by name and checkpoint: real files in open_clip's formats, and broken ones."""
+"""Loading by name and from checkpoints in open_clip's formats, valid and broken."""
 
 import open_clip
 import pytest

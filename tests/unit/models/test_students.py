@@ -1,4 +1,4 @@
-"""A recipe's student section: every form of it gives a CLIP that runs, learns, is saved and exports."""
+"""Every form of a recipe's student section gives a CLIP that trains, round-trips and exports."""
 
 import json
 
@@ -32,7 +32,7 @@ from clipress.recipe import Recipe
 from clipress.tasks import model_from_artifact
 
 TEXT = {"context_length": 16, "vocab_size": 500, "width": 32, "heads": 2, "layers": 1}
-# the smallest size, of whole patches and windows, that a tower accepts
+# The smallest size, in whole patches and windows, that each tower accepts.
 SIZES = {"mobilevit-s": 64, "swin-t": 64, "resnet-50": 64, "clip-distill": 64}
 SAMPLE = [SourceSpec(format="scenes", split="test", limit=10)]
 
@@ -53,7 +53,7 @@ def inputs(model, seed=0):
 
 
 def loss(model):
-    """A number that depends on every trained weight."""
+    """Return a number that depends on every trained weight."""
     pixels, ids = inputs(model)
     module = model.module
     return module.encode_image(pixels).sum() + module.encode_text(ids).sum() + module.logit_scale.exp()
@@ -67,11 +67,11 @@ def outputs(model):
 
 
 def teacher_clip(custom_text=False, cut=False, seed=5, **changes):
-    """A teacher whose preprocessing, tokenizer length and logit scale are no defaults."""
+    """Return a teacher with non-default preprocessing, tokenizer length and logit scale."""
     made = tiny_architecture() | {"custom_text": custom_text, "quick_gelu": True}
     model = new_model(made | changes, seed)
     torch.manual_seed(seed)
-    for parameter in model.module.parameters():  # biases start at zero and gains at one: randomise them
+    for parameter in model.module.parameters():  # Biases start at zero and gains at one, so randomise them.
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.8, 0.4)
     torch.nn.init.constant_(model.module.logit_scale, 3.0)
@@ -98,14 +98,14 @@ def test_every_named_image_tower_trains_all_weights_and_round_trips_bitwise(imag
     model.module.train()
     loss(model).backward()
     unused = [name for name, p in model.module.named_parameters() if p.grad is None]
-    assert not unused  # DDP would wait for them forever
+    assert not unused  # DDP would wait for them forever.
     assert outputs(model)[0].shape == (3, 32) and outputs(model)[1].shape == (3, 32)
     assert_comes_back_bitwise(model, tmp_path / "a")
 
 
 @pytest.mark.parametrize("text", TEXT_TOWERS)
 def test_every_named_text_tower_trains_all_weights_and_round_trips_bitwise(text, tmp_path):
-    teacher = teacher_clip(text_cfg={**TEXT, "context_length": 77})  # its vocabulary is small
+    teacher = teacher_clip(text_cfg={**TEXT, "context_length": 77})  # Its vocabulary is small.
     model = student("vit-1x32-p16", text, teacher)
     loss(model).backward()
     assert all(p.grad is not None for p in model.module.parameters())
@@ -134,7 +134,7 @@ def test_batch_norm_statistics_are_updated_in_training_and_used_in_evaluation():
     assert not torch.equal(norm.running_mean, before)
     with torch.no_grad():
         alone = model.module.eval().encode_image(pixels[:1])
-    torch.testing.assert_close(alone, outputs(model)[0][:1])  # other images in the batch no longer matter
+    torch.testing.assert_close(alone, outputs(model)[0][:1])  # Other images in the batch no longer matter.
     assert not torch.allclose(alone, fixed[:1])
 
 
@@ -156,14 +156,14 @@ def parameters(module):
 def test_named_towers_match_the_published_ones():
     d, tokens = 192, 1 + (32 // 16) ** 2
     block = 2 * 2 * d + (4 * d * d + 4 * d) + (8 * d * d + 5 * d)  # norms, attention, feed-forward
-    ends = d * 3 * 16 * 16 + d + tokens * d + 2 * 2 * d + d * 32  # patches, class, positions, norms, projection
+    ends = d * 3 * 16 * 16 + d + tokens * d + 2 * 2 * d + d * 32  # Patches, class token, positions, norms, projection.
     assert parameters(named("vit-t-16").module.visual) == 12 * block + ends
     resnet = torchvision.models.resnet18()
     assert parameters(named("resnet-18").module.visual) == parameters(resnet) - parameters(resnet.fc) + 512 * 32
     mobilenet = torchvision.models.mobilenet_v3_small(num_classes=32)
     assert parameters(named("mobilenetv3-s").module.visual) == parameters(mobilenet)
     swin = torchvision.models.swin_t()
-    # timm's head has no bias here
+    # timm's head has no bias here.
     assert (
         parameters(student("swin-t", embed_dim=32).module.visual) == parameters(swin) - parameters(swin.head) + 768 * 32
     )
@@ -203,7 +203,7 @@ def test_any_timm_tower_is_built_at_the_required_size(tmp_path):
 
 
 def test_a_resized_timm_tower_is_not_written_for_open_clip(tmp_path):
-    """open_clip would build it at the size its name stands for, and refuse its positions."""
+    """open_clip would build it at the size of its name and reject its position embeddings."""
     assert not save_for_open_clip(student({"timm": "test_vit"}, image_size=64), tmp_path / "resized")
     assert save_for_open_clip(student({"timm": "test_vit"}, image_size=160), tmp_path / "as-published")
     stock = open_clip.create_model(f"local-dir:{tmp_path / 'as-published'}", require_pretrained=True)
@@ -211,7 +211,7 @@ def test_a_resized_timm_tower_is_not_written_for_open_clip(tmp_path):
 
 
 def test_timms_own_weights_are_fetched_once_and_never_requested_again(monkeypatch):
-    """A builder that fills the tower with a known number stands in for the download."""
+    """A fake builder fills the tower with a known number instead of downloading."""
     import open_clip.timm_model as timm_model
 
     requested, real = [], timm_model.timm.create_model
@@ -283,7 +283,7 @@ def test_a_checkpoint_gives_an_open_clip_name_its_weights(tiny_name, tmp_path):
     before = start_hash(section, 0)
     assert start_hash(section, 0) == before != start_hash(section, 1)
     torch.save({}, tmp_path / "weights.pt")
-    assert start_hash(section, 0) != before  # other weights under the same name are another start
+    assert start_hash(section, 0) != before  # Other weights under the same name are a different start.
 
 
 def test_a_new_text_tower_uses_the_teachers_tokenizer():
@@ -306,7 +306,7 @@ def test_a_whole_tower_is_copied_from_the_teacher(tower, custom_text, cut, tmp_p
     assert torch.equal(outputs(model)[number], outputs(teacher)[number])
     assert not torch.equal(outputs(model)[1 - number], outputs(teacher)[1 - number])
     assert model.module.logit_scale.item() == 3.0 and model.preprocess == teacher.preprocess
-    with torch.no_grad():  # a copy: the teacher keeps its weights
+    with torch.no_grad():  # The tower is a copy: the teacher keeps its weights.
         for parameter in model.module.parameters():
             parameter.zero_()
     assert outputs(teacher)[number].abs().sum() > 0
@@ -348,7 +348,7 @@ def test_a_tower_copied_from_the_teacher_stays_unchanged_in_every_stage_and_afte
     }
     run = tmp_path / "run"
     compress(compress_plan_from(Recipe(**recipe)), run, lambda _: None)
-    (run / "second" / "clipress.json").unlink()  # as if the run had been stopped: the second stage starts from a file
+    (run / "second" / "clipress.json").unlink()  # As after a stop, the second stage starts from a file.
     compress(compress_plan_from(Recipe(**recipe)), run, lambda _: None)
     teacher, *stages = [
         outputs(model_from_artifact(run / name)) for name in ("teacher", "distilled", "second", "sparse", "int8")

@@ -1,4 +1,4 @@
-"""Cutting equals masking, and an artifact restores the model it was made from."""
+"""Cutting equals masking, and an artifact restores its model."""
 
 import open_clip
 import pytest
@@ -25,7 +25,7 @@ def outputs(model):
 
 
 def random_masks(block, seed):
-    """Masks of a block's attention and of its feed-forward."""
+    """Return masks for a block's attention and feed-forward."""
     generator = torch.Generator().manual_seed(seed)
     attn, ffn = block.parts
     h, d = attn.module.heads, attn.module.qk_dim
@@ -33,7 +33,7 @@ def random_masks(block, seed):
 
     def rows(count):
         order = torch.rand(h, d, generator=generator).argsort(1)
-        return order < count  # every head keeps `count` dims, each its own
+        return order < count  # Every head keeps `count` dims of its own.
 
     masks = surgery.AttnMask(rows(qk_dim), rows(v_dim))
     return masks, surgery.FfnMask(torch.rand(ffn.hidden, generator=generator) < 0.4)
@@ -46,7 +46,7 @@ def cut_block(block, masks):
 
 @torch.no_grad()
 def mask_by_hand(block, masks):
-    """Zero the cut units' own weights and biases; this is all the removal of a unit means."""
+    """Zero the weights and biases of the cut units, which is equivalent to removing them."""
     (attn, ffn), (kept, kept_ffn) = block.parts, masks
     attn = attn.module
     pairs = ((attn.q, kept.qk), (attn.k, kept.qk), (attn.v, kept.v), (ffn.linear_in, kept_ffn.ffn))
@@ -58,7 +58,7 @@ def mask_by_hand(block, masks):
 @pytest.mark.parametrize("seed", range(6))
 def test_a_cut_model_matches_the_masked_model(seed):
     masked = new_model(tiny_architecture(layers=2), seed).module
-    for parameter in masked.parameters():  # biases start at zero: randomise them
+    for parameter in masked.parameters():  # Biases start at zero, so randomise them.
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.5, 0.5)
     cut = new_model(tiny_architecture(layers=2), seed).module
@@ -122,12 +122,12 @@ def test_a_cut_model_is_not_written_for_open_clip(tmp_path):
 def test_embedding_counts_cover_the_embedding_tables_only():
     model = build(tiny_architecture(width=32))
     counted = anatomy.counts(model)
-    # token table, text positions, 16 patches + class position, class embedding; all 32 wide
+    # Token table, text positions, 16 patch positions and the class position, class embedding; all 32 wide.
     assert counted["params"] - counted["params_without_embeddings"] == 32 * (49408 + 24 + 17 + 1)
 
 
 def timm_vit():
-    """A CLIP whose image tower is one of timm's plain vision transformers."""
+    """Return a CLIP whose image tower is a plain timm vision transformer."""
     vision = {
         "timm_model_name": "test_vit",
         "timm_model_pretrained": False,

@@ -1,4 +1,4 @@
-"""A CPU's name and instruction sets, also where their sources differ."""
+"""The name and instruction sets of a CPU, also where their sources differ."""
 
 import pytest
 

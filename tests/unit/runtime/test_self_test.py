@@ -94,7 +94,7 @@ def test_nan_outputs_fail(file):
 
 @pytest.mark.parametrize(("apart", "least"), [(0.0, 0.9995), (0.0001, 0.9995), (0.01, 0.97)])
 def test_a_model_that_is_sensitive_to_rounding_has_a_looser_limit(apart, least):
-    """The outputs of two sessions differ by an angle whose cosine is 1 - apart."""
+    """The outputs of two sessions differ by an angle with cosine 1 - apart."""
 
     def session(row):
         put = SimpleNamespace(name="x", type="tensor(float)", shape=["batch", 3, 2, 2])

@@ -1,4 +1,4 @@
-"""The client: what it sends, what it retries, and what it keeps apart; against a stand-in that can fail, and a real Triton."""
+"""The client's requests, retries and errors, against a fake server that fails on demand and a real Triton."""
 
 import itertools
 import json

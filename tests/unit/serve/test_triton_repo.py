@@ -804,7 +804,7 @@ def test_a_release_of_version_1_is_still_served(export, tmp_path):
     }
 
 
-# --- what a server cannot be made to say ---
+# --- errors that a real server cannot be made to return ---
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A real Triton: its answers, its errors, and that nothing of it is left when it has stopped."""
+"""A real Triton: its answers, its errors and its cleanup."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A study lists its runs and summarises seeds; committed tables follow from committed figures."""
+"""A study lists its runs and summarises seeds; committed tables match committed figures."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_the_table_shows_the_loss_relative_to_the_reference(study, rows):
 def test_without_ratios_methods_are_compared_in_points_and_standard_deviations(study, rows):
     plain = study.model_copy(update={"ratios": {}})
     lines = markdown(plain, [row.model_copy(update={"ratio": None}) for row in rows], {}).splitlines()
-    # 78.5 against 71, spreads 0.7 and 1.4: pooled 1.118
+    # 78.5 against 71 with spreads 0.7 and 1.4, pooled 1.118.
     assert next(line for line in lines if line.startswith("| b |")).startswith(
         "| b | 2 | 78.5 ± 0.7 | +7.5 (+6.7 sd) |"
     )
@@ -123,7 +123,7 @@ def test_a_study_runs_resumes_and_times_its_steps(recipe, tmp_path):
     kept = json.loads((tmp_path / "out" / "tiny.json").read_text())
     assert [row["case"] for row in kept["step_cost"]] == ["plain", "search"] and len(kept["rows"]) == 1
     assert kept["rows"][0]["block_params_kept"] <= 0.5
-    assert run_study(tmp_path / "study.yaml", tmp_path / "runs", tmp_path / "out") == table  # nothing is done again
+    assert run_study(tmp_path / "study.yaml", tmp_path / "runs", tmp_path / "out") == table  # Nothing is repeated.
 
 
 def test_the_chart_is_one_line_per_method(study, rows):
@@ -149,7 +149,7 @@ def test_shipped_studies_expand_to_valid_runs(path):
             assert plan.stages[0].settings.budget.params == study.ratios[case.ratio]
         assert plan.recipe.seed == case.seed
     teachers = [case.recipe["teacher"] for case in cases]
-    assert all(teacher == teachers[0] for teacher in teachers)  # the same one for every method and seed
+    assert all(teacher == teachers[0] for teacher in teachers)  # Every method and seed has the same teacher.
 
 
 def test_an_unknown_key_in_a_study_is_reported(tmp_path):
@@ -159,7 +159,7 @@ def test_an_unknown_key_in_a_study_is_reported(tmp_path):
 
 
 def without_notes(text):
-    """A table without the notes that were written into it by hand."""
+    """Return a table without its handwritten notes."""
     return [line for line in text.splitlines() if line and not line.startswith("> ")]
 
 

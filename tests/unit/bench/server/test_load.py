@@ -1,4 +1,4 @@
-"""Load: loops and windows against queueing theory, on an event loop whose clock jumps; then a real server."""
+"""Load: loops and windows against queueing theory on a simulated clock, then against a real server."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ MODELS = ["embed_image", "image_encoder", "embed_text"]
 
 
 class Jumping(asyncio.SelectorEventLoop):
-    """Nothing waits: when all sleep, the clock is set to when the first one wakes up."""
+    """An event loop that never waits: when every task sleeps, the clock jumps to the next wake-up."""
 
     now = 0.0
 
@@ -69,7 +69,7 @@ def measured(loop, send, load, **windows):
 
 
 def one_at_a_time(seconds):
-    """Return a server that answers in order, and takes `seconds(number)` for each."""
+    """Return a server that answers in order and takes `seconds(number)` per request."""
     lock = asyncio.Lock()
 
     async def send(number):
@@ -90,7 +90,7 @@ def test_a_closed_loop_keeps_the_set_number_of_requests_in_flight(loop):
         under_way -= 1
 
     figures = measured(loop, send, Load(concurrency=4)).figures()
-    assert (most, under_way) == (4, 4)  # those under way at the end were cut off
+    assert (most, under_way) == (4, 4)  # Requests in flight at the end are cancelled.
     assert figures.infer_per_s == pytest.approx(400, rel=0.01)
     assert figures.p50_ms == figures.p99_ms == pytest.approx(10)
     assert (figures.errors, figures.concurrency, figures.request_rate) == (0, 4, None)
@@ -121,13 +121,13 @@ def test_an_open_loop_has_the_latencies_of_a_queue_and_a_stall_delays_everything
     count_ = len(found.requests)
     expected = lindley(islice(arrivals(100), count_), map(service_with_a_stall, range(count_)))
     np.testing.assert_allclose([one.done - one.due for one in found.requests], expected, atol=1e-9)
-    assert sum(latency > 0.5 for latency in expected) > 30  # a client that waits for answers would have seen one
+    assert sum(latency > 0.5 for latency in expected) > 30  # A client that waits for answers would see one.
 
 
 def test_time_lost_in_the_client_counts_as_latency(loop):
     async def send(number):
         if number == 20:
-            loop.now += 2.0  # the client computes, and sends nothing meanwhile
+            loop.now += 2.0  # The client is busy and sends nothing.
         await asyncio.sleep(0.001)
 
     found = measured(loop, send, Load(request_rate=50), window=3000)
@@ -141,7 +141,9 @@ def test_arrivals_are_a_poisson_process_and_the_same_every_time():
     due = np.fromiter(islice(arrivals(200.0), 50_000), float)
     gaps = np.diff(due, prepend=0)
     assert gaps.mean() == pytest.approx(1 / 200, rel=0.02)
-    assert gaps.std() == pytest.approx(1 / 200, rel=0.02)  # of an exponential distribution, its mean
+    assert gaps.std() == pytest.approx(
+        1 / 200, rel=0.02
+    )  # The standard deviation of an exponential distribution is its mean.
     assert (gaps > 3 / 200).mean() == pytest.approx(np.exp(-3), rel=0.05)
     np.testing.assert_array_equal(due[:2000], list(islice(arrivals(200.0), 2000)))
 
@@ -158,7 +160,7 @@ def test_percentiles_leave_the_right_share_of_requests_above_them():
 def test_requests_belong_to_the_window_of_their_answer(loop):
     found = measured(loop, one_at_a_time(lambda _: 0.3), Load(concurrency=1), trials=3)
     assert [round(one.done, 6) for one in found.requests] == [0.3, 0.6, 0.9, 1.2, 1.5, 1.8, 2.1, 2.4, 2.7, 3.0]
-    assert found.figures().windows in ((3, 3, 4), (3, 3, 3))  # the last answer comes as the window ends
+    assert found.figures().windows in ((3, 3, 4), (3, 3, 3))  # The last answer arrives as the window ends.
     assert found.times()["due_ms"][:3] == [0, 300, 600]
     assert found.times()["latency_ms"][0] == pytest.approx(300)
 
@@ -187,7 +189,7 @@ def test_three_windows_that_agree_in_rate_and_latency_are_stable(windows, percen
 
 def test_measuring_ends_when_stable_and_reports_the_last_three_windows(loop):
     def slow_at_first(number):
-        return 0.02 if number < 100 else 0.01  # two seconds' worth
+        return 0.02 if number < 100 else 0.01  # Two seconds of slow answers.
 
     found = measured(loop, one_at_a_time(slow_at_first), Load(concurrency=1), stability=2, trials=10)
     assert found.stable and [round(mark.time, 6) for mark in found.marks] == [2, 3, 4, 5]
@@ -259,10 +261,10 @@ COUNTED = {
 
 
 def test_triton_statistics_are_means_between_two_snapshots():
-    as_grpc = json.loads(json.dumps(COUNTED), parse_int=str)  # protobuf's JSON has numbers as text
+    as_grpc = json.loads(json.dumps(COUNTED), parse_int=str)  # protobuf writes numbers as strings in JSON.
     assert read_statistics(as_grpc) == read_statistics(COUNTED)
     later = read_statistics(COUNTED)
-    assert later["m"]["rows"] == 120  # versions of a model are added up
+    assert later["m"]["rows"] == 120  # Versions of a model are summed.
     before = {"m": {**dict.fromkeys(later["m"], 0), "requests": 40, "rows": 20, "executions": 10}}
     figures = server_figures(before, later)["m"]
     assert (figures.mean_batch, figures.requests, figures.executions) == (10, 20, 10)
@@ -321,10 +323,12 @@ def test_each_graph_of_images_or_texts_has_requests_of_its_own(tiny_run):
     exported, sets = read_export(tiny_run[0] / "export" / "int8"), evalsets([SourceSpec(format="digits", limit=3)])
     found = request_templates(exported, sets)
     assert found.keys() == set(MODELS)
-    assert found["embed_image"].content(0)[4:6] == b"\xff\xd8"  # a JPEG
+    assert found["embed_image"].content(0)[4:6] == b"\xff\xd8"  # This is a JPEG.
     assert found["embed_text"].content(1) != found["embed_text"].content(2)
     pixels = np.frombuffer(found["image_encoder"].content(0), "f").reshape(found["image_encoder"].shape)
-    assert pixels.shape == (1, 3, 32, 32) and (found["image_encoder"].content(3) == pixels.tobytes())  # three in turns
+    assert pixels.shape == (1, 3, 32, 32) and (
+        found["image_encoder"].content(3) == pixels.tobytes()
+    )  # Three images alternate.
     assert list(found) == model_names(exported.graphs.values())
     outputs = (Output(name="logits", shape=(10,)),)
     scores = exported.graphs["image"].model_copy(update={"name": "photo", "outputs": outputs, "agrees": "logits"})
