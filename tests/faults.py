@@ -163,7 +163,7 @@ for _name, _expected, _data in (
     ("a palette PNG", r"accepted: RGB \(8, 6\)", encoded("PNG", "P")),
     ("a 16-bit PNG", r"accepted: RGB \(8, 6\) \[0, 0, 0\]", encoded("PNG", "I;16")),
     ("a PNG with an alpha channel", r"accepted: RGB \(8, 6\)", encoded("PNG", "RGBA")),
-    ("a float TIFF", "refused|accepted: RGB", encoded("TIFF", "F")),
+    ("a float TIFF", r"accepted: RGB \(8, 6\)", encoded("TIFF", "F")),
     ("a PNG header of 50,000 x 50,000 pixels", "refused", png_of(50_000, 50_000)),
     ("a PNG header of 4 billion pixels a side", "refused", png_of((1 << 31) - 1, (1 << 31) - 1)),
     ("a TIFF header of 50,000 x 50,000 pixels", "refused", tiff_of(50_000, 50_000)),
@@ -188,7 +188,7 @@ def _(folder: Path) -> Any:
     return open_as_image(encoded("JPEG", exif=exif))(folder)
 
 
-@fault("random bytes as EXIF data", r"accepted: RGB \(8, 6\)|refused")
+@fault("random bytes as EXIF data", r"accepted: RGB \(8, 6\)")
 def _(folder: Path) -> Any:
     return open_as_image(encoded("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xee" * 200))(folder)
 
@@ -293,7 +293,7 @@ for _name, _form, _expected, _content in (
     ("JSON nested 100,000 deep", "karpathy", "refused: .*nests deeper", DEEP),
     ("truncated JSON", "coco", "refused: .*not readable JSON", '{"images": [{"id":'),
     ("JSON with a number of 5,000 digits", "coco", "refused: .*not readable JSON", "9" * 5000),
-    ("JSON with NaN for an id", "karpathy", "1 records, 1 skipped|refused", '[{"image": "a.png", "caption": "x", "image_id": NaN}]'),
+    ("JSON with NaN for an id", "karpathy", "refused: .*1 of 1 records cannot be used .*row 0", '[{"image": "a.png", "caption": "x", "image_id": NaN}]'),
     ("JSON of the wrong kind", "karpathy", "refused: .*expected a list of rows, found dict", "{}"),
     ("JSON of the wrong kind for COCO", "coco", "refused: .*lists 'images' and 'annotations'", "[1]"),
     ("JSON with a byte order mark", "karpathy", "9 records, 0 skipped", "\ufeff" + json.dumps(ROWS)),
@@ -386,14 +386,14 @@ for _name, _expected, _content in (
     ("a tar with members ../x and /etc/x", "accepted: 11 records, 0 unreadable",
      tar_of(("../x.png", encoded("PNG")), ("../x.txt", b"a"), ("/etc/x.png", encoded("PNG")), ("/etc/x.txt", b"a"))),
     ("a text file as a tar", "refused: .*is not a readable tar", b"hello"),
-    ("a tar of zero bytes", "refused: .*(is not a readable tar|no usable records)", b""),
+    ("a tar of zero bytes", "refused: .*is not a readable tar file: empty file", b""),
     ("a gzip file named .tar", "refused: .*is not a readable tar.*Compressed", b"\x1f\x8b\x08" + b"\0" * 600),
     ("a tar header of 8 EB", "accepted: 9 records", tar_of()[: 9 * 2048] + header_of("z.png", b"\x80" + b"\0" * 3 + b"\x7f" + b"\xff" * 7)),
     ("a tar header of a negative size (an endless loop)", "accepted: 9 records",
      tar_of().rstrip(b"\0").ljust(19 * 1024, b"\0")[: 9 * 2048] + header_of("z.png", b"\xff" * 10 + b"\xfe\x00") + b"\0" * 1024),
     ("a long name of 100 GB", "accepted: 9 records",
      tar_of()[: 9 * 2048] + header_of("././@LongLink", b"\x80" + b"\0" * 6 + (100 << 30).to_bytes(5, "big"), b"L") + b"\0" * 1024),
-    ("a label too large for an integer", "accepted|refused", tar_of(("x.cls", b"9" * 30))),
+    ("a label too large for an integer", "accepted: 9 records, 0 unreadable", tar_of(("x.cls", b"9" * 30))),
     ("a broken image in a tar", "accepted: 10 records, 1 unreadable", tar_of(("x.png", b"no"), ("x.txt", b"a"))),
     ("a blank caption in a tar", "accepted: 10 records, 1 unreadable", tar_of(("x.png", encoded("PNG")), ("x.txt", b"  "))),
     ("the same name twice in a tar", "accepted: 11 records, 0 unreadable", tar_of(*[("x.png", encoded("PNG")), ("x.txt", b"a")] * 2)),
@@ -682,7 +682,7 @@ for _name, _expected, _changes in (
     FAULTS.append(Fault(_name, _expected, lambda f, c=_changes: type(model_from_artifact(damaged(f, **c))).__name__))
 
 
-@fault("an artifact with absurd block shapes", "refused: .*(make no sense|do not fit)")
+@fault("an artifact with absurd block shapes", "refused: .*do not fit")
 def _(folder: Path) -> Any:
     home = damaged(folder)
     header = json.loads((home / "clipress.json").read_text())
@@ -930,7 +930,7 @@ for _name, _expected, _content in (
     ("a recipe of zero bytes", "found NoneType", b""),
     ("a recipe of several documents", "expected a single document", "a: 1\n---\nb: 2\n"),
     ("a recipe that is not UTF-8", "cannot be read", b"name: caf\xe9\n"),
-    ("a recipe of random bytes", "cannot be read|is not valid YAML", bytes(range(256))),
+    ("a recipe of random bytes", "cannot be read", bytes(range(256))),
     ("a recipe with a byte order mark", "name: this key is required", "\ufeffdata: {}\n".encode()),
     ("a recipe with an invalid date", "is not valid YAML", "name: 2001-99-99\n"),
     ("a recipe with !!bool maybe", "is not valid YAML", "name: !!bool maybe\n"),

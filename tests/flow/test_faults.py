@@ -18,7 +18,8 @@ def test_names_are_unique_and_the_committed_table_lists_existing_inputs_once():
     assert sorted(set(names)) == sorted(names)
     rows = json.loads((HERE / "faults.json").read_text())["inputs"]
     tried = [row["input"] for row in rows]
-    assert sorted(set(tried)) == sorted(tried) and all(row["passed"] for row in rows)
+    assert sorted(set(tried)) == sorted(tried) and set(tried) <= set(names)
+    assert rows and all(row["passed"] for row in rows)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

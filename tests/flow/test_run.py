@@ -40,7 +40,9 @@ def test_every_stage_has_an_artifact_a_row_and_a_repository(tiny_run):
     page = (run / "bench" / "report.html").read_text()
     table = page.partition('<table id="main">')[2].partition("</table>")[0]
     assert re.findall(r'scope="row"[^>]*>([^<]+)</th>', table) == STAGES
-    for backend in (run / "triton").iterdir():
+    backends = sorted(path for path in (run / "triton").iterdir() if path.is_dir())
+    assert [path.name for path in backends] == ["onnxruntime", "python"]
+    for backend in backends:
         models = {version.parent for version in backend.glob("*/[0-9]*")}
         assert {f"{tower}_encoder" for tower in ("image", "text")} <= {model.name for model in models}
         assert models == {config.parent for config in backend.glob("*/config.pbtxt")}

@@ -178,6 +178,9 @@ def artifact(data: bytes) -> None:
             raise  # Otherwise the harness failed to name the cache.
 
 
+IMPORT_FORMATS = ("auto", "openai", "clip-kd", "tinyclip", "upop")
+
+
 def importers(data: bytes) -> None:
     """Checkpoints: raw pickles, safetensors and folders, and state dicts with changed names and shapes."""
     from clipress.models.importers import import_checkpoint
@@ -201,7 +204,7 @@ def importers(data: bytes) -> None:
             import_checkpoint(home)
         else:
             torch.save(_other(state, rest), HOME / "b.pth")
-            form = ("auto", "openai", "clip-kd", "tinyclip", "upop")[kind // 5 % 5]
+            form = IMPORT_FORMATS[kind // 5 % len(IMPORT_FORMATS)]
             import_checkpoint(HOME / "b.pth", form)
     except ClipressError:
         pass
@@ -247,6 +250,11 @@ COCO = {
 }
 
 
+FORMS = (
+    "csv", "csv", "karpathy", "coco", "captions", "images", "webdataset", "prompts", "image", "karpathy", "coco",
+)  # fmt: skip
+
+
 def annotations(data: bytes) -> None:
     """Tables, JSON, tars, lists and images; every record of a source that opens is read."""
     from clipress.data.formats.webdataset import Shards
@@ -263,20 +271,7 @@ def annotations(data: bytes) -> None:
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(buffer, "PNG")
         (HOME / "a.png").write_bytes(buffer.getvalue())
     path.write_bytes(rest)
-    form = (
-        "csv",
-        "csv",
-        "karpathy",
-        "coco",
-        "captions",
-        "images",
-        "webdataset",
-        "prompts",
-        "image",
-        "karpathy",
-        "coco",
-    )
-    chosen = form[kind % len(form)]
+    chosen = FORMS[kind % len(FORMS)]
     try:
         if chosen == "image":
             fitted(open_image(rest), Preprocess(size=8))
@@ -286,9 +281,9 @@ def annotations(data: bytes) -> None:
             (HOME / "p.json").write_bytes(rest)
             read_prompts(HOME / "p.json")
             return
-        if kind % len(form) > 8:
+        if kind % len(FORMS) > 8:
             path.write_text(json.dumps(edited(KARPATHY if chosen == "karpathy" else COCO, rest)))
-        spec = SourceSpec(format=chosen, annotations=path, images=HOME, separator="," if kind % len(form) else "\t")
+        spec = SourceSpec(format=chosen, annotations=path, images=HOME, separator="," if kind % len(FORMS) else "\t")
         source = Shards(spec.model_copy(update={"shards": "x"}), [path], None) if chosen == "webdataset" else None
         source = source or FORMATS[chosen](spec)
         tokenize = annotations.__dict__.setdefault(
@@ -305,3 +300,7 @@ def annotations(data: bytes) -> None:
                 pass
     except ClipressError:
         pass
+
+
+KINDS = {recipe: 2, artifact: 16, importers: 5 * len(IMPORT_FORMATS), annotations: len(FORMS)}
+"""Number of values of the first byte that select different inputs, per target."""

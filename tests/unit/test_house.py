@@ -138,7 +138,7 @@ def test_every_shipped_recipe_is_valid():
     from clipress.workflow.plan import plan_from
 
     recipes = sorted((ROOT / "configs").glob("*.yaml"))
-    assert len(recipes) >= 2
+    assert recipes
     for path in recipes:
         plan_from(read_recipe(path))
 

@@ -23,6 +23,13 @@ def test_an_unknown_name_is_reported_with_the_nearest_known_one():
         colors.find("rde", "paint.color")
 
 
+def test_an_entry_may_be_registered_for_a_block_only():
+    colors = Registry("color")
+    with colors.registered("red", str) as entry:
+        assert colors["red"] is entry is str
+    assert not colors
+
+
 def test_registering_a_name_twice_is_an_error():
     colors = Registry("color")
     colors.register("red")(str)

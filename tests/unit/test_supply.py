@@ -63,7 +63,7 @@ def test_constraints_are_exact_pins_in_order():
     pins = [Requirement(line) for line in PINS]
     assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) and not pin.url and not pin.extras for pin in pins)
     names = [canonicalize_name(pin.name) for pin in pins]
-    assert names == sorted(names) and len(names) > 80
+    assert names and names == sorted(names)
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])

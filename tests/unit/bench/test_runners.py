@@ -229,14 +229,13 @@ def test_an_onnx_file_with_two_inputs_is_fed_by_name():
     assert (found["difference"] == 4).all()
 
 
-def test_every_runner_is_registered_under_its_own_name_and_another_one_can_be_added(monkeypatch, tmp_path):
-    assert {"onnxruntime", "onnxruntime-cuda", "torch", "torch-compiled", "tensorrt"} <= RUNNERS.keys()
-    assert all(name == runner.backend for name, runner in RUNNERS.items())
+def test_every_runner_is_registered_under_its_own_name_and_another_one_can_be_added(tmp_path):
+    assert RUNNERS and all(name == runner.backend for name, runner in RUNNERS.items())
     with pytest.raises(RecipeError, match="Did you mean 'torch'"):
         checked(BenchSettings, {"backends": ["tochr"]}, "bench")
-    RUNNERS.register("vqa-test")(VqaRunner)
-    settings = checked(BenchSettings, {"backends": ["vqa-test"]}, "bench")
-    assert open_runner(*settings.backends, tmp_path, tmp_path, settings).logits == 1.0
+    with RUNNERS.registered("vqa-test", VqaRunner):
+        settings = checked(BenchSettings, {"backends": ["vqa-test"]}, "bench")
+        assert open_runner(*settings.backends, tmp_path, tmp_path, settings).logits == 1.0
 
 
 def test_a_model_whose_weights_are_nan_is_refused_in_torch_too(tiny_run, tmp_path):

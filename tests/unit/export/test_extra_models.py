@@ -271,7 +271,7 @@ QUESTION = Graph(
 
 
 @pytest.fixture
-def questions(tmp_path, monkeypatch):
+def questions(tmp_path):
     """An export of another task: one graph with two inputs, no tokenizer, no embeddings."""
 
     class Questions(Task):
@@ -284,7 +284,6 @@ def questions(tmp_path, monkeypatch):
     for member in Questions.__abstractmethods__:
         setattr(Questions, member, None)
     Questions.__abstractmethods__ = frozenset()
-    monkeypatch.setattr(TASKS, "_entries", {**{name: TASKS[name] for name in TASKS}, "questions": Questions})
     folder = tmp_path / "questions"
     folder.mkdir()
     onnx.save(two_inputs(np.random.default_rng(0).standard_normal((8, 5)).astype("f")), folder / "question.onnx")
@@ -300,7 +299,8 @@ def questions(tmp_path, monkeypatch):
         files={"question": describe_file(folder / "question.onnx")},
     )
     exported.write()
-    return exported
+    with TASKS.registered("questions", Questions):
+        yield exported
 
 
 def test_float16_files_are_made_for_every_graph_of_any_task(questions):

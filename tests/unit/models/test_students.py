@@ -142,9 +142,9 @@ def test_batch_norm_statistics_are_updated_in_training_and_used_in_evaluation():
     ("towers", "config"), [(IMAGE_TOWERS, {"width": 64, "layers": 1, "patch_size": 16}), (TEXT_TOWERS, TEXT)]
 )
 def test_a_registered_tower_can_be_named_in_a_recipe(towers, config):
-    towers.register("tiny-test")(config)
     section = {"image": "vit-1x32-p16", "text": "1x32", "image_size": 32, towers.kind.split()[0]: "tiny-test"}
-    made = student_from(section, None, 0)
+    with towers.registered("tiny-test", config):
+        made = student_from(section, None, 0)
     widths = {part.tower: part.width for part in anatomy.attentions(made.module)}
     assert widths[towers.kind.split()[0]] == config["width"]
 

@@ -171,37 +171,37 @@ def classes(labels, images=(IMAGES[0],), **more):
 
 EMPTY = np.empty((0, 1), object)
 REFUSED = {
-    "a JPEG cut in half": ("embed_image", image(jpeg_cut()), 400, "not a readable image"),
+    "a truncated JPEG": ("embed_image", image(jpeg_cut()), 400, "not a readable image"),
     "20,000 x 20,000 pixels": ("embed_image", image(huge()), 400, "expected at most 128,000,000 pixels"),
-    "a text as image": ("embed_image", image(b"Dear Sir or Madam"), 400, "not a readable image"),
+    "a text file as an image": ("embed_image", image(b"Dear Sir or Madam"), 400, "not a readable image"),
     "an empty image": ("embed_image", image(b""), 400, "not a readable image"),
     "a bad image to classify": ("classify", classes([b"a", b"b"], [IMAGES[0], b"no"]), 400, "not a readable image"),
-    "a batch of no images": ("embed_image", {"image": EMPTY}, 400, "expected 1 string elements"),
-    "a batch of no texts": ("embed_text", {"text": EMPTY}, 400, "expected 1 string elements"),
+    "a batch without images": ("embed_image", {"image": EMPTY}, 400, "expected 1 string elements"),
+    "a batch without texts": ("embed_text", {"text": EMPTY}, 400, "expected 1 string elements"),
     "no images to classify": ("classify", classes([b"a"], []), 400, "image: expected at least one entry"),
     "no labels": ("classify", classes([]), 400, "labels: expected at least one entry"),
-    "a text that is no UTF-8": ("embed_text", text(b"caf\xe9"), 400, "text: expected UTF-8"),
-    "a label that is no UTF-8": ("classify", classes([b"cat", b"\xff"]), 400, "labels: expected UTF-8"),
+    "a text that is not UTF-8": ("embed_text", text(b"caf\xe9"), 400, "text: expected UTF-8"),
+    "a label that is not UTF-8": ("classify", classes([b"cat", b"\xff"]), 400, "labels: expected UTF-8"),
     "a text of 100,001 letters": ("embed_text", text(b"a" * 100_001), 400, "expected at most 100,000 characters"),
-    "a label twice": ("classify", classes([b"cat", b"cat"]), 400, "repeated ones: cat"),
+    "a repeated label": ("classify", classes([b"cat", b"cat"]), 400, "repeated ones: cat"),
     "100,001 labels": (
         "classify",
         classes([b"%d" % n for n in range(100_001)]),
         400,
         "Expected at most 100,000 prompts",
     ),
-    "numbers as text": ("embed_text", {"text": np.zeros((1, 1), np.float32)}, 400, "expects 'BYTES'"),
-    "pixels as image": ("embed_image", {"image": np.zeros((1, 32, 32, 3), np.uint8)}, 400, "expects 'BYTES'"),
+    "numbers as a text": ("embed_text", {"text": np.zeros((1, 1), np.float32)}, 400, "expects 'BYTES'"),
+    "pixels as an image": ("embed_image", {"image": np.zeros((1, 32, 32, 3), np.uint8)}, 400, "expects 'BYTES'"),
     "an image without a batch": ("embed_image", {"image": lines(IMAGES[0])}, 400, "Expected [-1,1], got [1]"),
     "pixels of another size": ("image_encoder", {"pixel_values": np.zeros((1, 3, 7, 7), np.float32)}, 400, "shape"),
-    "another input's name": (
+    "an unknown input name": (
         "embed_text",
         {"texts": lines(b"cat")[:, None]},
         400,
         "unexpected inference input 'texts'",
     ),
     "one input too many": ("embed_text", {**text(b"cat"), "more": EMPTY}, 400, "expected 1 inputs but got 2"),
-    "a required input is missing": ("classify", {"labels": lines(b"cat")}, 400, "missing required input(s) ['image']"),
+    "a missing required input": ("classify", {"labels": lines(b"cat")}, 400, "missing required input(s) ['image']"),
     "an unknown model": ("embed_audio", text(b"cat"), 404, "unknown model: 'embed_audio'"),
     "a word outside the vocabulary": ("text_encoder", {"input_ids": None}, 400, "out of data bounds"),
 }
@@ -248,7 +248,7 @@ def test_an_image_of_one_pixel_is_embedded(client, local, happened):
         ("a caption of 5,000 words", "a photo of a cat " * 1000),
         ("one word of 30,000 letters", "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=30_000))),
         ("one letter 100,000 times", "a" * 100_000),
-        ("100,000 signs of all kinds", "&amp;ÃŸ🏳️‍🌈 <|>"[:10] * 10_000),
+        ("100,000 characters of all kinds", "&amp;ÃŸ🏳️‍🌈 <|>"[:10] * 10_000),
     ],
 )
 def test_a_text_that_is_too_long_is_cut_as_in_training(client, local, happened, fault, words):
