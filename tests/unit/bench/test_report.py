@@ -563,8 +563,8 @@ def test_a_point_shows_its_figures_on_hover_and_focus(results, tmp_path):
 
 
 def test_chart_and_table_follow_the_selection(results, tmp_path):
-    results["rows"][2]["latency"][0] |= timing("text", 1, 0.1)  # sparse is fastest for text at batch 1,
-    results["rows"][2]["accuracy"]["digits/top1"] = 98.5  # and most accurate on digits.
+    results["rows"][2]["latency"][0] |= timing("text", 1, 0.1)  # Text at batch 1: sparse is fastest.
+    results["rows"][2]["accuracy"]["digits/top1"] = 98.5  # It is also the most accurate on digits.
     answer, console = visit(
         report_page(results),
         """

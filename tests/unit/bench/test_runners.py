@@ -229,7 +229,7 @@ def test_an_onnx_file_with_two_inputs_is_fed_by_name():
     assert (found["difference"] == 4).all()
 
 
-def test_every_runner_is_registered_under_its_own_name_and_another_one_can_be_added(tmp_path):
+def test_runners_are_registered_under_their_backends_and_others_can_be_added(tmp_path):
     assert RUNNERS and all(name == runner.backend for name, runner in RUNNERS.items())
     with pytest.raises(RecipeError, match="Did you mean 'torch'"):
         checked(BenchSettings, {"backends": ["tochr"]}, "bench")
@@ -238,7 +238,7 @@ def test_every_runner_is_registered_under_its_own_name_and_another_one_can_be_ad
         assert open_runner(*settings.backends, tmp_path, tmp_path, settings).logits == 1.0
 
 
-def test_a_model_whose_weights_are_nan_is_refused_in_torch_too(tiny_run, tmp_path):
+def test_a_model_with_nan_weights_is_refused_in_torch(tiny_run, tmp_path):
     from clipress.artifact import save_artifact
 
     model = model_from_artifact(tiny_run[0] / "pruned")

@@ -141,7 +141,7 @@ def test_steps_that_do_not_pay_are_undone_back_to_a_dense_float_artifact(rows, s
     assert ("--stage int8" in found.text) == (keep != "int8")
 
 
-def test_each_backend_keeps_its_own_and_names_the_artifact_not_the_row():
+def test_each_backend_has_its_own_choice_and_names_the_artifact_not_the_row():
     kinds = {"sparse": ("start", "sparsify"), "int8": ("start", "sparsify", "quantize")}
     rows = [row(f"{name} ({b})", *own, backend=b) for b in ("onnxruntime", "torch") for name, own in kinds.items()]
     found = choose_kept(rows, verdicts_for(rows, {"int8 (onnxruntime)": FASTER, "int8 (torch)": SLOWER}))

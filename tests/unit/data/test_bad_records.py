@@ -47,7 +47,7 @@ def test_a_bad_record_is_replaced_by_another_with_its_own_caption():
     assert record.bad == (BadRecord("holed", 7, "7.jpg is not an image"),)
 
 
-def test_an_unreadable_caption_makes_a_bad_record_too():
+def test_a_record_with_an_unreadable_caption_is_bad():
     record = read_record(Holed(silent=frozenset({7})), 7, [0, 0, 0, 7])
     assert record.captions == (f"caption {record.index}",) and record.bad[0].reason == "7 has no caption"
 

@@ -101,7 +101,7 @@ def test_files_beyond_the_first_ones_are_checked_only_if_set(tmp_path, images, m
     assert len(source) == 9 and source.skipped == 1
 
 
-def test_a_wrong_folder_is_reported_before_the_whole_table_is_read(tmp_path, images, monkeypatch):
+def test_a_wrong_folder_is_reported_before_reading_the_whole_table(tmp_path, images, monkeypatch):
     monkeypatch.setattr(files, "CHECKED_EVERY", 5)
     table = written(tmp_path / "a.csv", "title\tfilepath\n" + "red\twrong/red.png\n" * 50)
     with pytest.raises(DataError, match=r"5 of 5 records.*wrong/red\.png"):
@@ -169,7 +169,7 @@ def test_captions_can_be_changed_as_blip_does(tmp_path, images, text, wanted):
 # karpathy
 
 
-def test_one_string_is_one_caption_in_a_test_file_too(tmp_path, images):
+def test_a_string_is_one_caption_in_a_test_file(tmp_path, images):
     rows = [{"image": "red.png", "caption": "a red one"}, {"image": "blue.png", "caption": ["blue", "sky"]}]
     path = written(tmp_path / "coco_karpathy_test.json", json.dumps(rows))
     source = open_source(SourceSpec(format="karpathy", annotations=path, images=images))

@@ -42,7 +42,7 @@ def test_prefetched_items_are_unchanged_and_come_from_one_other_thread(items):
     assert len(threads) <= 1 and threading.current_thread() not in threads
 
 
-def test_an_error_of_the_producer_is_raised_after_the_items_before_it():
+def test_a_producer_error_is_raised_after_the_earlier_items():
     def produce():
         yield 1
         raise ValueError("no more")

@@ -43,7 +43,7 @@ def test_two_processes_together_see_the_batch_of_one_process():
         assert together == batch
 
 
-def test_items_do_not_depend_on_what_was_drawn_before():
+def test_items_do_not_depend_on_earlier_draws():
     source = open_source(SourceSpec(format="digits", split="test"))
 
     def make():

@@ -95,7 +95,7 @@ def make(home, dtype="fp16", items=11, views=2, dim=8, per_shard=4, source=None,
     for shard in range(manifest.shards):
         part = manifest.items_of(shard)
         each = [len(source.captions(i)) if source else 1 + i % 3 for i in part]
-        captions = rng.integers(0, 5, sum(each))  # several captions share a text
+        captions = rng.integers(0, 5, sum(each))  # Several captions share a text.
         shape = (len(part), manifest.views)
         views_of = [View((1, 2, 20, 22) if (i + k) % 2 else None, (i % 3, -k)) for i in part for k in range(shape[1])]
         raw = (5 * rng.standard_normal((n, dim)).astype(np.float32) for n in (shape[0] * shape[1], 5))

@@ -150,7 +150,7 @@ def test_labels_and_templates_that_cannot_be_used_are_refused(fp32, sets, labels
         extra_models_from_export(fp32, OnnxSettings(labels=labels, templates=templates), sets)
 
 
-def test_labels_come_from_a_file_too(fp32, sets, tmp_path):
+def test_labels_can_be_read_from_a_file(fp32, sets, tmp_path):
     (tmp_path / "names.txt").write_text("cat\n\ndog\n")
     path = extra_models_from_export(fp32, OnnxSettings(labels_file=tmp_path / "names.txt"), sets)["classifier"]
     assert metadata_in(path)["labels"] == ["cat", "dog"] and metadata_in(path)["templates"] == ["a photo of a {}"]

@@ -168,7 +168,7 @@ def test_every_importer_detects_and_reads_its_format(form, name, tmp_path):
     assert_same(import_checkpoint(tmp_path / "weights.pt", model=name if form == "open_clip" else None), outputs(stock))
 
 
-def test_a_registered_importer_is_detected_too(tmp_path):
+def test_a_registered_importer_is_detected(tmp_path):
     class Renamed(Importer):
         """A format with names that begin with `net.`."""
 

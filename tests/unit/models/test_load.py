@@ -104,7 +104,7 @@ def test_shapes_that_do_not_fit_the_weights_are_reported(saved):
         model_from_artifact(saved)
 
 
-def test_a_failed_write_keeps_what_was_there(saved, monkeypatch):
+def test_a_failed_write_keeps_the_previous_artifact(saved, monkeypatch):
     before = (saved / "clipress.json").read_text()
 
     def full(*_, **__):

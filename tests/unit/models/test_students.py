@@ -210,7 +210,7 @@ def test_a_resized_timm_tower_is_not_written_for_open_clip(tmp_path):
     assert stock.visual.image_size == (160, 160)
 
 
-def test_timms_own_weights_are_fetched_once_and_never_requested_again(monkeypatch):
+def test_timm_weights_are_fetched_once_and_not_again_on_loading(monkeypatch):
     """A fake builder fills the tower with a known number instead of downloading."""
     import open_clip.timm_model as timm_model
 

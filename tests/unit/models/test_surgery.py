@@ -103,7 +103,7 @@ def test_a_cut_artifact_is_read_back_with_bitwise_equal_outputs(tmp_path):
         assert torch.equal(wanted, found)
 
 
-def test_an_uncut_model_is_written_in_a_form_that_open_clip_loads(tmp_path):
+def test_open_clip_loads_the_files_of_an_uncut_model(tmp_path):
     model = new_model(tiny_architecture(), 2)
     assert save_for_open_clip(model, tmp_path / "open_clip")
     stock = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}", require_pretrained=True)

@@ -70,7 +70,7 @@ def test_an_unchanged_file_is_opened(file):
     assert found.shape == (1, 6)
 
 
-def test_a_file_that_computes_something_else_is_refused_with_its_cosine(file):
+def test_a_file_with_different_results_is_refused_with_its_cosine(file):
     props = onnx.load(file).metadata_props
     save(file, np.random.default_rng(1).standard_normal((12, 6)).astype("f"), props)
     with pytest.raises(

@@ -46,7 +46,7 @@ from clipress.serve.triton_repo import triton_repo_from_export
 from clipress.serve.triton_server import TritonServer
 
 GRPC = {400: "StatusCode.INVALID_ARGUMENT", 404: "StatusCode.NOT_FOUND", 503: "StatusCode.UNAVAILABLE"}
-GROWTH = 64 << 20  # bytes that a server may grow by in this whole file; a bomb would take a gigabyte
+GROWTH = 64 << 20  # Allowed growth in bytes over this whole file; a decompression bomb would take a gigabyte.
 
 
 class Local:
@@ -214,7 +214,7 @@ def test_an_invalid_request_is_refused_with_a_reason(served, client, http, local
     if "input_ids" in inputs:
         inputs = {"input_ids": np.full((1, local.exported.tokenizer.context_length), 10**9)}
     before = memory(served)
-    # twice each: a cached error must not become an empty answer
+    # Sent twice: a cached error must not become an empty answer.
     for library, one in ((triton_grpc, client), (triton_http, http)) * 2:
         tensors = [tensor(library, name, array, KINDS[array.dtype.kind]) for name, array in inputs.items()]
         found, message = refusal(lambda one=one, tensors=tensors: one.infer(model, tensors))
@@ -226,7 +226,7 @@ def test_an_invalid_request_is_refused_with_a_reason(served, client, http, local
 
 def test_a_decompression_bomb_is_refused_before_decoding(served, client, happened):
     for pid in processes(served):
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets the peak
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # This resets the peak.
     before = memory(served, "VmHWM")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         calls = [pool.submit(refusal, lambda: infer(client, "embed_image", "image", [huge()], "")) for _ in range(8)]
@@ -251,7 +251,7 @@ def test_an_image_of_one_pixel_is_embedded(client, local, happened):
         ("100,000 characters of all kinds", "&amp;ÃŸ🏳️‍🌈 <|>"[:10] * 10_000),
     ],
 )
-def test_a_text_that_is_too_long_is_cut_as_in_training(client, local, happened, fault, words):
+def test_a_text_that_is_too_long_is_truncated_as_in_training(client, local, happened, fault, words):
     found = infer(client, "embed_text", "text", [words.encode()], "text_embeds")
     np.testing.assert_array_equal(found, local.texts(words))
     happened(fault, "the embedding of local inference", "the same bits")
@@ -301,13 +301,13 @@ def outcome(client, file):
     return (str(found.status()), found.message()) if isinstance(found, InferenceServerException) else found
 
 
-def test_a_bad_image_in_a_batch_of_good_ones_fails_alone(client, local, happened):
+def test_only_the_bad_image_in_a_batch_fails(client, local, happened):
     files = [*IMAGES, jpeg_cut(), *IMAGES[:2]]
     runs = executions(client, "preprocess")
     with concurrent.futures.ThreadPoolExecutor(len(files)) as pool:
         found = list(pool.map(lambda file: outcome(client, file), files))
     bad = found.pop(5)
-    assert executions(client, "preprocess")[0] - runs[0] < len(files)  # they were batched
+    assert executions(client, "preprocess")[0] - runs[0] < len(files)  # They were batched.
     assert bad[0] == GRPC[400] and "not a readable image" in bad[1]
     np.testing.assert_allclose(found, local.images(*IMAGES, *IMAGES[:2]), atol=1e-6)
     happened("a bad image in a batch of good ones", "only that one fails", f"so: {bad[0]}: {bad[1]}")

@@ -78,7 +78,7 @@ def processes(field, number):
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # the process has just ended
+        except OSError:  # The process has just ended.
             continue
         if int(fields[field]) == number and fields[0] != "Z":
             found.append(int(stat.parent.name))
@@ -183,7 +183,7 @@ def listening():
     return found
 
 
-def test_only_this_machine_can_reach_it(server):
+def test_the_server_listens_on_this_machine_only(server):
     found = listening()
     for address in (server.http, server.grpc, server.metrics):
         host, port = address.split(":")
@@ -276,7 +276,7 @@ def test_ctrl_c_ends_the_command_without_an_error_and_the_server_with_it(triton,
     process, leader, printed = started("-m", "clipress", "triton", tmp_path / "run")
     with socket.create_connection(re.search(r"gRPC +(\S+):(\d+)", printed).groups()):
         everything = session(leader)
-    assert len(everything) > 3  # the server, and processes for models and their instances
+    assert len(everything) > 3  # The server, its models and their instances.
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == 0
@@ -302,7 +302,7 @@ def test_the_server_ends_when_its_clipress_is_killed(triton, tmp_path):
     assert session(leader) == [] and shared_memory(process.pid) == []
 
 
-@pytest.mark.slow  # the faults test `wait` itself; this one tests that the command uses it
+@pytest.mark.slow  # The fault tests cover `wait` itself; this one checks that the command uses it.
 def test_a_model_whose_process_is_killed_is_loaded_again(triton, tmp_path):
     """Otherwise its requests would keep failing while the server reports ready."""
     process, leader, printed = started("-c", SERVE, put_model(tmp_path / "models", "probe", PROBE))

@@ -186,7 +186,7 @@ def test_the_committed_table_of_a_program_follows_from_its_figures(name):
     assert made == (TABLES / f"{name}.md").read_text()
 
 
-def test_a_row_of_a_study_is_what_the_run_measured(tiny_run):
+def test_a_row_of_a_study_matches_the_results_of_its_run(tiny_run):
     run, _ = tiny_run
     found = row_of(Case(method="m", ratio="2x", seed=3, recipe={}), run)
     results = json.loads((run / "bench" / "results.json").read_text())

@@ -316,7 +316,7 @@ def test_missing_latencies_are_null_in_the_file_and_read_back(tmp_path):
         LoadRow.model_validate({**written["rows"][0], "p99": 1.0})
 
 
-def test_each_graph_of_images_or_texts_has_requests_of_its_own(tiny_run):
+def test_each_graph_of_images_or_texts_has_its_own_requests(tiny_run):
     from clipress.data.eval_sets import evalsets
     from clipress.data.spec import SourceSpec
 
