@@ -55,8 +55,7 @@ def test_a_run_on_data_with_five_percent_bad_records_finishes_with_the_right_cou
     assert result.exit_code == 0, result.output
     log = [json.loads(line) for line in (tmp_path / "run" / "logs" / "distilled.jsonl").read_text().splitlines()]
     reported = [row["bad_record"] for row in log if "bad_record" in row]
-    assert {row["index"] for row in reported} == {95, 96, 97, 98} and len(
-        reported
-    ) == 4  # gone.png was skipped on opening.
+    # gone.png, record 99, was skipped on opening.
+    assert sorted(row["index"] for row in reported) == [95, 96, 97, 98]
     assert all(any(name in row["reason"] for name in bad) for row in reported)
     assert read_header(tmp_path / "run" / "distilled")["lineage"][-1]["details"]["bad_records"] == 4

@@ -222,9 +222,8 @@ def test_a_changed_teacher_changes_the_hash_of_a_student_trained_from_scratch(re
 
 def test_several_teachers_are_embedded_once_and_read_from_the_cache(tiny_run, tmp_path):
     folder, _ = tiny_run
-    teachers = [
-        {"artifact": str(folder / name), "cache": {"views": 2}} for name in ("teacher", "pruned")
-    ]  # An ensemble of two teachers, neither of which runs during training.
+    # An ensemble of two teachers, neither of which runs during training.
+    teachers = [{"artifact": str(folder / name), "cache": {"views": 2}} for name in ("teacher", "pruned")]
     recipe = {
         "name": "cached",
         "teacher": teachers,
@@ -273,9 +272,8 @@ def test_serve_follows_the_recommendation_of_bench_unless_a_stage_is_named(tiny_
         assert f"Triton model repository of {served}, version" in result.output
         assert f"stage {served} (" in (run / "triton" / "onnxruntime" / "README.md").read_text()
     path.unlink()
-    assert (
-        "Triton model repository of int8, version" in clipress("serve", run).output
-    )  # Without measurements the last artifact is served.
+    # Without measurements the last artifact is served.
+    assert "Triton model repository of int8, version" in clipress("serve", run).output
 
 
 def test_serving_another_stage_adds_a_version_that_can_be_rolled_back(tiny_run, tmp_path):

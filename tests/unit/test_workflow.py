@@ -74,9 +74,8 @@ def test_triton_writes_a_repository_only_if_missing_or_a_stage_is_named(tiny_run
     repository, lines = run / "triton" / "python", []
     serve.start_triton(run, None, {"grpc_port": 8001}, lines.append)
     assert started == [{"grpc_port": 8001}] and served_version(repository) == 1
-    served = serve.choose_served(
-        run, read_plan(run), lines.append
-    )  # The artifact that bench kept differs between machines.
+    # The artifact that bench kept differs between machines.
+    served = serve.choose_served(run, read_plan(run), lines.append)
     serve.start_triton(run, "pruned" if served == "recovered" else "recovered", {}, lines.append)
     assert served_version(repository) == 2
     serve.switch_version(run, None, {"backend": "python"}, lines.append)

@@ -49,9 +49,7 @@ def test_the_saved_samples_reproduce_the_figures(compared):
             assert len(case["latency_ms"]) == sum(case["rounds"]) == timing["iterations"] == 7
             own = Timings(np.array(case["latency_ms"]), np.array(case["rounds"]), np.array(case["starts_ms"]))
             again = summary(own, case["batch"])
-            assert again["p99_ms"] == pytest.approx(
-                timing["p99_ms"], abs=2e-5
-            )  # Milliseconds are rounded to four digits.
+            assert again["p99_ms"] == pytest.approx(timing["p99_ms"], abs=2e-5)  # Milliseconds are rounded.
             assert again["rounds"] == timing["rounds"]
             held[row["stage"], case["tower"]] = own
     ratio = speed_up(held["sparse", "text"], held["int8", "text"])
@@ -77,9 +75,8 @@ def test_a_verdict_follows_from_the_sampled_times_and_is_printed(compared):
         medians[stage] = [np.median(turn) for turn in turns]
     logs = np.log(np.array(medians["sparse"]) / medians["int8"])
     averages = averages_of(logs)
-    ratio, low, high = np.exp(
-        [np.median(averages), averages[2], averages[-3]]
-    )  # Of 28 averages, 2 lie outside on each side.
+    # Of 28 averages, 2 lie outside the interval on each side.
+    ratio, low, high = np.exp([np.median(averages), averages[2], averages[-3]])
     assert verdict["cases"][0]["speed_up"] == pytest.approx(ratio, rel=1e-3)
     faster = True if low > 1 and ratio >= 1.02 else None if high > 1.1 else False
     assert (verdict["faster"], verdict["keep"]) == (faster, {True: "int8", False: "sparse", None: None}[faster])

@@ -54,9 +54,8 @@ def test_models_alternate_until_all_reach_their_duration_and_iterations():
     clock = Clock()
     queries = {"a": clock.query("a", 1), "b": clock.query("b", 4)}
     found = measure_in_turns(queries, warm_up_ms=0, duration_ms=8, iterations=5, clock=clock)
-    assert (
-        "".join(clock.seen) == "ab" + "abba" * 4
-    )  # One warm-up each; a turn is a twentieth of 8 ms, which is one query.
+    # One warm-up each; a turn is a twentieth of 8 ms, which is one query.
+    assert "".join(clock.seen) == "ab" + "abba" * 4
     assert {name: len(own.latency) for name, own in found.items()} == {"a": 8, "b": 8}  # `a` reaches its 8 ms last.
     assert found["a"].latency.tolist() == [1.0] * 8 and found["b"].latency.tolist() == [4.0] * 8
     assert found["a"].starts.tolist()[:3] == [0, 9, 10] and found["b"].starts.tolist()[:3] == [1, 5, 11]

@@ -64,9 +64,8 @@ def test_recalls_match_sorted_lists_and_count_every_caption():
 
 def test_any_caption_of_an_image_counts_as_a_hit():
     images = np.eye(3, dtype=np.float32)
-    texts = np.concatenate(
-        [np.roll(images, 1, axis=0), images]
-    )  # The first caption of each image belongs to another one.
+    # The first caption of each image belongs to another one.
+    texts = np.concatenate([np.roll(images, 1, axis=0), images])
     owner = np.concatenate([np.arange(3), np.arange(3)])
     found = retrieval(images, texts + 0.5 * np.repeat([[0], [1]], 3, axis=0).astype(np.float32), owner)
     assert found["text_r1"].values.tolist() == [True] * 3
@@ -129,6 +128,5 @@ def test_captions_of_one_image_count_once_in_the_standard_error():
     found = retrieval(images, alike, owner)["image_r1"]
     p = percent(found) / 100
     assert 0.1 < p < 0.9
-    assert standard_error(found) == pytest.approx(
-        100 * (p * (1 - p) / 200) ** 0.5
-    )  # The error is that of 200 items, not of 1000.
+    # The error is that of 200 items, not of 1000.
+    assert standard_error(found) == pytest.approx(100 * (p * (1 - p) / 200) ** 0.5)

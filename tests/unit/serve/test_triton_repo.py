@@ -749,9 +749,8 @@ def test_the_readme_of_a_classifier_covers_only_its_models(tmp_path):
 
 
 def test_a_graph_of_several_inputs_is_chained_to_all_that_prepare_them(tmp_path):
-    bench = write_latencies(
-        tmp_path / "results.json", question=0.2
-    )  # The model has too many inputs to prepare them in one process.
+    # The model has too many inputs to prepare them in one process.
+    bench = write_latencies(tmp_path / "results.json", question=0.2)
     settings = ServeSettings(backend="python", max_batch=8, instances=1, text_cache_mb=1)
     (repository,) = triton_repo_from_export(write_questions(tmp_path / "export"), tmp_path / "triton", settings, bench)
     assert models_of(repository) == {"question_encoder", "preprocess", "tokenize", "embed_question"}

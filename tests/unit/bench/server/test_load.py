@@ -141,9 +141,8 @@ def test_arrivals_are_a_poisson_process_and_the_same_every_time():
     due = np.fromiter(islice(arrivals(200.0), 50_000), float)
     gaps = np.diff(due, prepend=0)
     assert gaps.mean() == pytest.approx(1 / 200, rel=0.02)
-    assert gaps.std() == pytest.approx(
-        1 / 200, rel=0.02
-    )  # The standard deviation of an exponential distribution is its mean.
+    # The standard deviation of an exponential distribution is its mean.
+    assert gaps.std() == pytest.approx(1 / 200, rel=0.02)
     assert (gaps > 3 / 200).mean() == pytest.approx(np.exp(-3), rel=0.05)
     np.testing.assert_array_equal(due[:2000], list(islice(arrivals(200.0), 2000)))
 
@@ -326,9 +325,8 @@ def test_each_graph_of_images_or_texts_has_its_own_requests(tiny_run):
     assert found["embed_image"].content(0)[4:6] == b"\xff\xd8"  # This is a JPEG.
     assert found["embed_text"].content(1) != found["embed_text"].content(2)
     pixels = np.frombuffer(found["image_encoder"].content(0), "f").reshape(found["image_encoder"].shape)
-    assert pixels.shape == (1, 3, 32, 32) and (
-        found["image_encoder"].content(3) == pixels.tobytes()
-    )  # Three images alternate.
+    # Three images alternate.
+    assert pixels.shape == (1, 3, 32, 32) and (found["image_encoder"].content(3) == pixels.tobytes())
     assert list(found) == model_names(exported.graphs.values())
     outputs = (Output(name="logits", shape=(10,)),)
     scores = exported.graphs["image"].model_copy(update={"name": "photo", "outputs": outputs, "agrees": "logits"})
