@@ -63,7 +63,7 @@ SEARCH = "search"  # the one model that a version may lack
 
 
 class Release(BaseModel):
-    """What a version's configurations are written from, kept so that they can be written again."""
+    """The inputs of a version's configurations, kept so that they can be written again."""
 
     export: Exported
     engines: dict[str, Engines] = Field({}, validation_alias=AliasChoices("engines", "plans"))
@@ -219,7 +219,7 @@ def _write(repository: Repository, added: Mapping[str, Files], release: Release,
         "README.md": readme(served, version, release.search, options_for(made.values())).encode(),
     }
     if not added and all(_holds(folder / name, content) for name, content in around.items()):
-        return  # so that a server on this folder is not disturbed
+        return  # A server that uses this folder is not disturbed.
 
     def fill(aside: Path) -> None:
         copies: dict[Path, Path] = {}  # files that two models share are copied once
