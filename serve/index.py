@@ -160,7 +160,7 @@ def read_description(folder: Path) -> Description:
         return Description.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError(
-            f"{folder} is not an index: it has no {DESCRIPTION}. Do: clipress index IMAGES --run RUN --out {folder}"
+            f"{folder} is not an index: it has no {DESCRIPTION}. Run: clipress index IMAGES --run RUN --out {folder}"
         ) from None
     except ValidationError as error:
         raise ArtifactError(f"{path} is damaged: {first_problem(error)}. Make the index again.") from None

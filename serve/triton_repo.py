@@ -125,12 +125,12 @@ def serve_version(repository: Path, version: int | None, settings: ServeSettings
     if version not in known:
         wanted = f"version {version}" if version else "an older version"
         found = ", ".join(map(str, known)) or "none"
-        raise ArtifactError(f"{repository}: expected {wanted}; versions found: {found}. Do: clipress serve RUN")
+        raise ArtifactError(f"{repository}: expected {wanted}; versions found: {found}. Run: clipress serve RUN")
     release = _read_release(repository, version)
     if release.search and version not in _versions(repository, SEARCH):
         raise ArtifactError(
             f"{repository}: version {version} needs search/{version}, which was dropped when a version without an index was "
-            "served. Do: clipress serve RUN"
+            "served. Run: clipress serve RUN"
         )
     _write(Repository(repository, settings, bench), {}, release, version)
     return version

@@ -405,7 +405,7 @@ def test_a_repository_stays_rolled_back_until_there_is_something_new(export, tmp
 @pytest.mark.parametrize("version, message", [(None, "an older version"), (3, "version 3")])
 def test_a_missing_version_is_an_error_that_lists_the_others(export, tmp_path, version, message):
     repository = python_repository(export, tmp_path)
-    with pytest.raises(ArtifactError, match=rf"expected {message}; versions found: 1\. Do: clipress serve RUN"):
+    with pytest.raises(ArtifactError, match=rf"expected {message}; versions found: 1\. Run: clipress serve RUN"):
         serve_version(repository, version, ServeSettings())
     with pytest.raises(ArtifactError, match="versions found: none"):
         serve_version(tmp_path / "nowhere", version, ServeSettings())
