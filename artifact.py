@@ -40,7 +40,7 @@ class Artifact:
     tokenizer: dict[str, Any] | None
     """None for a model that reads no texts."""
     task: str = "clip"
-    """What the model is for: a name in tasks.TASKS."""
+    """The model's task: a name in tasks.TASKS."""
     sparsity: dict[str, Any] | None = None
     """2:4 sparsity: the pattern and the names of the weights that have it."""
     quantization: dict[str, Any] | None = None

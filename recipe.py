@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from clipress.errors import RecipeError, nearest
 from clipress.recipe_v1 import upgrade
 
-MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1_000_000, 100_000, 64  # of a recipe, with its aliases expanded
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1_000_000, 100_000, 64  # Limits of a recipe with its aliases expanded.
 MAX_PROBLEMS, MAX_SHOWN = 20, 200  # problems in one message, characters of a value in it
 
 
@@ -48,7 +48,7 @@ class Recipe(Section):
     name: FolderName
     """Name of the run folder."""
     task: str = "clip"
-    """What the model is for: a name in tasks.TASKS."""
+    """The model's task: a name in tasks.TASKS."""
     seed: int = Field(0, ge=0, lt=1 << 32)
     """Seed of initial weights, data order and augmentation."""
     teacher: dict[str, Any] | list[dict[str, Any]] | None = None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -48,6 +49,15 @@ class Registry(Mapping[str, T], Generic[T]):
             return entry
 
         return add
+
+    @contextmanager
+    def registered(self, name: str, entry: T) -> Iterator[T]:
+        """Register an entry for the duration of a `with` block, for experiments and tests."""
+        self.register(name)(entry)
+        try:
+            yield entry
+        finally:
+            del self._entries[name]
 
     def find(self, name: str, where: str) -> T:
         """Return an entry. Raises RecipeError, prefixed by `where` and with the nearest name, if there is none."""

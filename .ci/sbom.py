@@ -20,7 +20,7 @@ def without_addresses(node: Any) -> Any:
 
 
 def about(bom: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the list with one of its components as what it is about."""
+    """Return the SBOM with one of its components as its subject."""
     subject = next(component for component in bom["components"] if component["name"] == name)
     others = [component for component in bom["components"] if component is not subject]
     metadata = {**bom["metadata"], "component": {**subject, "type": "application"}}

@@ -1,4 +1,4 @@
-"""How many times as fast one model is as another, with an interval that holds on a noisy machine.
+"""Speed-ups between models, with intervals that hold on a noisy machine.
 
 Both models ran in the same rounds, back to back, so what slows the machine slows both. Each round gives the logarithm of the
 ratio of the two median latencies. A disturbance hits either model with equal chance, so the log ratios scatter
@@ -51,7 +51,7 @@ def count_outside(rounds: int) -> int:
         mean = rounds * (rounds + 1) / 4
         return int(mean - 1.959964 * (mean * (2 * rounds + 1) / 6) ** 0.5 - 0.5)
     chances = np.zeros(rounds * (rounds + 1) // 2 + 1)
-    chances[0] = 1.0  # of each sum of ranks, if every rank is in it with a chance of one half
+    chances[0] = 1.0  # Probability of each sum of ranks if every rank is in it with probability 1/2.
     for rank in range(1, rounds + 1):
         chances[rank:] = (chances[rank:] + chances[:-rank]) / 2
         chances[:rank] /= 2

@@ -1,4 +1,4 @@
-"""What a model costs before anything is timed: parameters and multiply-accumulates."""
+"""Static costs of a model: parameters and multiply-accumulates."""
 
 from __future__ import annotations
 

@@ -50,11 +50,11 @@ class Gate:
     bound: float
 
     def fails(self, value: float) -> bool:
-        """Tell whether a value meets the condition."""
+        """Return whether a value meets the condition."""
         return OPERATORS[self.sign](value, self.bound)
 
     def message(self, value: float, place: Sequence[str]) -> str:
-        """Say what was found where."""
+        """Describe the value found and its place."""
         return f"{self.metric} is {value:g} ({', '.join(place)}), and must not be {self.sign} {self.bound:g}"
 
 
@@ -159,11 +159,11 @@ def _not_found(rows: Sequence[Row], gate: Gate) -> str:
 
 
 def unknown_metric(gate: Gate, known: Iterable[str]) -> str:
-    """Say that the results have no such metric."""
+    """Report that the results have no such metric."""
     return f"--fail-if '{gate.text}': the results have no metric '{gate.metric}'.{nearest(gate.metric, known)}"
 
 
 def nowhere(gate: Gate) -> str:
-    """Say that a metric was not measured at the place that a gate names."""
+    """Report that a metric was not measured at the place that a gate names."""
     where = ", ".join(f"{key}={value}" for key, value in gate.where)
     return f"--fail-if '{gate.text}': {gate.metric} was measured nowhere with {where or 'a value'}."

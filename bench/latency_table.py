@@ -30,7 +30,7 @@ POINTS = 6  # widths measured per kind
 
 @dataclass(frozen=True)
 class Conditions:
-    """How blocks are timed."""
+    """Settings for timing blocks."""
 
     batch: int
     threads: int

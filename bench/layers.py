@@ -1,4 +1,4 @@
-"""What each block of a model costs: parameters and multiply-accumulates, exactly, from its actual shapes.
+"""Exact costs of each block: parameters and multiply-accumulates, from its actual shapes.
 
 The rows of a tower are its transformer blocks, or the children of a convolutional trunk, and a last row for everything
 else (patches, embeddings, projection). They add up to the model, except for `logit_scale`, which belongs to no tower.

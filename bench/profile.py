@@ -1,4 +1,4 @@
-"""Where ONNX Runtime spends a query: its own profile, summed per kind of operator and per layer.
+"""Time per operator kind and per layer, from ONNX Runtime's own profile.
 
 Times are medians over queries of what all nodes of a kind, or of a layer, took in one query. A profiled session is
 slower than a plain one: read the shares, not the sums.
@@ -22,7 +22,7 @@ from clipress.runtime.graph import Graph
 from clipress.runtime.onnx_session import open_session
 
 WARM_UP = 3  # queries that are run and not counted
-SCOPES = "pkg.torch.onnx.name_scopes"  # where the dynamo exporter records which module a node comes from
+SCOPES = "pkg.torch.onnx.name_scopes"  # The key under which the dynamo exporter records a node's module.
 Events = list[Mapping[str, Any]]
 
 

@@ -23,7 +23,7 @@ from clipress.storage import write_text_whole
 
 WIDTH = 118  # columns of a terminal
 UNSTABLE = 2.5  # percent of variation above which trtexec warns
-BOUND = 0.8  # of the latency: trtexec calls a query bound by enqueue time above this
+BOUND = 0.8  # Fraction of the latency above which trtexec calls a query bound by enqueue time.
 
 
 def table(results: Results) -> str:

@@ -34,7 +34,7 @@ class Column:
     values: Sequence[Any]
     cells: Sequence[str]
     key: str = ""
-    """Of an accuracy column: the metric it shows."""
+    """The metric of an accuracy column."""
     parts: Sequence[float | None] = ()
     """Shares of a whole, 0 to 1, drawn as bars behind the cells."""
     titles: Sequence[str] = ()

@@ -10,7 +10,7 @@ from clipress.bench.report_columns import number_column, speed_up_column
 from clipress.bench.report_rows import Rows, metric_name, overall_key, timed
 from clipress.bench.results import Case, Row
 
-KEPT = 0.97  # of the first row's accuracy: what a smaller model must keep to be in the headline
+KEPT = 0.97  # Fraction of the first row's accuracy that a model in the headline must keep.
 
 
 def headline(rows: Rows, main: Case | None) -> str:

@@ -1,4 +1,4 @@
-"""What a report shows of the results: accuracies with their means, metrics in order and by name, cases."""
+"""Rows of a report: accuracies with their means, metrics in order and by name, cases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Rows = Sequence[Row]
 
 HEADS = ("/top1", "/mean_r1")  # the one figure of a zero-shot set, and of a retrieval set
 DIRECTIONS = ("/text_r1", "/image_r1")
-MEAN = "mean"  # of HEADS, over all sets
+MEAN = "mean"  # Mean of HEADS over all sets.
 
 
 def with_means(rows: Rows) -> list[Row]:

@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 
 
 class Case(NamedTuple):
-    """What is timed: one graph at one batch size."""
+    """A timed case: one graph at one batch size."""
 
     graph: str
     batch: int
@@ -68,7 +68,7 @@ class Latency(Measurement):
 
 
 class LayerCost(Strict):
-    """What one layer costs, exactly."""
+    """The exact costs of one layer."""
 
     tower: str
     name: str
@@ -84,12 +84,12 @@ class Spent(Strict):
     name: str
     median_ms: float
     percent: float
-    """Of the query."""
+    """Percent of the query."""
     nodes: int
 
 
 class Profile(Strict):
-    """Where ONNX Runtime spends a query of one graph; both lists by falling time."""
+    """ONNX Runtime's profile of one graph; both lists in descending order of time."""
 
     tower: str
     """The graph's name."""
@@ -131,7 +131,7 @@ class Row(MeasuredRow):
     accuracy_se: dict[str, float] = Field(default_factory=dict)
     """Standard errors, in points."""
     block_params_kept: float | None = None
-    """Of the first row's."""
+    """Fraction of the first row's."""
     profiles: tuple[Profile, ...] = ()
     latency: tuple[Latency, ...] = ()
 
@@ -141,7 +141,7 @@ class Row(MeasuredRow):
 
 
 class CaseRatio(Strict):
-    """How many times as fast a row is than the one it was made from."""
+    """The speed-up of a row over the one it was made from."""
 
     tower: str
     """The graph's name."""

@@ -158,7 +158,7 @@ def _advice(pair: _Comparison, judgement: str) -> str:
 
 
 def _about_cpu(pair: _Comparison, faster: bool | None, cpu: Processor) -> str:
-    """Say why INT8 is slow here, where the CPU or the form of the file is the reason."""
+    """Explain why INT8 is slow here, if the CPU or the form of the file is the reason."""
     if pair.method != "INT8" or pair.row.backend != "onnxruntime":
         return ""
     without = f"this CPU has no VNNI instructions ({' '.join(cpu.isa) or cpu.machine})"

@@ -11,13 +11,13 @@ from clipress.recipe import Section
 
 
 class BenchSettings(Section):
-    """What is measured, in trtexec's terms."""
+    """The `bench` section, in trtexec's terms."""
 
     backends: tuple[Annotated[str, AfterValidator(RUNNERS.check)], ...] = Field(("onnxruntime",), min_length=1)
     """Runners; the first model on the first runner is the reference that all others are compared with."""
     batch: tuple[int, ...] = (1, 8, 32)
     threads: int = Field(1, ge=1)
-    """Of ONNX Runtime and torch, inside one operator. On a shared machine, one thread gives the steadiest figures."""
+    """Threads of ONNX Runtime and torch inside one operator. On a shared machine, one thread gives the steadiest figures."""
     cpus: tuple[int, ...] | None = None
     """CPUs to pin to. Absent: the last `threads` CPUs of those allowed; empty: no pinning."""
     warm_up: int = Field(200, ge=0)
@@ -29,6 +29,6 @@ class BenchSettings(Section):
     max_accuracy_drop: float = Field(1.0, ge=0)
     """Points of accuracy (top-1, R@1) that a faster INT8 or 2:4 model may lose on any set and still be kept."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the torch runners; bf16 requires a GPU."""
+    """Data type of the torch runners; bf16 requires a GPU."""
     use_sparse_kernels: bool = False
-    """Let the torch runners use semi-structured kernels for 2:4 weights; requires a GPU and bf16."""
+    """Use semi-structured kernels for 2:4 weights in the torch runners; requires a GPU and bf16."""

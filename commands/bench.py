@@ -67,7 +67,7 @@ def bench(
 ) -> None:
     """Measure accuracy, size and latency.
 
-    One RUN: all its artifacts. With --stage, or several RUNs: a comparison with the first one, every ratio with a 95 %
+    For one RUN: all its artifacts. With --stage or several RUNs: a comparison with the first one, every ratio with a 95 %
     interval. All models take turns in one process. Settings and data are those of the first run's recipe.
     """
     from clipress.workflow.bench import BenchRequest, bench_runs
@@ -125,7 +125,7 @@ def bench_server(
 ) -> None:
     """Measure a Triton server under load.
 
-    Without --url, a server is started for RUN's repository and stopped afterwards. Requests carry RUN's test images,
+    Without --url, a server is started for RUN's repository and stopped afterwards. Requests contain RUN's test images
     and texts that are all different.
     """
     from clipress.workflow.bench_server import LoadRequest, Windows, bench_run_server

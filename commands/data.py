@@ -22,7 +22,7 @@ def data() -> None:
 def images(folder: Path, form: str, count: int) -> None:
     """Write images of an embedded test set.
 
-    They are PNG files, with their captions in text files beside them.
+    The images are PNG files, each with its captions in a text file.
     """
     from clipress.workflow.data import write_images
 

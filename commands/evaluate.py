@@ -54,8 +54,9 @@ def predict(
 ) -> None:
     """Classify images among labels.
 
-    A CLIP needs --labels or --labels-file; a classifier has labels of its own. Runs the export of RUN in ONNX Runtime, or uses the server at --url. IMAGES are files, folders, or - to read paths
-    from standard input. A server's answers are printed as they arrive; failed images are counted at the end.
+    A CLIP requires --labels or --labels-file; a classifier has its own labels. Runs the export of RUN in ONNX Runtime, or
+    uses the server at --url. IMAGES are files, folders, or - to read paths from standard input. A server's answers are
+    printed as they arrive; failed images are counted at the end.
     """
     from clipress.workflow.predict import Server, images_in, labels_from
 
@@ -86,8 +87,8 @@ def _predict_with_server(
     names = labels or labels_of_server(server) or labels_from(None, None)
     files = images_in(images, click.get_text_stream("stdin"))
     if Path("-") not in images:
-        files = list(files)  # gives the progress bar its total
-    progress = not sys.stdout.isatty()  # on a terminal the answers themselves show the progress
+        files = list(files)  # A list gives the progress bar a total.
+    progress = not sys.stdout.isatty()  # On a terminal the printed answers show the progress.
     total, failed = 0, []
     for total, answer in enumerate(predict_with_server(server, files, labels, templates, progress), 1):  # noqa: B007
         if answer.value is not None:

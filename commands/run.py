@@ -17,9 +17,9 @@ from clipress.commands.options import FOLDER, out_option, recipe_argument, resum
 def run(recipe: str, out: Path | None, sets: tuple[str, ...], resume: bool) -> None:
     """Compress, export, bench and serve, as a recipe says.
 
-    RECIPE is a YAML file, or the name of a shipped recipe such as demo. Finished stages are kept. The command may be stopped
-    or killed at any time; run it again to resume. On SIGTERM, training writes a checkpoint after the current step and
-    the command exits with 75; on Ctrl-C with 130.
+    RECIPE is a YAML file, or the name of a shipped recipe such as demo. Finished stages are kept. The command may be
+    stopped or killed at any time; run it again to resume. On SIGTERM or Ctrl-C, training writes a checkpoint after the
+    current step, and the command exits with 75 or 130.
     """
     import clipress
     from clipress.recipe import overrides_from
@@ -44,7 +44,7 @@ def compress(recipe: str, out: Path | None, sets: tuple[str, ...], resume: bool)
     from clipress.workflow.recipes import open_recipe
 
     opened = open_recipe(recipe, overrides_from(sets))
-    from clipress.workflow.compress import compress  # imports torch: an invalid recipe fails before
+    from clipress.workflow.compress import compress  # This imports torch: an invalid recipe fails before.
 
     folder, plan = compress(opened, out, resume, click.echo)
     if is_first_process():
@@ -86,7 +86,7 @@ def embed(
     from clipress.workflow.recipes import open_recipe
 
     opened = open_recipe(recipe, overrides_from(sets))
-    from clipress.workflow.compress import EmbedOptions, embed  # imports torch: an invalid recipe fails before
+    from clipress.workflow.compress import EmbedOptions, embed  # This imports torch: an invalid recipe fails before.
 
     folders = embed(opened, EmbedOptions(out, views, dtype, teachers), click.echo)
     if is_first_process():

@@ -32,7 +32,7 @@ def serve(
 ) -> None:
     """Write Triton model repositories.
 
-    A changed export becomes a new version of the models. Start a server on them with `clipress triton RUN`, or with the
+    A changed export becomes a new version of the models. Start a server with `clipress triton RUN`, or with the
     command in the repository's README.
     """
     from clipress.workflow.serve import ServeRequest, serve_run, switch_version
@@ -46,7 +46,7 @@ def serve(
 
 @click.command()
 @run_argument
-@click.option("--stage", help="Write the repository of this artifact first.  [default: serve what is there]")
+@click.option("--stage", help="Write the repository of this artifact first.  [default: serve the existing one]")
 @click.option("--host", help="Interface to listen on.  [default: 127.0.0.1]")
 @click.option("--http-port", type=PORT, help="[default: any free port]")
 @click.option("--grpc-port", type=PORT, help="[default: any free port]")
@@ -109,7 +109,7 @@ def index(
     if add and kind:
         raise click.UsageError("--kind cannot be changed: --add keeps the kind of the index.")
     if run is not None:
-        from clipress.workflow.plan import read_plan  # imports torch; an export is used without it
+        from clipress.workflow.plan import read_plan  # This imports torch; an export is used without it.
 
         model = run / read_plan(run).artifact(stage)
     request = IndexRequest(images, model, kind, threads, add)

@@ -53,7 +53,7 @@ class CacheSettings(Section):
 
 
 class Manifest(Section):
-    """What a cache holds, and everything that decides its content."""
+    """Description of a cache: everything that determines its content."""
 
     schema_version: int = SCHEMA_VERSION
     teacher: str

@@ -31,7 +31,7 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 
 class Preprocess(Section):
-    """How an image becomes a tensor; the keys are open_clip's."""
+    """Preprocessing of images to tensors; the keys are open_clip's."""
 
     size: int = Field(ge=1, le=1 << 13)
     """Height and width in pixels."""
@@ -137,7 +137,7 @@ def _centred(image: Image.Image, size: int, fill: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class View:
-    """How a training image is viewed, in plain numbers: a random generator's draws differ between versions."""
+    """One augmented view of a training image in plain numbers, since random generators differ between versions."""
 
     box: tuple[int, int, int, int] | None = None
     """left, top, right, bottom of the region, in pixels of the source; None: the evaluation crop."""
@@ -194,7 +194,7 @@ def _random_box(
     size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     width, height = size
-    for _ in range(10):  # as torchvision's RandomResizedCrop
+    for _ in range(10):  # As in torchvision's RandomResizedCrop.
         area = width * height * rng.uniform(*scale)
         aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
         w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))

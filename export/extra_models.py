@@ -241,7 +241,7 @@ def _write(folder: Path, one: ExtraModel, described: Mapping[str, Any], samples:
 
 
 def _is_made(folder: Path, one: ExtraModel) -> bool:
-    """Tell whether a file exists that was made from the same graphs with the same settings."""
+    """Return whether a file exists that was made from the same graphs with the same settings."""
     try:
         found = metadata.read_metadata(onnx.load(_path(folder, one))) or {}
     except Exception:  # It is missing or damaged; protobuf's errors have no common type.

@@ -23,7 +23,7 @@ def tidy(model: onnx.ModelProto) -> None:
 
 
 def is_portable(model: onnx.ModelProto) -> bool:
-    """Tell whether no product of a graph's int8 weights can overflow on any CPU: |weight| <= 64. True without INT8.
+    """Return whether no product of a graph's int8 weights can overflow on any CPU: |weight| <= 64. True without INT8.
 
     The token embedding does not count: it is looked up, never multiplied as integers.
     """
@@ -118,7 +118,7 @@ def patches_as_product(model: onnx.ModelProto) -> None:
 
 
 def _tiles(conv: onnx.NodeProto, kernel: Sequence[int], image: Sequence[int]) -> bool:
-    """Tell whether a convolution's windows cover the whole image without overlap."""
+    """Return whether a convolution's windows cover the whole image without overlap."""
     given = {a.name: helper.get_attribute_value(a) for a in conv.attribute}
     return (
         given.get("strides") == list(kernel)

@@ -17,7 +17,7 @@ from clipress.tasks import graphs_of, runs_of
 
 
 class Limits(NamedTuple):
-    """How far a candidate may differ from its reference."""
+    """Limits on the difference between a candidate and its reference."""
 
     least_cosine: float
     same_first: float
@@ -45,7 +45,7 @@ BATCHES = (1, 3)  # Compared in addition to all samples at once.
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two implementations are compared on, and how strictly."""
+    """The inputs, and the limits, of a comparison of two implementations."""
 
     graphs: Mapping[str, Graph]
     samples: Mapping[str, Arrays]
@@ -53,7 +53,7 @@ class Comparison:
     precision: str
     """A key of LIMITS."""
     names: Mapping[str, str]
-    """What a message calls the candidate of each graph."""
+    """The name of each graph's candidate in messages."""
     batches: Sequence[int] = BATCHES
 
     @property

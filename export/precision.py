@@ -26,7 +26,7 @@ STAYS_FLOAT32 = "ReduceL2"
 
 
 def is_int8(model: ModelProto) -> bool:
-    """Tell whether a graph has explicit quantization."""
+    """Return whether a graph has explicit quantization."""
     return any(node.op_type == "DequantizeLinear" for node in model.graph.node)
 
 

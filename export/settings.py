@@ -16,10 +16,10 @@ DYNAMO_OPSET = 18  # The oldest that dynamo writes; below it, dynamo writes this
 
 
 class OnnxSettings(Section):
-    """How ONNX files are made."""
+    """The section `export.onnx`."""
 
     opset: int = Field(18, ge=17, le=20)
-    """Of the ONNX files; every file is compared with torch."""
+    """Opset of the ONNX files; every file is compared with torch."""
     exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
     """auto: dynamo, and torchscript where dynamo fails or does not apply (INT8, opset 17). Both run equally fast."""
     int8: Literal["auto", "qdq", "static"] = "auto"
@@ -54,7 +54,7 @@ class OnnxSettings(Section):
 
     @property
     def wants_extra_models(self) -> bool:
-        """Whether files beside the graphs' are to be written."""
+        """Whether files besides the graphs' are to be written."""
         return self.joint or self.fp16 or self.labels is not None or self.labels_file is not None
 
 
@@ -73,10 +73,10 @@ class BatchProfile(Section):
 
 
 class TensorRTSettings(Section):
-    """How TensorRT engines are built, in trtexec's terms."""
+    """The section `export.tensorrt`, in trtexec's terms."""
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp16"
-    """Of everything that is not INT8 in the artifact; fp32 is TF32 on GPUs that have it."""
+    """Precision of everything that is not INT8 in the artifact; fp32 is TF32 on GPUs that have it."""
     batch: BatchProfile = BatchProfile()
     """Only the batch varies; image size and text length are the model's."""
     sparse_weights: bool = True
@@ -98,7 +98,7 @@ class ExportSettings(Section):
 
     onnx: OnnxSettings = OnnxSettings()
     targets: dict[str, SerializeAsAny[Section]] = Field(default_factory=dict)
-    """By name; in a recipe `export.<name>`. Default: none. `clipress export --tensorrt` adds that one."""
+    """Export targets by name, `export.<name>` in a recipe. Default: none. `clipress export --tensorrt` adds TensorRT."""
 
     @model_validator(mode="before")
     @classmethod

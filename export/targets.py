@@ -1,4 +1,4 @@
-"""What an export is turned into besides ONNX files: the registry of export targets, one file each."""
+"""Export targets, which are made from ONNX exports: their registry; one file each."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from clipress.registry import Registry
 
 @dataclass(frozen=True)
 class TargetJob:
-    """What a target is made from."""
+    """The inputs of a target."""
 
     exports: Mapping[str, Path]
     """Export folders by the names of their artifacts."""
     home: Path
-    """The folder they are in, for what belongs to all of them."""
+    """The folder of the exports, for files that belong to all of them."""
     open_sets: Callable[[], list[EvalSet]]
-    """Opens real data, to compare with what the ONNX files compute."""
+    """Opens real data, to compare results with the ONNX files."""
     say: Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Target:
-    """One export target: the type of its settings in a recipe, and what makes it."""
+    """One export target: the type of its settings in a recipe, and the function that makes it."""
 
     settings: type[Section]
     make: Callable[[TargetJob, Any], None]

@@ -26,7 +26,7 @@ def build_engines(job: TargetJob, settings: TensorRTSettings) -> None:
 
 
 def report_engines(name: str, engines: Iterable[Path], say: Callable[[str], None]) -> None:
-    """Say where engines are and how well they match ONNX Runtime."""
+    """Report the paths of engines and how well they match ONNX Runtime."""
     for path in engines:
         sidecar = read_sidecar(path)
         cosine = sidecar.parity[f"{sidecar.tower}_min_cosine"]

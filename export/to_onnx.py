@@ -73,7 +73,7 @@ def onnx_from_artifact(
 
 
 def is_exported(folder: Path, target: Path, settings: OnnxSettings) -> bool:
-    """Tell whether `target` holds a whole export of this artifact with these settings."""
+    """Return whether `target` holds a whole export of this artifact with these settings."""
     try:
         exported, wanted = read_export(target), read_header(folder)["lineage"][-1]["hash"]
     except (OSError, ValueError, LookupError, TypeError, ArtifactError):

@@ -137,7 +137,7 @@ def _settings(settings: TensorRTSettings) -> dict[str, Any]:
 
 
 def _is_built(path: Path, one: Prepared, settings: TensorRTSettings) -> bool:
-    """Tell whether a whole engine of this file with these settings exists."""
+    """Return whether a whole engine of this file with these settings exists."""
     try:
         sidecar = read_sidecar(path)
     except ArtifactError:

@@ -17,7 +17,7 @@ import numpy as np
 from clipress.errors import DataError
 
 REPLICATES = 10_000
-CELLS = 1 << 22  # of the table of bootstrap draws computed at a time: 32 MB
+CELLS = 1 << 22  # Cells of the bootstrap table that are computed at a time: 32 MB.
 
 
 @dataclass(frozen=True)

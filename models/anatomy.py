@@ -1,4 +1,4 @@
-"""Where a model keeps its towers, blocks, parts and embeddings: everything else iterates over what this file finds.
+"""Find a model's towers, blocks, parts and embeddings; all other code iterates over the results.
 
 Two kinds of model are known: an open_clip model with an image and a text tower, and a plain timm vision transformer,
 such as a DeiT classifier, which is a single image tower.
@@ -15,7 +15,7 @@ from torch import nn
 from clipress.errors import ArtifactError
 from clipress.models.attention import Attention
 
-TOWERS = ("image", "text")  # of a CLIP; `towers` names those of any model
+TOWERS = ("image", "text")  # Towers of a CLIP; `towers` returns those of any model.
 CONFIG_KEYS = {"image": "vision_cfg", "text": "text_cfg"}
 TEXT_MODULES = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
 
@@ -43,7 +43,7 @@ class Attn:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What the architecture no longer determines once this part has been cut."""
+        """Sizes that the architecture no longer determines once this part has been cut."""
         attn = self.module
         return {"heads": attn.heads, "qk_dim": attn.qk_dim, "v_dim": attn.v_dim, "scale": attn.scale}
 
@@ -80,7 +80,7 @@ class Ffn:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What the architecture no longer determines once this part has been cut."""
+        """Sizes that the architecture no longer determines once this part has been cut."""
         return {"ffn": self.hidden}
 
 
@@ -100,7 +100,7 @@ class Block:
 
     @property
     def parts(self) -> tuple[Attn, Ffn]:
-        """What may be cut in this block."""
+        """The parts of this block that may be cut."""
         return (
             Attn(self.tower, f"{self.name}.attn", self.name, self.module.attn, self.tokens, self.tokens),
             Ffn(self.tower, f"{self.name}.mlp", self.name, self.module.mlp, *self.ffn_names, self.tokens),
@@ -112,7 +112,7 @@ class Block:
 
 
 def is_clip(model: nn.Module) -> bool:
-    """Tell an open_clip model, with an image and a text tower, from a model that is one tower itself."""
+    """Return whether this is an open_clip model with an image and a text tower, rather than a single tower."""
     return hasattr(model, "visual")
 
 
@@ -136,9 +136,9 @@ def tower_parameters(model: nn.Module, tower: str) -> list[nn.Parameter]:
 
 
 def blocks(model: nn.Module) -> list[Block]:
-    """Return every transformer block that can be taken apart, image tower first.
+    """Return every transformer block with parts that can be cut, image tower first.
 
-    Raises ArtifactError for a model without any.
+    Raises ArtifactError if there are none.
     """
     found = _image_blocks(model) + _text_blocks(model)
     if not found:
@@ -267,7 +267,7 @@ def _last_block(model: nn.Module, tower: str) -> Block:
 
 
 def embedding_parameters(model: nn.Module) -> int:
-    """Count look-up tables: token, position and class embeddings. They cost memory and no multiplication."""
+    """Count the parameters of lookup tables: token, position and class embeddings. They cost memory but no multiplications."""
     tables = [getattr(_timm_root(model)[1], name, None) for name in ("pos_embed", "cls_token")]
     if is_clip(model):
         _, text = text_root(model)
@@ -278,7 +278,7 @@ def embedding_parameters(model: nn.Module) -> int:
 
 
 def counts(model: nn.Module) -> dict[str, int]:
-    """Count parameters: all, without embeddings, and inside blocks. An image tower without blocks counts whole."""
+    """Count parameters: all, without embeddings, and inside blocks. An image tower without blocks counts as inside them."""
     total = sum(p.numel() for p in model.parameters())
     found = blocks(model)
     in_blocks = sum(p.numel() for block in found for p in block.module.parameters())

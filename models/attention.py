@@ -28,7 +28,7 @@ class Attention(nn.Module):
         memory_width: width that keys and values come from; default: `width`, as in self-attention.
     """
 
-    # what the stock module calls its joint q, k and v weights, and its output projection
+    # Names of the joint q, k and v weights and of the output projection in the stock module.
     STOCK_NAMES: ClassVar[dict[str, str]] = {"weight": "in_proj_weight", "bias": "in_proj_bias", "out": "out_proj"}
 
     def __init__(
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         self.heads, self.qk_dim, self.v_dim, self.scale = heads, qk_dim, v_dim, scale
         memory_width = memory_width or width
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # without heads there is nothing to initialise
+            warnings.simplefilter("ignore")  # Without heads there is nothing to initialise.
             self.q = nn.Linear(width, heads * qk_dim, bias=bias)
             self.k = nn.Linear(memory_width, heads * qk_dim, bias=bias)
             self.v = nn.Linear(memory_width, heads * v_dim, bias=bias)
@@ -78,16 +78,19 @@ class Attention(nn.Module):
 
     def attend(self, x: Tensor, attn_mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
         """Attend from x [B, N, width] to memory [B, M, memory_width], or to itself: [B, N, width]."""
-        if self.heads == 0:  # every head was cut: only the output bias is left
+        if self.heads == 0:  # Every head was cut: only the output bias remains.
             return torch.zeros_like(x) if self.out.bias is None else self.out.bias.expand_as(x)
         memory = x if memory is None else memory
-        tokens, keys = int(x.shape[1]), int(memory.shape[1])  # ints keep shape arithmetic out of the exported graph
+        tokens, keys = (
+            int(x.shape[1]),
+            int(memory.shape[1]),
+        )  # Python ints keep shape arithmetic out of the exported graph.
         q = self.q(x).reshape(-1, tokens, self.heads, self.qk_dim).transpose(1, 2)  # [B, H, N, qk]
         k = self.k(memory).reshape(-1, keys, self.heads, self.qk_dim).transpose(1, 2)  # [B, H, M, qk]
         v = self.v(memory).reshape(-1, keys, self.heads, self.v_dim).transpose(1, 2)  # [B, H, M, v]
         if attn_mask is not None and attn_mask.ndim == 3:  # [B * H, N, M], as open_clip masks padding
             attn_mask = attn_mask.reshape(-1, self.heads, tokens, keys)
-        if torch.onnx.is_in_onnx_export():  # the same in three nodes, which every runtime fuses
+        if torch.onnx.is_in_onnx_export():  # The same in three nodes, which every runtime fuses.
             logits = (q * self.scale) @ k.transpose(2, 3)
             y = (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v
         else:

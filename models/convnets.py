@@ -1,4 +1,4 @@
-"""Convolutional image towers: their layers, the sizes of these, and how a fresh tower gets the sizes of a cut one.
+"""Convolutional image towers: their layers, the sizes of the layers, and restoring the sizes of a cut tower.
 
 Only convolutions and batch norms ever change. The features that an attention pool, a projection or a classifier reads keep
 their width, so no other layer has a size to record.
@@ -14,11 +14,11 @@ from torch import nn
 from clipress.errors import ArtifactError
 from clipress.models.anatomy import blocks
 
-TOWER = "image"  # the only tower that may be convolutional
+TOWER = "image"  # The only tower that may be convolutional.
 
 
 def is_convnet(model: nn.Module) -> bool:
-    """Tell whether the image tower is made of convolutions and has no transformer blocks that clipress knows."""
+    """Return whether the image tower is convolutional and has no transformer blocks that clipress supports."""
     has_blocks = any(block.tower == TOWER for block in blocks(model))
     return not has_blocks and any(isinstance(module, nn.Conv2d) for module in model.visual.modules())
 
@@ -33,7 +33,7 @@ def layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.BatchNorm2d]:
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
-    """Tell whether every channel has a filter of its own."""
+    """Return whether every channel has its own filter."""
     return 1 < conv.groups == conv.in_channels == conv.out_channels
 
 
@@ -43,7 +43,7 @@ def conv_shapes(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def reshape_convs(model: nn.Module, wanted: Mapping[str, Mapping[str, Any]]) -> nn.Module:
-    """Give every layer of the image tower its recorded sizes, in place; the weights are still to be loaded.
+    """Give every layer of the image tower its recorded sizes, in place; the weights must be loaded afterwards.
 
     Raises ArtifactError for sizes that are missing, or that cutting this tower cannot produce.
     """
@@ -73,7 +73,7 @@ def _sizes(layer: nn.Conv2d | nn.BatchNorm2d) -> dict[str, int]:
 def _divides(layer: nn.Conv2d | nn.BatchNorm2d, sizes: dict[str, int]) -> bool:
     if isinstance(layer, nn.BatchNorm2d):
         return True
-    if is_depthwise(layer):  # it has as many groups as channels
+    if is_depthwise(layer):  # It has as many groups as channels.
         return sizes["groups"] == sizes["out"] == sizes["in"]
     return sizes["groups"] == layer.groups and sizes["out"] % layer.groups == sizes["in"] % layer.groups == 0
 

@@ -22,7 +22,7 @@ from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models import anatomy, quantizers, surgery
 from clipress.recipe import Section, first_problem
 
-# The largest numbers of a config; a larger one is refused before modules, or tables of positions, are built for it.
+# Upper bounds for a config; larger numbers are refused before modules or position tables are built.
 LIMITS = {"layers": 1 << 8, "context_length": 1 << 13, "image_size": 1 << 13, "patch_size": 1 << 13}
 LIMIT = 1 << 22
 
@@ -38,10 +38,10 @@ class Model:
     sparsity: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
     task: str = "clip"
-    """What it is for: a name in tasks.TASKS."""
+    """A name in tasks.TASKS."""
 
     def copy(self) -> Model:
-        """Return a copy whose model can be changed freely."""
+        """Return a copy whose weights can be changed."""
         return replace(self, module=copy.deepcopy(self.module))
 
     def tokenize(self) -> Callable | None:
@@ -96,7 +96,7 @@ def build(architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
             if seed is not None:
                 torch.manual_seed(seed)
             model = (CustomTextCLIP if custom else CLIP)(**config)
-        if _is_resized(model):  # open_clip leaves its towers at the size they were published with
+        if _is_resized(model):  # open_clip keeps timm towers at their published size.
             model.visual.set_input_size(model.visual.image_size)
     except (TypeError, ValueError, AssertionError, KeyError) as error:
         raise RecipeError(f"open_clip cannot build a model from this config: {error}") from None
@@ -117,7 +117,7 @@ def refuse_absurd(architecture: Mapping[str, Any]) -> None:
 
 
 def _is_resized(model: nn.Module) -> bool:
-    """Tell whether timm's tower works at another size than its name implies, so that the size has to be set."""
+    """Return whether the timm tower has another image size than its name implies, so that the size must be set."""
     trunk = getattr(model.visual, "trunk", None)
     return hasattr(trunk, "set_input_size") and anatomy.image_size(model) != tuple(trunk.default_cfg["input_size"][1:])
 
@@ -125,7 +125,7 @@ def _is_resized(model: nn.Module) -> bool:
 def new_model(architecture: dict[str, Any], seed: int) -> Model:
     """Build a CLIP to be trained from scratch: random weights, or timm's own with `timm_model_pretrained`.
 
-    The config of the result leaves that key off: loading the model later needs no download.
+    The config of the result has no such key, so loading the model later needs no download.
     """
     vision = architecture.get("vision_cfg") or {}
     pretrained = isinstance(vision, dict) and vision.get("timm_model_pretrained")
@@ -213,7 +213,7 @@ def _refuse_misfits(artifact: Artifact, build: Callable[[dict[str, Any]], nn.Mod
             wanted = surgery.reshape(build(artifact.architecture), artifact.shapes).state_dict()
     except ArtifactError:
         raise
-    except Exception as error:  # a config can fail anywhere in the library that builds from it
+    except Exception as error:  # An invalid config can fail anywhere in the library that builds the model.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArtifactError(f"The artifact's architecture cannot be built: {reason}.") from None
     for name, tensor in wanted.items():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from clipress.errors import ArtifactError, RecipeError
 
 KINDS = (nn.Linear, nn.Conv2d)
-LEVELS, PORTABLE = 127, 64  # the largest magnitude of a rounded weight: of int8, and such that every CPU is exact
+LEVELS, PORTABLE = 127, 64  # The largest magnitude of a rounded weight: for int8, and such that every CPU is exact.
 Method = Literal["max", "entropy", "percentile"]
 
 
@@ -58,8 +58,8 @@ def attach(
     if calibrate:
         _refuse_broken(model)
     calibrator = "max" if method == "max" else "histogram"
-    with redirect_stdout(io.StringIO()):  # modelopt prints its counts
-        # modelopt's own algorithm would use a histogram's largest value, so histograms are read here
+    with redirect_stdout(io.StringIO()):  # modelopt prints its counts.
+        # modelopt's own algorithm would use a histogram's largest value, so histograms are read here.
         loop = calibrate if method == "max" else None
         mtq.quantize(model, _rules(names, calibrator, "max" if loop else None), forward_loop=loop)
     modules = dict(model.named_modules())
@@ -68,7 +68,7 @@ def attach(
     if calibrate:
         for problem, affected in _uncalibrated({name: modules[name].input_quantizer for name in names}).items():
             raise RecipeError(
-                f"quantize: {problem} {', '.join(affected)}. List them in 'keep' to leave them in full precision."
+                f"quantize: {problem} {', '.join(affected)}. List them in 'exclude' to keep them in full precision."
             )
     enabled = [n for n in names if modules[n].input_quantizer.is_enabled and modules[n].weight_quantizer.is_enabled]
     if enabled != names:
@@ -95,7 +95,7 @@ def _refuse_broken(model: nn.Module) -> None:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise ArtifactError(
             f"quantize: the model has weights that are not finite: {broken[0]}{more}. INT8 has no scale for them; check "
-            "the stage or checkpoint before."
+            "the previous stage or the checkpoint."
         )
 
 
@@ -109,7 +109,7 @@ def _calibrate_by_histogram(
     for layer in layers:
         seen = layer.input_quantizer._calibrator
         if seen._calib_hist is not None:
-            # entropy tries every threshold, in time quadratic in the bins; 256 thresholds are enough
+            # Entropy tries every threshold, in time quadratic in the bins; 256 thresholds are enough.
             how = {"percentile": percentile} if method == "percentile" else {"stride": max(seen._num_bins // 256, 1)}
             layer.input_quantizer.load_calib_amax(method, **how)
             layer.weight_quantizer.load_calib_amax()
@@ -121,7 +121,7 @@ def _calibrate_by_histogram(
 
 
 def _uncalibrated(quantizers: dict[str, nn.Module]) -> dict[str, list[str]]:
-    """Group the modules whose scale is unusable by what is wrong with it."""
+    """Group the modules with an unusable scale by the problem."""
     found: dict[str, list[str]] = {}
     for name, quantizer in quantizers.items():
         scale = getattr(quantizer, "amax", None)
@@ -133,7 +133,7 @@ def _uncalibrated(quantizers: dict[str, nn.Module]) -> dict[str, list[str]]:
 
 
 def only(model: nn.Module, names: Iterable[str], rounding: Iterable[str]) -> None:
-    """Let the modules in `rounding` round, and the other modules of `names` compute in full precision."""
+    """Enable rounding in the modules `rounding` and full precision in the other modules of `names`."""
     rounding = set(rounding)
     for name, quantizer in _quantizers(model, names):
         quantizer.enable() if name in rounding else quantizer.disable()

@@ -4,7 +4,7 @@
     student: {image: vit-t-16, text: clip-kd}                   two towers, by name, size or config
     student: {image: {timm: resnet18}, text: teacher}           one tower new, the other a frozen copy of the teacher's
     student: {inherit: {image: {layers: 6}, text: {ffn: 512}}}  cut out of the teacher (models/weight_inheritance.py)
-    student: {embed_dim: 512, vision_cfg: {...}, text_cfg: {...}}  a whole open_clip config
+    student: {embed_dim: 512, vision_cfg: {...}, text_cfg: {...}}  a full open_clip config
 
 With a teacher, the student shares its preprocessing and tokenizer, so that both see the same pixels and ids; its image and
 embedding sizes are the defaults.
@@ -32,7 +32,7 @@ from clipress.recipe import Section, checked, digest
 from clipress.storage import sha256
 
 TEACHER = "teacher"
-# The tokenizer, and so the teacher, decides how ids are read; the size of the tower does not.
+# These depend on the tokenizer, and so on the teacher, but not on the size of the tower.
 TOKENS = (
     *("context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
     *("pool_type", "pad_id", "eos_id", "no_causal_mask"),
@@ -40,7 +40,7 @@ TOKENS = (
 
 
 class Inherit(Section):
-    """What the student keeps of each of the teacher's towers; an absent tower stays whole."""
+    """What the student keeps of each of the teacher's towers; a missing tower is kept entirely."""
 
     image: Size | None = None
     text: Size | None = None
@@ -51,7 +51,7 @@ class Inherit(Section):
 
 
 class Student(Section):
-    """The `student` section, unless it is a whole open_clip config: exactly one of model, image with text, inherit."""
+    """The `student` section, unless it is a full open_clip config: exactly one of model, image with text, inherit."""
 
     model: str | None = None
     """An open_clip model name."""
@@ -73,7 +73,7 @@ class Student(Section):
         given = [k for k, v in (("model", self.model), ("image and text", towers), ("inherit", self.inherit)) if v]
         if len(given) != 1:
             raise RecipeError(
-                "student: expected exactly one of model, image with text, inherit, or a whole open_clip config "
+                "student: expected exactly one of model, image with text, inherit, or a full open_clip config "
                 f"(vision_cfg, text_cfg); found {' and '.join(given) or 'none'}."
             )
         if towers and (self.image is None or self.text is None):
@@ -110,7 +110,7 @@ def check(raw: Mapping[str, Any], has_teacher: bool) -> None:
 def student_from(raw: Mapping[str, Any], teacher: Model | None, seed: int) -> Model:
     """Build the student of a recipe; its random weights depend on the seed alone.
 
-    Raises RecipeError for a section that makes no sense, or that does not fit the teacher.
+    Raises RecipeError for a section that is invalid or does not fit the teacher.
     """
     check(raw, teacher is not None)
     if _is_config(raw):
@@ -137,13 +137,13 @@ def towers_of_teacher(raw: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 def start_hash(raw: Mapping[str, Any], seed: int) -> str:
-    """Hash what a student starts from besides the teacher: section, seed and checkpoint. Every stage records the teacher."""
+    """Hash a student's starting point without the teacher (which every stage records): section, seed and checkpoint."""
     file = Path(str(raw.get("checkpoint")))
     return digest("start", raw, seed, *([sha256(file)] if file.is_file() else []))
 
 
 def freeze(model: nn.Module, towers: Iterable[str]) -> None:
-    """Take the towers' parameters out of training, in place."""
+    """Freeze the towers' parameters, in place."""
     for tower in towers:
         for parameter in anatomy.tower_parameters(model, tower):
             parameter.requires_grad_(False)
@@ -181,7 +181,7 @@ def _named(student: Student, teacher: Model | None, seed: int) -> Model:
 
 
 def _of_two_towers(student: Student, teacher: Model | None, seed: int) -> Model:
-    """Build image and text tower from their descriptions, and copy those that are the teacher's."""
+    """Build image and text tower from their descriptions, and copy those taken from the teacher."""
     own, taken = _own_towers(student), [t for t in anatomy.TOWERS if getattr(student, t) == TEACHER]
     theirs = teacher.architecture if teacher else {}
     size = student.image_size or (teacher.preprocess.size if teacher else 224)
@@ -201,21 +201,21 @@ def _of_two_towers(student: Student, teacher: Model | None, seed: int) -> Model:
         "vision_cfg": {**own.get("image", {}), "image_size": size},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, **tokens, **own.get("text", {})},
     }
-    if taken:  # keys beside the towers come with any tower, except how the text tower is stored: that comes with it
+    if taken:  # Shared keys come with any tower; the form of the text tower comes with the text tower.
         beside = theirs.keys() - made.keys() - ({"custom_text"} if "text" not in taken else set())
         made |= {key: copy.deepcopy(theirs[key]) for key in beside}
         made |= {key: copy.deepcopy(theirs[key]) for key in (anatomy.CONFIG_KEYS[tower] for tower in taken)}
     model = new_model(made, seed)
     for tower in taken:
         surgery.copy_tower(model.module, teacher.module, tower)
-    if taken:  # the scale of similarities is the teacher's too
+    if taken:  # The logit scale is the teacher's too.
         beside = {n: t for n, t in teacher.module.state_dict().items() if anatomy.tower_of(teacher.module, n) is None}
         model.module.load_state_dict(beside, strict=False)
     return model
 
 
 def _shared(model: Model, teacher: Model) -> Model:
-    """Return the student with the teacher's preprocessing. Raises RecipeError where sizes or tokenizers differ."""
+    """Return the student with the teacher's preprocessing. Raises RecipeError if sizes or tokenizers differ."""
     _refuse_other("image size", model.preprocess.size, teacher.preprocess.size)
     _refuse_other("tokenizer", model.tokenizer, teacher.tokenizer)
     return replace(model, preprocess=teacher.preprocess)
@@ -298,7 +298,7 @@ def _known_timm(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _head_width(width: int, tower: str) -> int:
-    """Return 64, the head width of every CLIP, or 32 where 64 does not divide the width."""
+    """Return 64, the head width of every CLIP, or 32 if 64 does not divide the width."""
     for head in (64, 32):
         if width and width % head == 0:
             return head

@@ -22,7 +22,7 @@ MAX_SIZE = 1 << 20
 
 @dataclass(frozen=True)
 class AttnMask:
-    """What stays of one attention; None keeps all.
+    """What to keep of one attention; None keeps all.
 
     Every head keeps as many dims as the others, though not necessarily the same ones.
     """
@@ -37,7 +37,7 @@ class AttnMask:
 
 @dataclass(frozen=True)
 class FfnMask:
-    """What stays of one feed-forward: bool [hidden]."""
+    """What to keep of one feed-forward: bool [hidden]."""
 
     ffn: Tensor
 
@@ -46,7 +46,7 @@ Mask = AttnMask | FfnMask
 
 
 def use_own_attention(model: nn.Module) -> nn.Module:
-    """Replace PyTorch's or timm's attention by ours in every block, in place; outputs stay the same."""
+    """Replace PyTorch's or timm's attention with ours in every block, in place; outputs do not change."""
     for module, stock in list(stock_attentions(model)):
         own = Attention if isinstance(stock, nn.MultiheadAttention) else TimmAttention
         module.attn = own.from_stock(stock).train(stock.training)
@@ -58,9 +58,9 @@ def use_own_attention(model: nn.Module) -> nn.Module:
 
 
 def cut(part: Part, mask: Mask) -> None:
-    """Cut one part in place; it then computes what the masked part computes, as the softmax scale is kept.
+    """Cut one part in place; its outputs equal those of the masked part, because the softmax scale is kept.
 
-    All heads or all hidden units may go; the output bias remains.
+    All heads or all hidden units may be cut; the output bias remains.
     """
     if isinstance(part, Attn):
         _cut_attention(part, mask)
@@ -119,7 +119,7 @@ def _empty_linear(like: nn.Linear, columns: int, rows: int) -> nn.Linear:
     """Return a Linear of another size, uninitialised, that is otherwise like this one."""
     where = {"device": like.weight.device, "dtype": like.weight.dtype}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a part that lost everything has Linears without elements
+        warnings.simplefilter("ignore")  # A part without units has Linears without elements.
         new = nn.utils.skip_init(nn.Linear, columns, rows, bias=like.bias is not None, **where)
     return new.train(like.training)
 
@@ -141,7 +141,7 @@ def shapes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def reshape(model: nn.Module, wanted: Mapping[str, Mapping[str, Any]]) -> nn.Module:
-    """Give every part, or convolution, its recorded shape, in place; the weights are still to be loaded.
+    """Give every part, or convolution, its recorded shape, in place; the weights must be loaded afterwards.
 
     A part's record is found under its own name, or under its block's. Raises ArtifactError for shapes that are missing or
     impossible.
@@ -182,7 +182,7 @@ def _resize_attention(part: Attn, shape: dict[str, Any]) -> None:
 
 
 def copy_tower(model: nn.Module, donor: nn.Module, tower: str) -> nn.Module:
-    """Give a CLIP a copy of another's whole tower, in place. Both are built from one config as to that tower."""
+    """Copy a whole tower from another CLIP, in place. Both must have the same config for that tower."""
     if tower == "image":
         model.visual = copy.deepcopy(donor.visual)
     elif hasattr(donor, "text"):

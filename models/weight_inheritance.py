@@ -1,4 +1,4 @@
-"""A smaller student cut out of its teacher: TinyCLIP's manual weight inheritance (Wu et al. 2023), with a criterion.
+"""A smaller student that inherits the teacher's weights: TinyCLIP's manual inheritance (Wu et al. 2023), with a criterion.
 
 TinyCLIP takes the first channels and heads of each tensor. Here the student gets those with the largest weights:
 
@@ -31,7 +31,7 @@ from clipress.recipe import Section
 
 
 class Size(Section):
-    """What one tower of the student keeps; an absent key keeps the teacher's."""
+    """The sizes of one student tower; a missing key keeps the teacher's size."""
 
     layers: int | None = Field(None, ge=1)
     heads: int | None = Field(None, ge=1)
@@ -129,7 +129,7 @@ def _head_scores(part: Attn) -> Tensor:
 def _channel_scores(weights: Mapping[str, Tensor], axes: Mapping[str, tuple[int, str | None]]) -> Tensor:
     total: Tensor | float = 0.0
     for name, (axis, gain) in axes.items():
-        if weights[name].ndim < 2:  # norms, biases and the class embedding
+        if weights[name].ndim < 2:  # Norms, biases and the class embedding.
             continue
         norms = _norms(weights[name], axis)
         if gain is not None:
@@ -144,17 +144,17 @@ def _norms(tensor: Tensor, axis: int) -> Tensor:
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
-    """Return the indices of the `count` largest in ascending order; of equal scores the first wins."""
+    """Return the indices of the `count` largest in ascending order; among equal scores the first wins."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _config(model: nn.Module, tower: str, width: int | None) -> dict[str, Any]:
-    """Return open_clip's settings of a tower; its recorded shapes hold what these cannot express."""
+    """Return open_clip's settings of a tower; whatever they cannot express is in its recorded shapes."""
     first, *_ = found = _blocks(model, tower)
     attn, ffn = first.parts
     width, hidden = width or first.width, ffn.hidden
     ratio = hidden / width
-    ratio = ratio if int(width * ratio) == hidden else (hidden + 0.5) / width  # open_clip rounds down
+    ratio = ratio if int(width * ratio) == hidden else (hidden + 0.5) / width  # open_clip rounds down.
     head = math.gcd(width, attn.module.qk_dim)
     heads = {"head_width": head} if tower == "image" else {"heads": width // head}
     return {"layers": len(found), "width": width, "mlp_ratio": ratio, **heads}

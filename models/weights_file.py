@@ -1,4 +1,4 @@
-"""Read named tensors from a checkpoint that a third party wrote; no code in it is ever run."""
+"""Read named tensors from a third-party checkpoint without running any code in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipress.errors import ArtifactError
 
-NOTES = {"input_resolution", "context_length", "vocab_size"}  # numbers beside the weights in OpenAI's files
+NOTES = {"input_resolution", "context_length", "vocab_size"}  # Numbers next to the weights in OpenAI's files.
 MAX_SIDE, MAX_TENSORS, MAX_BYTES = 1 << 20, 1 << 16, 8_000_000_000
 
 State = Mapping[str, Tensor]
@@ -24,7 +24,7 @@ State = Mapping[str, Tensor]
 def weights_from_file(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by name, without the mappings that may wrap them.
 
-    Raises ArtifactError for a file that is missing, damaged, more than weights, or of impossible sizes.
+    Raises ArtifactError for a file that is missing or damaged, holds more than weights, or claims impossible sizes.
     """
     state = _read(path)
     for wrapper in ("state_dict", "model"):
@@ -55,25 +55,27 @@ def _read(path: Path) -> Any:
 
             return load_file(path)
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch never compresses: more inside than outside is a bomb
+            with zipfile.ZipFile(
+                path
+            ) as archive:  # torch never compresses, so a larger content than the file is a bomb.
                 inside = sum(record.file_size for record in archive.infolist())
             if inside > path.stat().st_size:
                 raise ValueError(f"it claims {inside:,} bytes and is {path.stat().st_size:,} bytes long")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # arbitrary bytes can fail anywhere in a reader
+    except Exception as error:  # Arbitrary bytes can fail anywhere in a reader.
         raise ArtifactError(_explain(error)) from None
 
 
 def _explain(error: Exception) -> str:
     if "TorchScript" in str(error):
         return (
-            "this is a TorchScript archive, which is a program (OpenAI ships its models so); only weights are read. If you "
+            "this is a TorchScript archive, which is a program (the format of OpenAI's models); only weights are read. If you "
             "trust it: torch.save(torch.jit.load(FILE, 'cpu').state_dict(), 'weights.pt'), and import weights.pt."
         )
     found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if found:
         return (
-            f"the file holds more than weights ({found[1]}), and reading that could run code: nothing was loaded. Save the "
+            f"the file holds more than weights ({found[1]}), and reading it could run code: nothing was loaded. Save the "
             "weights alone, with torch.save(model.state_dict(), FILE) or as safetensors."
         )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". In PyTorch")[0]

@@ -45,7 +45,7 @@ class Int8Form(BaseModel):
 
     form: Literal["qdq", "static"]
     milliseconds: dict[str, float]
-    """Of one image, by form."""
+    """Milliseconds per image, by form."""
 
 
 class Exported(BaseModel):

@@ -111,7 +111,7 @@ def metadata_of(session: Any) -> dict[str, Any]:
 
 
 def runs_exactly(session: Any) -> bool:
-    """Tell whether a session is in exact mode."""
+    """Return whether a session is in exact mode."""
     try:
         return session.get_session_options().get_session_config_entry(EXACT_MODE) == "1"
     except RuntimeError:  # The option was never set.
@@ -146,7 +146,7 @@ def check(session: Any, path: Path, about: dict[str, Any]) -> float | None:
 
 
 def _is_portable(about: dict[str, Any]) -> bool:
-    """Tell whether a file's metadata promise that no INT8 product overflows; a file without the key may overflow."""
+    """Return whether a file's metadata promise that no INT8 product overflows; a file without the key may overflow."""
     return bool(about.get("portable", about.get("precision") == "fp32"))
 
 

@@ -120,7 +120,7 @@ class Profile(BaseModel):
     max: Shape = Field(min_length=1)
 
     def has(self, shape: Shape) -> bool:
-        """Tell whether a shape is within the profile."""
+        """Return whether a shape is within the profile."""
         sides = zip(self.min, shape, self.max, strict=False)
         return len(shape) == len(self.min) and all(low <= side <= high for low, side, high in sides)
 
@@ -172,7 +172,7 @@ class Sidecar(BaseModel):
         return f"TensorRT {self.tensorrt} on {self.gpu} (compute capability {_dotted(self.compute_capability)})"
 
     def fits(self, machine: Machine) -> bool:
-        """Tell whether the engine runs on a machine."""
+        """Return whether the engine runs on a machine."""
         built, here = numbers(self.tensorrt), numbers(machine.version)
         version = built == here or (self.version_compatible and built <= here)
         capability = tuple(machine.cuda.capability)

@@ -1,4 +1,4 @@
-"""How an export's graphs are served: what clients send for each input, and which graphs do what."""
+"""How an export's graphs are served: what clients send for each input, and the role of each graph."""
 
 from __future__ import annotations
 

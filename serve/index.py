@@ -33,7 +33,7 @@ DESCRIPTION = "index.json"
 EXACT_UP_TO = 1_000_000  # vectors; beyond that, comparing with everything takes more than a second
 PER_LIST, TRAINED_ON = 39, 64  # vectors per inverted list, at least, and per list in the training of k-means
 AGAIN = "Make it again: clipress index IMAGES --run RUN --out {}"
-LINKS, BUILD_BREADTH, SEARCH_BREADTH = 32, 100, 128  # of the graph: links per vector, candidates kept
+LINKS, BUILD_BREADTH, SEARCH_BREADTH = 32, 100, 128  # Parameters of the graph: links per vector, candidates kept.
 
 Kind = Literal["flat", "ivf", "hnsw"]
 
@@ -54,7 +54,7 @@ class Encoder(Section):
     stage: str
     precision: str
     sha256: str
-    """Of the image encoder's file."""
+    """SHA-256 of the image encoder's file."""
 
 
 class Description(Section):
@@ -139,7 +139,7 @@ def open_index(folder: str | Path, lineage: str | None = None, verify: bool = Tr
     folder = Path(folder)
     description = read_description(folder)
     if damage := _find_damage(folder, description, verify):
-        if read_description(folder) != description:  # it was replaced meanwhile
+        if read_description(folder) != description:  # The index was replaced in the meantime.
             return open_index(folder, lineage, verify)
         raise ArtifactError(f"{folder}: {damage}. {AGAIN.format(folder)}")
     check_encoder(folder, description, lineage)
@@ -160,7 +160,7 @@ def read_description(folder: Path) -> Description:
         return Description.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError(
-            f"{folder} is not an index: it has no {DESCRIPTION}. Do: clipress index IMAGES --run RUN --out {folder}"
+            f"{folder} is not an index: it has no {DESCRIPTION}. Run: clipress index IMAGES --run RUN --out {folder}"
         ) from None
     except ValidationError as error:
         raise ArtifactError(f"{path} is damaged: {first_problem(error)}. Make the index again.") from None

@@ -67,7 +67,7 @@ class ImageEncoder:
 
     @property
     def description(self) -> Encoder:
-        """What an index keeps of the encoder."""
+        """The encoder's entries in an index."""
         known = self.exported
         file = known.files[self.graph.name]
         return Encoder(lineage=known.lineage_hash, stage=known.stage, precision=known.precision, sha256=file.sha256)

@@ -23,7 +23,7 @@ class RateLimit(Section):
 
 
 class ServeSettings(Section):
-    """How the Triton model repositories are set up."""
+    """The `serve` section: how Triton model repositories are written."""
 
     backend: tuple[Literal["onnxruntime", "python", "tensorrt"], ...] = Field(("onnxruntime", "python"), min_length=1)
     """Backends of the encoders, one or several. Each gets a repository of its own."""

@@ -47,7 +47,7 @@ CACHE = "text_cache_mb"  # stored in the configuration because the server needs 
 
 @dataclass(frozen=True)
 class Served:
-    """What the configurations of one version depend on."""
+    """Everything that the configurations of one version depend on."""
 
     exported: Exported
     backend: str

@@ -28,7 +28,7 @@ from pathlib import Path
 from clipress.errors import ArtifactError, BackendMissing
 from clipress.storage import cache_folder, locked, write_whole
 
-VERSION = "0.7.0"  # of nvidia-pytriton; the server in it is 2.51
+VERSION = "0.7.0"  # Version of nvidia-pytriton, which contains Triton 2.51.
 MODULES = "CLIPRESS_TRITON_MODULES"
 PTH = f"import os, site; list(map(site.addsitedir, filter(None, os.environ.get({MODULES!r}, '').split(os.pathsep))))\n"
 WAY_OUT = "Put a tritonserver on PATH, or start the repository in Triton's container as its README.md says."

@@ -32,7 +32,7 @@ class ModelError(Exception):
         """Triton's status: worth a retry, a bug, or the input's fault."""
         if re.search("maximum queue size|timeout expired|not healthy|not ready|unknown model", str(self)):
             return pb_utils.TritonError.UNAVAILABLE
-        bug = re.search(r"(^|, )\w+(Error|Exception): ", str(self))  # as error_response writes it
+        bug = re.search(r"(^|, )\w+(Error|Exception): ", str(self))  # The form that error_response writes.
         return pb_utils.TritonError.INTERNAL if bug else pb_utils.TritonError.INVALID_ARG
 
 

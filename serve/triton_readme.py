@@ -195,7 +195,7 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _batches(exported: Exported, with_search: bool) -> str:
-    """Say which models take lists of any length instead of a batch."""
+    """List the models that take lists of any length instead of a batch."""
     has_classify = is_zero_shot(exported) or classifier_graph(exported) is not None
     lists = ["`classify`"] * has_classify + ["`search`"] * with_search
     return f"All{' but ' + ' and '.join(lists) if lists else ''} take a batch dimension in front."

@@ -63,7 +63,7 @@ SEARCH = "search"  # the one model that a version may lack
 
 
 class Release(BaseModel):
-    """What a version's configurations are written from, kept so that they can be written again."""
+    """The inputs of a version's configurations, kept so that they can be written again."""
 
     export: Exported
     engines: dict[str, Engines] = Field({}, validation_alias=AliasChoices("engines", "plans"))
@@ -125,12 +125,12 @@ def serve_version(repository: Path, version: int | None, settings: ServeSettings
     if version not in known:
         wanted = f"version {version}" if version else "an older version"
         found = ", ".join(map(str, known)) or "none"
-        raise ArtifactError(f"{repository}: expected {wanted}; versions found: {found}. Do: clipress serve RUN")
+        raise ArtifactError(f"{repository}: expected {wanted}; versions found: {found}. Run: clipress serve RUN")
     release = _read_release(repository, version)
     if release.search and version not in _versions(repository, SEARCH):
         raise ArtifactError(
             f"{repository}: version {version} needs search/{version}, which was dropped when a version without an index was "
-            "served. Do: clipress serve RUN"
+            "served. Run: clipress serve RUN"
         )
     _write(Repository(repository, settings, bench), {}, release, version)
     return version
@@ -219,7 +219,7 @@ def _write(repository: Repository, added: Mapping[str, Files], release: Release,
         "README.md": readme(served, version, release.search, options_for(made.values())).encode(),
     }
     if not added and all(_holds(folder / name, content) for name, content in around.items()):
-        return  # so that a server on this folder is not disturbed
+        return  # A server that uses this folder is not disturbed.
 
     def fill(aside: Path) -> None:
         copies: dict[Path, Path] = {}  # files that two models share are copied once

@@ -243,7 +243,7 @@ def _free_ports(host: str, wanted: dict[str, int | None]) -> dict[str, int]:
     try:
         for kind, port in wanted.items():
             held[kind] = socket.socket()
-            # as servers do: connections of the previous one may linger
+            # Servers set this, since connections of the previous one may linger.
             held[kind].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 held[kind].bind((host, port or 0))
@@ -322,7 +322,7 @@ def serve_until_stopped(
 
 @contextmanager
 def _both_interrupt() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does, and let Ctrl-C work in background jobs too, which a shell starts without it."""
+    """Handle SIGTERM like Ctrl-C, and enable Ctrl-C in background jobs, which a shell starts without it."""
     known = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -1,6 +1,6 @@
-"""Does clipress measure the same median as a bare loop? `python studies/bare_loop.py EXPORT [BATCH] [ROUNDS]`.
+"""Compare the medians of clipress with those of a bare loop. `python studies/bare_loop.py EXPORT [BATCH] [ROUNDS]`.
 
-The bare loop is a program of its own that does not import clipress: numpy, onnxruntime and a clock. Both programs stay
+The bare loop is a separate program that does not import clipress, only numpy, onnxruntime and a clock. Both programs stay
 open and measure in turns, in alternating order, so that a noisy machine disturbs both alike. Prints the two medians, their
 ratio round by round (median and quartiles), and the machine's load.
 """
@@ -47,7 +47,7 @@ for line in sys.stdin:
 
 
 def main(export: str, batch: str = "8", rounds: str = "15") -> None:
-    """Let both measure in turns and print the result."""
+    """Run both in turns and print the result."""
     programs = [
         subprocess.Popen(
             [sys.executable, "-c", text + ANSWER, export, batch],

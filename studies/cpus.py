@@ -9,7 +9,7 @@
     emulated arm        ARM with dot products; `emulated old arm`: a Cortex-A72, which has none
 
 Hiding requires a C compiler and an x86 CPU that can fault on CPUID; emulation requires `qemu-x86_64` (Debian: qemu-user).
-A child process has the packages of its own environment, clipress included.
+A child process has the packages of this environment, clipress included.
 
 ARM requires `qemu-aarch64` and, at $ARM64_ROOT, an arm64 system: usr/bin/python3.11 with its libraries (Debian's arm64
 packages, unpacked), and site/ with arm64 wheels of numpy and onnxruntime. Its programs have these packages only. onnxruntime

@@ -1,7 +1,7 @@
-"""A study: methods (× ratios) × seeds from one recipe, each run in a process of its own, summarised in one table.
+"""A study: methods (× ratios) × seeds from one recipe, each run in its own process, summarised in one table.
 
 The study file names a base recipe and the stages of each method; for pruning also the ratios, which become the budget of the
-first stage. See configs/studies/. Every run is an ordinary run folder; a study that was stopped resumes where it was.
+first stage. See configs/studies/. Every run is an ordinary run folder; a stopped study resumes where it left off.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def read_study(path: Path) -> tuple[Study, list[Case]]:
     base = read_recipe(path.parent / study.recipe).model_dump(exclude_none=True)
     cases = []
     for ratio, kept in (study.ratios or {None: None}).items():
-        for seed in study.seeds:  # methods side by side, so that a slow hour hits all of them
+        for seed in study.seeds:  # Methods alternate, so that a slow hour affects all of them.
             for method, stages in study.methods.items():
                 recipe = copy.deepcopy(base) | {"name": f"{study.name}-{method}", "seed": seed, "bench": study.bench}
                 recipe = merge_sections(recipe, study.sections) | {"stages": copy.deepcopy(stages)}
@@ -66,13 +66,13 @@ def merge_sections(recipe: Mapping[str, Any], sections: Mapping[str, Any]) -> di
 
 
 def run_study(file: Path, runs: Path | None, out: Path, jobs: int = 1) -> str:
-    """Run what is missing of a study, write <out>/<name>.{json,md,svg} after each run, and return the table.
+    """Run the missing cases of a study, write <out>/<name>.{json,md,svg} after each run, and return the table.
 
     Raises ArtifactError for a finished run that was made with other settings than the file has now.
     """
     study, cases = read_study(file)
     home = runs or Path("runs/studies") / study.name
-    run_case(cases[0], home, 1)  # alone, since it makes the teacher that all runs share
+    run_case(cases[0], home, 1)  # Run alone, because it makes the teacher that all runs share.
     rows: list[StudyRow] = []
     conditions: dict[str, Any] = {}
     with ThreadPoolExecutor(jobs) as pool:
@@ -119,7 +119,7 @@ def run_case(case: Case, home: Path, jobs: int) -> Path:
 
 
 def _clipress(verb: str, recipe: Mapping[str, Any], folder: Path, jobs: int = 1) -> None:
-    """Run a command on a recipe in a process of its own, with its share of the cores."""
+    """Run a command on a recipe in its own process, with its share of the cores."""
     path = folder.with_suffix(".yaml")
     write_text_whole(path, yaml.safe_dump(dict(recipe), sort_keys=False))
     command = [sys.executable, "-m", "clipress", verb, str(path), "--out", str(folder)]
@@ -131,7 +131,7 @@ def _clipress(verb: str, recipe: Mapping[str, Any], folder: Path, jobs: int = 1)
 
 @contextmanager
 def _results_of(run: Path) -> Iterator[Results]:
-    """Read a finished run's figures. Raises ArtifactError where they lack what is read of them."""
+    """Read a finished run's results. Raises ArtifactError if figures are missing."""
     try:
         yield read_results(run / "bench" / "results.json")
     except (ArtifactError, LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
@@ -158,7 +158,7 @@ def _conditions(file: Path, run: Path) -> dict[str, Any]:
 
 
 def step_costs(study: Study, file: Path, home: Path) -> list[TimedSteps]:
-    """Time the steps of short trainings, round by round, so that a slow minute hits every case."""
+    """Time the steps of short trainings, round by round, so that a slow minute affects every case."""
     spec = study.step_cost
     base = read_recipe(file.parent / study.recipe).model_dump(exclude_none=True)
     base["data"] = base["data"] | {"val": [], "test": []}
@@ -182,14 +182,14 @@ def step_costs(study: Study, file: Path, home: Path) -> list[TimedSteps]:
 
 
 def _timed_steps(recipe: Mapping[str, Any], folder: Path) -> tuple[float, int]:
-    """Train, unless it is done. Returns the median seconds of a step, and the peak memory in MB."""
+    """Train unless finished. Returns the median seconds of a step, and the peak memory in MB."""
     if not (folder / "done").is_file():
         _clipress("compress", recipe, folder)
         write_text_whole(folder / "done", "")
     log = next((folder / "logs").glob("*.jsonl"))
     times = [json.loads(line)["seconds"] for line in log.read_text(encoding="utf-8").splitlines()]
     steps = [after - before for before, after in pairwise(times)]
-    warm = steps[len(steps) // 5 :]  # the first ones warm up
+    warm = steps[len(steps) // 5 :]  # The first steps warm up.
     return median(warm), read_header(folder / log.stem)["lineage"][-1]["peak_memory_mb"]
 
 

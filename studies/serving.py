@@ -59,8 +59,8 @@ STAGE = "int8"
 MODELS = ("embed_image", "image_encoder", "embed_text")
 SOAKED = "embed_image"
 ENCODERS = {"embed_image": "image_encoder", "image_encoder": "image_encoder", "embed_text": "text_encoder"}
-SHARE = 0.8  # of the greatest load, in the soak
-WARM = 0.2  # of the soak, before memory counts
+SHARE = 0.8  # Fraction of the maximum load, in the soak.
+WARM = 0.2  # Fraction of the soak before memory is measured.
 
 
 def repositories(export: Path, bench: Path, folder: Path) -> dict[str, Path]:
@@ -86,7 +86,7 @@ def one_by_one(repository: Path) -> None:
 
 
 def processes(ancestor: int) -> list[int]:
-    """Return the processes below one, itself left out."""
+    """Return all descendants of a process."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -99,7 +99,7 @@ def processes(ancestor: int) -> list[int]:
 
 @contextmanager
 def serving(repository: Path) -> Iterator[tuple[TritonServer, list[int]]]:
-    """Serve a repository with this process's priority: a server is a session of its own, with its own priority."""
+    """Serve a repository with this process's priority: a server has its own session, and so its own priority."""
     before = set(processes(os.getpid()))
     with TritonServer(repository, ready_within=300) as server:
         own = [one for one in processes(os.getpid()) if one not in before]
@@ -111,7 +111,7 @@ def serving(repository: Path) -> Iterator[tuple[TritonServer, list[int]]]:
 
 
 async def loaded(address: str, template: RequestTemplate, load: Load, windows: Windows) -> Measured:
-    """Put one load on one model."""
+    """Measure one model under one load."""
     wire = open_wire("http", address, False)
     try:
         send = await checked_sender(wire, template, address)
@@ -135,7 +135,7 @@ def bare(export: Path, template: RequestTemplate) -> float:
 async def soaked(
     address: str, template: RequestTemplate, rate: float, seconds: float, expected: np.ndarray, pids: list[int]
 ) -> tuple[Measured, float, list[tuple[float, list[int]]]]:
-    """Keep up a rate for a while. Returns figures, the largest difference from local inference, and memory in KB."""
+    """Send requests at a constant rate for a while. Returns figures, the largest difference from local inference, and memory in KB."""
     clock, memory, furthest = asyncio.get_running_loop().time, list[tuple[float, list[int]]](), 0.0
     exact, size = [row.tobytes() for row in expected], expected[0].nbytes
     wire = open_wire("http", address, False)
@@ -329,7 +329,7 @@ def say(text: str) -> None:
 
 
 def main(folder: str, rounds: str = "7", seconds: str = "300") -> None:
-    """Write the repositories, serve, measure, write."""
+    """Write and serve the repositories, measure them, and write the tables."""
     import onnxruntime
 
     export = Path(folder) / "export" / STAGE

@@ -2,7 +2,7 @@
 
 Shapes are those of ViT-B/32 and ResNet-18 at 224 pixels; weights are random, since only time is measured. Towers are pruned
 by random scores to 50 % and 25 % of the blocks' multiply-accumulates, with clipress's alignment and without, cut, quantized
-and exported as `clipress` does it. One thread; all files of a batch size take turns; a ratio is the median over rounds with
+and exported by clipress. One thread; all files of a batch size take turns; a ratio is the median over rounds with
 its 95 % interval. Writes speed.json (raw rows and conditions) and speed.md beside this file.
 """
 
@@ -58,7 +58,7 @@ UNALIGNED = Align(head_dim=1, ffn=1, heads=1, channels=1)
 
 
 def pruned(model: Model, macs: float, align: Align) -> Model:
-    """Return a copy cut to a part of the blocks' MACs by random scores."""
+    """Return a copy cut to a fraction of the blocks' MACs by random scores."""
     cut = model.copy()
     settings = Prune(budget=Budget(image={"macs": macs}), criterion="random", align=align, steps=1)
     gates = Gates(cut.module, CRITERIA["random"].space, {side: () for side in SIDES if side != IMAGE})
@@ -82,7 +82,7 @@ def in_int8(model: Model, samples: Samples, portable: bool = True) -> Model:
 
 
 def settle_norms(model: Model, pixels: torch.Tensor) -> None:
-    """Let batch norms collect real statistics, which random weights do not have."""
+    """Let batch norms collect statistics, which random weights lack."""
     model.module.train()
     with torch.no_grad():
         for _ in range(10):
@@ -196,12 +196,12 @@ def models_of(tower: str, home: Path) -> dict[str, dict[str, Any]]:
 
 
 def main(work: str | None = None, duration: str = "4000") -> None:
-    """Build, export, measure, write."""
+    """Build, export and measure all models, and write the tables."""
     import onnxruntime
 
     torch.set_num_threads(1)
     home = Path(work or mkdtemp(prefix="clipress-speed-"))
-    for precision in ("int8", "static int8"):  # weights are random, so rankings mean nothing
+    for precision in ("int8", "static int8"):  # Weights are random, so rankings mean nothing.
         parity.LIMITS[precision] = (0.98, 0.0, 1.0)
     models = {tower: models_of(tower, home / tower.replace("/", "")) for tower in TOWERS}
     cases = [(tower, batch) for tower in TOWERS for batch in BATCHES]

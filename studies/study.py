@@ -12,7 +12,7 @@ SCHEMA_VERSION = 1
 
 
 class StepCost(Section):
-    """What one training step costs: short trainings in turns, each in a process of its own."""
+    """What one training step costs: short trainings in turns, each in its own process."""
 
     reference: str
     """The case that the others are compared with."""
@@ -34,7 +34,7 @@ class Study(Section):
     reference: str
     """The method that the others are compared with."""
     ratios: dict[FolderName, float] = Field(default_factory=dict)
-    """Name -> part of the parameters that is kept, the budget of the first stage."""
+    """Name -> fraction of the parameters to keep, the budget of the first stage."""
     seeds: tuple[int, ...] = Field(min_length=1)
     bench: dict[str, Any] = Field(default_factory=dict)
     step_cost: StepCost | None = None
@@ -69,9 +69,9 @@ class StudyRow(BaseModel):
     macs: float
     dense_macs: float | None = None
     latency_ms: float | None = None
-    """Medians of all graphs at the largest batch, added."""
+    """Sum of the medians of all graphs at the largest batch."""
     latency_of_dense: float
-    """The same as a part of the dense teacher's."""
+    """The same, relative to the dense teacher."""
     date: str | None = None
     peak_memory_mb: float
     """Of the first stage."""
@@ -91,5 +91,5 @@ class TimedSteps(BaseModel):
     seconds: tuple[float, ...]
     """Median of each round."""
     ratios: tuple[float, ...]
-    """To the reference's in the same round."""
+    """Ratio to the reference in the same round."""
     peak_memory_mb: float

@@ -1,4 +1,4 @@
-"""One tiny run through every stage, shared by the tests that need a whole one."""
+"""Fixtures: the tiny recipe, one run of it shared by all tests, and a real Triton."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers import RECIPE, clipress, write_recipe
 from clipress.errors import BackendMissing
 from clipress.serve.triton_install import Triton, find_triton
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads that wait for one another only cost time
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # Tiny models are slower with several threads.
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,7 +27,7 @@ def cache_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def triton(pytestconfig, cache_folder) -> Triton:
-    """A real Triton; what the tests start finds it too. It is fetched once and kept for the next time."""
+    """A real Triton, also found by the commands under test. It is fetched once and kept for the next session."""
     kept = os.environ.get("CLIPRESS_TEST_TRITON") or pytestconfig.cache.mkdir("triton")
     Path(os.environ["CLIPRESS_CACHE"], "triton").symlink_to(Path(kept).absolute())
     try:
@@ -38,7 +38,7 @@ def triton(pytestconfig, cache_folder) -> Triton:
 
 @pytest.fixture(scope="session")
 def exports(tiny_run) -> list[Path]:
-    """What `served` serves: its version 1 and its version 2."""
+    """Versions 1 and 2 of the models in `served`."""
     from triton_requests import STAGES
 
     return [tiny_run[0] / "export" / stage for stage in STAGES]
@@ -46,7 +46,7 @@ def exports(tiny_run) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def served(triton, exports, tmp_path_factory):
-    """A real Triton that serves two versions of the tiny run's models, the second one. Leave it as it was."""
+    """A real Triton with two versions of the tiny run's models; it serves the second. Tests must leave it unchanged."""
     from triton_requests import SETTINGS
 
     from clipress.serve.triton_repo import triton_repo_from_export
@@ -61,13 +61,13 @@ def served(triton, exports, tmp_path_factory):
 
 @pytest.fixture
 def recipe() -> dict[str, Any]:
-    """A fresh copy of the tiny recipe, to be changed freely."""
+    """A copy of the tiny recipe that a test may change."""
     return copy.deepcopy(RECIPE)
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> tuple[Path, Result]:
-    """The tiny recipe through compress, export, bench and serve: its folder and what was printed."""
+    """The tiny recipe run through compress, export, bench and serve: the run folder and the command's output."""
     folder = tmp_path_factory.mktemp("flow")
     result = clipress("run", write_recipe(RECIPE, folder), "--out", folder / "run")
     if result.exception:

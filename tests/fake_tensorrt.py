@@ -34,7 +34,7 @@ class ILogger:
 
 
 class Recorded:
-    """An object with the documented names only."""
+    """An object that has only the documented names."""
 
     names: tuple[str, ...] = ()
 
@@ -59,7 +59,7 @@ class Recorded:
 
 
 class FakeCuda:
-    """Host memory that is the device's too; a buffer's address is its index in a list."""
+    """Host memory that doubles as device memory; a buffer's address is its index in a list."""
 
     def __init__(self, gpu: str = "NVIDIA H200", capability: tuple[int, int] = (9, 0)) -> None:
         self.gpu, self.capability = gpu, capability
@@ -107,7 +107,7 @@ class FakeCuda:
 
 
 def fake_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
-    """Return a fake module of that release. `calls` records the calls to it; `damage` is added to outputs."""
+    """Return a fake module of a release. `calls` records the calls to it; `damage` is added to outputs."""
     trt = ModuleType("tensorrt")
     calls: list[tuple] = []
     trt.__version__, trt.calls, trt.ILogger = version, calls, ILogger
@@ -209,7 +209,7 @@ def fake_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
         return make(engine, {"run": run, "profile": described["profile"]})
 
     def needs_gpu(log: Any) -> None:
-        if trt.fail:  # As on a machine without a usable GPU.
+        if trt.fail:  # This is what happens on a machine without a usable GPU.
             log.log(Severity.ERROR, trt.fail)
             raise TypeError("pybind11::init(): factory function returned nullptr")
 

@@ -1,4 +1,4 @@
-"""What several tests share: the tiny recipe, and a way to run commands."""
+"""Shared by tests: the tiny recipe and helpers that run commands."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ MEAN, STD = (0.5, 0.25, 0.75), (0.5, 0.25, 1.0)
 RNG = np.random.default_rng(0)
 IMAGE_WEIGHT = RNG.standard_normal((3 * SIZE * SIZE, DIM)).astype(np.float32)
 TEXT_WEIGHT = RNG.standard_normal((LENGTH, DIM)).astype(np.float32)
-LABELS = ("cat", "dog", "red fox", "Käfer")  # of the classifier, which has the image encoder's weights
+LABELS = ("cat", "dog", "red fox", "Käfer")  # Labels of the classifier, which has the image encoder's weights.
 TOKENIZER = {"name": "clip-bpe", "context_length": LENGTH, "kwargs": {}}
 PIXELS = {"name": "pixel_values", "dtype": "float32", "shape": [3, SIZE, SIZE]}
 IDS = {"name": "input_ids", "dtype": "int64", "shape": [LENGTH], "largest": 99}
@@ -68,7 +68,7 @@ def describe(folder, **changes):
 
 
 def describe_graphs(folder, names, **described):
-    """Write an export.json: what all tasks have, and more."""
+    """Write an export.json: the keys common to all tasks, and `more`."""
     paths = {name: folder / f"{name}.onnx" for name in names}
     files = {
         graph: {
@@ -129,7 +129,7 @@ def write_questions(folder: Path) -> Path:
 
 
 def ids_of(text):
-    """A tokenizer that can be followed by hand."""
+    """A tokenizer that is simple enough to compute by hand."""
     return [len(text), ord(text[-1]) % 17, sum(text.encode()) % 23]
 
 
@@ -142,5 +142,5 @@ def small_image(seed):
 
 
 def normalised_by_hand(pixels):
-    """Return the flat pixel values of an image that has the right size."""
+    """Return the flat pixel values of an image of the right size."""
     return np.concatenate([((pixels[:, :, c] / 255.0 - MEAN[c]) / STD[c]).ravel() for c in range(3)])

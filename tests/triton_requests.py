@@ -1,4 +1,4 @@
-"""How tests send requests to a real Triton, and what must come back: local inference on the same files."""
+"""Requests to a real Triton, and the expected answers: local inference with the same files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clipress.runtime.onnx_session import open_session
 from clipress.serve.settings import ServeSettings
 
 SETTINGS = ServeSettings(backend="python", max_batch=8, instances=1, threads=1, queue_delay_us=20_000)
-STAGES = ("recovered", "int8")  # of the tiny run, in order of versions
+STAGES = ("recovered", "int8")  # Stages of the tiny run, in order of versions.
 MODELS = {"image_encoder", "text_encoder", "preprocess", "tokenize", "embed_image", "embed_text", "classify"}
 
 

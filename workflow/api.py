@@ -35,7 +35,9 @@ def run(
         ClipressError: the base class of all errors caused by the input.
     """
     opened = open_recipe(recipe, overrides)
-    from clipress.workflow.run import run_recipe  # imports torch, which takes seconds: an invalid recipe fails before
+    from clipress.workflow.run import (
+        run_recipe,  # This imports torch, which takes seconds: an invalid recipe fails before.
+    )
 
     return run_recipe(opened, None if out is None else Path(out), resume, say)
 

@@ -1,4 +1,4 @@
-"""Measure artifacts side by side, and what blocks of other widths would take."""
+"""Measure artifacts side by side, and the latency of narrower blocks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What may differ from the first run's recipe when runs are measured."""
+    """What a measurement changes in the first run's recipe."""
 
     stages: tuple[str, ...] = ()
     """Artifacts to compare; default: all of one run, the last one of several."""
@@ -63,7 +63,7 @@ def bench_recipe(run: Path, plan: Plan, say: Say) -> Results:
 
 
 def bench_runs(runs: Sequence[Path], request: BenchRequest, say: Say) -> Measured:
-    """Measure the artifacts of one run, or compare artifacts of several; export first what is not exported yet.
+    """Measure the artifacts of one run, or compare artifacts of several; missing exports are made first.
 
     Settings and data are those of the first run. Everything in the request is validated before anything is measured.
     """
@@ -112,7 +112,7 @@ def _report(results: Results, folder: Path, say: Say) -> None:
 
 
 def name_subjects(artifacts: Sequence[tuple[Path, str]], several_runs: bool) -> list[Subject]:
-    """Name what is measured by its stage, or by run and stage; the same name again gets a number."""
+    """Name each subject by its stage, or by run and stage; repeated names get a number."""
     names: list[str] = []
     for run, stage in artifacts:
         name = f"{run.resolve().name}/{stage}" if several_runs else stage

@@ -30,7 +30,7 @@ Address = tuple[str, str, bool]
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """Which server is measured, and under which load."""
+    """The server to measure, and the loads."""
 
     windows: Windows
     stage: str | None = None
@@ -56,14 +56,14 @@ class MeasuredLoads:
 
 
 def bench_run_server(run: Path, request: LoadRequest, say: Say) -> MeasuredLoads:
-    """Put every load on every model of a server; write load.json and report its table."""
+    """Measure every model of a server under every load; write load.json and report its table."""
     loads = loads_from(request.concurrency, request.request_rate)
     gates = [gate_from(text, PLACES) for text in request.fail_if]
     address = address_from(request.url) if request.url else None
     plan = read_plan(run)
     stage = plan.artifact(request.stage) if request.stage else choose_served(run, plan, say)
     models = _choose_models(request.models, model_names(graphs_of(model_from_artifact(run / stage)).values()))
-    broken_by_load(gates, places_of(models, loads))  # unknown metrics fail before anything is measured
+    broken_by_load(gates, places_of(models, loads))  # Unknown metrics fail before anything is measured.
     if address is None:
         export_artifacts(run, plan, [stage], say)
     templates = request_templates(read_export(export_of(run, stage)), plan.test_sets())

@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 
 
 def compress(recipe: Recipe, out: Path | None, resume: bool, say: Say) -> tuple[Path, Plan]:
-    """Run a recipe's stages; return the run folder and the plan. With several processes all of them return."""
+    """Run a recipe's stages; return the run folder and the plan. With several processes, all of them return."""
     plan = plan_from(recipe)
     folder = out or Path("runs") / recipe.name
     pipeline.compress(plan, folder, say, fresh=not resume)
@@ -29,7 +29,7 @@ def compress(recipe: Recipe, out: Path | None, resume: bool, say: Say) -> tuple[
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """What may differ from the recipe when its training data are embedded."""
+    """What embedding the training data changes in the recipe."""
 
     home: Path | None = None
     """Where the caches go; default: the user's cache folder."""

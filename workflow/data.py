@@ -31,7 +31,7 @@ def write_prompts(classes: Path, templates: Sequence[str], out: Path) -> tuple[i
     shapes = [shape for template in templates for shape in read_templates(template)]
     pairs = prompts_by_class(read_classes(classes).names, shapes)
     lines = [prompt for _, prompts in pairs for prompt in prompts]
-    by_class = {name: prompts for name, prompts in pairs}  # the same name has the same prompts
+    by_class = {name: prompts for name, prompts in pairs}  # Equal names have equal prompts.
     text = json.dumps(by_class, indent=1, ensure_ascii=False) if out.suffix == ".json" else "\n".join(lines)
     write_text_whole(out, text + "\n")
     return len(lines), len(pairs)

@@ -19,14 +19,14 @@ Say = Callable[[str], None]
 
 
 def make_target(name: str, settings: Section, run: Path, stages: Sequence[str], plan: Plan, say: Say) -> None:
-    """Make one target of a run's exports. Raises ClipressError where that is not possible."""
+    """Make one target of a run's exports. Raises ClipressError if that is not possible."""
     home = run / "export"
     job = TargetJob({stage: home / stage for stage in stages}, home, plan.test_sets, say)
     TARGETS[name].make(job, settings)
 
 
 def make_targets_of_recipe(run: Path, stages: Sequence[str], plan: Plan, say: Say) -> None:
-    """Make every target that the recipe names where that is possible; otherwise say why it is not."""
+    """Make every target of the recipe; report targets that are not possible here and continue."""
     for name, settings in plan.export.targets.items():
         try:
             make_target(name, settings, run, stages, plan, say)

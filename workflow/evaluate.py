@@ -30,12 +30,12 @@ class Metric:
     items: int
     tied: int
     difference: float | None = None
-    """Percentage points above the other artifact, where two are compared."""
+    """Percentage points above the other artifact, if two are compared."""
     interval: tuple[float, float] | None = None
     """95 % interval of the difference, from a paired bootstrap."""
 
     def record(self) -> dict[str, Any]:
-        """Return the metric as the file has it."""
+        """Return the metric as it is written to the file."""
         found = {"percent": self.percent, "se": self.standard_error, "items": self.items, "tied": self.tied}
         if self.interval is not None:
             found |= {"difference": self.difference, "interval": list(self.interval)}

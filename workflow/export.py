@@ -1,4 +1,4 @@
-"""Export a run's artifacts to ONNX and, if wanted, to TensorRT."""
+"""Export a run's artifacts to ONNX and, optionally, to TensorRT."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What may differ from a run's recipe when it is exported."""
+    """What an export changes in the run's recipe."""
 
     stages: tuple[str, ...] = ()
     """Artifacts to export; default: all."""
@@ -52,7 +52,7 @@ def export_run(run: Path, request: ExportRequest, say: Say) -> None:
 def export_artifacts(
     run: Path, plan: Plan, stages: Sequence[str], say: Say, settings: OnnxSettings | None = None
 ) -> None:
-    """Export artifacts to ONNX, by default as the recipe says; what is exported already is kept."""
+    """Export artifacts to ONNX, by default as the recipe says; existing exports are kept."""
     settings = settings or plan.export.onnx
     for stage in stages:
         target = run / "export" / stage
@@ -63,7 +63,7 @@ def export_artifacts(
                 run / stage, target, settings, plan.test_sets(), lambda: evalsets(plan.data.train)
             )
             say(f"{stage}: {_export_text(made)} -> {target}")
-        if settings.wants_extra_models:  # otherwise the test data are not opened
+        if settings.wants_extra_models:  # Otherwise the test data are not opened.
             for name, path in extra_models_from_export(target, settings, plan.test_sets()).items():
                 say(f"{stage}: {name}, matches the separate encoders -> {path}")
 

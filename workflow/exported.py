@@ -14,7 +14,7 @@ def export_of(run: Path, stage: str) -> Path:
     """Return the export folder of a run's artifact. Raises ArtifactError if it has not been exported."""
     folder = run / "export" / stage
     if not (folder / DESCRIPTION).is_file():
-        raise ArtifactError(f"{run / stage} has not been exported: no {folder}. Do: clipress export {run}")
+        raise ArtifactError(f"{run / stage} has not been exported: no {folder}. Run: clipress export {run}")
     return folder
 
 
@@ -27,10 +27,12 @@ def find_export(path: Path) -> Path:
     if (path / "recipe.yaml").is_file():
         exported = sorted(file.parent.name for file in path.glob(f"export/*/{DESCRIPTION}"))
         found = (
-            f"Choose one of its exports: {path}/{{{','.join(exported)}}}" if exported else f"Do: clipress export {path}"
+            f"Choose one of its exports: {path}/{{{','.join(exported)}}}"
+            if exported
+            else f"Run: clipress export {path}"
         )
         raise ArtifactError(f"{path}: expected an export folder or an artifact, found a run folder. {found}")
     raise ArtifactError(
         f"{path}: expected an export folder or an artifact, found no {DESCRIPTION} and no {HEADER}. "
-        "Do: clipress export RUN"
+        "Run: clipress export RUN"
     )

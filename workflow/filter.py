@@ -1,4 +1,4 @@
-"""Choose images by a teacher: those nearest to a list of prompts."""
+"""Choose the images that a teacher ranks nearest to a list of prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clipress.tasks import model_from_artifact
 
 @dataclass(frozen=True)
 class FilterRequest:
-    """Which images a teacher keeps. Set exactly one of keep and count."""
+    """The images to rank, and how many to keep. Set exactly one of keep and count."""
 
     images: Path
     prompts: Path
@@ -34,7 +34,7 @@ class FilterRequest:
 
 
 def filter_images(request: FilterRequest, out: Path) -> tuple[int, int]:
-    """Write the list of the images nearest to the prompts; return how many were kept, and of how many."""
+    """Write the list of the images nearest to the prompts; return the numbers of images kept and of all images."""
     prompts = read_prompts(request.prompts)
     source = open_source(SourceSpec(format="images", images=request.images))
     teacher = model_from_artifact(request.teacher)

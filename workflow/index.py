@@ -15,7 +15,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class IndexRequest:
-    """What is indexed, and how."""
+    """What to index, and how."""
 
     images: str
     """A folder of images, or webdataset shards."""
@@ -24,7 +24,7 @@ class IndexRequest:
     kind: Kind | None = None
     threads: int = 0
     add: bool = False
-    """Keep what the index holds."""
+    """Add to the entries of the index."""
 
 
 def index_images(request: IndexRequest, out: Path, say: Say) -> Description:

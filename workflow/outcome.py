@@ -1,4 +1,4 @@
-"""What `clipress.run` returns."""
+"""The result of `clipress.run`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Run:
     artifacts: tuple[str, ...]
     """Names of the artifacts, in order; each is a folder in `folder`."""
     results: Results | None = None
-    """Content of bench/results.json. None in all but the first process of several."""
+    """Content of bench/results.json; None in all processes but the first."""
     served: str | None = None
     """The artifact in the Triton repositories."""
 
     @property
     def predict_command(self) -> str:
-        """A command that classifies an image with the served artifact; a classifier has labels of its own."""
+        """A command that classifies an image with the served artifact; a classifier has its own labels."""
         labels = "" if read_export(self.folder / "export" / self.served).labels else " --labels NAME,NAME"
         other = "" if self.served == self.artifacts[-1] else f" --stage {self.served}"
         return f"clipress predict {self.folder} IMAGE{labels}{other}"

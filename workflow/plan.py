@@ -1,4 +1,4 @@
-"""A recipe with every section typed: parsed once, here, and handed to the packages as objects."""
+"""A recipe with every section typed: parsed once, here, and passed on as objects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clipress.serve.settings import ServeSettings
 
 @dataclass(frozen=True)
 class Plan(CompressPlan):
-    """A recipe whose every section is valid."""
+    """A recipe with every section validated."""
 
     export: ExportSettings
     bench: BenchSettings

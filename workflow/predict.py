@@ -14,7 +14,7 @@ from clipress.serve.client import Answer, Client
 
 @dataclass(frozen=True)
 class Server:
-    """A running Triton server, and how it is used."""
+    """A running Triton server, and how to send requests to it."""
 
     url: str
     timeout: float = 60
@@ -35,7 +35,7 @@ def labels_from(option: str | None, file: Path | None) -> list[str]:
     labels = [part.strip() for part in parts if part.strip()]
     if not labels:
         where = f"--labels '{option}'" if file is None else f"Labels file {file}"
-        raise DataError(f"{where} holds no label. Name some, such as cat,dog or one per line.")
+        raise DataError(f"{where} holds no label. Give labels, such as cat,dog or one per line.")
     check_labels(labels)
     return labels
 

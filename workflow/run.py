@@ -1,4 +1,4 @@
-"""Everything `clipress run` does, in a row."""
+"""All steps of `clipress run`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Say = Callable[[str], None]
 def run_recipe(recipe: Recipe, out: Path | None, resume: bool, say: Say) -> Run:
     """Compress, export, bench and serve as a recipe says."""
     folder, plan = compress(recipe, out, resume, say)
-    if not is_first_process():  # the other processes only train
+    if not is_first_process():  # The other processes only train.
         return Run(folder, tuple(plan.artifacts))
     with locked_and_swept(folder):
         export_artifacts(folder, plan, plan.artifacts, say)

@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ServeRequest:
-    """What may differ from a run's recipe when its repositories are written."""
+    """What writing the repositories changes in the run's recipe."""
 
     stage: str | None = None
     """Default: the artifact that bench kept."""
@@ -57,7 +57,7 @@ def start_triton(run: Path, stage: str | None, listen: Mapping[str, Any], say: S
     The repository is served as it is; it is written first if it is missing or if a stage is named. `listen` may hold
     `host`, `http_port`, `grpc_port` and `metrics_port`.
     """
-    read_plan(run)  # the folder must be a run
+    read_plan(run)  # The folder must be a run.
     repository = run / "triton" / "python"
     if stage is not None or not repository.is_dir():
         serve_run(run, ServeRequest(stage, {"backend": "python"}), say)
@@ -65,7 +65,7 @@ def start_triton(run: Path, stage: str | None, listen: Mapping[str, Any], say: S
 
 
 def choose_served(run: Path, plan: Plan, say: Say) -> str:
-    """Return the artifact to serve by default: the last one, or the one that bench kept in its place."""
+    """Return the artifact to serve by default: the last one, or the one that bench recommends instead."""
     last = plan.artifact(None)
     kept = read_kept(_results(run), run, last) or last
     if kept != last:

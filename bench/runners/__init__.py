@@ -1,4 +1,4 @@
-"""What a model can be timed on: the interface of a runner, and the registry of all of them, one file each."""
+"""The interface of runners, which run a model on one backend, and their registry; one file each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ModelInfo(Protocol):
-    """What measuring needs to know of a model. An `Exported` has all of it."""
+    """What measuring needs to know about a model. An `Exported` has these attributes."""
 
     task: str
     graphs: Mapping[str, Graph]
@@ -33,7 +33,7 @@ class ModelInfo(Protocol):
 
 @dataclass(frozen=True)
 class Loaded:
-    """The same of a model that was loaded from an artifact's weights."""
+    """The same for a model that was loaded from an artifact's weights."""
 
     task: str
     graphs: Mapping[str, Graph]

@@ -110,7 +110,7 @@ def _use_kernels(module: nn.Module, model: Model, dtype: str, use_sparse_kernels
 
 
 def use_sparse_kernels(model: nn.Module, names: list[str]) -> int:
-    """Let 2:4 weights run on sparse tensor cores, in place; those whose shape torch rejects stay dense.
+    """Convert 2:4 weights to sparse tensor core kernels, in place; shapes that torch rejects stay dense.
 
     Returns how many were accepted.
     """

@@ -29,7 +29,7 @@ T = TypeVar("T")
 Send = Callable[[int], Awaitable[Any]]
 """Sends request number n and waits for its answer; raises what went wrong."""
 Statistics = dict[str, dict[str, float]]
-"""By model: what Triton has counted since it started; see `server_figures`."""
+"""Triton's counters since its start, by model; see `server_figures`."""
 STEPS = ("queue", "compute_input", "compute_infer", "compute_output")
 KEPT = 3  # windows
 PAUSE = 0.01  # seconds after an error, so that a server that refuses at once is not flooded
@@ -141,7 +141,7 @@ def rate_and_latency(requests: Sequence[Request], seconds: float) -> tuple[float
 
 
 def are_stable(windows: Sequence[tuple[float, float]], percent: float) -> bool:
-    """Tell whether the last three windows agree in rate and latency: largest over smallest, as in perf_analyzer."""
+    """Return whether the last three windows agree in rate and latency: largest over smallest, as in perf_analyzer."""
     if len(windows) < KEPT:
         return False
     limit = 1 + percent / 100

@@ -1,4 +1,4 @@
-"""How load reaches a Triton server: HTTP or gRPC, with requests that are prepared before they are timed.
+"""Send load to a Triton server over HTTP or gRPC, with requests that are prepared before they are timed.
 
 A load generator shares the cores with what it measures, so as little as possible is done per request: bytes go out and
 come back, and only the status of an answer is read. By HTTP that takes a fifth of the time of tritonclient's own client,
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from clipress.bench.server.load import STEPS, Send, Statistics
 from clipress.errors import ServerError
 
-CONNECTIONS = 256  # by HTTP; further requests wait, and their latency counts from when they were due
+CONNECTIONS = 256  # For HTTP; further requests wait, and their latency counts from their due time.
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 STATISTICS = "/inference.GRPCInferenceService/ModelStatistics"
 
@@ -200,7 +200,7 @@ class Grpc:
             request.raw_input_contents[0] = template.content(number)
             try:
                 return await self._infer(request.SerializeToString())
-            except AioRpcError as error:  # its own text is a page long
+            except AioRpcError as error:  # The error's own text is a page long.
                 raise Refused(error.details()) from None
 
         return send

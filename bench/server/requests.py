@@ -1,4 +1,4 @@
-"""What is sent to a server under load: test images in turns, and texts that no request had before."""
+"""Requests for a server under load: test images in turns, and texts that never repeat."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Served(Strict):
 
 
 class LoadFigures(Strict):
-    """What a client saw under one load, in ms and requests per second; None, or NaN in memory: nothing was answered."""
+    """Client-side figures under one load, in ms and requests per second; None (NaN in memory) without any answer."""
 
     concurrency: int | None
     request_rate: float | None
@@ -56,7 +56,7 @@ class LoadFigures(Strict):
     p95_ms: float | None
     p99_ms: float | None
     lag_p99_ms: float | None
-    """How late the client itself was to send."""
+    """Delay of the client in sending."""
     requests: int
     errors: int
     stable: bool
@@ -94,7 +94,7 @@ class LoadResults(Strict):
 def write_load(results: LoadResults, folder: Path) -> Path:
     """Write load.json; latencies are null if nothing was answered."""
     path = folder / "load.json"
-    write_text_whole(path, results.model_dump_json() + "\n")  # which writes NaN as null
+    write_text_whole(path, results.model_dump_json() + "\n")  # pydantic writes NaN as null.
     return path
 
 

@@ -28,7 +28,7 @@ def read(spec: SourceSpec) -> Files:
         elif names.setdefault(row["id"], row["file_name"]) != row["file_name"]:
             files.skip(f"image {number}: its id {row['id']} is not unique")
             unclear.add(row["id"])
-    for image in unclear:  # it is unclear which image the captions belong to
+    for image in unclear:  # It is unclear which image the captions belong to.
         del names[image]
     for number, row in enumerate(parts[1]):
         caption = row.get("caption") if isinstance(row, dict) else None

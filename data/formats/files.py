@@ -186,5 +186,5 @@ class Files:
 def _exists(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # not a valid file name
+    except (OSError, ValueError):  # Not a valid file name.
         return False

@@ -33,7 +33,7 @@ from clipress.errors import DataError
 from clipress.storage import cache_folder
 
 IMAGES = ("jpg", "png", "jpeg", "webp")
-VERSION = 2  # of cached indices
+VERSION = 2  # Version of cached indices.
 MAX_SHARDS, MAX_BRACES = 1_000_000, 100
 MAX_EXTENDED = 1 << 13  # bytes of a long name or pax records; real ones are shorter, and parsing is quadratic
 EXTENDED = {

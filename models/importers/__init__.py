@@ -38,13 +38,13 @@ def import_checkpoint(path: Path, form: str = "auto", model: str | None = None) 
 
 
 def artifact_from_checkpoint(path: Path, form: str = "auto", model: str | None = None) -> Artifact:
-    """Read a third-party checkpoint, as `import_checkpoint` does, into an artifact whose lineage begins with it."""
+    """Read a third-party checkpoint, as `import_checkpoint` does, into an artifact whose lineage starts with it."""
     path = Path(path)
     imported, used = _imported(path, form, model)
     source = weights_in(path) if path.is_dir() else path
     record = {"stage": "import", "kind": "import", "format": used, "model": model, "file": source.name}
     record |= {"sha256": sha256(source), "versions": {"clipress": __version__}}
-    # the same weights mean another model with other heads, activation or preprocessing
+    # With other heads, activation or preprocessing the same weights are another model.
     record["hash"] = digest("import", record["sha256"], used, imported.architecture, imported.preprocess.model_dump())
     return artifact_from_model(imported, (record,), {})
 

@@ -1,4 +1,4 @@
-"""What a checkpoint format provides, and the registry of formats."""
+"""The interface of a checkpoint format, and the registry of formats."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Importer:
     """One format of third-party checkpoints."""
 
     priority: ClassVar[int] = 0
-    """`auto` asks importers in this order, lowest first: one with sure signs comes before a general one."""
+    """`auto` tries importers in this order, lowest first: specific formats come before general ones."""
 
     def recognises(self, state: State) -> bool:
-        """Tell whether these weights are in this format."""
+        """Return whether these weights are in this format."""
         raise NotImplementedError
 
     def model_from_state(self, state: State, model_name: str | None) -> Model:

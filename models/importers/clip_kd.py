@@ -11,7 +11,7 @@ from clipress.models.load import Model
 from clipress.models.weights_file import State
 
 log = logging.getLogger("clipress.models")
-# what the losses train beside the student, and no part of the CLIP
+# Modules trained with the losses that are not part of the CLIP.
 EXTRAS = {
     *("visual_proj", "text_proj", "visual_fusion_proj", "text_fusion_proj"),
     *("cross_logit_scale", "fusion_logit_scale"),
@@ -20,7 +20,7 @@ EXTRAS = {
 
 @IMPORTERS.register("clip-kd")
 class ClipKd(Importer):
-    """Recognised by the distillation's own weights; without them the file is an ordinary open_clip checkpoint."""
+    """Detected by the weights of the distillation losses; without them the file is an ordinary open_clip checkpoint."""
 
     priority = 30
 

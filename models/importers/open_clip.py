@@ -19,7 +19,7 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 @IMPORTERS.register("open_clip")
 class OpenClip(Importer):
-    """Recognised by its tensor names, which OpenAI and CLIP-KD share, so that a model name is required."""
+    """Detected by its tensor names, which OpenAI and CLIP-KD share, so that a model name is required."""
 
     priority = 50
 
@@ -43,7 +43,7 @@ class OpenClip(Importer):
 
 
 def agreed_preprocess(configs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the preprocessing that all configs share; where they differ, open_clip's default is the best guess."""
+    """Return the preprocessing that all configs share; if they differ, open_clip's default is the best guess."""
     first, *others = configs or [{}]
     keys = Preprocess.model_fields.keys() & first.keys() - {"size"}
     return {key: first[key] for key in keys if all(other.get(key) == first[key] for other in others)}
@@ -81,7 +81,7 @@ def _model(architecture: dict[str, Any], state: State, preprocess: dict[str, Any
     refuse_absurd(architecture)
     architecture["vision_cfg"].pop(
         "timm_model_pretrained", None
-    )  # it would start a download that is overwritten at once
+    )  # It would start a download that is overwritten at once.
     if architecture.get("custom_text"):
         state = convert_to_custom_text_state_dict(dict(state))
     return model_from_weights(architecture, state, preprocess)

@@ -30,7 +30,7 @@ ROOTS = {
 
 @IMPORTERS.register("openai")
 class OpenAI(Importer):
-    """Recognised by the numbers beside the weights; without them the file could as well be open_clip's."""
+    """Detected by the numbers next to the weights; without them the file could equally be open_clip's."""
 
     priority = 40
 

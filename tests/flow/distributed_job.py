@@ -1,4 +1,4 @@
-"""One training step with every loss, started alone or by torchrun; writes the losses, gradients and scores it saw.
+"""One training step with every loss, run alone or by torchrun; writes its losses, gradients and scores.
 
 Cases: each process scores its own rows or all of them; the student as wide as its first teacher, or narrower. Half of the
 pairs have labels, an unequal number of them on two processes; groups repeat; the second teacher has a width of its own.
@@ -21,8 +21,8 @@ from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.tasks.clip import Clip
 
-ABOUT_AS_LOUD = {"feature": 100.0, "masked-feature": 100.0, "gradient": 0.1, "upop-kd": 0.1}
-STEP = 3  # the slow copy has a say by then
+COMPARABLE_WEIGHTS = {"feature": 100.0, "masked-feature": 100.0, "gradient": 0.1, "upop-kd": 0.1}
+STEP = 3  # By then the EMA model contributes to the loss.
 torch.set_num_threads(1)
 fabric = start_fabric(Runtime(strategy=sys.argv[1], accelerator="cpu"))
 several = fabric.world_size > 1
@@ -48,7 +48,7 @@ def case(local, embed_dim):
     names = [
         name for name in LOSSES if needs[name] <= Clip.provides and (embed_dim == 32 or "width" not in needs[name])
     ]
-    losses = {name: {"weight": ABOUT_AS_LOUD.get(name, 1.0)} for name in names}
+    losses = {name: {"weight": COMPARABLE_WEIGHTS.get(name, 1.0)} for name in names}
     losses["masked-feature"]["patch"] = 8
     student, *teachers = (
         new_model(tiny_architecture(layers=1, embed_dim=width), seed) for seed, width in enumerate((embed_dim, 32, 24))

@@ -1,12 +1,13 @@
-"""Does a killed job end where an unkilled one ends? `python tests/flow/kill_jobs.py [--kills N] [--out FOLDER]`.
+"""Check that killed jobs resume to the same bytes: `python tests/flow/kill_jobs.py [--kills N] [--out FOLDER]`.
 
-Every kind of long job (each stage, filling a teacher cache, exporting, indexing) is run once to its end. Then, again and again, it is
-started on a fresh folder, killed with SIGKILL (at a step, around a rename, or at any moment), started anew, maybe killed
-again, and left to end. What it leaves must be the same bytes, with nothing besides. A seed decides every kill.
+Every kind of long job (each stage, filling a teacher cache, exporting, indexing) runs once to completion as a reference.
+Then it is repeatedly started in a fresh folder, killed with SIGKILL (at a step, around a rename, or at a random time),
+restarted, sometimes killed again, and left to finish. Its output must have the same bytes as the reference, with no extra
+files. The seed determines every kill.
 
-One process imports what the jobs need and forks a child per job, since importing takes longer than the jobs. It computes
-nothing itself and has one thread, so no thread is lost in a fork; the first reference is also made by a process that was
-not forked, and the two must agree.
+One process imports the dependencies and forks a child per job, because imports take longer than the jobs. It does no
+computation and has one thread, so a fork loses none. The first reference is also made by a process that was not forked, and
+the two must match.
 """
 
 from __future__ import annotations
@@ -60,17 +61,17 @@ DATA = {
     "augment": {"shift": 1},
 }
 FILE_CALLS = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
-calls = [0]  # made by this process, where they are counted
+calls = [0]  # Counted calls of this process.
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command on a run folder of its own, what it has at its start, and what it is to leave."""
+    """A command with its own run folder, the stages of its recipe and the folder it must produce."""
 
     name: str
     stages: tuple[dict[str, Any], ...]
     makes: str
-    """Folder in the run folder that is compared; it is not there at the start."""
+    """The folder inside the run folder that is compared; it is missing at the start."""
     command: tuple[str, ...] = ("compress", "RECIPE", "--out", "RUN")
     trains: bool = True
 
@@ -107,21 +108,21 @@ JOBS = (
 
 
 def in_small_shards() -> None:
-    """Let the tiny sources fill several shards, and the pictures of an index several parts."""
+    """Shrink shards and index parts so that the tiny inputs fill several of them."""
     described = embed.manifest_of
     embed.manifest_of = lambda *given: described(*given).model_copy(update={"items_per_shard": 8})
     indexing.PART = indexing.BATCH = 8
 
 
 def forked(command: list[str], log: Path, die: Callable[[], None], after: float | None = None) -> int:
-    """Run a command in a forked child, killed `after` seconds if asked; returns its exit code, negative for a signal."""
+    """Run a command in a forked child, killed after `after` seconds if set; return its exit code, negative for a signal."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            told = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(told, 1)
-            os.dup2(told, 2)
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
             die()
             clipress_command(command, standalone_mode=True)
         except SystemExit as end:
@@ -138,17 +139,17 @@ def forked(command: list[str], log: Path, die: Callable[[], None], after: float 
             os._exit(code)
     if after is not None:
         time.sleep(after)
-        os.kill(child, signal.SIGKILL)  # which does nothing to a child that has ended and was not waited for
+        os.kill(child, signal.SIGKILL)  # This has no effect on a child that has already ended.
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def now() -> None:
-    """Die, as a machine does that loses its power: nothing is cleaned up."""
+def die_now() -> None:
+    """Die without any cleanup, as in a power failure."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def at_step(count: int) -> Callable[[], None]:
-    """Die in the count-th step of this process, between its gradients and the update."""
+    """Die in the count-th step of this process, after the gradients and before the update."""
 
     def arm() -> None:
         seen, update = [0], Learner.update
@@ -156,7 +157,7 @@ def at_step(count: int) -> Callable[[], None]:
         def counted(self: Learner, rate: float) -> None:
             seen[0] += 1
             if seen[0] == count:
-                now()
+                die_now()
             update(self, rate)
 
         Learner.update = counted
@@ -165,7 +166,7 @@ def at_step(count: int) -> Callable[[], None]:
 
 
 def at_file_call(count: int) -> Callable[[], None]:
-    """Die right after the count-th call that changes what is on the disk."""
+    """Die right after the count-th call that changes the disk."""
 
     def arm() -> None:
         def counted(function: Callable) -> Callable:
@@ -173,7 +174,7 @@ def at_file_call(count: int) -> Callable[[], None]:
                 result = function(*given, **named)
                 calls[0] += 1
                 if calls[0] == count:
-                    now()
+                    die_now()
                 return result
 
             return call
@@ -185,7 +186,7 @@ def at_file_call(count: int) -> Callable[[], None]:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Return a hash of every file that must be the same, and of what a header says aside from times and memory."""
+    """Return a hash of every file that must match; headers are hashed without times and memory."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != storage.LOCK:
@@ -202,14 +203,14 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def junk(run: Path) -> list[str]:
-    """Return what a job should not have left."""
+    """Return files that a finished job must not leave behind."""
     left = [path for path in run.rglob(".*") if path.name != storage.LOCK]
     return [str(path.relative_to(run)) for path in [*left, *run.glob("checkpoints")]]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What an unkilled job starts from, what it leaves, its seconds, and how often it changed what is on the disk."""
+    """An uninterrupted job: its starting folder, the hashes of its output, its duration and its number of file calls."""
 
     start: Path
     left: dict[str, str]
@@ -218,7 +219,7 @@ class Reference:
 
 
 class Bench:
-    """A folder with a teacher, and per job its recipe, its start and its reference."""
+    """A folder with a teacher, and a reference per job."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.log = home, home / "log.txt"
@@ -253,16 +254,16 @@ class Bench:
         return seconds
 
     def _import_what_it_needed(self) -> None:
-        """Spare the children to come what the last one spent most of its time with."""
+        """Import the modules of the last child, so that later children need not."""
         for name in self.log.with_suffix(".imported").read_text(encoding="utf-8").splitlines():
-            if name not in sys.modules and not name.startswith(("__", "onnxruntime")):  # which starts a thread
+            if name not in sys.modules and not name.startswith(("__", "onnxruntime")):  # ONNX Runtime starts a thread.
                 with suppress(Exception):
                     importlib.import_module(name)
         if (threads := len(list(Path("/proc/self/task").iterdir()))) != 1:
-            raise SystemExit(f"{threads} threads are there before a fork: a child would lack all but one.")
+            raise SystemExit(f"{threads} threads found before a fork, expected 1: a child would lose the others.")
 
     def command(self, job: Job, run: Path) -> list[str]:
-        """Return the job's command on a folder."""
+        """Return the job's command for a run folder."""
         recipe = {
             "name": "killed",
             "teacher": {"artifact": str(self.home / "teacher" / "teacher")},
@@ -279,10 +280,10 @@ class Bench:
         return found
 
     def reference(self, job: Job) -> Reference:
-        """Run a job to its end, twice, and see that both leave the same."""
+        """Run a job twice without a kill and check that both runs match."""
         if job.name not in self.references:
             start, run = (self.home / f"{what}-{len(self.references)}" for what in ("start", "reference"))
-            if len(job.stages) > 1 or job.makes == "export":  # what comes before is finished
+            if len(job.stages) > 1 or job.makes == "export":  # Earlier stages are finished.
                 self._finish(self.command(replace(job, command=Job.command), run))
                 shutil.rmtree(run / job.makes, ignore_errors=True)
                 shutil.copytree(run, start)
@@ -291,22 +292,22 @@ class Bench:
             shutil.rmtree(run)
             if start.exists():
                 shutil.copytree(start, run)
-            seconds = self._finish(self.command(job, run))  # now without its imports
+            seconds = self._finish(self.command(job, run))  # Timed without imports.
             if content(run / job.makes) != wanted:
-                raise SystemExit(f"{job.name}: two runs that nobody killed differ, so nothing can be told.")
+                raise SystemExit(f"{job.name}: two uninterrupted runs differ, so kills cannot be judged.")
             made = int(self.log.with_suffix(".calls").read_text())
             self.references[job.name] = Reference(start, wanted, seconds, made)
         return self.references[job.name]
 
     def killed(self, job: Job, rng: random.Random) -> dict[str, Any]:
-        """Kill a job once or twice, let it end, and compare."""
+        """Kill a job once or twice, let it finish and compare."""
         known = self.reference(job)
         start, wanted, seconds = known.start, known.left, known.seconds
         run = self.home / "killed"
         shutil.rmtree(run, ignore_errors=True)
         if start.exists():
             shutil.copytree(start, run)
-        told, checkpoints = [], []
+        moments, checkpoints = [], []
         for _ in range(rng.choice((1, 1, 2))):
             how = rng.choice(("step", "file call", "time") if job.trains else ("file call", "time"))
             arm, after = in_small_shards, None
@@ -321,30 +322,30 @@ class Bench:
                 what = f"{after:.2f} of {seconds:.2f} s"
             code = forked(self.command(job, run), self.log, arm, after)
             ended = code != -signal.SIGKILL
-            told.append("not killed: it had ended" if ended else what)
+            moments.append("not killed: it had ended" if ended else what)
             checkpoints.append(sorted({int(p.stem.split("-")[1]) for p in run.glob("checkpoints/*/rank0-*.pt")}))
             if ended and code:
-                return self._row(job, told, checkpoints, f"exit {code}")
+                return self._row(job, moments, checkpoints, f"exit {code}")
         code = forked(self.command(job, run), self.log, in_small_shards)
         if code:
-            return self._row(job, told, checkpoints, f"exit {code}")
+            return self._row(job, moments, checkpoints, f"exit {code}")
         found = content(run / job.makes)
         differ = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         left = junk(run)
-        return self._row(job, told, checkpoints, ", ".join([*differ, *(f"left: {name}" for name in left)]))
+        return self._row(job, moments, checkpoints, ", ".join([*differ, *(f"left: {name}" for name in left)]))
 
-    def _row(self, job: Job, told: list[str], checkpoints: list[list[int]], wrong: str) -> dict[str, Any]:
-        row = {"stage": job.name, "killed at": told, "checkpoints": checkpoints, "bit-exact": not wrong}
+    def _row(self, job: Job, moments: list[str], checkpoints: list[list[int]], wrong: str) -> dict[str, Any]:
+        row = {"stage": job.name, "killed at": moments, "checkpoints": checkpoints, "bit-exact": not wrong}
         return row | ({"wrong": wrong} if wrong else {})
 
 
 def kills_in(rows: list[dict[str, Any]]) -> int:
-    """Count the kills that found a process alive."""
-    return sum(not told.startswith("not killed") for row in rows for told in row["killed at"])
+    """Count the kills that hit a running process."""
+    return sum(not moment.startswith("not killed") for row in rows for moment in row["killed at"])
 
 
 def both(*first: Callable[[], None]) -> Callable[[], None]:
-    """Do several things in a row."""
+    """Return a function that calls several functions in order."""
 
     def arm() -> None:
         for one in first:
@@ -354,42 +355,42 @@ def both(*first: Callable[[], None]) -> Callable[[], None]:
 
 
 def forking_is_sound(bench: Bench) -> bool:
-    """Tell whether a process that was not forked leaves the same bytes."""
+    """Return whether a process that was not forked produces the same bytes."""
     job, run = JOBS[0], bench.home / "not-forked"
     subprocess.run([sys.executable, "-m", "clipress", *bench.command(job, run)], check=True, capture_output=True)
     return content(run / job.makes) == bench.reference(job).left
 
 
 def main() -> None:
-    """Run the study, write its rows, and end with 1 if anything was lost."""
+    """Run the study, write its rows and exit with 1 if any work was lost."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--kills", type=int, default=60, help="in all; each job gets its part")
+    parser.add_argument("--kills", type=int, default=60, help="total, divided among the jobs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", choices=[job.name for job in JOBS], help="jobs; default: all")
     parser.add_argument("--out", type=Path, default=Path(clipress.__file__).parent / "bench" / "studies")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    rng = random.Random(asked.seed)
-    jobs = [job for job in JOBS if not asked.only or job.name in asked.only]
+    rng = random.Random(options.seed)
+    jobs = [job for job in JOBS if not options.only or job.name in options.only]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as home:
         bench = Bench(Path(home))
-        while kills_in(rows) < asked.kills:
+        while kills_in(rows) < options.kills:
             for job in jobs:
                 rows.append(bench.killed(job, rng))
                 sys.stderr.write(f"{rows[-1]}\n")
-        sound = bool(asked.only) or forking_is_sound(bench)  # which takes a process of its own
+        sound = bool(options.only) or forking_is_sound(bench)  # This check starts its own process.
     known = {
-        "seed": asked.seed,
+        "seed": options.seed,
         "processor": platform.processor() or platform.machine(),
         "clipress": clipress.__version__,
     }
     conditions = known | {"torch": torch.__version__, "steps": STEPS, "checkpoint every": EVERY, "threads": 1}
-    result = {"conditions": conditions, "a process not forked agrees": None if asked.only else sound, "kills": rows}
+    result = {"conditions": conditions, "a process not forked agrees": None if options.only else sound, "kills": rows}
     text = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     head = json.dumps({key: value for key, value in result.items() if key != "kills"}, indent=1)[:-2]
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "faults_kills.json").write_text(f'{head},\n "kills": [\n{text}\n ]\n}}\n', encoding="utf-8")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "faults_kills.json").write_text(f'{head},\n "kills": [\n{text}\n ]\n}}\n', encoding="utf-8")
     lost = [row for row in rows if not row["bit-exact"]]
     sys.stdout.write(f"{kills_in(rows)} kills, {len(lost)} losses\n")
     raise SystemExit(1 if lost or not sound else 0)

@@ -1,4 +1,4 @@
-"""Training in two processes, started by torchrun; the second alone gets SIGTERM in its third step."""
+"""Training in two processes, started by torchrun; only the second gets SIGTERM, in its third step."""
 
 import signal
 import sys

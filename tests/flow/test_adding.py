@@ -1,4 +1,4 @@
-"""The table "To add ..." of ARCHITECTURE.md is true: each row is tried with one file of another distribution."""
+"""Every row of the "To add" table in ARCHITECTURE.md works, with one file of another distribution per row."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import clipress
 from clipress.models.tiny import tiny_architecture
 
 ROOT = Path(clipress.__file__).parent
-# What is added, by the name of its row: one file each. Every one leaves a trace that the flow must show.
+# One file per row of the table. Each one leaves a trace that the tests below look for.
 ADDED = {
     "a loss": """
         from clipress.compress.losses import LOSSES, Loss
@@ -121,7 +121,7 @@ main(["import", "marked.safetensors", "imported"], standalone_mode=False)
 
 @pytest.fixture(scope="module")
 def flow(tmp_path_factory):
-    """One run that uses everything that was added; returns the folder it ran in."""
+    """Run a recipe that uses every addition; return its working folder."""
     home = tmp_path_factory.mktemp("adding")
     about = home / "site" / "additions-1.0.dist-info"
     about.mkdir(parents=True)
@@ -176,20 +176,18 @@ def header(folder):
     return json.loads((folder / "clipress.json").read_text())
 
 
-def test_every_row_of_the_table_is_tried():
+def test_every_row_of_the_table_is_tested():
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("## To add")[2]
     rows = re.findall(r"^\| (an? [^|]+?) \|", text, re.M)
-    assert {*rows} - {
-        "a backbone"
-    } == ADDED.keys()  # a backbone changes anatomy.py, which is the one file that knows them
+    assert {*rows} - {"a backbone"} == ADDED.keys()  # A backbone is added in anatomy.py.
 
 
-def test_a_loss_is_the_loss_of_a_step(flow):
+def test_an_added_loss_is_used_in_a_step(flow):
     (line,) = (flow / "run" / "logs" / "distilled.jsonl").read_text().splitlines()
     assert json.loads(line)["length"] > 0
 
 
-def test_a_criterion_decides_what_is_cut(flow):
+def test_an_added_criterion_decides_what_is_pruned(flow):
     shapes = header(flow / "run" / "pruned")["shapes"]
     assert {shape["ffn"] for shape in shapes.values()} != {
         shape["ffn"] for shape in header(flow / "run" / "distilled")["shapes"].values()
@@ -197,32 +195,32 @@ def test_a_criterion_decides_what_is_cut(flow):
     assert header(flow / "run" / "pruned")["lineage"][-1]["settings"]["criterion"] == "first"
 
 
-def test_a_named_student_is_built(flow):
+def test_an_added_student_is_built(flow):
     assert header(flow / "run" / "distilled")["architecture"]["vision_cfg"]["width"] == 32
 
 
-def test_a_stage_leaves_an_artifact_and_its_details(flow):
+def test_an_added_stage_writes_an_artifact_with_its_details(flow):
     assert header(flow / "run" / "untouched")["lineage"][-1]["details"] == {"word": "seen"}
 
 
-def test_a_data_format_is_trained_and_measured_on(flow):
+def test_an_added_data_format_is_used_for_training_and_evaluation(flow):
     rows = json.loads((flow / "run" / "bench" / "results.json").read_text())["rows"]
     assert all("figures/top1" in row["accuracy"] for row in rows)
 
 
-def test_a_runner_is_measured(flow):
+def test_an_added_runner_is_benchmarked(flow):
     rows = json.loads((flow / "run" / "bench" / "results.json").read_text())["rows"]
     assert {row["backend"] for row in rows} == {"again"} and all(row["latency"] for row in rows)
 
 
-def test_an_export_target_is_made_of_every_artifact(flow):
+def test_an_added_export_target_is_written_for_every_artifact(flow):
     assert (flow / "run" / "export" / "list.txt").read_text() == "made: distilled pruned untouched"
 
 
-def test_a_task_travels_in_the_artifact_and_the_export(flow):
+def test_an_added_task_is_recorded_in_the_artifact_and_the_export(flow):
     assert header(flow / "run" / "pruned")["task"] == "matching"
     assert json.loads((flow / "run" / "export" / "pruned" / "export.json").read_text())["task"] == "matching"
 
 
-def test_a_checkpoint_format_is_recognised(flow):
+def test_an_added_checkpoint_format_is_detected(flow):
     assert header(flow / "imported")["lineage"][0]["format"] == "marked"

@@ -1,4 +1,4 @@
-"""A recipe that was corrected goes on in its folder, as far as nothing that is finished depends on the correction."""
+"""A corrected recipe continues in its run folder if no finished stage depends on the correction."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from clipress.recipe import read_recipe
 
 @pytest.fixture
 def run(tiny_run, tmp_path):
-    """The artefacts and the recipe of a finished run."""
+    """The artifacts and the recipe of a finished run."""
     folder = tmp_path / "run"
     shutil.copytree(tiny_run[0], folder, ignore=shutil.ignore_patterns("export", "bench", "triton"))
     return folder
@@ -21,12 +21,12 @@ def hashes(run):
     return {path.parent.name: read_header(path.parent)["lineage"][-1]["hash"] for path in run.glob("*/clipress.json")}
 
 
-def taken(done):
-    """The stages a command took as they were."""
+def reused(done):
+    """Return the stages that a command reused."""
     return [stage for stage in ("pruned", "recovered", "sparse", "int8") if f"\n{stage}: reused" in done.output]
 
 
-def test_a_typo_that_stopped_the_first_stage_is_corrected_in_the_same_folder(recipe, tmp_path):
+def test_a_typo_that_failed_the_first_stage_can_be_corrected_in_the_same_folder(recipe, tmp_path):
     recipe["stages"] = [{"distill": SHORT}]
     good = recipe["data"]["train"]
     recipe["data"]["train"] = [{"format": "csv", "annotations": str(tmp_path / "piars.csv")}]
@@ -46,28 +46,28 @@ def test_sections_after_all_stages_may_change_at_any_time(recipe, run, tmp_path)
     recipe["data"]["test"] = recipe["data"]["test"][:1]
     done = clipress("compress", write_recipe(recipe, tmp_path), "--out", run)
     assert done.exit_code == 0, done.output
-    assert len(taken(done)) == 4 and hashes(run) == before
+    assert len(reused(done)) == 4 and hashes(run) == before
     assert read_recipe(run / "recipe.yaml").bench["batch"] == [1]
 
 
-def test_an_unfinished_stage_may_change_and_the_finished_ones_stay(recipe, run, tmp_path):
+def test_an_unfinished_stage_may_change_and_finished_stages_are_kept(recipe, run, tmp_path):
     shutil.rmtree(run / "int8")
     before = hashes(run)
     recipe["stages"][3]["quantize"]["lr"] = 1e-5
     done = clipress("compress", write_recipe(recipe, tmp_path), "--out", run)
     assert done.exit_code == 0, done.output
-    assert taken(done) == ["pruned", "recovered", "sparse"]
+    assert reused(done) == ["pruned", "recovered", "sparse"]
     after = hashes(run)
     assert after.keys() - before.keys() == {"int8"} and after.items() >= before.items()
 
 
-def test_a_stage_spelt_with_its_defaults_is_the_same_stage(recipe, run, tmp_path):
+def test_spelling_out_defaults_does_not_change_a_stage(recipe, run, tmp_path):
     recipe["stages"][3]["quantize"]["portable"] = True
     done = clipress("compress", write_recipe(recipe, tmp_path), "--out", run)
-    assert done.exit_code == 0 and len(taken(done)) == 4
+    assert done.exit_code == 0 and len(reused(done)) == 4
 
 
-def test_what_depends_on_a_change_is_named_and_nothing_is_touched(recipe, run, tmp_path):
+def test_stages_that_depend_on_a_change_are_named_and_nothing_is_modified(recipe, run, tmp_path):
     before = hashes(run)
     recipe["stages"][1]["distill"]["lr"] = 3e-4
     refused = clipress("compress", write_recipe(recipe, tmp_path), "--out", run)
@@ -77,7 +77,7 @@ def test_what_depends_on_a_change_is_named_and_nothing_is_touched(recipe, run, t
     assert "pruned depends" not in refused.output and hashes(run) == before
 
 
-def test_removing_what_the_message_names_is_enough(recipe, run, tmp_path):
+def test_removing_the_named_folder_is_enough(recipe, run, tmp_path):
     recipe["stages"][3]["quantize"]["steps"] = 1
     refused = clipress("compress", write_recipe(recipe, tmp_path), "--out", run)
     assert refused.exit_code == 2 and f"or remove {run / 'int8'}." in refused.output
@@ -85,7 +85,7 @@ def test_removing_what_the_message_names_is_enough(recipe, run, tmp_path):
     assert clipress("compress", write_recipe(recipe, tmp_path), "--out", run).exit_code == 0
 
 
-def test_fresh_does_a_changed_recipe_over(recipe, run, tmp_path):
+def test_fresh_reruns_a_changed_recipe(recipe, run, tmp_path):
     before = hashes(run)
     recipe["stages"] = recipe["stages"][:1]
     recipe["seed"] = 1
@@ -94,7 +94,7 @@ def test_fresh_does_a_changed_recipe_over(recipe, run, tmp_path):
     assert hashes(run)["pruned"] != before["pruned"]
 
 
-def test_another_teacher_replaces_the_copy_of_the_last_one(recipe, run, tmp_path):
+def test_a_changed_teacher_replaces_the_previous_copy(recipe, run, tmp_path):
     for stage in ("pruned", "recovered", "sparse", "int8"):
         shutil.rmtree(run / stage)
     before = hashes(run)["teacher"]

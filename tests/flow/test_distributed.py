@@ -1,4 +1,4 @@
-"""One process and two see the same loss, the same gradients and the same scores."""
+"""One process and two compute the same losses, gradients and pruning scores."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ JOB = Path(__file__).with_name("distributed_job.py")
 
 
 def close(found, wanted, what):
-    atol = 1e-5 * max(float(wanted.abs().max()), 1.0)  # float32 sums of many terms
+    atol = 1e-5 * max(float(wanted.abs().max()), 1.0)  # These are float32 sums of many terms.
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=atol, msg=lambda text: f"{what}: {text}")
 
 
@@ -25,7 +25,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_see_what_one_sees(alone, strategy, tmp_path):
+def test_two_processes_match_one(alone, strategy, tmp_path):
     done = torchrun(JOB, strategy, tmp_path / "seen.pt")
     assert done.returncode == 0, done.stderr[-2000:]
     seen = torch.load(tmp_path / "seen.pt")
@@ -41,14 +41,14 @@ def test_two_processes_see_what_one_sees(alone, strategy, tmp_path):
             torch.testing.assert_close(own / own.sum(), other / other.sum(), rtol=1e-4, atol=1e-9)
 
 
-def test_whose_rows_a_process_scores_makes_no_difference(alone):
+def test_local_loss_matches_global_loss(alone):
     for width in (32, 16):
         own, everyone = (alone[local, width] for local in (True, False))
         assert own["losses"] == pytest.approx(everyone["losses"], rel=1e-6)
 
 
 @pytest.mark.parametrize(("strategy", "number"), [("ddp", 0), ("fsdp2", 3)])
-def test_torchrun_runs_a_whole_recipe_and_one_process_writes(recipe, tmp_path, strategy, number):
+def test_torchrun_runs_a_recipe_and_only_one_process_writes(recipe, tmp_path, strategy, number):
     recipe["stages"] = [recipe["stages"][number]]
     recipe["runtime"] = {"strategy": strategy}
     recipe["data"]["augment"] = {"shift": 0}

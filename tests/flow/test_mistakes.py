@@ -1,4 +1,4 @@
-"""A user's mistakes at the command line: one message, exit code 2, no traceback, nothing lost."""
+"""User mistakes on the command line: one message, exit code 2, no traceback, no data lost."""
 
 import shutil
 
@@ -7,7 +7,7 @@ from helpers import clipress, write_recipe
 from PIL import Image
 
 
-def told(result, *words):
+def assert_refused(result, *words):
     assert result.exit_code == 2, (result.output, result.exception)
     assert isinstance(result.exception, SystemExit)
     assert "Traceback" not in result.output
@@ -19,72 +19,73 @@ def snapshot(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_an_unknown_key(recipe, tmp_path):
+def test_an_unknown_key_is_reported_before_any_work(recipe, tmp_path):
     recipe["stages"][1]["distill"]["loses"] = []
-    told(clipress("run", write_recipe(recipe, tmp_path), "--out", tmp_path / "run"), "'loses'", "losses")
+    assert_refused(clipress("run", write_recipe(recipe, tmp_path), "--out", tmp_path / "run"), "'loses'", "losses")
     assert not (tmp_path / "run").exists()
 
 
-def test_an_order_of_stages_that_cannot_work(recipe, tmp_path):
+def test_an_impossible_order_of_stages_is_reported(recipe, tmp_path):
     recipe["stages"].reverse()
-    told(
+    assert_refused(
         clipress("run", write_recipe(recipe, tmp_path), "--out", tmp_path / "run"),
         "cannot come after",
         "Use the order distill -> prune",
     )
 
 
-def test_an_error_in_a_later_room_is_told_before_any_work(recipe, tmp_path):
+def test_an_error_in_a_later_section_is_reported_before_any_work(recipe, tmp_path):
     recipe["serve"]["max_batch"] = 0
-    told(clipress("run", write_recipe(recipe, tmp_path), "--out", tmp_path / "run"), "serve.max_batch")
+    assert_refused(clipress("run", write_recipe(recipe, tmp_path), "--out", tmp_path / "run"), "serve.max_batch")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_recipe_that_is_not_there(tmp_path):
-    told(clipress("run", tmp_path / "nowhere.yaml"), "no such file")
-    told(clipress("run", "demoo"), "Did you mean 'demo'")
+def test_a_missing_recipe_is_reported(tmp_path):
+    assert_refused(clipress("run", tmp_path / "nowhere.yaml"), "no such file")
+    assert_refused(clipress("run", "demoo"), "Did you mean 'demo'")
 
 
-def test_a_missing_or_truncated_teacher(recipe, tmp_path, tiny_run):
+def test_a_missing_or_truncated_teacher_is_reported(recipe, tmp_path, tiny_run):
     recipe["teacher"] = {"artifact": str(tmp_path / "teacher")}
     path = write_recipe(recipe, tmp_path)
-    told(clipress("compress", path, "--out", tmp_path / "run"), "clipress.json")
+    assert_refused(clipress("compress", path, "--out", tmp_path / "run"), "clipress.json")
     shutil.copytree(tiny_run[0] / "teacher", tmp_path / "teacher")
     weights = tmp_path / "teacher" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    told(clipress("compress", path, "--out", tmp_path / "run"), "truncated")
+    assert_refused(clipress("compress", path, "--out", tmp_path / "run"), "truncated")
 
 
-def test_a_folder_that_holds_a_different_run_is_left_alone(recipe, tmp_path, tiny_run):
+def test_the_folder_of_a_different_run_is_left_alone(recipe, tmp_path, tiny_run):
     run, _ = tiny_run
     before = snapshot(run)
     recipe["seed"] = 1
     refused = clipress("run", write_recipe(recipe, tmp_path), "--out", run)
-    told(refused, "pruned depends on seed", "int8 depends on seed", "--out", "--fresh", f"{run / 'int8'}")
+    assert_refused(refused, "pruned depends on seed", "int8 depends on seed", "--out", "--fresh", f"{run / 'int8'}")
     assert snapshot(run) == before
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(recipe, tmp_path):
+def test_a_folder_with_other_files_is_left_alone(recipe, tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    told(
-        clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "mine"),
-        "expected an empty folder or a run folder",
+    (tmp_path / "mine" / "thesis.txt").write_text("a note")
+    assert_refused(
+        clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "mine"), "expected an empty folder"
     )
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_an_image_that_is_no_image(tmp_path, tiny_run):
-    (tmp_path / "note.png").write_text("not a picture")
-    told(clipress("predict", tiny_run[0], tmp_path / "note.png", "--labels", "a,b"), "note.png", "not a readable image")
-    told(clipress("predict", tiny_run[0], tmp_path / "gone.png", "--labels", "a,b"), "no such file")
+def test_a_file_that_is_not_an_image_is_reported(tmp_path, tiny_run):
+    (tmp_path / "note.png").write_text("not an image")
+    assert_refused(
+        clipress("predict", tiny_run[0], tmp_path / "note.png", "--labels", "a,b"), "note.png", "not a readable image"
+    )
+    assert_refused(clipress("predict", tiny_run[0], tmp_path / "gone.png", "--labels", "a,b"), "no such file")
 
 
 @pytest.mark.parametrize("content", ["", "\n  \n"])
-def test_a_label_file_that_is_empty(tmp_path, tiny_run, content):
+def test_an_empty_label_file_is_reported(tmp_path, tiny_run, content):
     Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
     (tmp_path / "labels.txt").write_text(content)
-    told(
+    assert_refused(
         clipress("predict", tiny_run[0], tmp_path / "x.png", "--labels-file", tmp_path / "labels.txt"),
         "labels.txt",
         "holds no label",
@@ -92,30 +93,32 @@ def test_a_label_file_that_is_empty(tmp_path, tiny_run, content):
 
 
 @pytest.mark.parametrize("command", ["export", "bench", "bench-server", "serve", "triton", "eval"])
-def test_a_run_folder_that_is_none(tmp_path, command):
-    told(clipress(command, tmp_path / "nowhere"), "no such folder", "clipress compress")
+def test_a_missing_run_folder_is_reported(tmp_path, command):
+    assert_refused(clipress(command, tmp_path / "nowhere"), "no such folder", "clipress compress")
 
 
-def test_a_stage_the_run_does_not_have(tiny_run):
-    told(clipress("serve", tiny_run[0], "--stage", "prunned"), "Did you mean 'pruned'")
+def test_an_unknown_stage_is_reported(tiny_run):
+    assert_refused(clipress("serve", tiny_run[0], "--stage", "prunned"), "Did you mean 'pruned'")
 
 
-def test_a_version_that_a_repository_does_not_have(tiny_run):
-    told(
+def test_a_missing_version_of_a_repository_is_reported(tiny_run):
+    assert_refused(
         clipress("serve", tiny_run[0], "--backend", "python", "--version", "9"),
         "expected version 9",
         "clipress serve RUN",
     )
 
 
-def test_serving_an_engine_that_was_never_built(tiny_run):
-    told(clipress("serve", tiny_run[0], "--backend", "tensorrt"), "engines found: none", "export RUN --tensorrt")
+def test_serving_a_missing_engine_is_refused(tiny_run):
+    assert_refused(
+        clipress("serve", tiny_run[0], "--backend", "tensorrt"), "engines found: none", "export RUN --tensorrt"
+    )
 
 
-def test_a_model_that_is_not_exported_yet(tiny_run, tmp_path):
+def test_predicting_before_exporting_is_refused(tiny_run, tmp_path):
     shutil.copytree(tiny_run[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "export")
-    told(clipress("predict", tmp_path / "run", "x.png", "--labels", "a,b"), "clipress export")
+    assert_refused(clipress("predict", tmp_path / "run", "x.png", "--labels", "a,b"), "clipress export")
 
 
 def test_an_export_with_a_damaged_file_is_not_served(tiny_run, tmp_path):
@@ -130,7 +133,7 @@ def test_an_export_with_a_damaged_file_is_not_served(tiny_run, tmp_path):
         triton_repo_from_export(path.parent, tmp_path / "repo", ServeSettings())
 
 
-def test_a_foreign_checkpoint_that_would_run_code_is_refused(tmp_path):
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     import pickle
 
     class Payload:
@@ -138,30 +141,30 @@ def test_a_foreign_checkpoint_that_would_run_code_is_refused(tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     (tmp_path / "model.pth").write_bytes(pickle.dumps({"model": Payload()}))
-    told(clipress("import", tmp_path / "model.pth", tmp_path / "out"), "model.pth")
+    assert_refused(clipress("import", tmp_path / "model.pth", tmp_path / "out"), "model.pth")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
 
-def test_an_import_does_not_replace_a_folder_of_something_else(tmp_path):
+def test_import_does_not_replace_a_folder_with_other_files(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("dear")
-    told(clipress("import", tmp_path / "model.pth", tmp_path / "out"), "is not an artifact")
-    assert (tmp_path / "out" / "thesis.txt").read_text() == "dear"
+    (tmp_path / "out" / "thesis.txt").write_text("a note")
+    assert_refused(clipress("import", tmp_path / "model.pth", tmp_path / "out"), "is not an artifact")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "a note"
 
 
-def test_a_template_without_labels(tiny_run):
-    told(clipress("export", tiny_run[0], "--template", "a photo of a {}"), "--template", "add --labels")
+def test_a_template_without_labels_is_refused(tiny_run):
+    assert_refused(clipress("export", tiny_run[0], "--template", "a photo of a {}"), "--template", "add --labels")
     assert not list((tiny_run[0] / "export").rglob("classifier.onnx"))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x09"])
-def test_a_file_that_is_no_onnx(tmp_path, content):
+def test_an_invalid_onnx_file_is_reported(tmp_path, content):
     (tmp_path / "image.onnx").write_bytes(content)
-    told(clipress("export", tmp_path / "image.onnx", "--tensorrt"), "image.onnx")
+    assert_refused(clipress("export", tmp_path / "image.onnx", "--tensorrt"), "image.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["image.onnx"]
 
 
-def test_an_onnx_file_of_others_in_an_export_is_not_measured(tiny_run, tmp_path):
+def test_a_foreign_onnx_file_in_an_export_is_not_benchmarked(tiny_run, tmp_path):
     import json
     import shutil
 
@@ -178,33 +181,33 @@ def test_an_onnx_file_of_others_in_an_export_is_not_measured(tiny_run, tmp_path)
     about = json.loads((path.parent / "export.json").read_text())
     about["files"]["image"] |= {"sha256": sha256(path), "bytes": path.stat().st_size}
     (path.parent / "export.json").write_text(json.dumps(about))
-    told(
+    assert_refused(
         clipress("bench", run, "--stage", "int8", "--no-accuracy"),
         "image.onnx does not have the inputs and outputs of graph 'image'",
     )
 
 
-def calibrated_on(recipe, tmp_path, teacher, colours):
-    """A recipe that quantises a teacher on pictures of one colour each."""
-    (tmp_path / "pictures" / "one").mkdir(parents=True)
+def recipe_calibrated_on(recipe, tmp_path, teacher, colours):
+    """Write a recipe that quantizes a teacher, calibrated on one-colour images."""
+    (tmp_path / "images" / "one").mkdir(parents=True)
     for number, colour in enumerate(colours):
-        Image.new("RGB", (32, 32), colour).save(tmp_path / "pictures" / "one" / f"{number}.png")
+        Image.new("RGB", (32, 32), colour).save(tmp_path / "images" / "one" / f"{number}.png")
     recipe["teacher"] = {"artifact": str(teacher)}
-    recipe["data"] = {"train": [{"format": "folder", "images": str(tmp_path / "pictures")}]}
+    recipe["data"] = {"train": [{"format": "folder", "images": str(tmp_path / "images")}]}
     recipe["stages"] = [{"quantize": {"calibrate": 8, "batch_size": 8, "steps": 0}}]
     return write_recipe(recipe, tmp_path)
 
 
 @pytest.mark.parametrize(("colours", "words"), [([], "no usable records"), (["red"] * 16, "found 8 identical ones")])
-def test_calibration_data_that_are_empty_or_all_the_same(recipe, tmp_path, tiny_run, colours, words):
-    path = calibrated_on(recipe, tmp_path, tiny_run[0] / "recovered", colours)
-    told(clipress("compress", path, "--out", tmp_path / "run"), words)
+def test_empty_or_constant_calibration_data_are_refused(recipe, tmp_path, tiny_run, colours, words):
+    path = recipe_calibrated_on(recipe, tmp_path, tiny_run[0] / "recovered", colours)
+    assert_refused(clipress("compress", path, "--out", tmp_path / "run"), words)
     assert not (tmp_path / "run" / "int8").exists()
 
 
 @pytest.fixture
 def broken(tiny_run, tmp_path):
-    """A whole artefact with a weight that is no number."""
+    """An otherwise valid artifact with a NaN weight."""
     from clipress.artifact import save_artifact
     from clipress.models.load import artifact_from_model
     from clipress.tasks import model_from_artifact
@@ -214,17 +217,19 @@ def broken(tiny_run, tmp_path):
     return save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "broken")
 
 
-def test_a_model_with_weights_that_are_nan_is_not_compressed(recipe, tmp_path, broken):
-    path = calibrated_on(recipe, tmp_path, broken, ["red", "blue"] * 8)
-    told(clipress("compress", path, "--out", tmp_path / "run"), "not finite", "visual.conv1.weight")
+def test_a_model_with_nan_weights_is_not_compressed(recipe, tmp_path, broken):
+    path = recipe_calibrated_on(recipe, tmp_path, broken, ["red", "blue"] * 8)
+    assert_refused(clipress("compress", path, "--out", tmp_path / "run"), "not finite", "visual.conv1.weight")
     assert not (tmp_path / "run" / "int8").exists()
 
 
 @pytest.mark.parametrize("command", ["export", "bench"])
-def test_a_model_with_weights_that_are_nan_is_named_before_it_is_exported(tiny_run, tmp_path, broken, command):
+def test_nan_weights_are_named_before_anything_is_exported(tiny_run, tmp_path, broken, command):
     import shutil
 
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
     shutil.rmtree(run / "recovered")
     shutil.copytree(broken, run / "recovered")
-    told(clipress(command, run, "--stage", "recovered"), "not numbers (NaN): visual.conv1.weight. Nothing was written")
+    assert_refused(
+        clipress(command, run, "--stage", "recovered"), "not numbers (NaN): visual.conv1.weight. Nothing was written"
+    )

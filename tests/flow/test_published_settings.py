@@ -1,4 +1,4 @@
-"""The shipped recipes of the published systems, as they are, for two steps on small files in their formats."""
+"""The shipped recipes of published systems run for two steps on small files in their data formats."""
 
 import copy
 import json
@@ -17,24 +17,24 @@ from clipress.models.load import artifact_from_model, new_model
 from clipress.recipe import Recipe, checked, read_recipe
 
 CONFIGS = Path(clipress.__file__).parent / "configs"
-WIDTHS = {"ViT-B-16": 512, "ViT-B-32": 512, "ViT-L-14": 768}  # of the teachers' embeddings
+WIDTHS = {"ViT-B-16": 512, "ViT-B-32": 512, "ViT-L-14": 768}  # Widths of the teachers' embeddings.
 PUBLISHED = [
     "clip-kd-vit-t-16", "clip-kd-vit-l-14-to-vit-b-16", "clip-distill-image", "clip-distill-text", "resnet18-embeddings",
     "resnet18-labels", "resnet18-sparse", "resnet18-int8", "tinyclip-vit-40m-32",
 ]  # fmt: skip
-SPARE = 8
+NUM_IMAGES = 8
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Eight pictures of noise, and annotations of them in every format the recipes name."""
+    """Eight images of noise, annotated in every format that the recipes use."""
     root = tmp_path_factory.mktemp("files")
-    for number in range(SPARE):
+    for number in range(NUM_IMAGES):
         pixels = np.random.default_rng(number).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-        for folder in ("pictures", f"classes/{('cat', 'dog')[number % 2]}"):
+        for folder in ("images", f"classes/{('cat', 'dog')[number % 2]}"):
             (root / folder).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(root / folder / f"{number}.jpg")
-    rows = [(f"picture number {number}", f"{number}.jpg") for number in range(SPARE)]
+    rows = [(f"image number {number}", f"{number}.jpg") for number in range(NUM_IMAGES)]
     (root / "csv").write_text("title\tfilepath\n" + "".join(f"{text}\t{path}\n" for text, path in rows))
     (root / "captions").write_text("".join(f"{text}\thttp://example/{path}\n" for text, path in rows))
     pairs = [{"image": path, "caption": text, "image_id": path} for text, path in rows]
@@ -44,7 +44,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """A small teacher for each width of embedding: pictures of 224 pixels, texts of 77 tokens, as the real ones take."""
+    """A small teacher per embedding width, with the real input sizes: images of 224 pixels, texts of 77 tokens."""
     home = tmp_path_factory.mktemp("teachers")
     for width in set(WIDTHS.values()):
         tower = {"width": 64, "layers": 1}
@@ -59,7 +59,7 @@ def teachers(tmp_path_factory):
 
 
 def on_small_files(source, files):
-    paths = {"csv": "pictures", "karpathy": "pictures", "images": "pictures", "folder": "classes"}
+    paths = {"csv": "images", "karpathy": "images", "images": "images", "folder": "classes"}
     changed = {key: value for key, value in source.items() if key not in ("annotations", "images", "limit")}
     if source["format"] in paths:
         changed["images"] = str(files / paths[source["format"]])
@@ -69,7 +69,7 @@ def on_small_files(source, files):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_setting_is_built_and_takes_two_steps(name, files, teachers, tmp_path):
+def test_a_published_recipe_runs_for_two_steps(name, files, teachers, tmp_path):
     recipe = read_recipe(CONFIGS / f"{name}.yaml").model_dump(exclude_none=True)
     small = copy.deepcopy(recipe)
     train = [on_small_files(source, files) for source in recipe["data"]["train"]]
@@ -78,7 +78,7 @@ def test_a_published_setting_is_built_and_takes_two_steps(name, files, teachers,
         (settings,) = stage.values()
         del settings["epochs"]
         settings |= {"steps": 2, "batch_size": 4} | ({"calibrate": 4} if "calibrate" in settings else {})
-    if "inherit" in recipe["student"]:  # cut out of the real architecture
+    if "inherit" in recipe["student"]:  # Weights are inherited from the real architecture.
         small["teacher"] = recipe["teacher"] | {"checkpoint": "random"}
     else:
         small["teacher"] = {"artifact": str(teachers / str(WIDTHS[recipe["teacher"]["model"]]))}
@@ -89,11 +89,11 @@ def test_a_published_setting_is_built_and_takes_two_steps(name, files, teachers,
         record = read_header(folder)["lineage"][-1]
         ((kind, settings),) = stage.items()
         assert record["kind"] == kind and record["details"]["steps"] == 2
-        asked = settings["losses"] if isinstance(settings["losses"], dict) else dict.fromkeys(settings["losses"])
-        assert set(record["details"]["last"]) == {"loss", *asked}
+        losses = settings["losses"] if isinstance(settings["losses"], dict) else dict.fromkeys(settings["losses"])
+        assert set(record["details"]["last"]) == {"loss", *losses}
         assert all(np.isfinite(value) for value in record["details"]["last"].values())
 
 
-def test_every_recipe_of_a_student_is_among_them():
+def test_every_shipped_recipe_with_a_student_is_tested():
     shipped = {path.stem for path in CONFIGS.glob("*.yaml") if "student" in yaml.safe_load(path.read_text())}
     assert shipped - {"demo-teacher"} == set(PUBLISHED)

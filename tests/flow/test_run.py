@@ -1,4 +1,4 @@
-"""A tiny recipe through every stage to a Triton repository, and what is left afterwards."""
+"""A tiny recipe runs through every stage to a Triton repository."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from clipress.tasks import model_from_artifact
 STAGES = ["teacher", "pruned", "recovered", "sparse", "int8"]
 
 
-def test_every_stage_leaves_an_artefact_a_row_and_a_repository(tiny_run):
+def test_every_stage_has_an_artifact_a_row_and_a_repository(tiny_run):
     run, result = tiny_run
     assert result.exit_code == 0, result.output
     results = json.loads((run / "bench" / "results.json").read_text())
@@ -40,7 +40,9 @@ def test_every_stage_leaves_an_artefact_a_row_and_a_repository(tiny_run):
     page = (run / "bench" / "report.html").read_text()
     table = page.partition('<table id="main">')[2].partition("</table>")[0]
     assert re.findall(r'scope="row"[^>]*>([^<]+)</th>', table) == STAGES
-    for backend in (run / "triton").iterdir():
+    backends = sorted(path for path in (run / "triton").iterdir() if path.is_dir())
+    assert [path.name for path in backends] == ["onnxruntime", "python"]
+    for backend in backends:
         models = {version.parent for version in backend.glob("*/[0-9]*")}
         assert {f"{tower}_encoder" for tower in ("image", "text")} <= {model.name for model in models}
         assert models == {config.parent for config in backend.glob("*/config.pbtxt")}
@@ -48,7 +50,7 @@ def test_every_stage_leaves_an_artefact_a_row_and_a_repository(tiny_run):
         assert stage in result.output
 
 
-def test_pruning_keeps_the_asked_part_and_lineage_tells_the_story(tiny_run):
+def test_pruning_meets_its_budget_and_the_lineage_lists_every_stage(tiny_run):
     run, _ = tiny_run
     teacher, int8 = read_header(run / "teacher"), read_header(run / "int8")
     kept = int8["counts"]["block_params"] / teacher["counts"]["block_params"]
@@ -70,7 +72,7 @@ def test_two_of_four_survives_training_saving_and_int8(tiny_run, stage):
     artifact = load_artifact(run / stage)
     names, skipped = artifact.sparsity["weights"], artifact.sparsity["skipped"]
     in_blocks = [name for name in skipped if "resblocks" in name]
-    assert len(names) + len(in_blocks) == 24  # six Linears in each of four blocks
+    assert len(names) + len(in_blocks) == 24  # Four blocks with six Linears each.
     assert len(names) >= 20 and all("2:4 requires" in skipped[name] for name in in_blocks)
     for name in names:
         assert is_two_of_four(artifact.weights[name]), name
@@ -84,7 +86,7 @@ def test_two_of_four_survives_training_saving_and_int8(tiny_run, stage):
     assert len(sparse) >= 10
 
 
-def test_int8_runs_as_integer_kernels(tiny_run, tmp_path):
+def test_int8_runs_on_integer_kernels(tiny_run, tmp_path):
     run, _ = tiny_run
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -93,12 +95,12 @@ def test_int8_runs_as_integer_kernels(tiny_run, tmp_path):
     integer = sum(kind in ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul") for kind in kinds)
     quantized = [name for name in read_header(run / "int8")["quantization"]["modules"] if name.startswith("visual.")]
     linears = [name for name in quantized if ".resblocks." in name]
-    assert len(linears) == 2 * 6 and "visual.conv1" in quantized  # q, k, v, out and two of the feed-forward
+    assert len(linears) == 2 * 6 and "visual.conv1" in quantized  # q, k, v, out and two in the feed-forward.
     assert integer == len(quantized)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_artefact_is_read_back_with_bitwise_the_same_outputs(tiny_run, stage, tmp_path):
+def test_an_artifact_is_read_back_with_bitwise_equal_outputs(tiny_run, stage, tmp_path):
     from clipress.artifact import save_artifact
     from clipress.models.load import artifact_from_model
 
@@ -112,7 +114,7 @@ def test_an_artefact_is_read_back_with_bitwise_the_same_outputs(tiny_run, stage,
         np.testing.assert_array_equal(a(inputs), b(inputs))
 
 
-def test_predict_names_a_picture_with_onnx_runtime(tiny_run, tmp_path):
+def test_predict_classifies_an_image_with_onnx_runtime(tiny_run, tmp_path):
     run, _ = tiny_run
     Image.fromarray(digits.digits("test")[0][0]).save(tmp_path / "digit.png")
     result = clipress("predict", run, tmp_path / "digit.png", "--labels", "zero,one,two")
@@ -121,7 +123,7 @@ def test_predict_names_a_picture_with_onnx_runtime(tiny_run, tmp_path):
     assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2)
 
 
-def test_a_second_run_does_nothing_again_and_a_changed_stage_redoes_what_follows(tiny_run, recipe, tmp_path):
+def test_a_second_run_reuses_every_stage_and_a_changed_one_is_rerun(tiny_run, recipe, tmp_path):
     run, _ = tiny_run
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -139,27 +141,27 @@ def test_a_second_run_does_nothing_again_and_a_changed_stage_redoes_what_follows
     assert read_header(copy / "sparse") == read_header(run / "sparse")
 
 
-def test_settings_in_force_are_printed_defaults_included(tiny_run):
+def test_settings_are_printed_with_their_defaults(tiny_run):
     _, result = tiny_run
     line = next(line for line in result.output.splitlines() if line.startswith("pruned: prune"))
     for shown in ("criterion=fisher", "schedule=cubic", "weight_decay=0.05", "steps=6"):
         assert shown in line
 
 
-def test_layers_that_stay_dense_are_printed_with_their_reason(tiny_run):
+def test_layers_that_stay_dense_are_reported_with_the_reason(tiny_run):
     run, result = tiny_run
     reason = "visual.conv1 stays dense: 32 x 3; 2:4 requires a multiple of 8 x a multiple of 16"
     assert f"sparse: {reason}" in result.output and reason in clipress("show", run / "sparse").output
 
 
-def test_only_stages_that_were_asked_for_run(recipe, tmp_path):
+def test_only_the_stages_of_the_recipe_run(recipe, tmp_path):
     recipe["stages"] = recipe["stages"][:1]
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"teacher", "pruned", "recipe.yaml", "logs", ".lock"}
 
 
-def test_upops_criterion_runs_and_gives_all_heads_the_same_dims(recipe, tmp_path):
+def test_the_upop_criterion_keeps_the_same_dims_in_every_head(recipe, tmp_path):
     recipe["stages"] = [
         {"prune": {**recipe["stages"][0]["prune"], "criterion": "upop", "schedule": "sine", "distill_losses": []}}
     ]
@@ -170,7 +172,7 @@ def test_upops_criterion_runs_and_gives_all_heads_the_same_dims(recipe, tmp_path
     assert len({shape["ffn"] for shape in shapes} | {shape["qk_dim"] for shape in shapes}) > 1
 
 
-def test_a_cost_table_is_measured_and_rules_a_search(tiny_run, recipe, tmp_path):
+def test_a_measured_cost_table_is_used_in_a_search(tiny_run, recipe, tmp_path):
     run, _ = tiny_run
     made = clipress("latency-table", run, "--out", tmp_path / "costs.json", "--duration", 1, "--batch", 2)
     assert made.exit_code == 0, made.output
@@ -187,7 +189,7 @@ def test_a_cost_table_is_measured_and_rules_a_search(tiny_run, recipe, tmp_path)
     assert counts[1] < counts[0]
 
 
-def test_an_imported_checkpoint_is_an_artefact_and_a_teacher(recipe, tmp_path):
+def test_an_imported_checkpoint_can_be_a_teacher(recipe, tmp_path):
     import open_clip
 
     from clipress.models.tiny import tiny_architecture
@@ -202,7 +204,7 @@ def test_an_imported_checkpoint_is_an_artefact_and_a_teacher(recipe, tmp_path):
     assert [record["stage"] for record in read_header(tmp_path / "run" / "pruned")["lineage"]] == ["import", "pruned"]
 
 
-def test_another_teacher_makes_a_student_from_scratch_anew(recipe, tmp_path):
+def test_a_changed_teacher_changes_the_hash_of_a_student_trained_from_scratch(recipe, tmp_path):
     from clipress.models.tiny import tiny_architecture
 
     recipe |= {
@@ -218,11 +220,10 @@ def test_another_teacher_makes_a_student_from_scratch_anew(recipe, tmp_path):
     assert hashes[0] != hashes[1]
 
 
-def test_several_teachers_may_be_embedded_once_and_looked_up(tiny_run, tmp_path):
+def test_several_teachers_are_embedded_once_and_read_from_the_cache(tiny_run, tmp_path):
     folder, _ = tiny_run
-    teachers = [
-        {"artifact": str(folder / name), "cache": {"views": 2}} for name in ("teacher", "pruned")
-    ]  # an ensemble of two, neither of which is run while training
+    # An ensemble of two teachers, neither of which runs during training.
+    teachers = [{"artifact": str(folder / name), "cache": {"views": 2}} for name in ("teacher", "pruned")]
     recipe = {
         "name": "cached",
         "teacher": teachers,
@@ -231,14 +232,14 @@ def test_several_teachers_may_be_embedded_once_and_looked_up(tiny_run, tmp_path)
     }
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    assert result.output.count(": embedding 96 of 96") == 4  # two sources, two teachers
+    assert result.output.count(": embedding 96 of 96") == 4  # Two sources times two teachers.
     log = [json.loads(line) for line in (tmp_path / "run" / "logs" / "distilled.jsonl").read_text().splitlines()]
     assert len(log) == 3 and all(row["ensemble"] > 0 and row["feature"] >= 0 for row in log)
     again = clipress("compress", tmp_path / "recipe-under-test.yaml", "--out", tmp_path / "other", "--set", "seed=1")
     assert again.exit_code == 0 and again.output.count("using the cached embeddings of teacher") == 4
 
 
-def test_either_all_teachers_are_cached_or_none(tiny_run, tmp_path):
+def test_caching_only_some_teachers_is_refused(tiny_run, tmp_path):
     folder, _ = tiny_run
     teachers = [{"artifact": str(folder / "teacher"), "cache": {}}, {"artifact": str(folder / "pruned")}]
     recipe = {"name": "mixed", "teacher": teachers, "data": DATA, "stages": [{"distill": {"steps": 1}}]}
@@ -246,14 +247,14 @@ def test_either_all_teachers_are_cached_or_none(tiny_run, tmp_path):
     assert result.exit_code == 2 and "expected a 'cache' for every teacher or for none" in result.output
 
 
-def test_serve_takes_what_bench_kept_and_says_so_and_a_named_stage_comes_first(tiny_run, tmp_path):
+def test_serve_follows_the_recommendation_of_bench_unless_a_stage_is_named(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
     path = run / "bench" / "results.json"
     results = json.loads(path.read_text())
     (measured,) = results["kept"]
     assert (measured["backend"], measured["of"]) == ("onnxruntime", "int8") and measured["artifact"] in STAGES
     assert measured["text"] in " ".join(tiny_run[1].output.split())
-    for keeps, asked, served, said in (
+    for keeps, options, served, message in (
         (
             "sparse",
             (),
@@ -265,27 +266,26 @@ def test_serve_takes_what_bench_kept_and_says_so_and_a_named_stage_comes_first(t
     ):
         kept = measured | {"artifact": keeps, "hash": read_header(run / keeps)["lineage"][-1]["hash"]}
         path.write_text(json.dumps(results | {"kept": [kept]}))
-        result = clipress("serve", run, *asked)
+        result = clipress("serve", run, *options)
         assert result.exit_code == 0, result.output
-        assert said in result.output and ("Serving " in result.output) == bool(said)
+        assert message in result.output and ("Serving " in result.output) == bool(message)
         assert f"Triton model repository of {served}, version" in result.output
         assert f"stage {served} (" in (run / "triton" / "onnxruntime" / "README.md").read_text()
     path.unlink()
-    assert (
-        "Triton model repository of int8, version" in clipress("serve", run).output
-    )  # nothing was measured: the last one
+    # Without measurements the last artifact is served.
+    assert "Triton model repository of int8, version" in clipress("serve", run).output
 
 
-def test_another_stage_becomes_a_version_that_can_be_rolled_back(tiny_run, tmp_path):
+def test_serving_another_stage_adds_a_version_that_can_be_rolled_back(tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run[0], run)
     shutil.rmtree(run / "triton")
-    said = [
+    outputs = [
         clipress("serve", run, "--backend", "python", *options).output
         for options in (["--stage", "recovered"], ["--stage", "int8"], ["--roll-back"], ["--version", "2"])
     ]
-    assert "of recovered, version 1" in said[0] and "of int8, version 2" in said[1]
-    assert "Version 1 is served" in said[2] and "Version 2 is served" in said[3]
+    assert "of recovered, version 1" in outputs[0] and "of int8, version 2" in outputs[1]
+    assert "Version 1 is served" in outputs[2] and "Version 2 is served" in outputs[3]
     assert sorted(path.name for path in (run / "triton" / "python" / "classify").iterdir()) == [
         "1",
         "2",

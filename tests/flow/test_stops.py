@@ -1,4 +1,4 @@
-"""Jobs that are killed, stopped, started twice, or run out of disk: nothing is lost and nothing is done again."""
+"""Jobs that are killed, stopped, started twice or run out of disk space lose nothing and repeat nothing."""
 
 import json
 import os
@@ -27,18 +27,18 @@ def killed(tmp_path, *arguments):
     return json.loads((tmp_path / "faults_kills.json").read_text())["kills"]
 
 
-def test_a_killed_search_ends_as_an_unkilled_one(tmp_path):
+def test_a_killed_search_resumes_to_the_same_bytes(tmp_path):
     assert all(row["bit-exact"] for row in killed(tmp_path, "--kills", 2, "--only", "prune, fisher, guided"))
 
 
 @pytest.mark.slow
-def test_sixty_kills_lose_nothing(tmp_path):
+def test_sixty_kills_lose_no_work(tmp_path):
     assert all(row["bit-exact"] for row in killed(tmp_path, "--kills", 60, "--seed", 1))
 
 
 @pytest.fixture
 def short(recipe, tiny_run):
-    """A recipe with one stage, whose teacher is there."""
+    """A recipe with one stage and an existing teacher."""
     recipe["teacher"] = {"artifact": str(tiny_run[0] / "teacher")}
     recipe["stages"] = [{"distill": {"losses": ["contrastive", "feature"], "steps": 6, "batch_size": 16}}]
     recipe["data"]["val"] = recipe["data"]["test"] = []
@@ -51,7 +51,7 @@ def weights_of(run):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_stop_is_one_message_and_an_exit_code_of_its_own(short, tmp_path, monkeypatch, number, code):
+def test_a_stop_is_one_message_with_its_own_exit_code(short, tmp_path, monkeypatch, number, code):
     path = write_recipe(short, tmp_path)
     assert clipress("compress", path, "--out", tmp_path / "a").exit_code == 0
     update, seen = Learner.update, []
@@ -81,18 +81,18 @@ def test_ctrl_c_between_steps_is_one_message_too(short, tmp_path, monkeypatch):
     assert result.exit_code == 130 and result.output.startswith("Interrupted.") and "Traceback" not in result.output
 
 
-def test_fresh_does_finished_stages_over(short, tmp_path):
+def test_fresh_reruns_finished_stages(short, tmp_path):
     path = write_recipe(short, tmp_path)
     for fresh, finished in (((), 0), ((), 1), (("--fresh",), 0)):
         result = clipress("compress", path, "--out", tmp_path / "run", *fresh)
         assert result.exit_code == 0 and result.output.count("distilled: reused") == finished, result.output
 
 
-def test_a_run_that_another_process_is_at_work_on_is_refused(short, tmp_path):
+def test_a_run_in_use_by_another_process_is_refused(short, tmp_path):
     path, run = write_recipe(short, tmp_path), tmp_path / "run"
     assert clipress("compress", path, "--out", run).exit_code == 0
     for command in (["compress", path, "--out", run], ["export", run], ["serve", run]):
-        child = os.fork()  # locks of this very process would not be in its way
+        child = os.fork()  # A process is not blocked by its own locks.
         if child == 0:
             code = 1
             try:
@@ -104,20 +104,20 @@ def test_a_run_that_another_process_is_at_work_on_is_refused(short, tmp_path):
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2, command
 
 
-def test_a_changed_caption_makes_a_stage_anew_and_what_follows_it(short, tmp_path):
+def test_a_changed_caption_reruns_its_stage_and_later_ones(short, tmp_path):
     for number in range(4):
         Image.new("RGB", (32, 32), (60 * number, 0, 0)).save(tmp_path / f"{number}.png")
-    rows = [f"{number}.png\ta picture, number {number}" for number in range(4)]
+    rows = [f"{number}.png\tan image, number {number}" for number in range(4)]
     (tmp_path / "pairs.csv").write_text("\n".join(["filepath\ttitle", *rows]) + "\n")
     short["data"]["train"] = [{"format": "csv", "annotations": str(tmp_path / "pairs.csv")}]
     short["stages"] = [{"distill": {"losses": ["contrastive"], "steps": 2, "batch_size": 4}}]
     short["stages"].append({"sparsify": {"losses": ["contrastive"], "steps": 1, "batch_size": 4}})
     path, run = write_recipe(short, tmp_path), tmp_path / "run"
 
-    def done_again():
+    def run_again():
         from clipress.data.sources import open_source
 
-        open_source.cache_clear()  # as a new process
+        open_source.cache_clear()  # A new process would start with an empty cache.
         for command in (["compress", path, "--out", run], ["export", run]):
             result = clipress(*command)
             assert result.exit_code == 0, result.output
@@ -125,11 +125,11 @@ def test_a_changed_caption_makes_a_stage_anew_and_what_follows_it(short, tmp_pat
         assert compressed.count(": reused,") == 2 and clipress("export", run).output.count("already exported") == 3
         return [record["hash"] for record in read_header(run / "sparse")["lineage"][-2:]]
 
-    first = done_again()
-    assert done_again() == first
-    rows[2] = "2.png\ta picture, changed"
+    first = run_again()
+    assert run_again() == first
+    rows[2] = "2.png\tan image, changed"
     (tmp_path / "pairs.csv").write_text("\n".join(["filepath\ttitle", *rows]) + "\n")
-    assert all(a != b for a, b in zip(first, done_again(), strict=True))
+    assert all(a != b for a, b in zip(first, run_again(), strict=True))
 
 
 def without_times(run, stage):
@@ -141,8 +141,8 @@ def without_times(run, stage):
     return header
 
 
-def test_the_same_recipe_leaves_the_same_artefacts_in_every_stage_bit_for_bit(tiny_run, recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("CLIPRESS_CACHE", str(tmp_path / "cache"))  # the teacher is made anew, too
+def test_the_same_recipe_gives_bitwise_equal_artifacts_in_every_stage(tiny_run, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPRESS_CACHE", str(tmp_path / "cache"))  # The teacher is trained again too.
     result = clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 0 and ": reused," not in result.output, result.output
     for stage in ("teacher", "pruned", "recovered", "sparse", "int8"):
@@ -154,7 +154,7 @@ def test_the_same_recipe_leaves_the_same_artefacts_in_every_stage_bit_for_bit(ti
 
 
 @pytest.mark.slow
-def test_processes_of_one_training_stop_at_the_same_step(tmp_path):
+def test_all_processes_of_a_training_run_stop_at_the_same_step(tmp_path):
     done = torchrun(STOPPED_JOB, tmp_path)
     assert done.returncode != 0 and "exitcode  : 75" in done.stderr, done.stderr[-3000:]
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [f"rank{n}-00000003.pt" for n in (0, 1)]
@@ -162,7 +162,7 @@ def test_processes_of_one_training_stop_at_the_same_step(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 24 MB."""
+    """A file system with 24 MB."""
     place = tmp_path / "disk"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], capture_output=True).returncode:
@@ -179,7 +179,7 @@ def one_message(result, *words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("free", [0, 8_000, 3_000_000, 9_000_000, 21_000_000, 23_000_000])
-def test_a_full_disk_is_one_message_and_with_more_space_the_run_ends_as_it_should(short, tmp_path, small_disk, free):
+def test_a_full_disk_is_one_message_and_the_run_resumes_with_more_space(short, tmp_path, small_disk, free):
     path, run = write_recipe(short, tmp_path), small_disk / "run"
     assert clipress("compress", path, "--out", tmp_path / "a").exit_code == 0
     ballast = small_disk / "ballast"
@@ -191,7 +191,7 @@ def test_a_full_disk_is_one_message_and_with_more_space_the_run_ends_as_it_shoul
             assert ".tmp" not in result.output
             break
     else:
-        pytest.fail("everything fitted")
+        pytest.fail("expected the disk to fill up")
     ballast.unlink()
     subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
     assert clipress("compress", path, "--out", run).exit_code == 0 and clipress("export", run).exit_code == 0

@@ -1,4 +1,4 @@
-"""Run a target under atheris. A finding is told and its input kept, once per place it comes from; the search goes on."""
+"""Run a target under atheris: each distinct finding is reported, its input is kept, and the search continues."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import atheris
 
 
 def fuzz(target: Callable[[bytes], None]) -> None:
-    """Fuzz until -max_total_time; inputs of findings go to fuzz-findings/<target>-<number> where the command is run."""
+    """Fuzz until -max_total_time; write inputs of findings to fuzz-findings/<target>-<number> in the working folder."""
     seen: set[tuple[str, ...]] = set()
 
     def one(data: bytes) -> None:

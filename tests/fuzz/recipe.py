@@ -13,7 +13,7 @@ with atheris.instrument_imports(include=["clipress"]):
 
     import clipress
 
-    for room in ("data", "data.formats", "models", "models.importers"):  # they are imported late, and would be missed
+    for room in ("data", "data.formats", "models", "models.importers"):  # Late imports would not be instrumented.
         for module in pkgutil.iter_modules([str(Path(clipress.__file__).parent / room.replace(".", "/"))]):
             importlib.import_module(f"clipress.{room}.{module.name}")
 

@@ -1,4 +1,4 @@
-"""What is fuzzed: bytes in, nothing or a ClipressError out. Anything else that is raised is a finding.
+"""Fuzz targets: bytes in, nothing or a ClipressError out. Any other exception is a finding.
 
 The first byte chooses which reader is tried and whether the rest is the file itself or edits to a good one: bytes that
 are mutated blindly seldom get past a parser.
@@ -33,7 +33,7 @@ HOSTILE = [
 
 
 def edited(tree: Any, data: bytes) -> Any:
-    """Return a copy of a tree of lists and mappings with a change per three bytes: where (2), what (1)."""
+    """Return a copy of a tree of lists and mappings with one change per three bytes: two for the place, one for the change."""
     tree = [copy.deepcopy(tree)]
     for at in range(0, min(len(data) - 2, 24), 3):
         places = [(tree, 0)]
@@ -55,18 +55,18 @@ def edited(tree: Any, data: bytes) -> Any:
 
 
 def folder() -> Path:
-    """Return a fresh folder, in memory where there is one."""
+    """Return a fresh folder, in memory if possible."""
     home = Path("/dev/shm")
     return Path(tempfile.mkdtemp(prefix="clipress-fuzz-", dir=home if home.is_dir() else None))
 
 
 HOME = folder()
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CLIPRESS_CACHE"] = "/dev/null/none"  # an index per input would fill the disk
+os.environ["CLIPRESS_CACHE"] = "/dev/null/none"  # One index per input would fill the disk.
 
 
 def recipe(data: bytes) -> None:
-    """YAML to a plan that is checked in every room."""
+    """Read YAML into a plan with every section validated."""
     from clipress.recipe import read_recipe, recipe_text
     from clipress.workflow.plan import plan_from
 
@@ -95,12 +95,12 @@ def small() -> dict[str, Any]:
 
 
 def saved() -> Path:
-    """Write a small artefact once."""
+    """Write a small artifact, once."""
     from clipress.artifact import save_artifact
     from clipress.models.load import artifact_from_model, new_model
 
     lineage = ({"stage": "a", "hash": "b"},)
-    return save_artifact(artifact_from_model(new_model(small(), 0), lineage, {"accuracy": {}}), HOME / "artefact")
+    return save_artifact(artifact_from_model(new_model(small(), 0), lineage, {"accuracy": {}}), HOME / "artifact")
 
 
 EXPORT = {
@@ -122,7 +122,7 @@ SHARD = {"items": 2, "captions": 2, "texts": 2, "failed": 0, "files": {}}
 
 
 def artifact(data: bytes) -> None:
-    """Artefact, export folder, engine's sidecar, teacher cache: header edited or raw, weights raw."""
+    """Artifacts, export folders, engine sidecars and teacher caches: edited or raw headers, raw weights."""
     from clipress.artifact import load_artifact
     from clipress.data.cache_files import Manifest
     from clipress.data.teacher_cache import TeacherCache, read_manifest
@@ -130,10 +130,10 @@ def artifact(data: bytes) -> None:
     from clipress.runtime.tensorrt import load_engine
     from clipress.tasks import model_from_artifact
 
-    if not (HOME / "artefact").is_dir():
+    if not (HOME / "artifact").is_dir():
         saved()
         (HOME / "e.engine").write_bytes(b"plan")
-    home, (kind, rest) = HOME / "artefact", (data[0] if data else 0, data[1:])
+    home, (kind, rest) = HOME / "artifact", (data[0] if data else 0, data[1:])
     header, weights = HOME / "clipress.json", HOME / "model.safetensors"
     good = json.loads((home / "clipress.json").read_text())
 
@@ -175,11 +175,14 @@ def artifact(data: bytes) -> None:
         pass
     except ValueError:
         if kind % 8 < 6:
-            raise  # else it is the harness that could not name the cache
+            raise  # Otherwise the harness failed to name the cache.
+
+
+IMPORT_FORMATS = ("auto", "openai", "clip-kd", "tinyclip", "upop")
 
 
 def importers(data: bytes) -> None:
-    """Checkpoints: raw pickles, safetensors and folders, and state dicts with other names and shapes."""
+    """Checkpoints: raw pickles, safetensors and folders, and state dicts with changed names and shapes."""
     from clipress.models.importers import import_checkpoint
 
     kind, rest = data[0] if data else 0, data[1:]
@@ -201,7 +204,7 @@ def importers(data: bytes) -> None:
             import_checkpoint(home)
         else:
             torch.save(_other(state, rest), HOME / "b.pth")
-            form = ("auto", "openai", "clip-kd", "tinyclip", "upop")[kind // 5 % 5]
+            form = IMPORT_FORMATS[kind // 5 % len(IMPORT_FORMATS)]
             import_checkpoint(HOME / "b.pth", form)
     except ClipressError:
         pass
@@ -228,7 +231,7 @@ CHANGES = (
 
 
 def _other(state: dict[str, Any], data: bytes) -> dict[str, Any]:
-    """Return weights with a change per four bytes: which, what, and two numbers."""
+    """Return weights with one change per four bytes: which tensor, what change and two numbers."""
     state = dict(state)
     for at in range(0, min(len(data) - 3, 16), 4):
         which, what, a, b = data[at : at + 4]
@@ -247,8 +250,13 @@ COCO = {
 }
 
 
+FORMS = (
+    "csv", "csv", "karpathy", "coco", "captions", "images", "webdataset", "prompts", "image", "karpathy", "coco",
+)  # fmt: skip
+
+
 def annotations(data: bytes) -> None:
-    """Tables, JSON, tars, lists, and the pictures themselves; every record of what opens is read."""
+    """Tables, JSON, tars, lists and images; every record of a source that opens is read."""
     from clipress.data.formats.webdataset import Shards
     from clipress.data.prompts import check_labels, read_classes, read_prompts
     from clipress.data.sources import FORMATS
@@ -263,22 +271,9 @@ def annotations(data: bytes) -> None:
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(buffer, "PNG")
         (HOME / "a.png").write_bytes(buffer.getvalue())
     path.write_bytes(rest)
-    form = (
-        "csv",
-        "csv",
-        "karpathy",
-        "coco",
-        "captions",
-        "images",
-        "webdataset",
-        "prompts",
-        "picture",
-        "karpathy",
-        "coco",
-    )
-    chosen = form[kind % len(form)]
+    chosen = FORMS[kind % len(FORMS)]
     try:
-        if chosen == "picture":
+        if chosen == "image":
             fitted(open_image(rest), Preprocess(size=8))
             return
         if chosen == "prompts":
@@ -286,9 +281,9 @@ def annotations(data: bytes) -> None:
             (HOME / "p.json").write_bytes(rest)
             read_prompts(HOME / "p.json")
             return
-        if kind % len(form) > 8:
+        if kind % len(FORMS) > 8:
             path.write_text(json.dumps(edited(KARPATHY if chosen == "karpathy" else COCO, rest)))
-        spec = SourceSpec(format=chosen, annotations=path, images=HOME, separator="," if kind % len(form) else "\t")
+        spec = SourceSpec(format=chosen, annotations=path, images=HOME, separator="," if kind % len(FORMS) else "\t")
         source = Shards(spec.model_copy(update={"shards": "x"}), [path], None) if chosen == "webdataset" else None
         source = source or FORMATS[chosen](spec)
         tokenize = annotations.__dict__.setdefault(
@@ -305,3 +300,7 @@ def annotations(data: bytes) -> None:
                 pass
     except ClipressError:
         pass
+
+
+KINDS = {recipe: 2, artifact: 16, importers: 5 * len(IMPORT_FORMATS), annotations: len(FORMS)}
+"""Number of values of the first byte that select different inputs, per target."""

@@ -1,4 +1,4 @@
-"""Whatever is in a file, readers answer or raise a ClipressError: the targets of `tests/fuzz`, tried on a few bytes."""
+"""The fuzz targets on their corpus and on arbitrary bytes: readers return or raise a ClipressError."""
 
 from pathlib import Path
 
@@ -11,19 +11,19 @@ CORPUS = sorted(path for path in (Path(targets.__file__).parent / "corpus").glob
 
 
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_inputs_that_were_kept_are_answered(path):
+def test_corpus_inputs_raise_nothing_but_clipress_errors(path):
     getattr(targets, path.parent.name)(path.read_bytes())
 
 
-@pytest.mark.parametrize(
-    ("target", "kinds"),
-    [(targets.recipe, 2), (targets.artifact, 16), (targets.importers, 25), (targets.annotations, 11)],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_any_bytes_are_answered(target, kinds):
-    @given(st.integers(0, kinds - 1), st.binary(max_size=60))
+def test_every_target_has_a_corpus():
+    assert {path.parent.name for path in CORPUS} == {target.__name__ for target in targets.KINDS}
+
+
+@pytest.mark.parametrize("target", targets.KINDS, ids=lambda target: target.__name__)
+def test_arbitrary_bytes_raise_nothing_but_clipress_errors(target):
+    @given(st.integers(0, targets.KINDS[target] - 1), st.binary(max_size=60))
     @settings(deadline=None, max_examples=40, database=None, suppress_health_check=list(HealthCheck))
-    def tried(kind, data):
+    def run_target(kind, data):
         target(bytes([kind]) + data)
 
-    tried()
+    run_target()

@@ -1,4 +1,4 @@
-"""The Python API: `clipress.run`, `clipress.load` and what they return."""
+"""The Python API: `clipress.run`, `clipress.load` and their results."""
 
 import shutil
 import subprocess
@@ -29,7 +29,7 @@ def images():
     return list(digits.digits("test")[0][:5])
 
 
-def test_a_recipe_is_run_with_overrides_and_says_what_it_made(recipe, tmp_path):
+def test_run_applies_overrides_and_returns_what_it_made(recipe, tmp_path):
     recipe["stages"] = recipe["stages"][:1]
     lines = []
     overrides = {"stages.0.prune.name": "half", "bench.batch": [1], "serve.backend": "python"}
@@ -42,7 +42,7 @@ def test_a_recipe_is_run_with_overrides_and_says_what_it_made(recipe, tmp_path):
     assert clipress.load(run.folder / run.served).encode_text(["a"]).shape == (1, 32)
 
 
-def test_a_run_prints_nothing_by_itself(tiny_run, recipe, tmp_path, capsys):
+def test_run_prints_nothing(tiny_run, recipe, tmp_path, capsys):
     copy = shutil.copytree(tiny_run[0], tmp_path / "run")
     again = clipress.run(write_recipe(recipe, tmp_path), copy)
     assert again.artifacts[-1] == "int8" and capsys.readouterr().out == ""
@@ -56,18 +56,18 @@ def test_a_run_prints_nothing_by_itself(tiny_run, recipe, tmp_path, capsys):
         ({"bench.batches": 1}, "Did you mean 'batch'"),
     ],
 )
-def test_an_override_that_cannot_be_is_an_error_before_any_work(recipe, tmp_path, overrides, words):
+def test_an_invalid_override_is_an_error_before_any_work(recipe, tmp_path, overrides, words):
     with pytest.raises(RecipeError, match=words):
         clipress.run(write_recipe(recipe, tmp_path), tmp_path / "run", overrides)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_recipe_that_is_missing_is_an_error():
+def test_a_missing_recipe_is_an_error():
     with pytest.raises(RecipeError, match="Did you mean 'demo'"):
         clipress.run("demoo")
 
 
-def test_embeddings_are_those_of_the_artifact_in_torch(tiny_run, images):
+def test_embeddings_match_the_artifact_in_torch(tiny_run, images):
     loaded, artifact = clipress.load(tiny_run[0] / "recovered"), model_from_artifact(tiny_run[0] / "recovered")
     encode_image, encode_text = artifact.encoders()
     found = loaded.encode_image(images)
@@ -83,7 +83,7 @@ def test_a_stage_and_its_export_are_the_same_model(tiny_run, model):
     np.testing.assert_array_equal(exported.encode_text(TEXTS), model.encode_text(TEXTS))
 
 
-def test_an_export_is_found_where_the_artifact_was_left_behind(tiny_run, tmp_path, model):
+def test_an_export_is_found_without_its_artifact(tiny_run, tmp_path, model):
     shutil.copytree(tiny_run[0] / "export" / "int8", tmp_path / "run" / "export" / "int8")
     moved = clipress.load(tmp_path / "run" / "int8")
     np.testing.assert_array_equal(moved.encode_text(TEXTS), model.encode_text(TEXTS))
@@ -100,10 +100,10 @@ def test_an_image_may_be_a_path_bytes_a_pillow_image_or_an_array(model, images, 
     np.testing.assert_array_equal(model.encode_image(np.stack(images)), model.encode_image(images))
 
 
-def test_a_pillow_image_is_turned_upright_and_made_rgb_as_a_file_is(model, tmp_path):
+def test_a_pillow_image_is_rotated_and_converted_like_a_file(model, tmp_path):
     rng = np.random.default_rng(0)
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by a quarter
+    exif[0x0112] = 6  # Rotated by 90 degrees.
     turned, grey = tmp_path / "turned.jpg", tmp_path / "grey.png"
     Image.fromarray(rng.integers(0, 256, (40, 64, 3), np.uint8)).save(turned, exif=exif)
     Image.fromarray(rng.integers(0, 65_536, (40, 40), np.uint16)).save(grey)
@@ -111,12 +111,12 @@ def test_a_pillow_image_is_turned_upright_and_made_rgb_as_a_file_is(model, tmp_p
         np.testing.assert_array_equal(model.encode_image(Image.open(path)), model.encode_image(path))
 
 
-def test_nothing_gives_no_rows(model):
+def test_empty_inputs_give_no_rows(model):
     assert model.encode_image([]).shape == model.encode_text([]).shape == (0, 32)
     assert model.classify([], ["a", "b"]).shape == (0, 2)
 
 
-def test_a_single_text_is_one_text_and_not_its_letters(model):
+def test_a_single_string_is_one_text(model):
     np.testing.assert_array_equal(model.encode_text("two"), model.encode_text(["two"]))
 
 
@@ -132,7 +132,7 @@ def test_probabilities_follow_from_the_embeddings(model, images):
     np.testing.assert_array_equal(model.classify(images, labels, "the {}"), model.classify(images, labels, ["the {}"]))
 
 
-def test_labels_that_were_just_used_are_not_encoded_again(tiny_run, images, monkeypatch):
+def test_label_embeddings_are_cached(tiny_run, images, monkeypatch):
     model = clipress.load(tiny_run[0] / "int8")
     first = model.classify(images, ["one", "two"])
     monkeypatch.setitem(model.sessions, "text", None)
@@ -145,12 +145,12 @@ def test_labels_that_were_just_used_are_not_encoded_again(tiny_run, images, monk
     "image",
     [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3)), np.zeros((0, 8, 3), np.uint8)],
 )
-def test_an_array_that_is_no_image_says_what_was_expected(model, image):
+def test_an_invalid_array_is_refused_with_the_expected_form(model, image):
     with pytest.raises(DataError, match=r"expected uint8 \[H, W, 3\] in RGB, found"):
         model.encode_image([image])
 
 
-def test_what_cannot_be_loaded_says_what_to_do(tiny_run, tmp_path):
+def test_loading_something_else_says_what_to_do(tiny_run, tmp_path):
     run = tiny_run[0]
     with pytest.raises(ArtifactError, match=r"expected an export folder or an artifact.*clipress export RUN"):
         clipress.load(tmp_path)

@@ -1,4 +1,4 @@
-"""The help pages, and what every command has in common."""
+"""Help pages, and behaviour common to all commands."""
 
 import subprocess
 import sys
@@ -29,20 +29,20 @@ def test_every_help_page_says_what_the_command_does_and_every_option_has_help(co
     for name in command:
         found = found.get_command(click.Context(found), name)
     assert found.help
-    bare = {"split", "form", "processes"}  # their choices or names say it all
+    bare = {"split", "form", "processes"}  # Their choices or names are self-explanatory.
     for option in found.params:
         if isinstance(option, click.Option) and option.name not in bare:
             assert option.help, option.name
 
 
 @pytest.mark.parametrize("group", [(), ("data",)])
-def test_no_line_in_a_list_of_commands_is_cut_off(group):
+def test_no_line_in_a_list_of_commands_is_truncated(group):
     listed = help_page(*group).split("Commands:\n")[1]
     assert "..." not in listed and all(name in listed for (*path, name) in PAGES[1:] if tuple(path) == group)
 
 
 def test_help_imports_nothing_heavy():
-    """All pages in one process: what one imports would be found after it."""
+    """Print all pages in one process and check its imported modules."""
     code = (
         "import sys; from clipress.cli import main\n"
         f"for page in {PAGES!r}:\n"

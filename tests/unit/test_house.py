@@ -1,4 +1,4 @@
-"""The house rules: which room may know which, what an import costs, what is shipped is valid."""
+"""Architecture rules: allowed imports, sizes of files and functions, light imports, valid shipped recipes."""
 
 import ast
 import re
@@ -14,11 +14,11 @@ import clipress
 
 ROOT = Path(clipress.__file__).parent
 FOUNDATION = {"errors", "recipe", "storage"}
-# Each room, and the others that it imports. An arrow that nothing uses is an error too.
+# The imports of each top-level package. An allowed import that nothing uses is an error too.
 ARROWS = {
     "clipress": {"serve", "version", "workflow"},
     "__main__": {"cli"},
-    "cli": {"errors", "storage", "version"},  # it imports commands by name
+    "cli": {"errors", "storage", "version"},  # It imports commands by name.
     "commands": FOUNDATION | {"artifact", "clipress", "studies", "workflow"},
     "workflow": FOUNDATION
     | {"artifact", "bench", "compress", "data", "export", "metrics", "models", "progress", "runtime", "serve", "tasks"}
@@ -49,7 +49,7 @@ MAX_LINES, MAX_FUNCTION, MAX_LITERALS = 400, 60, 60
 
 @cache
 def modules():
-    """Return every module of the package by its full name, parsed."""
+    """Return {full name: source} of every module of the package."""
     tracked = subprocess.check_output(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"], cwd=ROOT, text=True
     )
@@ -63,7 +63,7 @@ def modules():
 
 
 def imports(source):
-    """Yield every name of the package that a file imports, inside functions too: `clipress.data.spec.DataSpec`."""
+    """Yield every clipress name that a file imports, inside functions too, such as `clipress.data.spec.DataSpec`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "clipress":
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -76,25 +76,25 @@ def room_of(name):
     return parts[1] if len(parts) > 1 and (parts[1] in ARROWS) else "clipress"
 
 
-def test_imports_go_one_way_and_every_arrow_is_used():
+def test_imports_go_one_way_and_every_allowed_import_is_used():
     found = {}
     for module, source in modules().items():
         found.setdefault(room_of(module), set()).update(room_of(name) for name in imports(source))
     assert {room: others - {room} for room, others in found.items()} == ARROWS
 
 
-def test_no_file_imports_itself_through_others():
+def test_there_are_no_circular_imports():
     sources, graph = modules(), {}
     for module, source in sources.items():
         targets = {name if name in sources else name.rpartition(".")[0] for name in imports(source)}
-        graph[module] = targets - {module, "clipress"}  # the package itself imports its public names when they are used
+        graph[module] = targets - {module, "clipress"}  # The package imports its public names on first use.
     while leaves := [module for module, targets in graph.items() if not targets & graph.keys()]:
         for module in leaves:
             del graph[module]
     assert not graph, f"these files import one another in a circle: {sorted(graph)}"
 
 
-def test_nothing_private_is_imported_by_another_file():
+def test_no_private_name_is_imported():
     tests = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
     private = re.compile(r"\._(?!_)")
     for module, source in {**modules(), **tests}.items():
@@ -102,7 +102,7 @@ def test_nothing_private_is_imported_by_another_file():
         assert not taken, f"{module} imports {taken}"
 
 
-def test_files_and_functions_are_short():
+def test_files_and_functions_stay_within_their_limits():
     for module, source in modules().items():
         assert len(source.splitlines()) <= MAX_LINES, module
         for node in ast.walk(ast.parse(source)):
@@ -110,7 +110,7 @@ def test_files_and_functions_are_short():
                 assert node.end_lineno - node.lineno < MAX_FUNCTION, f"{module}.{node.name}"
 
 
-def test_only_clip_is_about_images_and_texts():
+def test_image_and_text_literals_stay_in_the_clip_task():
     where = {
         module: len(re.findall(r"""(?m)^.*["'](?:image|text)["'].*$""", source))
         for module, source in modules().items()
@@ -122,7 +122,7 @@ def test_only_clip_is_about_images_and_texts():
 @pytest.mark.parametrize(
     "command", [["--help"], ["--version"], ["run", "--help"], ["embed", "--help"], ["predict", "--help"]]
 )
-def test_help_is_given_without_loading_anything_heavy(command):
+def test_help_loads_nothing_heavy(command):
     code = (
         "import sys; from clipress.cli import main\n"
         "try: main()\n"
@@ -138,12 +138,12 @@ def test_every_shipped_recipe_is_valid():
     from clipress.workflow.plan import plan_from
 
     recipes = sorted((ROOT / "configs").glob("*.yaml"))
-    assert len(recipes) >= 2
+    assert recipes
     for path in recipes:
         plan_from(read_recipe(path))
 
 
-def test_the_demo_prunes_to_forty_percent_or_less():
+def test_the_demo_prunes_to_at_most_forty_percent():
     demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text(encoding="utf-8"))
     budgets = [stage["prune"]["budget"]["params"] for stage in demo["stages"] if "prune" in stage]
     assert budgets and max(budgets) <= 0.4

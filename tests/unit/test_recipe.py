@@ -1,4 +1,4 @@
-"""A recipe is validated when it is read; messages name what is wrong and what is right."""
+"""Recipes are validated on reading, with messages that name the mistake and the correct form."""
 
 import pytest
 import yaml
@@ -17,7 +17,7 @@ def write(tmp_path, content):
     return path
 
 
-def test_overrides_reach_any_place_and_are_kept(tmp_path, recipe):
+def test_overrides_reach_any_key_and_are_saved(tmp_path, recipe):
     read = read_recipe(write(tmp_path, recipe), overrides_from(["seed=7", "stages.0.prune.steps=3", "bench.threads=2"]))
     assert (read.seed, read.stages[0]["prune"]["steps"], read.bench["threads"]) == (7, 3, 2)
     again = read_recipe(write(tmp_path, recipe_text(read)))
@@ -25,7 +25,7 @@ def test_overrides_reach_any_place_and_are_kept(tmp_path, recipe):
 
 
 @pytest.mark.parametrize("override", ["seed", "stages.9.prune.steps=1", "name.x=1", "stages.x=1", "seed=[1"])
-def test_an_override_that_has_no_place_is_reported(tmp_path, recipe, override):
+def test_an_override_of_an_unknown_key_is_reported(tmp_path, recipe, override):
     with pytest.raises(RecipeError, match=r"Override (seed|stages|name)"):
         read_recipe(write(tmp_path, recipe), overrides_from([override]))
 
@@ -53,7 +53,7 @@ def test_an_override_that_has_no_place_is_reported(tmp_path, recipe, override):
         (lambda r: r["teacher"]["recipe"]["stages"].append({"sparsfy": {}}), "Did you mean 'sparsify'"),
     ],
 )
-def test_a_mistake_is_reported_with_what_is_right(recipe, change, message):
+def test_a_mistake_is_reported_with_the_correct_form(recipe, change, message):
     change(recipe)
     with pytest.raises(RecipeError, match=message):
         compress_plan_from(checked(Recipe, recipe, ""))
@@ -80,13 +80,13 @@ def test_yaml_cannot_run_code(tmp_path):
         ("quantize", "quantize"),
     ],
 )
-def test_an_order_that_cannot_work_is_reported_with_one_that_does(order):
+def test_an_impossible_order_is_reported_with_a_valid_one(order):
     settings = {"prune": {"budget": {"params": 0.5}, **TRAIN}}
     with pytest.raises(RecipeError, match=f"{order[1]} cannot come after {order[0]}.*prune -> distill -> sparsify"):
         stages_from([{kind: settings.get(kind, TRAIN)} for kind in order])
 
 
-def test_artifacts_are_named_after_what_they_are():
+def test_artifacts_are_named_after_their_kind():
     prune = {"prune": {"budget": {"params": 0.5}, **TRAIN}}
     names = [
         s.name
@@ -97,6 +97,6 @@ def test_artifacts_are_named_after_what_they_are():
     assert names == ["distilled", "pruned", "recovered", "pruned-2", "recovered-2", "int8"]
 
 
-def test_a_name_that_is_no_folder_is_refused():
+def test_a_name_that_is_not_a_folder_name_is_refused():
     with pytest.raises(RecipeError, match="names a folder"):
         stages_from([{"distill": {"name": "../up", **TRAIN}}])

@@ -1,4 +1,4 @@
-"""Recipes of version 1 mean today what they meant then."""
+"""Recipes of version 1 are upgraded without a change in meaning."""
 
 import pytest
 import yaml
@@ -51,7 +51,7 @@ def read(raw, folder):
     return plan_from(read_recipe(folder / "recipe.yaml"))
 
 
-def test_every_old_key_sets_what_it_set(tmp_path):
+def test_every_version_1_key_still_works(tmp_path):
     plan = read(OLD, tmp_path)
     prune, distill, quantize = (stage.settings for stage in plan.stages)
     assert (prune.distill_losses, prune.final_fraction, prune.update_every, prune.min_keep.ffn) == (
@@ -72,19 +72,19 @@ def test_every_old_key_sets_what_it_set(tmp_path):
     assert inner["stages"][0]["distill"]["warmup_ratio"] == 0.5
 
 
-def test_a_teachers_recipe_in_a_file_of_its_own_is_read_as_todays(tmp_path):
+def test_a_teacher_recipe_in_its_own_file_is_upgraded(tmp_path):
     (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(OLD["teacher"]["recipe"]))
     plan = read({**OLD, "teacher": {"recipe": "teacher.yaml"}}, tmp_path)
     assert plan.teachers[0].recipe["stages"][0]["distill"] == {"steps": 1, "warmup_ratio": 0.5}
 
 
-def test_an_old_key_beside_its_new_one_is_refused(tmp_path):
+def test_an_old_key_next_to_its_new_name_is_refused(tmp_path):
     raw = {**OLD, "runtime": {"accumulate": 2, "grad_cache_chunks": 4}}
     with pytest.raises(RecipeError, match="unknown key 'accumulate'"):
         read(raw, tmp_path)
 
 
-def test_todays_recipe_is_left_as_it_is():
+def test_an_upgraded_recipe_is_left_unchanged():
     new = upgrade(OLD)
     assert upgrade(new) == new
 
@@ -92,10 +92,10 @@ def test_todays_recipe_is_left_as_it_is():
 @pytest.mark.parametrize(
     "raw", [{"stages": 3}, {"stages": [4, {"prune": None}]}, {"data": []}, {"teacher": [None, 1]}, {"runtime": "x"}]
 )
-def test_what_is_no_recipe_is_left_for_validation(raw):
+def test_malformed_recipes_are_left_for_validation(raw):
     assert upgrade(raw) == raw
 
 
-def test_no_new_name_is_an_old_one():
+def test_no_new_key_is_also_an_old_key():
     for table in (STAGE_KEYS, RUNTIME_KEYS, SOURCE_KEYS, BENCH_KEYS, LOSSES):
         assert not set(table) & set(table.values())

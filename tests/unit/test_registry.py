@@ -1,4 +1,4 @@
-"""A registry holds what its modules register, finds the nearest name, and imports what other distributions add."""
+"""Registries: entries, suggestions for unknown names, and plugins of other distributions."""
 
 import subprocess
 import sys
@@ -16,21 +16,28 @@ def test_a_registered_entry_is_found_by_its_name():
     assert colors["red"] is red and list(colors) == ["red"] and len(colors) == 1 and "blue" not in colors
 
 
-def test_an_unknown_name_is_one_message_with_the_nearest_known_one():
+def test_an_unknown_name_is_reported_with_the_nearest_known_one():
     colors = Registry("color")
     colors.register("red")(str)
     with pytest.raises(RecipeError, match=r"paint\.color: unknown color 'rde'\. Did you mean 'red'\?"):
         colors.find("rde", "paint.color")
 
 
-def test_two_methods_cannot_have_one_name():
+def test_an_entry_may_be_registered_for_a_block_only():
+    colors = Registry("color")
+    with colors.registered("red", str) as entry:
+        assert colors["red"] is entry is str
+    assert not colors
+
+
+def test_registering_a_name_twice_is_an_error():
     colors = Registry("color")
     colors.register("red")(str)
     with pytest.raises(ValueError, match="color 'red' is registered twice"):
         colors.register("red")(int)
 
 
-def test_a_package_is_imported_when_its_registry_is_first_read(tmp_path, monkeypatch):
+def test_packages_are_imported_on_first_access(tmp_path, monkeypatch):
     package = tmp_path / "palette"
     package.mkdir()
     (package / "__init__.py").write_text(
@@ -44,7 +51,7 @@ def test_a_package_is_imported_when_its_registry_is_first_read(tmp_path, monkeyp
     assert list(COLORS) == ["red"] and COLORS["red"].__name__ == "Red"
 
 
-def test_a_module_that_cannot_be_imported_fails_every_time(tmp_path, monkeypatch):
+def test_a_failing_import_is_raised_on_every_access(tmp_path, monkeypatch):
     (tmp_path / "broken_palette.py").write_text("raise OSError('no paint')\n")
     monkeypatch.syspath_prepend(tmp_path)
     colors = Registry("color", "broken_palette")
@@ -53,7 +60,7 @@ def test_a_module_that_cannot_be_imported_fails_every_time(tmp_path, monkeypatch
             list(colors)
 
 
-def test_an_installed_distribution_adds_its_methods_by_an_entry_point(tmp_path):
+def test_an_entry_point_adds_the_methods_of_another_distribution(tmp_path):
     (tmp_path / "extra_losses.py").write_text(
         textwrap.dedent(
             """

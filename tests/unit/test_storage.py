@@ -32,7 +32,7 @@ def names(folder):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that locks a folder until its input ends or it is killed."""
+    """Another process that holds a lock until its input ends or it is killed."""
     command = [sys.executable, "-c", HOLDER, tmp_path / "run"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
@@ -51,12 +51,12 @@ def test_a_killed_process_leaves_no_lock_behind(holder, tmp_path):
         pass
 
 
-def test_a_shared_folder_is_waited_for(holder, tmp_path):
+def test_locking_a_shared_folder_waits(holder, tmp_path):
     messages = []
 
     def wait(message):
         messages.append(message)
-        holder.stdin.close()  # lets it go
+        holder.stdin.close()  # This releases the lock.
 
     with locked(tmp_path / "run", wait):
         assert len(messages) == 1 and "waiting" in messages[0]
@@ -73,7 +73,7 @@ def test_forked_children_do_not_keep_the_lock(tmp_path):
         process.kill()
         process.wait()
         with locked(tmp_path / "run"):
-            os.kill(worker, signal.SIGKILL)  # it has outlived its parent
+            os.kill(worker, signal.SIGKILL)  # The worker has outlived its parent.
 
 
 @pytest.mark.parametrize("call", ["mkdir", "fsync", "rename"])
@@ -90,7 +90,7 @@ def test_a_full_disk_is_reported_and_the_previous_content_kept(tmp_path, monkeyp
     assert (target / "x").read_text() == "old" and names(tmp_path) == ["stage"]
 
 
-def test_a_librarys_own_error_for_a_full_disk_is_recognised_and_other_errors_are_not_hidden(tmp_path):
+def test_full_disk_errors_of_libraries_are_recognised_and_other_errors_pass_through(tmp_path):
     def like_safetensors(_):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -116,7 +116,7 @@ def test_files_and_their_folder_are_flushed_around_the_rename(tmp_path, monkeypa
     assert seen == ["x", "stage", "rename", tmp_path.name, "file", "rename", tmp_path.name]
 
 
-def test_leftovers_of_killed_writers_are_removed_and_half_replaced_folders_restored(tmp_path):
+def test_leftovers_of_killed_writers_are_removed_and_interrupted_replacements_restored(tmp_path):
     for name in (".stage.12.old", ".stage.12.tmp", ".other.7.old", "other"):
         (tmp_path / "run" / name).mkdir(parents=True)
     (tmp_path / "run" / ".stage.12.old" / "x").write_text("old")
@@ -128,7 +128,7 @@ def test_leftovers_of_killed_writers_are_removed_and_half_replaced_folders_resto
     assert (tmp_path / "run" / "stage" / "x").read_text() == "old"
 
 
-def test_a_process_with_the_id_of_a_killed_one_can_write(tmp_path):
+def test_a_reused_process_id_can_write(tmp_path):
     (tmp_path / "stage").mkdir()
     old = tmp_path / f".stage.{os.getpid()}.old"
     old.mkdir()

@@ -1,4 +1,4 @@
-"""What the workflow decides between the verbs: which sections, which artifact, which repository."""
+"""The workflow between the commands: sections, the chosen artifact, the Triton repository."""
 
 import shutil
 
@@ -31,14 +31,14 @@ def test_an_unknown_key_in_any_section_is_an_error(recipe, section):
         plan_from(Recipe(**recipe))
 
 
-def test_an_artifact_is_the_last_one_or_the_one_that_is_named(recipe):
+def test_the_artifact_is_the_named_one_or_the_last(recipe):
     plan = plan_from(Recipe(**recipe))
     assert (plan.artifact(None), plan.artifact("pruned")) == ("int8", "pruned")
     with pytest.raises(RecipeError, match=r"--compare prund: .*Did you mean 'pruned'"):
         plan.artifact("prund", "--compare")
 
 
-def test_overrides_are_validated_with_what_they_leave():
+def test_overrides_are_validated_together_with_the_rest():
     section = ServeSettings(max_batch=8, backend="tensorrt", precision="fp16")
     found = overridden(section, {"backend": ("python", "onnxruntime")}, "serve")
     assert (found.backend, found.max_batch, found.precision) == (("python", "onnxruntime"), 8, "fp16")
@@ -55,28 +55,27 @@ def test_overrides_are_validated_with_what_they_leave():
         (lambda path: path.mkdir(), "it has no recipe.yaml"),
     ],
 )
-def test_what_is_not_a_run_folder_says_why(tmp_path, make, found):
+def test_a_path_that_is_not_a_run_folder_is_refused_with_the_reason(tmp_path, make, found):
     make(tmp_path / "x")
     with pytest.raises(ArtifactError, match=rf"x is not a run folder: {found}.*clipress compress RECIPE"):
         read_plan(tmp_path / "x")
 
 
-def test_subjects_have_names_that_tell_them_apart(tmp_path):
+def test_subjects_have_distinct_names(tmp_path):
     artifacts = [(tmp_path / run, "int8") for run in ("a", "b", "a", "a")]
     assert [one.name for one in name_subjects(artifacts, True)] == ["a/int8", "b/int8", "a/int8 #2", "a/int8 #3"]
     assert [one.name for one in name_subjects(artifacts[:1], False)] == ["int8"]
 
 
-def test_triton_serves_what_is_written_and_writes_it_only_where_it_is_missing_or_a_stage_is_named(
-    tiny_run, tmp_path, monkeypatch
-):
+def test_triton_writes_a_repository_only_if_missing_or_a_stage_is_named(tiny_run, tmp_path, monkeypatch):
     run = shutil.copytree(tiny_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("triton"))
     started = []
     monkeypatch.setattr(serve, "serve_until_stopped", lambda repository, say, **listen: started.append(listen))
     repository, lines = run / "triton" / "python", []
     serve.start_triton(run, None, {"grpc_port": 8001}, lines.append)
     assert started == [{"grpc_port": 8001}] and served_version(repository) == 1
-    served = serve.choose_served(run, read_plan(run), lines.append)  # what bench kept, which differs between machines
+    # The artifact that bench kept differs between machines.
+    served = serve.choose_served(run, read_plan(run), lines.append)
     serve.start_triton(run, "pruned" if served == "recovered" else "recovered", {}, lines.append)
     assert served_version(repository) == 2
     serve.switch_version(run, None, {"backend": "python"}, lines.append)

@@ -1,4 +1,4 @@
-"""`clipress bench`: comparisons, gates, what is written, and mistakes."""
+"""`clipress bench`: comparisons, gates, written files and user mistakes."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def test_stages_of_a_run_are_compared_with_the_first_one_named(compared):
     assert "speed-up: against sparse, 7 rounds or more" in output and "95 %" in output
 
 
-def test_the_samples_beside_the_results_give_the_same_figures(compared):
+def test_the_saved_samples_reproduce_the_figures(compared):
     folder, _ = compared
     results = results_of(folder)
     held = {}
@@ -49,14 +49,14 @@ def test_the_samples_beside_the_results_give_the_same_figures(compared):
             assert len(case["latency_ms"]) == sum(case["rounds"]) == timing["iterations"] == 7
             own = Timings(np.array(case["latency_ms"]), np.array(case["rounds"]), np.array(case["starts_ms"]))
             again = summary(own, case["batch"])
-            assert again["p99_ms"] == pytest.approx(timing["p99_ms"], abs=2e-5)  # ms, as rounded
+            assert again["p99_ms"] == pytest.approx(timing["p99_ms"], abs=2e-5)  # Milliseconds are rounded.
             assert again["rounds"] == timing["rounds"]
             held[row["stage"], case["tower"]] = own
     ratio = speed_up(held["sparse", "text"], held["int8", "text"])
     assert ratio.value == pytest.approx(results["rows"][1]["latency"][1]["speed_up"], rel=1e-3)
 
 
-def test_conditions_say_what_it_was_measured_with(compared):
+def test_conditions_record_the_machine_and_versions(compared):
     known = results_of(compared[0])["conditions"]
     assert known["threads"] == 1 and known["duration_ms"] == 0 and known["iterations_at_least"] == 7
     assert known["cpu_affinity"] == "not known" or len(known["cpu_affinity"]) == 1
@@ -64,7 +64,7 @@ def test_conditions_say_what_it_was_measured_with(compared):
     assert known["backends"] == ["onnxruntime"] and known["turn_ms"] == 0
 
 
-def test_a_verdict_follows_from_the_times_of_every_query_and_is_printed(compared):
+def test_a_verdict_follows_from_the_sampled_times_and_is_printed(compared):
     folder, output = compared
     (verdict,) = results_of(folder)["verdicts"]
     assert (verdict["stage"], verdict["against"], verdict["method"]) == ("int8", "sparse", "INT8")
@@ -75,7 +75,8 @@ def test_a_verdict_follows_from_the_times_of_every_query_and_is_printed(compared
         medians[stage] = [np.median(turn) for turn in turns]
     logs = np.log(np.array(medians["sparse"]) / medians["int8"])
     averages = averages_of(logs)
-    ratio, low, high = np.exp([np.median(averages), averages[2], averages[-3]])  # of 28, 2 lie outside on each side
+    # Of 28 averages, 2 lie outside the interval on each side.
+    ratio, low, high = np.exp([np.median(averages), averages[2], averages[-3]])
     assert verdict["cases"][0]["speed_up"] == pytest.approx(ratio, rel=1e-3)
     faster = True if low > 1 and ratio >= 1.02 else None if high > 1.1 else False
     assert (verdict["faster"], verdict["keep"]) == (faster, {True: "int8", False: "sparse", None: None}[faster])
@@ -84,11 +85,11 @@ def test_a_verdict_follows_from_the_times_of_every_query_and_is_printed(compared
 
 
 def averages_of(logs):
-    """The averages of all pairs of rounds, sorted."""
+    """Return the averages of all pairs of rounds, sorted."""
     return sorted((a + b) / 2 for i, a in enumerate(logs) for b in logs[i:])
 
 
-def test_runs_are_compared_by_their_last_artifacts_and_the_same_one_twice_gets_names_of_its_own(tiny_run, tmp_path):
+def test_runs_are_compared_by_their_last_artifacts_and_duplicates_get_distinct_names(tiny_run, tmp_path):
     run, _ = tiny_run
     shutil.copytree(run, tmp_path / "other")
     result = clipress("bench", run, tmp_path / "other", run, *QUICK, "--out", tmp_path / "out")
@@ -119,7 +120,7 @@ def test_two_runners_are_two_rows_of_one_table(tiny_run, tmp_path):
     assert second["device"] and (tmp_path / "items" / "pruned-torch.npz").is_file()
 
 
-def test_a_comparison_leaves_the_runs_own_figures_alone(tiny_run):
+def test_a_comparison_does_not_change_the_results_of_its_runs(tiny_run):
     run, _ = tiny_run
     before = (run / "bench" / "results.json").read_bytes()
     assert clipress("bench", run, "--stage", "pruned", *QUICK).exit_code == 0
@@ -128,7 +129,7 @@ def test_a_comparison_leaves_the_runs_own_figures_alone(tiny_run):
     shutil.rmtree(run / "bench" / "compared")
 
 
-def test_a_broken_gate_is_exit_code_1_and_a_message_each(tiny_run, tmp_path):
+def test_every_failed_gate_is_a_message_and_the_exit_code_is_1(tiny_run, tmp_path):
     gates = ("--fail-if", "p99_ms{tower=text} > 0", "--fail-if", "bytes < 1", "--fail-if", "params > 1")
     result = clipress("bench", tiny_run[0], "--stage", "int8", *QUICK, *gates, "--out", tmp_path)
     assert result.exit_code == 1, result.output
@@ -137,7 +138,7 @@ def test_a_broken_gate_is_exit_code_1_and_a_message_each(tiny_run, tmp_path):
     assert (tmp_path / "results.json").is_file()
 
 
-def test_gates_that_hold_are_exit_code_0(tiny_run, tmp_path):
+def test_gates_that_hold_end_with_exit_code_0(tiny_run, tmp_path):
     gates = ("--fail-if", "p99_ms > 1e9", "--fail-if", "bytes{stage=int8} < 1")
     assert clipress("bench", tiny_run[0], "--stage", "int8", *QUICK, *gates, "--out", tmp_path).exit_code == 0
 
@@ -160,7 +161,7 @@ def test_a_mistake_is_reported_before_anything_is_measured(tiny_run, tmp_path, o
     assert "Traceback" not in result.output and not (tmp_path / "out").exists()
 
 
-def test_a_file_is_no_run_folder(tiny_run):
+def test_a_file_is_not_a_run_folder(tiny_run):
     result = clipress("bench", tiny_run[0] / "export" / "int8" / "image.onnx")
     assert result.exit_code == 2 and "is not a run folder: it is a file" in result.output
 
@@ -190,7 +191,7 @@ def test_a_run_folder_may_be_named_like_a_command(tiny_run, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("opening_ms, expected", [(10, {"a", "b"}), (1e6, set())])
-def test_sessions_are_opened_anew_where_all_of_them_are_opened_quickly(monkeypatch, opening_ms, expected):
+def test_sessions_are_reopened_only_if_all_open_quickly(monkeypatch, opening_ms, expected):
     from types import SimpleNamespace
 
     from clipress.bench import run as room

@@ -1,4 +1,4 @@
-"""Ratios and their intervals: against scipy, against every sign pattern, and against truth on simulated noise."""
+"""Ratios and intervals against scipy, an exact count of sign patterns, and the truth on simulated noise."""
 
 import itertools
 
@@ -17,7 +17,7 @@ def timings(medians):
 
 
 @pytest.mark.parametrize("rounds", [6, 7, 10, 12])
-def test_the_interval_leaves_out_what_counting_every_sign_pattern_says(rounds):
+def test_the_interval_matches_an_exact_count_of_sign_patterns(rounds):
     sums = [
         sum(rank for rank, sign in enumerate(signs, 1) if sign) for signs in itertools.product((0, 1), repeat=rounds)
     ]
@@ -26,8 +26,8 @@ def test_the_interval_leaves_out_what_counting_every_sign_pattern_says(rounds):
 
 
 @pytest.mark.parametrize("rounds", [50, 51, 80, 200])
-def test_the_normal_approximation_that_many_rounds_take_is_within_one_of_the_exact_count(rounds):
-    ways = [1]  # in whole numbers: of reaching each sum of ranks
+def test_the_normal_approximation_is_within_one_of_the_exact_count(rounds):
+    ways = [1]  # Exact number of ways to reach each sum of ranks.
     for rank in range(1, rounds + 1):
         ways = [a + b for a, b in zip(ways + [0] * rank, [0] * rank + ways, strict=True)]
     reached = itertools.accumulate(ways)
@@ -36,7 +36,7 @@ def test_the_normal_approximation_that_many_rounds_take_is_within_one_of_the_exa
 
 
 @pytest.mark.parametrize("rounds", [8, 20, 35])
-def test_the_interval_holds_just_the_ratios_that_scipys_signed_rank_test_does_not_refuse(rounds):
+def test_the_interval_contains_exactly_the_ratios_that_scipys_signed_rank_test_accepts(rounds):
     rng = np.random.default_rng(rounds)
     slow, fast = rng.lognormal(1.0, 0.1, rounds), rng.lognormal(0.5, 0.1, rounds)
     found = speed_up(timings(slow), timings(fast))
@@ -52,21 +52,21 @@ def test_the_interval_holds_just_the_ratios_that_scipys_signed_rank_test_does_no
     assert found.value == pytest.approx(np.exp(np.median(walsh)))
 
 
-def test_what_slows_the_whole_machine_does_not_change_the_ratio():
+def test_slowing_the_whole_machine_does_not_change_the_ratio():
     drift = np.linspace(1, 5, 20)
     found = speed_up(timings(3 * drift), timings(2 * drift))
     assert (found.value, found.low, found.high) == pytest.approx((1.5, 1.5, 1.5))
 
 
-def test_a_quarter_of_spoilt_rounds_does_not_move_the_estimate_far():
+def test_outliers_in_a_quarter_of_the_rounds_barely_move_the_estimate():
     rng = np.random.default_rng(0)
     slow, fast = 2 * rng.lognormal(0, 0.01, 20), rng.lognormal(0, 0.01, 20)
     fast[:4] *= 10
     assert speed_up(timings(slow), timings(fast)).value == pytest.approx(2, rel=0.02)
 
 
-def test_the_interval_holds_the_truth_about_as_often_as_it_says_on_a_noisy_machine():
-    """Both share a wandering load; each has bursts of its own."""
+def test_the_interval_has_its_nominal_coverage_on_a_noisy_machine():
+    """Both models share a drifting load, and each has its own bursts."""
     rng = np.random.default_rng(1)
     held = 0
     for _ in range(400):
@@ -77,7 +77,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says_on_a_noisy_machi
     assert 0.92 <= held / 400 <= 0.99
 
 
-def test_too_few_rounds_have_a_ratio_and_no_interval():
+def test_too_few_rounds_give_a_ratio_without_an_interval():
     few = LEAST_ROUNDS - 1
     found = speed_up(timings([2.0] * few), timings([1.0] * few))
     assert (found.value, found.low, found.high, found.rounds) == (2.0, None, None, few)

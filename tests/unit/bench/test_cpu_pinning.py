@@ -1,4 +1,4 @@
-"""A measurement stays on the CPUs it names, and leaves the process as it was."""
+"""A measurement is pinned to its CPUs and restores the affinity of the process."""
 
 import os
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="th
 
 @pytest.fixture
 def allowed(monkeypatch):
-    """A machine with CPUs 2 to 5; returns where the process is."""
+    """A machine with CPUs 2 to 5; return the current affinity."""
     now = [{2, 3, 4, 5}]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: now[0])
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cpus: now.__setitem__(0, set(cpus)))
@@ -22,13 +22,13 @@ def allowed(monkeypatch):
 @pytest.mark.parametrize(
     "cpus, threads, expected", [(None, 1, [5]), (None, 9, [2, 3, 4, 5]), ((3, 2), 1, [2, 3]), ((), 1, [2, 3, 4, 5])]
 )
-def test_it_stays_on_as_many_cpus_as_threads_or_on_those_named(allowed, cpus, threads, expected):
+def test_a_measurement_is_pinned_to_one_cpu_per_thread_or_to_the_named_cpus(allowed, cpus, threads, expected):
     with pinned(cpus, threads) as found:
         assert found == expected and allowed[0] == set(expected)
     assert allowed[0] == {2, 3, 4, 5}
 
 
-def test_it_is_put_back_after_an_error(allowed):
+def test_pinning_is_undone_after_an_error(allowed):
     with pytest.raises(KeyError), pinned(None, 1):
         raise KeyError
     assert allowed[0] == {2, 3, 4, 5}
@@ -42,7 +42,7 @@ def test_a_cpu_that_is_not_allowed_is_named(allowed):
         pass
 
 
-def test_a_system_that_cannot_pin_says_nothing(monkeypatch):
+def test_pinning_is_skipped_silently_where_unsupported(monkeypatch):
     monkeypatch.delattr(os, "sched_setaffinity")
     with pinned(None, 1) as found:
         assert found is None

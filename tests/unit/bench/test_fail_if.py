@@ -1,4 +1,4 @@
-"""Gates read METRIC{WHERE} OP NUMBER and nothing else."""
+"""Gates have the form METRIC{WHERE} OP NUMBER."""
 
 import operator
 
@@ -32,25 +32,25 @@ def broken_by(results, *texts):
     return broken([gate_from(text) for text in texts], results)
 
 
-def test_a_gate_without_where_holds_for_every_row_tower_and_batch(results):
+def test_a_gate_without_a_filter_applies_to_every_row_tower_and_batch(results):
     assert len(broken_by(results, "p99_ms > 1.9")) == 6
     assert broken_by(results, "p99_ms > 16") == []
     assert len(broken_by(results, "p99_ms >= 16")) == 2
 
 
-def test_where_narrows_a_gate_and_the_message_has_metric_value_place_and_bound(results):
+def test_a_filter_narrows_a_gate_and_the_message_names_metric_value_place_and_bound(results):
     (message,) = broken_by(results, "p99_ms{stage=int8, tower=image, batch=8} > 3")
     assert message == "p99_ms is 4 (run/int8, image tower, batch 8), and must not be > 3"
     assert len(broken_by(results, 'p99_ms{stage="run/int8"} > 0')) == 4
 
 
-def test_several_gates_each_report_what_they_found(results):
+def test_every_failed_gate_reports_what_it_found(results):
     messages = broken_by(results, "digits/top1 < 95", "bytes > 999", "speed_up{stage=int8,batch=1,tower=text}<=2")
     assert [line.split()[0] for line in messages] == ["digits/top1", "bytes", "bytes", "speed_up"]
 
 
 @pytest.mark.parametrize("sign", OPERATORS)
-def test_every_operator_is_pythons(results, sign):
+def test_operators_are_those_of_python(results, sign):
     known = {
         ">": operator.gt,
         "<": operator.lt,
@@ -68,25 +68,25 @@ def test_every_operator_is_pythons(results, sign):
     ["", "p99_ms", "p99_ms > ", "> 10", "p99_ms => 10", "p99_ms > ten", "p99_ms > 10 or 1", "__import__('os') > 1",
      "p99_ms > 10; 1", "p99_ms{batch=8 > 10", "p99_ms > nan", "p99_ms(1) > 1"],
 )  # fmt: skip
-def test_anything_else_is_refused_with_the_form(text):
+def test_malformed_gates_are_refused_with_the_expected_form(text):
     with pytest.raises(RecipeError, match="METRIC OP NUMBER"):
         gate_from(text)
 
 
-def test_an_unknown_place_or_one_without_value_is_refused():
+def test_unknown_or_empty_filters_are_refused():
     with pytest.raises(RecipeError, match="Did you mean 'batch'"):
         gate_from("p99_ms{bach=8} > 1")
     with pytest.raises(RecipeError, match="'batch=VALUE'"):
         gate_from("p99_ms{batch} > 1")
 
 
-def test_what_can_be_checked_early_is_checked_early_and_names_the_nearest():
+def test_gates_are_validated_early_and_typos_get_a_suggestion():
     def early(text):
         check([gate_from(text)], ["run/teacher", "run/int8"], ["onnxruntime"], [1, 8], ["digits"], ["image", "text"])
 
     early("p99_ms{stage=int8, batch=8} > 1")
     early("p99_ms{stage=run/int8} > 1")
-    early("digits/anything > 1")  # only the measurement knows which figures a set has
+    early("digits/anything > 1")  # The metrics of a set are only known after measuring.
     for text, words in {
         "p99ms > 1": "Did you mean 'p99_ms'",
         "p99_ms{stage=run/int} > 1": "Did you mean 'run/int8'",
@@ -98,7 +98,7 @@ def test_what_can_be_checked_early_is_checked_early_and_names_the_nearest():
             early(text)
 
 
-def test_a_metric_the_results_lack_is_refused_and_the_nearest_named(results):
+def test_a_missing_metric_is_refused_with_the_nearest_name(results):
     with pytest.raises(RecipeError, match="Did you mean 'digits/top1'"):
         broken_by(results, "digit/top1 < 1")
     with pytest.raises(RecipeError, match="measured nowhere with precision=int8"):
@@ -110,7 +110,7 @@ def test_a_gate_on_accuracy_that_is_not_measured_is_reported_early():
         check([gate_from("digits/top1 < 95")], ["int8"], ["onnxruntime"], [1], [])
 
 
-def test_towers_are_the_graphs_that_will_be_timed_and_any_name_passes_while_they_are_unknown():
+def test_towers_must_be_timed_graphs_and_any_name_passes_while_they_are_unknown():
     def early(graphs):
         check([gate_from("p99_ms{tower=question} > 1")], ["vqa"], ["onnxruntime"], [1], [], graphs)
 

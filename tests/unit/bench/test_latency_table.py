@@ -1,4 +1,4 @@
-"""The cost table of a latency budget: what is measured, and that a narrowed block is the block with units cut."""
+"""The cost table of a latency budget: what is measured, and narrowed blocks."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def classifier():
         (1, "ffn", 40, (2, 16, 16, 40)),
     ],
 )
-def test_a_block_is_narrowed_in_one_kind_and_the_model_stays_whole(make, index, kind, level, shape):
+def test_narrowing_a_block_changes_one_kind_and_leaves_the_model_intact(make, index, kind, level, shape):
     block = anatomy.blocks(make().module)[0]
     before = [part.shape for part in block.parts]
     narrow = narrow_block(block, index, kind, level)
@@ -45,7 +45,7 @@ def test_a_block_is_narrowed_in_one_kind_and_the_model_stays_whole(make, index, 
         (classifier(), ["image"]),
     ],
 )
-def test_a_table_has_every_kind_of_every_tower_and_prices_every_site(model, towers):
+def test_a_table_covers_every_kind_and_tower_and_prices_every_site(model, towers):
     done = []
     table = cost_table(model, batch=1, threads=1, duration_ms=1, done=done.append)
     assert done == [f"{tower} {kind}" for tower in towers for kind in ("heads", "qk", "v", "ffn")]

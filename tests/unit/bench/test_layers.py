@@ -1,4 +1,4 @@
-"""Cost per layer is what arithmetic says of the shapes, and the layers add up to the model."""
+"""Layer costs match arithmetic and sum to the cost of the model."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def block_macs(tokens):
     return linear + 2 * tokens * tokens * WIDTH
 
 
-def test_every_block_costs_what_arithmetic_says(model):
+def test_block_costs_match_arithmetic(model):
     rows = layer_costs(model)
     assert [row["tower"] for row in rows] == ["image"] * 4 + ["text"] * 4
     assert rows[1]["name"] == "visual.transformer.resblocks.1" and rows[3]["name"] == rows[7]["name"] == ELSE
@@ -31,7 +31,7 @@ def test_every_block_costs_what_arithmetic_says(model):
     assert {row["params"] for row in rows if row["name"] != ELSE} == {weights + biases + norms}
 
 
-def test_a_cut_block_costs_less_by_what_was_cut(model):
+def test_a_cut_block_costs_less_by_exactly_the_removed_part(model):
     from clipress.models import surgery
 
     whole = layer_costs(model)
@@ -47,13 +47,13 @@ def test_a_cut_block_costs_less_by_what_was_cut(model):
     assert [row for i, row in enumerate(found) if i != 1] == [row for i, row in enumerate(whole) if i != 1]
 
 
-def test_the_layers_of_a_model_add_up_to_it_whatever_its_image_tower_is(model):
+def test_layer_costs_sum_to_the_model_for_any_image_tower(model):
     text = {"context_length": LENGTH, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
     resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
     convolutional = {"embed_dim": 16, "vision_cfg": resnet, "text_cfg": text}
     for one in (model, new_model(convolutional, 0)):
-        one.module.eval()  # batch norms need more than one image otherwise
+        one.module.eval()  # In training mode, batch norms need more than one image.
         rows = layer_costs(one)
-        assert sum(row["params"] for row in rows) == anatomy.counts(one.module)["params"] - 1  # logit_scale
+        assert sum(row["params"] for row in rows) == anatomy.counts(one.module)["params"] - 1  # All but logit_scale.
         assert all(row["macs"] >= 0 and row["params"] >= 0 for row in rows)
     assert {"visual.conv1", "visual.layer1.0", "visual.layer4.0", "visual.attnpool"} <= {row["name"] for row in rows}

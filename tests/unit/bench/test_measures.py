@@ -1,4 +1,4 @@
-"""Latency figures are trtexec's; costs are what arithmetic says."""
+"""Latency figures match trtexec."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from clipress.bench.latency import Enqueued, Timings, measure_in_turns, percenti
 
 
 class Clock:
-    """A clock that only queries move on; it notes what it saw."""
+    """A clock that only queries advance; it records the order of queries."""
 
     def __init__(self):
         self.now, self.seen = 0, []
@@ -28,14 +28,14 @@ def timings(*latency, rounds=None, enqueue=None):
     return Timings(np.array(latency), np.array(rounds), np.zeros(len(rounds)), enqueue and np.array(enqueue))
 
 
-def test_percentiles_are_trtexecs():
-    times = [float(t) for t in range(1, 201)]  # sorted, 200 of them
+def test_percentiles_match_trtexec():
+    times = [float(t) for t in range(1, 201)]  # 200 sorted times.
     assert [percentile(times, p) for p in (50, 90, 95, 99)] == [100.0, 180.0, 190.0, 198.0]
     assert percentile([5.0], 99) == 5.0
     assert percentile([1.0, 2.0, 3.0], 100) == 3.0
 
 
-def test_a_summary_has_trtexecs_figures():
+def test_a_summary_has_the_figures_of_trtexec():
     found = summary(timings(4.0, 1.0, 3.0, 2.0, rounds=[3, 1]), batch=8)
     assert (found["min_ms"], found["max_ms"], found["mean_ms"], found["median_ms"]) == (1.0, 4.0, 2.5, 2.5)
     assert (found["throughput_qps"], found["items_per_s"]) == (400.0, 3200.0)
@@ -50,21 +50,22 @@ def test_a_device_has_enqueue_times_beside_its_latency():
     assert (found["enqueue_mean_ms"], found["enqueue_median_ms"], found["enqueue_p99_ms"]) == (0.2, 0.2, 0.3)
 
 
-def test_models_take_turns_forth_and_back_until_all_have_their_duration_and_their_iterations():
+def test_models_alternate_until_all_reach_their_duration_and_iterations():
     clock = Clock()
     queries = {"a": clock.query("a", 1), "b": clock.query("b", 4)}
     found = measure_in_turns(queries, warm_up_ms=0, duration_ms=8, iterations=5, clock=clock)
-    assert "".join(clock.seen) == "ab" + "abba" * 4  # one warm-up each; a turn is a twentieth of 8 ms: one query
-    assert {name: len(own.latency) for name, own in found.items()} == {"a": 8, "b": 8}  # a has its 8 ms last
+    # One warm-up each; a turn is a twentieth of 8 ms, which is one query.
+    assert "".join(clock.seen) == "ab" + "abba" * 4
+    assert {name: len(own.latency) for name, own in found.items()} == {"a": 8, "b": 8}  # `a` reaches its 8 ms last.
     assert found["a"].latency.tolist() == [1.0] * 8 and found["b"].latency.tolist() == [4.0] * 8
     assert found["a"].starts.tolist()[:3] == [0, 9, 10] and found["b"].starts.tolist()[:3] == [1, 5, 11]
     assert found["a"].enqueue is None
 
 
-def test_warm_up_lasts_as_long_as_asked_and_is_not_counted():
+def test_warm_up_lasts_as_long_as_set_and_is_not_counted():
     clock = Clock()
     found = measure_in_turns({"a": clock.query("a", 3)}, warm_up_ms=10, duration_ms=0, iterations=2, clock=clock)
-    assert len(clock.seen) == 4 + 2  # 9 ms are less than 10
+    assert len(clock.seen) == 4 + 2  # After 9 ms the warm-up of 10 ms is not over.
     assert len(found["a"].latency) == 2 and found["a"].starts[0] == 0
 
 
@@ -76,9 +77,9 @@ def test_a_turn_lasts_a_twentieth_of_the_duration():
     assert found["a"].rounds.tolist() == found["b"].rounds.tolist() == [5] * 20
 
 
-def test_one_busy_moment_that_eats_the_whole_duration_still_leaves_rounds_to_pair():
+def test_one_slow_query_as_long_as_the_duration_still_leaves_paired_rounds():
     clock = Clock()
-    slow = iter([0, 5000])  # the first query after warm-up
+    slow = iter([0, 5000])  # The first query after the warm-up is slow.
 
     def query():
         clock.now += int((1 + next(slow, 0)) * 1e6)
@@ -87,7 +88,7 @@ def test_one_busy_moment_that_eats_the_whole_duration_still_leaves_rounds_to_pai
     assert len(found["a"].rounds) == 10 and found["a"].rounds[0] == 1
 
 
-def test_a_query_to_a_device_is_timed_until_it_is_back_and_until_it_is_done():
+def test_a_device_query_is_timed_until_it_is_enqueued_and_until_it_is_done():
     clock = Clock()
     query = Enqueued(clock.query("e", 1), clock.query("w", 5))
     own = measure_in_turns({"a": query}, warm_up_ms=0, duration_ms=0, iterations=3, clock=clock)["a"]
@@ -95,7 +96,7 @@ def test_a_query_to_a_device_is_timed_until_it_is_back_and_until_it_is_done():
     assert "".join(clock.seen) == "ew" * 4
 
 
-def test_a_model_that_can_be_opened_anew_is_so_every_round_and_warmed_up_for_a_part_of_the_time():
+def test_a_reopenable_model_is_reopened_and_briefly_warmed_up_every_round():
     clock, opened = Clock(), []
 
     def renew(name):

@@ -1,4 +1,4 @@
-"""What bench measures of a model that is no CLIP: its own graphs, figures and cost."""
+"""Bench measures other tasks than CLIP with their own graphs, metrics and costs."""
 
 import json
 
@@ -24,14 +24,14 @@ def sets():
 
 @pytest.fixture(scope="module")
 def classifier(sets, tmp_path_factory):
-    """A classifier's artifact, and the model."""
+    """A classifier's artifact folder and the model."""
     model = task_named("classification").student_from({**SECTION, "labels": sets[0].classes.names}, None, 0)
     folder = tmp_path_factory.mktemp("classifier") / "dense"
     save_artifact(artifact_from_model(model, ({"stage": "dense", "hash": "abc"},), {}), folder)
     return folder, model
 
 
-def test_a_classifier_is_measured_by_its_own_graph_and_figures(classifier, sets, tmp_path):
+def test_a_classifier_is_benchmarked_with_its_own_graph_and_metrics(classifier, sets, tmp_path):
     folder, model = classifier
     settings = BenchSettings(backends=("torch",), batch=(1, 2), duration=0, warm_up=0, iterations=7)
     subjects = [Subject("a", folder, tmp_path), Subject("b", folder, tmp_path)]

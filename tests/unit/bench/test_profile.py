@@ -1,4 +1,4 @@
-"""ONNX Runtime's profile is summed per operator kind and per layer."""
+"""ONNX Runtime's profile, summed per operator kind and per layer."""
 
 import json
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ def node(name, operator, us):
     return {"cat": "Node", "name": f"{name}_kernel_time", "dur": us, "args": {"op_name": operator}}
 
 
-def test_times_are_medians_over_queries_of_the_sum_of_a_kind():
+def test_times_are_medians_over_queries_of_the_sum_per_kind():
     ten, one = "/visual/transformer/resblocks.10/mlp/c_fc/MatMul", "/visual/transformer/resblocks.1/attn/MatMul"
     places = {ten: LAYERS[1], one: LAYERS[0], "/ReduceL2": ELSE}
 
@@ -49,7 +49,7 @@ def test_times_are_medians_over_queries_of_the_sum_of_a_kind():
     assert sum(row.percent for row in by_layer) == pytest.approx(100, abs=0.1)
 
 
-def test_a_node_is_placed_by_its_path_or_by_what_dynamo_notes():
+def test_a_node_is_assigned_by_its_path_or_by_dynamo_metadata():
     def of(name, **props):
         held = [SimpleNamespace(key=key, value=value) for key, value in props.items()]
         return layer_of(SimpleNamespace(name=name, metadata_props=held), LAYERS)
@@ -75,7 +75,7 @@ def test_every_node_that_ran_is_counted_once_in_both_sums(tiny_run):
     assert {row.name: row.nodes for row in found.operators}["MatMulIntegerToFloat"] == len(quantized) > 0
 
 
-def test_the_command_profiles_on_request(tiny_run, tmp_path):
+def test_bench_profiles_on_request(tiny_run, tmp_path):
     options = ("--stage", "int8", "--profile", "--no-accuracy", "--duration", 0, "--iterations", 1, "--batch", 2)
     result = clipress("bench", tiny_run[0], *options, "--out", tmp_path)
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""The table and the page show the figures of results.json, whatever is in it."""
+"""The table and the page show the figures of results.json."""
 
 import copy
 import html
@@ -39,7 +39,7 @@ def timing(tower, batch, median):
 
 
 def row(stage, precision, params, size, top1, text_r1, image_r1, medians):
-    """`medians`: of the image tower at batch 1 and 32; the text tower takes half."""
+    """Return latencies; `medians` are those of the image tower at batch 1 and 32, and the text tower takes half."""
     return {
         "stage": stage,
         "artifact": stage,
@@ -67,7 +67,7 @@ def row(stage, precision, params, size, top1, text_r1, image_r1, medians):
 
 @pytest.fixture
 def results():
-    """Mean accuracies: 90, 84, 88.5, 89. The front over the image tower at batch 32: int8, sparse, teacher."""
+    """Four rows with mean accuracies 90, 84, 88.5 and 89. The front at image batch 32 is int8, sparse, teacher."""
     return {
         "schema_version": 1,
         "conditions": {
@@ -98,7 +98,7 @@ def verdict(faster, text):
 
 
 def renamed(results, name):
-    """Put a name wherever a user's own words can get into the page."""
+    """Put a name everywhere that user input reaches the page."""
     results = copy.deepcopy(results)
     results["conditions"] |= {"recipe": name, "processor": name, name: name}
     last = results["rows"][-1]
@@ -114,7 +114,7 @@ def renamed(results, name):
 
 
 class Read(HTMLParser):
-    """The page as a browser without JavaScript has it: the texts of tables, by id, and of scripts."""
+    """Parse the page without JavaScript: the texts of tables, by id, and of scripts."""
 
     def __init__(self, page):
         super().__init__()
@@ -147,10 +147,10 @@ class Read(HTMLParser):
             self._table[-1][-1] += data.strip()
 
 
-# ---- which points no other beats
+# ---- Pareto front
 
 
-def test_the_pareto_front_is_what_one_sees_on_paper():
+def test_the_pareto_front_matches_a_hand_drawn_example():
     points = [(1, 1), (2, 3), (3, 2), (4, 4), (5, 4), (4, 1)]
     assert pareto(points) == [0, 1, 3]
 
@@ -160,7 +160,7 @@ def test_equal_points_are_both_on_the_front_and_an_absent_point_is_not():
     assert pareto([None]) == pareto([]) == []
 
 
-def test_every_point_off_the_front_is_beaten_by_one_on_it_and_none_on_it_is_beaten():
+def test_points_off_the_front_are_dominated_and_points_on_it_are_not():
     points = [((i * 37) % 20, (i * i * 13) % 20) for i in range(60)]
     front = pareto(points)
 
@@ -171,10 +171,10 @@ def test_every_point_off_the_front_is_beaten_by_one_on_it_and_none_on_it_is_beat
         assert any(better(i, j) for i in front) == (j not in front)
 
 
-# ---- the terminal
+# ---- terminal
 
 
-def test_the_table_shows_the_figures_given_by_hand(results):
+def test_the_table_shows_hand_computed_figures(results):
     groups, heads, *lines = table(results).splitlines()
     assert heads.split() == (
         "stage precision all no emb. kept % (M) (MB) top-1 i->t t->i mean batch 1 batch 32 speed-up".split()
@@ -186,13 +186,13 @@ def test_the_table_shows_the_figures_given_by_hand(results):
     assert lines[3].split() == "int8 int8 4.00 2.00 50.0 12.0 5.00 97.0 81.0 79.0 80.0 0.500 4.00 2.50".split()
 
 
-def test_the_table_shows_what_its_figures_hold_for(results):
+def test_the_table_names_the_conditions_of_its_figures(results):
     beneath = table(results).partition("\n\n")[2]
     assert "Some CPU, 4 cores, avx2, 1 thread, onnxruntime 1.2.3, clipress 9.8.7, 2025-03-04 05:06:07 UTC." in beneath
     assert "speed-up: against teacher at batch 32" in beneath
 
 
-def test_the_table_has_the_columns_of_the_sets_and_batches_there_are(results):
+def test_the_table_has_columns_for_the_measured_sets_and_batches(results):
     for given in results["rows"]:
         given["accuracy"] = {"pets/top1": 55.5}
         given["latency"] = [timing("image", 16, 3.0)]
@@ -202,7 +202,7 @@ def test_the_table_has_the_columns_of_the_sets_and_batches_there_are(results):
     assert "i->t" not in table(results)
 
 
-def test_a_table_of_many_sets_and_long_names_fits_a_terminal_and_says_what_it_left_out(results):
+def test_a_wide_table_fits_the_terminal_and_names_the_omitted_columns(results):
     for given in results["rows"]:
         given["stage"] += "-with-a-very-long-name-indeed"
         given["accuracy"] |= {f"set{i}/{kind}_r1": 50.0 for i in range(9) for kind in ("text", "image")}
@@ -212,24 +212,24 @@ def test_a_table_of_many_sets_and_long_names_fits_a_terminal_and_says_what_it_le
     assert "speed-up" in shown
 
 
-def test_a_figure_that_is_absent_is_a_dash(results):
+def test_a_missing_figure_is_a_dash(results):
     del results["rows"][1]["params_without_embeddings"], results["rows"][1]["accuracy"]["digits/top1"]
     results["rows"][1]["latency"] = []
     words = table(results).splitlines()[3].split()
     assert words == "pruned fp32 4.00 - 50.0 12.0 16.00 - 78.0 74.0 76.0 - - -".split()
 
 
-# ---- the page, without JavaScript
+# ---- page without JavaScript
 
 
-def test_the_page_says_what_was_gained(results):
+def test_the_page_has_a_headline_with_the_gain(results):
     said = re.sub("<.*?>", "", re.search('<section id="headline">(.*?)</section>', report_page(results))[1])
     assert "int8 is 2.5 times faster and 6.4 times smaller than teacher, and loses 1.5 points of accuracy." in said
     assert "10.00 → 4.00 ms" in said and "32.00 → 5.00 MB" in said
     assert "90.0 → 88.5 %" in said
 
 
-def test_the_headline_names_no_model_that_lost_more_than_three_per_cent(results):
+def test_the_headline_skips_models_that_lost_more_than_three_percent(results):
     results["rows"][3]["accuracy"]["digits/top1"] = 50.0
     assert "<b>sparse</b> is" in report_page(results)
     results["rows"] = results["rows"][:2]
@@ -246,7 +246,7 @@ def test_the_page_has_every_figure_without_javascript(results):
     int8 = read.tables["main"][-1]
     assert int8[:2] == ["int8", "int8"]
     assert int8[7:12] == ["97.0", "81.0", "79.0", "80.0", "88.5"]
-    assert int8[12:] == ["4.00", "2.50", "6.00", "8.00", "12.00", "8000"]  # 250 queries/s of 32
+    assert int8[12:] == ["4.00", "2.50", "6.00", "8.00", "12.00", "8000"]  # 250 queries/s at batch 32.
     assert len(read.tables["latency"]) == 2 + 4 * 4
     assert [
         "int8",
@@ -284,13 +284,13 @@ def test_the_page_shows_the_conditions(results):
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
 
 
-def test_the_page_loads_nothing(results):
+def test_the_page_loads_no_external_resources(results):
     page = report_page(results)
     assert not re.search("https?://|@import|url\\(", page)
     assert not re.search(r"<(script|img|iframe|link)[^>]*\b(src|href)=\"(?!data:)", page)
 
 
-def test_no_name_breaks_out_of_its_place(results):
+def test_names_cannot_inject_html(results):
     expected = Read(report_page(renamed(results, "plain")))
     read = Read(report_page(renamed(results, HOSTILE)))
     assert len(read.scripts) == 2 and read.ids == expected.ids
@@ -300,12 +300,12 @@ def test_no_name_breaks_out_of_its_place(results):
     assert HOSTILE in read.heading
 
 
-def test_a_name_that_looks_like_a_place_of_the_template_is_left_as_it_is(results):
+def test_names_that_look_like_placeholders_are_left_unchanged(results):
     page = report_page(renamed(results, "@@data@@"))
     assert Read(page).tables["main"][-1][0] == "@@data@@"
 
 
-def test_fields_that_may_be_absent_may_be_absent(results):
+def test_optional_fields_may_be_absent(results):
     for given in results["rows"]:
         for name in ("accuracy_se", "lineage", "params_without_embeddings"):
             del given[name]
@@ -334,10 +334,10 @@ def test_the_report_is_written_into_the_folder(results, tmp_path):
     assert path.read_text(encoding="utf-8") == report_page(results)
 
 
-# ---- the file
+# ---- results.json
 
 
-def test_results_are_read_back_as_they_were_and_keys_that_were_never_set_are_not_written(results, tmp_path):
+def test_results_round_trip_and_unset_keys_are_not_written(results, tmp_path):
     path = write_results(Results.model_validate(paired(results)), tmp_path)
     assert json.loads(path.read_text()) == json.loads(json.dumps(results))
     assert read_results(path) == Results.model_validate(results)
@@ -347,7 +347,7 @@ def test_results_are_read_back_as_they_were_and_keys_that_were_never_set_are_not
     "rename",
     [("rows", "stage"), ("rows", "bytes"), ("rows", "latency", "median_ms"), ("rows", "latency", "cv_percent")],
 )
-def test_a_renamed_key_fails_a_type_not_a_user(results, tmp_path, rename):
+def test_a_renamed_key_is_a_validation_error(results, tmp_path, rename):
     *path, key = rename
     inner = paired(results)
     for name in path:
@@ -358,16 +358,16 @@ def test_a_renamed_key_fails_a_type_not_a_user(results, tmp_path, rename):
         read_results(tmp_path / "results.json")
 
 
-def test_results_that_do_not_exist_say_what_to_do(tmp_path):
+def test_missing_results_name_the_command_that_writes_them(tmp_path):
     with pytest.raises(ArtifactError, match=r"no such file.*clipress bench RUN"):
         read_results(tmp_path / "results.json")
 
 
-# ---- what an interleaved measurement adds
+# ---- interleaved measurements
 
 
 def paired(results):
-    """The results of a measurement with rounds: speed-ups with intervals, verdicts, costs per layer, one profile."""
+    """Results of an interleaved measurement: speed-ups with intervals, verdicts, costs per layer and a profile."""
     layers = [
         {"tower": "image", "name": "visual.blocks.0", "params": 4_000, "macs": 2_500_000},
         {"tower": "image", "name": "all else", "params": 1_000, "macs": 1_234_567},
@@ -399,16 +399,16 @@ def paired(results):
     return results
 
 
-def test_the_table_takes_paired_ratios_and_says_how_far_off_they_may_be(results):
+def test_the_table_shows_paired_ratios_with_their_uncertainty(results):
     shown = table(paired(results))
-    assert shown.splitlines()[5].split()[-1] == "2.60"  # medians alone would say 2.50
+    assert shown.splitlines()[5].split()[-1] == "2.60"  # The ratio of medians is 2.50.
     beneath = " ".join(shown.partition("\n\n")[2].split())
     assert "speed-up: against teacher at batch 32, paired by rounds, 95 % intervals of ± 2.0% or less." in beneath
     assert "2:4 is not faster here: sparse is 1.00 [0.99, 1.01] times as fast. Keep pruned." in beneath
     assert "Unstable" not in beneath
 
 
-def test_the_table_warns_as_trtexec_does(results):
+def test_the_table_has_the_warnings_of_trtexec(results):
     rows = paired(results)["rows"]
     rows[1]["latency"][0]["cv_percent"] = 41.4
     rows[2]["latency"][3] |= {"enqueue_median_ms": 4.5}
@@ -425,23 +425,23 @@ def test_a_comparison_shows_every_tower_and_batch_of_every_row(results):
     assert lines[-1] == "speed-up: against teacher, 20 rounds or more; above 1 is faster."
 
 
-def test_the_page_has_speed_ups_with_their_intervals(results):
+def test_the_page_shows_speed_ups_with_intervals(results):
     int8 = Read(report_page(paired(results))).tables["main"][-1]
     assert int8[12:15] == ["4.00", "2.60", "2.55–2.65"]
 
 
-def test_the_headline_is_the_tables_speed_up(results):
+def test_the_headline_has_the_same_speed_up_as_the_table(results):
     page = report_page(paired(results))
-    assert "2.6 times faster" in page and "2.5 times faster" not in page  # medians alone would say 2.5
+    assert "2.6 times faster" in page and "2.5 times faster" not in page  # The ratio of medians is 2.5.
 
 
-def test_the_page_says_what_pays_and_what_does_not(results):
+def test_the_page_shows_the_verdicts(results):
     page = report_page(paired(results))
     kinds = re.findall(r'<li class="(\w+)">(\S+)', page.partition('id="verdicts"')[2].partition("</ul>")[0])
     assert kinds == [("no", "2:4"), ("yes", "INT8"), ("unsure", "INT8")]
 
 
-def test_layers_stand_once_per_shape_with_every_digit_under_the_pointer(results):
+def test_layers_are_grouped_by_shape_with_exact_values_in_tooltips(results):
     page = report_page(paired(results))
     found = Read(page).tables["layers"]
     assert found[1] == ["layer", "tower", *["teacher", "pruned, sparse, int8"] * 2]
@@ -471,11 +471,11 @@ def test_without_accuracy_the_headline_names_the_fastest(results):
     assert said.startswith("int8 is 2.60 times as fast as teacher (95 %: 2.55 to 2.65), image tower, batch 32.")
 
 
-# ---- the page in a browser
+# ---- page in a browser
 
 
 def visit(page, script, folder):
-    """Open a copy of the page with a script at its end; returns what the script answers and the console's lines."""
+    """Open a copy of the page with a script appended; return the script's result and the console output."""
     if CHROMIUM is None:
         pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
     probe = f"""<script>(() => {{
@@ -507,7 +507,7 @@ def visit(page, script, folder):
     return json.loads(html.unescape(written[1])) if written else None, console
 
 
-def test_a_head_sorts_up_then_down_then_back(results, tmp_path):
+def test_clicking_a_header_sorts_ascending_then_descending_then_resets(results, tmp_path):
     answer, console = visit(
         report_page(results),
         """
@@ -528,7 +528,7 @@ def test_a_head_sorts_up_then_down_then_back(results, tmp_path):
     ]
 
 
-def test_numbers_are_sorted_as_numbers_and_absent_ones_come_last(results, tmp_path):
+def test_numbers_sort_numerically_and_missing_ones_come_last(results, tmp_path):
     results["rows"][0]["accuracy"]["digits/top1"] = 100.0
     del results["rows"][2]["accuracy"]["digits/top1"]
     answer, console = visit(
@@ -538,7 +538,7 @@ def test_numbers_are_sorted_as_numbers_and_absent_ones_come_last(results, tmp_pa
     assert answer == [["pruned", "int8", "teacher", "sparse"], ["teacher", "int8", "pruned", "sparse"]]
 
 
-def test_a_point_shows_its_figures_under_the_pointer_and_on_focus(results, tmp_path):
+def test_a_point_shows_its_figures_on_hover_and_focus(results, tmp_path):
     answer, console = visit(
         report_page(results),
         """
@@ -562,9 +562,9 @@ def test_a_point_shows_its_figures_under_the_pointer_and_on_focus(results, tmp_p
     assert expected.items() <= dict(answer["terms"]).items()
 
 
-def test_chart_and_table_follow_what_is_selected(results, tmp_path):
-    results["rows"][2]["latency"][0] |= timing("text", 1, 0.1)  # at batch 1 and text, sparse is the fastest
-    results["rows"][2]["accuracy"]["digits/top1"] = 98.5  # and the best at digits
+def test_chart_and_table_follow_the_selection(results, tmp_path):
+    results["rows"][2]["latency"][0] |= timing("text", 1, 0.1)  # Text at batch 1: sparse is fastest.
+    results["rows"][2]["accuracy"]["digits/top1"] = 98.5  # It is also the most accurate on digits.
     answer, console = visit(
         report_page(results),
         """
@@ -586,7 +586,7 @@ def test_chart_and_table_follow_what_is_selected(results, tmp_path):
     assert "digits top-1 (%)" in second[3] and "text tower, batch 1 (ms)" in second[3]
 
 
-def test_the_area_of_a_bubble_is_the_size_of_the_files_and_no_two_labels_overlap(results, tmp_path):
+def test_bubble_areas_follow_file_sizes_and_labels_do_not_overlap(results, tmp_path):
     results["rows"] += [copy.deepcopy(results["rows"][2]) | {"stage": f"sparse-{i}"} for i in range(5)]
     answer, console = visit(
         report_page(results),
@@ -609,7 +609,7 @@ def test_the_area_of_a_bubble_is_the_size_of_the_files_and_no_two_labels_overlap
             assert x >= u + w or u >= x + width or y >= v + h or v >= y + height
 
 
-def test_no_name_runs_as_code_in_a_browser(results, tmp_path):
+def test_names_do_not_run_as_code_in_a_browser(results, tmp_path):
     hostile = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
     answer, console = visit(
         report_page(renamed(results, hostile)),
@@ -622,12 +622,10 @@ def test_no_name_runs_as_code_in_a_browser(results, tmp_path):
         tmp_path,
     )
     assert console == []
-    assert answer == [None, 0, 2]  # the page's own script and the probe
+    assert answer == [None, 0, 2]  # The page has its own script and the probe.
 
 
-def test_a_page_with_everything_shows_its_numbers_under_the_pointer_sorts_its_layers_and_logs_no_error(
-    results, tmp_path
-):
+def test_a_full_page_shows_tooltips_sorts_its_layers_and_logs_no_error(results, tmp_path):
     answer, console = visit(
         report_page(paired(results)),
         """
@@ -652,5 +650,5 @@ def test_a_page_with_everything_shows_its_numbers_under_the_pointer_sorts_its_la
     assert {"speed-up": "2.60", "95 %": "2.55–2.65", "median": "4.00"}.items() <= dict(answer["terms"]).items()
     assert answer["up"] == ["blocks.0", "all else", "visual.blocks.0"] and answer["down"] == answer["up"][::-1]
     assert answer["title"].endswith("parameters") and "linear-gradient" in answer["drawn"]
-    assert answer["grey"] != answer["own"]  # a model that others beat is greyed
+    assert answer["grey"] != answer["own"]  # Dominated models are grey.
     assert "0.500" in answer["cell"] and answer["verdicts"] == 3

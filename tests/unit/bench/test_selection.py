@@ -1,4 +1,4 @@
-"""Verdicts say whether INT8 and 2:4 pay, and what to keep."""
+"""Verdicts: whether INT8 and 2:4 pay off, and which artifact to keep."""
 
 import json
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ FASTER, SLOWER = Ratio(1.5, 1.4, 1.6, 20), Ratio(0.9, 0.88, 0.93, 20)
 
 
 def row(stage, *kinds, size=100, backend="onnxruntime", **accuracy):
-    """Its lineage is the kinds in order; the hash of a record tells all before it."""
+    """Return a row whose lineage has these kinds; a record's hash covers all earlier ones."""
     records = [{"hash": "+".join(kinds[: n + 1]), "kind": kind} for n, kind in enumerate(kinds)]
     return Row(
         stage=stage,
@@ -43,38 +43,38 @@ def rows():
     ]
 
 
-def ask(rows, ratios, max_loss=1.0):
-    """Ratios by row, or by row and case."""
+def verdicts_for(rows, ratios, max_loss=1.0):
+    """Return the verdicts for ratios given by row, or by row and case."""
     return verdicts(rows, CASES, lambda origin, name, case: ratios.get((name, case), ratios.get(name)), max_loss)
 
 
-def test_each_is_compared_with_the_stage_it_was_made_from(rows):
+def test_an_artifact_is_compared_with_its_parent(rows):
     compared = []
     verdicts(rows, CASES, lambda origin, name, case: compared.append((origin, name)) or FASTER, 1.0)
     assert dict.fromkeys(compared) == dict.fromkeys([("recovered", "sparse"), ("sparse", "int8")])
 
 
-def test_without_its_origin_the_nearest_ancestor_that_was_measured_stands_in(rows):
-    (verdict,) = ask([rows[1], rows[3]], {"int8": FASTER})
+def test_without_its_parent_the_nearest_measured_ancestor_is_the_baseline(rows):
+    (verdict,) = verdicts_for([rows[1], rows[3]], {"int8": FASTER})
     assert (verdict.stage, verdict.against) == ("int8", "recovered")
-    assert ask([rows[3]], {}) == [] and ask(rows[:2], {}) == []
+    assert verdicts_for([rows[3]], {}) == [] and verdicts_for(rows[:2], {}) == []
 
 
-def test_an_origin_on_another_backend_is_none(rows):
+def test_a_parent_on_another_backend_does_not_count(rows):
     rows[3] = changed(rows[3], backend="torch")
-    assert [verdict.stage for verdict in ask(rows, {"sparse": FASTER})] == ["sparse"]
+    assert [verdict.stage for verdict in verdicts_for(rows, {"sparse": FASTER})] == ["sparse"]
 
 
-def test_what_is_faster_is_kept(rows):
-    verdict = ask(rows, {"sparse": FASTER, "int8": FASTER})[1]
-    assert (verdict.faster, verdict.keep, verdict.loss) == (True, "int8", None)  # no accuracy was measured
+def test_the_faster_artifact_is_kept(rows):
+    verdict = verdicts_for(rows, {"sparse": FASTER, "int8": FASTER})[1]
+    assert (verdict.faster, verdict.keep, verdict.loss) == (True, "int8", None)  # Accuracy was not measured.
     assert verdict.text == (
         "INT8 is faster here: int8 is 1.50 [1.40, 1.60] times as fast as sparse (image tower, batch 8). Keep int8."
     )
 
 
-def test_what_is_not_faster_is_said_in_one_line_with_ratio_interval_and_the_artifact_to_keep(rows):
-    sparse, int8 = ask(rows, {"sparse": Ratio(1.0, 0.99, 1.01, 20), "int8": SLOWER})
+def test_a_slower_artifact_is_reported_with_ratio_interval_and_what_to_keep(rows):
+    sparse, int8 = verdicts_for(rows, {"sparse": Ratio(1.0, 0.99, 1.01, 20), "int8": SLOWER})
     assert (sparse.faster, sparse.keep) == (False, "recovered")
     assert sparse.text == (
         "2:4 is not faster here: sparse is 1.00 [0.99, 1.01] times as fast as recovered (image tower, batch 8). "
@@ -84,37 +84,37 @@ def test_what_is_not_faster_is_said_in_one_line_with_ratio_interval_and_the_arti
     assert "\n" not in sparse.text + int8.text
 
 
-def test_where_the_cases_differ_the_largest_image_batch_decides_and_the_others_are_named(rows):
-    verdict = ask(rows, {"sparse": SLOWER, "int8": FASTER, ("int8", ("image", 1)): SLOWER})[1]
+def test_the_largest_image_batch_decides_and_differing_cases_are_named(rows):
+    verdict = verdicts_for(rows, {"sparse": SLOWER, "int8": FASTER, ("int8", ("image", 1)): SLOWER})[1]
     assert verdict.keep == "int8" and verdict.text.endswith("Keep int8; at image batch 1 it is not faster.")
-    verdict = ask(rows, {"sparse": SLOWER, "int8": SLOWER, ("int8", ("text", 8)): FASTER})[1]
+    verdict = verdicts_for(rows, {"sparse": SLOWER, "int8": SLOWER, ("int8", ("text", 8)): FASTER})[1]
     assert verdict.keep == "sparse" and "int8 is faster at text batch 8." in verdict.text
 
 
 @pytest.mark.parametrize(
     "ratio, word",
     [
-        (Ratio(1.01, 1.005, 1.015, 20), "slower"),  # certain, and too little to matter
+        (Ratio(1.01, 1.005, 1.015, 20), "slower"),  # Significant, but too small to matter.
         (Ratio(1.2, 0.9, 1.6, 20), "undecided"),
         (Ratio(1.03, 0.99, 1.07, 20), "slower"),
         (Ratio(1.03, 1.01, 1.05, 20), "faster"),
         (Ratio(3.0, None, None, 3), "unknown"),
     ],
 )
-def test_a_gain_must_be_certain_and_matter_and_noise_is_called_noise(rows, ratio, word):
+def test_a_gain_must_be_significant_and_large_enough(rows, ratio, word):
     assert judge(ratio) == word
-    (verdict, _) = ask(rows, {"sparse": ratio, "int8": FASTER})
+    (verdict, _) = verdicts_for(rows, {"sparse": ratio, "int8": FASTER})
     assert verdict.faster == {"slower": False, "faster": True}.get(word)
     assert (verdict.keep is None) == (word in ("undecided", "unknown"))
 
 
 @pytest.mark.parametrize(("top1", "max_loss", "keep"), [(88.9, 1.0, "sparse"), (89.1, 1.0, "int8"), (80, 10, "int8")])
-def test_what_is_faster_is_kept_only_if_it_costs_no_more_than_allowed(top1, max_loss, keep):
+def test_the_faster_artifact_is_kept_only_within_the_allowed_accuracy_drop(top1, max_loss, keep):
     rows = [
         row("sparse", "start", "sparsify", top1=90.0, text_r1=50.0, top5=99.0),
         row("int8", "start", "sparsify", "quantize", top1=top1, text_r1=50.5, top5=10.0),
     ]
-    (verdict,) = ask(rows, {"int8": FASTER}, max_loss)
+    (verdict,) = verdicts_for(rows, {"int8": FASTER}, max_loss)
     assert (verdict.faster, verdict.keep, verdict.loss) == (True, keep, pytest.approx(90 - top1))
     assert ("Keep sparse: int8 loses 1.1 points of digits/top1, bench.max_accuracy_drop allows 1." in verdict.text) == (
         keep == "sparse"
@@ -128,59 +128,59 @@ NOISE = Ratio(1.2, 0.9, 1.6, 20)
     ("sparse", "int8", "keep"),
     [
         (FASTER, FASTER, "int8"),
-        (SLOWER, FASTER, "int8"),  # the INT8 there is was put on the sparse one
+        (SLOWER, FASTER, "int8"),  # The INT8 artifact was made from the sparse one.
         (FASTER, SLOWER, "sparse"),
         (SLOWER, SLOWER, "recovered"),
         (NOISE, SLOWER, "sparse"),
-        (SLOWER, NOISE, "int8"),  # what cannot be decided stays as the recipe has it
+        (SLOWER, NOISE, "int8"),  # Undecided steps stay as in the recipe.
     ],
 )
-def test_of_the_last_artifact_the_faster_one_is_kept_back_to_what_is_neither_int8_nor_sparse(rows, sparse, int8, keep):
-    (found,) = choose_kept(rows, ask(rows, {"sparse": sparse, "int8": int8}))
+def test_steps_that_do_not_pay_are_undone_back_to_a_dense_float_artifact(rows, sparse, int8, keep):
+    (found,) = choose_kept(rows, verdicts_for(rows, {"sparse": sparse, "int8": int8}))
     assert (found.backend, found.artifact, found.of) == ("onnxruntime", keep, "int8")
     assert ("--stage int8" in found.text) == (keep != "int8")
 
 
-def test_each_backend_keeps_its_own_and_names_the_artifact_not_the_row():
+def test_each_backend_has_its_own_choice_and_names_the_artifact_not_the_row():
     kinds = {"sparse": ("start", "sparsify"), "int8": ("start", "sparsify", "quantize")}
     rows = [row(f"{name} ({b})", *own, backend=b) for b in ("onnxruntime", "torch") for name, own in kinds.items()]
-    found = choose_kept(rows, ask(rows, {"int8 (onnxruntime)": FASTER, "int8 (torch)": SLOWER}))
+    found = choose_kept(rows, verdicts_for(rows, {"int8 (onnxruntime)": FASTER, "int8 (torch)": SLOWER}))
     assert [(one.backend, one.artifact) for one in found] == [("onnxruntime", "int8"), ("torch", "sparse")]
 
 
-def test_nothing_is_said_of_a_run_that_ends_in_neither_int8_nor_sparse(rows):
-    assert choose_kept(rows[:2], ask(rows[:2], {})) == []
+def test_a_dense_float_run_has_no_verdict(rows):
+    assert choose_kept(rows[:2], verdicts_for(rows[:2], {})) == []
 
 
 @pytest.fixture
 def run(rows, tmp_path):
-    """A run whose results keep the sparse artifact."""
+    """A run whose results recommend the sparse artifact."""
     for one in rows:
         header = {key: {} for key in ("architecture", "shapes", "preprocess", "tokenizer")}
         (tmp_path / one.stage).mkdir()
         lineage = [{**record.model_dump(), "stage": one.stage} for record in one.lineage]
         header |= {"schema_version": 1, "lineage": lineage, "weights_sha256": ""}
         (tmp_path / one.stage / "clipress.json").write_text(json.dumps(header))
-    kept = choose_kept(rows, ask(rows, {"sparse": FASTER, "int8": SLOWER}))
+    kept = choose_kept(rows, verdicts_for(rows, {"sparse": FASTER, "int8": SLOWER}))
     write_results(Results(schema_version=1, conditions=Conditions(), rows=rows, kept=kept), tmp_path)
     return tmp_path
 
 
-def test_what_is_kept_is_read_back(run):
+def test_the_kept_artifact_is_read_back(run):
     assert read_kept(run / "results.json", run, "int8") == "sparse"
     assert read_kept(run / "results.json", run, "int8", backend="tensorrt") is None
     assert read_kept(run / "none.json", run, "int8") is None
 
 
 @pytest.mark.parametrize("changed", ["sparse", "int8"])
-def test_figures_of_artifacts_that_were_made_anew_are_not_believed(run, changed):
+def test_results_of_replaced_artifacts_are_ignored(run, changed):
     header = run / changed / "clipress.json"
     header.write_text(header.read_text().replace('"hash": "start+', '"hash": "other+'))
     assert read_kept(run / "results.json", run, "int8") is None
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"kept": [{}]}', '{"kept": 3}'])
-def test_results_of_another_form_keep_nothing(run, content):
+def test_malformed_results_keep_nothing(run, content):
     (run / "results.json").write_text(content)
     assert read_kept(run / "results.json", run, "int8") is None
 
@@ -198,20 +198,20 @@ OLD, NEW = Processor("Old", "x86_64", 2, ("avx2",)), Processor("New", "x86_64", 
         (NEW, SLOWER, False, ""),
     ],
 )
-def test_a_verdict_on_int8_says_what_the_cpu_has_to_do_with_it(rows, cpu, ratio, exact, why):
+def test_a_verdict_on_int8_explains_the_role_of_the_cpu(rows, cpu, ratio, exact, why):
     (verdict,) = verdicts([rows[2], changed(rows[3], exact_mode=exact)], CASES, lambda *_: ratio, 1.0, cpu)
     assert why in verdict.text and ("VNNI" in verdict.text) == bool(why)
     assert verdict.keep == ("int8" if ratio is FASTER else "sparse")
 
 
-def test_the_cpu_has_nothing_to_do_with_sparsity_or_other_backends(rows):
+def test_verdicts_on_sparsity_or_other_backends_do_not_mention_the_cpu(rows):
     verdict = verdicts(rows, CASES, lambda *_: SLOWER, 1.0, OLD)
     assert [("VNNI" in one.text) for one in verdict] == [False, True]
     rows = [changed(one, backend="torch") for one in rows]
     assert all("VNNI" not in one.text for one in verdicts(rows, CASES, lambda *_: SLOWER, 1.0, OLD))
 
 
-def test_a_task_says_which_graph_decides_and_in_which_figures_a_loss_counts(monkeypatch):
+def test_the_task_defines_the_deciding_graph_and_the_metrics_that_count(monkeypatch):
     task = SimpleNamespace(main_graph="question", figures=("/answers",))
     monkeypatch.setattr(selection, "task_named", lambda name: {"vqa": task}[name])
     rows = [

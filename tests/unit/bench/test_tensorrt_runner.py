@@ -1,4 +1,4 @@
-"""The TensorRT runner answers like the ONNX Runtime one, and its phases are timed apart."""
+"""The TensorRT runner matches ONNX Runtime and times its phases separately."""
 
 import shutil
 
@@ -71,7 +71,7 @@ def held_against_onnx_runtime(export, runner):
         np.testing.assert_allclose(phases["latency_ms"], total)
 
 
-def test_it_embeds_and_is_timed_like_the_other(export, machine):
+def test_it_embeds_and_is_timed_like_onnx_runtime(export, machine):
     runner = TensorRTRunner(export, machine=machine)
     assert (runner.backend, runner.precision) == ("tensorrt", "fp16")
     held_against_onnx_runtime(export, runner)
@@ -81,7 +81,7 @@ def int8_with_engines(tiny_run, folder, machine, settings=SETTINGS):
     return with_engines(shutil.copytree(tiny_run[0] / "export" / "int8", folder / "int8"), machine, settings)
 
 
-def test_an_int8_export_is_run_by_its_int8_engines(tiny_run, tmp_path, machine):
+def test_an_int8_export_runs_its_int8_engines(tiny_run, tmp_path, machine):
     runner = TensorRTRunner(int8_with_engines(tiny_run, tmp_path, machine), machine=machine)
     assert runner.precision == "int8-fp16"
     held_against_onnx_runtime(runner.model.folder, runner)
@@ -92,7 +92,7 @@ def test_a_batch_the_profile_does_not_include_is_refused(export, machine):
         TensorRTRunner(export, machine=machine).query("text", 32)
 
 
-def test_an_engine_of_another_gpu_is_named_when_this_ones_is_missing(export):
+def test_an_engine_of_another_gpu_is_named_if_none_fits_this_gpu(export):
     with pytest.raises(
         ArtifactError, match=r"nvidia-l4\.trt10.*does not exist; found in its folder: image\.nvidia-h200"
     ):
@@ -110,7 +110,7 @@ def test_an_engine_of_another_gpu_is_named_when_this_ones_is_missing(export):
         ),
     ],
 )
-def test_the_command_refuses_a_batch_outside_the_profile_and_an_engine_of_another_gpu(
+def test_bench_refuses_a_batch_outside_the_profile_and_an_engine_of_another_gpu(
     tiny_run, tmp_path, machine, monkeypatch, machine_now, batch, words
 ):
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
@@ -126,7 +126,7 @@ def test_the_command_refuses_a_batch_outside_the_profile_and_an_engine_of_anothe
 
 @pytest.fixture
 def real():
-    """TensorRT and a GPU, if this machine has them."""
+    """Skip unless this machine has TensorRT and a GPU."""
     try:
         return find_machine()
     except BackendMissing as error:

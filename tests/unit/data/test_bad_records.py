@@ -47,7 +47,7 @@ def test_a_bad_record_is_replaced_by_another_with_its_own_caption():
     assert record.bad == (BadRecord("holed", 7, "7.jpg is not an image"),)
 
 
-def test_an_unreadable_caption_makes_a_bad_record_too():
+def test_a_record_with_an_unreadable_caption_is_bad():
     record = read_record(Holed(silent=frozenset({7})), 7, [0, 0, 0, 7])
     assert record.captions == (f"caption {record.index}",) and record.bad[0].reason == "7 has no caption"
 
@@ -95,14 +95,14 @@ def test_bad_records_are_reported_once(caplog):
     assert (counter.total, counter.bad) == (24, 4)
 
 
-def test_a_few_are_accepted_in_a_short_run():
+def test_a_few_bad_records_are_accepted_in_a_short_run():
     counter = BadRecords()
     counter.count(0, records(*range(20)))
     with pytest.raises(DataError, match=r"21 of 21 records .*record 20 of source 'holed'.*At most 5%"):
         counter.count(0, records(20))
 
 
-def test_five_percent_are_accepted_in_a_long_run():
+def test_five_percent_bad_records_are_accepted_in_a_long_run():
     counter = BadRecords()
     for batch in range(100):
         counter.count(95, records(*range(batch * 5, batch * 5 + 5)))

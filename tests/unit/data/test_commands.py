@@ -66,7 +66,7 @@ def fake_img2dataset(monkeypatch):
     return calls
 
 
-def test_raw_conceptual_captions_are_passed_on_as_json_lines(tmp_path, fake_img2dataset):
+def test_raw_conceptual_captions_are_converted_to_json_lines(tmp_path, fake_img2dataset):
     table = tmp_path / "cc12m.tsv"
     table.write_text('http://x.org/1.jpg\t"a" dog\nhttp://x.org/2.jpg\tNA\n')
     settings = ("--size", 128, "--per-shard", 50, "--processes", 2, "--threads", 8, "--timeout", 3)
@@ -144,7 +144,7 @@ def test_downloaded_shards_can_be_read(tmp_path):
         "4",
     ]
     code = "from clipress.cli import main\nif __name__ == '__main__': main()"
-    (tmp_path / "start.py").write_text(code)  # img2dataset starts processes of its own
+    (tmp_path / "start.py").write_text(code)  # img2dataset starts its own processes.
     try:
         subprocess.run([sys.executable, tmp_path / "start.py", *command, "--threads", "2"], check=True, timeout=300)
     finally:

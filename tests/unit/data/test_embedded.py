@@ -1,4 +1,4 @@
-"""The embedded sets: the same bytes everywhere, disjoint splits, five captions that describe the whole scene."""
+"""The embedded datasets: identical bytes everywhere, disjoint splits, five full captions per scene."""
 
 import hashlib
 
@@ -57,7 +57,7 @@ def test_an_object_is_drawn_where_its_caption_says(shape):
     scene = scenes.Scene("beside", "black", ((shape, "red", "large"), (shape, "blue", "small")))
     image = scenes.draw(scene, np.random.RandomState(0)).astype(int)
     red, blue = image[..., 0] - image[..., 2] > 80, image[..., 2] - image[..., 0] > 80
-    assert red[:, :16].sum() > 2 * blue[:, 16:].sum() > 0  # large left, small right
+    assert red[:, :16].sum() > 2 * blue[:, 16:].sum() > 0  # Large on the left, small on the right.
     assert not red[:, 18:].any() and not blue[:, :14].any()
 
 
@@ -74,7 +74,7 @@ def test_enlarging_is_catmull_rom():
     rng = np.random.default_rng(0)
     line = rng.integers(0, 256, (1, 8))
 
-    def kernel(x):  # Keys 1981, a = -1/2
+    def kernel(x):  # Keys (1981) with a = -1/2.
         x = abs(x)
         if x < 1:
             return 1.5 * x**3 - 2.5 * x**2 + 1

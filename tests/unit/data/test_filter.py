@@ -1,4 +1,4 @@
-"""The images kept are the nearest ones, and no two of them alike."""
+"""Filtering keeps the best-ranked images without near duplicates."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def units(rng, *shape):
 
 
 def slowly(images, prompts, count, threshold):
-    """The same by the plainest of loops, in double precision."""
+    """Reference: a plain loop in double precision."""
     images, prompts = images.astype(float), prompts.astype(float)
     scores = [max(float(x @ p) for p in prompts) for x in images]
     kept = []
@@ -30,7 +30,7 @@ def slowly(images, prompts, count, threshold):
 
 @pytest.mark.parametrize("threshold", [None, 0.3, 0.8])
 @pytest.mark.parametrize("block", [1, 7, 1024])
-def test_the_choice_is_that_of_a_slow_loop(threshold, block, monkeypatch):
+def test_the_selection_matches_a_slow_loop(threshold, block, monkeypatch):
     monkeypatch.setattr(choose, "BLOCK", block)
     rng = np.random.default_rng(0)
     images, prompts = units(rng, 60, 6), units(rng, 4, 6)
@@ -49,7 +49,7 @@ def test_copies_of_an_image_are_kept_once():
     assert sorted(pick.index for pick in chosen) == list(range(10))
 
 
-def test_embeddings_that_are_not_finite_are_refused():
+def test_non_finite_embeddings_are_refused():
     images = np.full((3, 4), np.nan, np.float32)
     with pytest.raises(DataError, match="not finite"):
         nearest_to_prompts(images, np.ones((1, 4), np.float32), 2)

@@ -1,4 +1,4 @@
-"""Readers return what was written, in the exact formats that data sets come in."""
+"""Readers return what was written, in the exact formats of published datasets."""
 
 import json
 import pickle
@@ -54,14 +54,14 @@ def test_file_names_that_are_not_unicode_are_read_as_written():
 # csv
 
 
-def test_a_caption_may_hold_any_mark_that_is_no_newline(tmp_path, images):
+def test_a_caption_may_contain_anything_but_a_newline(tmp_path, images):
     odd = ["a\u2028b", "form\x0cfeed", "carriage\rreturn", "next\x85line", '"', "NaN", "it's 5\\t"]
     rows = "".join(f"{text}\tred.png\n" for text in odd)
     table = written(tmp_path / "a.csv", "title\tfilepath\n" + rows)
     assert captions(open_source(SourceSpec(format="csv", annotations=table, images=images))) == [[t] for t in odd]
 
 
-def test_windows_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path, images):
+def test_windows_line_endings_and_a_byte_order_mark_are_accepted(tmp_path, images):
     table = written(tmp_path / "a.csv", "\ufefftitle\tfilepath\r\na red one\tred.png\r\n\r\n")
     source = open_source(SourceSpec(format="csv", annotations=table, images=images))
     assert captions(source) == [["a red one"]] and source.image(0).size == (12, 9) and source.skipped == 0
@@ -74,7 +74,7 @@ def test_commas_inside_quotes_belong_to_the_caption(tmp_path, images):
     assert captions(source) == [['red, and "square"'], ["blue"]]
 
 
-def test_a_row_that_is_quoted_wrongly_is_skipped_and_its_neighbours_are_kept(tmp_path, images):
+def test_a_badly_quoted_row_is_skipped_and_its_neighbours_are_kept(tmp_path, images):
     rows = "filepath,title\n" + "red.png,red\n" * 4 + 'blue.png,"blue" sky\ngreen.png,green\n'
     table = written(tmp_path / "a.csv", rows)
     source = open_source(SourceSpec(format="csv", annotations=table, images=images, separator=","))
@@ -101,7 +101,7 @@ def test_files_beyond_the_first_ones_are_checked_only_if_set(tmp_path, images, m
     assert len(source) == 9 and source.skipped == 1
 
 
-def test_a_wrong_folder_is_reported_before_the_whole_table_is_read(tmp_path, images, monkeypatch):
+def test_a_wrong_folder_is_reported_before_reading_the_whole_table(tmp_path, images, monkeypatch):
     monkeypatch.setattr(files, "CHECKED_EVERY", 5)
     table = written(tmp_path / "a.csv", "title\tfilepath\n" + "red\twrong/red.png\n" * 50)
     with pytest.raises(DataError, match=r"5 of 5 records.*wrong/red\.png"):
@@ -130,7 +130,7 @@ def test_limit_takes_the_first_records(tmp_path, images):
     assert captions(source) == [["red"]] and source.skipped == 0
 
 
-def test_the_fingerprint_is_of_the_content(tmp_path, images):
+def test_the_fingerprint_depends_on_the_content(tmp_path, images):
     def fingerprint_of(text, **more):
         table = written(tmp_path / "a.csv", "title\tfilepath\n" + text)
         open_source.cache_clear()
@@ -169,14 +169,14 @@ def test_captions_can_be_changed_as_blip_does(tmp_path, images, text, wanted):
 # karpathy
 
 
-def test_one_string_is_one_caption_in_a_test_file_too(tmp_path, images):
+def test_a_string_is_one_caption_in_a_test_file(tmp_path, images):
     rows = [{"image": "red.png", "caption": "a red one"}, {"image": "blue.png", "caption": ["blue", "sky"]}]
     path = written(tmp_path / "coco_karpathy_test.json", json.dumps(rows))
     source = open_source(SourceSpec(format="karpathy", annotations=path, images=images))
     assert captions(source) == [["a red one"], ["blue", "sky"]]
 
 
-def test_images_with_one_image_id_are_right_answers_to_one_another(tmp_path, images):
+def test_images_that_share_an_image_id_match_each_others_captions(tmp_path, images):
     rows = [
         {"image": "red.png", "caption": "a", "image_id": "x_1"},
         {"image": "blue.png", "caption": "b", "image_id": "x_2"},
@@ -190,7 +190,7 @@ def test_images_with_one_image_id_are_right_answers_to_one_another(tmp_path, ima
 
 
 @pytest.mark.parametrize("row", [{}, 3, {"image": "red.png"}, {"image": "red.png", "caption": []}, {"caption": "a"}])
-def test_a_row_of_another_form_is_skipped_and_counted(tmp_path, images, row):
+def test_a_malformed_row_is_skipped_and_counted(tmp_path, images, row):
     rows = [{"image": f"{name}.png", "caption": name} for name in ("red", "green", "blue")]
     path = written(tmp_path / "a.json", json.dumps([*rows, row]))
     with pytest.raises(DataError, match=r"1 of 4 records.*row 3"):
@@ -205,7 +205,7 @@ def coco(tmp_path, images, annotations):
     return written(tmp_path / "captions_val2017.json", json.dumps(content))
 
 
-def test_coco_gives_images_by_id_with_all_their_captions(tmp_path):
+def test_coco_lists_images_by_id_with_all_their_captions(tmp_path):
     save_image(tmp_path / "val2014" / "COCO_val2014_000000000042.jpg", "blue")
     save_image(tmp_path / "val2014" / "000000000007.jpg", "red")
     images = [
@@ -221,7 +221,7 @@ def test_coco_gives_images_by_id_with_all_their_captions(tmp_path):
     assert source.group(0) != source.group(1)
 
 
-def test_coco_skips_what_points_nowhere(tmp_path):
+def test_coco_skips_dangling_references(tmp_path):
     for i in range(8):
         save_image(tmp_path / f"{i}.jpg")
     images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(8)]
@@ -237,7 +237,7 @@ def test_coco_skips_what_points_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"images": 3, "annotations": []}', "{", ""])
-def test_what_is_no_coco_file_is_reported(tmp_path, content):
+def test_a_file_that_is_not_coco_is_reported(tmp_path, content):
     path = written(tmp_path / "captions.json", content)
     with pytest.raises(DataError, match=r"captions\.json"):
         open_source(SourceSpec(format="coco", annotations=path, images=tmp_path))
@@ -266,7 +266,7 @@ def test_raw_conceptual_captions_are_texts_without_images(tmp_path, rows):
         source.image(0)
 
 
-def test_a_table_of_something_else_is_not_taken_for_captions(tmp_path):
+def test_an_unrelated_table_is_not_read_as_captions(tmp_path):
     path = written(tmp_path / "cc.tsv", "one\ttwo\tthree\n")
     with pytest.raises(DataError, match="3 cells in the first line, 0 of them URLs"):
         open_source(SourceSpec(format="captions", annotations=path))
@@ -284,13 +284,13 @@ def test_a_folder_of_images_has_no_texts(tmp_path, images):
     assert source.captions(0) == () and source.has_images and not source.has_texts
 
 
-def test_a_list_chooses_among_the_images(tmp_path, images):
+def test_a_list_selects_images(tmp_path, images):
     listed = written(tmp_path / "list.tsv", "filepath\tscore\tprompt\nred.png\t0.3\ta\nblue.png\t0.2\tb\n")
     source = open_source(SourceSpec(format="images", images=images, annotations=listed))
     assert [source.image(i).getpixel((0, 0)) for i in range(2)] == [(255, 0, 0), (0, 0, 255)]
 
 
-def test_links_in_circles_end(tmp_path, images):
+def test_circular_links_terminate(tmp_path, images):
     (images / "again").symlink_to(images)
     assert list(images_under(images)) == ["blue.png", "green.png", "red.png"]
 
@@ -314,10 +314,10 @@ def test_class_folders_are_named_by_a_list_with_wordnet_ids(tmp_path):
     assert source.captions(1) == ("a goldfish.",)
 
 
-def test_subsets_of_imagenet_take_their_names_out_of_the_thousand(tmp_path):
+def test_subsets_of_imagenet_use_the_names_of_imagenet(tmp_path):
     from open_clip import IMAGENET_CLASSNAMES
 
-    missiles = ["n03773504", "n04008634"]  # labels 657 and 744, both are called missile
+    missiles = ["n03773504", "n04008634"]  # Labels 657 and 744 are both called missile.
     root = class_folders(tmp_path / "imagenet-a", ["n01498041", *missiles])
     source = open_source(SourceSpec(format="folder", images=root, classes="imagenet", templates="openai"))
     assert source.classes.names == (IMAGENET_CLASSNAMES[6], "missile", "missile") == ("stingray", "missile", "missile")
@@ -325,7 +325,7 @@ def test_subsets_of_imagenet_take_their_names_out_of_the_thousand(tmp_path):
     assert len(source.captions(0)) == 80 and source.captions(0)[0] == "a bad photo of a stingray."
 
 
-def test_numbered_folders_are_labels_of_the_thousand(tmp_path):
+def test_numbered_folders_are_imagenet_labels(tmp_path):
     root = class_folders(tmp_path / "imagenetv2", ["0", "10", "999"])
     source = open_source(SourceSpec(format="folder", images=root, classes="imagenet"))
     labels = {source.paths[i].split("/")[0]: source.group(i) for i in range(3)}
@@ -345,7 +345,7 @@ def test_a_list_that_does_not_fit_the_folders_is_reported(tmp_path):
         open_source(SourceSpec(format="folder", images=numbers, classes=names))
 
 
-def test_the_names_of_a_subset_are_the_matching_columns_of_the_thousand(tmp_path):
+def test_class_names_of_a_subset_are_the_matching_imagenet_columns(tmp_path):
     from open_clip import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 

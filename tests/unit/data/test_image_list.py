@@ -1,4 +1,4 @@
-"""Images of every mode decode to what they show; what cannot be decoded is a DataError and nothing else."""
+"""Images of every mode are decoded correctly, and undecodable files raise a DataError."""
 
 import io
 import random
@@ -25,18 +25,18 @@ def read(image, form, **settings):
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_keeps_its_shades(form):
+def test_sixteen_bit_grey_keeps_its_levels(form):
     found = read(Image.fromarray(RAMP), form)
     np.testing.assert_array_equal(found, np.repeat((RAMP // 256).astype(np.uint8)[..., None], 3, axis=-1))
 
 
-def test_cmyk_shows_its_colours():
+def test_cmyk_keeps_its_colours():
     found = read(Image.new("RGB", (16, 16), (200, 60, 20)).convert("CMYK"), "JPEG", quality=95)
     assert np.abs(found.astype(int) - (200, 60, 20)).max() <= 6
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
-def test_other_modes_are_as_pillow_converts_them(mode):
+def test_other_modes_are_converted_by_pillow(mode):
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (9, 7, 4), dtype=np.uint8)).convert("RGB").convert(mode)
     found = read(image, "PNG")
@@ -48,7 +48,7 @@ def test_other_modes_are_as_pillow_converts_them(mode):
     ("orientation", "turned"),
     [(1, lambda x: x), (3, lambda x: x[::-1, ::-1]), (6, lambda x: np.rot90(x, -1)), (8, np.rot90)],
 )
-def test_an_image_that_was_taken_sideways_is_turned_upright(orientation, turned):
+def test_exif_orientation_is_applied(orientation, turned):
     exif = Image.Exif()
     exif[274] = orientation
     pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -56,20 +56,20 @@ def test_an_image_that_was_taken_sideways_is_turned_upright(orientation, turned)
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP"])
-def test_of_an_animation_the_first_image_is_taken(form):
+def test_the_first_frame_of_an_animation_is_used(form):
     first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     found = read(first, form, save_all=True, append_images=[second])
     assert found.reshape(-1, 3).mean(0)[0] > 240 > 20 > found.reshape(-1, 3).mean(0)[2]
 
 
-def test_the_content_tells_the_format_and_not_the_name(tmp_path):
+def test_the_format_is_detected_from_the_content(tmp_path):
     (tmp_path / "really.jpg").write_bytes(encoded(Image.new("RGB", (5, 4), "red"), "PNG"))
     assert open_image(tmp_path / "really.jpg").size == (5, 4)
 
 
-def test_a_bomb_is_refused(tmp_path):
+def test_a_decompression_bomb_is_refused(tmp_path):
     small = encoded(Image.new("1", (8, 8)), "PNG")
-    size = (40_000).to_bytes(4, "big")  # a header that promises 1.6 billion pixels
+    size = (40_000).to_bytes(4, "big")  # The header claims 1.6 billion pixels.
     header = b"IHDR" + size + size + small[24:29]
     bomb = small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
     with pytest.raises(DataError):

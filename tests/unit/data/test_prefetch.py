@@ -10,11 +10,11 @@ from clipress.data.prefetch import map_ahead, prefetched
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
 @pytest.mark.parametrize("ahead", [0, 1, 7, 100])
-def test_results_are_those_of_map(threads, ahead):
+def test_results_match_map(threads, ahead):
     assert list(map_ahead(lambda x: x * x, range(50), threads, ahead)) == [x * x for x in range(50)]
 
 
-def test_only_so_many_items_are_taken_ahead():
+def test_read_ahead_is_bounded():
     taken = []
     results = map_ahead(lambda x: x, map(lambda x: taken.append(x) or x, count()), threads=2, ahead=5)
     assert list(islice(results, 3)) == [0, 1, 2]
@@ -30,7 +30,7 @@ def test_an_error_is_raised_where_its_result_is_due():
 
 
 @pytest.mark.parametrize("items", [0, 1, 3, 20])
-def test_prefetched_items_are_the_same_and_come_from_one_other_thread(items):
+def test_prefetched_items_are_unchanged_and_come_from_one_other_thread(items):
     threads = set()
 
     def produce():
@@ -42,7 +42,7 @@ def test_prefetched_items_are_the_same_and_come_from_one_other_thread(items):
     assert len(threads) <= 1 and threading.current_thread() not in threads
 
 
-def test_an_error_of_the_producer_is_raised_after_the_items_before_it():
+def test_a_producer_error_is_raised_after_the_earlier_items():
     def produce():
         yield 1
         raise ValueError("no more")

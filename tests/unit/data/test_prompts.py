@@ -1,4 +1,4 @@
-"""Class lists and templates in their common spellings."""
+"""Class lists and prompt templates in their common formats."""
 
 import json
 
@@ -20,7 +20,7 @@ def test_a_template_requires_exactly_one_placeholder(wrong):
         read_templates([wrong])
 
 
-def test_open_clips_lists_are_word_for_word():
+def test_lists_equal_open_clips():
     names = ("tench", "crêpe {odd}")
     for word, wanted in (
         ("openai", open_clip.OPENAI_IMAGENET_TEMPLATES),
@@ -55,7 +55,7 @@ def test_prompt_files_are_lines_or_json(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "[1]", '{"cat": [3]}', '{"cat": {"a": "b"}}', '[" "]'])
-def test_a_prompt_file_of_another_form_is_reported(tmp_path, content):
+def test_a_malformed_prompt_file_is_reported(tmp_path, content):
     path = tmp_path / "p.json"
     path.write_text(content)
     with pytest.raises(DataError, match=r"p\.json"):

@@ -64,7 +64,9 @@ AUGMENTS = [Augment(), Augment(shift=3), Augment(crop_scale=(0.3, 1)), Augment(s
 
 
 @pytest.mark.parametrize("augment", AUGMENTS)
-@pytest.mark.parametrize("size", [(32, 32), (41, 57), (200, 20)])  # (height, width); the last is too long for any box
+@pytest.mark.parametrize(
+    "size", [(32, 32), (41, 57), (200, 20)]
+)  # (height, width); the last is too elongated for any crop.
 @pytest.mark.parametrize("form", [np.asarray, Image.fromarray])
 def test_a_drawn_view_gives_the_pixels_of_the_reference(augment, size, form):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -79,7 +81,7 @@ def test_a_drawn_view_gives_the_pixels_of_the_reference(augment, size, form):
 
 
 def make(home, dtype="fp16", items=11, views=2, dim=8, per_shard=4, source=None, failed=(), **other):
-    """Write a cache of random embeddings; returns its folder and, in double precision, what was put in."""
+    """Write a cache of random embeddings; return its folder and the embeddings in double precision."""
     known = {"teacher": "t", "logit_scale": 14.3, "preprocess": SIZE, "tokenizer": {"name": "clip-bpe"}}
     known |= {"augment": Augment(shift=2), "fingerprint": "f", "source": "s", "precision": "fp32", "made_with": {}}
     if source is not None:
@@ -93,7 +95,7 @@ def make(home, dtype="fp16", items=11, views=2, dim=8, per_shard=4, source=None,
     for shard in range(manifest.shards):
         part = manifest.items_of(shard)
         each = [len(source.captions(i)) if source else 1 + i % 3 for i in part]
-        captions = rng.integers(0, 5, sum(each))  # several captions share a text
+        captions = rng.integers(0, 5, sum(each))  # Several captions share a text.
         shape = (len(part), manifest.views)
         views_of = [View((1, 2, 20, 22) if (i + k) % 2 else None, (i % 3, -k)) for i in part for k in range(shape[1])]
         raw = (5 * rng.standard_normal((n, dim)).astype(np.float32) for n in (shape[0] * shape[1], 5))
@@ -126,7 +128,7 @@ def test_rows_are_read_as_written_to_the_precision_of_the_dtype(tmp_path, dtype,
         assert found.dtype == norms.dtype == np.float32
         rounded = torch.from_numpy(unit(raw)).float().to(stored).double().numpy()
         ulp = torch.finfo(stored).eps
-        np.testing.assert_allclose(found, rounded, rtol=ulp)  # one unit in the last place, where float32 tips it
+        np.testing.assert_allclose(found, rounded, rtol=ulp)  # float32 may round by one unit in the last place.
         assert np.mean(found == rounded) > 0.99
         np.testing.assert_allclose(found * norms[:, None], raw, rtol=ulp, atol=1e-6)
 
@@ -153,7 +155,7 @@ def test_another_process_reads_the_same_rows(tmp_path):
     cache = TeacherCache.open(make(tmp_path)[0])
     cache.images([1])
     sent = pickle.dumps(cache)
-    assert len(sent) < 4000  # no arrays travel
+    assert len(sent) < 4000  # Arrays are not pickled.
     np.testing.assert_array_equal(pickle.loads(sent).texts([3, 7]), cache.texts([3, 7]))
 
 
@@ -246,7 +248,7 @@ def training_set(source, caches, augment=Augment(shift=2), size=32):  # noqa: B0
     return TrainingSet([source], Preprocess(size=size), lambda t: np.ones((len(t), 4)), augment, 5, [caches])
 
 
-def test_looked_up_rows_depend_on_seed_epoch_and_index_alone(tmp_path, digits):
+def test_cached_rows_depend_only_on_seed_epoch_and_index(tmp_path, digits):
     cache = TeacherCache.open(make(tmp_path, source=digits, failed={3, 4})[0])
     draws = [Draw(0, index, epoch) for epoch in range(3) for index in range(8)]
     together = training_set(digits, [cache]).__getitems__(draws)
@@ -254,7 +256,7 @@ def test_looked_up_rows_depend_on_seed_epoch_and_index_alone(tmp_path, digits):
     assert set(together) > {"teacher_image_0", "teacher_text_0", "teacher_image_norm_0", "teacher_text_norm_0"}
     for name, array in together.items():
         np.testing.assert_array_equal(array, np.concatenate([one[name] for one in alone]))
-    assert len(np.unique(together["teacher_image_0"], axis=0)) > 8  # other epochs see other views
+    assert len(np.unique(together["teacher_image_0"], axis=0)) > 8  # Other epochs see other views.
 
 
 def test_another_item_replaces_an_image_that_could_not_be_read(tmp_path, digits):
@@ -262,7 +264,7 @@ def test_another_item_replaces_an_image_that_could_not_be_read(tmp_path, digits)
     found = training_set(digits, [cache]).__getitems__([Draw(0, 3, epoch) for epoch in range(20)])
     np.testing.assert_allclose(np.linalg.norm(found["teacher_image_0"], axis=1), 1, atol=1e-2)
     shown = {image.tobytes() for image in found["pixels"]}
-    assert len(shown) > 5  # not always the same one
+    assert len(shown) > 5  # The replacement varies.
 
 
 @pytest.mark.parametrize(
@@ -290,7 +292,7 @@ def test_teachers_with_different_views_are_refused(tmp_path, digits):
         training_set(digits, [first, third])
 
 
-def test_a_shift_in_pixels_needs_one_size(tmp_path, digits):
+def test_a_shift_in_pixels_requires_one_image_size(tmp_path, digits):
     cache = TeacherCache.open(make(tmp_path, source=digits)[0])
     with pytest.raises(DataError, match=r"'augment\.shift' is in pixels"):
         training_set(digits, [cache], size=48)

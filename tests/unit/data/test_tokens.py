@@ -1,4 +1,4 @@
-"""Token ids against open_clip's own tokenizer, which the embeddings of all published models rest on."""
+"""Token ids equal those of open_clip's tokenizer."""
 
 import subprocess
 import sys
@@ -18,9 +18,9 @@ TRICKY = [
     "  a\tphoto\n of\u00a0a   cat ",
     "It's we're I've I'm they'll he'd 'S \u017fo '\u017f",
     "&amp;amp;lt; &#39; &nbsp; caf&eacute;",
-    "schÃ¶n âœ” “quoted” ﬁne ＦＵＬＬ",  # wrongly decoded, ligatures, wide: ftfy's work
+    "schÃ¶n âœ” “quoted” ﬁne ＦＵＬＬ",  # Mojibake, ligatures and full-width letters, fixed by ftfy.
     "<start_of_text> <END_OF_TEXT> <\u017ftart_of_text> <start_of_text",
-    "İstanbul STRASSE ǅ Σίσυφος",  # lower case that is longer, or depends on the place
+    "İstanbul STRASSE ǅ Σίσυφος",  # Lower case that is longer or depends on the position.
     "日本語 한국어 العربية ไทย 👩‍🚀🇩🇪 ½ ² Ⅷ ١٢٣",
     "abcabcabc aaaaaaaaa ababababab hahahahahaha",
     "\x00\x01\x7f\u200b\ufeff\u2028 \U000e0041",
@@ -46,14 +46,14 @@ def both():
 
 
 @pytest.mark.parametrize("text", TRICKY)
-def test_ids_of_tricky_texts_are_open_clips(both, text):
+def test_ids_of_tricky_texts_equal_open_clips(both, text):
     tokenize, reference = both
     np.testing.assert_array_equal(tokenize([text]), reference([text]).numpy())
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(texts, max_size=3))
-def test_ids_of_any_texts_are_open_clips(both, found):
+def test_ids_of_any_text_equal_open_clips(both, found):
     tokenize, reference = both
     ids = tokenize(found)
     assert ids.dtype == np.int64
@@ -61,18 +61,18 @@ def test_ids_of_any_texts_are_open_clips(both, found):
 
 
 @pytest.mark.parametrize("length", [2, 3, 16])
-def test_a_text_that_is_too_long_keeps_its_end(both, length):
+def test_a_truncated_text_keeps_its_end_token(both, length):
     cut = ours(length)(["one", "one two", "one two three four"])
     np.testing.assert_array_equal(cut, both[1](["one", "one two", "one two three four"], length).numpy())
-    assert (cut.max(axis=1) == cut[0].max()).all()  # the end has the highest id
+    assert (cut.max(axis=1) == cut[0].max()).all()  # The end token has the highest id.
 
 
-def test_arguments_of_open_clips_tokenizer_are_kept():
+def test_tokenizer_arguments_of_open_clip_are_kept():
     spec = {"name": "clip-bpe", "context_length": 8, "kwargs": {"clean": "canonicalize"}}
     np.testing.assert_array_equal(tokenizer_from_spec(spec)(["A cat, sat."]), ours(8)(["a cat sat"]))
 
 
-def test_tokenizing_brings_no_torch():
+def test_tokenizing_does_not_import_torch():
     code = (
         "import sys; from clipress.data.tokens import tokenizer_from_spec as t; "
         "t({'name': 'clip-bpe', 'context_length': 8})(['a']); "
@@ -81,7 +81,7 @@ def test_tokenizing_brings_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_word_of_a_million_letters_and_a_lone_surrogate_have_ids_too():
+def test_a_very_long_word_and_a_lone_surrogate_are_tokenized():
     rng = np.random.default_rng(0)
     word = "".join(map(chr, rng.integers(97, 123, 1_000_000)))
     ids = tokenizer_from_spec(PLAIN)([word, "a \ud800 b"])
@@ -89,13 +89,13 @@ def test_a_word_of_a_million_letters_and_a_lone_surrogate_have_ids_too():
 
 
 @pytest.mark.parametrize("change", [{"name": 5}, {"context_length": 0}, {"context_length": 10**9}, {"kwargs": [1]}])
-def test_what_describes_no_tokenizer_is_reported(change):
+def test_an_invalid_tokenizer_description_is_reported(change):
     with pytest.raises(ArtifactError, match="name and a context_length"):
         tokenizer_from_spec({**PLAIN, **change})
 
 
 @pytest.mark.parametrize("key", ["trust_remote_code", "bpe_path", "cache_dir"])
-def test_only_harmless_keys_reach_a_tokenizer(key):
+def test_only_safe_keys_reach_a_tokenizer(key):
     with pytest.raises(ArtifactError, match=f"{key}, which could run code"):
         tokenizer_from_spec({"name": "a/b", "context_length": 77, "kwargs": {key: True}})
 

@@ -1,4 +1,4 @@
-"""Views of an image, and the faster ways to the same pixels."""
+"""Image augmentations, and faster implementations with the same pixels."""
 
 import io
 
@@ -18,7 +18,7 @@ def photo():
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_torchs_resize_is_at_most_one_level_off_pillows(photo, mode, interpolation):
+def test_torch_resize_is_within_one_level_of_pillow(photo, mode, interpolation):
     preprocess = Preprocess(size=96, resize_mode=mode, interpolation=interpolation)
     exact, fast = (resized(photo, preprocess, library).astype(int) for library in ("pillow", "torch"))
     assert exact.shape == fast.shape == (96, 96, 3) and abs(exact - fast).max() <= 1 and exact.std() > 10
@@ -30,7 +30,7 @@ def test_a_cropped_view_is_the_same_with_either_library(photo):
     assert abs(exact - fast).max() <= 1
 
 
-def test_a_crop_is_what_torchvision_makes_of_the_same_box(photo):
+def test_a_crop_equals_torchvisions_for_the_same_box(photo):
     from torchvision.transforms.functional import InterpolationMode, resized_crop
 
     left, top, right, bottom = 100, 50, 400, 300
@@ -45,14 +45,14 @@ def test_a_flipped_view_is_the_mirror_image(photo):
     np.testing.assert_array_equal(mirrored, np.flip(plain, axis=1))
 
 
-def test_half_of_the_images_are_flipped_and_only_if_set():
+def test_half_of_the_images_are_flipped_if_enabled():
     def flips(augment):
         return [drawn_view((32, 32), augment, np.random.default_rng(seed)).flip for seed in range(400)]
 
     assert 160 < sum(flips(Augment(flip=True))) < 240 and not any(flips(Augment(shift=1)))
 
 
-def test_normalising_plane_by_plane_gives_the_same_bits_as_all_at_once():
+def test_normalising_per_channel_is_bitwise_equal_to_all_at_once():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 5, 3), dtype=np.uint8)
     preprocess = Preprocess(size=5)
     mean, std = np.asarray(preprocess.mean, np.float32), np.asarray(preprocess.std, np.float32)

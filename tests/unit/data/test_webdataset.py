@@ -1,4 +1,4 @@
-"""Shards are grouped into records as open_clip does, with random access."""
+"""Shards are grouped into records as in open_clip, with random access."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def tar(path, members, form=tarfile.USTAR_FORMAT):
 
 
 def pairs(start, count):
-    """Members as img2dataset writes them."""
+    """Return tar members as img2dataset writes them."""
     for i in range(start, start + count):
         key = f"{i // 100:05}{i % 100:04}"
         meta = {"caption": f"image {i}", "url": f"http://x.org/{i}", "key": key, "status": "success"}
@@ -82,16 +82,16 @@ ODD = [
 ]
 
 
-def test_records_are_those_of_the_webdataset_library(tmp_path, monkeypatch):
+def test_records_match_the_webdataset_library(tmp_path, monkeypatch):
     wds = pytest.importorskip("webdataset")
-    monkeypatch.setattr(webdataset, "report_skipped", lambda *_: None)  # half of these are odd on purpose
+    monkeypatch.setattr(webdataset, "report_skipped", lambda *_: None)  # Half of these records are odd on purpose.
     path = tar(tmp_path / "odd.tar", ODD)
     with path.open("rb") as stream:
         members = [dict(part, __url__="odd.tar") for part in wds.tariterators.tar_file_iterator(stream)]
     wanted = []
     for sample in wds.tariterators.group_by_keys(
         members
-    ):  # open_clip: filter_no_caption_or_no_image, rename(image="jpg;png;jpeg;webp", text="txt")
+    ):  # open_clip uses filter_no_caption_or_no_image and rename(image="jpg;png;jpeg;webp", text="txt")
         image = next((sample[suffix] for suffix in ("jpg", "png", "jpeg", "webp") if suffix in sample), None)
         if image is not None and sample.get("txt"):
             wanted.append((Image.open(io.BytesIO(image)).convert("RGB").tobytes(), sample["txt"].decode()))
@@ -108,8 +108,8 @@ def test_a_repeated_suffix_starts_another_record(tmp_path):
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_and_foreign_names_are_read(tmp_path, form):
-    folder = "ordner/" * 12  # 84 letters, ustar splits a longer path
+def test_long_and_non_ascii_names_are_read(tmp_path, form):
+    folder = "ordner/" * 12  # 84 letters: ustar splits a longer path.
     long = "x" * (90 if form == tarfile.USTAR_FORMAT else 300)
     name = folder + long + ("" if form == tarfile.USTAR_FORMAT else "ü")
     path = tar(tmp_path / "a.tar", [(f"{name}.png", encoded("blue")), (f"{name}.txt", b"blue")], form)
@@ -181,7 +181,7 @@ def test_a_shard_that_is_modified_while_it_is_read_is_reported(tmp_path):
         source.captions(1)
 
 
-def test_an_index_is_built_once_and_again_when_the_shard_has_changed(tmp_path, monkeypatch):
+def test_an_index_is_rebuilt_only_when_its_shard_changes(tmp_path, monkeypatch):
     built = []
     build_index = webdataset.build_index
     monkeypatch.setattr(webdataset, "build_index", lambda path: built.append(path) or build_index(path))
@@ -192,7 +192,7 @@ def test_an_index_is_built_once_and_again_when_the_shard_has_changed(tmp_path, m
     assert len(index_of(path)["image"]) == 4 and len(built) == 2
 
 
-def test_a_damaged_index_is_built_again(tmp_path, monkeypatch):
+def test_a_damaged_index_is_rebuilt(tmp_path, monkeypatch):
     monkeypatch.setenv("CLIPRESS_CACHE", str(tmp_path / "cache"))
     path = tar(tmp_path / "s.tar", pairs(0, 3))
     index_of(path)
@@ -248,7 +248,7 @@ def test_limit_and_fingerprint(tmp_path):
     assert opened(path).fingerprint != first
 
 
-def test_several_workers_read_the_same_batches_as_none(tmp_path):
+def test_workers_do_not_change_the_batches(tmp_path):
     from torch.utils.data import DataLoader
 
     for shard in range(2):

@@ -1,4 +1,4 @@
-"""A classifier, a task of one graph without texts and embeddings, is exported, compared and built like a CLIP."""
+"""Exporting a classifier: a task with one graph, no texts and no embeddings."""
 
 import json
 
@@ -55,7 +55,7 @@ def run(sets, tmp_path_factory):
 
 
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
-def test_its_graph_agrees_with_torch_at_any_batch(run, sets, tmp_path, exporter):
+def test_the_graph_of_a_classifier_matches_torch_at_any_batch(run, sets, tmp_path, exporter):
     made = onnx_from_artifact(run / "fp32", tmp_path / "e", OnnxSettings(exporter=exporter), sets)
     assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["export.json", "image.onnx"]
     assert made.parity.keys() == {"samples", "batches", "image_min_cosine", "image_same_first_place"}
@@ -66,7 +66,7 @@ def test_its_graph_agrees_with_torch_at_any_batch(run, sets, tmp_path, exporter)
 
 
 @pytest.mark.parametrize("stage", ["fp32", "int8"])
-def test_its_export_has_labels_and_no_keys_of_a_clip(run, stage):
+def test_the_export_of_a_classifier_has_labels_and_no_keys_of_a_clip(run, stage):
     folder = run / "export" / stage
     described, exported = json.loads((folder / "export.json").read_text()), read_export(folder)
     assert (exported.task, exported.labels, exported.precision) == ("classification", LABELS, stage)
@@ -78,20 +78,20 @@ def test_its_export_has_labels_and_no_keys_of_a_clip(run, stage):
     assert [one.precision for one in verify(folder)] == [stage]
 
 
-def test_its_int8_products_are_integers(run):
+def test_int8_products_of_a_classifier_run_on_integers(run):
     model = onnx.load(run / "export" / "int8" / "image.onnx")
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("DequantizeLinear") > 2 * 6 and "Conv" not in kinds
 
 
-def test_the_form_for_convolutions_is_refused(run, sets, tmp_path):
+def test_the_static_int8_form_is_refused_for_a_classifier(run, sets, tmp_path):
     with pytest.raises(ExportError, match=r"int8: static is not possible: the graph 'image' is not convolutional"):
         onnx_from_artifact(run / "int8", tmp_path / "e", OnnxSettings(int8="static"), sets)
     assert not (tmp_path / "e").exists()
 
 
 @pytest.mark.parametrize("stage", ["fp32", "int8"])
-def test_it_is_written_in_float16_and_built_as_an_engine(run, sets, stage, monkeypatch):
+def test_a_classifier_is_written_in_float16_and_built_as_an_engine(run, sets, stage, monkeypatch):
     for precision in ("int8-fp16", "int8 engine"):
         monkeypatch.setitem(parity.LIMITS, precision, (0.99, 0.5, 5e-2))
     folder, machine = run / "export" / stage, fake_machine()
@@ -104,6 +104,6 @@ def test_it_is_written_in_float16_and_built_as_an_engine(run, sets, stage, monke
     assert load_engine(path, machine)(inputs)["logits"].shape == (20, len(LABELS))
 
 
-def test_a_zero_shot_classifier_of_it_is_refused(run, sets):
+def test_a_zero_shot_classifier_made_of_a_classifier_is_refused(run, sets):
     with pytest.raises(ExportError, match=r"export\.onnx\.labels: zero-shot classifiers need a CLIP"):
         extra_models_from_export(run / "export" / "fp32", OnnxSettings(labels=("cat", "dog")), sets)

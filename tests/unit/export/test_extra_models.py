@@ -1,4 +1,4 @@
-"""Extra files made from an export's graphs give the same results as these, and their metadata say what they are."""
+"""Extra files give the same results as the graphs they are made from and describe themselves in metadata."""
 
 import io
 import json
@@ -114,7 +114,7 @@ def test_a_classifier_records_its_labels_and_sources(export, sets):
     assert 0 <= about["parity"]["probabilities_max_difference"] < 1e-5
 
 
-def test_a_classifier_is_made_again_only_when_its_settings_change_or_it_is_damaged(fp32, sets):
+def test_a_classifier_is_rebuilt_only_if_its_settings_change_or_it_is_damaged(fp32, sets):
     path = extra_models_from_export(fp32, OnnxSettings(**SETTINGS), sets)["classifier"]
     path.touch()
     first = path.stat().st_ino
@@ -127,7 +127,7 @@ def test_a_classifier_is_made_again_only_when_its_settings_change_or_it_is_damag
     assert open_session(path).get_outputs()[0].shape[1] == 2
 
 
-def test_a_file_that_does_not_agree_is_not_written(fp32, sets, monkeypatch):
+def test_a_file_that_fails_parity_is_not_written(fp32, sets, monkeypatch):
     honest = merge.classifier
     monkeypatch.setattr(merge, "classifier", lambda image, classes, scale: honest(image, classes[::-1], scale))
     with pytest.raises(
@@ -150,7 +150,7 @@ def test_labels_and_templates_that_cannot_be_used_are_refused(fp32, sets, labels
         extra_models_from_export(fp32, OnnxSettings(labels=labels, templates=templates), sets)
 
 
-def test_labels_come_from_a_file_too(fp32, sets, tmp_path):
+def test_labels_can_be_read_from_a_file(fp32, sets, tmp_path):
     (tmp_path / "names.txt").write_text("cat\n\ndog\n")
     path = extra_models_from_export(fp32, OnnxSettings(labels_file=tmp_path / "names.txt"), sets)["classifier"]
     assert metadata_in(path)["labels"] == ["cat", "dog"] and metadata_in(path)["templates"] == ["a photo of a {}"]
@@ -271,8 +271,8 @@ QUESTION = Graph(
 
 
 @pytest.fixture
-def questions(tmp_path, monkeypatch):
-    """An export of a task that is no CLIP: one graph with two inputs, no tokenizer, no embeddings."""
+def questions(tmp_path):
+    """An export of another task: one graph with two inputs, no tokenizer, no embeddings."""
 
     class Questions(Task):
         name, main_graph, towers, figures, provides = "questions", "question", (), (), frozenset()
@@ -284,7 +284,6 @@ def questions(tmp_path, monkeypatch):
     for member in Questions.__abstractmethods__:
         setattr(Questions, member, None)
     Questions.__abstractmethods__ = frozenset()
-    monkeypatch.setattr(TASKS, "_entries", {**{name: TASKS[name] for name in TASKS}, "questions": Questions})
     folder = tmp_path / "questions"
     folder.mkdir()
     onnx.save(two_inputs(np.random.default_rng(0).standard_normal((8, 5)).astype("f")), folder / "question.onnx")
@@ -300,7 +299,8 @@ def questions(tmp_path, monkeypatch):
         files={"question": describe_file(folder / "question.onnx")},
     )
     exported.write()
-    return exported
+    with TASKS.registered("questions", Questions):
+        yield exported
 
 
 def test_float16_files_are_made_for_every_graph_of_any_task(questions):

@@ -76,7 +76,7 @@ def test_a_shrunk_embedding_differs_by_at_most_half_a_step_per_row():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_patch_embedding_as_a_product_gives_what_the_convolution_gave(bias):
+def test_a_patch_embedding_as_a_product_matches_the_convolution(bias):
     rng = np.random.default_rng(0)
     model = patch_embedding(rng, bias=bias)
     pixels = rng.standard_normal((3, 3, 8, 12)).astype("f")
@@ -89,7 +89,7 @@ def test_a_patch_embedding_as_a_product_gives_what_the_convolution_gave(bias):
 
 
 @pytest.mark.parametrize("changed", [{"strides": [2, 4]}, {"pads": [0, 0, 0, 1]}, {"size": (9, 12)}])
-def test_a_convolution_whose_windows_do_not_tile_the_image_stays_one(changed):
+def test_a_convolution_whose_windows_do_not_tile_the_image_is_kept(changed):
     model = patch_embedding(np.random.default_rng(0), **changed)
     before = model.SerializeToString()
     int8.patches_as_product(model)

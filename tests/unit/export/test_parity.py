@@ -28,7 +28,7 @@ def compared(graphs, samples, precision="fp32", **given):
 
 
 @pytest.mark.parametrize("broken_at", [1, 3, 10])
-def test_a_file_that_is_wrong_at_one_batch_alone_is_refused(broken_at):
+def test_a_file_that_is_wrong_at_a_single_batch_size_is_refused(broken_at):
     graphs = {"image": clip_graphs(2, 3, 4)["image"]}
     what = compared(graphs, {"image": {"pixel_values": RNG.standard_normal((10, 4))}})
 
@@ -74,7 +74,7 @@ def test_same_first_place_counts_queries_both_ways():
     assert parity.same_first([eye, eye], [eye, swapped], 1.0) == 1.0  # Scores this far apart count as equal.
 
 
-def test_the_largest_logit_is_the_same_up_to_equal_scores_whatever_their_scale():
+def test_the_largest_logit_matches_up_to_ties_at_any_scale():
     wanted = np.array([[0.0, 1.0, 0.999], [3.0, 0.0, 1.0]])
     swapped = wanted[:, [0, 2, 1]]
     for scale in (1e-3, 1.0, 1e3):
@@ -101,7 +101,7 @@ def test_a_graph_of_logits_is_compared_by_cosine_and_first_place_on_all_its_inpu
     assert figures == {"question_min_cosine": pytest.approx(1), "question_same_first_place": 1}
 
 
-def test_logits_that_are_close_and_have_another_first_place_are_refused(question):
+def test_close_logits_with_another_first_place_are_refused(question):
     def candidate(inputs):
         found = answer(inputs)
         order = np.argsort(found["answer_logits"])
@@ -115,7 +115,7 @@ def test_logits_that_are_close_and_have_another_first_place_are_refused(question
         parity.compare(question, {"question": answer}, {"question": candidate})
 
 
-def test_a_second_output_is_compared_too(question):
+def test_every_output_is_compared(question):
     def candidate(inputs):
         found = answer(inputs)
         return found | {"hidden": -found["hidden"]}

@@ -77,7 +77,7 @@ def test_a_float16_tower_agrees_with_torch_and_takes_and_gives_float32(model, in
 
 @pytest.mark.parametrize("rest", ["fp32", "fp16"])
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_an_int8_tower_keeps_its_quantizers_whatever_the_rest_is_in(int8, inputs, tmp_path, tower, rest):
+def test_an_int8_tower_keeps_its_quantizers_in_any_precision(int8, inputs, tmp_path, tower, rest):
     model = exported(int8, tower, tmp_path)
     lowered = precision.lower(model, rest)
     assert precision.engine_precision(model, rest) == f"int8-{rest}"
@@ -118,14 +118,14 @@ def model_of(nodes, weights, inputs=("x",)):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
-def test_values_beyond_float16_become_its_largest_and_infinities_stay(tmp_path):
+def test_values_beyond_float16_are_clamped_and_infinities_kept(tmp_path):
     mask = np.asarray([1e9, -np.inf, 2.0], "f")
     lowered = precision.lower(model_of([helper.make_node("Max", ["x", "m"], ["y"], name="n")], {"m": mask}), "fp16")
     found = run(lowered, np.full((1, 3), -3, "f"), tmp_path)
     np.testing.assert_array_equal(found, [[65504, -3, 2]])
 
 
-def test_a_constant_used_before_and_behind_the_norm_has_both_types(tmp_path):
+def test_a_constant_used_before_and_after_the_norm_has_both_types(tmp_path):
     nodes = [
         helper.make_node("Mul", ["x", "c"], ["s"], name="s"),
         helper.make_node("ReduceL2", ["s"], ["n"], name="n", keepdims=1, axes=[1]),

@@ -48,7 +48,7 @@ OPSETS = [*(("torchscript", opset) for opset in (17, 18, 19, 20)), ("dynamo", 18
 
 
 @pytest.mark.parametrize(("exporter", "opset"), OPSETS)
-def test_towers_agree_with_torch_at_any_batch(artifact, sets, tmp_path, exporter, opset):
+def test_towers_match_torch_at_any_batch(artifact, sets, tmp_path, exporter, opset):
     made = onnx_from_artifact(artifact, tmp_path / "e", OnnxSettings(opset=opset, exporter=exporter), sets)
     assert made.exporter == {"image": exporter, "text": exporter}
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["export.json", "image.onnx", "text.onnx"]
@@ -69,7 +69,7 @@ def test_towers_agree_with_torch_at_any_batch(artifact, sets, tmp_path, exporter
 
 
 @pytest.mark.parametrize("opset", [17, 20])
-def test_int8_towers_agree_with_torch_on_another_opset_too(tiny_run, sets, tmp_path, opset):
+def test_int8_towers_match_torch_on_another_opset(tiny_run, sets, tmp_path, opset):
     artifact = tiny_run[0] / "int8"  # The run itself exports opset 18.
     made = onnx_from_artifact(artifact, tmp_path / "e", OnnxSettings(opset=opset), sets)
     assert (made.precision, made.opset) == ("int8", opset)
@@ -91,7 +91,7 @@ def test_an_opset_that_dynamo_does_not_write_is_refused_and_left_to_torchscript_
     assert onnx.load(tmp_path / "e" / "text.onnx").opset_import[0].version == 17
 
 
-def test_a_file_alone_says_how_to_use_it(artifact, sets, tmp_path):
+def test_a_file_describes_its_use_in_metadata(artifact, sets, tmp_path):
     made = onnx_from_artifact(artifact, tmp_path / "e", OnnxSettings(exporter="torchscript"), sets)
     session = onnxruntime.InferenceSession(str(tmp_path / "e" / "text.onnx"), providers=["CPUExecutionProvider"])
     about = json.loads(session.get_modelmeta().custom_metadata_map["clipress"])
@@ -115,7 +115,7 @@ def test_an_export_is_kept_while_artifact_settings_and_files_are_the_same(artifa
         assert not is_exported(artifact, target, settings)
 
 
-def test_an_export_that_does_not_agree_is_refused_and_the_old_one_kept(artifact, sets, tmp_path, monkeypatch):
+def test_an_export_that_fails_parity_is_refused_and_the_old_one_is_kept(artifact, sets, tmp_path, monkeypatch):
     target = tmp_path / "e"
     onnx_from_artifact(artifact, target, OnnxSettings(exporter="torchscript"), sets)
     before = {path.name: path.read_bytes() for path in target.iterdir()}
@@ -135,7 +135,7 @@ def test_an_export_that_does_not_agree_is_refused_and_the_old_one_kept(artifact,
     assert [path.name for path in tmp_path.iterdir()] == ["e"]
 
 
-def test_a_different_ranking_is_refused_though_every_embedding_is_close(artifact, sets, tmp_path, monkeypatch):
+def test_a_different_ranking_is_refused_even_if_all_embeddings_are_close(artifact, sets, tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "same_first", lambda *_: 0.9)
     with pytest.raises(ExportError, match="rank differently"):
         onnx_from_artifact(artifact, tmp_path / "e", OnnxSettings(exporter="torchscript"), sets)

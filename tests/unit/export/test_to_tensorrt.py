@@ -179,7 +179,7 @@ def test_a_batch_outside_the_profile_is_refused(foreign, shape):
 
 
 @pytest.mark.parametrize("damage", [0.2, np.nan])
-def test_an_engine_that_does_not_agree_is_not_kept(export, sets, damage):
+def test_an_engine_that_fails_parity_is_not_kept(export, sets, damage):
     machine = fake_machine()
     machine.trt.damage = damage
     settings = TensorRTSettings(precision="fp32")
@@ -284,9 +284,7 @@ H100, A100, T4 = ("NVIDIA H100", (9, 0)), ("NVIDIA A100", (8, 0)), ("Tesla T4", 
         ({"hardware_compatibility": "ampere_plus"}, VERSIONS[1], A100, False),
     ],
 )
-def test_an_engine_runs_where_it_was_built_for_and_elsewhere_is_refused_with_both_machines(
-    foreign, settings, version, gpu, fits
-):
+def test_an_engine_runs_on_its_machine_and_is_refused_elsewhere_with_both_named(foreign, settings, version, gpu, fits):
     path = built(foreign, fake_machine(VERSIONS[0]), **settings)
     here = fake_machine(version, gpu=gpu[0], capability=gpu[1])
     if fits:
@@ -305,7 +303,7 @@ def test_an_older_release_does_not_load_a_newer_ones_version_compatible_engine(f
         load_engine(path, fake_machine(VERSIONS[0]))
 
 
-def test_another_file_or_other_settings_are_built_again(foreign, weight):
+def test_a_changed_file_or_setting_is_built_again(foreign, weight):
     machine = fake_machine()
     builds = lambda: [c[0] for c in machine.trt.calls].count("Builder.build_serialized_network")  # noqa: E731
     built(foreign, machine)
@@ -328,7 +326,7 @@ def test_a_file_in_another_precision_keeps_its_metadata(export, tmp_path, precis
     assert json.loads(kept["clipress"]) == {**about, "precision": precision} and one.model["tower"] == "text"
 
 
-def test_a_file_of_another_tool_is_refused_unless_it_is_declared_foreign(foreign):
+def test_a_file_of_another_tool_requires_the_option_foreign(foreign):
     with pytest.raises(ExportError, match=r"linear\.onnx was not made by clipress.*--foreign"):
         prepare(foreign, foreign.parent, TensorRTSettings())
     assert prepare(foreign, foreign.parent, TensorRTSettings(), foreign=True).name == "linear"
@@ -476,7 +474,7 @@ def test_a_release_that_is_too_old_is_refused(monkeypatch, gpu):
         machines.find_machine()
 
 
-def test_a_machine_with_both_is_found(monkeypatch, gpu):
+def test_a_machine_with_tensorrt_and_a_gpu_is_accepted(monkeypatch, gpu):
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(VERSIONS[1], None))
     assert str(machines.find_machine()) == "TensorRT 11.4.0.106 on NVIDIA H200 (compute capability 9.0)"
 
@@ -514,7 +512,7 @@ def test_a_whole_run_is_not_stopped_by_missing_engines(tmp_path, recipe, bare):
     assert (tmp_path / "run" / "bench" / "results.json").is_file() and (tmp_path / "run" / "triton").is_dir()
 
 
-def test_the_command_for_one_file_reports_what_is_wrong_with_it(tmp_path, foreign, export, bare):
+def test_the_command_for_one_file_reports_problems_with_it(tmp_path, foreign, export, bare):
     for arguments, words in [
         ((foreign, "--tensorrt"), "was not made by clipress"),
         ((foreign, "--tensorrt", "--foreign"), "TensorRT cannot be used"),
@@ -528,7 +526,7 @@ def test_the_command_for_one_file_reports_what_is_wrong_with_it(tmp_path, foreig
         assert words in result.output, result.output
 
 
-def test_engines_are_built_by_the_command_where_there_is_a_gpu(monkeypatch, export):
+def test_the_command_builds_engines_on_a_machine_with_a_gpu(monkeypatch, export):
     machine = fake_machine(VERSIONS[1])
     monkeypatch.setattr("clipress.workflow.engines.find_machine", lambda: machine)
     result = clipress("export", export / "text.onnx", "--tensorrt", "--precision", "fp32")
@@ -570,7 +568,7 @@ def test_the_script_gives_both_releases_of_trtexec_the_same_options(export, tmp_
     assert (script.parent / "x" / "tensorrt" / "image.fp16.onnx").is_file()
 
 
-def test_the_script_stops_at_a_release_it_does_not_know(export, tmp_path):
+def test_the_script_stops_at_an_unknown_release(export, tmp_path):
     settings = TensorRTSettings()
     script = write_script(tmp_path / "export" / "trtexec.sh", list(prepare_export(export, settings).values()), settings)
     done = subprocess.run(

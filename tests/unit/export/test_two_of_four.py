@@ -143,9 +143,8 @@ def test_polygraphy_finds_the_same_weights_eligible_and_sparse(exported, tmp_pat
             name
             for name in of_tower(skipped, tower)
             if (shapes[f"{name}.weight"].shape[1] if f"{name}.weight" in shapes else shapes[name].shape[0]) % 4 == 0
-            or (
-                name == "visual.conv1" and artifact.quantization
-            )  # In INT8 files this is a product of 8 x 8 x 3 inputs.
+            # In INT8 files this is a product of 8 x 8 x 3 inputs.
+            or (name == "visual.conv1" and artifact.quantization)
         ]
         assert report.count("Found sparse tensor") == len(of_tower(weights, tower))
         assert report.count("Found non-sparse tensor") == len(fours)

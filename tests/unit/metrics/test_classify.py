@@ -1,4 +1,4 @@
-"""Metrics from logits against scikit-learn, and against zero-shot metrics of the same scores."""
+"""Classification metrics match scikit-learn, and zero-shot metrics of the same scores."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_a_tie_with_a_wrong_class_is_a_miss_and_is_counted():
     assert found["top1"].values.tolist() == [False, True] and found["top1"].tied == 1
 
 
-def test_more_places_than_classes_are_left_out():
+def test_top_k_beyond_the_number_of_classes_is_left_out():
     assert set(score_logits(*problem(classes=4))) == {"top1", "mean_per_class_recall"}
 
 
@@ -55,7 +55,7 @@ def test_a_label_out_of_range_is_an_error(wrong):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_logits_that_are_not_finite_are_an_error_never_a_hit(bad):
+def test_non_finite_logits_are_an_error(bad):
     logits, labels = problem()
     logits[2, 1] = bad
     with pytest.raises(ArtifactError, match="1 of 200 logit rows are not finite"):

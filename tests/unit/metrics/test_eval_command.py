@@ -1,4 +1,4 @@
-"""`clipress eval`: figures with their errors, differences on the same items, a linear probe, a file."""
+"""`clipress eval`: metrics with standard errors, paired differences, a linear probe and a results file."""
 
 import json
 
@@ -14,18 +14,18 @@ def lines(result):
     return {line.split()[0]: line for line in result.output.splitlines() if "/" in line.split(" ")[0]}
 
 
-def test_figures_are_told_with_their_standard_errors(tiny_run):
+def test_metrics_are_printed_with_standard_errors(tiny_run):
     printed_lines = lines(clipress("eval", tiny_run[0], "--stage", "recovered"))
     assert {"digits/top1", "digits/mean_per_class_recall", "scenes/text_r1", "scenes/mean_r1"} <= printed_lines.keys()
     assert all(" ± " in line and "[" not in line for line in printed_lines.values())
 
 
-def test_an_artefact_against_itself_differs_by_nothing(tiny_run):
+def test_an_artifact_does_not_differ_from_itself(tiny_run):
     printed_lines = lines(clipress("eval", tiny_run[0], "--stage", "teacher", "--compare", "teacher"))
     assert all(line.endswith("+0.00 [+0.00, +0.00]") for line in printed_lines.values())
 
 
-def test_two_stages_are_compared_and_the_file_says_what_was_printed(tiny_run, tmp_path):
+def test_two_stages_are_compared_and_the_file_matches_the_output(tiny_run, tmp_path):
     out = tmp_path / "figures.json"
     printed_lines = lines(clipress("eval", tiny_run[0], "--compare", "teacher", "--linear-probe", "--json", out))
     written = json.loads(out.read_text())
@@ -38,10 +38,10 @@ def test_two_stages_are_compared_and_the_file_says_what_was_printed(tiny_run, tm
             f"{found['percent']:6.2f} ± {found['se']:4.2f} %   {found['difference']:+6.2f} [{low:+.2f}, {high:+.2f}]"
         )
         assert printed_lines[key].endswith(printed)
-    assert written["metrics"]["digits/lp_top1"]["percent"] > 25  # chance is 10
+    assert written["metrics"]["digits/lp_top1"]["percent"] > 25  # Chance level is 10.
 
 
-def test_bench_keeps_what_it_printed_item_by_item(tiny_run):
+def test_bench_writes_the_outcome_of_every_item(tiny_run):
     run, _ = tiny_run
     rows = json.loads((run / "bench" / "results.json").read_text())["rows"]
     items = {row["stage"]: read_outcomes(run / "bench" / "items" / f"{row['stage']}.npz") for row in rows}
@@ -62,7 +62,7 @@ def test_bench_keeps_what_it_printed_item_by_item(tiny_run):
         (("--split", "train"), ("'train' is not one of",)),
     ],
 )
-def test_a_mistake_is_one_message(tiny_run, options, words):
+def test_a_user_error_is_one_message(tiny_run, options, words):
     result = clipress("eval", tiny_run[0], *options)
     assert result.exit_code == 2 and "Traceback" not in result.output
     for word in words:

@@ -1,4 +1,4 @@
-"""Evaluation through two encoders: every caption, every template, the right labels, seen and unseen classes."""
+"""Evaluation with two encoders: captions, templates, labels, seen and unseen classes."""
 
 import logging
 
@@ -49,12 +49,12 @@ def test_evaluation_uses_every_caption_and_every_template():
     }
 
 
-def test_equal_texts_have_equal_embeddings_whatever_batch_they_are_in():
+def test_equal_texts_have_equal_embeddings_in_any_batch():
     calls = []
 
     def encode(batch):
         calls.append(len(batch))
-        return batch + np.float32(len(calls) * 1e-3)  # an encoder that rounds differently in every batch
+        return batch + np.float32(len(calls) * 1e-3)  # The encoder rounds differently in every batch.
 
     texts = ["a", "b", "a", "c", "a"]
     found = encode_texts(encode, lambda texts: np.array([[ord(t), 1.0] for t in texts]), texts, batch=2)
@@ -63,7 +63,7 @@ def test_equal_texts_have_equal_embeddings_whatever_batch_they_are_in():
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_a_broken_model_is_an_error_never_a_hit(tower):
+def test_a_broken_model_is_an_error(tower):
     def broken(batch):
         return np.full((len(batch), 32), np.nan, np.float32)
 
@@ -86,7 +86,7 @@ def folders(root, names, listed=None):
 def test_numbered_folders_are_labels_of_a_subset_of_the_classes(tmp_path):
     names = [f"thing {i}" for i in range(11)]
     (evalset,) = evalsets([folders(tmp_path, ("0", "2", "10"), names)])
-    assert sorted(evalset.labels().tolist()) == [0, 0, 2, 2, 10, 10]  # 10 is not 1, though its folder comes second
+    assert sorted(evalset.labels().tolist()) == [0, 0, 2, 2, 10, 10]  # The folder 10 sorts second but is label 10.
     label_of = {round(float(batch), 3): label for batch, label in zip(reds(evalset), evalset.labels(), strict=True)}
 
     def knows_them(batch):
@@ -103,7 +103,7 @@ def reds(evalset):
     return np.concatenate([batch[:, 0, 0, 0] for batch in evalset.pixel_batches(PREPROCESS)])
 
 
-def test_two_classes_of_one_name_tie_and_the_warning_says_so(tmp_path, caplog):
+def test_classes_with_the_same_name_tie_and_cause_a_warning(tmp_path, caplog):
     spec = folders(tmp_path, ("0", "1", "2"), ["missile", "shell", "missile"])
     with caplog.at_level(logging.WARNING, "clipress"):
         found = measure(spec)
@@ -112,13 +112,13 @@ def test_two_classes_of_one_name_tie_and_the_warning_says_so(tmp_path, caplog):
     assert "things/top1:" in caplog.text and "of 6 queries tie with wrong answers" in caplog.text
 
 
-def test_without_ties_nothing_is_warned_of(caplog):
+def test_there_is_no_warning_without_ties(caplog):
     with caplog.at_level(logging.WARNING, "clipress"):
         measure(DIGITS)
     assert not caplog.text
 
 
-def test_seen_classes_of_a_recipe_are_told_apart():
+def test_seen_classes_of_a_recipe_are_reported_separately():
     (evalset,) = evalsets([DIGITS.model_copy(update={"seen": ("three", "seven")})])
     assert evalset.seen == {3, 7}
     found = measure(DIGITS.model_copy(update={"seen": ("three", "seven")}))
@@ -127,14 +127,14 @@ def test_seen_classes_of_a_recipe_are_told_apart():
     assert not any("seen" in key for key in measure(DIGITS))
 
 
-def test_a_seen_class_that_is_not_there_is_an_error():
+def test_an_unknown_seen_class_is_an_error():
     with pytest.raises(DataError, match=r"'thre'.*Did you mean 'three'"):
         evalsets([DIGITS.model_copy(update={"seen": ("thre",)})])
     with pytest.raises(DataError, match="has no classes"):
         evalsets([SourceSpec(format="scenes", split="test", limit=3, seen=("circle",))])
 
 
-def test_a_probe_is_trained_on_the_source_of_the_same_name_and_classes(tmp_path, caplog):
+def test_a_probe_is_trained_on_the_source_with_the_same_name_and_classes(tmp_path, caplog):
     other = folders(tmp_path / "a", ("cat", "dog"))
     train = folders(tmp_path / "b", ("cat", "cow"))
     test = train.model_copy(update={"limit": 3})

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.oracle
 
 @pytest.fixture
 def theirs(monkeypatch):
-    """CLIP_benchmark's two modules, with the one line replaced that fails in NumPy 2.4 (float() of an array)."""
+    """Two modules of CLIP_benchmark, with one line patched that fails in NumPy 2.4 (float() of an array)."""
     pytest.importorskip(
         "clip_benchmark", reason="clip-benchmark is not installed. Run: pip install --no-deps clip-benchmark"
     )
@@ -38,7 +38,7 @@ def theirs(monkeypatch):
 
 
 class Given:
-    """A model with given embeddings: images are embeddings, texts are rows of a table."""
+    """A model whose images are their embeddings and whose texts are rows of a table."""
 
     def __init__(self, table):
         self.table = torch.from_numpy(table)

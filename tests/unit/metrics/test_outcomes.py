@@ -1,4 +1,4 @@
-"""Standard errors and paired differences against textbook formulas and against resampling, item by item."""
+"""Standard errors and paired differences match textbook formulas and resampling."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def hits(n, p, seed=0):
 
 
 def slow_value(outcomes, items):
-    """The figure of the items drawn, from its definition."""
+    """Compute the metric of the drawn items from its definition."""
     strata = np.zeros(len(outcomes.values)) if outcomes.strata is None else outcomes.strata
     means = [outcomes.values[items][strata[items] == s].mean() for s in np.unique(strata[items])]
     if outcomes.combine == "harmonic":
@@ -29,7 +29,7 @@ def slow_value(outcomes, items):
 
 
 def slow_draws(outcomes, replicates=1500):
-    """Draw units with replacement and work the figure out anew each time."""
+    """Draw units with replacement and recompute the metric each time."""
     rng = np.random.default_rng(1)
     units = np.arange(len(outcomes.values)) if outcomes.units is None else outcomes.units
     members = [np.flatnonzero(units == u) for u in np.unique(units)]
@@ -52,27 +52,27 @@ KINDS = {
 
 
 def model(kind, p, seed):
-    """Outcomes that differ between classes and are alike within a unit."""
+    """Return outcomes that differ between classes and correlate within a unit."""
     rng = np.random.default_rng(seed)
     lift = np.linspace(0.1, -0.4, 8)[LABELS] + np.random.default_rng(9).normal(0, 0.25, 150)[OWNER]
     return Outcomes(rng.random(N) < p + lift, **KINDS[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_figure_is_what_its_definition_says(kind):
+def test_metrics_match_their_definitions(kind):
     outcomes = model(kind, 0.6, 0)
     assert percent(outcomes) == pytest.approx(slow_value(outcomes, np.arange(N)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_standard_error_is_the_spread_of_the_figure_over_redrawn_units(kind):
+def test_standard_errors_match_resampling(kind):
     outcomes = model(kind, 0.6, 0)
     drawn = [slow_value(outcomes, items) for items in slow_draws(outcomes)]
     assert standard_error(outcomes) == pytest.approx(np.std(drawn), rel=0.08)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_paired_interval_is_that_of_redrawing_units_of_both_models_together(kind):
+def test_the_paired_interval_matches_joint_resampling(kind):
     first, second = model(kind, 0.65, 0), model(kind, 0.6, 1)
     found = paired_difference(first, second)
     drawn = [slow_value(first, items) - slow_value(second, items) for items in slow_draws(first)]
@@ -112,21 +112,21 @@ def test_the_paired_interval_agrees_with_scipys_bootstrap():
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.4)
 
 
-def test_a_difference_on_the_same_items_is_told_more_sharply_than_two_standard_errors():
+def test_paired_differences_are_more_precise_than_two_standard_errors():
     a = hits(2000, 0.6)
-    b = a & ~hits(2000, 0.03, 1)  # loses a few of what the first one has
+    b = a & ~hits(2000, 0.03, 1)  # `b` misses a few items that `a` gets right.
     found = paired_difference(Outcomes(a), Outcomes(b))
     assert 0 < found.low < found.value < found.high
     unpaired = 1.96 * np.hypot(standard_error(Outcomes(a)), standard_error(Outcomes(b)))
-    assert found.value < unpaired  # standard errors alone would not tell the two apart
+    assert found.value < unpaired  # Unpaired standard errors would not separate the two.
 
 
-def test_a_model_against_itself_differs_by_nothing():
+def test_a_model_does_not_differ_from_itself():
     found = paired_difference(model("both ways", 0.5, 0), model("both ways", 0.5, 0))
     assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
 
 
-def test_the_interval_is_the_same_every_time_and_turns_round_with_the_models():
+def test_the_interval_is_deterministic_and_antisymmetric():
     a, b = model("mean", 0.6, 0), model("mean", 0.5, 1)
     found, again, back = paired_difference(a, b), paired_difference(a, b), paired_difference(b, a)
     assert found == again
@@ -140,7 +140,7 @@ def test_models_that_answered_different_items_are_not_compared(other):
         paired_difference(Outcomes(hits(10, 0.5)), second)
 
 
-def test_outcomes_are_read_as_they_were_written(tmp_path):
+def test_outcomes_round_trip(tmp_path):
     items = {f"set/{kind}": model(kind, 0.5, 0) for kind in KINDS}
     write_outcomes(items, tmp_path / "items.npz")
     read = read_outcomes(tmp_path / "items.npz")

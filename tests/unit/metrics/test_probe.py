@@ -1,4 +1,4 @@
-"""The linear probe learns what is linear, chooses C without the test items, and is the same every time."""
+"""The linear probe learns linear classes, chooses C without test items and is deterministic."""
 
 import numpy as np
 import pytest
@@ -16,13 +16,13 @@ def features(items, seed=0, noise=0.35):
     return (np.eye(4)[labels] + noise * rng.standard_normal((items, 4))).astype(np.float32), labels
 
 
-def test_classes_that_a_plane_divides_are_told_apart():
+def test_linearly_separable_classes_are_classified_perfectly():
     train, test = features(80, noise=0.05), features(40, seed=1, noise=0.05)
     found = linear_probe(*train, *test)
     assert percent(found["lp_top1"]) == percent(found["lp_mean_per_class_recall"]) == 100
 
 
-def test_it_is_scikit_learns_classifier_on_unit_features_with_one_of_the_listed_penalties():
+def test_the_probe_equals_scikit_learn_on_unit_features_with_a_listed_penalty():
     (train, labels), (test, wanted) = features(120), features(60, seed=1)
     found = linear_probe(train, labels, test, wanted)["lp_top1"]
 
@@ -37,7 +37,7 @@ def test_it_is_scikit_learns_classifier_on_unit_features_with_one_of_the_listed_
     np.testing.assert_array_equal(linear_probe(3 * train, labels, 5 * test, wanted)["lp_top1"].values, theirs)
 
 
-def test_c_is_the_smallest_of_those_most_often_right_on_every_fifth_image_of_a_class():
+def test_c_is_the_smallest_value_with_the_best_validation_accuracy():
     data = load_digits()
     pixels = data.data[:300] / np.linalg.norm(data.data[:300], axis=1, keepdims=True)
     labels, met, held_out = data.target[:300], [], []
@@ -54,7 +54,7 @@ def test_c_is_the_smallest_of_those_most_often_right_on_every_fifth_image_of_a_c
     assert min(CS) < best < max(CS)
 
 
-def test_an_image_of_a_class_that_training_lacks_is_a_miss():
+def test_an_image_of_a_class_missing_from_training_is_a_miss():
     train, labels = features(40, noise=0.05)
     found = linear_probe(train[labels < 3], labels[labels < 3], train[:8], labels[:8])
     assert found["lp_top1"].values.tolist() == [True, True, True, False] * 2
@@ -62,12 +62,12 @@ def test_an_image_of_a_class_that_training_lacks_is_a_miss():
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 2, 3]])
-def test_too_little_to_learn_from_is_an_error(labels):
+def test_too_little_training_data_is_an_error(labels):
     with pytest.raises(DataError, match="expected two classes, and two images in one of them"):
         linear_probe(np.eye(4), np.array(labels), np.eye(4), np.array(labels))
 
 
-def test_features_that_are_not_finite_are_an_error():
+def test_non_finite_features_are_an_error():
     train, labels = features(20)
     broken = train.copy()
     broken[0, 0] = np.nan

@@ -1,4 +1,4 @@
-"""Zero-shot figures against scikit-learn on the same scores."""
+"""Zero-shot metrics match scikit-learn on the same scores."""
 
 from statistics import harmonic_mean
 
@@ -28,16 +28,16 @@ def test_top_k_and_mean_per_class_recall_equal_scikit_learn():
     assert found["mean_per_class_recall"] != pytest.approx(found["top1"])
 
 
-def test_labels_need_not_fill_the_classes_and_an_empty_class_has_no_part_in_the_mean():
+def test_classes_without_images_do_not_count_in_the_mean():
     images, classes, labels = problem(classes=30, used=[2, 10, 29])
     found, guessed = percents(classification(images, classes, labels)), (images @ classes.T).argmax(1)
-    assert not np.isin(guessed, [2, 10, 29]).all()  # all 30 classes are there to be chosen
+    assert not np.isin(guessed, [2, 10, 29]).all()  # All 30 classes are candidates.
     recalls = [np.mean(guessed[labels == label] == label) for label in (2, 10, 29)]
     assert found["mean_per_class_recall"] == pytest.approx(100 * np.mean(recalls))
     assert found["top1"] == pytest.approx(100 * np.mean(guessed == labels))
 
 
-def test_a_label_that_is_no_class_is_an_error():
+def test_an_unknown_label_is_an_error():
     images, classes, labels = problem()
     for wrong in (7, -1):
         labels[3] = wrong
@@ -45,12 +45,12 @@ def test_a_label_that_is_no_class_is_an_error():
             classification(images, classes, labels)
 
 
-def test_more_places_than_classes_are_left_out():
+def test_top_k_beyond_the_number_of_classes_is_left_out():
     images, classes, labels = problem(classes=4)
     assert set(classification(images, classes, labels)) == {"top1", "mean_per_class_recall"}
 
 
-def test_seen_and_unseen_classes_are_told_apart_among_all_classes():
+def test_seen_and_unseen_classes_are_scored_among_all_classes():
     images, classes, labels = problem(classes=10)
     seen, guessed = np.isin(labels, [0, 1, 2]), (images @ classes.T).argmax(1)
     found = percents(classification(images, classes, labels, seen={0, 1, 2}))
@@ -60,7 +60,7 @@ def test_seen_and_unseen_classes_are_told_apart_among_all_classes():
     assert wanted[0] != pytest.approx(wanted[1])
 
 
-def test_a_model_that_knows_no_unseen_class_has_a_harmonic_mean_of_zero():
+def test_a_model_that_misses_every_unseen_class_has_a_harmonic_mean_of_zero():
     classes, labels = np.eye(3, dtype=np.float32), np.array([0, 1, 2])
     found = percents(classification(classes[[0, 1, 0]], classes, labels, seen={0, 1}))
     assert (found["seen_top1"], found["unseen_top1"], found["harmonic_top1"]) == (100.0, 0.0, 0.0)
@@ -73,9 +73,9 @@ def test_without_images_of_unseen_classes_there_is_no_harmonic_mean():
 
 
 @pytest.mark.parametrize(("classes", "width"), [(7, 5), (30, 64), (101, 129)])
-def test_two_classes_of_one_name_tie_so_neither_is_found_and_the_ties_are_told(classes, width):
+def test_classes_with_the_same_name_tie_and_the_ties_are_counted(classes, width):
     images, columns, labels = problem(classes, 300, width)
-    columns[-1] = columns[1]  # ImageNet has two such pairs: missile and sunglasses
+    columns[-1] = columns[1]  # ImageNet has two such pairs: missile and sunglasses.
     found, twins = classification(images, columns, labels, ks=(1, 2)), np.isin(labels, [1, classes - 1])
     assert twins.any() and not found["top1"].values[twins].any()
     assert found["top1"].tied == twins.sum()
@@ -100,7 +100,7 @@ def test_labels_are_embedded_in_every_template_and_averaged():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_embeddings_that_are_not_finite_are_an_error_never_a_hit(bad):
+def test_non_finite_embeddings_are_an_error(bad):
     for side, what in enumerate(("image", "class")):
         parts = list(problem())
         parts[side] = parts[side].copy()

@@ -1,4 +1,4 @@
-"""Parts and towers of every kind of model: a CLIP, a CLIP with timm's tower, a classifier; and attention to a memory."""
+"""Parts and towers of a CLIP, a CLIP with a timm tower and a classifier; cross-attention."""
 
 import copy
 
@@ -19,7 +19,7 @@ CLASSES, SIDE = 7, 32
 
 
 def stock_classifier(**changes):
-    """timm's plain vision transformer with a head, and random biases and gains."""
+    """Return timm's plain vision transformer with a head and random biases and gains."""
     torch.manual_seed(0)
     shape = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": CLASSES} | changes
     model = timm.models.VisionTransformer(img_size=SIDE, **shape)
@@ -47,7 +47,7 @@ def clip_with_timm_tower():
     return build(tiny_architecture(layers=1) | {"vision_cfg": vision, "custom_text": True}, 0)
 
 
-def test_own_attention_computes_what_timm_computes_and_gives_its_names_back():
+def test_attention_matches_timm_and_keeps_its_parameter_names():
     stock = stock_classifier()
     wanted, names = outputs(stock), dict(stock.state_dict())
     model = surgery.use_own_attention(stock)
@@ -57,7 +57,7 @@ def test_own_attention_computes_what_timm_computes_and_gives_its_names_back():
     assert again.keys() == names.keys() and all(torch.equal(again[name], names[name]) for name in names)
 
 
-def test_a_classifier_is_one_tower_with_everything_in_it():
+def test_a_classifier_is_a_single_tower():
     model = classifier()
     assert anatomy.towers(model) == ("image",)
     assert {anatomy.tower_of(model, name) for name, _ in model.named_parameters()} == {"image"}
@@ -71,11 +71,11 @@ def test_a_classifier_is_one_tower_with_everything_in_it():
         anatomy.token_layer(model, "text")
 
 
-def test_the_counts_of_a_classifier_are_what_arithmetic_says():
+def test_parameter_counts_of_a_classifier_match_arithmetic():
     d, patches = 48, 16
-    block = 4 * d + (4 * d * d + 4 * d) + (8 * d * d + 5 * d)  # norms, attention, feed-forward
-    ends = 3 * 64 * d + d + 2 * d + d * CLASSES + CLASSES  # patches, norm, head
-    embeddings = d + (patches + 1) * d  # class and positions
+    block = 4 * d + (4 * d * d + 4 * d) + (8 * d * d + 5 * d)  # Norms, attention, feed-forward.
+    ends = 3 * 64 * d + d + 2 * d + d * CLASSES + CLASSES  # Patches, norm, head.
+    embeddings = d + (patches + 1) * d  # Class token and positions.
     assert anatomy.counts(classifier()) == {
         "params": 3 * block + ends + embeddings,
         "params_without_embeddings": 3 * block + ends,
@@ -92,7 +92,7 @@ def test_int8_reaches_patches_blocks_and_head_of_a_classifier():
 
 @st.composite
 def part_masks(draw):
-    """For each of three blocks: heads, query and key dims, value dims and hidden units that stay."""
+    """Draw, for each of three blocks, the heads, query-key dims, value dims and hidden units to keep."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     masks = []
     for _ in range(3):
@@ -119,7 +119,7 @@ def mask_by_hand(part, mask):
 
 @settings(max_examples=25, deadline=None)
 @given(part_masks())
-def test_a_cut_classifier_computes_what_the_masked_one_computes_and_is_rebuilt_from_its_shapes(masks):
+def test_a_cut_classifier_matches_the_masked_one_and_is_rebuilt_from_its_shapes(masks):
     masked, model = classifier(), classifier()
     for (number, block), twin in zip(enumerate(anatomy.blocks(masked)), anatomy.blocks(model), strict=True):
         for part, other, mask in zip(block.parts, twin.parts, masks[number], strict=True):
@@ -142,7 +142,7 @@ def test_parts_name_their_modules_and_belong_to_a_tower_of_the_model(make):
     assert len(anatomy.attentions(model)) == len(anatomy.ffns(model)) == len(anatomy.blocks(model))
 
 
-def test_the_parameters_of_a_clip_belong_to_one_tower_or_to_none():
+def test_every_parameter_of_a_clip_belongs_to_at_most_one_tower():
     model = build(tiny_architecture(layers=1), 0)
     assert anatomy.towers(model) == ("image", "text")
     assert anatomy.tower_of(model, "logit_scale") is None
@@ -168,7 +168,7 @@ def cut_tiny():
     return model
 
 
-def test_a_record_is_flat_as_artifacts_of_version_1_have_it():
+def test_shape_records_are_flat_as_in_version_1_artifacts():
     assert surgery.shapes(cut_tiny())["visual.transformer.resblocks.1"] == {
         "heads": 1,
         "qk_dim": 4,
@@ -189,7 +189,7 @@ def test_flat_records_and_records_per_part_are_both_read(per_part):
         assert torch.equal(again.encode_image(pixels()), model.encode_image(pixels()))
 
 
-def test_a_second_attention_of_a_block_has_a_record_of_its_own(monkeypatch):
+def test_a_second_attention_in_a_block_has_its_own_record(monkeypatch):
     model = build(tiny_architecture(layers=1), 0)
     found = anatomy.parts(model)
     second = anatomy.Attn("image", f"{found[0].block}.cross", found[0].block, Attention(32, 2, 4, 8, 0.5), 17, 9)
@@ -218,11 +218,11 @@ def test_impossible_records_are_refused(change, message):
         surgery.reshape(build(tiny_architecture(layers=1), 0), record)
 
 
-# attention to a memory of another width and length
+# cross-attention to a memory of another width and length
 
 
 def reference_attention(attn, x, memory, mask=None):
-    """Head by head, in double precision."""
+    """Reference: head by head, in double precision."""
     out = attn.out.bias.double() if attn.out.bias is not None else 0
     x, memory = x.double(), memory.double()
     q, k, v = (
@@ -238,20 +238,20 @@ def reference_attention(attn, x, memory, mask=None):
 
 @torch.no_grad()
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_to_a_memory_is_what_the_formula_says(masked):
+def test_cross_attention_matches_the_formula(masked):
     torch.manual_seed(0)
     attn = Attention(24, 3, 5, 7, scale=0.3, memory_width=40)
     x, memory = torch.randn(2, 6, 24), torch.randn(2, 9, 40)
     mask = torch.randn(2, 1, 1, 9) * 3 if masked else None
     wanted = reference_attention(attn, x, memory, None if mask is None else mask[:, 0])
     torch.testing.assert_close(attn.attend(x, mask, memory), wanted, atol=1e-5, rtol=1e-5)
-    flat = None if mask is None else mask.expand(2, 3, 6, 9).reshape(6, 6, 9)  # one mask per sample and head
+    flat = None if mask is None else mask.expand(2, 3, 6, 9).reshape(6, 6, 9)  # One mask per sample and head.
     torch.testing.assert_close(attn.attend(x, flat, memory), wanted, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [2, 0])
-def test_cross_attention_is_cut_like_any_other_and_reshaped(heads):
+def test_cross_attention_is_cut_and_reshaped_like_self_attention(heads):
     torch.manual_seed(0)
     attn = Attention(24, 3, 5, 7, scale=0.3, memory_width=40)
     part = anatomy.Attn("answer", "cross", "layer", attn, 6, 9)

@@ -1,4 +1,4 @@
-"""Third-party checkpoints, written here in their exact layouts, against the models they came from."""
+"""Third-party checkpoints, written here in their exact layouts, match their source models."""
 
 import copy
 import functools
@@ -32,7 +32,7 @@ NOTES = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77
 
 @functools.cache
 def source(quick_gelu=False, resnet=False):
-    """A model of plain open_clip with random biases and norms."""
+    """Return a plain open_clip model with random biases and norms."""
     torch.manual_seed(0)
     model = open_clip.model.CLIP(64, dict(RESNET if resnet else VIT), dict(TEXT), quick_gelu=quick_gelu).eval()
     for name, tensor in model.state_dict().items():
@@ -65,18 +65,18 @@ def assert_same(model, wanted):
 
 @pytest.fixture(scope="module")
 def name(tmp_path_factory):
-    """The same architecture as a named config of open_clip."""
+    """Register the same architecture as a named open_clip config."""
     path = tmp_path_factory.mktemp("configs") / "importers-test.json"
     path.write_text(json.dumps({"embed_dim": 64, "vision_cfg": VIT, "text_cfg": TEXT}))
     open_clip.add_model_config(path)
     return path.stem
 
 
-# each writer: state dict -> what the third-party code saves
+# Writers: from a state dict to the file that the third-party code saves.
 
 
 def upop(state, twin=None):
-    """The online model, its momentum twin (other weights), queues, masks of a search and the run's settings."""
+    """The online model, its momentum model (other weights), queues, search masks and the run's settings."""
     twin = twin or state
     renamed = {}
     for key, tensor in twin.items():
@@ -136,7 +136,7 @@ DENSE = {
 
 
 @pytest.mark.parametrize("case", DENSE)
-def test_a_checkpoint_computes_what_the_model_it_came_from_computes(case, name, tmp_path):
+def test_an_imported_checkpoint_matches_its_source_model(case, name, tmp_path):
     write, quick_gelu, module, form = DENSE[case]
     stock = source(quick_gelu)
     torch.save(write(stock.state_dict()), tmp_path / "weights.pt")
@@ -146,7 +146,6 @@ def test_a_checkpoint_computes_what_the_model_it_came_from_computes(case, name, 
     torch.testing.assert_close(model.module.logit_scale, stock.logit_scale)
 
 
-SHIPPED = tuple(IMPORTERS)
 WRITERS = {
     "tinyclip": tinyclip,
     "upop": upop,
@@ -156,12 +155,12 @@ WRITERS = {
 }
 
 
-def test_every_importer_has_a_writer_here():
-    assert WRITERS.keys() == set(SHIPPED)
+def test_every_importer_is_tested():
+    assert WRITERS.keys() == IMPORTERS.keys()
 
 
-@pytest.mark.parametrize("form", SHIPPED)
-def test_every_importer_is_detected_by_its_own_signs_and_reads_its_format(form, name, tmp_path):
+@pytest.mark.parametrize("form", IMPORTERS)
+def test_every_importer_detects_and_reads_its_format(form, name, tmp_path):
     quick_gelu = form in ("upop", "openai")
     stock = source(quick_gelu)
     torch.save(WRITERS[form](stock.state_dict()), tmp_path / "weights.pt")
@@ -169,10 +168,9 @@ def test_every_importer_is_detected_by_its_own_signs_and_reads_its_format(form, 
     assert_same(import_checkpoint(tmp_path / "weights.pt", model=name if form == "open_clip" else None), outputs(stock))
 
 
-def test_a_registered_importer_is_detected_too(tmp_path):
-    @IMPORTERS.register("renamed")
+def test_a_registered_importer_is_detected(tmp_path):
     class Renamed(Importer):
-        """A format whose names begin with `net.`."""
+        """A format with names that begin with `net.`."""
 
         priority = 60
 
@@ -185,12 +183,13 @@ def test_a_registered_importer_is_detected_too(tmp_path):
 
     stock = source(quick_gelu=True)
     torch.save({f"net.{key}": tensor for key, tensor in stock.state_dict().items()}, tmp_path / "weights.pt")
-    assert_same(import_checkpoint(tmp_path / "weights.pt"), outputs(stock))
-    (record,) = artifact_from_checkpoint(tmp_path / "weights.pt").lineage
+    with IMPORTERS.registered("renamed", Renamed):
+        assert_same(import_checkpoint(tmp_path / "weights.pt"), outputs(stock))
+        (record,) = artifact_from_checkpoint(tmp_path / "weights.pt").lineage
     assert record["format"] == "renamed"
 
 
-def test_the_activation_of_the_formats_differs_so_the_comparison_can_fail(tmp_path):
+def test_formats_differ_in_activation_so_the_comparison_can_fail(tmp_path):
     stock = source(quick_gelu=True)
     torch.save(stock.state_dict(), tmp_path / "weights.pt")
     assert_same(import_checkpoint(tmp_path / "weights.pt", "openai"), outputs(stock))
@@ -232,9 +231,9 @@ def test_a_custom_text_tower_takes_weights_in_the_old_naming(tmp_path):
     assert_same(model, outputs(stock))
 
 
-# UPop, slimmed: an independent forward of the dense weights with the published code's slicing and scale
+# Slimmed UPop: an independent forward pass of the dense weights with the published slicing and scale.
 
-KEPT = {  # block: dims per head, hidden units
+KEPT = {  # Block: dims per head, hidden units.
     "visual.transformer.resblocks.0": (5, 100),
     "visual.transformer.resblocks.1": (64, 512),
     "transformer.resblocks.0": (1, 37),
@@ -243,7 +242,7 @@ KEPT = {  # block: dims per head, hidden units
 
 
 def masks():
-    """Per block: which dims of a head stay, the same for all heads, and which hidden units."""
+    """Return, per block, the dims of a head to keep (the same for all heads) and the hidden units to keep."""
     generator = torch.Generator().manual_seed(4)
     return {
         at: (
@@ -280,7 +279,7 @@ def reference_block(x, w, at, alpha, hidden, causal):
         heads.append(logits.softmax(-1) @ v @ w[f"{at}.attn.out_proj.weight"][:, rows[0]].T)
     x = x + sum(heads) + w[f"{at}.attn.out_proj.bias"]
     h = norm(x, "ln_2") @ w[f"{at}.mlp.c_fc.weight"].T + w[f"{at}.mlp.c_fc.bias"]
-    h = h * torch.sigmoid(1.702 * h) * hidden  # quick gelu of nothing is nothing
+    h = h * torch.sigmoid(1.702 * h) * hidden  # Quick GELU maps zero to zero.
     return x + h @ w[f"{at}.mlp.c_proj.weight"].T + w[f"{at}.mlp.c_proj.bias"]
 
 
@@ -314,7 +313,7 @@ def slim_file(tmp_path):
     return tmp_path / "model_base_retrieval_coco_clip_4x.pth"
 
 
-def test_a_slimmed_upop_model_computes_what_the_published_code_computes(slim_file):
+def test_a_slimmed_upop_model_matches_the_published_code(slim_file):
     model = import_checkpoint(slim_file)
     assert_same(model, reference_outputs(source(quick_gelu=True).state_dict()))
     found = surgery.shapes(model.module)
@@ -322,7 +321,7 @@ def test_a_slimmed_upop_model_computes_what_the_published_code_computes(slim_fil
         assert found[at] == {"heads": 2, "qk_dim": dim, "v_dim": dim, "scale": dim**-0.5, "ffn": hidden}
 
 
-def test_the_reference_is_open_clips_when_nothing_is_cut(monkeypatch):
+def test_the_upop_reference_matches_open_clip_when_nothing_is_cut(monkeypatch):
     stock = source(quick_gelu=True)
     whole = {at: (torch.ones(64, dtype=torch.bool), torch.ones(512, dtype=torch.bool)) for at in KEPT}
     monkeypatch.setitem(globals(), "masks", lambda: whole)
@@ -330,7 +329,7 @@ def test_the_reference_is_open_clips_when_nothing_is_cut(monkeypatch):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_slimmed_upop_is_recognised_without_its_momentum_twin(tmp_path):
+def test_slimmed_upop_is_detected_without_its_momentum_model(tmp_path):
     state = source(quick_gelu=True).state_dict()
     torch.save({"model": slimmed(state)}, tmp_path / "slim.pth")
     assert_same(import_checkpoint(tmp_path / "slim.pth"), reference_outputs(state))
@@ -357,14 +356,14 @@ def test_the_shapes_survive_saving_and_loading_the_artifact(slim_file, tmp_path)
 # lineage, folders, reports
 
 
-def test_the_lineage_begins_with_the_file(slim_file, tmp_path):
+def test_the_lineage_starts_with_the_file(slim_file, tmp_path):
     (record,) = artifact_from_checkpoint(slim_file).lineage
     assert record["stage"] == "import" and record["format"] == "upop" and record["model"] is None
     assert record["file"] == slim_file.name and record["sha256"] == sha256(slim_file)
     assert record["hash"] == artifact_from_checkpoint(slim_file, "upop").hash
     torch.save(source().state_dict(), tmp_path / "dense.pt")
     as_openai, as_kd = (artifact_from_checkpoint(tmp_path / "dense.pt", form).hash for form in ("openai", "clip-kd"))
-    assert as_openai != as_kd  # the same weights with another activation are another model
+    assert as_openai != as_kd  # The same weights with another activation are another model.
 
 
 def test_a_folder_needs_no_name(tmp_path):
@@ -412,7 +411,7 @@ def test_a_folder_with_a_bad_config_is_reported(folder, text, message):
         import_checkpoint(folder)
 
 
-def test_a_config_that_asks_for_a_download_is_not_followed(folder):
+def test_a_config_that_requires_a_download_is_refused(folder):
     path = folder / "open_clip_config.json"
     config = json.loads(path.read_text())
     config["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = True
@@ -430,7 +429,7 @@ def test_a_folder_takes_no_format_and_no_name(folder, name):
             import_checkpoint(folder, **given)
 
 
-def test_what_distillation_left_in_the_file_is_reported(tmp_path, caplog):
+def test_leftovers_of_distillation_in_the_file_are_reported(tmp_path, caplog):
     torch.save(clip_kd(source().state_dict()), tmp_path / "weights.pt")
     import_checkpoint(tmp_path / "weights.pt")
     assert "3 tensors are not part of the CLIP and are ignored: cross_logit_scale, text_proj.weight" in caplog.text
@@ -443,11 +442,11 @@ def test_what_distillation_left_in_the_file_is_reported(tmp_path, caplog):
         ("ViT-L-14", {"resize_mode": "shortest"}),
     ],
 )
-def test_preprocessing_is_what_all_pretrained_weights_of_a_name_share(known, wanted):
+def test_preprocessing_is_taken_from_the_pretrained_weights_of_a_name(known, wanted):
     tags = open_clip.list_pretrained_tags_by_model(known)
     agreed = agreed_preprocess([open_clip.get_pretrained_cfg(known, tag) for tag in tags])
     assert wanted.items() <= agreed.items()
-    assert ("mean" in agreed) == (known != "ViT-L-14")  # whose weights were trained with different ones
+    assert ("mean" in agreed) == (known != "ViT-L-14")  # The weights of ViT-L-14 were trained with different ones.
 
 
 # files that are not weights
@@ -470,7 +469,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(form, zipped, tmp_path):
         import_checkpoint(tmp_path / "evil.pth", form)
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "evil.pth", weights_only=False)
-    assert (tmp_path / "ran").exists()  # so the file was indeed able to
+    assert (tmp_path / "ran").exists()  # The file was able to run code.
 
 
 def test_a_pickled_module_is_refused(tmp_path):
@@ -480,7 +479,7 @@ def test_a_pickled_module_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_torchscript_archive_is_refused_with_a_way_out(tmp_path):
+def test_a_torchscript_archive_is_refused_with_instructions(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-B-32.pt")
     with pytest.raises(ArtifactError, match=r"TorchScript.*torch\.save\(torch\.jit\.load"):
         import_checkpoint(tmp_path / "ViT-B-32.pt")
@@ -536,13 +535,13 @@ def test_a_missing_file_is_reported(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_no_clip_is_refused_with_what_was_found(saved, message, tmp_path):
+def test_a_file_that_is_not_a_clip_is_refused_with_what_was_found(saved, message, tmp_path):
     torch.save(saved, tmp_path / "odd.pt")
     with pytest.raises(ArtifactError, match=message):
         import_checkpoint(tmp_path / "odd.pt")
 
 
-def test_bytes_that_are_anything_are_reported(tmp_path):
+def test_arbitrary_bytes_are_reported(tmp_path):
     for seed in range(40):
         (tmp_path / "noise.pt").write_bytes(np.random.default_rng(seed).bytes(10 * seed))
         with pytest.raises(ArtifactError, match=r"noise\.pt"):
@@ -594,7 +593,7 @@ def test_the_tensor_that_does_not_fit_is_named(form, change, message, tmp_path):
 
 
 @pytest.mark.parametrize("rows", [3 * 2 * 5 + 3, 3])
-def test_upop_rows_that_are_not_equal_heads_are_named(rows, tmp_path):
+def test_upop_rows_that_do_not_form_equal_heads_are_named(rows, tmp_path):
     saved = upop({**source().state_dict(), f"{AT}attn.in_proj_weight": torch.ones(rows, 128)})
     torch.save(saved, tmp_path / "odd.pth")
     with pytest.raises(
@@ -603,7 +602,7 @@ def test_upop_rows_that_are_not_equal_heads_are_named(rows, tmp_path):
         import_checkpoint(tmp_path / "odd.pth")
 
 
-def test_a_slim_attention_whose_output_does_not_follow_is_named(tmp_path):
+def test_a_slim_attention_with_a_mismatched_output_is_named(tmp_path):
     state = slimmed(source().state_dict())
     state["visual.transformer.resblocks.0.attn.out_proj.weight"] = torch.ones(128, 12)
     torch.save(upop(state), tmp_path / "odd.pth")
@@ -633,7 +632,7 @@ def test_auto_inherited_tinyclip_is_refused(cut, tmp_path):
 # formats and names
 
 
-def test_names_that_fit_three_formats_are_not_guessed(tmp_path):
+def test_an_ambiguous_format_is_not_guessed(tmp_path):
     torch.save(training(source().state_dict()), tmp_path / "epoch_1.pt")
     with pytest.raises(ArtifactError, match=r"do not reveal the activation.*openai for QuickGELU, clip-kd for GELU"):
         import_checkpoint(tmp_path / "epoch_1.pt")
@@ -654,7 +653,7 @@ def test_an_unknown_model_name_is_reported(given, message, name, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["openai", "upop"])
-def test_a_name_is_refused_where_shapes_tell(form, name, tmp_path):
+def test_a_model_name_is_refused_where_shapes_define_the_model(form, name, tmp_path):
     torch.save(source().state_dict(), tmp_path / "a.pt")
     with pytest.raises(RecipeError, match="Leave it out"):
         import_checkpoint(tmp_path / "a.pt", form, name)

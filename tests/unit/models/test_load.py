@@ -1,4 +1,4 @@
-"""Loading by name and checkpoint: real files in open_clip's formats, and broken ones."""
+"""Loading by name and from checkpoints in open_clip's formats, valid and broken."""
 
 import open_clip
 import pytest
@@ -56,7 +56,7 @@ def test_random_weights_must_be_requested(tiny_name):
 
 
 @pytest.mark.parametrize("given", [{}, {"artifact": "a", "model": "b"}])
-def test_a_teacher_comes_from_exactly_one_place(given):
+def test_a_teacher_has_exactly_one_source(given):
     with pytest.raises(RecipeError, match="exactly one of artifact, model, recipe"):
         TeacherSpec(**given)
 
@@ -104,7 +104,7 @@ def test_shapes_that_do_not_fit_the_weights_are_reported(saved):
         model_from_artifact(saved)
 
 
-def test_a_failed_write_keeps_what_was_there(saved, monkeypatch):
+def test_a_failed_write_keeps_the_previous_artifact(saved, monkeypatch):
     before = (saved / "clipress.json").read_text()
 
     def full(*_, **__):

@@ -1,4 +1,4 @@
-"""A recipe's student section: every form of it gives a CLIP that runs, learns, is saved and exports."""
+"""Every form of a recipe's student section gives a CLIP that trains, round-trips and exports."""
 
 import json
 
@@ -32,7 +32,7 @@ from clipress.recipe import Recipe
 from clipress.tasks import model_from_artifact
 
 TEXT = {"context_length": 16, "vocab_size": 500, "width": 32, "heads": 2, "layers": 1}
-# the smallest size, of whole patches and windows, that a tower accepts
+# The smallest size, in whole patches and windows, that each tower accepts.
 SIZES = {"mobilevit-s": 64, "swin-t": 64, "resnet-50": 64, "clip-distill": 64}
 SAMPLE = [SourceSpec(format="scenes", split="test", limit=10)]
 
@@ -53,7 +53,7 @@ def inputs(model, seed=0):
 
 
 def loss(model):
-    """A number that depends on every trained weight."""
+    """Return a number that depends on every trained weight."""
     pixels, ids = inputs(model)
     module = model.module
     return module.encode_image(pixels).sum() + module.encode_text(ids).sum() + module.logit_scale.exp()
@@ -67,11 +67,11 @@ def outputs(model):
 
 
 def teacher_clip(custom_text=False, cut=False, seed=5, **changes):
-    """A teacher whose preprocessing, tokenizer length and logit scale are no defaults."""
+    """Return a teacher with non-default preprocessing, tokenizer length and logit scale."""
     made = tiny_architecture() | {"custom_text": custom_text, "quick_gelu": True}
     model = new_model(made | changes, seed)
     torch.manual_seed(seed)
-    for parameter in model.module.parameters():  # biases start at zero and gains at one: randomise them
+    for parameter in model.module.parameters():  # Biases start at zero and gains at one, so randomise them.
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.8, 0.4)
     torch.nn.init.constant_(model.module.logit_scale, 3.0)
@@ -93,19 +93,19 @@ def assert_comes_back_bitwise(model, folder):
 
 
 @pytest.mark.parametrize("image", IMAGE_TOWERS)
-def test_every_named_image_tower_learns_all_over_and_comes_back_bitwise(image, tmp_path):
+def test_every_named_image_tower_trains_all_weights_and_round_trips_bitwise(image, tmp_path):
     model = named(image)
     model.module.train()
     loss(model).backward()
     unused = [name for name, p in model.module.named_parameters() if p.grad is None]
-    assert not unused  # DDP would wait for them forever
+    assert not unused  # DDP would wait for them forever.
     assert outputs(model)[0].shape == (3, 32) and outputs(model)[1].shape == (3, 32)
     assert_comes_back_bitwise(model, tmp_path / "a")
 
 
 @pytest.mark.parametrize("text", TEXT_TOWERS)
-def test_every_named_text_tower_learns_all_over_and_comes_back_bitwise(text, tmp_path):
-    teacher = teacher_clip(text_cfg={**TEXT, "context_length": 77})  # its vocabulary is small
+def test_every_named_text_tower_trains_all_weights_and_round_trips_bitwise(text, tmp_path):
+    teacher = teacher_clip(text_cfg={**TEXT, "context_length": 77})  # Its vocabulary is small.
     model = student("vit-1x32-p16", text, teacher)
     loss(model).backward()
     assert all(p.grad is not None for p in model.module.parameters())
@@ -116,7 +116,7 @@ def test_every_named_text_tower_learns_all_over_and_comes_back_bitwise(text, tmp
 @pytest.mark.parametrize(
     "image", ["resnet-18", "mobilevit-s", "vit-t-16", pytest.param("swin-t", marks=pytest.mark.slow)]
 )
-def test_students_of_every_family_export_and_agree(image, tmp_path):
+def test_students_of_every_family_export_and_match_torch(image, tmp_path):
     text = {**TEXT, "vocab_size": 49408}
     model = student(image, text, embed_dim=32, image_size=SIZES.get(image, 32))
     folder = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "a")
@@ -125,7 +125,7 @@ def test_students_of_every_family_export_and_agree(image, tmp_path):
     assert made.least_cosines["image"] > 0.9999
 
 
-def test_students_with_batch_norm_keep_statistics_while_learning_and_use_them_afterwards():
+def test_batch_norm_statistics_are_updated_in_training_and_used_in_evaluation():
     model = named("resnet-18")
     pixels, _ = inputs(model)
     (norm, *_) = [m for m in model.module.visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
@@ -134,7 +134,7 @@ def test_students_with_batch_norm_keep_statistics_while_learning_and_use_them_af
     assert not torch.equal(norm.running_mean, before)
     with torch.no_grad():
         alone = model.module.eval().encode_image(pixels[:1])
-    torch.testing.assert_close(alone, outputs(model)[0][:1])  # other images in the batch no longer matter
+    torch.testing.assert_close(alone, outputs(model)[0][:1])  # Other images in the batch no longer matter.
     assert not torch.allclose(alone, fixed[:1])
 
 
@@ -142,9 +142,9 @@ def test_students_with_batch_norm_keep_statistics_while_learning_and_use_them_af
     ("towers", "config"), [(IMAGE_TOWERS, {"width": 64, "layers": 1, "patch_size": 16}), (TEXT_TOWERS, TEXT)]
 )
 def test_a_registered_tower_can_be_named_in_a_recipe(towers, config):
-    towers.register("tiny-test")(config)
     section = {"image": "vit-1x32-p16", "text": "1x32", "image_size": 32, towers.kind.split()[0]: "tiny-test"}
-    made = student_from(section, None, 0)
+    with towers.registered("tiny-test", config):
+        made = student_from(section, None, 0)
     widths = {part.tower: part.width for part in anatomy.attentions(made.module)}
     assert widths[towers.kind.split()[0]] == config["width"]
 
@@ -153,17 +153,17 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def test_named_towers_are_the_published_ones():
+def test_named_towers_match_the_published_ones():
     d, tokens = 192, 1 + (32 // 16) ** 2
     block = 2 * 2 * d + (4 * d * d + 4 * d) + (8 * d * d + 5 * d)  # norms, attention, feed-forward
-    ends = d * 3 * 16 * 16 + d + tokens * d + 2 * 2 * d + d * 32  # patches, class, positions, norms, projection
+    ends = d * 3 * 16 * 16 + d + tokens * d + 2 * 2 * d + d * 32  # Patches, class token, positions, norms, projection.
     assert parameters(named("vit-t-16").module.visual) == 12 * block + ends
     resnet = torchvision.models.resnet18()
     assert parameters(named("resnet-18").module.visual) == parameters(resnet) - parameters(resnet.fc) + 512 * 32
     mobilenet = torchvision.models.mobilenet_v3_small(num_classes=32)
     assert parameters(named("mobilenetv3-s").module.visual) == parameters(mobilenet)
     swin = torchvision.models.swin_t()
-    # timm's head has no bias here
+    # timm's head has no bias here.
     assert (
         parameters(student("swin-t", embed_dim=32).module.visual) == parameters(swin) - parameters(swin.head) + 768 * 32
     )
@@ -182,7 +182,7 @@ def test_named_towers_are_the_published_ones():
         ("vit-1x96-p8", "1x32", {"image": [(96, 3, 32)], "text": [(32, 1, 32)]}),
     ],
 )
-def test_a_short_size_says_layers_width_and_patch(image, text, wanted):
+def test_a_short_size_spells_layers_width_and_patch(image, text, wanted):
     model = student(image, text, image_size=32)
     found = {"image": [], "text": []}
     for part in anatomy.attentions(model.module):
@@ -202,16 +202,16 @@ def test_any_timm_tower_is_built_at_the_required_size(tmp_path):
         assert model.architecture["vision_cfg"]["timm_model_pretrained"] is False
 
 
-def test_a_resized_timm_tower_is_not_offered_to_plain_open_clip(tmp_path):
-    """open_clip would build it at the size its name stands for, and refuse its positions."""
+def test_a_resized_timm_tower_is_not_written_for_open_clip(tmp_path):
+    """open_clip would build it at the size of its name and reject its position embeddings."""
     assert not save_for_open_clip(student({"timm": "test_vit"}, image_size=64), tmp_path / "resized")
     assert save_for_open_clip(student({"timm": "test_vit"}, image_size=160), tmp_path / "as-published")
     stock = open_clip.create_model(f"local-dir:{tmp_path / 'as-published'}", require_pretrained=True)
     assert stock.visual.image_size == (160, 160)
 
 
-def test_timms_own_weights_are_fetched_once_and_never_requested_again(monkeypatch):
-    """A builder that fills the tower with a known number stands in for the download."""
+def test_timm_weights_are_fetched_once_and_not_again_on_loading(monkeypatch):
+    """A fake builder fills the tower with a known number instead of downloading."""
     import open_clip.timm_model as timm_model
 
     requested, real = [], timm_model.timm.create_model
@@ -230,7 +230,7 @@ def test_timms_own_weights_are_fetched_once_and_never_requested_again(monkeypatc
     assert requested[0] and not any(requested[1:]) and torch.equal(outputs(again)[0], outputs(model)[0])
 
 
-def test_timms_weights_that_cannot_be_had_are_reported(monkeypatch):
+def test_unavailable_timm_weights_are_reported(monkeypatch):
     def fails(*_, **__):
         raise OSError("no route to the hub")
 
@@ -245,7 +245,7 @@ def test_the_seed_decides_the_weights():
     assert not torch.equal(outputs(first)[0], outputs(other)[0])
 
 
-def test_a_whole_open_clip_config_goes_on_working_and_sees_what_the_teacher_sees():
+def test_a_full_open_clip_config_works_and_uses_the_teachers_preprocessing():
     config = tiny_architecture(width=16)
     wanted = new_model(config, 3)
     alone, taught = student_from(config, None, 3), student_from(config, teacher_clip(), 3)
@@ -283,10 +283,10 @@ def test_a_checkpoint_gives_an_open_clip_name_its_weights(tiny_name, tmp_path):
     before = start_hash(section, 0)
     assert start_hash(section, 0) == before != start_hash(section, 1)
     torch.save({}, tmp_path / "weights.pt")
-    assert start_hash(section, 0) != before  # other weights under the same name are another start
+    assert start_hash(section, 0) != before  # Other weights under the same name are a different start.
 
 
-def test_a_new_tower_reads_texts_as_the_teachers_tokenizer_writes_them():
+def test_a_new_text_tower_uses_the_teachers_tokenizer():
     teacher = teacher_clip()
     teacher.architecture["text_cfg"]["pool_type"] = "last"
     model = student("resnet-18", "1x32", teacher)
@@ -297,7 +297,7 @@ def test_a_new_tower_reads_texts_as_the_teachers_tokenizer_writes_them():
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize("tower", anatomy.TOWERS)
-def test_a_tower_is_taken_from_the_teacher_whole(tower, custom_text, cut, tmp_path):
+def test_a_whole_tower_is_copied_from_the_teacher(tower, custom_text, cut, tmp_path):
     teacher = teacher_clip(custom_text, cut)
     section = {"image": {"timm": "test_resnet"}, "text": "1x32"} | {tower: "teacher"}
     model = student_from(section, teacher, 0)
@@ -306,14 +306,14 @@ def test_a_tower_is_taken_from_the_teacher_whole(tower, custom_text, cut, tmp_pa
     assert torch.equal(outputs(model)[number], outputs(teacher)[number])
     assert not torch.equal(outputs(model)[1 - number], outputs(teacher)[1 - number])
     assert model.module.logit_scale.item() == 3.0 and model.preprocess == teacher.preprocess
-    with torch.no_grad():  # a copy: the teacher keeps its weights
+    with torch.no_grad():  # The tower is a copy: the teacher keeps its weights.
         for parameter in model.module.parameters():
             parameter.zero_()
     assert outputs(teacher)[number].abs().sum() > 0
     assert_comes_back_bitwise(student_from(section, teacher, 0), tmp_path / "a")
 
 
-def test_frozen_towers_neither_learn_nor_gather_statistics():
+def test_frozen_towers_update_neither_weights_nor_statistics():
     teacher = teacher_clip(vision_cfg={"timm_model_name": "test_resnet", "timm_proj": "linear", "image_size": 32})
     section = {"image": "teacher", "text": "1x32"}
     model = student_from(section, teacher, 0)
@@ -328,7 +328,7 @@ def test_frozen_towers_neither_learn_nor_gather_statistics():
     assert torch.equal(outputs(model)[0], outputs(teacher)[0])
 
 
-def test_a_run_leaves_the_teachers_tower_alone_in_every_stage_and_after_a_stop(tmp_path):
+def test_a_tower_copied_from_the_teacher_stays_unchanged_in_every_stage_and_after_a_stop(tmp_path):
     short = {"losses": ["contrastive"], "steps": 3, "batch_size": 8, "lr": 1e-2}
     vision = {"timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
     save_artifact(
@@ -348,7 +348,7 @@ def test_a_run_leaves_the_teachers_tower_alone_in_every_stage_and_after_a_stop(t
     }
     run = tmp_path / "run"
     compress(compress_plan_from(Recipe(**recipe)), run, lambda _: None)
-    (run / "second" / "clipress.json").unlink()  # as if the run had been stopped: the second stage starts from a file
+    (run / "second" / "clipress.json").unlink()  # As after a stop, the second stage starts from a file.
     compress(compress_plan_from(Recipe(**recipe)), run, lambda _: None)
     teacher, *stages = [
         outputs(model_from_artifact(run / name)) for name in ("teacher", "distilled", "second", "sparse", "int8")
@@ -381,7 +381,7 @@ def test_a_run_leaves_the_teachers_tower_alone_in_every_stage_and_after_a_stop(t
         ({"image": "vit-t-16", "text": {"head": 2}}, "unknown key 'head'. Did you mean 'heads'"),
     ],
 )
-def test_a_section_that_makes_no_sense_is_reported_before_anything_is_built(section, message):
+def test_an_invalid_student_section_is_reported_before_anything_is_built(section, message):
     with pytest.raises(RecipeError, match=message):
         check(section, has_teacher=False)
 
@@ -400,12 +400,12 @@ def test_a_section_that_makes_no_sense_is_reported_before_anything_is_built(sect
         ({"inherit": {"text": {"layers": 3}}}, r"inherit\.text\.layers: expected at most the teacher\'s 2, found 3"),
     ],
 )
-def test_a_section_that_the_teacher_does_not_fit_is_reported(section, message):
+def test_a_student_section_that_does_not_fit_the_teacher_is_reported(section, message):
     with pytest.raises(RecipeError, match=message):
         student_from(section, teacher_clip(), 0)
 
 
-def test_an_int8_teacher_gives_no_towers():
+def test_copying_a_tower_from_an_int8_teacher_is_refused():
     teacher = teacher_clip()
     int8 = Model(**{**teacher.__dict__, "quantization": {"dtype": "int8"}})
     with pytest.raises(RecipeError, match="INT8"):

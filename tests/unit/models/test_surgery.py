@@ -1,4 +1,4 @@
-"""Cutting equals masking, and an artifact restores the model it was made from."""
+"""Cutting equals masking, and an artifact restores its model."""
 
 import open_clip
 import pytest
@@ -25,7 +25,7 @@ def outputs(model):
 
 
 def random_masks(block, seed):
-    """Masks of a block's attention and of its feed-forward."""
+    """Return masks for a block's attention and feed-forward."""
     generator = torch.Generator().manual_seed(seed)
     attn, ffn = block.parts
     h, d = attn.module.heads, attn.module.qk_dim
@@ -33,7 +33,7 @@ def random_masks(block, seed):
 
     def rows(count):
         order = torch.rand(h, d, generator=generator).argsort(1)
-        return order < count  # every head keeps `count` dims, each its own
+        return order < count  # Every head keeps `count` dims of its own.
 
     masks = surgery.AttnMask(rows(qk_dim), rows(v_dim))
     return masks, surgery.FfnMask(torch.rand(ffn.hidden, generator=generator) < 0.4)
@@ -46,7 +46,7 @@ def cut_block(block, masks):
 
 @torch.no_grad()
 def mask_by_hand(block, masks):
-    """Zero the cut units' own weights and biases; this is all the removal of a unit means."""
+    """Zero the weights and biases of the cut units, which is equivalent to removing them."""
     (attn, ffn), (kept, kept_ffn) = block.parts, masks
     attn = attn.module
     pairs = ((attn.q, kept.qk), (attn.k, kept.qk), (attn.v, kept.v), (ffn.linear_in, kept_ffn.ffn))
@@ -56,9 +56,9 @@ def mask_by_hand(block, masks):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_cut_model_computes_what_the_masked_model_computes(seed):
+def test_a_cut_model_matches_the_masked_model(seed):
     masked = new_model(tiny_architecture(layers=2), seed).module
-    for parameter in masked.parameters():  # biases start at zero: randomise them
+    for parameter in masked.parameters():  # Biases start at zero, so randomise them.
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.5, 0.5)
     cut = new_model(tiny_architecture(layers=2), seed).module
@@ -74,7 +74,7 @@ def test_a_cut_model_computes_what_the_masked_model_computes(seed):
 
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize("quick_gelu", [False, True])
-def test_own_attention_computes_what_open_clip_computes(custom_text, quick_gelu):
+def test_attention_matches_open_clip(custom_text, quick_gelu):
     config = tiny_architecture() | {"quick_gelu": quick_gelu}
     kind = open_clip.model.CustomTextCLIP if custom_text else open_clip.model.CLIP
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def test_the_softmax_scale_is_the_original_one_after_cutting():
     assert part.module.qk_dim == 4 and part.module.v_dim == 16 and part.module.scale == 16**-0.5
 
 
-def test_a_cut_artifact_is_read_back_with_bitwise_the_same_outputs(tmp_path):
+def test_a_cut_artifact_is_read_back_with_bitwise_equal_outputs(tmp_path):
     model = new_model(tiny_architecture(), 1)
     for number, block in enumerate(anatomy.blocks(model.module)):
         cut_block(block, random_masks(block, number))
@@ -103,7 +103,7 @@ def test_a_cut_artifact_is_read_back_with_bitwise_the_same_outputs(tmp_path):
         assert torch.equal(wanted, found)
 
 
-def test_an_uncut_model_is_written_so_that_plain_open_clip_loads_it(tmp_path):
+def test_open_clip_loads_the_files_of_an_uncut_model(tmp_path):
     model = new_model(tiny_architecture(), 2)
     assert save_for_open_clip(model, tmp_path / "open_clip")
     stock = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}", require_pretrained=True)
@@ -111,7 +111,7 @@ def test_an_uncut_model_is_written_so_that_plain_open_clip_loads_it(tmp_path):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_a_cut_model_is_not_offered_to_plain_open_clip(tmp_path):
+def test_a_cut_model_is_not_written_for_open_clip(tmp_path):
     model = new_model(tiny_architecture(), 2)
     block = anatomy.blocks(model.module)[0]
     cut_block(block, random_masks(block, 0))
@@ -119,15 +119,15 @@ def test_a_cut_model_is_not_offered_to_plain_open_clip(tmp_path):
     assert not (tmp_path / "open_clip").exists()
 
 
-def test_embeddings_are_the_tables_and_nothing_else():
+def test_embedding_counts_cover_the_embedding_tables_only():
     model = build(tiny_architecture(width=32))
     counted = anatomy.counts(model)
-    # token table, text positions, 16 patches + class position, class embedding; all 32 wide
+    # Token table, text positions, 16 patch positions and the class position, class embedding; all 32 wide.
     assert counted["params"] - counted["params_without_embeddings"] == 32 * (49408 + 24 + 17 + 1)
 
 
 def timm_vit():
-    """A CLIP whose image tower is one of timm's plain vision transformers."""
+    """Return a CLIP whose image tower is a plain timm vision transformer."""
     vision = {
         "timm_model_name": "test_vit",
         "timm_model_pretrained": False,
@@ -138,7 +138,7 @@ def timm_vit():
     return config | {"custom_text": True}
 
 
-def test_timms_vision_transformers_are_taken_apart_cut_and_read_back(tmp_path):
+def test_timm_vision_transformers_are_cut_and_read_back(tmp_path):
     config = timm_vit()
     torch.manual_seed(0)
     stock = open_clip.model.CustomTextCLIP(

@@ -1,4 +1,4 @@
-"""Students cut out of their teacher, against slow constructions of the same."""
+"""Students that inherit weights match slow reference constructions."""
 
 import re
 
@@ -19,7 +19,7 @@ HEAD = 16
 
 
 def clip_of(layers=2, width=32, ffn=None, seed=0, **more):
-    """A CLIP whose heads are all 16 wide, and whose biases and gains are all random."""
+    """Return a CLIP with heads of width 16 and random biases and gains."""
     architecture = tiny_architecture(layers=layers, width=width)
     for tower in anatomy.CONFIG_KEYS.values():
         architecture[tower]["mlp_ratio"] = (ffn or 4 * width) / width
@@ -47,13 +47,13 @@ def assert_same(found, wanted, close=1e-5):
 
 
 def worst(scores, kept):
-    """All but the best, by a plain sort."""
+    """Return the indices of all but the best, by a plain sort."""
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[kept:]
 
 
 @torch.no_grad()
 def silence(block, heads, ffn):
-    """Zero the weights of all but the best heads and hidden units, found one by one."""
+    """Zero the weights of all but the best heads and hidden units, one by one."""
     attn, ffn_part = block.parts[0].module, block.parts[1]
     rows = [slice(h * HEAD, (h + 1) * HEAD) for h in range(attn.heads)]
     v, out = attn.v.weight.double().numpy(), attn.out.weight.double().numpy()
@@ -71,7 +71,7 @@ def silence(block, heads, ffn):
 
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize(("heads", "ffn"), [(1, 37), (2, 128), (3, 5)])
-def test_dropped_heads_and_units_equal_zeroed_ones(heads, ffn, custom_text, tmp_path):
+def test_dropping_heads_and_units_equals_zeroing_them(heads, ffn, custom_text, tmp_path):
     teacher = clip_of(width=48, ffn=128, custom_text=custom_text)
     before = {name: tensor.clone() for name, tensor in teacher.module.state_dict().items()}
     size = Size(heads=heads, ffn=ffn)
@@ -82,7 +82,7 @@ def test_dropped_heads_and_units_equal_zeroed_ones(heads, ffn, custom_text, tmp_
     for block in anatomy.blocks(teacher.module):
         silence(block, heads, ffn)
     assert_same(student.module, teacher.module)
-    # open_clip's config says as many heads as fill the width, or nothing
+    # open_clip's config can only express as many heads as fill the width.
     assert save_for_open_clip(student, tmp_path / "open_clip") is (heads == 3)
     save_artifact(artifact_from_model(student, (), {}), tmp_path / "a")
     for wanted, found in zip(
@@ -100,8 +100,8 @@ def test_one_tower_may_keep_the_teachers_sizes():
     assert (student.preprocess, student.tokenizer) == (teacher.preprocess, teacher.tokenizer)
 
 
-def test_open_clips_config_says_every_feed_forward_exactly(tmp_path):
-    assert int(112 * (244 / 112)) == 243  # how open_clip would read the plain ratio
+def test_the_open_clip_config_gives_exact_feed_forward_widths(tmp_path):
+    assert int(112 * (244 / 112)) == 243  # This is how open_clip would read the plain ratio.
     student = inherited(clip_of(layers=1, width=112), {"image": Size(ffn=244)})
     assert student.module.visual.transformer.resblocks[0].mlp.c_fc.out_features == 244
     assert save_for_open_clip(student, tmp_path / "open_clip")
@@ -121,13 +121,13 @@ def test_layers_are_evenly_spaced_from_the_first(of, kept, wanted):
 
 
 def places(rng, of, count, width=1):
-    """Choose some places, each `width` long, in order."""
+    """Choose random groups of `width` indices, in order."""
     chosen = np.sort(rng.choice(of, count, replace=False))
     return (chosen[:, None] * width + np.arange(width)).ravel()
 
 
 def planted(small, big, seed=0):
-    """Hide a small model in a large one: its weights at random places of layers 0 and 2, next to nothing elsewhere."""
+    """Hide a small model in a large one: its weights at random indices of layers 0 and 2, tiny values elsewhere."""
     rng = np.random.default_rng(seed)
     source, target = (model.module.state_dict() for model in (small, big))
     channels = {tower: places(rng, 64, 32) for tower in anatomy.TOWERS}
@@ -137,7 +137,7 @@ def planted(small, big, seed=0):
         tower, block = anatomy.tower_of(small.module, name), re.search(r"resblocks\.(\d)\.", name)
         heads, ffn = inner.setdefault((tower, block and block[1]), (places(rng, 4, 2, HEAD), places(rng, 200, 90)))
         for axis, side in enumerate(source[name].shape):
-            if block is None:  # 32 channels; 17 and 24 places; embeddings are 40 wide
+            if block is None:  # 32 channels, 17 and 24 positions, embeddings of width 40.
                 here = {32: channels.get(tower)}
             elif "attn.out" in name or "c_proj" in name:
                 here = {32: channels[tower]} if axis == 0 else {32: heads, 90: ffn}
@@ -155,7 +155,7 @@ def planted(small, big, seed=0):
 
 
 @pytest.mark.parametrize("custom_text", [False, True])
-def test_a_small_model_hidden_in_a_large_one_is_found_again(custom_text, tmp_path):
+def test_a_small_model_hidden_in_a_large_one_is_recovered(custom_text, tmp_path):
     small = clip_of(layers=2, width=32, ffn=90, embed_dim=40, custom_text=custom_text)
     big = clip_of(layers=4, width=64, ffn=200, embed_dim=40, custom_text=custom_text)
     planted(small, big)
@@ -163,13 +163,13 @@ def test_a_small_model_hidden_in_a_large_one_is_found_again(custom_text, tmp_pat
     student = inherited(big, {"image": size, "text": size})
     assert_same(student.module, small.module, close=1e-6)
     assert surgery.shapes(student.module) == surgery.shapes(small.module)
-    assert save_for_open_clip(student, tmp_path / "open_clip")  # an ordinary architecture
+    assert save_for_open_clip(student, tmp_path / "open_clip")  # The architecture is an ordinary one.
     stock = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}", require_pretrained=True)
     assert_same(stock, small.module)
 
 
 def slow_channels(weights, tower, layers, count):
-    """The channels with the largest norms in what writes and reads them, matrix by matrix, in plain numpy."""
+    """Return the channels with the largest norms over all matrices that write or read them, in plain NumPy."""
     state = {name: tensor.double().numpy() for name, tensor in weights.items()}
     top = "visual." if tower == "image" else ""
     ends = {
@@ -197,7 +197,7 @@ def slow_channels(weights, tower, layers, count):
 
 @pytest.mark.parametrize("width", [20, 41])
 @pytest.mark.parametrize("tower", anatomy.TOWERS)
-def test_width_keeps_the_channels_that_weigh_most_over_the_whole_tower(tower, width):
+def test_width_keeps_the_channels_with_the_largest_norms_in_the_tower(tower, width):
     teacher = clip_of(layers=2, width=48, seed=3)
     student = inherited(teacher, {tower: Size(width=width)})
     theirs, own = teacher.module.state_dict(), student.module.state_dict()
@@ -206,14 +206,14 @@ def test_width_keeps_the_channels_that_weigh_most_over_the_whole_tower(tower, wi
     at = ("visual." if tower == "image" else "") + "transformer.resblocks.1."
     for name, axis in (("attn.q.weight", 1), ("attn.out.weight", 0), ("mlp.c_proj.bias", 0), ("ln_2.weight", 0)):
         assert torch.equal(own[at + name], theirs[at + name].index_select(axis, torch.tensor(kept)))
-    # heads stay as many and as wide as they were: 3 of 16 beside so many channels, which no open_clip config can say
+    # The 3 heads of width 16 stay, which no open_clip config can express for this number of channels.
     part = next(part for part in anatomy.attentions(student.module) if part.tower == tower)
     assert part.shape == {"heads": 3, "qk_dim": HEAD, "v_dim": HEAD, "scale": HEAD**-0.5} and part.width == width
     other = 1 - anatomy.TOWERS.index(tower)
     assert torch.equal(outputs(student.module)[other], outputs(teacher.module)[other])
 
 
-def test_a_teacher_that_has_been_cut_gives_what_it_has_left(tmp_path):
+def test_a_pruned_teacher_passes_on_its_remaining_dims(tmp_path):
     teacher = clip_of(layers=2)
     for number, block in enumerate(anatomy.blocks(teacher.module)):
         dims = torch.arange(HEAD).expand(2, HEAD) < 8 + 2 * number
@@ -244,12 +244,12 @@ TIMM = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linea
 RESNET = {"layers": [1, 1, 1, 1], "width": 16, "head_width": 64, "image_size": 32}
 
 
-def test_timms_transformers_give_heads_and_units():
+def test_heads_and_units_are_inherited_from_timm_transformers():
     teacher = clip_of(vision_cfg=TIMM, custom_text=True)
     student = inherited(teacher, {"image": Size(heads=1, ffn=48)})
     for block in anatomy.blocks(teacher.module):
         if block.tower == "image":
-            assert block.parts[0].module.v_dim == 32  # silence() counts in heads of 16
+            assert block.parts[0].module.v_dim == 32  # silence() counts in heads of width 16.
             _silence_timm(block)
     torch.testing.assert_close(outputs(student.module)[0], outputs(teacher.module)[0], atol=1e-5, rtol=1e-5)
 
@@ -279,12 +279,12 @@ def _silence_timm(block):
         ({}, Size(ffn=129), r"image\.ffn: expected at most the teacher\'s 128, found 129"),
     ],
 )
-def test_sizes_that_the_teacher_cannot_give_are_reported(changes, size, message):
+def test_sizes_larger_than_the_teacher_are_reported(changes, size, message):
     with pytest.raises(RecipeError, match=message):
         inherited(clip_of(**changes), {"image": size})
 
 
-def test_width_is_refused_where_it_is_the_embeddings_or_where_a_part_is_unknown():
+def test_width_is_refused_for_embeddings_and_unknown_parts():
     teacher = clip_of(custom_text=True)
     teacher.architecture["text_cfg"]["proj_type"] = "none"
     with pytest.raises(RecipeError, match=r"text\.width: without a projection"):

@@ -1,4 +1,4 @@
-"""A CPU's name and instruction sets, also where their sources differ."""
+"""The name and instruction sets of a CPU, also where their sources differ."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def numpy_says(*found):
     return {name: name in found for name in ("AVX2", "AVX512F", "AVX512VNNI", "FMA3")}
 
 
-def test_linux_names_all_sets_where_numpy_finds_the_same_cpu():
+def test_linux_names_all_sets_if_numpy_finds_the_same_cpu():
     found = instruction_sets(NEW, numpy_says("AVX2", "AVX512F", "AVX512VNNI"))
     assert found == ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 
@@ -19,11 +19,11 @@ def test_linux_names_all_sets_where_numpy_finds_the_same_cpu():
 @pytest.mark.parametrize(
     ("emulated", "sets"), [(("AVX2",), ("avx2",)), (("AVX2", "AVX512F"), ("avx2", "avx512f")), ((), ())]
 )
-def test_only_what_numpy_found_counts_where_linux_describes_another_cpu(emulated, sets):
+def test_numpy_takes_precedence_if_linux_describes_another_cpu(emulated, sets):
     assert instruction_sets(NEW, numpy_says(*emulated)) == sets
 
 
-def test_linux_is_trusted_where_numpy_reports_nothing():
+def test_linux_is_trusted_if_numpy_reports_nothing():
     assert instruction_sets({"avx2", "avx_vnni"}, None) == ("avx2", "avx_vnni")
     assert instruction_sets({"asimd", "asimddp", "i8mm"}, {"NEON": True}) == ("asimddp", "i8mm")  # ARM
 

@@ -129,9 +129,8 @@ def outputs(answer):
 
 def exactly(path, inputs):
     """Return the output of ONNX's reference evaluator, which has no kernels of ONNX Runtime."""
-    model = version_converter.convert_version(
-        onnx.load(path), 19
-    )  # The evaluator does not support Q/DQ of older opsets.
+    # The evaluator does not support Q/DQ of older opsets.
+    model = version_converter.convert_version(onnx.load(path), 19)
     return ReferenceEvaluator(model).run(None, inputs)[0]
 
 

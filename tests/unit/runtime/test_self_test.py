@@ -70,7 +70,7 @@ def test_an_unchanged_file_is_opened(file):
     assert found.shape == (1, 6)
 
 
-def test_a_file_that_computes_something_else_is_refused_with_its_cosine(file):
+def test_a_file_with_different_results_is_refused_with_its_cosine(file):
     props = onnx.load(file).metadata_props
     save(file, np.random.default_rng(1).standard_normal((12, 6)).astype("f"), props)
     with pytest.raises(
@@ -94,7 +94,7 @@ def test_nan_outputs_fail(file):
 
 @pytest.mark.parametrize(("apart", "least"), [(0.0, 0.9995), (0.0001, 0.9995), (0.01, 0.97)])
 def test_a_model_that_is_sensitive_to_rounding_has_a_looser_limit(apart, least):
-    """The outputs of two sessions differ by an angle whose cosine is 1 - apart."""
+    """The outputs of two sessions differ by an angle with cosine 1 - apart."""
 
     def session(row):
         put = SimpleNamespace(name="x", type="tensor(float)", shape=["batch", 3, 2, 2])

@@ -101,7 +101,7 @@ def test_a_sharp_model_does_not_overflow(export, texts_seen):
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-6)
 
 
-def test_braces_in_a_label_are_no_placeholder(classifier, texts_seen):
+def test_braces_in_a_label_are_not_placeholders(classifier, texts_seen):
     classifier.label_embeddings(["set {0}", "{}"], ["a {}, {x}"])
     assert texts_seen == ["a set {0}, {x}", "a {}, {x}"]
 
@@ -127,7 +127,7 @@ def test_a_file_that_is_not_an_image_is_named(classifier, tmp_path):
         classifier.classify([small_image(1)[1], tmp_path / "notes.txt"], ["cat", "dog"])
 
 
-def test_embeddings_that_are_not_finite_are_an_error(export, texts_seen):
+def test_non_finite_embeddings_are_an_error(export, texts_seen):
     linear_encoder(
         export / "image.onnx",
         "pixel_values",

@@ -1,4 +1,4 @@
-"""The client: what it sends, what it retries, and what it keeps apart; against a stand-in that can fail, and a real Triton."""
+"""The client's requests, retries and errors, against a fake server that fails on demand and a real Triton."""
 
 import itertools
 import json
@@ -180,7 +180,7 @@ def test_retries_are_limited_and_their_delays_grow(serve, connect, monkeypatch):
     assert waited == [0.5, 1, 2, 4, 8, 10, 10] and len(server.requests) == 8
 
 
-def test_an_item_that_finds_no_room_is_an_error_and_the_others_are_kept(serve, connect):
+def test_an_item_refused_by_a_full_server_is_an_error_and_the_others_are_kept(serve, connect):
     def picky(inputs):
         if inputs["text"].ravel()[0] == b"b":
             raise Refusal(503, "no room")

@@ -49,7 +49,7 @@ def recall(found, wanted):
     return np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found, wanted, strict=True)])
 
 
-def test_the_flat_index_finds_what_numpy_finds(tmp_path):
+def test_the_flat_index_matches_numpy(tmp_path):
     rows, queries = vectors(300), vectors(20, seed=1)
     index = made(tmp_path / "index", rows)
     scores, keys = index.search(queries, 7)
@@ -59,7 +59,7 @@ def test_the_flat_index_finds_what_numpy_finds(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
-def test_the_other_kinds_find_nearly_all_of_it(tmp_path, kind):
+def test_approximate_kinds_find_nearly_all_of_it(tmp_path, kind):
     rows, queries = vectors(3000), vectors(50, seed=1)
     _, keys = made(tmp_path / "index", rows, kind=kind).search(queries, 10)
     assert recall(keys, by_numpy(rows, names(3000), queries, 10)) > 0.9
@@ -221,7 +221,7 @@ def test_a_kill_at_any_moment_leaves_the_old_index_or_the_new_one(tmp_path, monk
         else:
             assert len(open_index(folder)) == 31
             break
-    assert stop_at > 1  # at least one call was stopped
+    assert stop_at > 1  # At least one call was stopped.
 
 
 def test_files_left_by_a_kill_are_removed_by_the_next_change(tmp_path, monkeypatch):
@@ -240,7 +240,7 @@ def test_files_left_by_a_kill_are_removed_by_the_next_change(tmp_path, monkeypat
     assert {path.name for path in folder.iterdir()} == {"index.json", described.vectors.file, described.keys.file}
 
 
-def test_an_open_index_is_not_disturbed_by_a_new_one(tmp_path):
+def test_replacing_an_index_does_not_affect_an_open_one(tmp_path):
     folder, rows = tmp_path / "index", vectors(200)
     index = made(folder, rows)
     before = index.search(rows[:5], 3)[1]

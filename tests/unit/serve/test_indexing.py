@@ -74,7 +74,7 @@ def shard(path, members):
 
 def test_records_of_shards_need_no_captions(tmp_path, export):
     (tmp_path / "shards").mkdir()
-    long = "long" * 60  # longer than a plain header allows
+    long = "long" * 60  # Longer than a plain header allows.
     shard(
         tmp_path / "shards" / "0.tar",
         [("a.png", small_image(0)[1]), ("a.txt", b"a cat"), ("d/b.png", small_image(1)[1])],
@@ -164,7 +164,7 @@ def test_a_killed_run_is_resumed_and_ends_as_an_uninterrupted_one(tmp_path, expo
         indexing.ImageEncoder, "__call__", lambda self, views: embedded.append(len(views)) or embed(self, views)
     )
     indexed(images, export, out)
-    assert sum(embedded) == 20 - 7  # one of the 8 in the kept part is not an image
+    assert sum(embedded) == 20 - 7  # One of the 8 files in the kept part is not an image.
     assert content(out) == content(tmp_path / "whole")
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from clipress.serve.label_sets import LabelSets
 
-CLASSES = np.ones((2, 4), np.float32)  # 32 bytes, and 4 of names
+CLASSES = np.ones((2, 4), np.float32)  # 32 bytes, plus 4 for names.
 
 
 def key(name):

@@ -102,7 +102,7 @@ def test_a_gpu_has_one_instance():
     assert sizing(exported(), "image", "tensorrt", ServeSettings(), None).instances == 1
 
 
-def test_missing_results_are_no_error_and_damaged_ones_are(tmp_path):
+def test_missing_results_are_allowed_and_damaged_ones_are_an_error(tmp_path):
     path = tmp_path / "results.json"
     assert sizing(exported(), "image", "python", ServeSettings(), path) == Sizing(8, 1, None)
     for content in ("", "[]", '{"rows": [{}]}', "{}"):

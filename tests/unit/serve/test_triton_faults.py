@@ -46,7 +46,7 @@ from clipress.serve.triton_repo import triton_repo_from_export
 from clipress.serve.triton_server import TritonServer
 
 GRPC = {400: "StatusCode.INVALID_ARGUMENT", 404: "StatusCode.NOT_FOUND", 503: "StatusCode.UNAVAILABLE"}
-GROWTH = 64 << 20  # bytes that a server may grow by in this whole file; a bomb would take a gigabyte
+GROWTH = 64 << 20  # Allowed growth in bytes over this whole file; a decompression bomb would take a gigabyte.
 
 
 class Local:
@@ -171,37 +171,37 @@ def classes(labels, images=(IMAGES[0],), **more):
 
 EMPTY = np.empty((0, 1), object)
 REFUSED = {
-    "a JPEG cut in half": ("embed_image", image(jpeg_cut()), 400, "not a readable image"),
+    "a truncated JPEG": ("embed_image", image(jpeg_cut()), 400, "not a readable image"),
     "20,000 x 20,000 pixels": ("embed_image", image(huge()), 400, "expected at most 128,000,000 pixels"),
-    "a text as image": ("embed_image", image(b"Dear Sir or Madam"), 400, "not a readable image"),
+    "a text file as an image": ("embed_image", image(b"Dear Sir or Madam"), 400, "not a readable image"),
     "an empty image": ("embed_image", image(b""), 400, "not a readable image"),
     "a bad image to classify": ("classify", classes([b"a", b"b"], [IMAGES[0], b"no"]), 400, "not a readable image"),
-    "a batch of no images": ("embed_image", {"image": EMPTY}, 400, "expected 1 string elements"),
-    "a batch of no texts": ("embed_text", {"text": EMPTY}, 400, "expected 1 string elements"),
+    "a batch without images": ("embed_image", {"image": EMPTY}, 400, "expected 1 string elements"),
+    "a batch without texts": ("embed_text", {"text": EMPTY}, 400, "expected 1 string elements"),
     "no images to classify": ("classify", classes([b"a"], []), 400, "image: expected at least one entry"),
     "no labels": ("classify", classes([]), 400, "labels: expected at least one entry"),
-    "a text that is no UTF-8": ("embed_text", text(b"caf\xe9"), 400, "text: expected UTF-8"),
-    "a label that is no UTF-8": ("classify", classes([b"cat", b"\xff"]), 400, "labels: expected UTF-8"),
+    "a text that is not UTF-8": ("embed_text", text(b"caf\xe9"), 400, "text: expected UTF-8"),
+    "a label that is not UTF-8": ("classify", classes([b"cat", b"\xff"]), 400, "labels: expected UTF-8"),
     "a text of 100,001 letters": ("embed_text", text(b"a" * 100_001), 400, "expected at most 100,000 characters"),
-    "a label twice": ("classify", classes([b"cat", b"cat"]), 400, "repeated ones: cat"),
+    "a repeated label": ("classify", classes([b"cat", b"cat"]), 400, "repeated ones: cat"),
     "100,001 labels": (
         "classify",
         classes([b"%d" % n for n in range(100_001)]),
         400,
         "Expected at most 100,000 prompts",
     ),
-    "numbers as text": ("embed_text", {"text": np.zeros((1, 1), np.float32)}, 400, "expects 'BYTES'"),
-    "pixels as image": ("embed_image", {"image": np.zeros((1, 32, 32, 3), np.uint8)}, 400, "expects 'BYTES'"),
+    "numbers as a text": ("embed_text", {"text": np.zeros((1, 1), np.float32)}, 400, "expects 'BYTES'"),
+    "pixels as an image": ("embed_image", {"image": np.zeros((1, 32, 32, 3), np.uint8)}, 400, "expects 'BYTES'"),
     "an image without a batch": ("embed_image", {"image": lines(IMAGES[0])}, 400, "Expected [-1,1], got [1]"),
     "pixels of another size": ("image_encoder", {"pixel_values": np.zeros((1, 3, 7, 7), np.float32)}, 400, "shape"),
-    "another input's name": (
+    "an unknown input name": (
         "embed_text",
         {"texts": lines(b"cat")[:, None]},
         400,
         "unexpected inference input 'texts'",
     ),
     "one input too many": ("embed_text", {**text(b"cat"), "more": EMPTY}, 400, "expected 1 inputs but got 2"),
-    "a required input is missing": ("classify", {"labels": lines(b"cat")}, 400, "missing required input(s) ['image']"),
+    "a missing required input": ("classify", {"labels": lines(b"cat")}, 400, "missing required input(s) ['image']"),
     "an unknown model": ("embed_audio", text(b"cat"), 404, "unknown model: 'embed_audio'"),
     "a word outside the vocabulary": ("text_encoder", {"input_ids": None}, 400, "out of data bounds"),
 }
@@ -214,7 +214,7 @@ def test_an_invalid_request_is_refused_with_a_reason(served, client, http, local
     if "input_ids" in inputs:
         inputs = {"input_ids": np.full((1, local.exported.tokenizer.context_length), 10**9)}
     before = memory(served)
-    # twice each: a cached error must not become an empty answer
+    # Sent twice: a cached error must not become an empty answer.
     for library, one in ((triton_grpc, client), (triton_http, http)) * 2:
         tensors = [tensor(library, name, array, KINDS[array.dtype.kind]) for name, array in inputs.items()]
         found, message = refusal(lambda one=one, tensors=tensors: one.infer(model, tensors))
@@ -224,9 +224,9 @@ def test_an_invalid_request_is_refused_with_a_reason(served, client, http, local
     happened(fault, f"{status}: {words}", f"{found}: {message}")
 
 
-def test_a_bomb_is_refused_before_it_is_decoded(served, client, happened):
+def test_a_decompression_bomb_is_refused_before_decoding(served, client, happened):
     for pid in processes(served):
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets the peak
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # This resets the peak.
     before = memory(served, "VmHWM")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         calls = [pool.submit(refusal, lambda: infer(client, "embed_image", "image", [huge()], "")) for _ in range(8)]
@@ -248,10 +248,10 @@ def test_an_image_of_one_pixel_is_embedded(client, local, happened):
         ("a caption of 5,000 words", "a photo of a cat " * 1000),
         ("one word of 30,000 letters", "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=30_000))),
         ("one letter 100,000 times", "a" * 100_000),
-        ("100,000 signs of all kinds", "&amp;ÃŸ🏳️‍🌈 <|>"[:10] * 10_000),
+        ("100,000 characters of all kinds", "&amp;ÃŸ🏳️‍🌈 <|>"[:10] * 10_000),
     ],
 )
-def test_a_text_that_is_too_long_is_cut_as_in_training(client, local, happened, fault, words):
+def test_a_text_that_is_too_long_is_truncated_as_in_training(client, local, happened, fault, words):
     found = infer(client, "embed_text", "text", [words.encode()], "text_embeds")
     np.testing.assert_array_equal(found, local.texts(words))
     happened(fault, "the embedding of local inference", "the same bits")
@@ -274,7 +274,7 @@ def test_other_requests_are_answered_while_thousands_of_labels_are_embedded(serv
     happened("10,000 labels", "the probabilities of local inference, others answered meanwhile", f"so, {others} others")
 
 
-def test_clients_that_go_away_leave_nothing_behind(served, client, local, happened):
+def test_disconnected_clients_leave_nothing_behind(served, client, local, happened):
     """Half of 64 leave before they have sent everything, half before the answer; all with a reset."""
     host, port = served.http.split(":")
     content = random_image(5, "JPEG", (1000, 1000))
@@ -301,13 +301,13 @@ def outcome(client, file):
     return (str(found.status()), found.message()) if isinstance(found, InferenceServerException) else found
 
 
-def test_a_bad_image_in_a_batch_of_good_ones_fails_alone(client, local, happened):
+def test_only_the_bad_image_in_a_batch_fails(client, local, happened):
     files = [*IMAGES, jpeg_cut(), *IMAGES[:2]]
     runs = executions(client, "preprocess")
     with concurrent.futures.ThreadPoolExecutor(len(files)) as pool:
         found = list(pool.map(lambda file: outcome(client, file), files))
     bad = found.pop(5)
-    assert executions(client, "preprocess")[0] - runs[0] < len(files)  # they were batched
+    assert executions(client, "preprocess")[0] - runs[0] < len(files)  # They were batched.
     assert bad[0] == GRPC[400] and "not a readable image" in bad[1]
     np.testing.assert_allclose(found, local.images(*IMAGES, *IMAGES[:2]), atol=1e-6)
     happened("a bad image in a batch of good ones", "only that one fails", f"so: {bad[0]}: {bad[1]}")

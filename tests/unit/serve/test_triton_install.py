@@ -35,7 +35,7 @@ def files_left(folder):
     return [path for path in (folder / "cache").rglob("*") if path.name != ".lock" and path.is_file()]
 
 
-def test_a_server_on_path_is_used_with_its_own_backends(tmp_path, monkeypatch):
+def test_a_server_on_path_uses_its_own_backends(tmp_path, monkeypatch):
     own = tmp_path / "tritonserver"
     own.write_text("#!/bin/sh\n")
     own.chmod(0o755)
@@ -43,7 +43,7 @@ def test_a_server_on_path_is_used_with_its_own_backends(tmp_path, monkeypatch):
     assert find_triton() == Triton(own, (), {})
 
 
-def test_a_wheel_that_cannot_be_fetched_is_an_error_with_a_way_out(tmp_path):
+def test_a_wheel_that_cannot_be_fetched_is_an_error_with_instructions(tmp_path):
     said = []
     with pytest.raises(BackendMissing) as missing:
         find_triton(said.append)
@@ -62,7 +62,7 @@ def test_other_systems_than_linux_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/clipress-evil"])
-def test_a_wheel_that_reaches_out_of_its_folder_is_refused(tmp_path, name):
+def test_a_wheel_with_files_outside_its_folder_is_refused(tmp_path, name):
     put_wheel(tmp_path, **{name: "x"})
     with pytest.raises(BackendMissing, match=rf"'{name}', outside its own folder"):
         find_triton()
@@ -114,7 +114,7 @@ SECOND = FIRST.replace('print("fetching", flush=True)', 'raise SystemExit("fetch
 )
 
 
-def test_two_processes_that_look_for_it_at_once_fetch_it_once():
+def test_concurrent_processes_fetch_the_server_once():
     def start(program):
         return subprocess.Popen(
             [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

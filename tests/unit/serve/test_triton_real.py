@@ -64,18 +64,18 @@ def test_every_model_is_ready_and_the_newest_version_is_served(served):
         assert {client.get_model_metadata(model)["versions"][0] for model in MODELS} == {"2"}
 
 
-def test_images_are_prepared_as_in_training_bit_by_bit(client, exports):
+def test_images_are_preprocessed_bitwise_as_in_training(client, exports):
     found = infer(client, "preprocess", "image", IMAGES, "pixel_values")
     np.testing.assert_array_equal(found, pixels_of(read_export(exports[1]), IMAGES))
 
 
-def test_texts_become_the_ids_of_training_and_long_ones_are_cut(client, exports):
+def test_texts_are_tokenized_and_truncated_as_in_training(client, exports):
     exported = read_export(exports[1])
     found = infer(client, "tokenize", "text", [text.encode() for text in TEXTS], "input_ids")
     np.testing.assert_array_equal(found, exported.tokenize()(TEXTS))
 
 
-def test_embeddings_are_onnx_runtimes_over_http_and_grpc(served, client, exports):
+def test_embeddings_over_http_and_grpc_equal_onnx_runtimes(served, client, exports):
     exported = read_export(exports[1])
     images = embeds_of(exported, "image", pixels_of(exported, IMAGES))
     texts = embeds_of(exported, "text", exported.tokenize()(TEXTS))
@@ -95,7 +95,7 @@ def test_classes_have_the_probabilities_of_local_inference(client, exports, temp
     more = {} if templates is None else {"templates": templates}
     expected = LoadedModel(exports[1], threads=1).classify(IMAGES, labels, **more)
     rows = executions(client, "text_encoder")[1]
-    for _ in range(2):  # computed, then from the cache
+    for _ in range(2):  # Computed first, then from the cache.
         np.testing.assert_allclose(classify(client, IMAGES, labels, templates), expected, atol=1e-6)
     assert executions(client, "text_encoder")[1] - rows in (0, len(labels) * len(templates or [""]))
 
@@ -106,7 +106,7 @@ def test_more_images_and_labels_than_a_batch_are_classified(client, exports):
     np.testing.assert_allclose(classify(client, images, labels), expected, atol=1e-6)
 
 
-def test_requests_that_wait_together_are_one_run_and_are_answered_apart(client, exports):
+def test_queued_requests_are_batched_and_answered_separately(client, exports):
     exported = read_export(exports[1])
     expected = embeds_of(exported, "image", pixels_of(exported, IMAGES))
     before = executions(client, "image_encoder")
@@ -137,7 +137,7 @@ def bomb():
     ],
     ids=["text", "nothing", "cut", "bomb"],
 )
-def test_an_image_that_cannot_be_read_is_an_error_of_its_request_alone(client, exports, bad, message):
+def test_an_unreadable_image_fails_only_its_own_request(client, exports, bad, message):
     exported = read_export(exports[1])
     expected = embeds_of(exported, "image", pixels_of(exported, IMAGES))
 
@@ -147,7 +147,7 @@ def test_an_image_that_cannot_be_read_is_an_error_of_its_request_alone(client, e
     np.testing.assert_allclose(good, expected, atol=1e-6)
 
 
-def test_a_text_that_is_not_utf8_is_an_error_of_its_request_alone(client):
+def test_a_text_that_is_not_utf8_fails_only_its_own_request(client):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         bad = pool.submit(infer, client, "embed_text", "text", [b"\xff\xfe"], "text_embeds")
         good = pool.submit(infer, client, "embed_text", "text", [b"a cat"], "text_embeds")
@@ -173,7 +173,7 @@ def test_a_bad_request_is_refused_and_the_next_one_answered(client, images, labe
     assert classify(client, IMAGES, ["cat", "dog"]).shape == (len(IMAGES), 2)
 
 
-def test_bad_ids_in_a_batch_fail_their_request_alone(client, exports):
+def test_bad_ids_in_a_batch_fail_only_their_own_request(client, exports):
     exported = read_export(exports[1])
     good = [exported.tokenize()([text]) for text in TEXTS]
     bad = np.full_like(good[0], 10**9)
@@ -223,7 +223,7 @@ def test_the_program_in_the_readme_prints_the_result_of_local_inference(served, 
 def test_a_running_server_is_rolled_back_without_a_stop(served, client, exports):
     def serve(version):
         found = serve_version(served.repository, version, SETTINGS)
-        for model in ("embed_image", "embed_text", "classify"):  # the first two load the models they chain
+        for model in ("embed_image", "embed_text", "classify"):  # The first two load the models that they chain.
             served.load(model)
         return found, {tuple(client.get_model_metadata(model).versions) for model in MODELS}
 
@@ -283,7 +283,7 @@ def test_a_fused_model_answers_as_the_chain_does(fused, exports):
     np.testing.assert_allclose(classify(client, IMAGES, labels), expected, atol=1e-6)
 
 
-def test_a_fused_model_batches_requests_and_a_bad_one_fails_alone(fused, exports):
+def test_a_fused_model_batches_requests_and_only_bad_ones_fail(fused, exports):
     _, client = fused
     exported = read_export(exports[1])
     expected = embeds_of(exported, "image", pixels_of(exported, IMAGES))
@@ -364,7 +364,7 @@ def test_a_classifier_gives_the_probabilities_of_local_inference(triton, tmp_pat
     bench = write_latencies(tmp_path / "results.json", image=0.2 if small else 2)
     (repository,) = triton_repo_from_export(export, tmp_path / "triton", SETTINGS, bench)
     local = LoadedModel(export, threads=1)
-    images = IMAGES * 2  # more than a batch
+    images = IMAGES * 2  # More than a batch.
     expected = local.classify(images)
     with TritonServer(repository, triton=triton) as server:
         for address in (f"http://{server.http}", f"grpc://{server.grpc}"):

@@ -213,7 +213,7 @@ def test_weights_in_8_bits_are_served_exactly_where_they_would_overflow(
     assert config.optimization.graph.level == level
     page = (tmp_path / "triton" / "onnxruntime" / "README.md").read_text(encoding="utf-8")
     assert ("serve such CPUs by the python backend" in page) is exact
-    python = config_in(tmp_path / "triton" / "python", "image_encoder")  # its sessions adapt to the CPU
+    python = config_in(tmp_path / "triton" / "python", "image_encoder")  # Its sessions adapt to the CPU.
     assert "session.x64quantprecision" not in python.parameters and not python.optimization.HasField("graph")
 
 
@@ -339,17 +339,17 @@ def test_an_export_that_has_not_changed_adds_nothing_and_touches_nothing(export,
     repository = python_repository(export, tmp_path)
     before, folder = snapshot(repository), repository.stat().st_ino
     assert snapshot(python_repository(export, tmp_path)) == before
-    assert repository.stat().st_ino == folder  # a server or container on this folder is not disturbed
+    assert repository.stat().st_ino == folder  # A server or container that uses this folder is not disturbed.
 
 
-def test_files_left_by_a_server_are_no_change(export, tmp_path):
+def test_files_left_by_a_server_do_not_count_as_a_change(export, tmp_path):
     left = python_repository(export, tmp_path) / "preprocess" / "1" / "__pycache__" / "model.cpython-311.pyc"
     left.parent.mkdir()
     left.write_bytes(b"compiled")
     assert not (python_repository(export, tmp_path) / "preprocess" / "2").exists()
 
 
-def test_the_same_export_made_elsewhere_is_no_change(export, tmp_path):
+def test_the_same_export_from_another_machine_does_not_count_as_a_change(export, tmp_path):
     python_repository(export, tmp_path)
     changed(export, parity={"image_min_cosine": 0.5})
     elsewhere = tmp_path / "elsewhere"
@@ -405,7 +405,7 @@ def test_a_repository_stays_rolled_back_until_there_is_something_new(export, tmp
 @pytest.mark.parametrize("version, message", [(None, "an older version"), (3, "version 3")])
 def test_a_missing_version_is_an_error_that_lists_the_others(export, tmp_path, version, message):
     repository = python_repository(export, tmp_path)
-    with pytest.raises(ArtifactError, match=rf"expected {message}; versions found: 1\. Do: clipress serve RUN"):
+    with pytest.raises(ArtifactError, match=rf"expected {message}; versions found: 1\. Run: clipress serve RUN"):
         serve_version(repository, version, ServeSettings())
     with pytest.raises(ArtifactError, match="versions found: none"):
         serve_version(tmp_path / "nowhere", version, ServeSettings())
@@ -426,7 +426,7 @@ def test_a_version_whose_record_is_damaged_is_not_served(export, tmp_path, conte
     assert snapshot(repository) == before
 
 
-def test_an_export_of_another_size_is_no_new_version(export, tmp_path):
+def test_an_export_of_another_size_is_not_a_new_version(export, tmp_path):
     before = snapshot(python_repository(export, tmp_path))
     changed(export, preprocess={"size": 4})
     message = r"image_encoder .* takes pixel_values \[3, 2, 2\].*takes pixel_values \[3, 4, 4\].*new repository"
@@ -517,7 +517,7 @@ def test_the_warm_up_is_an_image_and_a_text_as_triton_stores_strings(export, tmp
     assert (repository / "tokenize" / "warmup" / "text").read_bytes()[4:].decode() == "a photo of a cat"
 
 
-def test_the_rate_limiter_gets_what_the_encoders_take(export, tmp_path):
+def test_the_rate_limiter_gets_the_resources_of_the_encoders(export, tmp_path):
     limit = {"resources": {"cores": 2}, "priority": 3}
     repository = python_repository(export, tmp_path, rate_limit=limit, instances=2)
     for model in MODELS - {"embed_image", "embed_text", "tokenize"}:
@@ -600,7 +600,7 @@ def test_each_kind_of_gpu_gets_its_engine_of_the_newest_tensorrt(export, tmp_pat
     assert config.max_batch_size == 16
 
 
-def test_an_engine_version_is_rolled_back_as_it_was(export, tmp_path):
+def test_an_engine_version_is_rolled_back_unchanged(export, tmp_path):
     settings = ServeSettings(backend="tensorrt")
     for tower in ("image", "text"):
         engine(export, tower, profile={"min": [1], "opt": [2], "max": [4]})
@@ -659,7 +659,7 @@ def index(tmp_path, monkeypatch):
     return folder
 
 
-def test_an_index_travels_with_the_version_that_searches_it(export, index, tmp_path):
+def test_an_index_belongs_to_the_version_that_searches_it(export, index, tmp_path):
     repository = python_repository(export, tmp_path, index=index)
     assert (repository / "search" / "1" / "index" / "parts" / "0").read_bytes() == b"vectors"
     (index / "parts" / "0").write_bytes(b"others")
@@ -735,7 +735,7 @@ def test_a_classifier_has_no_models_for_texts(tmp_path, small):
     assert serve_version(repository, 1, settings, bench) == 1
 
 
-def test_the_readme_of_a_classifier_speaks_of_its_models_alone(tmp_path):
+def test_the_readme_of_a_classifier_covers_only_its_models(tmp_path):
     (repository,) = triton_repo_from_export(
         write_classifier(tmp_path / "export"), tmp_path / "triton", ServeSettings(backend="python")
     )
@@ -749,7 +749,8 @@ def test_the_readme_of_a_classifier_speaks_of_its_models_alone(tmp_path):
 
 
 def test_a_graph_of_several_inputs_is_chained_to_all_that_prepare_them(tmp_path):
-    bench = write_latencies(tmp_path / "results.json", question=0.2)  # too many inputs to prepare them in one process
+    # The model has too many inputs to prepare them in one process.
+    bench = write_latencies(tmp_path / "results.json", question=0.2)
     settings = ServeSettings(backend="python", max_batch=8, instances=1, text_cache_mb=1)
     (repository,) = triton_repo_from_export(write_questions(tmp_path / "export"), tmp_path / "triton", settings, bench)
     assert models_of(repository) == {"question_encoder", "preprocess", "tokenize", "embed_question"}
@@ -804,7 +805,7 @@ def test_a_release_of_version_1_is_still_served(export, tmp_path):
     }
 
 
-# --- what a server cannot be made to say ---
+# --- errors that a real server cannot be made to return ---
 
 
 @pytest.mark.parametrize(

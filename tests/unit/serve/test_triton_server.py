@@ -1,4 +1,4 @@
-"""A real Triton: its answers, its errors, and that nothing of it is left when it has stopped."""
+"""A real Triton: its answers, its errors and its cleanup."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def processes(field, number):
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # the process has just ended
+        except OSError:  # The process has just ended.
             continue
         if int(fields[field]) == number and fields[0] != "Z":
             found.append(int(stat.parent.name))
@@ -161,7 +161,7 @@ def test_a_missing_model_cannot_be_loaded(server):
         server.load("nobody")
 
 
-def test_nobody_else_loads_models_or_shares_memory(client):
+def test_clients_cannot_load_models_or_share_memory(client):
     for forbidden in (
         lambda: client.load_model("probe"),
         lambda: client.unload_model("probe"),
@@ -183,7 +183,7 @@ def listening():
     return found
 
 
-def test_only_this_machine_can_reach_it(server):
+def test_the_server_listens_on_this_machine_only(server):
     found = listening()
     for address in (server.http, server.grpc, server.metrics):
         host, port = address.split(":")
@@ -191,7 +191,7 @@ def test_only_this_machine_can_reach_it(server):
         assert {one[-8:] for one in found[int(port)]} == {"0100007F"}
 
 
-def test_nothing_is_left_of_a_server_that_is_stopped(triton, tmp_path):
+def test_stopping_a_server_leaves_nothing_behind(triton, tmp_path):
     with TritonServer(put_model(tmp_path, "probe", PROBE), triton=triton) as server:
         leader = server.pid
         assert len(session(leader)) > 1
@@ -276,7 +276,7 @@ def test_ctrl_c_ends_the_command_without_an_error_and_the_server_with_it(triton,
     process, leader, printed = started("-m", "clipress", "triton", tmp_path / "run")
     with socket.create_connection(re.search(r"gRPC +(\S+):(\d+)", printed).groups()):
         everything = session(leader)
-    assert len(everything) > 3  # the server, and processes for models and their instances
+    assert len(everything) > 3  # The server, its models and their instances.
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == 0
@@ -284,7 +284,7 @@ def test_ctrl_c_ends_the_command_without_an_error_and_the_server_with_it(triton,
     assert (tmp_path / "run" / "triton" / "server.log").is_file()
 
 
-def test_sigterm_ends_it_without_an_error_too(triton, tmp_path):
+def test_sigterm_ends_the_command_without_an_error(triton, tmp_path):
     process, leader, _ = started("-c", SERVE, put_model(tmp_path / "models", "probe", PROBE))
     process.terminate()
     process.communicate()
@@ -292,7 +292,7 @@ def test_sigterm_ends_it_without_an_error_too(triton, tmp_path):
     assert session(leader) == [] and shared_memory(process.pid) == []
 
 
-def test_a_server_whose_clipress_is_killed_ends_too(triton, tmp_path):
+def test_the_server_ends_when_its_clipress_is_killed(triton, tmp_path):
     process, leader, _ = started("-c", SERVE, put_model(tmp_path / "models", "probe", PROBE))
     everything = session(leader)
     assert len(everything) == 2
@@ -302,7 +302,7 @@ def test_a_server_whose_clipress_is_killed_ends_too(triton, tmp_path):
     assert session(leader) == [] and shared_memory(process.pid) == []
 
 
-@pytest.mark.slow  # the faults test `wait` itself; this one tests that the command uses it
+@pytest.mark.slow  # The fault tests cover `wait` itself; this one checks that the command uses it.
 def test_a_model_whose_process_is_killed_is_loaded_again(triton, tmp_path):
     """Otherwise its requests would keep failing while the server reports ready."""
     process, leader, printed = started("-c", SERVE, put_model(tmp_path / "models", "probe", PROBE))

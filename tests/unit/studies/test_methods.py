@@ -1,4 +1,4 @@
-"""A study lists its runs and summarises seeds; committed tables follow from committed figures."""
+"""A study lists its runs and summarises seeds; committed tables match committed figures."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_seeds_become_mean_and_standard_deviation(study, rows):
     assert lost(rows[0], "slimmed") == 40
 
 
-def test_the_table_says_what_part_of_the_references_loss_is_lost(study, rows):
+def test_the_table_shows_the_loss_relative_to_the_reference(study, rows):
     lines = markdown(study, rows, {"device": "x"}).splitlines()
     found = next(line for line in lines if line.startswith("| 2x | b |"))
     assert " 70.0 ± 0.0 | 78.5 ± 0.7 | 10.0 ± 0.0 | 1.5 ± 0.7 | 26% / 17% |" in found
@@ -73,14 +73,14 @@ def test_the_table_says_what_part_of_the_references_loss_is_lost(study, rows):
 def test_without_ratios_methods_are_compared_in_points_and_standard_deviations(study, rows):
     plain = study.model_copy(update={"ratios": {}})
     lines = markdown(plain, [row.model_copy(update={"ratio": None}) for row in rows], {}).splitlines()
-    # 78.5 against 71, spreads 0.7 and 1.4: pooled 1.118
+    # 78.5 against 71 with spreads 0.7 and 1.4, pooled 1.118.
     assert next(line for line in lines if line.startswith("| b |")).startswith(
         "| b | 2 | 78.5 ± 0.7 | +7.5 (+6.7 sd) |"
     )
     assert next(line for line in lines if line.startswith("| a |")).startswith("| a | 2 | 71.0 ± 1.4 | – |")
 
 
-def test_step_costs_are_told_as_ratios_of_the_same_round(study, rows):
+def test_step_costs_are_ratios_within_a_round(study, rows):
     study = study.model_copy(update={"step_cost": StepCost(reference="plain", cases={"plain": {}}, rounds=3)})
     cost = [TimedSteps(case="ours", seconds=[0.2, 0.3, 0.4], ratios=[1.1, 1.3, 1.2], peak_memory_mb=7)]
     assert "| ours | 0.300 | 1.20 (1.10–1.30) | 7 |" in markdown(study, rows, {}, cost).splitlines()
@@ -97,7 +97,7 @@ def test_a_finished_run_made_with_other_settings_is_refused(tiny_run, tmp_path):
         run_case(other, tmp_path, 1)
 
 
-def test_a_case_changes_what_it_names_and_leaves_the_rest():
+def test_a_case_changes_only_the_settings_it_names():
     base = {"teacher": {"recipe": 1}, "stages": [1], "data": {"train": 2, "workers": 0}}
     changed = merge_sections(base, {"teacher": {"cache": {"views": 2}}, "stages": [2], "data": {"workers": 4}})
     assert changed == {
@@ -106,7 +106,7 @@ def test_a_case_changes_what_it_names_and_leaves_the_rest():
     assert base["teacher"] == {"recipe": 1}
 
 
-def test_a_whole_study_runs_finishes_and_times_its_steps(recipe, tmp_path):
+def test_a_study_runs_resumes_and_times_its_steps(recipe, tmp_path):
     write_recipe(recipe, tmp_path)
     stages = recipe["stages"]
     study = {
@@ -123,7 +123,7 @@ def test_a_whole_study_runs_finishes_and_times_its_steps(recipe, tmp_path):
     kept = json.loads((tmp_path / "out" / "tiny.json").read_text())
     assert [row["case"] for row in kept["step_cost"]] == ["plain", "search"] and len(kept["rows"]) == 1
     assert kept["rows"][0]["block_params_kept"] <= 0.5
-    assert run_study(tmp_path / "study.yaml", tmp_path / "runs", tmp_path / "out") == table  # nothing is done again
+    assert run_study(tmp_path / "study.yaml", tmp_path / "runs", tmp_path / "out") == table  # Nothing is repeated.
 
 
 def test_the_chart_is_one_line_per_method(study, rows):
@@ -133,7 +133,7 @@ def test_the_chart_is_one_line_per_method(study, rows):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_studies_spell_out_valid_runs(path):
+def test_shipped_studies_expand_to_valid_runs(path):
     from clipress.recipe import Recipe
     from clipress.workflow.plan import plan_from
 
@@ -149,17 +149,17 @@ def test_shipped_studies_spell_out_valid_runs(path):
             assert plan.stages[0].settings.budget.params == study.ratios[case.ratio]
         assert plan.recipe.seed == case.seed
     teachers = [case.recipe["teacher"] for case in cases]
-    assert all(teacher == teachers[0] for teacher in teachers)  # the same one for every method and seed
+    assert all(teacher == teachers[0] for teacher in teachers)  # Every method and seed has the same teacher.
 
 
-def test_a_study_with_an_unknown_key_is_told(tmp_path):
+def test_an_unknown_key_in_a_study_is_reported(tmp_path):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"name": "x", "methds": {}}))
     with pytest.raises(RecipeError, match="Did you mean 'methods'"):
         read_study(tmp_path / "s.yaml")
 
 
 def without_notes(text):
-    """A table without the notes that were written into it by hand."""
+    """Return a table without its handwritten notes."""
     return [line for line in text.splitlines() if line and not line.startswith("> ")]
 
 
@@ -186,7 +186,7 @@ def test_the_committed_table_of_a_program_follows_from_its_figures(name):
     assert made == (TABLES / f"{name}.md").read_text()
 
 
-def test_a_row_of_a_study_is_what_the_run_measured(tiny_run):
+def test_a_row_of_a_study_matches_the_results_of_its_run(tiny_run):
     run, _ = tiny_run
     found = row_of(Case(method="m", ratio="2x", seed=3, recipe={}), run)
     results = json.loads((run / "bench" / "results.json").read_text())

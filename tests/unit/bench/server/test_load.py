@@ -1,4 +1,4 @@
-"""Load: loops and windows against queueing theory, on an event loop whose clock jumps; then a real server."""
+"""Load: loops and windows against queueing theory on a simulated clock, then against a real server."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ MODELS = ["embed_image", "image_encoder", "embed_text"]
 
 
 class Jumping(asyncio.SelectorEventLoop):
-    """Nothing waits: when all sleep, the clock is set to when the first one wakes up."""
+    """An event loop that never waits: when every task sleeps, the clock jumps to the next wake-up."""
 
     now = 0.0
 
@@ -69,7 +69,7 @@ def measured(loop, send, load, **windows):
 
 
 def one_at_a_time(seconds):
-    """Return a server that answers in order, and takes `seconds(number)` for each."""
+    """Return a server that answers in order and takes `seconds(number)` per request."""
     lock = asyncio.Lock()
 
     async def send(number):
@@ -79,7 +79,7 @@ def one_at_a_time(seconds):
     return send
 
 
-def test_a_closed_loop_has_as_many_requests_under_way_as_it_is_told(loop):
+def test_a_closed_loop_keeps_the_set_number_of_requests_in_flight(loop):
     under_way, most = 0, 0
 
     async def send(_):
@@ -90,14 +90,14 @@ def test_a_closed_loop_has_as_many_requests_under_way_as_it_is_told(loop):
         under_way -= 1
 
     figures = measured(loop, send, Load(concurrency=4)).figures()
-    assert (most, under_way) == (4, 4)  # those under way at the end were cut off
+    assert (most, under_way) == (4, 4)  # Requests in flight at the end are cancelled.
     assert figures.infer_per_s == pytest.approx(400, rel=0.01)
     assert figures.p50_ms == figures.p99_ms == pytest.approx(10)
     assert (figures.errors, figures.concurrency, figures.request_rate) == (0, 4, None)
 
 
 @pytest.mark.parametrize("clients", [1, 3, 8])
-def test_in_a_closed_loop_littles_law_holds(loop, clients):
+def test_a_closed_loop_obeys_littles_law(loop, clients):
     figures = measured(loop, one_at_a_time(lambda _: 0.005), Load(concurrency=clients)).figures()
     assert figures.infer_per_s == pytest.approx(200, rel=0.01)
     assert figures.infer_per_s * figures.mean_ms / 1000 == pytest.approx(clients, rel=0.02)
@@ -116,18 +116,18 @@ def service_with_a_stall(number):
     return 1.0 if number == 50 else 0.004 + 0.001 * (number % 3)
 
 
-def test_in_an_open_loop_every_latency_is_that_of_the_queue_and_a_stall_makes_all_behind_it_late(loop):
+def test_an_open_loop_has_the_latencies_of_a_queue_and_a_stall_delays_everything_behind_it(loop):
     found = measured(loop, one_at_a_time(service_with_a_stall), Load(request_rate=100), window=3000)
     count_ = len(found.requests)
     expected = lindley(islice(arrivals(100), count_), map(service_with_a_stall, range(count_)))
     np.testing.assert_allclose([one.done - one.due for one in found.requests], expected, atol=1e-9)
-    assert sum(latency > 0.5 for latency in expected) > 30  # a client that waits for answers would have seen one
+    assert sum(latency > 0.5 for latency in expected) > 30  # A client that waits for answers would see one.
 
 
-def test_time_the_client_itself_loses_counts(loop):
+def test_time_lost_in_the_client_counts_as_latency(loop):
     async def send(number):
         if number == 20:
-            loop.now += 2.0  # the client computes, and sends nothing meanwhile
+            loop.now += 2.0  # The client is busy and sends nothing.
         await asyncio.sleep(0.001)
 
     found = measured(loop, send, Load(request_rate=50), window=3000)
@@ -141,12 +141,13 @@ def test_arrivals_are_a_poisson_process_and_the_same_every_time():
     due = np.fromiter(islice(arrivals(200.0), 50_000), float)
     gaps = np.diff(due, prepend=0)
     assert gaps.mean() == pytest.approx(1 / 200, rel=0.02)
-    assert gaps.std() == pytest.approx(1 / 200, rel=0.02)  # of an exponential distribution, its mean
+    # The standard deviation of an exponential distribution is its mean.
+    assert gaps.std() == pytest.approx(1 / 200, rel=0.02)
     assert (gaps > 3 / 200).mean() == pytest.approx(np.exp(-3), rel=0.05)
     np.testing.assert_array_equal(due[:2000], list(islice(arrivals(200.0), 2000)))
 
 
-def test_percentiles_leave_so_many_requests_above_them():
+def test_percentiles_leave_the_right_share_of_requests_above_them():
     rng = np.random.default_rng(0)
     requests = [Request(0.0, 0.0, done, None) for done in rng.permutation(np.arange(1, 1001)) / 1000]
     figures = latency_figures(requests)
@@ -158,12 +159,12 @@ def test_percentiles_leave_so_many_requests_above_them():
 def test_requests_belong_to_the_window_of_their_answer(loop):
     found = measured(loop, one_at_a_time(lambda _: 0.3), Load(concurrency=1), trials=3)
     assert [round(one.done, 6) for one in found.requests] == [0.3, 0.6, 0.9, 1.2, 1.5, 1.8, 2.1, 2.4, 2.7, 3.0]
-    assert found.figures().windows in ((3, 3, 4), (3, 3, 3))  # the last answer comes as the window ends
+    assert found.figures().windows in ((3, 3, 4), (3, 3, 3))  # The last answer arrives as the window ends.
     assert found.times()["due_ms"][:3] == [0, 300, 600]
     assert found.times()["latency_ms"][0] == pytest.approx(300)
 
 
-def test_warm_up_is_not_read_statistics(loop):
+def test_warm_up_is_not_measured(loop):
     found = measured(
         loop, one_at_a_time(lambda number: 1.0 if number == 0 else 0.01), Load(concurrency=1), warm_up=1500
     )
@@ -185,21 +186,21 @@ def test_three_windows_that_agree_in_rate_and_latency_are_stable(windows, percen
     assert are_stable(windows, percent) is stable
 
 
-def test_measuring_ends_when_it_is_stable_and_the_last_three_windows_are_reported(loop):
+def test_measuring_ends_when_stable_and_reports_the_last_three_windows(loop):
     def slow_at_first(number):
-        return 0.02 if number < 100 else 0.01  # two seconds' worth
+        return 0.02 if number < 100 else 0.01  # Two seconds of slow answers.
 
     found = measured(loop, one_at_a_time(slow_at_first), Load(concurrency=1), stability=2, trials=10)
     assert found.stable and [round(mark.time, 6) for mark in found.marks] == [2, 3, 4, 5]
     assert found.figures().infer_per_s == pytest.approx(100, rel=0.01)
 
 
-def test_what_never_settles_is_said_not_to_be_stable(loop):
+def test_unstable_measurements_are_reported_as_unstable(loop):
     found = measured(loop, one_at_a_time(lambda n: 0.001 * 1.005**n), Load(concurrency=1), stability=5, trials=4)
     assert not found.stable and [round(mark.time, 6) for mark in found.marks] == [1, 2, 3, 4]
 
 
-def test_errors_are_counted_and_have_no_latency_and_a_dead_server_is_not_hammered(loop):
+def test_errors_are_counted_without_latency_and_a_dead_server_is_not_hammered(loop):
     async def send(number):
         await asyncio.sleep(0.01)
         if number % 4 == 0:
@@ -217,7 +218,7 @@ def test_errors_are_counted_and_have_no_latency_and_a_dead_server_is_not_hammere
     assert dead_figures.infer_per_s == 0 and np.isnan(dead_figures.p99_ms)
 
 
-def test_what_is_under_way_is_ended_when_the_user_stops_it():
+def test_requests_in_flight_are_cancelled_when_the_user_interrupts():
     ended = []
 
     async def forever():
@@ -258,11 +259,11 @@ COUNTED = {
 }
 
 
-def test_tritons_figures_are_means_between_two_moments():
-    as_grpc = json.loads(json.dumps(COUNTED), parse_int=str)  # protobuf's JSON has numbers as text
+def test_triton_statistics_are_means_between_two_snapshots():
+    as_grpc = json.loads(json.dumps(COUNTED), parse_int=str)  # protobuf writes numbers as strings in JSON.
     assert read_statistics(as_grpc) == read_statistics(COUNTED)
     later = read_statistics(COUNTED)
-    assert later["m"]["rows"] == 120  # versions of a model are added up
+    assert later["m"]["rows"] == 120  # Versions of a model are summed.
     before = {"m": {**dict.fromkeys(later["m"], 0), "requests": 40, "rows": 20, "executions": 10}}
     figures = server_figures(before, later)["m"]
     assert (figures.mean_batch, figures.requests, figures.executions) == (10, 20, 10)
@@ -286,12 +287,12 @@ def test_a_sweep_is_a_list_a_doubling_or_steps(given, expected):
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "x", "1:", "8:4:0:1", "1.5", "nan"])
-def test_a_sweep_that_is_none_is_a_mistake(text):
+def test_an_invalid_sweep_is_refused(text):
     with pytest.raises(RecipeError, match=r"--concurrency .*numbers above 0"):
         loads_from(text, None)
 
 
-def test_gates_hold_where_they_say():
+def test_gates_apply_only_where_they_say():
     rows = places_of(MODELS, [Load(1), Load(32)])
     rows = [row.model_copy(update={"p99_ms": float(row.concurrency)}) for row in rows]
     gate = gate_from("p99_ms{model=embed_text, concurrency=32} > 10", PLACES)
@@ -304,7 +305,7 @@ def test_gates_hold_where_they_say():
         gate_from("p99_ms{stage=int8} > 1", PLACES)
 
 
-def test_what_nothing_was_answered_for_is_null_in_the_file_and_read_back(tmp_path):
+def test_missing_latencies_are_null_in_the_file_and_read_back(tmp_path):
     rows = places_of(["embed_text"], [Load(request_rate=2.5)])
     written = json.loads(write_load(LoadResults(conditions={"protocol": "http"}, rows=rows), tmp_path).read_text())
     assert written["rows"][0]["p99_ms"] is None and written["rows"][0]["request_rate"] == 2.5
@@ -314,17 +315,18 @@ def test_what_nothing_was_answered_for_is_null_in_the_file_and_read_back(tmp_pat
         LoadRow.model_validate({**written["rows"][0], "p99": 1.0})
 
 
-def test_each_graph_of_images_or_texts_has_requests_of_its_own(tiny_run):
+def test_each_graph_of_images_or_texts_has_its_own_requests(tiny_run):
     from clipress.data.eval_sets import evalsets
     from clipress.data.spec import SourceSpec
 
     exported, sets = read_export(tiny_run[0] / "export" / "int8"), evalsets([SourceSpec(format="digits", limit=3)])
     found = request_templates(exported, sets)
     assert found.keys() == set(MODELS)
-    assert found["embed_image"].content(0)[4:6] == b"\xff\xd8"  # a JPEG
+    assert found["embed_image"].content(0)[4:6] == b"\xff\xd8"  # This is a JPEG.
     assert found["embed_text"].content(1) != found["embed_text"].content(2)
     pixels = np.frombuffer(found["image_encoder"].content(0), "f").reshape(found["image_encoder"].shape)
-    assert pixels.shape == (1, 3, 32, 32) and (found["image_encoder"].content(3) == pixels.tobytes())  # three in turns
+    # Three images alternate.
+    assert pixels.shape == (1, 3, 32, 32) and (found["image_encoder"].content(3) == pixels.tobytes())
     assert list(found) == model_names(exported.graphs.values())
     outputs = (Output(name="logits", shape=(10,)),)
     scores = exported.graphs["image"].model_copy(update={"name": "photo", "outputs": outputs, "agrees": "logits"})
@@ -368,7 +370,7 @@ def test_a_real_server_counts_the_same_requests(server, protocol, load):
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_what_a_real_server_refuses_is_an_error_with_its_words(server, protocol):
+def test_a_request_refused_by_a_real_server_is_an_error_with_its_message(server, protocol):
     async def work():
         wire = open_wire(protocol, getattr(server, protocol), False)
         try:
@@ -383,7 +385,7 @@ def test_what_a_real_server_refuses_is_an_error_with_its_words(server, protocol)
     assert found.requests and all("not a readable image" in one.error for one in found.requests)
 
 
-def test_a_server_that_is_not_there_is_told(tiny_run):
+def test_an_unreachable_server_is_one_message(tiny_run):
     result = clipress("bench-server", tiny_run[0], "--url", "http://127.0.0.1:9", "--model", "embed_text")
     assert result.exit_code == 2 and "expected an answer from model embed_text" in result.output
 
@@ -403,7 +405,7 @@ def test_the_command_writes_figures_with_every_requests_times(server, tiny_run, 
     )
 
 
-def test_without_a_url_the_runs_own_server_is_started_and_stopped(triton, tiny_run, tmp_path):
+def test_without_a_url_a_server_for_the_run_is_started_and_stopped(triton, tiny_run, tmp_path):
     words = ("--concurrency", "1", "--window", "200", "--warm-up", "0", "--trials", "3", "--model", "image_encoder")
     result = clipress("bench-server", tiny_run[0], *words, "--out", tmp_path)
     assert result.exit_code == 0, result.output
