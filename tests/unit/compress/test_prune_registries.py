@@ -137,17 +137,17 @@ def test_every_criterion_for_channels_cuts_a_convolutional_tower(name):
 
 
 def test_a_criterion_that_is_registered_can_be_named_in_a_recipe():
-    @CRITERIA.register("first-units")
     class FirstUnits(Criterion):
         uses_gradients = False
 
         def score(self, site, generator):
             return -torch.arange(float(site.units)).expand(site.groups, -1)
 
-    settings = checked(Prune, {"budget": {"params": 0.5}, "criterion": "first-units", "steps": 1}, "p")
     module = classifier()
     gates = Gates(module, FirstUnits.space)
-    scores = Accumulator(CRITERIA[settings.criterion](), gates.sites).scores(lambda total: total)
+    with CRITERIA.registered("first-units", FirstUnits):
+        settings = checked(Prune, {"budget": {"params": 0.5}, "criterion": "first-units", "steps": 1}, "p")
+        scores = Accumulator(CRITERIA[settings.criterion](), gates.sites).scores(lambda total: total)
     costs = cost_model(module, gates.sites, "params")
     for mask in keep_masks(gates.sites, scores, costs, 0.5, align=ALIGN, min_keep=FLOOR, per_cost=True):
         assert torch.equal(mask, mask.sort(dim=1, descending=True).values)
