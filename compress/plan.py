@@ -44,8 +44,6 @@ def compress_plan_from(recipe: Recipe) -> CompressPlan:
         raise RecipeError(
             "teacher: expected a 'cache' for every teacher or for none, found both. Set it for all teachers, or remove it."
         )
-    if any(teacher.cache is not None for teacher in teachers):
-        check_cacheable(task)
     if teachers and any(stage.name == "teacher" for stage in stages):
         raise RecipeError("stages: the name 'teacher' is reserved for the teacher's artifact. Rename the stage.")
     if recipe.student is not None:
@@ -55,15 +53,6 @@ def compress_plan_from(recipe: Recipe) -> CompressPlan:
             compress_plan_from(checked(Recipe, teacher.recipe, "teacher.recipe"))
     data = checked(DataSpec, recipe.data, "data")
     return CompressPlan(recipe, data, checked(Runtime, recipe.runtime, "runtime"), teachers, stages)
-
-
-def check_cacheable(task: Task) -> None:
-    """Raise RecipeError if the task's teachers cannot be cached."""
-    if not task.caches_teachers:
-        raise RecipeError(
-            f"teacher.cache: caches hold embeddings of images and texts, which task {task.name} does not have. Remove "
-            "'teacher.cache' to run the teacher at every step."
-        )
 
 
 def _check_task(stage: Stage, task: Task, where: str) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipress.compress.fabric import uses_bf16
-from clipress.compress.plan import CompressPlan, check_cacheable
+from clipress.compress.plan import CompressPlan
 from clipress.data.bad_records import refuse_too_many
 from clipress.data.cache_files import (
     CacheSettings,
@@ -103,11 +103,12 @@ def manifest_of(
             f"cache: expected an augmentation for {views} views of {source.name}, found an empty 'data.augment', which makes "
             "all views identical. Set 'data.augment', or 'views: 1'."
         )
-    device, module = next(model.module.parameters()).device, model.module
-    bias = getattr(module, "logit_bias", None)
+    device, task = next(model.module.parameters()).device, task_named(model.task)
+    scale, bias = (getattr(model.module, name, None) for name in ("logit_scale", "logit_bias"))
+    output = task.graphs(model)[task.main_graph].outputs[0]
     return Manifest(
         teacher=teacher_hash,
-        logit_scale=float(module.logit_scale.detach().double().exp()),
+        logit_scale=None if scale is None else float(scale.detach().double().exp()),
         logit_bias=None if bias is None else float(bias),
         preprocess=model.preprocess,
         tokenizer=model.tokenizer,
@@ -116,7 +117,7 @@ def manifest_of(
         items=len(source),
         augment=augment,
         views=views if source.has_images else 0,
-        dim=model.architecture["embed_dim"],
+        dim=output.shape[0],
         dtype=dtype,
         precision="bf16" if uses_bf16(precision, device.type) else "fp32",
         made_with={
@@ -210,17 +211,23 @@ def _jobs(source: Source, manifest: Manifest, shards: Iterable[int], batch: int)
         items = manifest.items_of(shard)
         for start in range(0, len(items) if manifest.views else 0, per_batch):
             yield _Job(shard, items=items[start : start + per_batch])
-        texts = list(_captions(source, items)[0])
+        texts = list(_captions(source, manifest, items)[0])
         for start in range(0, len(texts), batch):
             yield _Job(shard, texts=texts[start : start + batch])
 
 
-def _captions(source: Source, items: Iterable[int]) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
-    """Return the distinct texts of some items with their rows, the row of every caption, and each item's first caption."""
+def _captions(
+    source: Source, manifest: Manifest, items: Iterable[int]
+) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
+    """Return the distinct texts of some items with their rows, the row of every caption, and each item's first caption.
+
+    A teacher that reads no texts has none.
+    """
     rows: dict[str, int] = {}
     captions, offsets = [], [0]
     for item in items:
-        captions += [rows.setdefault(text, len(rows)) for text in source.captions(item)]
+        texts = source.captions(item) if manifest.tokenizer is not None else ()
+        captions += [rows.setdefault(text, len(rows)) for text in texts]
         offsets.append(len(captions))
     return rows, np.asarray(captions, np.int64), np.asarray(offsets, np.int64)
 
@@ -264,21 +271,20 @@ def _encode(model: Model, loads: Iterable[_Load], precision: str, advance: Calla
     done = _Encoded([], [], [], [])
     for load in loads:
         if load.ids is not None:
-            done.text.append(_raw(model, "text", load.ids, precision))
+            done.text.append(_raw(model, "ids", load.ids, precision))
             continue
-        done.image.append(_raw(model, "image", load.pixels, precision))
+        done.image.append(_raw(model, "pixels", load.pixels, precision))
         done.views.append(load.views)
         done.errors.extend(load.errors)
         advance(len(load.errors))
     return done
 
 
-def _raw(model: Model, tower: Literal["image", "text"], batch: Tensor, precision: str) -> Tensor:
-    """Return raw embeddings before normalization: float32 [B, D]."""
-    device = next(model.module.parameters()).device
-    encode = model.module.encode_image if tower == "image" else model.module.encode_text
+def _raw(model: Model, name: str, batch: Tensor, precision: str) -> Tensor:
+    """Return a teacher's raw outputs for `pixels` or `ids`: float32 [B, D]."""
+    device, task = next(model.module.parameters()).device, task_named(model.task)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return encode(batch.to(device, non_blocking=True), normalize=False).float()
+        return task.cached_rows(model.module, name, batch.to(device, non_blocking=True)).float()
 
 
 def _finish(folder: Path, shard: int, source: Source, manifest: Manifest, encoded: _Encoded, failed: list[str]) -> None:
@@ -287,7 +293,7 @@ def _finish(folder: Path, shard: int, source: Source, manifest: Manifest, encode
     if bad:
         refuse_too_many(source.name, len(bad), len(encoded.errors), bad[0])
     failed += bad
-    _, captions, offsets = _captions(source, manifest.items_of(shard))
+    _, captions, offsets = _captions(source, manifest, manifest.items_of(shard))
     ok = np.ones(len(offsets) - 1, bool)
     ok[: len(encoded.errors)] = [not error for error in encoded.errors]
     no_rows = {
@@ -304,23 +310,23 @@ def check_cache(cache: TeacherCache, model: Model, source: Source, count: int = 
     manifest = cache.manifest
     chosen = np.random.default_rng(0).choice(len(cache), min(count, len(cache)), replace=False).tolist()
     items = [item for item in chosen if cache.ok(item)]
-    sides: list[tuple[Literal["image", "text"], Tensor, np.ndarray]] = []
+    rows: list[tuple[str, Tensor, np.ndarray]] = []
     if source.has_images:
         images = [viewed(source.image(item), model.preprocess, cache.view(item, 0)) for item in items]
         pixels = torch.from_numpy(normalised(np.stack(images), model.preprocess))
-        sides.append(("image", pixels, cache.images([cache.image_row(item) for item in items])))
-    if source.has_texts:
+        rows.append(("pixels", pixels, cache.images([cache.image_row(item) for item in items])))
+    if source.has_texts and model.tokenizer is not None:
         ids = torch.from_numpy(model.tokenize()([source.captions(item)[0] for item in items]))
-        sides.append(("text", ids, cache.texts([cache.text_row(item) for item in items])))
+        rows.append(("ids", ids, cache.texts([cache.text_row(item) for item in items])))
     model.module.eval()
-    for tower, batch, kept in sides:
-        found = _raw(model, tower, batch, manifest.precision).cpu().numpy()
+    for name, batch, kept in rows:
+        found = _raw(model, name, batch, manifest.precision).cpu().numpy()
         cosines = (found * kept).sum(1) / (np.linalg.norm(found, axis=1) * np.linalg.norm(kept, axis=1))
         if not cosines.min() > 0.999:
             worst = items[int(cosines.argmin())]
             raise ArtifactError(
-                f"{cache.folder}: expected cosine 1 between the teacher's {tower} embedding of item {worst} and the cached "
-                f"one, found {cosines.min():.4f}. The images of {source.name} or the teacher have changed. Remove the folder "
+                f"{cache.folder}: expected cosine 1 between the teacher's output for the {name} of item {worst} and the "
+                f"cached one, found {cosines.min():.4f}. The images of {source.name} or the teacher have changed. Remove the folder "
                 "and run: clipress embed RECIPE"
             )
 
@@ -335,7 +341,6 @@ def caches_of(
     wait: Say | None = None,
 ) -> list[TeacherCache]:
     """Open the caches of a recipe's training sources, and build the missing ones. `wait` as in `build_cache`."""
-    check_cacheable(task_named(teacher.model.task))
     teacher.model.module.to(fabric.device)
     caches = []
     for source in map(open_source, plan.data.train):

@@ -1,6 +1,6 @@
 """The files of a teacher cache: what is in them, how shards are written, and how they are checked.
 
-A cache holds one teacher's embeddings of one source: of `views` fixed views per image, whose parameters are stored as
+A cache holds one teacher's raw outputs for one source, embeddings or a classifier's logits: of `views` fixed views per image, whose parameters are stored as
 plain numbers (as in MobileCLIP's reinforced data sets), and of every caption. Row = item * views + view, always: an
 image that cannot be read keeps its row, so rows never shift.
 
@@ -58,11 +58,12 @@ class Manifest(Section):
     schema_version: int = SCHEMA_VERSION
     teacher: str
     """The teacher's hash."""
-    logit_scale: float
-    """exp(logit_scale) of the teacher, for losses on logits."""
+    logit_scale: float | None = None
+    """exp(logit_scale) of the teacher, for losses on logits; None for a teacher without one."""
     logit_bias: float | None = None
     preprocess: Preprocess
-    tokenizer: dict[str, Any]
+    tokenizer: dict[str, Any] | None
+    """None for a teacher that reads no texts."""
     source: str
     fingerprint: str
     """Fingerprint of the source."""

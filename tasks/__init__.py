@@ -46,8 +46,6 @@ class Task(ABC):
     """Default settings by stage kind, if they differ from the stage's own."""
     reads_text: ClassVar[bool] = False
     """Whether its models have a tokenizer."""
-    caches_teachers: ClassVar[bool] = False
-    """Whether `teacher.cache` can store its teachers' outputs: embeddings of images and texts."""
 
     @abstractmethod
     def build(self, architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
@@ -86,6 +84,10 @@ class Task(ABC):
     @abstractmethod
     def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Return the inputs of every graph that a training batch can feed: graph -> input -> rows."""
+
+    @abstractmethod
+    def cached_rows(self, module: nn.Module, name: str, rows: Tensor) -> Tensor:
+        """Return what a teacher's cache keeps of an array of a training batch, `pixels` or `ids`: raw rows [B, D]."""
 
     @abstractmethod
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:

@@ -184,6 +184,9 @@ class Classification(Task):
     def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {"image": {"pixel_values": arrays["pixels"]}}
 
+    def cached_rows(self, module: nn.Module, name: str, rows: Tensor) -> Tensor:
+        return module(rows)
+
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
         if not sets:
             raise ExportError("Parity checks require real samples. Add 'test', 'val' or 'train' data to the recipe.")
@@ -272,6 +275,9 @@ class ClassifierLesson(Lesson):
 
     def teacher_inputs(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"pixels": arrays["pixels"]}
+
+    def cached_outputs(self, arrays: Mapping[str, Tensor], teacher: int, scale: float | None) -> Outputs:
+        return {"logits": arrays[f"teacher_image_{teacher}"] * arrays[f"teacher_image_norm_{teacher}"][:, None]}
 
     def batch(
         self,

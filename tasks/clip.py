@@ -41,7 +41,6 @@ class Clip(Task):
     towers = SIDES
     main_graph = "image"
     reads_text = True
-    caches_teachers = True
     figures = ("/top1", "/text_r1", "/image_r1")
     provides = frozenset({"pairs", "teacher", "space", "width", "keys", "momentum", "tokens", "masked", "labels"})
 
@@ -72,6 +71,10 @@ class Clip(Task):
 
     def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {side: {INPUTS[side]: arrays[name]} for side, name in ARRAYS.items() if name in arrays}
+
+    def cached_rows(self, module: nn.Module, name: str, rows: Tensor) -> Tensor:
+        encode = module.encode_image if name == ARRAYS["image"] else module.encode_text
+        return encode(rows, normalize=False)
 
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
         if not sets:

@@ -172,9 +172,9 @@ class Lesson(ABC):
     ) -> Batch:
         """Build the batch that the losses read, gathering rows from all processes."""
 
+    @abstractmethod
     def cached_outputs(self, arrays: Mapping[str, Tensor], teacher: int, scale: float | None) -> Outputs:
         """Rebuild the outputs of a teacher's module from the cached arrays in a batch."""
-        raise NotImplementedError("a task with caches_teachers defines this")
 
     def momentum(
         self, outputs: Outputs, batch: Batch, arrays: Mapping[str, Tensor], past: Mapping[str, Tensor], gather: Gather

@@ -246,11 +246,13 @@ def test_repeated_texts_are_encoded_once(model, digits, tmp_path):
 
 def test_changed_images_or_another_teacher_are_detected_with_a_few_samples(model, images, tmp_path):
     cache = build_cache(model, images, BOTH, 2, tmp_path, teacher_hash="hash", say=say)
-    with pytest.raises(ArtifactError, match=r"cosine 1 between the teacher.s image embedding of item \d+ .*, found"):
+    with pytest.raises(
+        ArtifactError, match=r"cosine 1 between the teacher.s output for the pixels of item \d+ .*, found"
+    ):
         check_cache(cache, new_model(tiny_architecture(layers=1), 9), images)
     for number in range(10):
         Image.new("RGB", (50, 40)).save(tmp_path / "images" / str(number) / "a.png")
-    with pytest.raises(ArtifactError, match="image embedding of item"):
+    with pytest.raises(ArtifactError, match="pixels of item"):
         check_cache(cache, model, images)
 
 

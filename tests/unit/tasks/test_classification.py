@@ -1,5 +1,7 @@
 """The classification task: outputs equal timm's, invalid recipes are rejected, accuracy equals a reference."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import timm
@@ -7,17 +9,21 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from clipress.artifact import save_artifact
-from clipress.compress.plan import compress_plan_from
+from clipress.compress.context import Context
+from clipress.compress.fabric import start_fabric
+from clipress.compress.settings import Runtime, Training
 from clipress.compress.teacher_cache import caches_of
 from clipress.compress.teachers import Teacher
+from clipress.compress.train import train
+from clipress.data import digits
 from clipress.data.cache_files import CacheSettings
 from clipress.data.eval_sets import EvalSet
 from clipress.data.sources import Classes
+from clipress.data.spec import DataSpec, SourceSpec
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, RecipeError
 from clipress.models import surgery
 from clipress.models.load import artifact_from_model
-from clipress.recipe import Recipe
 from clipress.tasks import evaluate_model, graphs_of, model_from_artifact, runs_of, task_named
 
 LABELS = ["cat", "dog", "owl"]
@@ -155,12 +161,21 @@ def test_a_student_shares_its_teachers_images_and_classes():
         task.student_from({"width": 16, "heads": 1, "image_size": 32}, teacher, 0)
 
 
-def test_a_cache_of_a_classifiers_logits_is_rejected():
-    student = {"width": 16, "heads": 1, "labels": LABELS}
-    recipe = {"name": "r", "task": "classification", "teacher": {"artifact": "t", "cache": {}}, "student": student}
-    recipe |= {"data": {}, "stages": [{"distill": {"losses": ["logits"], "steps": 1}}]}
-    message = r"teacher\.cache: .*task classification does not have"
-    with pytest.raises(RecipeError, match=message):
-        compress_plan_from(Recipe(**recipe))
-    with pytest.raises(RecipeError, match=message):  # `clipress embed` needs no `cache` in the recipe
-        caches_of(Teacher(classifier(), (), None), CacheSettings(), None, None, None)
+def test_cached_logits_train_as_the_running_teacher_does(tmp_path):
+    data = DataSpec(train=(SourceSpec(format="digits", limit=48),))
+    student = {**STUDENT, "image_size": 32, "labels": list(digits.CLASSES)}
+    teacher, records = task_named("classification").student_from(student, None, 1), []
+    with torch.no_grad():
+        teacher.module.head.weight.mul_(20)  # so that the teacher has opinions
+    fabric = start_fabric(Runtime(accelerator="cpu"))
+    for cached in (False, True):
+        caches = ()
+        if cached:
+            plan = SimpleNamespace(data=data, runtime=Runtime())
+            made = caches_of(Teacher(teacher, ({"hash": "t"},), None), CacheSettings(), plan, fabric, print, tmp_path)
+            assert made[0].manifest.dim == 10 and made[0].manifest.tokenizer is None
+            caches = ((*made,),)
+        context = Context(fabric, data, 0, teachers=(teacher,), caches=caches, title="t")
+        learner = task_named("classification").student_from(student, None, 0)
+        records.append(train(learner, Training(steps=3, batch_size=16, lr=1e-3), ("logits",), context)["last"]["loss"])
+    assert records[1] == pytest.approx(records[0], rel=5e-3) and records[0] > 0
