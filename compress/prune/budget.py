@@ -191,12 +191,14 @@ def stride(site: Site, align: Align) -> int:
 
 
 def _least(site: Site, align: Align, min_keep: MinKeep) -> int:
-    part = {"ffn": min_keep.ffn, "heads": min_keep.heads}.get(site.kind, min_keep.head_dim)
-    step = stride(site, align)
-    least = -(-int(part * site.units + 0.5) // step) * step
-    if site.kind not in ("ffn", "heads"):  # every head keeps at least one step; whole heads are cut by kind `heads`
-        least = max(least, step)
-    return min(least, site.units)
+    fraction = {"ffn": min_keep.ffn, "heads": min_keep.heads}.get(site.kind, min_keep.head_dim)
+    # every head keeps at least one step; whole heads are cut by kind `heads`
+    return least_width(site.units, fraction, stride(site, align), 0 if site.kind in ("ffn", "heads") else 1)
+
+
+def least_width(units: int, fraction: float, step: int, steps: int) -> int:
+    """Return the smallest width that keeps a fraction of the units: whole steps, at least `steps` of them, or all units."""
+    return min(max(-(-int(fraction * units + 0.5) // step), steps) * step, units)
 
 
 def _best(score: Tensor, count: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clipress.compress.fabric import full_tensor
 from clipress.compress.hook import Hook
-from clipress.compress.prune.budget import Target
+from clipress.compress.prune.budget import Target, least_width
 from clipress.compress.prune.criterion import CRITERIA
 from clipress.errors import ClipressError, RecipeError
 from clipress.models import anatomy
@@ -105,7 +105,7 @@ class ConvPruning(Hook):
         self.sites = [site for site, _ in channel_groups(model)]
         self.costs = tower_costs(model, self.sites, target.unit)
         self.fraction = target.fraction(self.costs.total)
-        self.least = [_least(site.count, align, min_keep) for site in self.sites]
+        self.least = [least_width(site.count, min_keep, align, 1) for site in self.sites]
         self._check_budget(target.unit)
         device = next(model.visual.parameters()).device
         self.sums = [torch.zeros(site.count, dtype=torch.float64, device=device) for site in self.sites]
@@ -198,10 +198,6 @@ def choose_widths(costs: Costs, scores: Sequence[Tensor], target: float, least: 
 
 def _step(width: int, align: int) -> int:
     return width % align or align
-
-
-def _least(count: int, align: int, min_keep: float) -> int:
-    return min(max(-(-int(min_keep * count + 0.5) // align), 1) * align, count)
 
 
 def _gate_gradient(conv: nn.Conv2d) -> Tensor:
