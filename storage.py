@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from clipress.errors import ArtifactError, ClipressError
+from clipress.errors import ArtifactError, ClipressError, first_line
 
 MAX_JSON, MAX_DEPTH = 64_000_000, 64  # bytes of a JSON file, and how deep it nests
 LOCK = ".lock"
@@ -92,7 +92,7 @@ def writing(target: Path) -> Iterator[None]:
         ):
             raise
         raise ArtifactError(
-            f"{target} could not be written: {str(error).splitlines()[0]}. Its previous content is kept. Free some space "
+            f"{target} could not be written: {first_line(error)}. Its previous content is kept. Free some space "
             f"in {target.parent}, or make it writable, and run the same command again."
         ) from error
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from clipress.errors import first_line
 from clipress.storage import flush, writing
 
 log = logging.getLogger("clipress.checkpoint")
@@ -51,7 +52,7 @@ def load_checkpoint(folder: Path, step: int, rank: int = 0) -> dict[str, Any] | 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        log.warning("%s cannot be read (%s). Using the previous checkpoint.", path, str(error).splitlines()[0])
+        log.warning("%s cannot be read (%s). Using the previous checkpoint.", path, first_line(error))
         return None
 
 

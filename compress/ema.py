@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +56,8 @@ class EMAModel:
             average.lerp_(full_tensor(current).reshape(average.shape).to(average.dtype), 1 - DECAY)
         with self.fabric.autocast():
             outputs = self.encoder(**self.lesson.inputs(arrays, None))
-        momentum, rows = self.lesson.momentum(outputs, batch, arrays, self.past, gather)
+        alpha = ALPHA * min(step / self.ramp_steps, 1.0)
+        momentum, rows = self.lesson.momentum(outputs, batch, arrays, self.past, gather, alpha)
         kept = {name: torch.cat([new, self.past[name]]) if self.past else new for name, new in rows.items()}
         self.past = {name: old[: self.queue_size] for name, old in kept.items()} if self.queue_size else {}
-        return replace(momentum, alpha=ALPHA * min(step / self.ramp_steps, 1.0))
+        return momentum

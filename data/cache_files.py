@@ -28,7 +28,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from clipress.data.transforms import Augment, Preprocess, View
-from clipress.errors import ClipressError
+from clipress.errors import ClipressError, first_line
 from clipress.recipe import Section, digest
 from clipress.storage import sha256, write_text_whole, write_whole
 
@@ -217,7 +217,7 @@ def shard_problem(folder: Path, number: int, manifest: Manifest) -> str | None:
     except FileNotFoundError:
         return MISSING
     except (OSError, ValueError) as error:
-        return f"unreadable {SHARD} ({str(error).splitlines()[0]})"
+        return f"unreadable {SHARD} ({first_line(error)})"
     wanted = len(manifest.items_of(number))
     if shard.items != wanted or shard.files.keys() != set(ARRAYS):
         return f"expected {wanted} items in {sorted(ARRAYS)}, found {shard.items} in {sorted(shard.files)}"

@@ -18,7 +18,7 @@ from clipress.artifact import Artifact
 from clipress.data.cache_files import CacheSettings
 from clipress.data.tokens import check_spec, tokenizer_from_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess, preprocess_from_open_clip
-from clipress.errors import ArtifactError, RecipeError, nearest
+from clipress.errors import ArtifactError, RecipeError, first_line, nearest
 from clipress.models import anatomy, quantizers, surgery
 from clipress.recipe import Section, first_problem
 
@@ -134,7 +134,7 @@ def new_model(architecture: dict[str, Any], seed: int) -> Model:
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise RecipeError(
             f"timm's weights of {vision['timm_model_name']} cannot be loaded: {reason} Leave out 'pretrained' to start "
             "from random ones."
@@ -167,7 +167,7 @@ def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teache
         model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=pretrained is not None)
     except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise ArtifactError(
-            f"Checkpoint '{checkpoint}' does not load into {name}: {str(error).splitlines()[0]} "
+            f"Checkpoint '{checkpoint}' does not load into {name}: {first_line(error)} "
             "It may be truncated or belong to another model."
         ) from None
     if any(isinstance(module, QuickGELU) for module in model.modules()):
@@ -214,7 +214,7 @@ def _refuse_misfits(artifact: Artifact, build: Callable[[dict[str, Any]], nn.Mod
     except ArtifactError:
         raise
     except Exception as error:  # An invalid config can fail anywhere in the library that builds the model.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ArtifactError(f"The artifact's architecture cannot be built: {reason}.") from None
     for name, tensor in wanted.items():
         found = artifact.weights[name].shape if name in artifact.weights else None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipress.errors import ArtifactError
+from clipress.errors import ArtifactError, first_line
 
 NOTES = {"input_resolution", "context_length", "vocab_size"}  # Numbers next to the weights in OpenAI's files.
 MAX_SIDE, MAX_TENSORS, MAX_BYTES = 1 << 20, 1 << 16, 8_000_000_000
@@ -78,7 +78,7 @@ def _explain(error: Exception) -> str:
             f"the file holds more than weights ({found[1]}), and reading it could run code: nothing was loaded. Save the "
             "weights alone, with torch.save(model.state_dict(), FILE) or as safetensors."
         )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". In PyTorch")[0]
+    reason = first_line(error).partition(". In PyTorch")[0]
     return f"the file cannot be read ({reason}): it is truncated, damaged or no checkpoint. Copy it again."
 
 

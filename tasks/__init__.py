@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from clipress.artifact import Artifact, load_artifact
-from clipress.errors import ArtifactError, nearest
+from clipress.errors import ArtifactError, ExportError, nearest
 from clipress.models.load import Model, rebuild
 from clipress.registry import Registry
 from clipress.runtime.graph import Arrays, Graph, Run
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
     from clipress.data.eval_sets import EvalSet
@@ -118,6 +119,13 @@ class Task(ABC):
 
 TASKS: Registry[type[Task]] = Registry("task", "clipress.tasks")
 SAMPLES = 128  # images per evaluation set, with their captions
+
+
+def sample_images(sets: Sequence[EvalSet], preprocess: Preprocess) -> list[np.ndarray]:
+    """Return the first images of every evaluation set, float32 [<=SAMPLES, 3, S, S]. Raises ExportError without a set."""
+    if not sets:
+        raise ExportError("Parity checks require real samples. Add 'test', 'val' or 'train' data to the recipe.")
+    return [next(one.pixel_batches(preprocess, SAMPLES)) for one in sets]
 
 
 def task_named(name: str) -> Task:

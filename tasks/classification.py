@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,21 +20,22 @@ from torch import Tensor, nn
 
 from clipress.data.prompts import check_labels, read_classes
 from clipress.data.transforms import Preprocess, preprocess_from_open_clip
-from clipress.errors import ArtifactError, ExportError, RecipeError, nearest
+from clipress.errors import ArtifactError, RecipeError, first_line, nearest
 from clipress.metrics.classify import score_logits
 from clipress.metrics.outcomes import Outcomes
 from clipress.models import anatomy, surgery
 from clipress.models.load import Model
 from clipress.recipe import Section, checked
 from clipress.runtime.graph import Arrays, Graph, Input, Output, Run
-from clipress.tasks import SAMPLES, TASKS, Task, Tokenize
-from clipress.tasks.training import Batch, Features, Gather, Lesson, Outputs, Sizes, TrainingJob
+from clipress.tasks import TASKS, Task, Tokenize, sample_images
+from clipress.tasks.training import Batch, Features, Gather, Lesson, Outputs, TrainingJob, TrainingModule
 
 if TYPE_CHECKING:
     from clipress.data.eval_sets import EvalSet
 
 SIZES = {"img_size": 1 << 13, "patch_size": 1 << 13, "embed_dim": 1 << 14, "depth": 1 << 8, "num_heads": 1 << 10}
 MAX_CLASSES = 1 << 20
+OWN = "vit"  # the architecture's `timm_model` of a ViT that is described by its sizes
 
 
 class Student(Section):
@@ -59,9 +61,13 @@ class Student(Section):
             raise RecipeError(f"student: expected either model (a timm name) or width (a ViT's), found {found}.")
         if self.labels is not None and self.labels_file is not None:
             raise RecipeError("student: expected either labels or labels_file, found both.")
-        heads = self.heads or max((self.width or 64) // 64, 1)
-        if self.width is not None and self.width % heads:
-            raise RecipeError(f"student.width: expected a multiple of heads ({heads}), found {self.width}.")
+        if self.width is not None and self.width % self.num_heads:
+            raise RecipeError(f"student.width: expected a multiple of heads ({self.num_heads}), found {self.width}.")
+
+    @property
+    def num_heads(self) -> int:
+        """The number of heads of a ViT that is described by its width."""
+        return self.heads or max(self.width // 64, 1)
 
     def names(self) -> tuple[str, ...] | None:
         """Return the class names, or None to use the teacher's."""
@@ -74,10 +80,9 @@ class Student(Section):
         """Return timm's name and arguments. `size` is the image size in pixels; None uses the model's own."""
         sizes = {} if size is None else {"img_size": size}
         if self.width is not None:
-            heads = self.heads or max(self.width // 64, 1)
             sizes = {"img_size": 224, "patch_size": self.patch_size, "embed_dim": self.width, **sizes}
-            sizes |= {"depth": self.layers, "num_heads": heads}
-        return {"timm_model": self.model or "vit", "sizes": sizes, "labels": list(labels)}
+            sizes |= {"depth": self.layers, "num_heads": self.num_heads}
+        return {"timm_model": self.model or OWN, "sizes": sizes, "labels": list(labels)}
 
 
 @TASKS.register("classification")
@@ -97,26 +102,7 @@ class Classification(Task):
     }
 
     def build(self, architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
-        name, sizes, labels = _checked(architecture)
-        import timm
-        from timm.models.vision_transformer import VisionTransformer
-
-        with torch.random.fork_rng(devices=[]):
-            if seed is not None:
-                torch.manual_seed(seed)
-            try:
-                if name == "vit":
-                    module = VisionTransformer(num_classes=len(labels), **sizes)
-                else:
-                    module = timm.create_model(name, pretrained=False, num_classes=len(labels), **sizes)
-            except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-                raise RecipeError(f"timm cannot build {name} with {sizes}: {error}") from None
-        if type(module) is not VisionTransformer:
-            raise RecipeError(
-                f"student.model: expected a plain ViT from timm, found {name}, a {type(module).__name__}. Use a model such as "
-                "deit_tiny_patch16_224."
-            )
-        return surgery.use_own_attention(module)
+        return surgery.use_own_attention(_build_stock(architecture, seed))
 
     def check_student(self, section: Mapping[str, Any], has_teacher: bool) -> None:
         student = checked(Student, section, "student")
@@ -132,7 +118,8 @@ class Classification(Task):
         if teacher is not None and list(labels) != teacher.architecture["labels"]:
             raise RecipeError("student.labels: expected the teacher's labels, found others. Leave labels out.")
         size = student.image_size or (teacher.preprocess.size if teacher else None)
-        model = self._model(student.architecture(size, labels), student.model, seed)
+        architecture = student.architecture(size, labels)
+        model = self._model(self.build(architecture, seed), architecture)
         if teacher is None:
             return model
         if teacher.preprocess.size != model.preprocess.size:
@@ -148,26 +135,24 @@ class Classification(Task):
         _check_name(name, where)
         if checkpoint is None:
             raise RecipeError(f"{where}: model '{name}' requires 'checkpoint': a file with timm weights, or 'random'.")
-        labels = read_classes(Path("imagenet")).names
-        model = self._model({"timm_model": name, "sizes": {}, "labels": list(labels)}, name, 0)
+        architecture = {"timm_model": name, "sizes": {}, "labels": list(read_classes(Path("imagenet")).names)}
+        module = _build_stock(architecture, seed=0)
         if checkpoint != "random":
-            stock = timm.create_model(name, pretrained=False, num_classes=len(labels))
             try:
-                timm.models.load_checkpoint(stock, checkpoint, use_ema=False, weights_only=True)
-            except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
+                timm.models.load_checkpoint(module, checkpoint, use_ema=False, weights_only=True)
+            except (RuntimeError, OSError, ValueError, KeyError, EOFError, UnpicklingError) as error:
                 raise ArtifactError(
-                    f"Checkpoint '{checkpoint}' cannot be loaded into {name}: {str(error).splitlines()[0]}"
+                    f"Checkpoint '{checkpoint}' cannot be loaded into {name}: {first_line(error)}"
                 ) from None
-            model = replace(model, module=surgery.use_own_attention(stock).eval())
-        return model
+        return self._model(surgery.use_own_attention(module).eval(), architecture)
 
-    def _model(self, architecture: dict[str, Any], timm_name: str | None, seed: int) -> Model:
+    def _model(self, module: nn.Module, architecture: dict[str, Any]) -> Model:
+        """Put a module together with the preprocessing that timm gives its name."""
         import timm
 
-        module = self.build(architecture, seed)
         height, _ = anatomy.image_size(module)
         preprocess = Preprocess(size=height)
-        if timm_name is not None:
+        if architecture["timm_model"] != OWN:
             data = timm.data.resolve_data_config({}, model=module)
             preprocess = preprocess_from_open_clip({**data, "size": height})
         return Model(module, architecture, preprocess, None, task=self.name)
@@ -188,10 +173,7 @@ class Classification(Task):
         return module(rows)
 
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
-        if not sets:
-            raise ExportError("Parity checks require real samples. Add 'test', 'val' or 'train' data to the recipe.")
-        pixels = [next(one.pixel_batches(preprocess, SAMPLES)) for one in sets]
-        return {"image": {"pixel_values": np.concatenate(pixels)}}
+        return {"image": {"pixel_values": np.concatenate(sample_images(sets, preprocess))}}
 
     def evaluate(
         self, run: Mapping[str, Run], sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None
@@ -219,26 +201,12 @@ class Classification(Task):
         return {"labels": tuple(model.architecture["labels"])}
 
 
-class Classifier(nn.Module):
+class Classifier(TrainingModule):
     """The forward pass of a training step."""
-
-    def __init__(self, model: nn.Module, tokens: bool) -> None:
-        super().__init__()
-        self.model, self.tokens = model, []
-        layer = anatomy.token_layer(model, "image")
-        self.handles = [layer.register_forward_hook(lambda _, __, out: self.tokens.append(out))] if tokens else []
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Classify images [B, 3, S, S]. Returns logits [B, C], and token features if they are hooked."""
-        outputs = {"logits": self.model(pixels).float()}
-        if self.tokens:
-            outputs["image_tokens"] = self.tokens.pop().float()
-        return outputs
-
-    def close(self) -> None:
-        """Remove the hooks from the model."""
-        for handle in self.handles:
-            handle.remove()
+        return {"logits": self.model(pixels).float()} | self.take_tokens()
 
 
 class ClassifierLesson(Lesson):
@@ -246,26 +214,16 @@ class ClassifierLesson(Lesson):
 
     def __init__(self, job: TrainingJob) -> None:
         self.needs, self.learning = job.needs, ("image",)
-        labels, tokens = job.student.architecture["labels"], "tokens" in job.needs
-        self.tokens, self.num_classes = tokens, len(labels)
+        labels = job.student.architecture["labels"]
+        self.tokens, self.num_classes = self.learning if "tokens" in job.needs else (), len(labels)
         for teacher in job.teachers:
-            _refuse_other_teacher(job, teacher, labels)
+            job.refuse_other_inputs(teacher)
+            _refuse_other_labels(job, teacher, labels)
         if "labels" in job.needs:
             _refuse_other_classes(job, labels)
         if not job.sources_have("images"):
             raise RecipeError(f"{job.title}: a classifier requires images, but the training data has none.")
-
-        def shapes(model: Model) -> dict[str, tuple[int, int]] | None:
-            return {"image": anatomy.token_shape(model.module, "image")} if tokens else None
-
-        self.sizes = Sizes(
-            self.num_classes,
-            tuple(len(teacher.architecture["labels"]) for teacher in job.teachers),
-            self.learning,
-            anatomy.image_size(job.student.module),
-            student_tokens=shapes(job.student),
-            teacher_tokens=shapes(job.teachers[0]) if job.teachers else None,
-        )
+        self.sizes = job.sizes(lambda model: len(model.architecture["labels"]), self.learning)
 
     def module(self, module: nn.Module) -> Classifier:
         return Classifier(module, self.tokens)
@@ -303,17 +261,11 @@ def _features(outputs: Outputs, gather: Gather) -> Features:
     return Features(**{name: gather.own(rows) for name, rows in outputs.items()})
 
 
-def _refuse_other_teacher(job: TrainingJob, teacher: Model, labels: list[str]) -> None:
+def _refuse_other_labels(job: TrainingJob, teacher: Model, labels: list[str]) -> None:
     if teacher.architecture["labels"] != labels:
         raise RecipeError(
             f"{job.title}: expected the same classes in the same order for teacher and student, found different ones. "
             "Leave the student's labels out."
-        )
-    own, other = job.student.preprocess.model_dump(), teacher.preprocess.model_dump()
-    if own != other:
-        raise RecipeError(
-            f"{job.title}: expected the same preprocessing for teacher and student, found {other} and {own}. Use a teacher "
-            "with the student's preprocessing."
         )
 
 
@@ -331,6 +283,30 @@ def _refuse_other_classes(job: TrainingJob, labels: list[str]) -> None:
                 f"{source.name}, found {len(classes.names)} ({', '.join(classes.names[:3])}, ...). Use the same names in the "
                 "same order."
             )
+
+
+def _build_stock(architecture: Mapping[str, Any], seed: int | None) -> nn.Module:
+    """Build timm's model of an architecture that anyone may have written, with random weights."""
+    name, sizes, labels = _checked(architecture)
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            if name == OWN:
+                module = VisionTransformer(num_classes=len(labels), **sizes)
+            else:
+                module = timm.create_model(name, pretrained=False, num_classes=len(labels), **sizes)
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise RecipeError(f"timm cannot build {name} with {sizes}: {error}") from None
+    if type(module) is not VisionTransformer:
+        raise RecipeError(
+            f"student.model: expected a plain ViT from timm, found {name}, a {type(module).__name__}. Use a model such as "
+            "deit_tiny_patch16_224."
+        )
+    return module
 
 
 def _check_name(name: str, where: str) -> None:
@@ -352,6 +328,6 @@ def _checked(architecture: Mapping[str, Any]) -> tuple[str, dict[str, int], list
         if key not in SIZES or not isinstance(value, int) or not 1 <= value <= SIZES[key]:
             expected = f"1 to {SIZES[key]:,}" if key in SIZES else f"one of {', '.join(SIZES)}"
             raise ArtifactError(f"architecture.sizes.{key}: expected {expected}, found {value!r:.40}.")
-    if name != "vit":
+    if name != OWN:
         _check_name(name, "architecture")
     return name, sizes, labels

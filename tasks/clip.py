@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipress.errors import ExportError, RecipeError
+from clipress.errors import RecipeError
 from clipress.metrics.evaluate import embed_classes, evaluate_items
 from clipress.metrics.outcomes import Outcomes
 from clipress.models import anatomy, students
 from clipress.models.load import Model, build, model_from_open_clip, refuse_absurd, save_for_open_clip
 from clipress.runtime.graph import Arrays, Graph, Run, clip_graphs
-from clipress.tasks import SAMPLES, TASKS, Task, Tokenize, runs_of
-from clipress.tasks.training import Batch, Features, Gather, Lesson, Momentum, Outputs, Sizes, TrainingJob
+from clipress.tasks import TASKS, Task, Tokenize, runs_of, sample_images
+from clipress.tasks.training import Batch, Features, Gather, Lesson, Momentum, Outputs, TrainingJob, TrainingModule
 
 if TYPE_CHECKING:
     from clipress.data.eval_sets import EvalSet
@@ -77,13 +77,8 @@ class Clip(Task):
         return encode(rows, normalize=False)
 
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
-        if not sets:
-            raise ExportError("Parity checks require real samples. Add 'test', 'val' or 'train' data to the recipe.")
-        pixels, texts = [], []
-        for evalset in sets:
-            taken = next(evalset.pixel_batches(preprocess, SAMPLES))
-            pixels.append(taken)
-            texts += [evalset.source.captions(i)[0] for i in range(len(taken))]
+        pixels = sample_images(sets, preprocess)
+        texts = [one.source.captions(i)[0] for one, taken in zip(sets, pixels, strict=True) for i in range(len(taken))]
         ids = tokenize(list(dict.fromkeys(texts)))
         return {"image": {INPUTS["image"]: np.concatenate(pixels)}, "text": {INPUTS["text"]: ids}}
 
@@ -116,18 +111,12 @@ def encoder(run: Mapping[str, Run], side: str) -> Callable[[np.ndarray], np.ndar
     return lambda rows: run[side]({INPUTS[side]: rows})[OUTPUTS[side]]
 
 
-class EncoderPair(nn.Module):
+class EncoderPair(TrainingModule):
     """A single forward pass for both towers, so that DDP and FSDP see all parameters used."""
 
     def __init__(self, model: nn.Module, tokens: Sequence[str] = (), frozen: Sequence[str] = ()) -> None:
-        super().__init__()
-        self.model, self.frozen = model, tuple(frozen)
-        self.tokens: dict[str, Tensor] = {}
-        layers = {side: anatomy.token_layer(model, side) for side in tokens}
-        self.handles = [
-            layer.register_forward_hook(lambda _, __, out, side=side: self.tokens.update({side: out}))
-            for side, layer in layers.items()
-        ]
+        super().__init__(model, tokens)
+        self.frozen = tuple(frozen)
 
     def forward(
         self, pixels: Tensor | None = None, ids: Tensor | None = None, masked: Tensor | None = None
@@ -139,17 +128,11 @@ class EncoderPair(nn.Module):
             if inputs is not None:
                 with torch.no_grad() if side in self.frozen else nullcontext():
                     outputs[side] = encoder(inputs).float()
-        outputs |= {f"{side}_tokens": tokens.float() for side, tokens in self.tokens.items()}
-        self.tokens.clear()
+        outputs |= self.take_tokens()
         if masked is not None:
             outputs["masked"] = self.model.encode_image(masked).float()
-            self.tokens.clear()
+            self.take_tokens()  # losses compare those of the whole images
         return outputs
-
-    def close(self) -> None:
-        """Remove the hooks from the model."""
-        for handle in self.handles:
-            handle.remove()
 
 
 class ClipLesson(Lesson):
@@ -157,13 +140,15 @@ class ClipLesson(Lesson):
 
     def __init__(self, job: TrainingJob) -> None:
         for number, teacher in enumerate(job.teachers):
-            _refuse_other_inputs(job, teacher, job.same_width if number == 0 else ())
+            job.refuse_other_inputs(teacher)
+            if number == 0:
+                _refuse_other_width(job, teacher)
         self.job, self.needs = job, job.needs
         self.learning = _learning(job)
         self.shown = SIDES if "pairs" in job.needs else self.learning
         self.shown_to_teachers = SIDES if {"pairs", "keys"} & job.needs else self.learning
         self.tokens = self.learning if "tokens" in job.needs else ()
-        self.sizes = _sizes(job, self.learning, self.tokens)
+        self.sizes = job.sizes(lambda model: model.architecture["embed_dim"], self.learning)
         self.classes = _classes(job) if "classes" in job.needs else None
 
     def module(self, module: nn.Module) -> EncoderPair:
@@ -218,7 +203,13 @@ class ClipLesson(Lesson):
         )
 
     def momentum(
-        self, outputs: Outputs, batch: Batch, arrays: Mapping[str, Tensor], past: Mapping[str, Tensor], gather: Gather
+        self,
+        outputs: Outputs,
+        batch: Batch,
+        arrays: Mapping[str, Tensor],
+        past: Mapping[str, Tensor],
+        gather: Gather,
+        alpha: float,
     ) -> tuple[Momentum, dict[str, Tensor]]:
         features = _features(outputs, gather)
         groups = gather.rows(arrays["group"])
@@ -234,7 +225,7 @@ class ClipLesson(Lesson):
             teacher_image=seen.get("teacher_image"),
             teacher_text=seen.get("teacher_text"),
             targets=positives(gather.own(arrays["group"]), seen["group"]),
-            alpha=0.0,
+            alpha=alpha,
         )
         # As in UPop's code, the queue holds online features.
         return result, {
@@ -295,43 +286,14 @@ def _learning(job: TrainingJob) -> tuple[str, ...]:
     return sides
 
 
-def _refuse_other_inputs(job: TrainingJob, teacher: Model, same_width: Sequence[str]) -> None:
-    """Raise RecipeError if the teacher needs other inputs than the student, or another width than a loss requires."""
-    if job.cached and "tokens" in job.needs:
+def _refuse_other_width(job: TrainingJob, teacher: Model) -> None:
+    """Raise RecipeError if a loss requires the teacher's embedding width and the student has another."""
+    widths = [model.architecture["embed_dim"] for model in (teacher, job.student)]
+    if job.same_width and widths[0] != widths[1]:
         raise RecipeError(
-            f"{job.title}: loss 'tokens' requires a teacher that runs, since its cache has no token features. Remove 'tokens' "
-            "or 'teacher.cache'."
-        )
-    student = job.student
-    for what, own, other in (
-        ("preprocessing", student.preprocess.model_dump(), teacher.preprocess.model_dump()),
-        ("tokenizer", student.tokenizer, teacher.tokenizer),
-    ):
-        if own != other and not job.cached:
-            raise RecipeError(
-                f"{job.title}: expected the same {what} for teacher and student, found {other} and {own}. Set "
-                "'teacher.cache' to use different ones."
-            )
-    widths = [model.architecture["embed_dim"] for model in (teacher, student)]
-    if same_width and widths[0] != widths[1]:
-        raise RecipeError(
-            f"{job.title}: losses {sorted(same_width)} require the teacher's embedding width, {widths[0]}, found {widths[1]}. "
+            f"{job.title}: losses {sorted(job.same_width)} require the teacher's embedding width, {widths[0]}, found {widths[1]}. "
             "Set the student's embed_dim to it, or use affinity or feature."
         )
-
-
-def _sizes(job: TrainingJob, sides: Sequence[str], tokens: Sequence[str]) -> Sizes:
-    def shapes(model: Model) -> dict[str, tuple[int, int]]:
-        return {side: anatomy.token_shape(model.module, side) for side in tokens}
-
-    return Sizes(
-        job.student.architecture["embed_dim"],
-        tuple(teacher.architecture["embed_dim"] for teacher in job.teachers),
-        tuple(sides),
-        anatomy.image_size(job.student.module),
-        student_tokens=shapes(job.student),
-        teacher_tokens=shapes(job.teachers[0]) if job.teachers else None,
-    )
 
 
 def _classes(job: TrainingJob) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from clipress.errors import RecipeError
+from clipress.models import anatomy
 from clipress.models.load import Model
 
 Outputs = Mapping[str, Tensor]
@@ -120,6 +122,39 @@ class TrainingJob:
     cached: bool
     """Whether teacher outputs are read from caches."""
 
+    def refuse_other_inputs(self, teacher: Model) -> None:
+        """Raise RecipeError if a teacher that runs needs other inputs than the student, or a cache lacks what losses read."""
+        if self.cached and "tokens" in self.needs:
+            raise RecipeError(
+                f"{self.title}: loss 'tokens' requires a teacher that runs, since its cache has no token features. Remove "
+                "'tokens' or 'teacher.cache'."
+            )
+        student = self.student
+        for what, own, other in (
+            ("preprocessing", student.preprocess.model_dump(), teacher.preprocess.model_dump()),
+            ("tokenizer", student.tokenizer, teacher.tokenizer),
+        ):
+            if own != other and not self.cached:
+                raise RecipeError(
+                    f"{self.title}: expected the same {what} for teacher and student, found {other} and {own}. Set "
+                    "'teacher.cache' to use different ones."
+                )
+
+    def sizes(self, width: Callable[[Model], int], learning: Sequence[str]) -> Sizes:
+        """Return the sizes that losses read; `width` gives a model's embedding width or number of classes."""
+
+        def token_shapes(model: Model) -> dict[str, tuple[int, int]]:
+            return {tower: anatomy.token_shape(model.module, tower) for tower in learning if "tokens" in self.needs}
+
+        return Sizes(
+            width(self.student),
+            tuple(width(teacher) for teacher in self.teachers),
+            tuple(learning),
+            anatomy.image_size(self.student.module),
+            student_tokens=token_shapes(self.student),
+            teacher_tokens=token_shapes(self.teachers[0]) if self.teachers else None,
+        )
+
     def sources_have(self, what: str) -> bool:
         """Return whether every training source has `images` or `texts`."""
         return all(getattr(source, f"has_{what}") for source in self.sources)
@@ -137,6 +172,30 @@ class Gather:
         return rows if self.local else self.rows(rows)
 
 
+class TrainingModule(nn.Module):
+    """Base class of what a training step calls: a model, with hooks on the towers whose token features losses read."""
+
+    def __init__(self, model: nn.Module, towers: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.model, self._tokens = model, dict[str, Tensor]()
+        layers = {tower: anatomy.token_layer(model, tower) for tower in towers}
+        self._handles = [
+            layer.register_forward_hook(lambda _, __, out, tower=tower: self._tokens.update({tower: out}))
+            for tower, layer in layers.items()
+        ]
+
+    def take_tokens(self) -> dict[str, Tensor]:
+        """Return the token features of the last forward pass, `<tower>_tokens` [B, n, W], and forget them."""
+        tokens = {f"{tower}_tokens": rows.float() for tower, rows in self._tokens.items()}
+        self._tokens.clear()
+        return tokens
+
+    def close(self) -> None:
+        """Remove the hooks from the model."""
+        for handle in self._handles:
+            handle.remove()
+
+
 class Lesson(ABC):
     """How a task trains in one stage: the module that a step calls, and the batch that losses read."""
 
@@ -147,11 +206,8 @@ class Lesson(ABC):
     sizes: Sizes
 
     @abstractmethod
-    def module(self, module: nn.Module) -> nn.Module:
-        """Wrap a student or teacher so that forward(**inputs) returns `Outputs` and DDP sees all parameters used.
-
-        The wrapper has a method `close()` that removes its hooks.
-        """
+    def module(self, module: nn.Module) -> TrainingModule:
+        """Wrap a student or teacher so that forward(**inputs) returns `Outputs` and DDP sees all parameters used."""
 
     @abstractmethod
     def inputs(self, arrays: Mapping[str, Tensor], mask: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
@@ -177,11 +233,17 @@ class Lesson(ABC):
         """Rebuild the outputs of a teacher's module from the cached arrays in a batch."""
 
     def momentum(
-        self, outputs: Outputs, batch: Batch, arrays: Mapping[str, Tensor], past: Mapping[str, Tensor], gather: Gather
+        self,
+        outputs: Outputs,
+        batch: Batch,
+        arrays: Mapping[str, Tensor],
+        past: Mapping[str, Tensor],
+        gather: Gather,
+        alpha: float,
     ) -> tuple[Momentum, dict[str, Tensor]]:
         """Return the EMA model's features of a batch and of `past`, and the rows of the batch to prepend to `past`.
 
-        `outputs` are the EMA model's outputs.
+        `outputs` are the EMA model's outputs, `alpha` the weight of its predictions in the targets.
         """
         raise NotImplementedError("a task that provides momentum defines this")
 

@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from clipress.bench.runners import RUNNERS
 from clipress.bench.runners.torch import TorchRunner
-from clipress.errors import ExportError, RecipeError
+from clipress.errors import ExportError, RecipeError, first_line
 
 LEAST_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.99}
 
@@ -31,7 +31,7 @@ class TorchCompiledRunner(TorchRunner):
                 found = compiled(inputs)
             except RuntimeError as error:  # the base of everything that the compiler raises
                 raise RecipeError(
-                    f"torch.compile failed on graph '{graph}': {str(error).strip().splitlines()[0]} "
+                    f"torch.compile failed on graph '{graph}': {first_line(error)} "
                     "On a CPU it requires a C++ compiler. Leave --runner torch-compiled out."
                 ) from None
             expected = eager(inputs)

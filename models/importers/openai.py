@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clipress.data.tokens import check_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess
-from clipress.errors import ArtifactError, ClipressError, RecipeError
+from clipress.errors import ArtifactError, ClipressError, RecipeError, first_line
 from clipress.models import anatomy, surgery
 from clipress.models.importers.base import IMPORTERS, Importer
 from clipress.models.load import Model, build, refuse_absurd
@@ -140,7 +140,7 @@ def model_from_weights(
     except ClipressError:
         raise
     except Exception as error:  # a config can fail anywhere in open_clip
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ArtifactError(f"open_clip cannot build its architecture: {reason}.") from None
     _compare(wanted, weights)
     tokenizer = tokenizer_spec(architecture)

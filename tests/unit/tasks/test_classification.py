@@ -25,6 +25,7 @@ from clipress.errors import ArtifactError, RecipeError
 from clipress.models import surgery
 from clipress.models.load import artifact_from_model
 from clipress.tasks import evaluate_model, graphs_of, model_from_artifact, runs_of, task_named
+from clipress.tasks.training import TrainingJob
 
 LABELS = ["cat", "dog", "owl"]
 STUDENT = {"width": 32, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 16, "labels": LABELS}
@@ -54,6 +55,33 @@ def test_a_timm_name_builds_that_model_with_its_preprocessing():
     cfg = timm.get_pretrained_cfg("deit_tiny_patch16_224")
     assert model.module.embed_dim == 192 and model.module.num_classes == 3
     assert (model.preprocess.mean, model.preprocess.std, model.preprocess.size) == (cfg.mean, cfg.std, 32)
+
+
+def test_a_teacher_from_a_file_of_timms_weights_computes_what_timm_computes(tmp_path):
+    reference = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    torch.save({"model": reference.state_dict()}, tmp_path / "tiny.pth")  # as DeiT's published files are
+    model = task_named("classification").load_pretrained("vit_tiny_patch16_224", str(tmp_path / "tiny.pth"), "teacher")
+    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model.module(pixels), reference(pixels), atol=1e-5, rtol=1e-5)
+    assert len(model.architecture["labels"]) == 1000 and not model.module.training
+
+
+class Opened:
+    def __reduce__(self):
+        return print, ("code in a checkpoint ran",)
+
+
+@pytest.mark.parametrize("content", ["missing", "text", "code", "other"])
+def test_a_checkpoint_that_does_not_fit_is_one_message_and_none_of_its_code_runs(tmp_path, capsys, content):
+    path = tmp_path / "weights.pth"
+    if content == "text":
+        path.write_bytes(b"hello")
+    elif content != "missing":
+        torch.save({"model": Opened() if content == "code" else {"head.weight": torch.ones(1)}}, path)
+    with pytest.raises(ArtifactError, match=r"weights\.pth' cannot be loaded into vit_tiny_patch16_224"):
+        task_named("classification").load_pretrained("vit_tiny_patch16_224", str(path), "teacher")
+    assert "ran" not in capsys.readouterr().out
 
 
 def test_the_weights_depend_on_the_seed_alone():
@@ -179,3 +207,11 @@ def test_cached_logits_train_as_the_running_teacher_does(tmp_path):
         learner = task_named("classification").student_from(student, None, 0)
         records.append(train(learner, Training(steps=3, batch_size=16, lr=1e-3), ("logits",), context)["last"]["loss"])
     assert records[1] == pytest.approx(records[0], rel=5e-3) and records[0] > 0
+
+
+def test_token_features_cannot_come_from_a_cache():
+    model = classifier()
+    needs = frozenset({"teacher", "tokens"})
+    job = TrainingJob("t", model, (model,), needs, (), "both", (Labelled(),), cached=True)
+    with pytest.raises(RecipeError, match="'tokens' requires a teacher that runs"):
+        task_named("classification").lesson(job)
