@@ -1,13 +1,15 @@
-"""Progress bars: frequent updates on a terminal, an occasional line in a log."""
+"""How work in progress is shown: lines for the user, and bars with frequent updates on a terminal, few in a log."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+Say = Callable[[str], None]
+"""Receives lines for the user; the commands print them."""
 T = TypeVar("T")
 
 

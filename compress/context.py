@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from clipress.data.sources import open_source
 from clipress.data.spec import DataSpec
 from clipress.data.teacher_cache import TeacherCache
 from clipress.models.load import Model
+from clipress.progress import Say
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -34,7 +34,7 @@ class Context:
     checkpoints: Path | None = None
     """Folder of this stage's checkpoints; None reads and writes none."""
     title: str = ""
-    say: Callable[[str], None] = lambda _: None
+    say: Say = lambda _: None
     """Receives lines for the user."""
 
     def sources(self) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,11 +25,10 @@ from clipress.errors import ArtifactError
 from clipress.metrics.outcomes import percents
 from clipress.models.load import Model, TeacherSpec, artifact_from_model
 from clipress.models.students import freeze, start_hash
+from clipress.progress import Say
 from clipress.recipe import Recipe, checked, digest
 from clipress.storage import cache_folder, is_first_process
 from clipress.tasks import evaluate_model, model_from_artifact, task_named
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

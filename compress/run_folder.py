@@ -7,19 +7,19 @@ A stage depends on the sections in `INPUTS`, on its own entry and on the entries
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from clipress.artifact import HEADER
 from clipress.compress.plan import CompressPlan, compress_plan_from
 from clipress.errors import ArtifactError
+from clipress.progress import Say
 from clipress.recipe import Recipe, read_recipe, recipe_text
 from clipress.storage import LOCK, leftovers, locked, sweep, write_text_whole
 
 RECIPE = "recipe.yaml"
 INPUTS = ("seed", "teacher", "student", "data", "runtime")
-Say = Callable[[str], None]
 
 
 @contextmanager

@@ -43,7 +43,7 @@ from clipress.data.tokens import Tokenize
 from clipress.data.transforms import Augment, View, drawn_view, normalised, size_of, viewed
 from clipress.errors import ArtifactError, DataError, RecipeError
 from clipress.models.load import Model
-from clipress.progress import progress_bar
+from clipress.progress import Say, progress_bar
 from clipress.storage import cache_folder, locked, sweep
 from clipress.tasks import task_named
 from clipress.version import __version__
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from clipress.compress.teachers import Teacher
 
 HOME = "teacher-embeddings"
-Say = Callable[[str], None]
 Precision = Literal["auto", "fp32", "bf16"]
 
 

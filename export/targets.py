@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipress.data.eval_sets import EvalSet
+from clipress.progress import Say
 from clipress.recipe import Section
 from clipress.registry import Registry
 
@@ -22,7 +23,7 @@ class TargetJob:
     """The folder of the exports, for files that belong to all of them."""
     open_sets: Callable[[], list[EvalSet]]
     """Opens real data, to compare results with the ONNX files."""
-    say: Callable[[str], None]
+    say: Say
 
 
 @dataclass(frozen=True)

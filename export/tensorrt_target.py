@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from clipress.export.settings import TensorRTSettings
 from clipress.export.targets import TargetJob, target
 from clipress.export.to_tensorrt import engines_from_export, prepare_export
 from clipress.export.trtexec import write_script
+from clipress.progress import Say
 from clipress.runtime.tensorrt import find_machine, read_sidecar
 
 
@@ -25,7 +26,7 @@ def build_engines(job: TargetJob, settings: TensorRTSettings) -> None:
         report_engines(stage, built.values(), job.say)
 
 
-def report_engines(name: str, engines: Iterable[Path], say: Callable[[str], None]) -> None:
+def report_engines(name: str, engines: Iterable[Path], say: Say) -> None:
     """Report the paths of engines and how well they match ONNX Runtime."""
     for path in engines:
         sidecar = read_sidecar(path)

@@ -28,7 +28,7 @@ from clipress.data.prefetch import map_ahead
 from clipress.data.transforms import fitted, normalised
 from clipress.errors import ArtifactError, DataError
 from clipress.metrics.retrieval import finite
-from clipress.progress import progress_bar
+from clipress.progress import Say, progress_bar
 from clipress.recipe import digest
 from clipress.runtime.export_folder import Exported, read_export
 from clipress.runtime.onnx_session import open_session
@@ -51,8 +51,6 @@ log = logging.getLogger("clipress.serve")
 PART, BATCH = 4096, 32
 AHEAD = 3  # batches decoded while the encoder works
 PARTS, SKIPPED = ".parts", "skipped.tsv"
-
-Say = Callable[[str], None]
 
 
 class ImageEncoder:

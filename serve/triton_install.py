@@ -21,11 +21,12 @@ import sys
 import sysconfig
 import venv
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipress.errors import ArtifactError, BackendMissing
+from clipress.progress import Say
 from clipress.storage import cache_folder, locked, write_whole
 
 VERSION = "0.7.0"  # Version of nvidia-pytriton, which contains Triton 2.51.
@@ -43,7 +44,7 @@ class Triton:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_triton(say: Callable[[str], None] = lambda _: None) -> Triton:
+def find_triton(say: Say = lambda _: None) -> Triton:
     """Return the `tritonserver` on PATH, with its own backends, else the one in the cache.
 
     If the cache has none it is fetched, some 60 MB, once for every interpreter; `say` reports that. Several processes may

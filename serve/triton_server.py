@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipress.errors import ServerError
+from clipress.progress import Say
 from clipress.serve.triton_config import server_options
 from clipress.serve.triton_install import Triton, find_triton
 
@@ -162,7 +163,7 @@ class TritonServer:
     def _failure(self, found: str) -> ServerError:
         return ServerError(f"Triton cannot serve {self.repository}: {found}. {_errors_in(self.log)}")
 
-    def wait(self, say: Callable[[str], None] = lambda _: None) -> None:
+    def wait(self, say: Say = lambda _: None) -> None:
         """Wait as long as the server runs, and reload models whose processes have died; `say` reports that.
 
         Triton itself keeps reporting such a model as ready, and its requests fail. Raises ServerError when the server ends
@@ -289,7 +290,7 @@ def _short(text: str) -> str:
 
 def serve_until_stopped(
     repository: Path,
-    say: Callable[[str], None],
+    say: Say,
     host: str = LOOPBACK,
     http_port: int | None = None,
     grpc_port: int | None = None,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clipress.progress import Say
 from clipress.serve.classify import LoadedModel
 from clipress.workflow.exported import find_export
 from clipress.workflow.outcome import Run
@@ -17,7 +18,7 @@ def run(
     out: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     resume: bool = True,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> Run:
     """Compress, export, bench and serve as a recipe says, like `clipress run`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +16,13 @@ from clipress.bench.results import Results, write_results
 from clipress.bench.run import Subject, bench, graph_names
 from clipress.bench.runners import RUNNERS
 from clipress.bench.settings import BenchSettings
-from clipress.progress import progress_bar
+from clipress.progress import Say, progress_bar
 from clipress.recipe import overridden
 from clipress.runtime.cpu import processor
 from clipress.storage import locked_and_swept, write_text_whole
 from clipress.tasks import model_from_artifact
 from clipress.workflow.export import export_artifacts
 from clipress.workflow.plan import Plan, read_plan
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from clipress.bench.server.requests import model_names, request_templates
 from clipress.bench.server.results import LoadResults, load_table, write_load
 from clipress.bench.server.run import PLACES, bench_server, broken_by_load, loads_from, places_of
 from clipress.errors import RecipeError, nearest
+from clipress.progress import Say
 from clipress.recipe import overridden
 from clipress.runtime.export_folder import read_export
 from clipress.serve.client import address_from
@@ -24,7 +25,6 @@ from clipress.workflow.exported import export_of
 from clipress.workflow.plan import Plan, read_plan
 from clipress.workflow.serve import choose_served, write_repositories
 
-Say = Callable[[str], None]
 Address = tuple[str, str, bool]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +11,9 @@ from clipress.compress.teacher_cache import caches_of
 from clipress.data.cache_files import CacheSettings, Dtype
 from clipress.errors import RecipeError
 from clipress.models.load import TeacherSpec
+from clipress.progress import Say
 from clipress.recipe import Recipe
 from clipress.workflow.plan import Plan, plan_from
-
-Say = Callable[[str], None]
 
 
 def compress(recipe: Recipe, out: Path | None, resume: bool, say: Say) -> tuple[Path, Plan]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,10 @@ from clipress.export.settings import TensorRTSettings
 from clipress.export.targets import TARGETS, TargetJob
 from clipress.export.tensorrt_target import report_engines
 from clipress.export.to_tensorrt import engine_from_onnx, prepare
+from clipress.progress import Say
 from clipress.recipe import Section, overridden
 from clipress.runtime.tensorrt import find_machine
 from clipress.workflow.plan import Plan
-
-Say = Callable[[str], None]
 
 
 def make_target(name: str, settings: Section, run: Path, stages: Sequence[str], plan: Plan, say: Say) -> None:

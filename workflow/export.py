@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,12 @@ from clipress.errors import RecipeError
 from clipress.export.extra_models import extra_models_from_export
 from clipress.export.settings import OnnxSettings, TensorRTSettings
 from clipress.export.to_onnx import is_exported, onnx_from_artifact
+from clipress.progress import Say
 from clipress.recipe import overridden
 from clipress.runtime.export_folder import Exported
 from clipress.storage import locked_and_swept
 from clipress.workflow.engines import make_target, make_targets_of_recipe
 from clipress.workflow.plan import Plan, read_plan
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

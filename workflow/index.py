@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipress.progress import Say
 from clipress.serve.index import Description, Kind, change_index
 from clipress.serve.indexing import index_images as embed_and_index
 from clipress.workflow.exported import find_export
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

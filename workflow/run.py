@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
+from clipress.progress import Say
 from clipress.recipe import Recipe
 from clipress.storage import is_first_process, locked_and_swept
 from clipress.workflow.bench import bench_recipe
@@ -13,8 +13,6 @@ from clipress.workflow.engines import make_targets_of_recipe
 from clipress.workflow.export import export_artifacts
 from clipress.workflow.outcome import Run
 from clipress.workflow.serve import choose_served, write_repositories
-
-Say = Callable[[str], None]
 
 
 def run_recipe(recipe: Recipe, out: Path | None, resume: bool, say: Say) -> Run:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clipress.bench.results import read_kept
+from clipress.progress import Say
 from clipress.recipe import overridden
 from clipress.serve.settings import ServeSettings
 from clipress.serve.triton_repo import serve_version, served_version, triton_repo_from_export
@@ -16,8 +17,6 @@ from clipress.storage import locked_and_swept
 from clipress.workflow.export import export_artifacts
 from clipress.workflow.exported import export_of
 from clipress.workflow.plan import Plan, read_plan
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

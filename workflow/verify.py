@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from clipress.export.verify import verify
+from clipress.progress import Say
 from clipress.runtime.cpu import processor
 
 
-def verify_export(source: Path, say: Callable[[str], None]) -> None:
+def verify_export(source: Path, say: Say) -> None:
     """Run the self-tests of a file, of an export folder or of all exports of a run. Raises ExportError."""
     say(str(processor()))
     for one in verify(source):

@@ -26,7 +26,8 @@ ARROWS = {
     "studies": FOUNDATION
     | {"artifact", "bench", "compress", "data", "export", "models", "progress", "runtime", "serve", "tasks"},
     "compress": FOUNDATION | {"artifact", "data", "metrics", "models", "progress", "registry", "tasks", "version"},
-    "export": FOUNDATION | {"artifact", "data", "metrics", "models", "registry", "runtime", "tasks", "version"},
+    "export": FOUNDATION
+    | {"artifact", "data", "metrics", "models", "progress", "registry", "runtime", "tasks", "version"},
     "bench": FOUNDATION
     | {"artifact", "data", "metrics", "models", "progress", "registry", "runtime", "tasks", "version"},
     "serve": FOUNDATION | {"data", "metrics", "progress", "runtime", "version"},
