@@ -7,7 +7,6 @@ from pathlib import Path
 
 from clipress.bench.runners import Runner
 from clipress.data.eval_sets import EvalSet
-from clipress.data.tokens import tokenizer_from_spec
 from clipress.metrics.outcomes import Outcomes, write_outcomes
 from clipress.storage import write_whole
 from clipress.tasks import task_named
@@ -16,9 +15,8 @@ from clipress.tasks import task_named
 def accuracy(runner: Runner, sets: Sequence[EvalSet]) -> dict[str, Outcomes]:
     """Return `{"<set>/<metric>": outcomes}`, with the model's own preprocessing and tokenizer."""
     model = runner.model
-    tokenize = tokenizer_from_spec(model.tokenizer.model_dump()) if model.tokenizer else None
     runs = {graph: runner.run(graph) for graph in model.graphs}
-    return task_named(model.task).evaluate(runs, sets, model.preprocess, tokenize)
+    return task_named(model.task).evaluate(runs, sets, model.preprocess, model.tokenize())
 
 
 def write_items(stages: Mapping[str, Mapping[str, Outcomes]], folder: Path) -> None:

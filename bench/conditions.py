@@ -9,19 +9,12 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from clipress.bench.latency import ROUNDS, TURN_MS
+from clipress.bench.latency import RENEWING, turn_ms
 from clipress.bench.results import Conditions
 from clipress.bench.settings import BenchSettings
 from clipress.data.eval_sets import EvalSet
 from clipress.runtime.cpu import processor
 from clipress.version import __version__
-
-RENEWING = 5  # a session is opened anew each round if that takes no longer than so many turns
-
-
-def turn_ms(settings: BenchSettings) -> float:
-    """Return how long one turn of one model lasts."""
-    return min(TURN_MS, settings.duration / ROUNDS)
 
 
 def conditions(
@@ -34,14 +27,11 @@ def conditions(
     """Record the conditions. `cpus` are those the measurement was pinned to; `about` has what the caller knows."""
     return Conditions(
         **about,
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        clipress=__version__,
+        **time_and_machine(),
         **{name: known for name in ("onnxruntime", "torch", "numpy") if (known := _version(name))},
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()}",
-        **processor().record(),
         devices=tuple(dict.fromkeys(devices)),
-        load_average=[round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         threads=settings.threads,
         cpu_affinity="not known" if cpus is None else cpus,
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
@@ -51,7 +41,7 @@ def conditions(
         duration_ms=settings.duration,
         iterations_at_least=settings.iterations,
         interleaved=True,
-        turn_ms=turn_ms(settings),
+        turn_ms=turn_ms(settings.duration),
         sessions=f"opened anew each round where that takes no more than {RENEWING} turns",
         order="rounds of one turn each, every other round backwards",
         clock="host, from the call to the result (perf_counter)",
@@ -61,6 +51,16 @@ def conditions(
         protocol="text_rK: text for an image, any own caption counts; image_rK: image for a text; ties count as wrong; "
         "standard errors count an image and its captions as one",
     )
+
+
+def time_and_machine() -> dict[str, Any]:
+    """Return what every measurement records: when, by which clipress, on which CPU, and how busy it was."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "clipress": __version__,
+        **processor().record(),
+        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+    }
 
 
 def _version(package: str) -> str | None:

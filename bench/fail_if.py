@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clipress.bench.results import Results, Row
+from clipress.bench.results import Latency, Results, Row
 from clipress.errors import RecipeError, nearest
 
 OPERATORS = {
@@ -30,11 +30,7 @@ OPERATORS = {
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 FORM = re.compile(rf"\s*([\w./@-]+)\s*(?:\{{(.*)\}})?\s*({'|'.join(OPERATORS)})\s*({NUMBER})\s*")
 PLACES = ("stage", "backend", "precision", "tower", "batch", "threads")
-TIMED = (
-    *("min_ms", "max_ms", "mean_ms", "median_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "cv_percent"),
-    *("throughput_qps", "items_per_s", "iterations", "rounds", "speed_up", "speed_up_low", "speed_up_high"),
-    *("enqueue_mean_ms", "enqueue_median_ms", "enqueue_p99_ms"),
-)
+TIMED = tuple(name for name in Latency.model_fields if name not in PLACES)
 COSTS = ("params", "params_without_embeddings", "block_params", "block_params_kept", "macs", "bytes")
 KNOWN = (*TIMED, *COSTS)
 

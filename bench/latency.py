@@ -21,6 +21,7 @@ import numpy as np
 
 TURN_MS = 50.0  # how long one model runs at most before the next one has its turn
 ROUNDS = 20  # at least, unless fewer iterations are required
+RENEWING = 5  # a session is opened anew each round if that takes no longer than so many turns
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -92,6 +93,11 @@ def summary(timings: Timings, batch: int) -> dict[str, float]:
     return {name: round(value, 5) for name, value in values.items()} | {"iterations": n, "rounds": len(timings.rounds)}
 
 
+def turn_ms(duration_ms: float) -> float:
+    """Return how long one turn of one model lasts, for a duration per model."""
+    return min(TURN_MS, duration_ms / ROUNDS)
+
+
 def measure_in_turns(
     queries: Mapping[Name, Callable[[], Any]],
     *,
@@ -123,7 +129,7 @@ def measure_in_turns(
             if name in renew:
                 _turn(queries[name], warm_up_ms / ROUNDS, clock)
             starts[name].append(clock())
-            turn = _turn(queries[name], min(TURN_MS, duration_ms / ROUNDS), clock)
+            turn = _turn(queries[name], turn_ms(duration_ms), clock)
             turns[name].append(turn)
             spent[name] += float(turn[:, 0].sum())
             answered[name] += len(turn)

@@ -32,7 +32,7 @@ def table(results: Results) -> str:
     cases = cases_of(rows)
     main = main_case(cases)
     columns = [column for column in model_columns(rows) if column.key != MEAN]
-    notes = [describe_conditions(results), "R@1 (%): i->t a text found for an image, t->i an image found for a text."]
+    notes = []
     if main:
         for case in dict.fromkeys([cases[0], main]):
             medians = [timed(row, case, "median_ms") for row in rows]
@@ -43,9 +43,10 @@ def table(results: Results) -> str:
     columns, left_out = _fitted([_for_terminal(column) for column in columns])
     if left_out:
         notes.append(f"Left out for width: {', '.join(left_out)}.")
-    if not any(column.head == "i->t" for column in columns):
-        del notes[1]
-    notes += [one.text for one in (*results.verdicts, *results.kept)]
+    about = [describe_conditions(results)]
+    if any(column.head == "i->t" for column in columns):
+        about.append("R@1 (%): i->t a text found for an image, t->i an image found for a text.")
+    notes = [*about, *notes, *(one.text for one in (*results.verdicts, *results.kept))]
     return "\n".join([*_lines(columns), "", *(line for note in notes for line in textwrap.wrap(note, WIDTH))])
 
 

@@ -24,7 +24,7 @@ from clipress.bench.report_columns import (
 from clipress.bench.report_headline import headline
 from clipress.bench.report_layers import layer_columns, profile_tables
 from clipress.bench.report_rows import Rows, cases_of, main_case, overall_key, timed, with_means
-from clipress.bench.results import Conditions, Results, Verdict
+from clipress.bench.results import Case, Conditions, Results, Verdict
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -45,8 +45,9 @@ def pareto(points: Sequence[tuple[float, float] | None]) -> list[int]:
 def render_page(results: Results, subtitle: str) -> str:
     """Return the page. Without JavaScript it has the tables alone."""
     rows = with_means(results.rows)
-    main = main_case(cases_of(rows))
-    view = _view(rows)
+    cases = cases_of(rows)
+    main = main_case(cases)
+    view = _view(rows, cases, main)
     front = view["metrics"][0]["fronts"][view["main"]] if view["metrics"] and main else []
     layers = layer_columns(rows)
     parts = {
@@ -67,9 +68,9 @@ def render_page(results: Results, subtitle: str) -> str:
     return re.sub("@@([a-z]+)@@", lambda place: parts[place[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _view(rows: Rows) -> dict[str, Any]:
+def _view(rows: Rows, cases: Sequence[Case], main: Case | None) -> dict[str, Any]:
     """Return what the page's script draws: the metrics, the cases, and which rows are on which front."""
-    cases, overall = cases_of(rows), overall_key(rows)
+    overall = overall_key(rows)
     medians = [[timed(row, case, "median_ms") for row in rows] for case in cases]
     metrics = []
     for column in sorted(accuracy_columns(rows)[1:], key=lambda column: column.key != overall):
@@ -90,7 +91,7 @@ def _view(rows: Rows) -> dict[str, Any]:
             }
             for case, median in zip(cases, medians, strict=True)
         ],
-        "main": cases.index(main_case(cases)) if cases else None,
+        "main": None if main is None else cases.index(main),
     }
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from clipress.artifact import read_header
 from clipress.bench.accuracy import accuracy, write_items
 from clipress.bench.compare import Ratio, speed_up
-from clipress.bench.conditions import RENEWING, conditions, turn_ms
+from clipress.bench.conditions import conditions
 from clipress.bench.cost import cost
 from clipress.bench.cpu_pinning import pinned
-from clipress.bench.latency import Timings, measure_in_turns, summary
+from clipress.bench.latency import RENEWING, Timings, measure_in_turns, summary, turn_ms
 from clipress.bench.profile import profile
 from clipress.bench.results import SCHEMA_VERSION, Case, Latency, Profile, Results, Row
 from clipress.bench.runners import Runner, open_runner
@@ -79,7 +79,8 @@ def bench(
         opened = _open_all(subjects, settings)
         shown = track(opened, len(opened), "accuracy", "model")
         outcomes = {one.label: accuracy(one.runner, sets) if sets else {} for one in shown}
-        rows = [_row(one, outcomes[one.label]) for one in opened]
+        costs = {artifact: vars(cost(artifact)) for artifact in dict.fromkeys(one.artifact for one in subjects)}
+        rows = [_row(one, outcomes[one.label], costs[one.subject.artifact]) for one in opened]
         cases = _cases(opened, settings)
         timings = {case: _timed(case, opened, settings) for case in track(cases, len(cases), "latency", "case")}
         if profiled:
@@ -87,8 +88,9 @@ def bench(
     rows = [_with_ratios(row, rows[0], timings, settings) for row in rows]
     _write_details(outcomes if sets else {}, timings, [one.label for one in opened], folder)
 
-    def ratio(origin: str, other: str, case: Case) -> Ratio:
-        return speed_up(timings[case][origin], timings[case][other])
+    def ratio(origin: str, other: str, case: Case) -> Ratio | None:
+        measured = timings[case]
+        return speed_up(measured[origin], measured[other]) if {origin, other} <= measured.keys() else None
 
     found = verdicts(rows, cases, ratio, settings.max_accuracy_drop, processor())
     return Results(
@@ -139,7 +141,7 @@ def check_answers(label: str, runner: Runner) -> None:
                 )
 
 
-def _row(one: Opened, outcomes: Mapping[str, Outcomes]) -> Row:
+def _row(one: Opened, outcomes: Mapping[str, Outcomes], costs: Mapping[str, Any]) -> Row:
     """Return a row with everything but what depends on other rows."""
     model = one.runner.model
     return Row(
@@ -149,7 +151,7 @@ def _row(one: Opened, outcomes: Mapping[str, Outcomes]) -> Row:
         backend=one.runner.backend,
         device=one.runner.device,
         precision=model.precision,
-        **vars(cost(one.subject.artifact)),
+        **costs,
         bytes=model.bytes,
         exact_mode=one.runner.exact_mode,
         parity=dict(model.parity),
@@ -187,7 +189,7 @@ def renewable(case: Case, runners: Mapping[str, Runner], settings: BenchSettings
     for fresh in opening.values():
         start = time.perf_counter()
         fresh()
-        if (time.perf_counter() - start) * 1000 > RENEWING * turn_ms(settings):
+        if (time.perf_counter() - start) * 1000 > RENEWING * turn_ms(settings.duration):
             return {}
     return opening
 

@@ -25,7 +25,7 @@ SMALLER = 1.1  # times smaller: worth mentioning where a method is not faster
 def verdicts(
     rows: Sequence[Row],
     cases: Sequence[Case],
-    ratio: Callable[[str, str, Case], Ratio],
+    ratio: Callable[[str, str, Case], Ratio | None],
     max_accuracy_drop: float,
     cpu: Processor | None = None,
 ) -> list[Verdict]:
@@ -33,17 +33,18 @@ def verdicts(
 
     Args:
         cases: what was timed; the largest batch of the task's main graph decides.
-        ratio: (origin, row, case) -> how many times as fast the row is.
+        ratio: (origin, row, case) -> how many times as fast the row is; None where they do not have the case's graph.
         max_accuracy_drop: points of accuracy that a faster row may lose and still be kept.
         cpu: the CPU of the measurement, if it was one; verdicts mention what it lacks for INT8.
     """
     found = []
     for row in rows:
         origin = _origin(row, rows)
-        if origin is None or not cases:
+        if origin is None:
             continue
-        ratios = {case: ratio(origin.stage, row.stage, case) for case in cases}
-        found.append(_verdict(_Comparison(row, origin, ratios), max_accuracy_drop, cpu))
+        every = ((case, ratio(origin.stage, row.stage, case)) for case in cases)
+        if ratios := {case: one for case, one in every if one is not None}:
+            found.append(_verdict(_Comparison(row, origin, ratios), max_accuracy_drop, cpu))
     return found
 
 

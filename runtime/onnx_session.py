@@ -78,11 +78,15 @@ def _open_first(path: Path, threads: int, provider: str, float16: bool, mode: Mo
 
 def run_from_onnx(path: Path, threads: int = 0, *, float16: bool = False) -> Run:
     """Open an ONNX file as a function from inputs by name to outputs by name; arguments as for `open_session`."""
-    session = open_session(path, threads, float16=float16)
+    return run_of(open_session(path, threads, float16=float16))
+
+
+def run_of(session: Any) -> Run:
+    """Return a session as a function from inputs by name to outputs by name."""
     names = [output.name for output in session.get_outputs()]
 
     def run(inputs: Arrays) -> dict[str, Any]:
-        return dict(zip(names, session.run(None, dict(inputs)), strict=True))
+        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
     return run
 

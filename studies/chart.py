@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from clipress.studies.study import Study, StudyRow
 from clipress.studies.table import recall, summary
@@ -16,7 +17,8 @@ Place = Callable[[float, float], tuple[float, float]]
 
 def draw_chart(study: Study, rows: Sequence[StudyRow]) -> str:
     """Draw the chart."""
-    lines = {method: _points(study, rows, method) for method in study.methods}
+    table = summary(study, rows)
+    lines = {method: _points(table, method) for method in study.methods}
     points = [point for line in lines.values() for point in line]
     dense = recall(rows[0].dense)
     low = min([recovered for _, recovered, _ in points] + [dense]) - 2
@@ -36,8 +38,8 @@ def draw_chart(study: Study, rows: Sequence[StudyRow]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _points(study: Study, rows: Sequence[StudyRow], method: str) -> list[Point]:
-    own = [row for row in summary(study, rows) if row["method"] == method]
+def _points(table: Sequence[Mapping[str, Any]], method: str) -> list[Point]:
+    own = [row for row in table if row["method"] == method]
     return sorted((row["latency_of_dense"][0], row["r1_final"][0], row["ratio"]) for row in own)
 
 

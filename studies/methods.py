@@ -194,10 +194,14 @@ def _timed_steps(recipe: Mapping[str, Any], folder: Path) -> tuple[float, int]:
 
 
 def row_of(case: Case, run: Path) -> StudyRow:
-    """Read what a finished run measured: accuracy, cost, latency against the dense teacher, and the effect of pruning."""
+    """Read what a finished run measured: accuracy, cost, latency against the dense teacher, and the effect of pruning.
+
+    Only the rows of the first backend count.
+    """
     with _results_of(run) as results:
-        teacher, first, last = results.rows[0], results.rows[1], results.rows[-1]
-        made = next(record for record in last.lineage if record.stage == first.stage).model_extra
+        own = [row for row in results.rows if row.backend == results.rows[0].backend]
+        teacher, first, last = own[0], own[1], own[-1]
+        made = {record.stage: record for record in last.lineage}[first.artifact].model_extra
         pruned = {} if case.ratio is None else _pruned(first, made["details"])
         return StudyRow(
             method=case.method,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from clipress.registry import Registry
 
 if TYPE_CHECKING:
+    from clipress.data.tokens import Tokenize
     from clipress.data.transforms import Preprocess
-    from clipress.runtime.export_folder import Tokenizer
     from clipress.runtime.graph import Graph, Run
 
 
@@ -23,12 +23,14 @@ class ModelInfo(Protocol):
     graphs: Mapping[str, Graph]
     precision: str
     preprocess: Preprocess
-    tokenizer: Tokenizer | None
     parity: Mapping[str, Any]
 
     @property
     def bytes(self) -> int:
         """Size of the files the model was loaded from."""
+
+    def tokenize(self) -> Tokenize | None:
+        """Return the tokenizer; None for a model that reads no texts."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Loaded:
     graphs: Mapping[str, Graph]
     precision: str
     preprocess: Preprocess
-    tokenizer: Tokenizer | None
+    tokenize: Callable[[], Tokenize | None]
     bytes: int
     parity: Mapping[str, Any]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from clipress.bench.runners import RUNNERS, Options, Runner
 from clipress.errors import ArtifactError
 from clipress.runtime.export_folder import Exported, read_export
 from clipress.runtime.graph import Graph, Run
-from clipress.runtime.onnx_session import open_session, runs_exactly
+from clipress.runtime.onnx_session import open_session, run_of, runs_exactly
 
 TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
 
@@ -39,7 +39,7 @@ class OnnxRuntimeRunner(Runner):
         return cls(export, options.threads)
 
     def run(self, graph: str) -> Run:
-        return run_of(self._sessions[graph], self.model.graphs[graph])
+        return run_of(self._sessions[graph])
 
     def query(self, graph: str, batch: int) -> Callable[[], Any]:
         return self._query(self._sessions[graph], graph, batch)
@@ -51,16 +51,6 @@ class OnnxRuntimeRunner(Runner):
     def _query(self, session: Any, graph: str, batch: int) -> Callable[[], Any]:
         inputs = self.model.graphs[graph].example(batch)
         return lambda: session.run(None, inputs)
-
-
-def run_of(session: Any, graph: Graph) -> Run:
-    """Return a session as a function from inputs by name to outputs by name."""
-    outputs = [output.name for output in graph.outputs]
-
-    def run(inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(zip(outputs, session.run(outputs, dict(inputs)), strict=True))
-
-    return run
 
 
 def check_form(session: Any, name: str, exported: Exported) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from clipress.bench.runners import RUNNERS, Options, Runner
-from clipress.bench.runners.onnxruntime import check_form, run_of
+from clipress.bench.runners.onnxruntime import check_form
 from clipress.errors import RecipeError
 from clipress.runtime.export_folder import Exported, read_export
 from clipress.runtime.graph import Run
-from clipress.runtime.onnx_session import open_session
+from clipress.runtime.onnx_session import open_session, run_of
 
 
 @RUNNERS.register("onnxruntime-cuda")
@@ -53,7 +53,7 @@ class OnnxRuntimeCudaRunner(Runner):
         return session
 
     def run(self, graph: str) -> Run:
-        return run_of(self._sessions[graph], self.model.graphs[graph])
+        return run_of(self._sessions[graph])
 
     def query(self, graph: str, batch: int) -> Callable[[], Any]:
         """Return one inference on a random batch that is on the device already; it returns with the result."""

@@ -14,7 +14,6 @@ from clipress.bench.latency import Enqueued
 from clipress.bench.runners import RUNNERS, Loaded, Options, Runner
 from clipress.errors import RecipeError
 from clipress.models.load import Model
-from clipress.runtime.export_folder import Tokenizer
 from clipress.runtime.graph import Arrays, Run
 from clipress.tasks import model_from_artifact, task_named
 
@@ -46,9 +45,9 @@ class TorchRunner(Runner):
         self.model = Loaded(
             task=model.task,
             graphs=self._task.graphs(model),
-            precision=_use_kernels(self._module, model, dtype, use_sparse_kernels),
+            precision=use_kernels(self._module, model, dtype, use_sparse_kernels),
             preprocess=model.preprocess,
-            tokenizer=Tokenizer(**model.tokenizer) if model.tokenizer else None,
+            tokenize=model.tokenize,
             bytes=(artifact / WEIGHTS).stat().st_size,
             parity={},
         )
@@ -99,17 +98,17 @@ def _check_kernels(device: torch.device, dtype: str, use_sparse_kernels: bool) -
         raise RecipeError("bench: torch has 2:4 kernels in bf16 only, found fp32. Add --dtype bf16.")
 
 
-def _use_kernels(module: nn.Module, model: Model, dtype: str, use_sparse_kernels: bool) -> str:
+def use_kernels(module: nn.Module, model: Model, dtype: str, use_sparse_kernels: bool) -> str:
     """Switch 2:4 kernels on where they are wanted. Returns the precision that the model then has, in words."""
     if model.quantization:
         return "int8 simulated"
     if use_sparse_kernels and model.sparsity:
         weights = model.sparsity["weights"]
-        return f"bf16, 2:4 in {use_sparse_kernels(module, weights)} of {len(weights)}"
+        return f"bf16, 2:4 in {convert_to_sparse_kernels(module, weights)} of {len(weights)}"
     return dtype
 
 
-def use_sparse_kernels(model: nn.Module, names: list[str]) -> int:
+def convert_to_sparse_kernels(model: nn.Module, names: list[str]) -> int:
     """Convert 2:4 weights to sparse tensor core kernels, in place; shapes that torch rejects stay dense.
 
     Returns how many were accepted.

@@ -2,7 +2,7 @@
 
 A load generator shares the cores with what it measures, so as little as possible is done per request: bytes go out and
 come back, and only the status of an answer is read. By HTTP that takes a fifth of the time of tritonclient's own client,
-which is why `clipress bench` uses it for a server of its own.
+which is why `clipress bench-server` uses it.
 """
 
 from __future__ import annotations

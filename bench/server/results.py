@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from clipress.bench.results import Strict
 from clipress.storage import write_text_whole
 
 SCHEMA_VERSION = 1
@@ -22,12 +22,6 @@ class Load:
 
     def __str__(self) -> str:
         return f"concurrency {self.concurrency}" if self.concurrency else f"{self.request_rate:g} requests/s"
-
-
-class Strict(BaseModel):
-    """Base of everything in the file: frozen, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Served(Strict):
@@ -103,10 +97,12 @@ def load_table(results: LoadResults) -> str:
     head = f"{'model':<18}{'load':>16}{'infer/s':>10}" + "".join(f"{f'p{part} ms':>9}" for part in (50, 90, 95, 99))
     lines = [f"{head}{'errors':>8}  client"]
     for row in results.rows:
-        times = "".join(f"{value:>9.2f}" for value in (row.p50_ms, row.p90_ms, row.p95_ms, row.p99_ms))
+        shown = [_number(value, ".2f") for value in (row.p50_ms, row.p90_ms, row.p95_ms, row.p99_ms)]
+        times = "".join(text.rjust(9) for text in shown)
         lines.append(
-            f"{row.model:<18}{row.load!s:>16}{row.infer_per_s:>10.1f}{times}{row.errors:>8}  "
-            f"{row.client_us:.0f} us/request, {row.client_cores:.2f} cores" + ("" if row.stable else ", not stable")
+            f"{row.model:<18}{row.load!s:>16}{_number(row.infer_per_s, '.1f'):>10}{times}{row.errors:>8}  "
+            f"{_number(row.client_us, '.0f')} us/request, {_number(row.client_cores, '.2f')} cores"
+            + ("" if row.stable else ", not stable")
         )
         for model, served in row.triton.items():
             batch = "" if served.mean_batch is None else f", mean batch {served.mean_batch:.1f}"
@@ -116,3 +112,7 @@ def load_table(results: LoadResults) -> str:
                 f"infer {served.compute_infer_ms:.2f}, output {served.compute_output_ms:.2f}{batch}{hits}"
             )
     return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, form)

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
+from clipress.bench.conditions import time_and_machine
 from clipress.bench.fail_if import Gate, nowhere, unknown_metric
 from clipress.bench.server.load import Windows, measure, numbered, run
 from clipress.bench.server.protocols import RequestTemplate, checked_sender, open_wire
-from clipress.bench.server.results import Load, LoadResults, LoadRow
+from clipress.bench.server.results import Load, LoadFigures, LoadResults, LoadRow
 from clipress.errors import RecipeError
 from clipress.progress import track
-from clipress.runtime.cpu import processor
-from clipress.version import __version__
 
 PLACES = ("model", "concurrency", "request_rate")
-FIGURES = (
-    *("infer_per_s", "mean_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "lag_p99_ms"),
-    *("requests", "errors", "client_us", "client_cores"),
-)
+FIGURES = tuple(name for name in LoadFigures.model_fields if name not in {*PLACES, "stable", "windows", "triton"})
 MAX_MESSAGES = 5  # distinct errors that are recorded per load
 
 
@@ -89,11 +83,8 @@ async def _measure_all(
 
 def _conditions(protocol: str, windows: Windows) -> dict[str, Any]:
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "clipress": __version__,
+        **time_and_machine(),
         "tritonclient": version("tritonclient"),
-        **processor().record(),
-        "load_average": [round(load, 2) for load in os.getloadavg()],
         "protocol": protocol,
         "window_ms": windows.window,
         "warm_up_ms": windows.warm_up,

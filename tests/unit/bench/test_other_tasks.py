@@ -50,3 +50,18 @@ def test_a_classifier_is_benchmarked_with_its_own_graph_and_metrics(classifier, 
     shown = table(results)
     assert "top-1" in shown and "i->t" not in shown and "speed-up: against a at batch 2" in shown
     assert "image" in comparison(results) and "digits" in report_page(results)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (1, 0, 2)])
+def test_a_classifier_is_judged_beside_a_clip_on_the_graph_that_it_has(classifier, sets, tiny_run, tmp_path, order):
+    folder, model = classifier
+    sparse = tmp_path / "sparse"
+    lineage = ({"stage": "dense", "hash": "abc"}, {"stage": "sparse", "kind": "sparsify", "hash": "def"})
+    save_artifact(artifact_from_model(model, lineage, {}), sparse)
+    artifacts = {"clip": tiny_run[0] / "teacher", "dense": folder, "sparse": sparse}
+    subjects = [Subject(name, artifact, tmp_path) for name, artifact in artifacts.items()]
+    settings = BenchSettings(backends=("torch",), batch=(1,), duration=0, warm_up=0, iterations=2)
+    results = bench([subjects[i] for i in order], [], settings, tmp_path / "bench", about={})
+    (verdict,) = results.verdicts
+    assert (verdict.stage, verdict.against) == ("sparse", "dense")
+    assert [(one.tower, one.batch) for one in verdict.cases] == [("image", 1)]

@@ -11,14 +11,16 @@ from onnx import TensorProto, helper
 
 from clipress.bench.run import check_answers
 from clipress.bench.runners import RUNNERS, Loaded, Runner, open_runner
-from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner, run_of
+from clipress.bench.runners.onnxruntime import OnnxRuntimeRunner
 from clipress.bench.runners.onnxruntime_cuda import OnnxRuntimeCudaRunner
+from clipress.bench.runners.torch import use_kernels
 from clipress.bench.settings import BenchSettings
 from clipress.errors import ArtifactError, ClipressError, RecipeError
 from clipress.models.load import artifact_from_model
 from clipress.recipe import checked
 from clipress.runtime.export_folder import describe_file, read_export
 from clipress.runtime.graph import Graph, Input, Output
+from clipress.runtime.onnx_session import run_of
 from clipress.tasks import model_from_artifact
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -86,7 +88,7 @@ def test_settings_that_need_a_gpu_are_refused_without_one(tiny_run, settings):
 
 
 @pytest.mark.gpu
-def test_bf16_and_two_four_kernels_agree_with_fp32_on_a_gpu(tiny_run):
+def test_bf16_and_2_4_kernels_agree_with_fp32_on_a_gpu(tiny_run):
     run, _ = tiny_run
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -97,6 +99,21 @@ def test_bf16_and_two_four_kernels_agree_with_fp32_on_a_gpu(tiny_run):
             a, b = (embeddings(runner, graph) for runner in (plain, other))
             assert (a * b).sum(1).min() > 0.98
             other.query(graph, 2)()
+
+
+def test_sparse_kernels_replace_the_weights_that_torch_accepts(tiny_run, monkeypatch):
+    model = model_from_artifact(tiny_run[0] / "sparse")
+    weights = model.sparsity["weights"]
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight * 2)
+    before = {name: model.module.get_parameter(name).clone() for name in weights}
+    assert use_kernels(model.module, model, "bf16", True) == f"bf16, 2:4 in {len(weights)} of {len(weights)}"
+    assert all(torch.equal(model.module.get_parameter(name), 2 * rows) for name, rows in before.items())
+
+    def rejected(weight):
+        raise RuntimeError("shape")
+
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", rejected)
+    assert use_kernels(model.module, model, "bf16", True) == f"bf16, 2:4 in 0 of {len(weights)}"
 
 
 @no_gpu
@@ -193,7 +210,7 @@ class VqaRunner(Runner):
 
     def __init__(self, logits):
         self.logits = logits
-        self.model = Loaded("vqa", {"question": self.graph}, "fp32", None, None, 1, {})
+        self.model = Loaded("vqa", {"question": self.graph}, "fp32", None, lambda: None, 1, {})
 
     @classmethod
     def open(cls, artifact, export, options):
@@ -223,9 +240,7 @@ def test_an_onnx_file_with_two_inputs_is_fed_by_name():
     graph = helper.make_graph([helper.make_node("Sub", ["a", "b"], ["difference"])], "g", puts, outs)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    inputs = tuple(Input(name=name, dtype="float32", shape=(2,)) for name in "ab")
-    form = Graph(name="question", inputs=inputs, outputs=(Output(name="difference", shape=(2,)),))
-    found = run_of(session, form)({"b": np.ones((3, 2), "f"), "a": np.full((3, 2), 5, "f")})
+    found = run_of(session)({"b": np.ones((3, 2), "f"), "a": np.full((3, 2), 5, "f")})
     assert (found["difference"] == 4).all()
 
 

@@ -43,9 +43,11 @@ def rows():
     ]
 
 
-def verdicts_for(rows, ratios, max_loss=1.0):
+def verdicts_for(rows, ratios, max_accuracy_drop=1.0):
     """Return the verdicts for ratios given by row, or by row and case."""
-    return verdicts(rows, CASES, lambda origin, name, case: ratios.get((name, case), ratios.get(name)), max_loss)
+    return verdicts(
+        rows, CASES, lambda origin, name, case: ratios.get((name, case), ratios.get(name)), max_accuracy_drop
+    )
 
 
 def test_an_artifact_is_compared_with_its_parent(rows):
@@ -108,13 +110,15 @@ def test_a_gain_must_be_significant_and_large_enough(rows, ratio, word):
     assert (verdict.keep is None) == (word in ("undecided", "unknown"))
 
 
-@pytest.mark.parametrize(("top1", "max_loss", "keep"), [(88.9, 1.0, "sparse"), (89.1, 1.0, "int8"), (80, 10, "int8")])
-def test_the_faster_artifact_is_kept_only_within_the_allowed_accuracy_drop(top1, max_loss, keep):
+@pytest.mark.parametrize(
+    ("top1", "max_accuracy_drop", "keep"), [(88.9, 1.0, "sparse"), (89.1, 1.0, "int8"), (80, 10, "int8")]
+)
+def test_the_faster_artifact_is_kept_only_within_the_allowed_accuracy_drop(top1, max_accuracy_drop, keep):
     rows = [
         row("sparse", "start", "sparsify", top1=90.0, text_r1=50.0, top5=99.0),
         row("int8", "start", "sparsify", "quantize", top1=top1, text_r1=50.5, top5=10.0),
     ]
-    (verdict,) = verdicts_for(rows, {"int8": FASTER}, max_loss)
+    (verdict,) = verdicts_for(rows, {"int8": FASTER}, max_accuracy_drop)
     assert (verdict.faster, verdict.keep, verdict.loss) == (True, keep, pytest.approx(90 - top1))
     assert ("Keep sparse: int8 loses 1.1 points of digits/top1, bench.max_accuracy_drop allows 1." in verdict.text) == (
         keep == "sparse"

@@ -196,3 +196,22 @@ def test_a_row_of_a_study_matches_the_results_of_its_run(tiny_run):
     milliseconds = [sum(one["median_ms"] for one in row["latency"] if one["batch"] == 2) for row in (last, teacher)]
     assert found.latency_of_dense == pytest.approx(milliseconds[0] / milliseconds[1], abs=1e-4)
     assert found.block_params_kept == pruned["block_params_kept"] and found.shapes
+
+
+def test_only_the_first_backend_of_a_run_counts(tiny_run, tmp_path):
+    run, _ = tiny_run
+    results = json.loads((run / "bench" / "results.json").read_text())
+    case = Case(method="m", ratio="2x", seed=3, recipe={})
+    expected = row_of(case, run)
+    both = [
+        {**row, "stage": f"{row['stage']} ({backend})", "backend": backend, "accuracy": row["accuracy"] if own else {}}
+        for backend, own in (("onnxruntime", True), ("torch", False))
+        for row in results["rows"]
+    ]
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "results.json").write_text(json.dumps(results | {"rows": both}))
+    assert row_of(case, tmp_path) == expected
+    lost = [{**row, "artifact": f"{row['artifact']}-renamed"} for row in both]
+    (tmp_path / "bench" / "results.json").write_text(json.dumps(results | {"rows": lost}))
+    with pytest.raises(ArtifactError, match="holds no readable results"):
+        row_of(case, tmp_path)
