@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipress.compress.settings import Runtime, Training
-from clipress.data.sources import open_source
+from clipress.data.sources import num_captions, open_source
 from clipress.data.spec import DataSpec
 from clipress.data.teacher_cache import TeacherCache
 from clipress.models.load import Model
@@ -46,6 +46,7 @@ def steps_of(config: Training, context: Context) -> int:
     """Return the number of steps of a stage."""
     if config.steps is not None:
         return config.steps
-    weights = [spec.weight for spec in context.data.train]
+    first, weights = context.data.train[0], [spec.weight for spec in context.data.train]
+    size = num_captions(first) if config.epoch_counts == "captions" else len(open_source(first))
     per_step = config.batch_size * weights[0] / sum(weights)
-    return max(math.ceil(config.epochs * len(context.sources()[0]) / per_step), 1)
+    return max(math.ceil(config.epochs * size / per_step), 1)

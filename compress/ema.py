@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipress.compress.fabric import full_tensor
@@ -19,20 +21,47 @@ DECAY = 0.995  # EMA decay per step
 ALPHA = 0.4  # final weight of the EMA model's predictions in the targets
 
 
+@dataclass(frozen=True)
+class Queue:
+    """How many rows of past features a momentum model keeps, and what they are before there are any."""
+
+    size: int
+    start: Literal["empty", "random"] = "empty"
+    seed: int = 0
+
+    def first_rows(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the queue before the first step, with columns like those of `rows`, a batch's.
+
+        Every name has its own random unit rows, the same on every process. Their group is -1, which no item has.
+        """
+        if self.start == "empty" or not self.size:
+            return {}
+        generator = torch.Generator().manual_seed(self.seed)
+        queue = {}
+        for name, like in rows.items():
+            shape = (self.size, *like.shape[1:])
+            if like.is_floating_point():
+                drawn = F.normalize(torch.randn(shape, generator=generator), dim=-1)
+            else:
+                drawn = torch.full(shape, -1)
+            queue[name] = drawn.to(like)
+        return queue
+
+
 class EMAModel:
-    """The EMA model and a queue of past features, which starts empty. The EMA model has no gates.
+    """The EMA model and a queue of past features. The EMA model has no gates.
 
     Args:
         module: the student.
         lesson: turns its outputs into features.
         fabric: where it runs; every process holds a full copy.
-        queue_size: number of past rows to keep.
+        queue: how many past rows to keep.
         ramp_steps: steps over which the weight of its predictions rises to `ALPHA`.
     """
 
-    def __init__(self, module: nn.Module, lesson: Lesson, fabric: Fabric, queue_size: int, ramp_steps: int) -> None:
+    def __init__(self, module: nn.Module, lesson: Lesson, fabric: Fabric, queue: Queue, ramp_steps: int) -> None:
         self.student, self.lesson, self.fabric = module, lesson, fabric
-        self.queue_size, self.ramp_steps = queue_size, ramp_steps
+        self.queue, self.ramp_steps = queue, ramp_steps
         self.copy = copy.deepcopy(module).eval().requires_grad_(False)
         for inner in self.copy.modules():
             inner._forward_hooks.clear()
@@ -58,6 +87,9 @@ class EMAModel:
             outputs = self.encoder(**self.lesson.inputs(arrays, None))
         alpha = ALPHA * min(step / self.ramp_steps, 1.0)
         momentum, rows = self.lesson.momentum(outputs, batch, arrays, self.past, gather, alpha)
+        if not self.past and (first := self.queue.first_rows(rows)):
+            self.past = first
+            momentum, rows = self.lesson.momentum(outputs, batch, arrays, self.past, gather, alpha)
         kept = {name: torch.cat([new, self.past[name]]) if self.past else new for name, new in rows.items()}
-        self.past = {name: old[: self.queue_size] for name, old in kept.items()} if self.queue_size else {}
+        self.past = {name: old[: self.queue.size] for name, old in kept.items()} if self.queue.size else {}
         return momentum

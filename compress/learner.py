@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipress.compress.context import Context, steps_of
-from clipress.compress.ema import EMAModel
+from clipress.compress.ema import EMAModel, Queue
 from clipress.compress.fabric import all_true, gather_shards, gathered
 from clipress.compress.grad_cache import backward_in_chunks, batch_norms, encode_in_chunks
 from clipress.compress.hook import Hook
@@ -25,11 +25,15 @@ from clipress.tasks import task_named
 from clipress.tasks.training import Gather, Lesson, TrainingJob
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Apply weight decay to matrices only, not to norms, biases and scales."""
+def parameter_groups(model: nn.Module, config: Training) -> list[dict[str, Any]]:
+    """Apply weight decay to matrices, and to norms, biases and scales only with `decay_vectors`."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    decay = config.weight_decay
+    return [
+        {"params": matrices, "weight_decay": decay},
+        {"params": vectors, "weight_decay": decay if config.decay_vectors else 0.0},
+    ]
 
 
 class Learner:
@@ -51,18 +55,19 @@ class Learner:
         self.ema = self._ema_model() if "momentum" in self.lesson.needs else None
         self.encoder = self.lesson.module(student.module)
         self.module = self.fabric.setup_module(self.encoder)
-        groups = parameter_groups(self.module, config.weight_decay)
+        groups = parameter_groups(self.module, config)
         self.optimizer = self.fabric.setup_optimizers(
             torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         )
-        learned = parameter_groups(self.objective, config.weight_decay)
+        learned = parameter_groups(self.objective, config)
         learns = any(group["params"] for group in learned)
         self.own = torch.optim.AdamW(learned, lr=config.lr, betas=config.betas) if learns else None
         self.teachers = Teachers(teachers, self.lesson, context)
 
     def _ema_model(self) -> EMAModel:
         epoch_steps = steps_of(self.config.model_copy(update={"steps": None, "epochs": 1.0}), self.context)
-        return EMAModel(self.student.module, self.lesson, self.fabric, self.config.queue_size, epoch_steps)
+        queue = Queue(self.config.queue_size, self.config.queue_start, self.context.seed)
+        return EMAModel(self.student.module, self.lesson, self.fabric, queue, epoch_steps)
 
     def gradients(
         self, step: int, arrays: dict[str, Tensor], hooks: Sequence[Hook]

@@ -18,10 +18,15 @@ class Training(Section):
     steps: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0)
     """Passes over the first training source. Set either `steps` or `epochs`."""
+    epoch_counts: Literal["items", "captions"] = "items"
+    """What an epoch shows once: every item with one of its captions, or every caption, as UPop counts. The weight of a
+    momentum model rises for one epoch."""
     batch_size: int = Field(128, ge=2)
     """Global batch size, summed over all processes."""
     lr: float = Field(1e-4, ge=0)
     weight_decay: float = Field(0.05, ge=0)
+    decay_vectors: bool = False
+    """Apply weight decay to norms, biases and scales too, as UPop does."""
     betas: tuple[float, float] = (0.9, 0.98)
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Fraction of the steps used for linear warmup."""
@@ -31,6 +36,8 @@ class Training(Section):
     """Gradients are clipped to this norm."""
     queue_size: int = Field(0, ge=0)
     """Past pairs kept as extra negatives by losses with a momentum model; UPop uses 57,600."""
+    queue_start: Literal["empty", "random"] = "empty"
+    """What the queue holds at the start: nothing, or random unit rows that match no pair, as in UPop's code."""
     towers: str = "both"
     """Towers to train: `both`, or the name of one. The other is frozen, and skipped if no loss uses it."""
 

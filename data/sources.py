@@ -58,6 +58,13 @@ def open_source(spec: SourceSpec) -> Source:
     return source
 
 
+@lru_cache(maxsize=16)
+def num_captions(spec: SourceSpec) -> int:
+    """Count the captions of all items of a source; an item without texts counts once."""
+    source = open_source(spec)
+    return sum(max(len(source.captions(index)), 1) for index in range(len(source)))
+
+
 def fingerprint(specs: Sequence[SourceSpec]) -> str:
     """Return one hash of the content of all sources."""
     return digest([open_source(spec).fingerprint for spec in specs])

@@ -68,6 +68,12 @@ def cut(part: Part, mask: Mask) -> None:
         _cut_ffn(part, mask)
 
 
+def rescale(part: Part) -> None:
+    """Set the softmax scale of an attention to that of its present width, which changes what a cut one computes."""
+    if isinstance(part, Attn) and part.module.qk_dim:
+        part.module.scale = part.module.qk_dim**-0.5
+
+
 def _cut_attention(part: Attn, mask: AttnMask) -> None:
     attn = part.module
     heads = _mask_or_all(mask.heads, attn, attn.heads)

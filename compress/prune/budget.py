@@ -15,7 +15,7 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
-from clipress.compress.prune.costs import HOW_TO_MEASURE, CostModel
+from clipress.compress.prune.costs import HOW_TO_MEASURE, UPOP_ATTENTION, CostModel
 from clipress.compress.prune.gates import Site
 from clipress.errors import RecipeError, nearest
 from clipress.recipe import Section
@@ -34,7 +34,10 @@ class Target(Section):
     latency: float | None = Field(None, gt=0, lt=1)
     """Fraction of the latency according to a cost table; requires `costs`."""
     upop: float | None = Field(None, gt=0, lt=1)
-    """Fraction of UPop's own cost, 36 per attention gate and 1 per hidden unit; only to reproduce its published runs."""
+    """Fraction of UPop's own cost, only to reproduce its runs: 1 per hidden unit and `upop_attention` per attention gate."""
+    upop_attention: float = Field(UPOP_ATTENTION, gt=0)
+    """UPop's cost of an attention gate. Its code has 36 for every model: q, k and v of 12 heads. For a model with other
+    heads, the same rule is 3 x heads."""
     max_params: int | None = Field(None, ge=1)
     """Parameters inside blocks."""
     max_macs: int | None = Field(None, ge=1)

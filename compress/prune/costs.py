@@ -16,7 +16,7 @@ from clipress.models import anatomy
 from clipress.models.anatomy import Attn, Part
 from clipress.storage import read_json
 
-UPOP_COSTS = {"attn": 36, "ffn": 1}  # as published, for all models; the true ratio is between 16 and 32
+UPOP_ATTENTION = 36  # as published, for all models, with 1 for a hidden unit; the true ratio is 2 x heads, 16 to 32
 HOW_TO_MEASURE = "Measure one on the target: clipress latency-table RUN --out costs.json"
 
 
@@ -34,10 +34,16 @@ class CostModel:
     """Cost that no site can reduce."""
 
 
-def cost_model(model: nn.Module, sites: Sequence[Site], unit: str, table: dict[str, Any] | None = None) -> CostModel:
+def cost_model(
+    model: nn.Module,
+    sites: Sequence[Site],
+    unit: str,
+    table: dict[str, Any] | None = None,
+    upop_attention: float = UPOP_ATTENTION,
+) -> CostModel:
     """Return the sites' costs in a unit. Latency is interpolated linearly between the points of a measured table."""
     if unit in ("upop", "latency"):
-        curves = [_upop_curve(site) if unit == "upop" else latency_curve(site, table) for site in sites]
+        curves = [_upop_curve(site, upop_attention) if unit == "upop" else latency_curve(site, table) for site in sites]
         return CostModel(unit, curves, sum(float(curve[-1]) for curve in curves), 0.0)
     curves = [np.arange(site.units + 1) * float(getattr(site, unit)) for site in sites]
     towers = {site.part.tower for site in sites}
@@ -57,8 +63,8 @@ def part_macs(part: Part) -> int:
     return part.hidden * costs["ffn"][1]
 
 
-def _upop_curve(site: Site) -> np.ndarray:
-    return np.arange(site.units + 1) * float(UPOP_COSTS[site.kind])
+def _upop_curve(site: Site, attention: float) -> np.ndarray:
+    return np.arange(site.units + 1) * {"attn": float(attention), "ffn": 1.0}[site.kind]
 
 
 def latency_curve(site: Site, table: dict[str, Any]) -> np.ndarray:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -57,6 +57,9 @@ class Prune(Training):
     """Fraction of the steps, at the end of the search, in which the masks no longer change."""
     align: Align = Align()
     min_keep: MinKeep = MinKeep()
+    softmax_scale: Literal["original", "sqrt_k"] = "original"
+    """Divide the logits of a cut attention by the square root of its original width, so that it computes what the masked
+    one did, or of its new width, as UPop's code does."""
     lr: float = Field(2e-4, ge=0)
 
     def model_post_init(self, context: Any) -> None:
@@ -97,7 +100,7 @@ def groups_of(model: Model, sites: Sequence[Site], budget: Budget) -> list[Budge
                 f"prune.sites: expected something to cut in the {' and '.join(towers)} tower, found nothing. Remove the "
                 "tower's target, or allow kinds of sites in it."
             )
-        costs = cost_model(model.module, [sites[i] for i in members], target.unit, table)
+        costs = cost_model(model.module, [sites[i] for i in members], target.unit, table, target.upop_attention)
         groups.append(BudgetGroup(members, costs, target.fraction(costs.total)))
     return groups
 
@@ -234,6 +237,8 @@ def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[st
         details |= {"mask_updates": search.updates, "samples_left_out": search.seen.left_out}
     for part, mask in gates.part_masks():
         surgery.cut(part, mask)
+        if settings.softmax_scale == "sqrt_k":
+            surgery.rescale(part)
     gates.remove()
     if channels is not None:
         details |= channels.cut()

@@ -51,14 +51,26 @@ def test_a_constant_learning_rate_stays_after_warmup():
 
 def test_norms_biases_and_the_scale_do_not_decay():
     model = new_model(tiny_architecture(), 0).module
-    decayed, others = parameter_groups(model, 0.1)
+    decayed, others = parameter_groups(model, Training(steps=1, weight_decay=0.1))
     assert all(p.ndim >= 2 for p in decayed["params"]) and all(p.ndim < 2 for p in others["params"])
     assert others["weight_decay"] == 0 and decayed["weight_decay"] == 0.1
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
 
 
+def test_norms_biases_and_the_scale_decay_too_as_published_by_upop():
+    model = new_model(tiny_architecture(), 0).module
+    groups = parameter_groups(model, Training(steps=1, weight_decay=0.2, decay_vectors=True))
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.2]
+
+
 def test_epochs_are_passes_over_the_first_source(context):
     assert steps_of(Training(epochs=2, batch_size=8), context) == 10
+
+
+def test_an_epoch_may_count_captions_as_upop_does(context):
+    scenes = replace(context, data=DataSpec(train=(SourceSpec(format="scenes", limit=40),)))  # five captions each
+    assert steps_of(Training(epochs=2, batch_size=8), scenes) == 10
+    assert steps_of(Training(epochs=2, batch_size=8, epoch_counts="captions"), scenes) == 50
 
 
 def test_training_lowers_the_loss_and_logs_every_step(context):

@@ -1,0 +1,77 @@
+"""UPop as published: its cost of attention, and its softmax scale after slimming."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import clipress
+from clipress.artifact import save_artifact
+from clipress.compress.context import Context
+from clipress.compress.fabric import start_fabric
+from clipress.compress.plan import compress_plan_from
+from clipress.compress.prune.gates import Gates
+from clipress.compress.prune.search import Prune, groups_of, run
+from clipress.compress.settings import Runtime
+from clipress.data.spec import DataSpec, SourceSpec
+from clipress.models import anatomy
+from clipress.models.load import artifact_from_model, new_model
+from clipress.models.tiny import tiny_architecture
+from clipress.recipe import read_recipe
+from clipress.tasks import model_from_artifact
+
+
+def test_upops_cost_of_an_attention_gate_follows_the_recipe():
+    model = new_model(tiny_architecture(layers=1), 0)
+    gates = Gates(model.module, "upop")
+    gates.remove()
+    settings = Prune(budget={"upop": 0.5, "upop_attention": 6}, criterion="upop", steps=1)
+    (group,) = groups_of(model, gates.sites, settings.budget)
+    assert [curve[1] for curve in group.costs.curves] == [6 if s.kind == "attn" else 1 for s in gates.sites]
+
+
+def test_the_softmax_scale_is_kept_or_follows_the_new_width_as_published(tmp_path):
+    context = Context(
+        start_fabric(Runtime(accelerator="cpu")), DataSpec(train=(SourceSpec(format="digits", limit=40),)), 0, title="t"
+    )
+
+    def searched(scale):
+        settings = Prune(
+            budget={"params": 0.5}, criterion="upop", steps=4, update_every=2, batch_size=8, lr=1e-3, softmax_scale=scale,
+            align={"head_dim": 1, "ffn": 1}, min_keep={"head_dim": 0, "ffn": 0},
+        )  # fmt: skip
+        return run(settings, new_model(tiny_architecture(), 0), context)
+
+    (kept, _), (published, _) = searched("original"), searched("sqrt_k")
+    original = new_model(tiny_architecture(), 0).module
+    width = anatomy.attentions(original)[0].module.qk_dim
+    narrower = 0
+    for one, other in zip(anatomy.attentions(kept.module), anatomy.attentions(published.module), strict=True):
+        assert one.module.qk_dim == other.module.qk_dim
+        assert one.module.scale == pytest.approx(width**-0.5)
+        assert other.module.scale == pytest.approx(other.module.qk_dim**-0.5)
+        narrower += one.module.qk_dim < width
+    assert narrower
+    save_artifact(artifact_from_model(published, (), {}), tmp_path / "a")
+    again, pixels = model_from_artifact(tmp_path / "a").module, torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again.encode_image(pixels), published.module.eval().encode_image(pixels))
+        assert not torch.allclose(again.encode_image(pixels), kept.module.eval().encode_image(pixels))
+
+
+PRESETS = sorted((Path(clipress.__file__).parent / "configs").glob("vit-l-14-336-*-upop*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_the_presets_run_as_published(path):
+    search, recovery = (stage.settings for stage in compress_plan_from(read_recipe(path)).stages)
+    for stage in (search, recovery):
+        assert (stage.queue_size, stage.queue_start, stage.epoch_counts) == (57600, "random", "captions")
+        assert (stage.lr, stage.warmup_ratio, stage.weight_decay, stage.decay_vectors) == (1e-5, 0, 0.2, True)
+        assert stage.betas == (0.9, 0.999) and stage.grad_clip_norm == 1e9  # PyTorch's AdamW, and no clipping
+        assert stage.epochs == search.epochs
+    assert search.criterion == "upop" and search.softmax_scale == "sqrt_k" and search.lr_schedule == "constant"
+    assert search.budget.unit == "upop" and search.budget.upop_attention == 36
+    assert search.losses == (("upop-kd",) if "kd" in path.stem else ("momentum-contrastive",))
+    assert search.update_every == (50 if "flickr30k" in path.stem else 200)
+    assert recovery.losses == ("momentum-contrastive",)
