@@ -47,7 +47,8 @@ def read_study(path: Path) -> tuple[Study, list[Case]]:
                         raise RecipeError(
                             f"Study {path}: with ratios, method '{method}' must begin with a prune stage."
                         )
-                    recipe["stages"][0]["prune"]["budget"] = {"params": kept}
+                    prune = recipe["stages"][0]["prune"]
+                    prune["budget"] = {**prune.get("budget", {}), study.unit: kept}
                 cases.append(
                     Case(method=method, ratio=ratio, seed=seed, recipe=checked(Recipe, recipe, method).model_dump())
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,7 +34,9 @@ class Study(Section):
     reference: str
     """The method that the others are compared with."""
     ratios: dict[FolderName, float] = Field(default_factory=dict)
-    """Name -> fraction of the parameters to keep, the budget of the first stage."""
+    """Name -> fraction to keep, the budget of the first stage."""
+    unit: Literal["params", "macs", "upop"] = "params"
+    """What the ratios are fractions of."""
     seeds: tuple[int, ...] = Field(min_length=1)
     bench: dict[str, Any] = Field(default_factory=dict)
     step_cost: StepCost | None = None

@@ -16,7 +16,8 @@ def recall(accuracy: Mapping[str, float]) -> float:
 
 
 def _top1(accuracy: Mapping[str, float]) -> float:
-    return mean(value for key, value in accuracy.items() if key.endswith("/top1"))
+    """Return the mean top-1 over all classification sets; NaN if there are none."""
+    return mean([value for key, value in accuracy.items() if key.endswith("/top1")] or [math.nan])
 
 
 def lost(row: StudyRow, when: str) -> float:
@@ -43,11 +44,14 @@ def summary(study: Study, rows: Sequence[StudyRow]) -> list[dict[str, Any]]:
                     f"lost_{when}": [lost(row, when) for row in mine],
                     f"top1_{when}": [_top1(getattr(row, when)) for row in mine],
                 }
-            spread = {
-                key: (mean(values), stdev(values) if len(values) > 1 else None) for key, values in columns.items()
-            }
+            spread = {key: _mean_and_deviation(values) for key, values in columns.items()}
             gathered.append({"ratio": ratio, "method": method, "seeds": len(mine), **spread})
     return gathered
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    average = mean(values)
+    return average, None if len(values) == 1 or math.isnan(average) else stdev(values)
 
 
 def markdown(
@@ -58,11 +62,12 @@ def markdown(
 ) -> str:
     """Return the table; below it, what a training step costs."""
     dense = rows[0].dense
+    top1 = "" if math.isnan(_top1(dense)) else f", zero-shot top-1 {_top1(dense):.1f} %"
     lines = [
         f"# Study: {study.name}",
         "",
-        f"Dense teacher: mean R@1 {recall(dense):.1f} %, zero-shot top-1 {_top1(dense):.1f} %. "
-        "R@1 is the mean of both directions on the test split, over the seeds ± standard deviation.",
+        f"Dense teacher: mean R@1 {recall(dense):.1f} %{top1}. R@1 is the mean of both directions on the test split, over the "
+        "seeds ± standard deviation.",
         "",
         *(_pruning_table if study.ratios else _training_table)(study, summary(study, rows)),
     ]
@@ -125,4 +130,6 @@ def _against(own: tuple[float, float | None], base: tuple[float, float | None]) 
 
 def _in_words(value: tuple[float, float | None], decimals: int) -> str:
     average, spread = value
+    if math.isnan(average):
+        return "–"
     return f"{average:.{decimals}f}" + ("" if spread is None else f" ± {spread:.{decimals}f}")

@@ -80,6 +80,26 @@ def test_without_ratios_methods_are_compared_in_points_and_standard_deviations(s
     assert next(line for line in lines if line.startswith("| a |")).startswith("| a | 2 | 71.0 ± 1.4 | – |")
 
 
+def test_a_study_without_classes_has_a_dash_for_top1(study, rows):
+    bare = {"scenes/text_r1": 70.0, "scenes/image_r1": 72.0}
+    rows = [row.model_copy(update={"dense": bare, "slimmed": bare, "final": bare}) for row in rows]
+    lines = markdown(study, rows, {}).splitlines()
+    assert "| – | – | 5.0 ± 0.0 |" in next(line for line in lines if line.startswith("| 2x | b |"))
+    assert "zero-shot" not in "".join(lines)
+
+
+def test_ratios_have_the_unit_of_the_study_and_keep_what_else_the_budget_says(tmp_path, recipe):
+    write_recipe(recipe, tmp_path)
+    prune = {"criterion": "upop", "steps": 1, "budget": {"upop_attention": 12}}
+    study = {
+        "name": "s", "recipe": "recipe-under-test.yaml", "methods": {"a": [{"prune": prune}]}, "reference": "a",
+        "ratios": {"4x": 0.25}, "unit": "upop", "seeds": [0],
+    }  # fmt: skip
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    _, (case,) = read_study(tmp_path / "study.yaml")
+    assert case.recipe["stages"][0]["prune"]["budget"] == {"upop_attention": 12, "upop": 0.25}
+
+
 def test_step_costs_are_ratios_within_a_round(study, rows):
     study = study.model_copy(update={"step_cost": StepCost(reference="plain", cases={"plain": {}}, rounds=3)})
     cost = [TimedSteps(case="ours", seconds=[0.2, 0.3, 0.4], ratios=[1.1, 1.3, 1.2], peak_memory_mb=7)]
@@ -146,7 +166,8 @@ def test_shipped_studies_expand_to_valid_runs(path):
         plan = plan_from(Recipe(**case.recipe))
         if study.ratios:
             assert plan.artifacts == ["teacher", "pruned", "recovered"]
-            assert plan.stages[0].settings.budget.params == study.ratios[case.ratio]
+            budget = plan.stages[0].settings.budget
+            assert (budget.unit, getattr(budget, study.unit)) == (study.unit, study.ratios[case.ratio])
         assert plan.recipe.seed == case.seed
     teachers = [case.recipe["teacher"] for case in cases]
     assert all(teacher == teachers[0] for teacher in teachers)  # Every method and seed has the same teacher.
