@@ -47,7 +47,9 @@ class Criterion:
         raise NotImplementedError
 
 
-CRITERIA: Registry[type[Criterion]] = Registry("criterion", "clipress.compress.prune.criterion")
+CRITERIA: Registry[type[Criterion]] = Registry(
+    "criterion", *(f"clipress.compress.prune.{name}" for name in ("criterion", "weight_criteria"))
+)
 
 
 @CRITERIA.register("fisher")

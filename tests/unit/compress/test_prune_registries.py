@@ -123,7 +123,9 @@ def test_a_gradient_criterion_scores_channels_by_the_same_rule():
     gradient = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
     assert CRITERIA["fisher"]().summed(gradient[None]).tolist() == [1, 4, 9]
     assert CRITERIA["taylor"]().summed(gradient[None]).tolist() == [1, 2, 3]
-    assert [name for name in CRITERIA if CRITERIA[name].for_channels] == ["fisher", "taylor", "magnitude", "random"]
+    assert [name for name in CRITERIA if CRITERIA[name].for_channels] == [
+        "fisher", "taylor", "magnitude", "random", "fpgm", "lamp",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if CRITERIA[name].for_channels])
