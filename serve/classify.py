@@ -169,6 +169,12 @@ def label_columns(known: Sequence[str], labels: Sequence[str] | None) -> list[in
     return [columns[label] for label in labels]
 
 
+def shares_among(probabilities: np.ndarray, columns: Sequence[int]) -> np.ndarray:
+    """Return the probabilities [C] of some classes among these alone, as `softmax` of their logits gives them."""
+    chosen = np.maximum(probabilities[columns], np.finfo(np.float32).tiny)  # All of them may have been rounded to 0.
+    return chosen / chosen.sum()
+
+
 def check_templates(templates: Sequence[str]) -> None:
     """Raise DataError for an empty list, and for a template without a place for the label."""
     if not templates:
