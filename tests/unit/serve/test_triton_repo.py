@@ -299,6 +299,7 @@ def test_the_readme_starts_the_server_its_backend_needs(export, tmp_path):
     ]
     for page in pages:
         assert re.search(r"FROM nvcr\.io/nvidia/tritonserver:24\.10-py3\nRUN pip install 'numpy<2' onnxruntime", page)
+        assert "faiss" not in page
         body = json.loads(re.findall(r"-d '(.*)'", page)[2])
         assert np.asarray(body["inputs"][0]["data"]).reshape(body["inputs"][0]["shape"]).shape == (1, LENGTH)
         compile(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], "README.md", "exec")
@@ -654,6 +655,13 @@ def test_each_kind_of_gpu_gets_its_engine_of_the_newest_tensorrt(export, tmp_pat
     assert config.max_batch_size == 16
 
 
+def test_the_readme_names_a_number_of_rows_that_every_graph_takes(export, tmp_path):
+    engine(export, "text")
+    engine(export, "image", profile={"min": [1], "opt": [4], "max": [16]})
+    (repository,) = triton_repo_from_export(export, tmp_path, ServeSettings(backend="tensorrt"))
+    assert "Requests of up to 16 rows" in " ".join((repository / "README.md").read_text(encoding="utf-8").split())
+
+
 def test_an_engine_version_is_rolled_back_unchanged(export, tmp_path):
     settings = ServeSettings(backend="tensorrt")
     for tower in ("image", "text"):
@@ -719,7 +727,8 @@ def test_an_index_belongs_to_the_version_that_searches_it(export, index, tmp_pat
     (index / "parts" / "0").write_bytes(b"others")
     repository = python_repository(export, tmp_path, index=index)
     assert [(repository / "search" / n / "index" / "parts" / "0").read_bytes() for n in "12"] == [b"vectors", b"others"]
-    assert "`search`" in (repository / "README.md").read_text(encoding="utf-8")
+    page = (repository / "README.md").read_text(encoding="utf-8")
+    assert "`search`" in page and re.search(r"RUN pip install .* faiss-cpu\n", page)
 
 
 def test_rolling_back_to_a_version_without_an_index_drops_search(export, index, tmp_path):
