@@ -118,7 +118,7 @@ class LoadedModel:
         for start in range(0, len(items), BATCH):
             inputs = {takes.name: prepare(items[start : start + BATCH])}
             rows += self.sessions[graph.name].run([gives.name], inputs)
-        return finite(np.concatenate(rows), graph.name)
+        return finite(np.concatenate(rows), graph.name, unit=graph.agrees)
 
 
 def _is_one(images: ImageLike | Sequence[ImageLike]) -> bool:
