@@ -17,7 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from clipress.errors import RecipeError, nearest
-from clipress.recipe_v1 import upgrade
+from clipress.recipe_v1 import upgrade, upgraded_path
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1_000_000, 100_000, 64  # Limits of a recipe with its aliases expanded.
 MAX_PROBLEMS, MAX_SHOWN = 20, 200  # problems in one message, characters of a value in it
@@ -119,10 +119,10 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     A teacher's recipe that is given as a file name is read and inserted, so that the result needs no other file.
     """
     path = Path(path)
-    raw = mapping_from(path)
+    raw = upgrade(mapping_from(path))  # Overrides then replace values whichever name the recipe has for them.
     for key, value in (overrides or {}).items():
         _override(raw, key, value)
-    raw = upgrade(raw)
+    raw = upgrade(raw)  # An override's value may be a section of version 1.
     teachers = raw.get("teacher")
     for teacher in teachers if isinstance(teachers, list) else [teachers]:
         if isinstance(teacher, dict) and isinstance(teacher.get("recipe"), str):
@@ -203,7 +203,7 @@ def overrides_from(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def _override(raw: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
+    *path, last = upgraded_path(key.split("."))
     place: Any = raw
     try:
         for part in path:

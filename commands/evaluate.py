@@ -84,13 +84,14 @@ def _predict_with_server(
 ) -> None:
     from clipress.workflow.predict import images_in, labels_from, labels_of_server, predict_with_server
 
-    names = labels or labels_of_server(server) or labels_from(None, None)
+    known = labels_of_server(server)
+    names = labels or known or labels_from(None, None)
     files = images_in(images, click.get_text_stream("stdin"))
     if Path("-") not in images:
         files = list(files)  # A list gives the progress bar a total.
     progress = not sys.stdout.isatty()  # On a terminal the printed answers show the progress.
     total, failed = 0, []
-    for total, answer in enumerate(predict_with_server(server, files, labels, templates, progress), 1):  # noqa: B007
+    for total, answer in enumerate(predict_with_server(server, files, names, known, templates, progress), 1):  # noqa: B007
         if answer.value is not None:
             click.echo(_prediction(answer.item, names, answer.value, as_json))
             continue

@@ -1,28 +1,24 @@
-"""One training step: student, teachers, EMA model, losses and optimizers. The task's lesson provides the forward pass."""
+"""One training step: a pass through the losses, gradients and optimizers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clipress.compress.context import Context, steps_of
-from clipress.compress.ema import EMAModel, Queue
-from clipress.compress.fabric import all_true, gather_shards, gathered
+from clipress.compress.context import Context
+from clipress.compress.fabric import all_true, gather_shards
 from clipress.compress.grad_cache import backward_in_chunks, batch_norms, encode_in_chunks
 from clipress.compress.hook import Hook
-from clipress.compress.losses import Loss, Objective, check_losses, loss_type, needs_of
+from clipress.compress.loss_pass import LossPass
+from clipress.compress.losses import Loss
 from clipress.compress.settings import Training
-from clipress.compress.teachers import Teachers
-from clipress.errors import RecipeError
 from clipress.models import anatomy
 from clipress.models.load import Model
 from clipress.models.students import eval_frozen_modules
 from clipress.tasks import task_named
-from clipress.tasks.training import Gather, Lesson, TrainingJob
 
 
 def parameter_groups(model: nn.Module, config: Training) -> list[dict[str, Any]]:
@@ -36,14 +32,11 @@ def parameter_groups(model: nn.Module, config: Training) -> list[dict[str, Any]]
     ]
 
 
-class Learner:
+class Learner(LossPass):
     """Everything a training step uses."""
 
     def __init__(self, student: Model, config: Training, terms: Mapping[str, Loss.Settings], context: Context) -> None:
-        self.student, self.config, self.context, self.fabric = student, config, context, context.fabric
-        self.lesson, teachers = _lesson(student, config, terms, context)
-        self.objective = Objective(terms, self.lesson.sizes, context.seed).to(self.fabric.device)
-        self.gather = Gather(lambda rows: gathered(rows, self.fabric), context.runtime.local_loss)
+        super().__init__(student, config, terms, context)
         frozen = [tower for tower in task_named(student.task).towers if tower not in self.lesson.learning]
         self.held = [p for t in frozen for p in anatomy.tower_parameters(student.module, t) if p.requires_grad]
         for parameter in self.held:
@@ -52,8 +45,6 @@ class Learner:
         eval_frozen_modules(student.module)
         if context.runtime.grad_checkpointing:
             student.module.set_grad_checkpointing(True)
-        self.ema = self._ema_model() if "momentum" in self.lesson.needs else None
-        self.encoder = self.lesson.module(student.module)
         self.module = self.fabric.setup_module(self.encoder)
         groups = parameter_groups(self.module, config)
         self.optimizer = self.fabric.setup_optimizers(
@@ -62,12 +53,6 @@ class Learner:
         learned = parameter_groups(self.objective, config)
         learns = any(group["params"] for group in learned)
         self.own = torch.optim.AdamW(learned, lr=config.lr, betas=config.betas) if learns else None
-        self.teachers = Teachers(teachers, self.lesson, context)
-
-    def _ema_model(self) -> EMAModel:
-        epoch_steps = steps_of(self.config.model_copy(update={"steps": None, "epochs": 1.0}), self.context)
-        queue = Queue(self.config.queue_size, self.config.queue_start, self.context.seed)
-        return EMAModel(self.student.module, self.lesson, self.fabric, queue, epoch_steps)
 
     def gradients(
         self, step: int, arrays: dict[str, Tensor], hooks: Sequence[Hook]
@@ -89,15 +74,11 @@ class Learner:
     def _gradients(
         self, step: int, arrays: dict[str, Tensor], hooks: Sequence[Hook]
     ) -> tuple[Tensor, dict[str, Tensor], bool]:
-        masks_patches = "masked" in self.objective.needs
-        inputs = self.lesson.inputs(arrays, self._mask(step) if masks_patches else None)
+        inputs = self.inputs(step, arrays)
         moving = any(hook.moves(step) for hook in hooks)
         chunks = self.context.runtime.grad_cache_chunks
         outputs = self.module(**inputs) if chunks == 1 else encode_in_chunks(self.module, inputs, chunks)
-        batch = self.lesson.batch(outputs, self.teachers(arrays), arrays, self.objective.projections, self.gather)
-        if self.ema is not None:
-            batch = replace(batch, momentum=self.ema.step(batch, arrays, step, self.gather))
-        total, terms = self.objective(replace(batch, masks_move=moving))
+        total, terms = self.loss(outputs, arrays, step, moving)
         if not all_true(bool(torch.isfinite(total)), self.fabric):
             return total, terms, False
         if self.fabric.world_size > 1:  # DDP requires a gradient for every parameter, even a zero one
@@ -164,24 +145,13 @@ class Learner:
 
     def finish(self) -> None:
         """Return the student to a plain model in evaluation mode, without hooks or parameters frozen for this stage."""
-        self.encoder.close()
-        self.teachers.close()
+        self.close()
         gather_shards(self.student.module)
         for parameter in self.held:
             parameter.requires_grad_(True)
         if self.context.runtime.grad_checkpointing:
             self.student.module.set_grad_checkpointing(False)
         self.student.module.eval()
-
-    def _mask(self, step: int) -> Callable[[Tensor], Tensor]:
-        """Return a function that masks patches; a row gets the same noise on any number of processes."""
-        generator = torch.Generator().manual_seed(self.context.seed * 1_000_003 + step)
-        rank, world, rows = self.fabric.global_rank, self.fabric.world_size, self.config.batch_size
-
-        def draw(*shape: int) -> Tensor:
-            return torch.rand(rows, *shape, generator=generator)[rank::world].to(self.fabric.device)
-
-        return lambda pixels: self.objective.mask_patches(pixels, draw)
 
     def _reduce_own_gradients(self) -> Tensor:
         """Average the gradients of the losses' own parameters over processes and clip them. Returns their norm."""
@@ -190,28 +160,3 @@ class Learner:
             for parameter in learned:
                 parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")
         return nn.utils.clip_grad_norm_(learned, self.config.grad_clip_norm)
-
-
-def _lesson(
-    student: Model, config: Training, terms: Mapping[str, Loss.Settings], context: Context
-) -> tuple[Lesson, tuple[Model, ...]]:
-    """Return the task's lesson for these losses, and the teachers they need."""
-    title, task = context.title, task_named(student.task)
-    needs = task.needs(needs_of(terms))
-    check_losses(terms, task, title)
-    teachers = context.teachers if "teacher" in needs else ()
-    if "teacher" in needs and not teachers:
-        raise RecipeError(f"{title}: losses {sorted(terms)} require a teacher, the recipe has none. Set 'teacher'.")
-    if any(teacher.task != student.task for teacher in teachers):
-        raise RecipeError(f"{title}: expected teachers of task {student.task}, found {teachers[0].task}.")
-    job = TrainingJob(
-        title=title,
-        student=student,
-        teachers=teachers,
-        needs=needs,
-        same_width=tuple(name for name in terms if "width" in loss_type(name, title).needs),
-        towers=config.towers,
-        sources=tuple(context.sources()),
-        cached=bool(context.caches),
-    )
-    return task.lesson(job), teachers

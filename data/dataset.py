@@ -57,6 +57,12 @@ class TrainingSet:
         self.caches = [list(row) for row in caches]
         self.has_images = all(source.has_images for source in self.sources)
         self.has_texts = tokenize is not None and all(source.has_texts for source in self.sources)
+        if tokenize is None and not self.has_images:
+            lacking = next(number for number, source in enumerate(self.sources) if not source.has_images)
+            raise DataError(
+                f"data.train.{lacking}: expected images, found texts only, which this model does not read. Use data with "
+                "images."
+            )
         if not (self.has_images or self.has_texts):
             raise DataError(
                 "data.train: some sources have images only and others texts only. Train on one kind at a time."

@@ -17,7 +17,8 @@ _END = object()
 def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int) -> Iterator[R]:
     """Yield `function(item)` for every item, in order, while threads compute up to `ahead` results in advance.
 
-    Decoding an image releases the interpreter lock, so threads do run in parallel there. 0 threads: one per core.
+    Decoding an image releases the interpreter lock, so threads do run in parallel there. With 0, ThreadPoolExecutor chooses
+    the number of threads: four more than there are cores, at most 32.
     """
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads or None, "ahead") as pool:

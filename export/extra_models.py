@@ -76,7 +76,7 @@ def extra_models_from_export(folder: Path, settings: OnnxSettings, sets: Sequenc
         samples = task.samples(sets, exported.preprocess, exported.tokenize())
         described = metadata.read_metadata(onnx.load(exported.onnx(task.main_graph))) or {}
     for one in missing:
-        _write(folder, one, described, samples)
+        _write(exported, one, described, samples)
     return {one.name: _path(folder, one) for one in wanted}
 
 
@@ -226,15 +226,18 @@ def _made_of(exported: Exported, *graphs: str) -> dict[str, Any]:
     return {"made_of": {name: exported.files[name].sha256 for name in graphs or exported.files}}
 
 
-def _write(folder: Path, one: ExtraModel, described: Mapping[str, Any], samples: Samples) -> None:
+def _write(exported: Exported, one: ExtraModel, described: Mapping[str, Any], samples: Samples) -> None:
     """Write a file aside, compare it with its sources, and put it in place."""
+    folder = exported.folder
     model, check = one.build(samples)
     metadata.stamp_portable(model)
     with TemporaryDirectory(dir=folder, prefix=".") as aside:
         path = Path(aside) / f"{one.name}.onnx"
         onnx.save(model, path)
         figures = check(path)
-        test = self_test_of(path, float16="16" in one.about.get("precision", ""))
+        test = self_test_of(
+            path, [exported.graphs[name] for name in one.graphs], float16="16" in one.about.get("precision", "")
+        )
     about = {**described, "tower": one.name, **one.about, "parity": figures}
     metadata.stamp(model, about | {"portable": is_portable(model), "self_test": test})
     write_bytes_whole(_path(folder, one), model.SerializeToString())

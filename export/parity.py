@@ -152,7 +152,7 @@ def _least_cosine(
 ) -> float:
     """Return the least cosine over all outputs and batch sizes. Raises ExportError when it is too low."""
     inputs, limit = what.samples[name], what.limits.least_cosine
-    cosine = min(_cosines(wanted[output], found[output]).min() for output in wanted)
+    cosines = [_cosines(wanted[output], found[output]) for output in wanted]
     for batch in what.batches:
         part = run({key: rows[:batch] for key, rows in inputs.items()})
         for output, rows in wanted.items():
@@ -161,13 +161,14 @@ def _least_cosine(
                     f"{what.names[name]}: expected {output} of shape {rows[:batch].shape} for a batch of {batch}, "
                     f"found {part[output].shape}: its batch is not dynamic. Nothing was written."
                 )
-            cosine = min(cosine, _cosines(rows[:batch], part[output]).min())
+            cosines.append(_cosines(rows[:batch], part[output]))
+    cosine = float(np.min(np.concatenate(cosines)))  # NaN if any is; Python's min would drop one that is not the first.
     if not cosine >= limit:  # NaN fails too.
         raise ExportError(
             f"{what.names[name]} does not agree with the model it came from: least cosine {cosine:.6f} on "
             f"{_count(inputs)} samples, at least {limit} is required at {what.precision}. Nothing was written."
         )
-    return float(cosine)
+    return cosine
 
 
 def _enough(what: Comparison, graphs: Sequence[str], same: float) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from clipress.errors import RecipeError, nearest
 from clipress.export.targets import TARGETS
@@ -103,9 +103,9 @@ class ExportSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _find_targets(cls, raw: Any) -> Any:
-        if not isinstance(raw, Mapping) or raw.keys() <= cls.model_fields.keys():
+        if not isinstance(raw, Mapping):
             return raw
-        names = [name for name in raw if name not in cls.model_fields]
+        names = [name for name in raw if name != "onnx"]
         if unknown := [name for name in names if name not in TARGETS]:
             raise RecipeError(
                 f"export.{unknown[0]}: unknown key '{unknown[0]}'.{nearest(str(unknown[0]), ['onnx', *TARGETS])}"
@@ -116,6 +116,12 @@ class ExportSettings(Section):
             if raw[name] is not None
         }
         return {key: value for key, value in raw.items() if key not in names} | {"targets": found}
+
+    @model_serializer(mode="wrap")
+    def _as_in_a_recipe(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped = dump(self)
+        targets = dumped.pop("targets", {})
+        return dumped | targets
 
     @property
     def tensorrt(self) -> TensorRTSettings | None:

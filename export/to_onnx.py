@@ -124,7 +124,7 @@ def _stamped(exported: Exported) -> Exported:
     explicit = {name: path for name in exported.graphs if (path := exported.folder / f"{name}.qdq.onnx").is_file()}
     for name, path in [*((name, exported.onnx(name)) for name in exported.graphs), *explicit.items()]:
         model = onnx.load(path)
-        tests[path.name], portable[path.name] = self_test_of(path), is_portable(model)
+        tests[path.name], portable[path.name] = self_test_of(path, [exported.graphs[name]]), is_portable(model)
         about = metadata.of_graph(exported, name)
         metadata.stamp(model, {**about, "portable": portable[path.name], "self_test": tests[path.name]})
         onnx.checker.check_model(model)

@@ -110,6 +110,12 @@ class Block:
     def width(self) -> int:
         return getattr(self.module.mlp, self.ffn_names[0]).in_features
 
+    def gain(self, part: Part) -> nn.Parameter | None:
+        """Return the layer scale [width] of a part's branch, or None if it is added to the residual stream as it is."""
+        number = 1 if isinstance(part, Attn) else 2
+        scales = [getattr(self.module, name, None) for name in (f"ls_{number}", f"ls{number}")]
+        return next((scale.gamma for scale in scales if hasattr(scale, "gamma")), None)
+
 
 def is_clip(model: nn.Module) -> bool:
     """Return whether this is an open_clip model with an image and a text tower, rather than a single tower."""
@@ -246,6 +252,18 @@ def image_size(model: nn.Module) -> tuple[int, int]:
     """Return (height, width) in pixels."""
     size = model.visual.image_size if is_clip(model) else model.patch_embed.img_size
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def projection(model: nn.Module, tower: str) -> nn.Linear | nn.Parameter | None:
+    """Return what maps a tower's pooled features to its output: a Linear, or a bare matrix [in, out]; None for any other."""
+    if not is_clip(model):
+        found = getattr(model, "head", None)
+    elif tower == "text":
+        found = getattr(text_root(model)[1], "text_projection", None)
+    else:
+        head = getattr(model.visual, "head", None)
+        found = getattr(model.visual, "proj", None) if head is None else getattr(head, "proj", None)
+    return found if isinstance(found, nn.Linear | nn.Parameter) else None
 
 
 def token_layer(model: nn.Module, tower: str) -> nn.Module:

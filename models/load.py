@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -47,20 +46,6 @@ class Model:
     def tokenize(self) -> Callable | None:
         """Return this model's tokenizer, texts -> int64 ids [N, L]; None for a model that reads no texts."""
         return None if self.tokenizer is None else tokenizer_from_spec(self.tokenizer)
-
-    def encoders(self) -> tuple[Callable, Callable]:
-        """Return (images, texts) -> embeddings, arrays in and out, unit length, in evaluation mode."""
-        device = next(self.module.parameters()).device
-
-        def encoder(encode: Callable) -> Callable:
-            def run(batch: np.ndarray) -> np.ndarray:
-                self.module.eval()
-                with torch.inference_mode():
-                    return encode(torch.from_numpy(batch).to(device), normalize=True).float().cpu().numpy()
-
-            return run
-
-        return encoder(self.module.encode_image), encoder(self.module.encode_text)
 
 
 class TeacherSpec(Section):

@@ -26,12 +26,12 @@ LEVELS, PORTABLE = 127, 64  # The largest magnitude of a rounded weight: for int
 Method = Literal["max", "entropy", "percentile"]
 
 
-def quantizable(model: nn.Module, keep: tuple[str, ...] = ()) -> list[str]:
+def quantizable(model: nn.Module, exclude: tuple[str, ...] = ()) -> list[str]:
     """Return the modules INT8 applies to; modules that match the patterns `exclude` stay in full precision."""
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, KINDS) and not any(fnmatch(name, pattern) for pattern in keep)
+        if isinstance(module, KINDS) and not any(fnmatch(name, pattern) for pattern in exclude)
     ]
 
 

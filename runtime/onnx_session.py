@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -17,7 +18,7 @@ from clipress.runtime.cpu import processor
 from clipress.runtime.self_test import least_cosine, self_test_from
 
 if TYPE_CHECKING:
-    from clipress.runtime.graph import Arrays, Run
+    from clipress.runtime.graph import Arrays, Graph, Run
 
 CPU = "CPUExecutionProvider"
 EXACT_MODE = "session.x64quantprecision"
@@ -100,9 +101,10 @@ def reference_session(path: Path) -> Any:
     return _session(path, options, CPU, [])
 
 
-def self_test_of(path: Path, float16: bool = False) -> dict[str, Any]:
-    """Return the self-test to store in a file."""
-    return self_test_from(reference_session(path), open_session(path, float16=float16, mode="exact"))
+def self_test_of(path: Path, graphs: Iterable[Graph], float16: bool = False) -> dict[str, Any]:
+    """Return the self-test to store in a file that was made of these graphs."""
+    largest = {one.name: one.largest for graph in graphs for one in graph.inputs if one.dtype == "int64"}
+    return self_test_from(reference_session(path), open_session(path, float16=float16, mode="exact"), largest)
 
 
 def metadata_of(session: Any) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class LoadedModel:
         for start in range(0, len(items), BATCH):
             inputs = {takes.name: prepare(items[start : start + BATCH])}
             rows += self.sessions[graph.name].run([gives.name], inputs)
-        return finite(np.concatenate(rows), graph.name)
+        return finite(np.concatenate(rows), graph.name, unit=graph.agrees)
 
 
 def _is_one(images: ImageLike | Sequence[ImageLike]) -> bool:
@@ -167,6 +167,12 @@ def label_columns(known: Sequence[str], labels: Sequence[str] | None) -> list[in
             f"{nearest(unknown[0], known)}"
         )
     return [columns[label] for label in labels]
+
+
+def shares_among(probabilities: np.ndarray, columns: Sequence[int]) -> np.ndarray:
+    """Return the probabilities [C] of some classes among these alone, as `softmax` of their logits gives them."""
+    chosen = np.maximum(probabilities[columns], np.finfo(np.float32).tiny)  # All of them may have been rounded to 0.
+    return chosen / chosen.sum()
 
 
 def check_templates(templates: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from threading import Thread
 from types import ModuleType, TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -25,8 +25,10 @@ import numpy as np
 from clipress.data.prompts import check_labels
 from clipress.errors import BackendMissing, DataError, ServerError
 from clipress.progress import progress_bar
-from clipress.serve.classify import ImageFile
 from clipress.serve.graphs import IMAGE, TEXT
+
+if TYPE_CHECKING:
+    from clipress.serve.classify import ImageFile
 
 Protocol = Literal["auto", "http", "grpc"]
 PORTS = {"http": 8000, "grpc": 8001}
@@ -149,8 +151,9 @@ class Client:
     def labels(self) -> list[str] | None:
         """Return the labels of a served classifier; None for a CLIP, which takes any labels. Raises ServerError."""
         config = self._result("classify", self._read_config("classify"))
-        found = config["parameters"].get("labels")
-        return None if found is None else json.loads(found["string_value"])
+        # gRPC leaves out what is empty, and a model that clipress did not write may have no parameters.
+        found = config.get("parameters", {}).get("labels", {}).get("string_value")
+        return None if found is None else json.loads(found)
 
     def classify(
         self, images: Iterable[ImageFile], labels: Sequence[str] | None = None, templates: Sequence[str] | None = None

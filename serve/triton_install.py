@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 import venv
 import zipfile
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from clipress.storage import cache_folder, locked, write_whole
 VERSION = "0.7.0"  # Version of nvidia-pytriton, which contains Triton 2.51.
 MODULES = "CLIPRESS_TRITON_MODULES"
 PTH = f"import os, site; list(map(site.addsitedir, filter(None, os.environ.get({MODULES!r}, '').split(os.pathsep))))\n"
+INSTALLING = threading.Lock()  # A folder's lock does not exclude threads of the same process.
 WAY_OUT = "Put a tritonserver on PATH, or start the repository in Triton's container as its README.md says."
 
 
@@ -47,8 +49,8 @@ class Triton:
 def find_triton(say: Say = lambda _: None) -> Triton:
     """Return the `tritonserver` on PATH, with its own backends, else the one in the cache.
 
-    If the cache has none it is fetched, some 60 MB, once for every interpreter; `say` reports that. Several processes may
-    call this at once. Raises BackendMissing if it cannot be fetched, or cannot run on this machine.
+    If the cache has none it is fetched, some 60 MB, once for every interpreter; `say` reports that. Several processes and
+    threads may call this at once. Raises BackendMissing if it cannot be fetched, or cannot run on this machine.
     """
     if own := shutil.which("tritonserver"):
         return Triton(Path(own))
@@ -57,8 +59,8 @@ def find_triton(say: Say = lambda _: None) -> Triton:
         if not sys.platform.startswith("linux"):
             raise BackendMissing(f"Triton runs on Linux only, and this is {sys.platform}. {WAY_OUT}")
         try:
-            with locked(home.parent, wait=say):
-                if not home.is_dir():  # another process may have installed it meanwhile
+            with INSTALLING, locked(home.parent, wait=say):
+                if not home.is_dir():  # Another one may have installed it meanwhile.
                     say(f"Installing Triton (nvidia-pytriton {VERSION}, about 60 MB) into {home}, once.")
                     write_whole(home, install)
         except ArtifactError as error:

@@ -141,12 +141,12 @@ def readme(served: Served, version: int, with_search: bool, options: Sequence[st
         version=version,
         hash=exported.lineage_hash,
         about=_about(exported),
-        max_batch=max(served.largest_batch(graph.name) for graph in served.graphs),
+        max_batch=min(served.largest_batch(graph.name) for graph in served.graphs),
         models="\n".join(f"| {' | '.join(row)} |" for row in _models(exported, with_search)),
         batches=_batches(exported, with_search),
         checked=[*(model_of(graph) for graph in served.graphs), *chains][-1],
         tag=settings.container,
-        packages=_packages(exported.tokenizer),
+        packages=_packages(exported.tokenizer, with_search),
         vocabulary="open_clip_torch " if exported.tokenizer else "",
         docker=_docker(served, engines, options),
         note=_about_engines(engines) + _about_int8(served),
@@ -238,11 +238,11 @@ def _program(exported: Exported) -> str:
     return ""
 
 
-def _packages(tokenizer: Tokenizer | None) -> str:
+def _packages(tokenizer: Tokenizer | None, with_search: bool) -> str:
     """Return the packages to install. CLIP's own tokenizer reads open_clip's vocabulary and needs no torch."""
     plain = tokenizer is not None and tokenizer.name == CLIP_BPE and not tokenizer.kwargs
     words = "" if tokenizer is None else "ftfy regex tokenizers " if plain else "open_clip_torch transformers "
-    return f"{words}pillow pydantic pyyaml"
+    return f"{words}pillow pydantic pyyaml{' faiss-cpu' if with_search else ''}"
 
 
 def _docker(served: Served, engines: Engines | None, more: Sequence[str]) -> str:

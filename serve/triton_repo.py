@@ -3,7 +3,7 @@
     <target>/<backend>/README.md                          how to start the server and send requests
     <target>/<backend>/<model>/config.pbtxt               of the version that is served
     <target>/<backend>/<model>/<version>/release.json     which export this version is; the same for all models
-    <target>/<backend>/image_encoder/1/model.onnx         or model.plan; and model.py, for the python backend
+    <target>/<backend>/image_encoder/1/model.onnx         or model.plan; and model.py, where Python runs it
     <target>/<backend>/preprocess/warmup/image            sent to the model before the first client comes
 
     preprocess ─► image_encoder = embed_image ─┐
@@ -15,6 +15,7 @@ A very small encoder is not chained: embed_* is then one python model that prepa
 
 A changed export adds a version to every model, under one number, so that the models of a version belong together. A
 repository is written aside, its older versions linked, and renamed into place: a version is either whole or absent.
+The code is not part of a version: it imports the clipress that is installed, so every version gets today's model.py.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 Files = dict[str, bytes | Path]
 """Names below a folder, and their content or the file it is copied from."""
 RELEASE = "release.json"
+CODE = "model.py"
 SEARCH = "search"  # the one model that a version may lack
 
 
@@ -142,6 +144,26 @@ def served_version(repository: Path) -> int:
     return max(config.version_policy.specific.versions, default=max(_versions(repository)))
 
 
+def has_outdated_code(repository: Path) -> bool:
+    """Return whether a version has code of another clipress. Raises ArtifactError for a damaged repository."""
+    return not all(_holds(repository / name, code) for name, code in _code_of_repository(repository).items())
+
+
+def update_code(repository: Path) -> None:
+    """Make all versions of a repository run with the installed clipress; their configurations stay as they are.
+
+    Raises ArtifactError for a damaged repository, or if it cannot be written.
+    """
+    codes = _code_of_repository(repository)
+
+    def fill(aside: Path) -> None:
+        shutil.copytree(repository, aside, copy_function=_link, dirs_exist_ok=True)
+        for name, code in codes.items():
+            _put(aside / name, code, {})
+
+    write_whole(repository, fill)
+
+
 def _add(exported: Exported, repository: Repository) -> None:
     """Add a version if the export has changed, else write the configurations of the served one again."""
     folder = repository.folder
@@ -156,8 +178,7 @@ def _add(exported: Exported, repository: Repository) -> None:
 
 def _files(exported: Exported, backend: str, settings: ServeSettings) -> tuple[Release, dict[str, Files]]:
     """Return the release of a version, and its files of every model."""
-    prepares = [model for sent, model in PREPARED_BY.items() if inputs_for(exported, sent)]
-    found: dict[str, Files] = {model: {"model.py": _code(model)} for model in prepares}
+    found: dict[str, Files] = {model: {} for sent, model in PREPARED_BY.items() if inputs_for(exported, sent)}
     engines: dict[str, Engines] = {}
     for name, graph in exported.graphs.items():
         files: Files = {}
@@ -166,25 +187,47 @@ def _files(exported: Exported, backend: str, settings: ServeSettings) -> tuple[R
             files |= sources
         else:
             files["model.onnx"] = exported.onnx(name)
-        fused: Files = {}
-        if backend == "python":
-            fused = {**files, "model.py": _code("fused")}
-            files["model.py"] = _code("encoder")
         found[model_of(graph)] = files
         if chain := chain_of(exported, graph):
-            found[chain] = fused if len(graph.inputs) == 1 else {}
-    if is_zero_shot(exported):
-        found["classify"] = {"model.py": _code("zero_shot")}
-    elif classifier_graph(exported) is not None:
-        found["classify"] = {"model.py": _code("classify")}
+            found[chain] = dict(files) if backend == "python" and len(graph.inputs) == 1 else {}
+    if is_zero_shot(exported) or classifier_graph(exported) is not None:
+        found["classify"] = {}
     if settings.index is not None:
-        found[SEARCH] = {"model.py": _code("search"), **_index(settings.index, exported)}
+        found[SEARCH] = _index(settings.index, exported)
+    for model, code in _codes(exported, backend).items():
+        if model in found:
+            found[model][CODE] = code
     release = Release(export=exported, engines=engines, search=settings.index is not None, fusible=backend == "python")
     return release, {model: {**files, RELEASE: release.text().encode()} for model, files in found.items()}
 
 
-def _code(name: str) -> Path:
-    return Path(__file__).with_name(f"{name}_model.py.txt")
+def _codes(exported: Exported, backend: str) -> dict[str, Path]:
+    """Return the file that becomes model.py, of every model that has one; `search` may be absent from a version."""
+    codes = {model: model for sent, model in PREPARED_BY.items() if inputs_for(exported, sent)} | {SEARCH: SEARCH}
+    for graph in exported.graphs.values() if backend == "python" else ():
+        codes[model_of(graph)] = "encoder"
+        if (chain := chain_of(exported, graph)) and len(graph.inputs) == 1:
+            codes[chain] = "fused"
+    if is_zero_shot(exported):
+        codes["classify"] = "zero_shot"
+    elif classifier_graph(exported) is not None:
+        codes["classify"] = "classify"
+    return {model: Path(__file__).with_name(f"{name}_model.py.txt") for model, name in codes.items()}
+
+
+def _code_of_versions(repository: Path, codes: Mapping[str, Path]) -> Files:
+    """Return today's model.py for each one that the versions of a repository have."""
+    return {
+        f"{model}/{number}/{CODE}": code
+        for model, code in codes.items()
+        for number in _versions(repository, model)
+        if (repository / model / str(number) / CODE).is_file()
+    }
+
+
+def _code_of_repository(repository: Path) -> Files:
+    release = _read_release(repository, served_version(repository))
+    return _code_of_versions(repository, _codes(release.export, repository.name))
 
 
 def _index(folder: Path, exported: Exported) -> Files:
@@ -218,6 +261,8 @@ def _write(repository: Repository, added: Mapping[str, Files], release: Release,
     around |= _warm_up_files(made, exported.preprocess.size) | {
         "README.md": readme(served, version, release.search, options_for(made.values())).encode(),
     }
+    codes = {model: code for model, code in _codes(exported, repository.backend).items() if model in made}
+    around |= _code_of_versions(folder, codes)
     if not added and all(_holds(folder / name, content) for name, content in around.items()):
         return  # A server that uses this folder is not disturbed.
 
@@ -297,9 +342,10 @@ def _read_release(repository: Path, version: int) -> Release:
 
 
 def _same(files: Files, folder: Path) -> bool:
+    """Return whether a version has these files. The code may differ: it is replaced in all versions."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     names = {path.as_posix() for path in found if "__pycache__" not in path.parts}  # servers leave those behind
-    return names == set(files) and all(_holds(folder / name, content) for name, content in files.items())
+    return names == set(files) and all(_holds(folder / name, files[name]) for name in files.keys() - {CODE})
 
 
 def _holds(path: Path, content: bytes | Path) -> bool:
@@ -309,6 +355,7 @@ def _holds(path: Path, content: bytes | Path) -> bool:
 
 def _put(path: Path, content: bytes | Path, copies: dict[Path, Path]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # A linked file is the older repository's too: it must not be written to.
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content in copies:

@@ -19,7 +19,7 @@ from clipress.metrics.outcomes import Outcomes
 from clipress.models import anatomy, students
 from clipress.models.load import Model, build, model_from_open_clip, refuse_absurd, save_for_open_clip
 from clipress.runtime.graph import Arrays, Graph, Run, clip_graphs
-from clipress.tasks import TASKS, Task, Tokenize, runs_of, sample_images
+from clipress.tasks import TASKS, Task, Tokenize, runs_of, sample_images, task_named
 from clipress.tasks.training import Batch, Features, Gather, Lesson, Momentum, Outputs, TrainingJob, TrainingModule
 
 if TYPE_CHECKING:
@@ -109,6 +109,20 @@ class Clip(Task):
 def encoder(run: Mapping[str, Run], side: str) -> Callable[[np.ndarray], np.ndarray]:
     """Return one graph as a function from input rows to embeddings [B, D]."""
     return lambda rows: run[side]({INPUTS[side]: rows})[OUTPUTS[side]]
+
+
+def encoders(model: Model, what: str) -> tuple[Callable, Callable]:
+    """Return (images, texts) -> embeddings, arrays in and out, unit length, that run in torch in evaluation mode.
+
+    Raises RecipeError, which begins with `what` needs them, for a model of another task.
+    """
+    if not isinstance(task_named(model.task), Clip):
+        raise RecipeError(
+            f"{what}: expected a CLIP, found a {model.task} model, which does not embed images and texts. Choose a CLIP's "
+            "artifact."
+        )
+    run = runs_of(model)
+    return encoder(run, "image"), encoder(run, "text")
 
 
 class EncoderPair(TrainingModule):

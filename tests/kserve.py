@@ -27,11 +27,15 @@ class Refusal(Exception):
 
 
 class Server:
-    """Serves `models`: functions from inputs to outputs, run in the request's thread. Keeps the requests it gets."""
+    """Serves `models`: functions from inputs to outputs, run in the request's thread. Keeps the requests it gets.
+
+    `configs` may hold more of a model's configuration than its name.
+    """
 
     def __init__(self, **models: Model) -> None:
         self.models = models
         self.requests: list[tuple[str, Inputs]] = []
+        self.configs: dict[str, dict[str, Any]] = {}
         self.most_at_once = self._now = 0
         self._lock = threading.Lock()
         owner = self
@@ -40,10 +44,19 @@ class Server:
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
 
+            def do_GET(self) -> None:  # The only thing that the client reads is a model's configuration.
+                name = self.path.split("/")[3]
+                known = name in owner.models
+                self._send(
+                    *((200, {"name": name, **owner.configs.get(name, {})}) if known else (404, {"error": "unknown"}))
+                )
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 head = int(self.headers.get("Inference-Header-Content-Length", len(body)))
-                status, answer = owner.answer(self.path.split("/")[3], json.loads(body[:head]), body[head:])
+                self._send(*owner.answer(self.path.split("/")[3], json.loads(body[:head]), body[head:]))
+
+            def _send(self, status: int, answer: Any) -> None:
                 content = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))

@@ -15,6 +15,7 @@ from clipress.metrics.outcomes import Outcomes, paired_difference, percent, stan
 from clipress.metrics.probe import linear_probe
 from clipress.storage import write_text_whole
 from clipress.tasks import evaluate_model, model_from_artifact
+from clipress.tasks.clip import encoders
 from clipress.version import __version__
 from clipress.workflow.plan import read_plan
 
@@ -76,9 +77,9 @@ def evaluate_artifact(
 ) -> dict[str, Outcomes]:
     """Evaluate an artifact in torch; `probes` are training and test sets for a linear probe."""
     model = model_from_artifact(artifact)
+    encode_image = encoders(model, f"Linear probe of {artifact}")[0] if probes else None
     items = evaluate_model(model, sets)
     for train, test in probes:
-        encode_image, _ = model.encoders()
         features = [encode_all(encode_image, part.pixel_batches(model.preprocess)) for part in (train, test)]
         found = linear_probe(features[0], train.labels(), features[1], test.labels())
         items |= {f"{test.name}/{metric}": outcomes for metric, outcomes in found.items()}

@@ -15,6 +15,7 @@ from clipress.metrics.evaluate import encode_texts
 from clipress.progress import progress_bar
 from clipress.storage import write_text_whole
 from clipress.tasks import model_from_artifact
+from clipress.tasks.clip import encoders
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def filter_images(request: FilterRequest, out: Path) -> tuple[int, int]:
     source = open_source(SourceSpec(format="images", images=request.images))
     teacher = model_from_artifact(request.teacher)
     teacher.module.to("cuda" if torch.cuda.is_available() else "cpu")
-    encode_image, encode_text = teacher.encoders()
+    encode_image, encode_text = encoders(teacher, f"Teacher {request.teacher}")
     with progress_bar(len(source), "filter", "image") as bar:
         found, indices = embeddings(source, encode_image, teacher.preprocess, threads=request.threads, done=bar.update)
     wanted = encode_texts(encode_text, teacher.tokenize(), prompts)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clipress.data.formats.files import images_under
 from clipress.data.prompts import check_labels
 from clipress.errors import DataError
+from clipress.serve.classify import label_columns, shares_among
 from clipress.serve.client import Answer, Client
 
 
@@ -67,11 +68,22 @@ def labels_of_server(server: Server) -> list[str] | None:
 
 
 def predict_with_server(
-    server: Server, images: Iterable[Path], labels: Sequence[str] | None, templates: Sequence[str], progress: bool
+    server: Server,
+    images: Iterable[Path],
+    labels: Sequence[str],
+    known: Sequence[str] | None,
+    templates: Sequence[str],
+    progress: bool,
 ) -> Iterator[Answer]:
     """Yield an answer per image, in order, as they arrive; a failed image does not affect the others.
 
-    `labels` is None for a served classifier, which has its own; it has no use for `templates`.
+    `known` are the labels of a served classifier, see `labels_of_server`. It takes no labels and has no use for
+    `templates`: `labels` are then selected from its answers. Raises DataError for a label that it does not know.
     """
+    columns = None if known is None else label_columns(known, labels)
     with Client(server.url, timeout=server.timeout, in_flight=server.in_flight, progress=progress) as client:
-        yield from client.classified(images, labels, templates if labels else None)
+        if columns is None:
+            yield from client.classified(images, labels, templates)
+            return
+        for answer in client.classified(images):
+            yield answer if answer.value is None else replace(answer, value=shares_among(answer.value, columns))

@@ -11,7 +11,13 @@ from clipress.bench.results import read_kept
 from clipress.progress import Say
 from clipress.recipe import overridden
 from clipress.serve.settings import ServeSettings
-from clipress.serve.triton_repo import serve_version, served_version, triton_repo_from_export
+from clipress.serve.triton_repo import (
+    has_outdated_code,
+    serve_version,
+    served_version,
+    triton_repo_from_export,
+    update_code,
+)
 from clipress.serve.triton_server import serve_until_stopped
 from clipress.storage import locked_and_swept
 from clipress.workflow.export import export_artifacts
@@ -53,13 +59,16 @@ def switch_version(run: Path, version: int | None, settings: Mapping[str, Any], 
 def start_triton(run: Path, stage: str | None, listen: Mapping[str, Any], say: Say) -> None:
     """Start Triton on a run's python repository and keep it running until Ctrl-C or SIGTERM.
 
-    The repository is served as it is; it is written first if it is missing or if a stage is named. `listen` may hold
-    `host`, `http_port`, `grpc_port` and `metrics_port`.
+    The repository is served as it is, with the code of the installed clipress; it is written first if it is missing or if
+    a stage is named. `listen` may hold `host`, `http_port`, `grpc_port` and `metrics_port`.
     """
     read_plan(run)  # The folder must be a run.
     repository = run / "triton" / "python"
     if stage is not None or not repository.is_dir():
         serve_run(run, ServeRequest(stage, {"backend": "python"}), say)
+    if has_outdated_code(repository):
+        with locked_and_swept(run):
+            update_code(repository)
     serve_until_stopped(repository, say, **listen)
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from clipress.errors import RecipeError
@@ -20,7 +21,19 @@ from clipress.tasks import Task
 from clipress.tasks.clip import MAX_LOG_SCALE, SIDES
 from clipress.tasks.training import Batch, Sizes
 
-Losses = dict[str, float | dict[str, Any]] | tuple[str, ...]
+VERSION_1 = {"ita": "momentum-contrastive", "labels": "classification", "ce": "embedding-ce", "kl": "embedding-kl"}
+"""Losses that version 1 had under other names."""
+
+
+def _renamed(losses: Any) -> Any:
+    """Replace names of version 1, unless a plugin has a loss of that name or the new name is given too."""
+    names = {name: new for name, new in VERSION_1.items() if name not in LOSSES and new not in losses}
+    if isinstance(losses, dict):
+        return {names.get(name, name): value for name, value in losses.items()}
+    return tuple(names.get(name, name) for name in losses)
+
+
+Losses = Annotated[dict[str, float | dict[str, Any]] | tuple[str, ...], AfterValidator(_renamed)]
 """Losses in a recipe: a list of names, or a mapping from names to weights or settings."""
 
 LOSSES: Registry[type[Loss]] = Registry("loss", "clipress.compress.losses")

@@ -1,4 +1,7 @@
-"""The `prune` stage: train with gates, update the masks along a schedule, then cut.
+"""The `prune` stage: rotate, train with gates, update the masks along a schedule, cut, refit.
+
+With `steps: 0` nothing is trained: units are scored on calibration batches (`scoring.py`), and what remains is refitted in
+closed form (`refit.py`).
 
 `criterion: upop` follows UPop (Shi et al. 2023): its gates, signed sum, standardization per kind and soft masks;
 `criterion: fisher` is ours. `distill_losses` adds distillation losses to the search (the knowledge-guided variant).
@@ -12,13 +15,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from clipress.compress.calibration import outputs_of
+from clipress.compress.calibration import Calibration, outputs_of
 from clipress.compress.context import Context, steps_of
 from clipress.compress.hook import Hook
 from clipress.compress.losses import Losses, terms_from
@@ -26,13 +30,17 @@ from clipress.compress.prune.budget import Align, Budget, MinKeep, check_towers,
 from clipress.compress.prune.convnets import ConvPruning
 from clipress.compress.prune.costs import CostModel, cost_model, read_costs
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
-from clipress.compress.prune.gates import DEFAULT_KINDS, Gates, Kind, Site
+from clipress.compress.prune.gates import DEFAULT_KINDS, Gates, Kind, Site, sites
+from clipress.compress.prune.refit import Reduce, Refit, cut_and_refit
+from clipress.compress.prune.rotate import rotate
 from clipress.compress.prune.schedule import SCHEDULES, progress
+from clipress.compress.prune.scoring import score_units
 from clipress.compress.settings import Training
-from clipress.compress.stage import stage
+from clipress.compress.stage import Details, stage
 from clipress.compress.train import train
 from clipress.errors import ClipressError, RecipeError
 from clipress.models import anatomy, convnets, surgery
+from clipress.models.anatomy import Attn, Part
 from clipress.models.load import Model
 from clipress.tasks import task_named
 
@@ -50,9 +58,18 @@ class Prune(Training):
     """Task losses; scores use their gradients and those of `distill_losses`."""
     distill_losses: Losses = ()
     """Distillation losses to add during the search."""
+    steps: int | None = Field(None, ge=0)
+    """0 trains nothing: units are scored on `calibrate` items."""
+    calibrate: int = Field(1024, ge=2)
+    """Number of training items used by `rotate`, and by the scores with `steps: 0`."""
+    rotate: bool | None = None
+    """Turn every head's bases to their principal directions before the search. Default: true, except for `criterion: upop`."""
+    refit: Refit | bool | None = None
+    """Refit what remains to the uncut model in closed form. Default: with `steps: 0` only, since weights that were trained have
+    moved away from the uncut model."""
     schedule: Annotated[str, AfterValidator(SCHEDULES.check)] = "cubic"
-    update_every: int = Field(10, ge=1)
-    """Steps between updates of the masks."""
+    update_every: int | None = Field(None, ge=1)
+    """Steps between updates of the masks. Default: 10, or a tenth of fewer than 100 steps."""
     final_fraction: float = Field(0.2, ge=0, lt=1)
     """Fraction of the steps, at the end of the search, in which the masks no longer change."""
     align: Align = Align()
@@ -75,6 +92,21 @@ class Prune(Training):
                     f"prune.sites.{tower}: expected either heads, or qk and v, found both. The score and cost of one depend "
                     "on the other. Prune heads and dims in separate stages."
                 )
+
+    @property
+    def rotates(self) -> bool:
+        """Whether to rotate heads. UPop's gates are shared by all heads, in the basis that the model came with."""
+        return CRITERIA[self.criterion].space == "separate" if self.rotate is None else self.rotate
+
+    @property
+    def refits(self) -> Refit | None:
+        """The settings of the refit, or None for no refit."""
+        wanted = self.steps == 0 if self.refit is None else self.refit
+        return wanted if isinstance(wanted, Refit) else Refit() if wanted else None
+
+    def search_steps(self, context: Context) -> int:
+        """Return the number of batches of the search."""
+        return -(-self.calibrate // self.batch_size) if self.steps == 0 else steps_of(self, context)
 
 
 @dataclass(frozen=True)
@@ -114,6 +146,7 @@ class Search(Hook):
         self.seen = Accumulator(self.criterion, gates.sites, seed)
         self.groups = groups_of(model, gates.sites, settings.budget)
         self.updates, self.seed = 0, seed
+        self.update_every = settings.update_every or max(min(10, steps // 10), 1)
         self._masks([torch.ones_like(site.mask) for site in gates.sites], 1.0)  # fail early if the budget is impossible
         for site in gates.sites:
             step = stride(site, settings.align)
@@ -162,7 +195,7 @@ class Search(Hook):
         due, last_due = self._due(step), self._due(step - 1) if step else 0.0
         if due == 1.0:  # update once, and again only if all earlier steps were skipped
             return last_due < 1.0 or not self.updates
-        return (step + 1) % self.settings.update_every == 0
+        return (step + 1) % self.update_every == 0
 
     def after_update(self, step: int) -> None:
         if self.moves(step):
@@ -214,37 +247,76 @@ class Search(Hook):
 )
 def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Search and cut. The cut model computes the same outputs as the masked one."""
-    terms = terms_from(settings.losses, "prune.losses") | terms_from(settings.distill_losses, "prune.distill_losses")
     check_towers(settings.sites, anatomy.towers(model.module), "prune.sites")
     fabric = context.fabric
     model.module.to(fabric.device)
-    gates = Gates(model.module, CRITERIA[settings.criterion].space, settings.sites)
     before = anatomy.counts(model.module)["block_params"]
 
     def reduce(total: Tensor) -> Tensor:
         return total if fabric.world_size == 1 else fabric.all_reduce(total, reduce_op="sum")
 
-    search = None
+    space = CRITERIA[settings.criterion].space
+    if settings.rotates:
+        wanted = [site.part for site in sites(model.module, space, settings.sites) if isinstance(site.part, Attn)]
+        rotate(wanted, partial(Calibration(model, settings, context, settings.calibrate), model.module), reduce)
+    gates = Gates(model.module, space, settings.sites)
+    details = _search(settings, model, context, gates, reduce)
+    masks = {part.name: mask for part, mask in gates.part_masks()}
+    gates.remove()
+    details |= _cut(settings, model, context, masks, reduce)
+    kept = anatomy.counts(model.module)["block_params"] / before
+    shapes = surgery.shapes(model.module)
+    return model, details | {"criterion": settings.criterion, "block_params_kept": round(kept, 4), "shapes": shapes}
+
+
+def _search(settings: Prune, model: Model, context: Context, gates: Gates, reduce: Reduce) -> Details:
+    """Find the masks, and cut the channels of a convolutional tower."""
+    terms = terms_from(settings.losses, "prune.losses") | terms_from(settings.distill_losses, "prune.distill_losses")
+    steps, search = settings.search_steps(context), None
     if gates.sites:
-        search = Search(model, gates, settings, steps_of(settings, context), context.seed, reduce)
+        search = Search(model, gates, settings, steps, context.seed, reduce)
     channels = _conv_pruning(settings, model, context)
     hooks: list[Hook] = [hook for hook in (search, channels) if hook is not None]
     if not hooks:
         raise RecipeError("prune.sites: expected something to cut, found nothing in any tower. Allow kinds of sites.")
-    details = train(model, settings, terms, context, hooks)
+    if settings.steps == 0:
+        kind = CRITERIA[settings.criterion]
+        details = score_units(
+            settings, model, terms if kind.uses_gradients and not kind.probe else {}, context, hooks, steps
+        )
+    else:
+        details = train(model, settings, terms, context, hooks)
     if search is not None:
         _check_finished(search, details)
         details |= {"mask_updates": search.updates, "samples_left_out": search.seen.left_out}
-    for part, mask in gates.part_masks():
-        surgery.cut(part, mask)
-        if settings.softmax_scale == "sqrt_k":
-            surgery.rescale(part)
-    gates.remove()
-    if channels is not None:
-        details |= channels.cut()
-    kept = anatomy.counts(model.module)["block_params"] / before
-    shapes = surgery.shapes(model.module)
-    return model, details | {"criterion": settings.criterion, "block_params_kept": round(kept, 4), "shapes": shapes}
+    return details | (channels.cut() if channels is not None else {})
+
+
+def _cut(settings: Prune, model: Model, context: Context, masks: Mapping[str, surgery.Mask], reduce: Reduce) -> Details:
+    """Cut every part, and refit what remains if the settings say so."""
+
+    def cut(part: Part) -> None:
+        if part.name in masks:
+            surgery.cut(part, masks[part.name])
+            if settings.softmax_scale == "sqrt_k":
+                surgery.rescale(part)
+
+    refit, blocks = settings.refits, anatomy.blocks(model.module)
+    towers = dict.fromkeys(block.tower for block in blocks if any(part.name in masks for part in block.parts))
+    refitted = []
+    for tower in towers:
+        own = [block for block in blocks if block.tower == tower]
+        if refit is None:
+            for block in own:
+                for part in block.parts:
+                    cut(part)
+            continue
+        samples = Calibration(model, settings, context, refit.samples)
+        if cut_and_refit(own, model, samples, cut, refit, reduce):
+            refitted.append(tower)
+        else:
+            context.say(f"{context.title}: the {tower} tower was not refitted, the training data has no samples for it")
+    return {"refitted": refitted} if refit is not None else {}
 
 
 def _conv_pruning(settings: Prune, model: Model, context: Context) -> ConvPruning | None:

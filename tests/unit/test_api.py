@@ -15,6 +15,7 @@ from clipress.data.transforms import fitted, normalised
 from clipress.errors import ArtifactError, DataError, RecipeError
 from clipress.runtime.onnx_session import open_session
 from clipress.tasks import model_from_artifact
+from clipress.tasks.clip import encoders
 
 TEXTS = ["a photo of the number three", "a red circle", "two"]
 
@@ -69,7 +70,7 @@ def test_a_missing_recipe_is_an_error():
 
 def test_embeddings_match_the_artifact_in_torch(tiny_run, images):
     loaded, artifact = clipress.load(tiny_run[0] / "recovered"), model_from_artifact(tiny_run[0] / "recovered")
-    encode_image, encode_text = artifact.encoders()
+    encode_image, encode_text = encoders(artifact, "Test")
     found = loaded.encode_image(images)
     assert found.dtype == np.float32 and found.shape == (5, 32)
     pixels = normalised(np.stack([fitted(image, artifact.preprocess) for image in images]), artifact.preprocess)

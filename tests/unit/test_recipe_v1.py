@@ -3,9 +3,12 @@
 import pytest
 import yaml
 
+from clipress.compress.losses import LOSSES, VERSION_1
+from clipress.compress.settings import Training
+from clipress.compress.stage import STAGES, StageKind
 from clipress.errors import RecipeError
 from clipress.recipe import read_recipe
-from clipress.recipe_v1 import BENCH_KEYS, LOSSES, RUNTIME_KEYS, SOURCE_KEYS, STAGE_KEYS, upgrade
+from clipress.recipe_v1 import BENCH_KEYS, RUNTIME_KEYS, SOURCE_KEYS, STAGE_KEYS, upgrade
 from clipress.workflow.plan import plan_from
 
 OLD = {
@@ -46,9 +49,9 @@ OLD = {
 }
 
 
-def read(raw, folder):
+def read(raw, folder, overrides=None):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    return plan_from(read_recipe(folder / "recipe.yaml"))
+    return plan_from(read_recipe(folder / "recipe.yaml", overrides))
 
 
 def test_every_version_1_key_still_works(tmp_path):
@@ -96,6 +99,58 @@ def test_malformed_recipes_are_left_for_validation(raw):
     assert upgrade(raw) == raw
 
 
+NEW, OLDER = ("grad_cache_chunks", "grad_clip_norm", "weight"), ("accumulate", "clip", "share")
+
+
+@pytest.mark.parametrize("names", [NEW, OLDER], ids=["new", "old"])
+@pytest.mark.parametrize("raw", [OLD, upgrade(OLD)], ids=["of version 1", "of today"])
+def test_overrides_replace_values_by_their_old_or_new_names(tmp_path, raw, names):
+    chunks, norm, weight = names
+    overrides = {
+        f"runtime.{chunks}": 4,
+        f"stages.1.distill.{norm}": 7,
+        f"data.train.0.{weight}": 9,
+        f"teacher.recipe.data.train.0.{weight}": 8,
+        "bench": {"max_loss": 5},
+    }
+    plan = read(raw, tmp_path, overrides)
+    assert plan.runtime.grad_cache_chunks == 4 and plan.bench.max_accuracy_drop == 5
+    assert plan.stages[1].settings.grad_clip_norm == 7 and plan.data.train[0].weight == 9
+    assert plan.teachers[0].recipe["data"]["train"][0]["weight"] == 8
+
+
+def test_overrides_reach_one_of_several_teachers(tmp_path):
+    raw = {**OLD, "teacher": [OLD["teacher"], OLD["teacher"]]}
+    plan = read(raw, tmp_path, {"teacher.1.recipe.stages.0.distill.warmup": 0.25})
+    assert [one.recipe["stages"][0]["distill"]["warmup_ratio"] for one in plan.teachers] == [0.5, 0.25]
+
+
+class Own(Training):
+    keep: str = "nothing"
+    losses: tuple[str, ...] = ()
+
+
+def test_a_plugins_stage_keeps_its_own_names(tmp_path):
+    kind = StageKind("own", Own, lambda *_: None, "own", {})
+    raw = {**OLD, "stages": [{"own": {"keep": "all", "losses": ["ita"], "steps": 1}}]}
+    with STAGES.registered("own", kind), LOSSES.registered("ita", LOSSES["l1"]):
+        settings = read(raw, tmp_path, {"stages.0.own.keep": "some"}).stages[0].settings
+    assert (settings.keep, settings.losses) == ("some", ("ita",))
+
+
+def test_a_plugins_loss_of_an_old_name_is_that_loss(tmp_path):
+    raw = {**OLD, "stages": [{"distill": {"losses": ["kl", "ce"], "steps": 1}}]}
+    with LOSSES.registered("kl", LOSSES["l1"]):
+        assert read(raw, tmp_path).stages[0].settings.losses == ("kl", "embedding-ce")
+    assert read(raw, tmp_path).stages[0].settings.losses == ("embedding-kl", "embedding-ce")
+
+
+def test_an_old_loss_next_to_its_new_name_is_refused(tmp_path):
+    raw = {**OLD, "stages": [{"distill": {"losses": {"kl": 1, "embedding-kl": 2}, "steps": 1}}]}
+    with pytest.raises(RecipeError, match="unknown loss 'kl'"):
+        read(raw, tmp_path)
+
+
 def test_no_new_key_is_also_an_old_key():
-    for table in (STAGE_KEYS, RUNTIME_KEYS, SOURCE_KEYS, BENCH_KEYS, LOSSES):
+    for table in (*STAGE_KEYS.values(), RUNTIME_KEYS, SOURCE_KEYS, BENCH_KEYS, VERSION_1):
         assert not set(table) & set(table.values())

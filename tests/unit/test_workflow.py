@@ -80,6 +80,11 @@ def test_triton_writes_a_repository_only_if_missing_or_a_stage_is_named(tiny_run
     assert served_version(repository) == 2
     serve.switch_version(run, None, {"backend": "python"}, lines.append)
     before = len(lines)
+    code = repository / "classify" / "1" / "model.py"
+    today = code.read_bytes()
+    code.unlink()
+    code.write_text("from clipress.serve.triton_model import removed\n")
     serve.start_triton(run, None, {}, lines.append)
     assert served_version(repository) == 1 and len(lines) == before and len(started) == 3
+    assert code.read_bytes() == today
     assert [path.name for path in (run / "triton").iterdir()] == ["python"]

@@ -22,6 +22,7 @@ from clipress.data.transforms import Augment
 from clipress.errors import ArtifactError, ClipressError, DataError, RecipeError
 from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
+from clipress.tasks.clip import encoders
 
 BOTH = Augment(shift=1, crop_scale=(0.5, 1))
 
@@ -93,7 +94,7 @@ def test_looked_up_embeddings_are_those_of_the_teachers_on_the_same_batch(model,
 def test_one_view_without_augmentation_is_the_evaluation_view(model, digits, tmp_path):
     cache = build_cache(model, digits, Augment(), 1, tmp_path, teacher_hash="hash", say=say)
     (pixels,) = EvalSet(digits, None).pixel_batches(model.preprocess)
-    np.testing.assert_allclose(cache.images(range(40)), model.encoders()[0](pixels), atol=5e-4)
+    np.testing.assert_allclose(cache.images(range(40)), encoders(model, "Test")[0](pixels), atol=5e-4)
     assert cache.manifest.logit_scale == pytest.approx(1 / 0.07)
 
 
@@ -224,7 +225,7 @@ def test_an_unreadable_image_is_counted_and_the_other_rows_do_not_shift(model, i
     check_cache(cache, model, images)
     data = TrainingSet([images], model.preprocess, model.tokenize(), BOTH, 0, [[cache]])
     arrays = data.__getitems__([Draw(0, item, epoch) for item in range(10) for epoch in range(3)])
-    expected = model.encoders()[0](arrays["pixels"])
+    expected = encoders(model, "Test")[0](arrays["pixels"])
     np.testing.assert_allclose(arrays["teacher_image_0"], expected, atol=5e-4)
 
 
@@ -240,7 +241,7 @@ def test_repeated_texts_are_encoded_once(model, digits, tmp_path):
     captions = [caption for item in range(len(digits)) for caption in digits.captions(item)]
     shard = cache.shards[0]
     assert shard.texts == len(set(captions)) < shard.captions == len(captions)
-    expected = model.encoders()[1](model.tokenize()(captions))
+    expected = encoders(model, "Test")[1](model.tokenize()(captions))
     np.testing.assert_allclose(cache.texts(range(len(captions))), expected, atol=5e-4)
 
 

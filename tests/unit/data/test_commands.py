@@ -17,6 +17,7 @@ from PIL import Image
 
 from clipress.data.sources import open_source
 from clipress.data.spec import SourceSpec
+from clipress.tasks.clip import encoders
 
 
 def assert_reports(result, *words):
@@ -196,7 +197,7 @@ def test_filter_keeps_the_images_that_the_teacher_ranks_first(teacher, folder):
     from clipress.tasks import model_from_artifact
 
     model = model_from_artifact(teacher)
-    encode_image, encode_text = model.encoders()
+    encode_image, encode_text = encoders(model, "Test")
     wanted = encode_text(model.tokenize()(["a red circle", "a cat"]))
     for name, score, _ in everything:
         pixels = normalised(fitted(open_image(folder / "images" / name), model.preprocess)[None], model.preprocess)
@@ -208,6 +209,22 @@ def test_filter_keeps_the_images_that_the_teacher_ranks_first(teacher, folder):
     clipress(*arguments, "--keep", 1, "--near-duplicates", 0.99999, "--out", folder / "alone.tsv")
     alone = {line.split("\t")[0] for line in (folder / "alone.tsv").read_text().splitlines()[1:]}
     assert len({"3.png", "copy.png"} & alone) == 1
+
+
+def test_filter_needs_a_clip(folder):
+    from clipress.artifact import save_artifact
+    from clipress.models.load import artifact_from_model
+    from clipress.tasks import task_named
+
+    student = {"width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 16, "labels": ["cat", "dog"]}
+    model = task_named("classification").student_from(student, None, 0)
+    teacher = save_artifact(artifact_from_model(model, (), {}), folder / "classifier")
+    result = clipress(
+        *("data", "filter", folder / "images", "--prompts", folder / "prompts.txt", "--model", teacher),
+        *("--count", 2, "--out", folder / "kept.tsv"),
+    )
+    assert_reports(result, "classifier: expected a CLIP, found a classification model")
+    assert not (folder / "kept.tsv").exists()
 
 
 def test_filter_requires_either_keep_or_count(teacher, folder):

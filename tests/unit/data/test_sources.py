@@ -164,3 +164,17 @@ def test_a_format_that_is_registered_elsewhere_can_be_opened():
 def test_a_source_that_cannot_be_opened_is_reported(spec, error, message):
     with pytest.raises(error, match=message):
         open_source(SourceSpec(**spec))
+
+
+def test_texts_alone_are_refused_with_the_reason(tmp_path):
+    (tmp_path / "captions.tsv").write_text("a dog\na cat\n")
+    texts = open_source(SourceSpec(format="captions", annotations=tmp_path / "captions.tsv"))
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
+    images = open_source(SourceSpec(format="images", images=tmp_path / "images"))
+    size, some = Preprocess(size=8), lambda found: np.ones((len(found), 4))
+    with pytest.raises(DataError, match="some sources have images only and others texts only"):
+        TrainingSet([images, texts], size, some, Augment(), 0)
+    for sources, number in (([texts], 0), ([images, texts], 1)):
+        with pytest.raises(DataError, match=rf"data\.train\.{number}: expected images, .* this model does not read"):
+            TrainingSet(sources, size, None, Augment(), 0)

@@ -124,6 +124,23 @@ def test_every_output_is_compared(question):
         parity.compare(question, {"question": answer}, {"question": candidate})
 
 
+@pytest.mark.parametrize("broken_at", [1, 9])
+@pytest.mark.parametrize("output", ["answer_logits", "hidden"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_output_that_is_not_finite_is_refused_at_any_batch_size(question, output, broken_at, bad):
+    def candidate(inputs):
+        found = answer(inputs)
+        if len(inputs["states"]) == broken_at:
+            found[output][0] = bad
+        return found
+
+    with (
+        np.errstate(invalid="ignore"),
+        pytest.raises(ExportError, match=r"question\.onnx does not agree.*least cosine nan"),
+    ):
+        parity.compare(question, {"question": answer}, {"question": candidate})
+
+
 @pytest.mark.parametrize(
     ("shift", "words"), [(0.5, r"y differs from the source model by 0\.5 \(limit 0\.1\)"), (np.nan, "nan")]
 )

@@ -22,7 +22,7 @@ from clipress.export.to_tensorrt import engine_from_onnx, engines_from_export, p
 from clipress.export.trtexec import write_script
 from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
-from clipress.recipe import checked
+from clipress.recipe import checked, overridden
 from clipress.runtime import cuda
 from clipress.runtime import tensorrt as machines
 from clipress.runtime.export_folder import read_export
@@ -424,6 +424,20 @@ def test_settings_are_checked_with_the_recipe():
     with pytest.raises(RecipeError, match=r"export\.tensorrt\.precision.*'int8'"):
         checked(ExportSettings, {"tensorrt": {"precision": "int8"}}, "export")
     assert checked(ExportSettings, {"tensorrt": ALL}, "export").tensorrt.batch.max == 6
+
+
+@pytest.mark.parametrize("value", [{}, {"tensorrt": {}}, 3])
+def test_targets_are_given_by_their_own_names(value):
+    with pytest.raises(RecipeError, match=r"export\.targets: unknown key 'targets'"):
+        checked(ExportSettings, {"targets": value}, "export")
+
+
+@pytest.mark.parametrize("raw", [{}, {"tensorrt": None, "onnx": {"opset": 19}}, {"tensorrt": ALL}])
+def test_the_section_reads_back_what_it_writes(raw):
+    section = checked(ExportSettings, raw, "export")
+    for mode in ("python", "json"):
+        assert checked(ExportSettings, section.model_dump(mode=mode), "export") == section
+    assert overridden(section, {"onnx": {"opset": 20}}, "export").targets == section.targets
 
 
 def without_gpu(monkeypatch):

@@ -17,6 +17,7 @@ from clipress.metrics.retrieval import retrieval
 from clipress.metrics.zeroshot import classification, unit
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
+from clipress.tasks.clip import encoders
 
 pytestmark = pytest.mark.oracle
 
@@ -101,7 +102,7 @@ def test_a_model_on_images_with_prompts_averaged_over_templates_and_all_captions
     specs = [SourceSpec(format=form, split="test", limit=limit) for form, limit in (("scenes", 20), ("digits", 60))]
     scenes, digits = evalsets(specs)
     tokenize = model.tokenize()
-    found = evaluate(*model.encoders(), [scenes, digits], size, tokenize)
+    found = evaluate(*encoders(model, "Test"), [scenes, digits], size, tokenize)
 
     def tokenizer(texts):
         return torch.from_numpy(tokenize(texts))

@@ -10,8 +10,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from clipress.errors import ExportError
 from clipress.export import metadata
+from clipress.runtime.graph import Graph, Input, Output
 from clipress.runtime.onnx_session import open_session, self_test_of
 from clipress.runtime.self_test import inputs_of, self_test_from
+
+GRAPH = Graph(
+    name="image",
+    inputs=(Input(name="pixel_values", dtype="float32", shape=(3, 2, 2)),),
+    outputs=(Output(name="image_embeds", shape=(6,)),),
+)
 
 
 def put(name, kind, *shape):
@@ -20,19 +27,19 @@ def put(name, kind, *shape):
 
 def test_inputs_are_the_same_on_every_machine():
     image, ids = put("pixel_values", "tensor(float)", 3, 9, 8), put("input_ids", "tensor(int64)", 5)
-    made = inputs_of([image, ids], 0, 4)
+    made = inputs_of([image, ids], 0, 4, {})
     pixels, words = made["pixel_values"], made["input_ids"]
     assert (pixels.dtype, pixels.shape, words.dtype, words.shape) == (np.float32, (4, 3, 9, 8), np.int64, (4, 5))
     assert pixels[0, 0, 0, 0] == np.float32(1.764052345967664)  # The stream of numpy's legacy generator is frozen.
     assert len(np.unique(pixels[1])) <= 3 * 16 and len(np.unique(pixels[2])) > 200  # Uniform squares, and noise.
     assert words.min() >= 1 and words.max() < 400
-    np.testing.assert_array_equal(made["pixel_values"], inputs_of([image, ids], 0, 4)["pixel_values"])
-    assert (made["pixel_values"] != inputs_of([image], 1, 4)["pixel_values"]).any()
+    np.testing.assert_array_equal(made["pixel_values"], inputs_of([image, ids], 0, 4, {})["pixel_values"])
+    assert (made["pixel_values"] != inputs_of([image], 1, 4, {})["pixel_values"]).any()
 
 
 def test_floats_that_are_not_images_are_noise():
     states, ids = put("states", "tensor(float)", 7, 4), put("question_ids", "tensor(int64)", 5)
-    made = inputs_of([states, ids], 0, 4)
+    made = inputs_of([states, ids], 0, 4, {})
     assert (made["states"].dtype, made["states"].shape) == (np.float32, (4, 7, 4))
     assert len(np.unique(made["states"])) == 4 * 7 * 4 and made["question_ids"].shape == (4, 5)
 
@@ -42,8 +49,37 @@ def file(tmp_path):
     """A linear image tower with a self-test."""
     path = tmp_path / "image.onnx"
     save(path, np.random.default_rng(0).standard_normal((12, 6)).astype("f"))
-    stamp(path, self_test_of(path))
+    stamp(path, self_test_of(path, [GRAPH]))
     return path
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    """A text tower with a table of five rows, whose file needs ids below 5."""
+    path = tmp_path / "text.onnx"
+    takes = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", 3])
+    gives = helper.make_tensor_value_info("text_embeds", TensorProto.FLOAT, ["batch", 3, 2])
+    table = numpy_helper.from_array(np.random.default_rng(0).standard_normal((5, 2)).astype("f"), "table")
+    nodes = [helper.make_node("Gather", ["table", "ids"], ["text_embeds"])]
+    graph = helper.make_graph(nodes, "tower", [takes], [gives], [table])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    return path
+
+
+def test_ids_stay_below_the_largest_that_a_graph_takes(vocabulary):
+    ids = Input(name="ids", dtype="int64", shape=(3,), largest=4)
+    graph = Graph(name="text", inputs=(ids,), outputs=(Output(name="text_embeds", shape=(3, 2)),))
+    test = self_test_of(vocabulary, [graph])
+    assert test["largest"] == {"ids": 4}
+    stamp(vocabulary, test)
+    assert open_session(vocabulary).run(None, {"ids": np.ones((1, 3), np.int64)})[0].shape == (1, 3, 2)
+
+
+def test_ids_of_a_file_that_names_no_largest_are_those_of_earlier_files():
+    ids = put("input_ids", "tensor(int64)", 5)
+    expected = np.random.RandomState(0).randint(1, 400, (4, 5))
+    for largest in ({}, {"input_ids": 399}, {"other": 3}):
+        np.testing.assert_array_equal(inputs_of([ids], 0, 4, largest)["input_ids"], expected)
 
 
 def save(path, weight, props=()):
@@ -104,7 +140,7 @@ def test_a_model_that_is_sensitive_to_rounding_has_a_looser_limit(apart, least):
         )
 
     cosine = 1 - apart
-    test = self_test_from(session([1, 0]), session([cosine, (1 - cosine**2) ** 0.5]))
+    test = self_test_from(session([1, 0]), session([cosine, (1 - cosine**2) ** 0.5]), {})
     assert test["least_cosine"] == pytest.approx(least, abs=1e-5)
 
 
@@ -118,6 +154,8 @@ def test_a_model_that_is_sensitive_to_rounding_has_a_looser_limit(apart, least):
         {"rows": 1 << 40},
         {"rows": "many"},
         {"seed": -1},
+        {"largest": {"pixel_values": 0, "ids": "many"}},
+        {"largest": 5},
         {"seed": None},
         {"least_cosine": "high"},
     ],

@@ -1,5 +1,7 @@
 """Classification from an export folder, against NumPy on graphs small enough to compute by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from onnx import TensorProto
@@ -202,6 +204,13 @@ def test_a_file_that_is_not_onnx_is_refused(export, texts_seen):
 @pytest.fixture
 def own_labels(tmp_path):
     return LoadedModel(write_classifier(tmp_path / "classifier"), threads=1)
+
+
+def test_non_finite_logits_of_a_classifier_are_called_logits(tmp_path, own_labels):
+    session = SimpleNamespace(run=lambda names, inputs: [np.full((1, len(LABELS)), np.nan, np.float32)])
+    own_labels.sessions = dict.fromkeys(own_labels.sessions, session)
+    with pytest.raises(ArtifactError, match="1 of 1 image logits are not finite"):
+        own_labels.classify([small_image(1)[1]])
 
 
 def softmax_by_hand(images, columns=slice(None)):

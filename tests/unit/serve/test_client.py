@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -302,12 +304,11 @@ def test_an_invalid_address_is_refused(url, protocol):
         address_from(url, protocol)
 
 
-def predict(server, *arguments, text=None):
+def predict(server, *arguments, labels="a,abc", text=None):
     from clipress.cli import main
 
-    return CliRunner().invoke(
-        main, ["predict", "--url", server.url, "--labels", "a,abc", *map(str, arguments)], input=text
-    )
+    options = ["--labels", labels] if labels else []
+    return CliRunner().invoke(main, ["predict", "--url", server.url, *options, *map(str, arguments)], input=text)
 
 
 @pytest.fixture
@@ -333,6 +334,47 @@ def test_predict_writes_a_line_of_json_per_image(serve, folder):
     assert [line["image"] for line in lines] == [str(folder / f"{number}.png") for number in range(3)]
     assert lines[0]["probabilities"] == pytest.approx({"a": 0.25, "abc": 0.75}) and "bad image" in lines[1]["error"]
     assert found.exit_code == 2 and "1 of 3 images could not be classified" in found.stderr
+
+
+def own_labels(inputs):
+    """Classify as a served classifier does, which has no other input than the image."""
+    if list(inputs) != ["image"]:
+        raise Refusal(400, f"unexpected inference input among {sorted(inputs)} for model 'classify'")
+    return {"probabilities": np.asarray([[0.5, 0.3, 0.2]] * len(inputs["image"]))}
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [("", {"cat": 0.5, "dog": 0.3, "owl": 0.2}), ("owl,dog", {"owl": 0.4, "dog": 0.6}), ("cat", {"cat": 1})],
+)
+def test_predict_selects_among_the_labels_of_a_served_classifier(serve, folder, labels, expected):
+    server = serve(classify=own_labels)
+    server.configs["classify"] = {"parameters": {"labels": {"string_value": '["cat", "dog", "owl"]'}}}
+    found = predict(server, "--json", folder, labels=labels)
+    assert found.exit_code == 0, found.output
+    rows = [json.loads(line)["probabilities"] for line in found.stdout.splitlines()]
+    assert [list(row) for row in rows] == [list(expected)] * 3 and rows[0] == pytest.approx(expected)
+
+
+def test_predict_refuses_a_label_that_a_served_classifier_lacks(serve, folder):
+    server = serve(classify=own_labels)
+    server.configs["classify"] = {"parameters": {"labels": {"string_value": '["cat", "dog"]'}}}
+    found = predict(server, folder, labels="cat,dgo")
+    assert found.exit_code == 2 and "own 2 labels, found 'dgo'" in found.stderr and "dog" in found.stderr
+    assert not server.requests
+
+
+def test_a_server_whose_model_has_no_parameters_takes_any_labels(serve, connect):
+    server = serve()
+    assert connect(server).labels() is None
+    server.configs["classify"] = {"parameters": {"version": {"string_value": "3"}}}
+    assert connect(server).labels() is None
+
+
+def test_the_client_does_not_load_local_inference():
+    code = "import sys, clipress.serve.client; print('clipress.serve.classify' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_predict_without_images_says_what_is_missing(tmp_path):

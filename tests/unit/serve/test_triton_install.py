@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from clipress.errors import BackendMissing
+from clipress.serve import triton_install
 from clipress.serve.triton_install import VERSION, Triton, check_binaries, find_triton
 
 
@@ -127,3 +130,17 @@ def test_concurrent_processes_fetch_the_server_once():
     found = [first.communicate("go\n")[0], second.communicate()[0]]
     assert found[0] == found[1] and (first.returncode, second.returncode) == (0, 0)
     assert (Path(found[0].strip()).parents[3] / "whole").is_file()
+
+
+def test_concurrent_threads_fetch_the_server_once(monkeypatch):
+    fetched, other = [], threading.Event()
+
+    def install(home):
+        fetched.append(home)
+        other.wait(0.5)  # Time for the other thread to fetch it too.
+        other.set()
+
+    monkeypatch.setattr(triton_install, "install", install)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: find_triton(), range(2))
+    assert first == second and len(fetched) == 1

@@ -21,7 +21,13 @@ from clipress.runtime.cpu import Processor
 from clipress.serve import triton_config, triton_repo
 from clipress.serve.settings import ServeSettings
 from clipress.serve.triton_config import server_options
-from clipress.serve.triton_repo import serve_version, served_version, triton_repo_from_export
+from clipress.serve.triton_repo import (
+    has_outdated_code,
+    serve_version,
+    served_version,
+    triton_repo_from_export,
+    update_code,
+)
 
 SIZE, LENGTH, DIM, WORDS = 2, 3, 4, 10
 TABLE = np.random.default_rng(0).standard_normal((WORDS, DIM)).astype(np.float32)
@@ -293,6 +299,7 @@ def test_the_readme_starts_the_server_its_backend_needs(export, tmp_path):
     ]
     for page in pages:
         assert re.search(r"FROM nvcr\.io/nvidia/tritonserver:24\.10-py3\nRUN pip install 'numpy<2' onnxruntime", page)
+        assert "faiss" not in page
         body = json.loads(re.findall(r"-d '(.*)'", page)[2])
         assert np.asarray(body["inputs"][0]["data"]).reshape(body["inputs"][0]["shape"]).shape == (1, LENGTH)
         compile(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], "README.md", "exec")
@@ -390,6 +397,54 @@ def test_every_model_is_rolled_back_with_its_configuration(export, tmp_path):
     assert serve_version(repository, 2, ServeSettings()) == 2
     assert policies(repository) == {None}
     assert config_in(repository, "classify").parameters["logit_scale"].string_value == "7.0"
+
+
+def obsolete(repository):
+    """Make all of a repository's code that of a clipress that is no longer installed; return what it was."""
+    codes = {path: path.read_bytes() for path in repository.glob("*/*/model.py")}
+    for path in codes:
+        path.unlink()  # Versions share files.
+        path.write_text("from clipress.serve.triton_model import removed\n")
+    assert codes
+    return codes
+
+
+def code_in(repository):
+    return {path: path.read_bytes() for path in repository.glob("*/*/model.py")}
+
+
+def test_an_older_version_runs_with_the_installed_clipress_after_a_roll_back(export, tmp_path):
+    repository = python_repository(export, tmp_path)
+    first = obsolete(repository)
+    changed(export)
+    python_repository(export, tmp_path)
+    second = {path.parents[1] / "2" / "model.py": code for path, code in first.items()}
+    assert code_in(repository) == first | second
+    obsolete(repository)
+    assert serve_version(repository, None, ServeSettings()) == 1
+    assert code_in(repository) == first | second
+    for path in first:
+        compile(path.read_bytes(), path, "exec")
+
+
+def test_changed_code_makes_no_new_version(export, tmp_path):
+    repository = python_repository(export, tmp_path)
+    codes = obsolete(repository)
+    python_repository(export, tmp_path)
+    assert code_in(repository) == codes
+
+
+def test_code_is_updated_and_configurations_stay(export, tmp_path):
+    repository = python_repository(export, tmp_path, max_batch=3)
+    before = snapshot(repository)
+    assert not has_outdated_code(repository)
+    linked = tmp_path / "linked.py"
+    obsolete(repository)
+    linked.hardlink_to(repository / "preprocess" / "1" / "model.py")
+    assert has_outdated_code(repository)
+    update_code(repository)
+    assert snapshot(repository) == before
+    assert "removed" in linked.read_text()  # The file was replaced: until it was, the older repository was whole.
 
 
 def test_a_repository_stays_rolled_back_until_there_is_something_new(export, tmp_path):
@@ -600,6 +655,13 @@ def test_each_kind_of_gpu_gets_its_engine_of_the_newest_tensorrt(export, tmp_pat
     assert config.max_batch_size == 16
 
 
+def test_the_readme_names_a_number_of_rows_that_every_graph_takes(export, tmp_path):
+    engine(export, "text")
+    engine(export, "image", profile={"min": [1], "opt": [4], "max": [16]})
+    (repository,) = triton_repo_from_export(export, tmp_path, ServeSettings(backend="tensorrt"))
+    assert "Requests of up to 16 rows" in " ".join((repository / "README.md").read_text(encoding="utf-8").split())
+
+
 def test_an_engine_version_is_rolled_back_unchanged(export, tmp_path):
     settings = ServeSettings(backend="tensorrt")
     for tower in ("image", "text"):
@@ -665,7 +727,8 @@ def test_an_index_belongs_to_the_version_that_searches_it(export, index, tmp_pat
     (index / "parts" / "0").write_bytes(b"others")
     repository = python_repository(export, tmp_path, index=index)
     assert [(repository / "search" / n / "index" / "parts" / "0").read_bytes() for n in "12"] == [b"vectors", b"others"]
-    assert "`search`" in (repository / "README.md").read_text(encoding="utf-8")
+    page = (repository / "README.md").read_text(encoding="utf-8")
+    assert "`search`" in page and re.search(r"RUN pip install .* faiss-cpu\n", page)
 
 
 def test_rolling_back_to_a_version_without_an_index_drops_search(export, index, tmp_path):

@@ -26,6 +26,7 @@ from clipress.models import surgery
 from clipress.models.load import artifact_from_model
 from clipress.tasks import evaluate_model, graphs_of, model_from_artifact, runs_of, task_named
 from clipress.tasks.training import TrainingJob
+from clipress.workflow.evaluate import evaluate_artifact
 
 LABELS = ["cat", "dog", "owl"]
 STUDENT = {"width": 32, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 16, "labels": LABELS}
@@ -215,3 +216,9 @@ def test_token_features_cannot_come_from_a_cache():
     job = TrainingJob("t", model, (model,), needs, (), "both", (Labelled(),), cached=True)
     with pytest.raises(RecipeError, match="'tokens' requires a teacher that runs"):
         task_named("classification").lesson(job)
+
+
+def test_a_linear_probe_of_a_classifier_is_refused_before_anything_is_evaluated(tmp_path):
+    folder = save_artifact(artifact_from_model(classifier(), (), {}), tmp_path / "a")
+    with pytest.raises(RecipeError, match=r"^Linear probe of .*a: expected a CLIP, found a classification model"):
+        evaluate_artifact(folder, [], [(None, None)])

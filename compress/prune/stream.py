@@ -1,0 +1,81 @@
+"""The residual stream of a tower on calibration samples, moved on block by block.
+
+One batch is one memory-mapped file, so that memory holds little more than the current block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clipress.compress.calibration import Samples
+from clipress.models.anatomy import Block
+from clipress.tasks import Task
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """One batch on its way through a tower's blocks."""
+
+    x: Tensor
+    """The stream, float32 [B, N, W], memory-mapped."""
+    rest: tuple[Any, ...]
+    """The other arguments of a block, such as the mask; every block gets the same."""
+    named: dict[str, Any]
+
+    def run(self, block: nn.Module) -> Tensor:
+        """Return what a block makes of it: [B, N, W]."""
+        return block(self.x.to(next(block.parameters()).device), *self.rest, **self.named)
+
+
+class _ReachedBlock(Exception):
+    """Ends a forward pass at the first block."""
+
+
+def streams_into(
+    block: Block, module: nn.Module, task: Task, samples: Iterable[Samples], folder: Path
+) -> list[BlockInputs]:
+    """Run the samples up to the first block of a tower. Returns one batch per file; empty if no sample reaches it."""
+    found: list[BlockInputs] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.append(BlockInputs(mapped(args[0], folder / f"dense-{len(found)}.npy"), args[1:], named))
+        raise _ReachedBlock
+
+    with hooks([block.module.register_forward_pre_hook(keep, with_kwargs=True)]):
+        for batch in samples:
+            if block.tower in batch:
+                with suppress(_ReachedBlock):
+                    task.call(module, block.tower, batch[block.tower])
+    return found
+
+
+def mapped(rows: Tensor, path: Path) -> Tensor:
+    """Return a float32 copy that lives in a file."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=tuple(rows.shape))
+    tensor = torch.from_numpy(array)
+    tensor.copy_(rows)
+    return tensor
+
+
+def copies(stream: Iterable[BlockInputs], folder: Path, name: str) -> list[BlockInputs]:
+    """Return a stream that can move on by itself."""
+    return [replace(one, x=mapped(one.x, folder / f"{name}-{number}.npy")) for number, one in enumerate(stream)]
+
+
+@contextmanager
+def hooks(handles: Iterable[Any]) -> Iterator[None]:
+    """Remove hooks on leaving."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
