@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from clipress.compress.prune.gates import Site
 from clipress.models.anatomy import Attn
@@ -18,11 +19,16 @@ from clipress.registry import Registry
 
 
 class Criterion:
-    """A way to score units. Subclasses define `summed` for scores from gradients, or `score` for scores from weights."""
+    """A way to score units. Subclasses define `summed` for scores from gates, `score` for scores from weights, `watch` or
+    `measure`."""
 
     space: ClassVar[str] = "separate"
     """Which gates it uses: `separate` or `upop`."""
     uses_gradients: ClassVar[bool] = True
+    from_gates: ClassVar[bool] = True
+    """Whether `uses_gradients` means those of the gates; otherwise `watch` adds up the scores."""
+    measures: ClassVar[bool] = False
+    """Whether to call `measure` before every update of the masks."""
     probe: ClassVar[bool] = False
     """Whether to use gradients of random projections of the outputs instead of gradients of the loss."""
     per_cost: ClassVar[bool] = True
@@ -34,8 +40,19 @@ class Criterion:
     for_channels: ClassVar[bool] = False
     """Whether it can score the channels of a convolutional tower, which have gradients per micro-batch only."""
 
+    def __init__(self) -> None:
+        self.measured: dict[str, Tensor] = {}
+
     def summed(self, gradient: Tensor) -> Tensor:
         """Reduce per-sample gradients over the batch: [B, groups, units] -> [groups, units]."""
+        raise NotImplementedError
+
+    def watch(self, sites: Sequence[Site], add: Callable[[int, Tensor], None]) -> list[RemovableHandle]:
+        """Install hooks that call `add` with the number of a site and a batch's scores [groups, units]."""
+        return []
+
+    def measure(self, sites: Sequence[Site], strides: Sequence[int], embed: Callable[[str], Tensor]) -> list[Tensor]:
+        """Return scores from the embeddings of a tower under other masks. `measured` receives their sum over processes."""
         raise NotImplementedError
 
     def score(self, site: Site, generator: torch.Generator) -> Tensor:
@@ -48,7 +65,8 @@ class Criterion:
 
 
 CRITERIA: Registry[type[Criterion]] = Registry(
-    "criterion", *(f"clipress.compress.prune.{name}" for name in ("criterion", "weight_criteria"))
+    "criterion",
+    *(f"clipress.compress.prune.{name}" for name in ("criterion", "weight_criteria", "hessian", "module_error")),
 )
 
 
@@ -139,11 +157,15 @@ class Accumulator:
         self.criterion, self.sites, self.seed = criterion, sites, seed
         self.sums = [torch.zeros(s.groups, s.units, dtype=torch.float64, device=s.mask.device) for s in sites]
         self.left_out = 0
+        self.handles = criterion.watch(sites, self._add_to)
+
+    def _add_to(self, at: int, scores: Tensor) -> None:
+        self.sums[at] += scores
 
     @torch.no_grad()
     def add(self) -> None:
         """Add this step's gradients."""
-        if not self.criterion.uses_gradients:
+        if not (self.criterion.uses_gradients and self.criterion.from_gates):
             return
         gradients = [site.gradient() for site in self.sites]
         finite = torch.stack([g.isfinite().flatten(1).all(1) for g in gradients if g is not None and len(g)], 0)

@@ -126,15 +126,15 @@ class Gates:
 
     def __init__(self, model: nn.Module, space: str, kinds: Mapping[str, Sequence[str]] | None = None) -> None:
         self.sites = sites(model, space, kinds)
-        self._handles = []
+        self.handles = []
         for site in self.sites:
             gate = _gate(site)
             if site.kind == "ffn" and space == "separate":
                 linear = site.part.linear_out
-                self._handles.append(linear.register_forward_pre_hook(lambda _, args, gate=gate: (gate(args[0]),)))
+                self.handles.append(linear.register_forward_pre_hook(lambda _, args, gate=gate: (gate(args[0]),)))
                 continue
             for linear in _gated_linears(site):
-                self._handles.append(linear.register_forward_hook(lambda _, __, out, gate=gate: gate(out)))
+                self.handles.append(linear.register_forward_hook(lambda _, __, out, gate=gate: gate(out)))
 
     def clear(self) -> None:
         """Drop the gate copies of the last step."""
@@ -143,7 +143,7 @@ class Gates:
 
     def remove(self) -> None:
         """Remove the hooks, so that the model runs without masks again."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
         self.clear()
 

@@ -31,6 +31,7 @@ from clipress.compress.prune.convnets import ConvPruning
 from clipress.compress.prune.costs import CostModel, cost_model, read_costs
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import DEFAULT_KINDS, Gates, Kind, Site, sites
+from clipress.compress.prune.module_error import SAMPLES
 from clipress.compress.prune.refit import Reduce, Refit, cut_and_refit
 from clipress.compress.prune.rotate import rotate
 from clipress.compress.prune.schedule import SCHEDULES, progress
@@ -144,6 +145,7 @@ class Search(Hook):
         self.model, self.gates, self.settings, self.steps, self.reduce = model, gates, settings, steps, reduce
         self.criterion = CRITERIA[settings.criterion]()
         self.seen = Accumulator(self.criterion, gates.sites, seed)
+        gates.handles += self.seen.handles
         self.groups = groups_of(model, gates.sites, settings.budget)
         self.updates, self.seed = 0, seed
         self.update_every = settings.update_every or max(min(10, steps // 10), 1)
@@ -159,6 +161,8 @@ class Search(Hook):
     def before(self, step: int, arrays: Mapping[str, Tensor]) -> None:
         if self.criterion.probe:
             self._probe(step, arrays)
+        if self.criterion.measures and self.moves(step):
+            self._measure(arrays)
         self.gates.clear()
 
     def after_part(self, step: int) -> None:
@@ -178,6 +182,17 @@ class Search(Hook):
         for copy, gradient in zip(copies, torch.autograd.grad(projected, copies), strict=True):
             copy.grad = gradient
         self.seen.add()
+
+    def _measure(self, arrays: Mapping[str, Tensor]) -> None:
+        """Score the units by what the embeddings of the first samples lose without them."""
+        task, sites = task_named(self.model.task), self.gates.sites
+        samples = task.inputs_of({name: rows[:SAMPLES] for name, rows in arrays.items()})
+
+        def embed(tower: str) -> Tensor:
+            return outputs_of(task, self.model.module, {tower: samples[tower]})[tower]
+
+        errors = self.criterion.measure(sites, [stride(site, self.settings.align) for site in sites], embed)
+        self.criterion.measured = {site.name: self.reduce(error) for site, error in zip(sites, errors, strict=True)}
 
     def state(self) -> dict[str, Any]:
         masks = [site.mask for site in self.gates.sites]

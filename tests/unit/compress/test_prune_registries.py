@@ -52,6 +52,11 @@ def scored(module, name):
     criterion = CRITERIA[name]()
     gates = Gates(module, criterion.space)
     seen = Accumulator(criterion, gates.sites)
+    if criterion.measures:
+        encode = {"image": lambda: module.encode_image(pixels()) if anatomy.is_clip(module) else module(pixels())}
+        encode["text"] = lambda: module.encode_text(torch.arange(1, 25).repeat(3, 1))
+        errors = criterion.measure(gates.sites, [4] * len(gates.sites), lambda tower: encode[tower]())
+        criterion.measured = {site.name: error for site, error in zip(gates.sites, errors, strict=True)}
     outputs = module.encode_image(pixels()) if anatomy.is_clip(module) else module(pixels())
     outputs.square().sum().backward()
     seen.add()
