@@ -28,6 +28,7 @@ from clipress.compress.prune.costs import CostModel, cost_model, read_costs
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import DEFAULT_KINDS, Gates, Kind, Site
 from clipress.compress.prune.schedule import SCHEDULES, progress
+from clipress.compress.prune.vocabulary import Vocabulary, shrink
 from clipress.compress.settings import Training
 from clipress.compress.stage import stage
 from clipress.compress.train import train
@@ -42,7 +43,10 @@ log = logging.getLogger("clipress.prune")
 class Prune(Training):
     """Settings of `prune`."""
 
-    budget: Budget
+    budget: Budget | None = None
+    """What may remain inside blocks. Optional with `vocabulary`, which alone needs no training."""
+    vocabulary: Vocabulary | None = None
+    """Shrink the token embedding first."""
     sites: dict[str, tuple[Kind, ...]] = Field(default_factory=dict)
     """What to cut, per tower: any of heads, qk, v, ffn. An empty list leaves a tower uncut. Default: qk, v and ffn."""
     criterion: Annotated[str, AfterValidator(CRITERIA.check)] = "fisher"
@@ -60,6 +64,14 @@ class Prune(Training):
     lr: float = Field(2e-4, ge=0)
 
     def model_post_init(self, context: Any) -> None:
+        if self.budget is None:
+            if self.vocabulary is None:
+                raise RecipeError("prune: expected a budget, a vocabulary or both, found neither.")
+            if self.steps is not None or self.epochs is not None:
+                raise RecipeError(
+                    "prune: without a budget nothing is trained. Set 'budget', or leave out steps and epochs."
+                )
+            return
         super().model_post_init(context)
         terms_from(self.losses, "prune.losses")
         terms_from(self.distill_losses, "prune.distill_losses")
@@ -211,6 +223,11 @@ class Search(Hook):
 )
 def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Search and cut. The cut model computes the same outputs as the masked one."""
+    shrunk: dict[str, Any] = {}
+    if settings.vocabulary is not None:
+        model, shrunk = shrink(settings.vocabulary, model, context)
+    if settings.budget is None:
+        return model, shrunk
     terms = terms_from(settings.losses, "prune.losses") | terms_from(settings.distill_losses, "prune.distill_losses")
     check_towers(settings.sites, anatomy.towers(model.module), "prune.sites")
     fabric = context.fabric
@@ -239,6 +256,7 @@ def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[st
         details |= channels.cut()
     kept = anatomy.counts(model.module)["block_params"] / before
     shapes = surgery.shapes(model.module)
+    details |= shrunk
     return model, details | {"criterion": settings.criterion, "block_params_kept": round(kept, 4), "shapes": shapes}
 
 
