@@ -39,6 +39,8 @@ class Sparsify(Training):
     """Number of training items used by `method: sparsegpt`."""
     losses: Losses = ("contrastive", "affinity", "feature", "interactive")
     """Losses of the fine-tuning that follows."""
+    steps: int | None = Field(None, ge=0)
+    """Steps of the fine-tuning; 0 leaves it out."""
     lr: float = Field(1e-4, ge=0)
 
     def model_post_init(self, context: Any) -> None:
@@ -68,7 +70,9 @@ def run(settings: Sparsify, model: Model, context: Context) -> tuple[Model, dict
         model.module.load_state_dict(context.fabric.broadcast(model.module.state_dict()))
     sparsity = {"pattern": settings.pattern, "method": settings.method, **dataclasses.asdict(report)}
     sparse = dataclasses.replace(model, sparsity=sparsity)
-    details = train(sparse, settings, terms_from(settings.losses, "sparsify.losses"), context)
+    details: dict[str, Any] = {"steps": 0}
+    if settings.steps != 0:
+        details = train(sparse, settings, terms_from(settings.losses, "sparsify.losses"), context)
     kept = {"skipped": report.skipped, "by_magnitude": report.by_magnitude}
     return sparse, details | {"sparse_weights": len(report.weights), **kept}
 

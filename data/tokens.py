@@ -1,35 +1,27 @@
 """Text -> token ids, the same as open_clip's. An artifact describes its tokenizer in a small mapping.
 
-CLIP's byte-pair encoding (Radford et al. 2021) is built here from open_clip's vocabulary and Hugging Face's
-`tokenizers`: open_clip's own implementation imports torch, caches every word it has seen, and takes time quadratic in
-the length of a word.
+CLIP's own tokenizer is `bpe.py`, and needs no torch; others are open_clip's and Hugging Face's.
 """
 
 from __future__ import annotations
 
-import gzip
-import html
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
+from clipress.data.bpe import MAX_LETTERS, ClipBpe
+from clipress.data.vocabulary import CLIP_BPE, is_reducible, kept_tokens
 from clipress.errors import ArtifactError, BackendMissing
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 MAX_LENGTH = 1 << 13  # ids per text
-MAX_LETTERS = 1 << 17  # per text; the rest is ignored
 LETTERS = 64  # per id, for open_clip's own tokenizer, which is quadratic; twice the longest token
 KNOWN = {"clean", "strip_sep_token", "language", "tokenizer_mode", "additional_special_tokens", "reduction_mask"}
 """Tokenizer settings that an artifact may have; other settings of transformers could download and run code."""
-CLIP_BPE = "clip-bpe"
-MERGES = 49_152 - 256 - 2  # used from the vocabulary file, which has more
-SPECIAL = ("<start_of_text>", "<end_of_text>")
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def tokenizer_spec(architecture: dict[str, Any]) -> dict[str, Any]:
@@ -65,8 +57,9 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenize:
     """
     check_spec(spec)
     name, length, kwargs = spec["name"], spec["context_length"], spec.get("kwargs") or {}
-    if name == CLIP_BPE and not kwargs:
-        return _clip_bpe(length)
+    kept = kept_tokens(spec)
+    if is_reducible(spec):
+        return _clip_bpe(length, kept)
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     try:
@@ -79,52 +72,33 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenize:
     return lambda texts: tokenizer([_cut(text, length * LETTERS) for text in texts], context_length=length).numpy()
 
 
+def count_tokens(spec: Mapping[str, Any], texts: Iterable[str]) -> Counter[int]:
+    """Count the tokens of texts by id, start and end included: all of a text by CLIP's tokenizer, what fits by another."""
+    if is_reducible(spec):
+        encoding = ClipBpe(kept_tokens(spec))
+        rows = ((encoding.start, *encoding.ids(_cut(text, MAX_LETTERS)), encoding.end) for text in texts)
+    else:
+        tokenize = tokenizer_from_spec(spec)
+        rows = (tokenize([text])[0].tolist() for text in texts)
+    return Counter(chain.from_iterable(rows))
+
+
 def _cut(text: str, letters: int) -> str:
     """Return the first letters of a text, lone surrogates replaced."""
     return text[:letters].encode("utf-8", "replace").decode("utf-8")
 
 
-def _clip_bpe(length: int) -> Tokenize:
-    import ftfy
-    import regex
-    from tokenizers.models import BPE
-
-    symbols = _symbols_of_bytes()
-    merges = [tuple(line.split()) for line in _vocabulary_file().split("\n")[1 : 1 + MERGES]]
-    ends = [f"{symbol}</w>" for symbol in symbols.values()]
-    vocabulary = [*symbols.values(), *ends, *map("".join, merges), *SPECIAL]
-    ids = {entry: number for number, entry in enumerate(vocabulary)}
-    start, end = (ids[entry] for entry in SPECIAL)
-    bpe = BPE(ids, merges, end_of_word_suffix="</w>")
-    words = regex.compile("|".join((*SPECIAL, WORDS)), regex.IGNORECASE)
-
-    def ids_of(text: str) -> Iterator[int]:
-        cleaned = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
-        for word in words.findall(cleaned):
-            if word in SPECIAL:
-                yield ids[word]
-            else:
-                yield from (token.id for token in bpe.tokenize("".join(symbols[byte] for byte in word.encode())))
+def _clip_bpe(length: int, kept: Sequence[int] | None) -> Tokenize:
+    encoding = ClipBpe(kept)
 
     def tokenize(texts: Sequence[str]) -> np.ndarray:
         rows = np.zeros((len(texts), length), np.int64)
         for row, text in zip(rows, texts, strict=True):
-            found = [start, *islice(ids_of(_cut(text, MAX_LETTERS)), length), end][:length]
+            ids = islice(encoding.ids(_cut(text, MAX_LETTERS)), length)
+            found = [encoding.start, *ids, encoding.end][:length]
             row[: len(found)] = found
             if len(found) == length:
-                row[-1] = end
+                row[-1] = encoding.end
         return rows
 
     return tokenize
-
-
-def _symbols_of_bytes() -> dict[int, str]:
-    """Return GPT-2's printable stand-in for every byte, in the vocabulary's order (Radford et al. 2019)."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
-
-
-def _vocabulary_file() -> str:
-    package = find_spec("open_clip")  # found without importing it, which would import torch
-    return gzip.decompress(Path(package.origin).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()

@@ -73,9 +73,10 @@ def shrink_embedding(model: onnx.ModelProto) -> None:
     Rows are scaled after the look-up, so only those of a text's ids become floats.
     """
     graph = model.graph
-    tables = {item.name: item for item in graph.initializer if len(item.dims) == 2 and item.dims[0] > 1024}
+    tables = {item.name: item for item in graph.initializer if len(item.dims) == 2}
+    given = {put.name for put in graph.input}
     for position, node in enumerate(list(graph.node)):
-        if node.op_type != "Gather" or node.input[0] not in tables:
+        if node.op_type != "Gather" or node.input[0] not in tables or node.input[1] not in given:
             continue
         table = numpy_helper.to_array(tables[node.input[0]])
         scale = np.maximum(np.abs(table).max(1, keepdims=True), 1e-12).astype(np.float32) / 127

@@ -9,7 +9,8 @@ They are JSON in `metadata_props`, under the key `clipress`; in ONNX Runtime:
     agrees                           how the graph is compared with another implementation: embeddings or logits
     precision                        fp32 or int8; in a lowered file fp16, bf16, int8-fp16 or the like
     preprocess                       size, mean, std and the rest of what turns an image into pixel_values
-    tokenizer                        name, context_length and kwargs: what turns a text into input_ids
+    tokenizer                        name, context_length and kwargs: what turns a text into input_ids; kept, the
+                                     tokens of a reduced vocabulary (data/vocabulary.py), only where there is one
     embed_dim, logit_scale, logit_bias   the scale is exponentiated; the bias is null for a CLIP without one
     labels, templates                of a classifier: the names of its columns, and the prompts of a zero-shot one
     stage, lineage_hash              the artifact it was exported from

@@ -284,12 +284,22 @@ def _last_block(model: nn.Module, tower: str) -> Block:
     return found[-1]
 
 
+def token_table(model: nn.Module) -> nn.Embedding | None:
+    """Return the lookup table of a text tower's tokens, which may be a factor of its embedding; None if there is none."""
+    embedding = getattr(text_root(model)[1], "token_embedding", None)
+    return (
+        next((module for module in embedding.modules() if isinstance(module, nn.Embedding)), None)
+        if embedding
+        else None
+    )
+
+
 def embedding_parameters(model: nn.Module) -> int:
     """Count the parameters of lookup tables: token, position and class embeddings. They cost memory but no multiplications."""
     tables = [getattr(_timm_root(model)[1], name, None) for name in ("pos_embed", "cls_token")]
     if is_clip(model):
         _, text = text_root(model)
-        tables.append(getattr(getattr(text, "token_embedding", None), "weight", None))
+        tables.append(getattr(token_table(model), "weight", None))
         tables += [getattr(tower, "positional_embedding", None) for tower in (text, model.visual)]
         tables.append(getattr(model.visual, "class_embedding", None))
     return sum(table.numel() for table in tables if table is not None)

@@ -234,9 +234,13 @@ def artifact_from_model(model: Model, lineage: tuple[dict[str, Any], ...], metri
 
 
 def save_for_open_clip(model: Model, folder: Path) -> bool:
-    """Write a model so that plain open_clip loads it (`local-dir:FOLDER`). Returns False if it is cut, resized or INT8."""
+    """Write a model so that plain open_clip loads it (`local-dir:FOLDER`).
+
+    Returns False if it is cut, resized or INT8, or has a reduced vocabulary.
+    """
     if (
         model.quantization
+        or model.tokenizer.get("kept") is not None
         or _is_resized(model.module)
         or surgery.shapes(model.module) != surgery.shapes(build(model.architecture))
     ):

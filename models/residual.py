@@ -25,6 +25,7 @@ _IN_TOWER: dict[str, Axes] = {
     },
     "text": {
         "token_embedding.weight": (1, None),
+        "token_embedding.up.weight": (0, None),
         "cls_emb": (0, None),
         "positional_embedding": (1, None),
         "ln_final.weight": (0, None),
@@ -49,7 +50,14 @@ _IN_BLOCK: Axes = {
     "mlp.c_proj.bias": (0, None),
     "ls_2.gamma": (0, None),
 }
-_WITHOUT_CHANNELS = {"attn.q.bias", "attn.k.bias", "attn.v.bias", "mlp.c_fc.bias", "text_projection.bias"}
+_WITHOUT_CHANNELS = {
+    "token_embedding.rows.weight",
+    "attn.q.bias",
+    "attn.k.bias",
+    "attn.v.bias",
+    "mlp.c_fc.bias",
+    "text_projection.bias",
+}
 
 
 def transformer(model: nn.Module, tower: str) -> nn.Module | None:

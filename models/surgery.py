@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clipress.errors import ArtifactError
-from clipress.models import convnets
+from clipress.models import convnets, token_table
 from clipress.models.anatomy import TEXT_MODULES, Attn, Ffn, Part, attentions, parts, stock_attentions
 from clipress.models.attention import Attention, TimmAttention
 
@@ -134,9 +134,10 @@ def shapes(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the shapes that the architecture no longer determines once parts, or channels, have been cut.
 
     A block's parts share one record under the block's name, `{heads, qk_dim, v_dim, scale, ffn}`; a second part of the
-    same kind has a record under its own name.
+    same kind has a record under its own name. So does a token embedding of two factors, `{rank}`.
     """
     found: dict[str, dict[str, Any]] = convnets.conv_shapes(model) if convnets.is_convnet(model) else {}
+    found |= token_table.table_shape(model)
     for part in parts(model):
         shared = found.setdefault(part.block, {})
         if shared.keys() & part.shape.keys():
@@ -154,6 +155,8 @@ def reshape(model: nn.Module, wanted: Mapping[str, Mapping[str, Any]]) -> nn.Mod
     """
     if convnets.is_convnet(model):
         convnets.reshape_convs(model, wanted)
+    if record := wanted.get(token_table.path_of(model)):
+        token_table.reshape_table(model, record)
     for part in parts(model):
         shape = _recorded_shape(part, wanted)
         if isinstance(part, Attn):

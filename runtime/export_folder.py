@@ -6,7 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import Preprocess
@@ -20,11 +29,17 @@ SCHEMA_VERSION = 1
 
 
 class Tokenizer(BaseModel):
-    """The tokenizer's name and the length of a text in ids."""
+    """The tokenizer's name, the length of a text in ids, and which tokens it has."""
 
     name: str
     context_length: int = Field(ge=1)
     kwargs: dict[str, Any] = {}
+    kept: str | None = None
+    """Only of a reduced vocabulary, see data/vocabulary.py."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if value is not None}
 
 
 class OnnxFile(BaseModel):

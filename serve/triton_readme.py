@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from string import Template
 
-from clipress.data.tokens import CLIP_BPE
+from clipress.data.vocabulary import is_reducible
 from clipress.runtime.export_folder import Exported, Tokenizer
 from clipress.runtime.graph import Graph
 from clipress.runtime.served import model_of
@@ -240,7 +240,7 @@ def _program(exported: Exported) -> str:
 
 def _packages(tokenizer: Tokenizer | None, with_search: bool) -> str:
     """Return the packages to install. CLIP's own tokenizer reads open_clip's vocabulary and needs no torch."""
-    plain = tokenizer is not None and tokenizer.name == CLIP_BPE and not tokenizer.kwargs
+    plain = tokenizer is not None and is_reducible(tokenizer.model_dump())
     words = "" if tokenizer is None else "ftfy regex tokenizers " if plain else "open_clip_torch transformers "
     return f"{words}pillow pydantic pyyaml{' faiss-cpu' if with_search else ''}"
 

@@ -128,15 +128,20 @@ def encoders(model: Model, what: str) -> tuple[Callable, Callable]:
 class EncoderPair(TrainingModule):
     """A single forward pass for both towers, so that DDP and FSDP see all parameters used."""
 
-    def __init__(self, model: nn.Module, tokens: Sequence[str] = (), frozen: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, tokens: Sequence[str] = (), frozen: Sequence[str] = (), ids_of: Tensor | None = None
+    ) -> None:
         super().__init__(model, tokens)
         self.frozen = tuple(frozen)
+        self.register_buffer("ids_of", ids_of, persistent=False)  # the model's id of each of the batch's tokens
 
     def forward(
         self, pixels: Tensor | None = None, ids: Tensor | None = None, masked: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Encode the given inputs. Returns raw embeddings [B, D] per side, `masked`, hooked tokens, and `scale`."""
         outputs = {"scale": self.model.logit_scale.exp().reshape(())}
+        if ids is not None and self.ids_of is not None:
+            ids = self.ids_of[ids]
         encode = {"image": (self.model.encode_image, pixels), "text": (self.model.encode_text, ids)}
         for side, (encoder, inputs) in encode.items():
             if inputs is not None:
@@ -166,8 +171,10 @@ class ClipLesson(Lesson):
         self.classes = _classes(job) if "classes" in job.needs else None
 
     def module(self, module: nn.Module) -> EncoderPair:
-        is_student = module is self.job.student.module
-        return EncoderPair(module, self.tokens, [s for s in SIDES if s not in self.learning] if is_student else ())
+        if module is self.job.student.module:
+            return EncoderPair(module, self.tokens, [side for side in SIDES if side not in self.learning])
+        teacher = next((one for one in self.job.teachers if one.module is module), None)
+        return EncoderPair(module, self.tokens, ids_of=None if teacher is None else self.job.ids_for(teacher))
 
     def inputs(self, arrays: Mapping[str, Tensor], mask: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
         inputs = self._of(arrays, self.shown)

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from clipress.data.vocabulary import translation
 from clipress.errors import RecipeError
 from clipress.models import anatomy
 from clipress.models.load import Model
@@ -130,15 +132,23 @@ class TrainingJob:
                 "'tokens' or 'teacher.cache'."
             )
         student = self.student
-        for what, own, other in (
-            ("preprocessing", student.preprocess.model_dump(), teacher.preprocess.model_dump()),
-            ("tokenizer", student.tokenizer, teacher.tokenizer),
+        has_ids = self.ids_for(teacher) is not None
+        for what, own, other, translated in (
+            ("preprocessing", student.preprocess.model_dump(), teacher.preprocess.model_dump(), False),
+            ("tokenizer", student.tokenizer, teacher.tokenizer, has_ids),
         ):
-            if own != other and not self.cached:
+            if own != other and not translated and not self.cached:
                 raise RecipeError(
-                    f"{self.title}: expected the same {what} for teacher and student, found {other} and {own}. Set "
-                    "'teacher.cache' to use different ones."
+                    f"{self.title}: expected the same {what} for teacher and student, found {other!s:.200} and "
+                    f"{own!s:.200}. Set 'teacher.cache' to use different ones."
                 )
+
+    def ids_for(self, teacher: Model) -> Tensor | None:
+        """Return the teacher's id of each of the student's tokens, int64 [tokens], if the student's vocabulary is reduced."""
+        if self.student.tokenizer is None or teacher.tokenizer is None:
+            return None
+        found = translation(self.student.tokenizer, teacher.tokenizer)
+        return None if found is None else torch.from_numpy(found)
 
     def sizes(self, width: Callable[[Model], int], learning: Sequence[str]) -> Sizes:
         """Return the sizes that losses read; `width` gives a model's embedding width or number of classes."""

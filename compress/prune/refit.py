@@ -40,7 +40,7 @@ class Refit(Section):
     target: Literal["residual", "own"] = "residual"
     """What a projection is fitted to: the uncut model's residual stream, so that it corrects earlier errors too, or the uncut
     projection's own output."""
-    probes: int = Field(2, ge=0)
+    probes: int = Field(0, ge=0)
     """Random projections of the output that find how much each token matters; 0: all tokens count alike."""
     projection: bool = True
     """Refit the projection of the pooled features too."""

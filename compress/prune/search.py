@@ -36,6 +36,7 @@ from clipress.compress.prune.refit import Reduce, Refit, cut_and_refit
 from clipress.compress.prune.rotate import rotate
 from clipress.compress.prune.schedule import SCHEDULES, progress
 from clipress.compress.prune.scoring import score_units
+from clipress.compress.prune.vocabulary import Vocabulary, shrink
 from clipress.compress.settings import Training
 from clipress.compress.stage import Details, stage
 from clipress.compress.train import train
@@ -51,7 +52,10 @@ log = logging.getLogger("clipress.prune")
 class Prune(Training):
     """Settings of `prune`."""
 
-    budget: Budget
+    budget: Budget | None = None
+    """What may remain inside blocks. Optional with `vocabulary`, which alone needs no training."""
+    vocabulary: Vocabulary | None = None
+    """Shrink the token embedding first."""
     sites: dict[str, tuple[Kind, ...]] = Field(default_factory=dict)
     """What to cut, per tower: any of heads, qk, v, ffn. An empty list leaves a tower uncut. Default: qk, v and ffn."""
     criterion: Annotated[str, AfterValidator(CRITERIA.check)] = "fisher"
@@ -81,6 +85,14 @@ class Prune(Training):
     lr: float = Field(2e-4, ge=0)
 
     def model_post_init(self, context: Any) -> None:
+        if self.budget is None:
+            if self.vocabulary is None:
+                raise RecipeError("prune: expected a budget, a vocabulary or both, found neither.")
+            if self.steps is not None or self.epochs is not None:
+                raise RecipeError(
+                    "prune: without a budget nothing is trained. Set 'budget', or leave out steps and epochs."
+                )
+            return
         super().model_post_init(context)
         terms_from(self.losses, "prune.losses")
         terms_from(self.distill_losses, "prune.distill_losses")
@@ -262,6 +274,11 @@ class Search(Hook):
 )
 def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Search and cut. The cut model computes the same outputs as the masked one."""
+    shrunk: dict[str, Any] = {}
+    if settings.vocabulary is not None:
+        model, shrunk = shrink(settings.vocabulary, model, context)
+    if settings.budget is None:
+        return model, shrunk
     check_towers(settings.sites, anatomy.towers(model.module), "prune.sites")
     fabric = context.fabric
     model.module.to(fabric.device)
@@ -281,6 +298,7 @@ def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[st
     details |= _cut(settings, model, context, masks, reduce)
     kept = anatomy.counts(model.module)["block_params"] / before
     shapes = surgery.shapes(model.module)
+    details |= shrunk
     return model, details | {"criterion": settings.criterion, "block_params_kept": round(kept, 4), "shapes": shapes}
 
 
