@@ -9,6 +9,11 @@ import pytest
 import torch
 from helpers import torchrun, write_recipe
 
+from clipress.data.eval_sets import evalsets
+from clipress.data.spec import SourceSpec
+from clipress.models import surgery
+from clipress.tasks import model_from_artifact
+
 JOB = Path(__file__).with_name("distributed_job.py")
 
 
@@ -61,3 +66,28 @@ def test_torchrun_runs_a_recipe_and_only_one_process_writes(recipe, tmp_path, st
     assert [row["stage"] for row in rows] == ["teacher", name]
     steps = (tmp_path / "run" / "logs" / f"{name}.jsonl").read_text().splitlines()
     assert len(steps) == recipe["stages"][0][kind]["steps"]
+
+
+def test_two_processes_rotate_score_and_refit_as_one(recipe, tmp_path):
+    shape = {
+        "budget": {"params": 0.5},
+        "align": {"head_dim": 4, "ffn": 16},
+        "steps": 0,
+        "calibrate": 64,
+        "batch_size": 32,
+    }
+    recipe["stages"] = [{"prune": {**shape, "refit": {"samples": 64}}}]
+    recipe["data"]["augment"] = {"shift": 0}
+    path = write_recipe(recipe, tmp_path)
+    command = ("-m", "clipress", "compress", path, "--out")
+    subprocess.run([sys.executable, *command, tmp_path / "alone"], check=True, capture_output=True, timeout=300)
+    done = torchrun(*command, tmp_path / "both")
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone, both = (model_from_artifact(tmp_path / name / "pruned") for name in ("alone", "both"))
+    assert surgery.shapes(both.module) == surgery.shapes(alone.module)
+    # Bases may differ in sign and in directions that no sample uses, so embeddings of real images are compared.
+    (one,) = evalsets([SourceSpec(format="scenes", split="test", limit=24)])
+    pixels = torch.from_numpy(next(one.pixel_batches(alone.preprocess, 24)))
+    with torch.no_grad():
+        own, other = (model.module.encode_image(pixels, normalize=True) for model in (both, alone))
+    assert float((own * other).sum(1).min()) > 0.995

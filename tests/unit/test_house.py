@@ -24,7 +24,7 @@ ARROWS = {
     | {"artifact", "bench", "compress", "data", "export", "metrics", "models", "progress", "runtime", "serve", "tasks"}
     | {"version"},
     "studies": FOUNDATION
-    | {"artifact", "bench", "compress", "data", "export", "models", "progress", "runtime", "serve", "tasks"},
+    | {"artifact", "bench", "compress", "data", "export", "metrics", "models", "progress", "runtime", "serve", "tasks"},
     "compress": FOUNDATION | {"artifact", "data", "metrics", "models", "progress", "registry", "tasks", "version"},
     "export": FOUNDATION
     | {"artifact", "data", "metrics", "models", "progress", "registry", "runtime", "tasks", "version"},
