@@ -49,6 +49,11 @@ class Calibration:
             outputs_of(self.task, module, samples)
 
 
+def random_projection(y: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the sum of a tensor's entries with random signs; its squared gradient estimates that of every output."""
+    return (y * (torch.randint(0, 2, y.shape, generator=generator) * 2 - 1).to(y)).sum()
+
+
 def outputs_of(task: Task, module: nn.Module, samples: Samples) -> dict[str, Tensor]:
     """Return the first output of every graph: rows [B, ...] by graph."""
     return {name: next(iter(task.call(module, name, inputs).values())) for name, inputs in samples.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,9 @@ from clipress.models import anatomy
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over processes."""
 
 
 def uses_bf16(precision: str, device: str) -> bool:
@@ -96,6 +99,11 @@ def gathered(local: Tensor, fabric: Fabric) -> Tensor:
     if fabric.world_size == 1:
         return local
     return fabric.all_gather(local, sync_grads=local.requires_grad).flatten(0, 1)
+
+
+def all_sum(total: Tensor, fabric: Fabric) -> Tensor:
+    """Sum a tensor over processes."""
+    return total if fabric.world_size == 1 else fabric.all_reduce(total, reduce_op="sum")
 
 
 def all_mean(values: Sequence[Tensor], fabric: Fabric) -> list[float]:

@@ -48,6 +48,16 @@ RECIPE: dict[str, Any] = {
 }
 
 
+def tiny_inputs(batch=3):
+    """Return random images and texts that fit `tiny_architecture`."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 400, (batch, 24), generator=generator)
+    ids[:, -1] = 49407
+    return torch.randn(batch, 3, 32, 32, generator=generator), ids
+
+
 def write_recipe(recipe: dict[str, Any], folder: Path) -> Path:
     path = folder / "recipe-under-test.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")

@@ -18,15 +18,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from clipress.compress.calibration import Samples
-from clipress.compress.prune.stream import BlockInputs, copies, hooks, streams_into
+from clipress.compress.calibration import Samples, random_projection
+from clipress.compress.fabric import Reduce
+from clipress.compress.prune.stream import BlockInputs, Reached, copies, hooks, streams_into
 from clipress.models import anatomy
 from clipress.models.anatomy import Attn, Block, Part
 from clipress.models.load import Model
 from clipress.recipe import Section
 from clipress.tasks import Task, task_named
 
-Reduce = Callable[[Tensor], Tensor]
 CutPart = Callable[[Part], None]
 
 
@@ -80,10 +80,6 @@ class Regression:
             linear.bias[rows] = (t - x @ new).to(linear.bias)[rows]
 
 
-class _Reached(Exception):
-    """Ends a block's forward pass once everything wanted has been seen."""
-
-
 @torch.no_grad()
 def cut_and_refit(
     blocks: Sequence[Block],
@@ -103,24 +99,22 @@ def cut_and_refit(
         settings: the settings of the refit.
         reduce: sums a tensor over processes.
 
-    Returns False, with everything cut, if no sample reaches the tower.
+    Returns False, with nothing cut, if no sample reaches the tower.
     """
     module, task, tower = model.module.eval(), task_named(model.task), blocks[0].tower
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dense = streams_into(blocks[0], module, task, samples, folder)
         if not dense:
-            for block in blocks:
-                for part in block.parts:
-                    cut(part)
             return False
-        projection = Projection.of(module, task, tower)
-        wanted = projection.outputs(samples) if projection and settings.projection else []
+        found = anatomy.projection(module, tower) if settings.projection else None
+        projection = None if found is None else Projection(found, module, task, tower)
+        wanted = [] if projection is None else projection.outputs(samples)
         weights = token_weights(blocks, module, task, samples, settings.probes) if settings.probes else None
         streams = _Streams(dense, folder, settings, reduce)
         for number, block in enumerate(blocks):
             streams.pass_block(block, cut, weights[number] if weights else [None] * len(dense))
-        if wanted:
+        if projection is not None:
             projection.refit(samples, wanted, settings.ridge, reduce)
     return True
 
@@ -182,12 +176,12 @@ def _run_until(block: Block, inputs: BlockInputs, part: Part | None) -> tuple[Te
 
     def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen["result"] = args[0]
-        raise _Reached
+        raise Reached
 
     handles = [attn.module.out.register_forward_hook(lambda _, __, y: seen.update(added=y))]
     if part is not None:
         handles.append(output_of(part).register_forward_pre_hook(stop))
-    with hooks(handles), suppress(_Reached):
+    with hooks(handles), suppress(Reached):
         seen["result"] = inputs.run(block.module)
     if part is not None and part.name == attn.name and not attn.module.heads:  # without heads, `out` does not run
         seen["result"] = inputs.x.new_zeros(*inputs.x.shape[:2], 0)
@@ -202,12 +196,6 @@ class Projection:
 
     def __init__(self, found: nn.Linear | nn.Parameter, module: nn.Module, task: Task, tower: str) -> None:
         self.found, self.module, self.task, self.tower = found, module, task, tower
-
-    @classmethod
-    def of(cls, module: nn.Module, task: Task, tower: str) -> Projection | None:
-        """Return a tower's projection, or None if it has none of a kind that can be refitted."""
-        found = anatomy.projection(module, tower)
-        return None if found is None else cls(found, module, task, tower)
 
     def outputs(self, samples: Iterable[Samples]) -> list[Tensor]:
         """Return what the projection makes of every batch: [B, out]."""
@@ -278,5 +266,4 @@ def _probe(
     start = blocks[0].module.register_forward_pre_hook(lambda _, args: (args[0].requires_grad_(), *args[1:]))
     with hooks([start, *(block.module.register_forward_hook(lambda _, __, out: outs.append(out)) for block in blocks)]):
         y = next(iter(task.call(module, blocks[0].tower, inputs).values()))
-    signs = (torch.randint(0, 2, y.shape, generator=generator) * 2 - 1).to(y)
-    return torch.autograd.grad((y * signs).sum(), outs)
+    return torch.autograd.grad(random_projection(y, generator), outs)

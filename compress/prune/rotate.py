@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from clipress.compress.fabric import Reduce
+from clipress.compress.prune.stream import hooks
 from clipress.models.anatomy import Attn
 from clipress.models.attention import Attention
 
 FLOOR = 1e-7  # of the largest eigenvalue; a direction that no sample uses still gets an invertible turn
-Reduce = Callable[[Tensor], Tensor]
 
 
 class _Moments:
@@ -25,7 +26,7 @@ class _Moments:
     def __init__(self, attn: Attention) -> None:
         self.attn = attn
         self.queries = self.keys = self.outputs = 0.0
-        self.handles = [
+        self.hooks = [
             attn.q.register_forward_hook(lambda _, __, q: self._add("queries", q)),
             attn.k.register_forward_hook(lambda _, __, k: self._add("keys", k)),
             attn.out.register_forward_pre_hook(lambda _, args: self._add("outputs", args[0])),
@@ -49,10 +50,9 @@ def rotate(parts: Iterable[Attn], show: Callable[[], None], reduce: Reduce = lam
     """
     attentions = {part.name: part.module for part in parts}
     moments = [_Moments(attn) for attn in attentions.values() if attn.heads and attn.q.weight.requires_grad]
-    show()
+    with hooks(handle for own in moments for handle in own.hooks):
+        show()
     for own in moments:
-        for handle in own.handles:
-            handle.remove()
         if isinstance(own.queries, Tensor):
             _turn(own.attn, *(reduce(total) for total in (own.queries, own.keys, own.outputs)))
 

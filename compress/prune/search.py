@@ -19,11 +19,12 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from clipress.compress.calibration import Calibration, outputs_of
+from clipress.compress.calibration import Calibration, outputs_of, random_projection
 from clipress.compress.context import Context, steps_of
+from clipress.compress.fabric import Reduce, all_sum
 from clipress.compress.hook import Hook
 from clipress.compress.losses import Losses, terms_from
 from clipress.compress.prune.budget import Align, Budget, MinKeep, check_towers, keep_masks, stride
@@ -32,7 +33,7 @@ from clipress.compress.prune.costs import CostModel, cost_model, read_costs
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import DEFAULT_KINDS, Gates, Kind, Site, sites
 from clipress.compress.prune.module_error import SAMPLES
-from clipress.compress.prune.refit import Reduce, Refit, cut_and_refit
+from clipress.compress.prune.refit import Refit, cut_and_refit
 from clipress.compress.prune.rotate import rotate
 from clipress.compress.prune.schedule import SCHEDULES, progress
 from clipress.compress.prune.scoring import score_units
@@ -67,9 +68,10 @@ class Prune(Training):
     """0 trains nothing: units are scored on `calibrate` items."""
     calibrate: int = Field(1024, ge=2)
     """Number of training items used by `rotate`, and by the scores with `steps: 0`."""
-    rotate: bool | None = None
-    """Turn every head's bases to their principal directions before the search. Default: true, except for `criterion: upop`."""
-    refit: Refit | bool | None = None
+    rotate: bool
+    """Turn every head's bases to their principal directions before the search. Default: true, except for `criterion: upop`,
+    whose gates are shared by all heads in the basis that the model came with."""
+    refit: Refit | Literal[False]
     """Refit what remains to the uncut model in closed form. Default: with `steps: 0` only, since weights that were trained have
     moved away from the uncut model."""
     schedule: Annotated[str, AfterValidator(SCHEDULES.check)] = "cubic"
@@ -83,6 +85,21 @@ class Prune(Training):
     """Divide the logits of a cut attention by the square root of its original width, so that it computes what the masked
     one did, or of its new width, as UPop's code does."""
     lr: float = Field(2e-4, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, raw: Any) -> Any:
+        """Fill in the defaults that depend on other settings, so that the settings in force are shown."""
+        if not isinstance(raw, Mapping):
+            return raw
+        filled, criterion = dict(raw), raw.get("criterion", "fisher")
+        if filled.get("rotate") is None:
+            filled["rotate"] = criterion not in CRITERIA or CRITERIA[criterion].space == "separate"
+        if filled.get("refit") is None:
+            filled["refit"] = raw.get("steps") == 0
+        if filled["refit"] is True:
+            filled["refit"] = Refit()
+        return filled
 
     def model_post_init(self, context: Any) -> None:
         if self.budget is None:
@@ -105,17 +122,6 @@ class Prune(Training):
                     f"prune.sites.{tower}: expected either heads, or qk and v, found both. The score and cost of one depend "
                     "on the other. Prune heads and dims in separate stages."
                 )
-
-    @property
-    def rotates(self) -> bool:
-        """Whether to rotate heads. UPop's gates are shared by all heads, in the basis that the model came with."""
-        return CRITERIA[self.criterion].space == "separate" if self.rotate is None else self.rotate
-
-    @property
-    def refits(self) -> Refit | None:
-        """The settings of the refit, or None for no refit."""
-        wanted = self.steps == 0 if self.refit is None else self.refit
-        return wanted if isinstance(wanted, Refit) else Refit() if wanted else None
 
     def search_steps(self, context: Context) -> int:
         """Return the number of batches of the search."""
@@ -188,8 +194,7 @@ class Search(Hook):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         task = task_named(self.model.task)
         outputs = outputs_of(task, self.model.module, task.inputs_of(arrays)).values()
-        signs = [(torch.randint(0, 2, y.shape, generator=generator) * 2 - 1).to(y) for y in outputs]
-        projected = sum((y * sign).sum() for y, sign in zip(outputs, signs, strict=True))
+        projected = sum(random_projection(y, generator) for y in outputs)
         copies = [copy for site in self.gates.sites for copy in site.copies]
         for copy, gradient in zip(copies, torch.autograd.grad(projected, copies), strict=True):
             copy.grad = gradient
@@ -273,7 +278,7 @@ class Search(Hook):
     },
 )
 def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
-    """Search and cut. The cut model computes the same outputs as the masked one."""
+    """Search, cut and refit. Until it is refitted, the cut model computes the same outputs as the masked one."""
     shrunk: dict[str, Any] = {}
     if settings.vocabulary is not None:
         model, shrunk = shrink(settings.vocabulary, model, context)
@@ -283,12 +288,9 @@ def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[st
     fabric = context.fabric
     model.module.to(fabric.device)
     before = anatomy.counts(model.module)["block_params"]
-
-    def reduce(total: Tensor) -> Tensor:
-        return total if fabric.world_size == 1 else fabric.all_reduce(total, reduce_op="sum")
-
+    reduce = partial(all_sum, fabric=fabric)
     space = CRITERIA[settings.criterion].space
-    if settings.rotates:
+    if settings.rotate:
         wanted = [site.part for site in sites(model.module, space, settings.sites) if isinstance(site.part, Attn)]
         rotate(wanted, partial(Calibration(model, settings, context, settings.calibrate), model.module), reduce)
     gates = Gates(model.module, space, settings.sites)
@@ -334,22 +336,21 @@ def _cut(settings: Prune, model: Model, context: Context, masks: Mapping[str, su
             if settings.softmax_scale == "sqrt_k":
                 surgery.rescale(part)
 
-    refit, blocks = settings.refits, anatomy.blocks(model.module)
+    refit, blocks = settings.refit, anatomy.blocks(model.module)
     towers = dict.fromkeys(block.tower for block in blocks if any(part.name in masks for part in block.parts))
     refitted = []
     for tower in towers:
         own = [block for block in blocks if block.tower == tower]
-        if refit is None:
-            for block in own:
-                for part in block.parts:
-                    cut(part)
-            continue
-        samples = Calibration(model, settings, context, refit.samples)
-        if cut_and_refit(own, model, samples, cut, refit, reduce):
-            refitted.append(tower)
-        else:
+        if refit:
+            samples = Calibration(model, settings, context, refit.samples)
+            if cut_and_refit(own, model, samples, cut, refit, reduce):
+                refitted.append(tower)
+                continue
             context.say(f"{context.title}: the {tower} tower was not refitted, the training data has no samples for it")
-    return {"refitted": refitted} if refit is not None else {}
+        for block in own:
+            for part in block.parts:
+                cut(part)
+    return {"refitted": refitted} if refit else {}
 
 
 def _conv_pruning(settings: Prune, model: Model, context: Context) -> ConvPruning | None:

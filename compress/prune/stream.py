@@ -35,8 +35,8 @@ class BlockInputs:
         return block(self.x.to(next(block.parameters()).device), *self.rest, **self.named)
 
 
-class _ReachedBlock(Exception):
-    """Ends a forward pass at the first block."""
+class Reached(Exception):
+    """Ends a forward pass once everything wanted has been seen."""
 
 
 def streams_into(
@@ -47,12 +47,12 @@ def streams_into(
 
     def keep(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         found.append(BlockInputs(mapped(args[0], folder / f"dense-{len(found)}.npy"), args[1:], named))
-        raise _ReachedBlock
+        raise Reached
 
     with hooks([block.module.register_forward_pre_hook(keep, with_kwargs=True)]):
         for batch in samples:
             if block.tower in batch:
-                with suppress(_ReachedBlock):
+                with suppress(Reached):
                     task.call(module, block.tower, batch[block.tower])
     return found
 

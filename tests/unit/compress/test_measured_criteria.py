@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import tiny_inputs as inputs
 
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
@@ -29,13 +30,6 @@ def tiny():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.3, 0.3)
     return model.eval()
-
-
-def inputs(batch=3):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, 400, (batch, 24), generator=generator)
-    ids[:, -1] = 49407
-    return torch.randn(batch, 3, 32, 32, generator=generator), ids
 
 
 def losses(model):

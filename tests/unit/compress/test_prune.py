@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_inputs as inputs
 
 from clipress.compress.prune.budget import Align, MinKeep, keep_masks
 from clipress.compress.prune.costs import cost_model
@@ -27,13 +28,6 @@ def tiny():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.3, 0.3)
     return model
-
-
-def inputs(batch=3):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, 400, (batch, 24), generator=generator)
-    ids[:, -1] = 49407
-    return torch.randn(batch, 3, 32, 32, generator=generator), ids
 
 
 def per_sample_losses(model):

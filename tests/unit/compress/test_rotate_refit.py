@@ -364,13 +364,20 @@ def test_without_steps_no_optimizer_is_made_and_only_the_cut_changes_weights(cri
 
 
 def test_rotation_and_refit_are_on_by_default_where_they_help():
-    assert settings().rotates and settings().refits == Refit()
+    assert settings().rotate is True and settings().refit == Refit()
     trained = settings(steps=20)
-    assert trained.rotates and trained.refits is None
+    assert trained.rotate is True and trained.refit is False
     published = settings(steps=20, criterion="upop")
-    assert not published.rotates and published.refits is None
-    assert settings(steps=20, refit=True).refits == Refit() and settings(refit=False).refits is None
-    assert settings(refit={"samples": 5}).refits.samples == 5
+    assert published.rotate is False and published.refit is False
+    assert settings(steps=20, refit=True).refit == Refit() and settings(refit=False).refit is False
+    assert settings(refit={"samples": 5}).refit.samples == 5
+
+
+@pytest.mark.parametrize("given", [{}, {"steps": 20}, {"refit": False}, {"rotate": False}])
+def test_the_settings_in_force_are_shown_and_read_back(given):
+    shown = settings(**given).model_dump(mode="json", exclude_none=True)
+    assert {"rotate", "refit"} <= shown.keys()
+    assert Prune(**shown) == settings(**given)
 
 
 def test_rotation_and_refit_bring_a_cut_model_closer_to_the_uncut_one(context):
