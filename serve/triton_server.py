@@ -151,14 +151,8 @@ class TritonServer:
         self._ready = True
 
     def _is_ready(self) -> bool:
-        connection = http.client.HTTPConnection(self.http, timeout=5)  # ignores proxies
-        try:
-            connection.request("GET", "/v2/health/ready")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
+        # Triton starts to serve its metrics after it reports that it is ready.
+        return _answers(self.http, "/v2/health/ready") and _answers(self.metrics, "/metrics")
 
     def _failure(self, found: str) -> ServerError:
         return ServerError(f"Triton cannot serve {self.repository}: {found}. {_errors_in(self.log)}")
@@ -270,6 +264,17 @@ def _model_processes(server: int) -> set[tuple[str, str]]:
                 if Path(words[0]).name == STUB and (name := re.fullmatch(r"(.+)_(\d+_\d+)", words[-3])):
                     found.add(name.groups())
     return found
+
+
+def _answers(address: str, path: str) -> bool:
+    connection = http.client.HTTPConnection(address, timeout=5)  # ignores proxies
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _errors_in(log: Path) -> str:
