@@ -6,12 +6,15 @@ Calibration and training share one set of quantizers, so PTQ (`steps: 0`) and QA
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from clipress.compress.bias_correction import correct_biases
 from clipress.compress.calibration import Calibration
 from clipress.compress.context import Context
+from clipress.compress.fabric import all_sum
 from clipress.compress.losses import Losses, terms_from
 from clipress.compress.sensitivity import first_samples, keep_sensitive, sensitivities
 from clipress.compress.settings import Training
@@ -48,6 +51,8 @@ class Quantize(Training):
     losses: Losses = ("affinity", "feature")
     steps: int | None = Field(None, ge=0)
     """Steps of quantization-aware training; 0 only calibrates."""
+    correct_biases: bool = False
+    """Subtract from every layer's bias the mean error of rounding, before any training."""
     lr: float = Field(2e-5, ge=0)
 
     def model_post_init(self, context: Any) -> None:
@@ -79,6 +84,9 @@ def run(settings: Quantize, model: Model, context: Context) -> tuple[Model, dict
     }
     quantized = Model(**{**model.__dict__, "quantization": quantization})
     details |= {"quantized_modules": len(names), "steps": 0}
+    if settings.correct_biases:
+        reduce = partial(all_sum, fabric=context.fabric)
+        details["corrected_biases"] = correct_biases(model.module, names, calibration, reduce)
     if settings.steps != 0:
         details |= train(quantized, settings, terms_from(settings.losses, "quantize.losses"), context)
     return quantized, details

@@ -24,14 +24,16 @@ class Limits(NamedTuple):
     """Least fraction of queries with the same first place."""
     equal: float
     """Scores that differ by less count as equal: of cosines, or of logits divided by a row's range."""
+    mean_cosine: float = 0.0
 
 
-# INT8 is compared with torch running the same quantizers, so only rounding differs; ONNX Runtime's own quantization
-# rounds in more places. A float16 file is compared with the float32 one, an engine with ONNX Runtime on the file it was
+# INT8 is compared with torch running the same quantizers, so only rounding differs. Where a value lies between two levels the two
+# may round apart, which a narrow tower shows in single samples but not on average. ONNX Runtime's own quantization rounds in
+# more places. A float16 file is compared with the float32 one, an engine with ONNX Runtime on the file it was
 # built from.
 LIMITS = {
     "fp32": Limits(0.9999, 1.0, 1e-5),
-    "int8": Limits(0.999, 0.95, 5e-3),
+    "int8": Limits(0.995, 0.95, 5e-3, mean_cosine=0.9995),
     "static int8": Limits(0.99, 0.95, 2e-2),
     "fp16": Limits(0.999, 0.97, 5e-3),
     "int8-fp16": Limits(0.99, 0.95, 2e-2),
@@ -151,7 +153,7 @@ def _least_cosine(
     what: Comparison, name: str, run: Run, wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
 ) -> float:
     """Return the least cosine over all outputs and batch sizes. Raises ExportError when it is too low."""
-    inputs, limit = what.samples[name], what.limits.least_cosine
+    inputs, limits = what.samples[name], what.limits
     cosines = [_cosines(wanted[output], found[output]) for output in wanted]
     for batch in what.batches:
         part = run({key: rows[:batch] for key, rows in inputs.items()})
@@ -162,13 +164,18 @@ def _least_cosine(
                     f"found {part[output].shape}: its batch is not dynamic. Nothing was written."
                 )
             cosines.append(_cosines(rows[:batch], part[output]))
-    cosine = float(np.min(np.concatenate(cosines)))  # NaN if any is; Python's min would drop one that is not the first.
-    if not cosine >= limit:  # NaN fails too.
-        raise ExportError(
-            f"{what.names[name]} does not agree with the model it came from: least cosine {cosine:.6f} on "
-            f"{_count(inputs)} samples, at least {limit} is required at {what.precision}. Nothing was written."
-        )
-    return cosine
+    every = np.concatenate(cosines)
+    least, mean = (
+        float(np.min(every)),
+        float(np.mean(every)),
+    )  # NaN if any is; Python's min would drop one that is not the first.
+    for kind, cosine, limit in (("least", least, limits.least_cosine), ("mean", mean, limits.mean_cosine)):
+        if not cosine >= limit:  # NaN fails too.
+            raise ExportError(
+                f"{what.names[name]} does not agree with the model it came from: {kind} cosine {cosine:.6f} on "
+                f"{_count(inputs)} samples, at least {limit} is required at {what.precision}. Nothing was written."
+            )
+    return least
 
 
 def _enough(what: Comparison, graphs: Sequence[str], same: float) -> float:

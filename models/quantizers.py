@@ -57,6 +57,8 @@ def attach(
         raise RecipeError("quantize: 'exclude' leaves no Linear or Conv to quantize. Remove patterns from it.")
     if calibrate:
         _refuse_broken(model)
+    _use_torch_linears(model, names)
+    _refuse_unknown(model, names)
     calibrator = "max" if method == "max" else "histogram"
     with redirect_stdout(io.StringIO()):  # modelopt prints its counts.
         # modelopt's own algorithm would use a histogram's largest value, so histograms are read here.
@@ -96,6 +98,29 @@ def _refuse_broken(model: nn.Module) -> None:
         raise ArtifactError(
             f"quantize: the model has weights that are not finite: {broken[0]}{more}. INT8 has no scale for them; check "
             "the previous stage or the checkpoint."
+        )
+
+
+def _use_torch_linears(model: nn.Module, names: Iterable[str]) -> None:
+    """Turn timm's Linears into torch's, in place: they differ under TorchScript only, and modelopt does not know them."""
+    from timm.layers.linear import Linear
+
+    for name in names:
+        layer = model.get_submodule(name)
+        if type(layer) is Linear:
+            layer.__class__ = nn.Linear
+
+
+def _refuse_unknown(model: nn.Module, names: Iterable[str]) -> None:
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+
+    layers = {name: model.get_submodule(name) for name in names}
+    unknown = {name: layer for name, layer in layers.items() if QuantModuleRegistry.get(type(layer)) is None}
+    if unknown:
+        kinds = sorted({type(layer).__name__ for layer in unknown.values()})
+        raise RecipeError(
+            f"quantize: nvidia-modelopt has no INT8 form of {' and '.join(kinds)}: {', '.join(unknown)}. List them in "
+            "'exclude' to keep them in full precision."
         )
 
 

@@ -8,6 +8,7 @@ from helpers import RECIPE, SHORT, clipress, write_recipe
 from torch import nn
 
 from clipress.artifact import load_artifact
+from clipress.compress.bias_correction import correct_biases
 from clipress.compress.sparsify import is_two_of_four, zero_two_of_four
 from clipress.errors import RecipeError
 from clipress.models import quantizers
@@ -142,3 +143,64 @@ def test_modules_in_exclude_stay_in_full_precision():
 def test_excluding_everything_is_rejected():
     with pytest.raises(RecipeError, match="'exclude' leaves no Linear or Conv"):
         quantized(keep=("*",))
+
+
+def calibrated(seed=0, bias=True):
+    """Two Linears with INT8 quantizers, and the inputs that calibrated them; inputs have a mean that rounding moves."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(16, 12, bias=bias), nn.GELU(), nn.Linear(12, 8))
+    x = torch.randn(256, 16) + 3 * torch.rand(16)
+    exact = copy.deepcopy(model)
+    quantizers.attach(model, ["0", "2"], lambda module: module(x))
+    return model, exact, x
+
+
+def test_bias_correction_removes_the_mean_error_of_a_layer():
+    model, exact, x = calibrated()
+    before = (model[0](x) - exact[0](x)).mean(0)
+    assert correct_biases(model, ["0", "2"], lambda module: module(x)) == 2
+    assert (model[0](x) - exact[0](x)).mean(0).abs().max() < 1e-5 < before.abs().max()
+    assert torch.equal(model[0].weight, exact[0].weight)
+
+
+def test_bias_correction_adds_no_bias_and_sums_over_processes():
+    model, _, x = calibrated(bias=False)
+    halves = x.chunk(2)
+    other = copy.deepcopy(model)
+    assert correct_biases(model, ["0", "2"], lambda module: module(x)) == 1 and model[0].bias is None
+    seen = []
+    correct_biases(copy.deepcopy(other), ["0", "2"], lambda module: module(halves[1]), lambda t: seen.append(t) or t)
+    rest = iter(seen)
+    correct_biases(other, ["0", "2"], lambda module: module(halves[0]), lambda t: t + next(rest))
+    assert torch.allclose(other[2].bias, model[2].bias, atol=1e-6)
+
+
+def test_bias_correction_reads_the_channels_of_a_convolution():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2, padding=1))
+    x = torch.rand(32, 3, 9, 9)
+    exact = copy.deepcopy(model)
+    quantizers.attach(model, ["0"], lambda module: module(x))
+    correct_biases(model, ["0"], lambda module: module(x))
+    assert (model(x) - exact(x)).mean((0, 2, 3)).abs().max() < 1e-5
+
+
+def test_the_linears_of_timm_become_int8_too():
+    from timm.layers.linear import Linear
+
+    model = nn.Sequential(Linear(8, 4))
+    x = torch.randn(16, 8)
+    expected = model(x)
+    quantizers.attach(model, ["0"], lambda module: module(x))
+    assert model[0].weight_quantizer.is_enabled
+    assert torch.nn.functional.cosine_similarity(model(x), expected).min() > 0.99
+
+
+def test_a_layer_that_modelopt_does_not_know_is_named():
+    class Other(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Other(8, 4))
+    with pytest.raises(RecipeError, match=r"no INT8 form of Other: 0\. List them in 'exclude'"):
+        quantizers.attach(model, ["0"], lambda module: module(torch.randn(4, 8)))

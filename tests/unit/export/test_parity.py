@@ -152,3 +152,23 @@ def test_outputs_beyond_their_limits_are_refused(shift, words):
         parity.compare_outputs(run, lambda inputs: {"y": inputs["x"] + shift}, cases, {"y": 0.1}, "f.onnx")
     with pytest.raises(ExportError, match="its batch is not dynamic"):
         parity.compare_outputs(run, lambda _: {"y": np.ones((1, 2))}, cases, {"y": 0.1}, "f.onnx")
+
+
+@pytest.mark.parametrize(
+    ("cosines", "words"), [([0.994] + [1.0] * 199, "least cosine"), ([0.998] * 200, "mean cosine")]
+)
+def test_int8_may_round_apart_in_single_samples_but_not_on_average(cosines, words):
+    """Rounding between two levels can go either way in two implementations; a wrong file is wrong everywhere."""
+    graphs = {"image": QUESTION}
+    angles = np.arccos(np.asarray(cosines))
+    turned = np.stack([np.cos(angles), np.sin(angles)], 1)
+    straight = np.tile([1.0, 0.0], (len(angles), 1))
+    what = parity.Comparison(graphs, {"image": {"x": straight}}, "int8", {"image": "image.onnx"}, batches=())
+
+    def least(found):
+        return parity._least_cosine(what, "image", None, {"y": straight}, {"y": found})
+
+    with pytest.raises(ExportError, match=words):
+        least(turned)
+    mostly = np.concatenate([turned[:1], straight[1:]]) if words == "mean cosine" else straight
+    assert least(mostly) >= 0.998
