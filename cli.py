@@ -16,6 +16,7 @@ from clipress.version import __version__
 
 COMMANDS = {
     "run": "run:run",
+    "auto": "auto:auto",
     "compress": "run:compress",
     "embed": "run:embed",
     "export": "export:export",

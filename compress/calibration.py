@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +49,34 @@ class Calibration:
         module.eval()
         for samples in self:
             outputs_of(self.task, module, samples)
+
+
+class StoredSamples:
+    """Calibration batches in files, so that they can be read several times and are decoded once."""
+
+    def __init__(self, batches: Iterable[Samples], folder: Path, device: torch.device) -> None:
+        self.device = device
+        self.batches = [
+            {
+                graph: {name: mapped(rows, folder / f"{graph}-{name}-{number}.npy") for name, rows in inputs.items()}
+                for graph, inputs in batch.items()
+            }
+            for number, batch in enumerate(batches)
+        ]
+
+    def __iter__(self) -> Iterator[Samples]:
+        for batch in self.batches:
+            yield {
+                graph: {name: rows.to(self.device) for name, rows in inputs.items()} for graph, inputs in batch.items()
+            }
+
+
+def mapped(rows: Tensor, path: Path) -> Tensor:
+    """Return a copy that lives in a file: float32, or integers as they are."""
+    dtype = np.float32 if rows.is_floating_point() else rows.cpu().numpy().dtype
+    tensor = torch.from_numpy(np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(rows.shape)))
+    tensor.copy_(rows)
+    return tensor
 
 
 def random_projection(y: Tensor, generator: torch.Generator) -> Tensor:

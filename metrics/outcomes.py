@@ -131,6 +131,11 @@ def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return a is b or (a is not None and b is not None and np.array_equal(a, b))
 
 
+def paired_error(first: Outcomes, second: Outcomes) -> float:
+    """Return the standard error of the difference of two models on the same items, in points."""
+    return float(np.sqrt(((contributions(first) - contributions(second)) ** 2).sum()))
+
+
 def write_outcomes(items: Mapping[str, Outcomes], path: Path) -> None:
     """Write outcomes as npz: `<set>/<metric>/{values,strata,units,combine,tied}`; fields that are None are left out."""
     arrays = {

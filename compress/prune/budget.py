@@ -147,6 +147,12 @@ class _Step:
     value: float
 
 
+def smallest_fraction(sites: Sequence[Site], costs: CostModel, align: Align, min_keep: MinKeep) -> float:
+    """Return the smallest part of the total cost that `align` and `min_keep` allow."""
+    least = (float(curve[_least(site, align, min_keep)]) for site, curve in zip(sites, costs.curves, strict=True))
+    return (costs.fixed + sum(least)) / costs.total
+
+
 def keep_masks(
     sites: Sequence[Site],
     scores: Sequence[Tensor],
@@ -162,12 +168,12 @@ def keep_masks(
     Steps are added in order of their mean score (per cost with `per_cost`), best first, until no more fit.
     """
     kept = [_least(site, align, min_keep) for site in sites]
-    smallest = costs.fixed + sum(float(curve[least]) for curve, least in zip(costs.curves, kept, strict=True))
-    left = fraction * costs.total - smallest
+    smallest = smallest_fraction(sites, costs, align, min_keep)
+    left = (fraction - smallest) * costs.total
     if left < 0:
         raise RecipeError(
             f"prune.budget: {costs.unit} {fraction:.3f} cannot be met; with these 'min_keep' and 'align' the smallest "
-            f"possible is {smallest / costs.total:.3f}. Raise the budget or lower 'min_keep' or 'align'."
+            f"possible is {smallest:.3f}. Raise the budget or lower 'min_keep' or 'align'."
         )
     steps: list[_Step] = []
     for index, (site, score, curve) in enumerate(zip(sites, scores, costs.curves, strict=True)):

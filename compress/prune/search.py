@@ -16,18 +16,20 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from clipress.compress.calibration import Calibration, outputs_of, random_projection
+from clipress.compress.calibration import Calibration, StoredSamples, outputs_of, random_projection
 from clipress.compress.context import Context, steps_of
 from clipress.compress.fabric import Reduce, all_sum
 from clipress.compress.hook import Hook
 from clipress.compress.losses import Losses, terms_from
-from clipress.compress.prune.budget import Align, Budget, MinKeep, check_towers, keep_masks, stride
+from clipress.compress.prune.budget import Align, Budget, MinKeep, check_towers, keep_masks, smallest_fraction, stride
 from clipress.compress.prune.convnets import ConvPruning
 from clipress.compress.prune.costs import CostModel, cost_model, read_costs
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
@@ -154,6 +156,13 @@ def groups_of(model: Model, sites: Sequence[Site], budget: Budget) -> list[Budge
         costs = cost_model(model.module, [sites[i] for i in members], target.unit, table, target.upop_attention)
         groups.append(BudgetGroup(members, costs, target.fraction(costs.total)))
     return groups
+
+
+def smallest_budget(settings: Prune, model: Model) -> float:
+    """Return the smallest fraction that the budget's unit may be set to, for all towers together."""
+    found = sites(model.module, CRITERIA[settings.criterion].space, settings.sites)
+    (group,) = groups_of(model, found, settings.budget)
+    return smallest_fraction([found[i] for i in group.members], group.costs, settings.align, settings.min_keep)
 
 
 class Search(Hook):
@@ -289,11 +298,9 @@ def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[st
     model.module.to(fabric.device)
     before = anatomy.counts(model.module)["block_params"]
     reduce = partial(all_sum, fabric=fabric)
-    space = CRITERIA[settings.criterion].space
     if settings.rotate:
-        wanted = [site.part for site in sites(model.module, space, settings.sites) if isinstance(site.part, Attn)]
-        rotate(wanted, partial(Calibration(model, settings, context, settings.calibrate), model.module), reduce)
-    gates = Gates(model.module, space, settings.sites)
+        rotate_heads(settings, model, context)
+    gates = Gates(model.module, CRITERIA[settings.criterion].space, settings.sites)
     details = _search(settings, model, context, gates, reduce)
     masks = {part.name: mask for part, mask in gates.part_masks()}
     gates.remove()
@@ -302,6 +309,14 @@ def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[st
     shapes = surgery.shapes(model.module)
     details |= shrunk
     return model, details | {"criterion": settings.criterion, "block_params_kept": round(kept, 4), "shapes": shapes}
+
+
+def rotate_heads(settings: Prune, model: Model, context: Context) -> None:
+    """Turn the heads that may be cut to their principal directions on calibration items, in place."""
+    cuttable = sites(model.module, CRITERIA[settings.criterion].space, settings.sites)
+    wanted = [site.part for site in cuttable if isinstance(site.part, Attn)]
+    show = partial(Calibration(model, settings, context, settings.calibrate), model.module)
+    rotate(wanted, show, partial(all_sum, fabric=context.fabric))
 
 
 def _search(settings: Prune, model: Model, context: Context, gates: Gates, reduce: Reduce) -> Details:
@@ -339,17 +354,21 @@ def _cut(settings: Prune, model: Model, context: Context, masks: Mapping[str, su
     refit, blocks = settings.refit, anatomy.blocks(model.module)
     towers = dict.fromkeys(block.tower for block in blocks if any(part.name in masks for part in block.parts))
     refitted = []
-    for tower in towers:
-        own = [block for block in blocks if block.tower == tower]
-        if refit:
-            samples = Calibration(model, settings, context, refit.samples)
-            if cut_and_refit(own, model, samples, cut, refit, reduce):
-                refitted.append(tower)
-                continue
-            context.say(f"{context.title}: the {tower} tower was not refitted, the training data has no samples for it")
-        for block in own:
-            for part in block.parts:
-                cut(part)
+    with TemporaryDirectory() as folder:
+        batches = Calibration(model, settings, context, refit.samples) if refit and towers else ()
+        samples = StoredSamples(batches, Path(folder), context.fabric.device)
+        for tower in towers:
+            own = [block for block in blocks if block.tower == tower]
+            if refit:
+                if cut_and_refit(own, model, samples, cut, refit, reduce):
+                    refitted.append(tower)
+                    continue
+                context.say(
+                    f"{context.title}: the {tower} tower was not refitted, the training data has no samples for it"
+                )
+            for block in own:
+                for part in block.parts:
+                    cut(part)
     return {"refitted": refitted} if refit else {}
 
 

@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from clipress.compress.calibration import Samples
+from clipress.compress.calibration import Samples, mapped
 from clipress.models.anatomy import Block
 from clipress.tasks import Task
 
@@ -55,14 +53,6 @@ def streams_into(
                 with suppress(Reached):
                     task.call(module, block.tower, batch[block.tower])
     return found
-
-
-def mapped(rows: Tensor, path: Path) -> Tensor:
-    """Return a float32 copy that lives in a file."""
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=tuple(rows.shape))
-    tensor = torch.from_numpy(array)
-    tensor.copy_(rows)
-    return tensor
 
 
 def copies(stream: Iterable[BlockInputs], folder: Path, name: str) -> list[BlockInputs]:
