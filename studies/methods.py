@@ -28,7 +28,7 @@ from clipress.progress import track
 from clipress.recipe import Recipe, checked, mapping_from, read_recipe
 from clipress.storage import write_text_whole
 from clipress.studies.chart import draw_chart
-from clipress.studies.study import SCHEMA_VERSION, Case, Study, StudyRow, TimedSteps
+from clipress.studies.study import SCHEMA_VERSION, Case, Sized, Study, StudyRow, TimedSteps
 from clipress.studies.table import markdown
 
 
@@ -39,13 +39,19 @@ def read_study(path: Path) -> tuple[Study, list[Case]]:
     cases = []
     for ratio, kept in (study.ratios or {None: None}).items():
         for seed in study.seeds:  # Methods alternate, so that a slow hour affects all of them.
-            for method, stages in study.methods.items():
+            for method, how in study.methods.items():
+                sized = isinstance(how, Sized)
+                if sized and ratio not in how.students:
+                    continue
+                stages = how.stages if sized else how
                 recipe = copy.deepcopy(base) | {"name": f"{study.name}-{method}", "seed": seed, "bench": study.bench}
                 recipe = merge_sections(recipe, study.sections) | {"stages": copy.deepcopy(stages)}
-                if ratio is not None:
+                if sized:
+                    recipe["student"] = copy.deepcopy(how.students[ratio])
+                elif ratio is not None:
                     if not (stages and isinstance(stages[0].get("prune"), dict)):
                         raise RecipeError(
-                            f"Study {path}: with ratios, method '{method}' must begin with a prune stage."
+                            f"Study {path}: with ratios, method '{method}' must begin with a prune stage, or have students."
                         )
                     prune = recipe["stages"][0]["prune"]
                     prune["budget"] = {**prune.get("budget", {}), study.unit: kept}
@@ -202,8 +208,12 @@ def row_of(case: Case, run: Path) -> StudyRow:
     with _results_of(run) as results:
         own = [row for row in results.rows if row.backend == results.rows[0].backend]
         teacher, first, last = own[0], own[1], own[-1]
-        made = {record.stage: record for record in last.lineage}[first.artifact].model_extra
-        pruned = {} if case.ratio is None else _pruned(first, made["details"])
+        record = {record.stage: record for record in last.lineage}[first.artifact]
+        made = record.model_extra
+        more = _pruned(first, made["details"]) if record.kind == "prune" else {}
+        if last.precision == "int8":
+            more |= {"int8": last.accuracy, "int8_latency_of_dense": _of_dense(last, teacher)}
+            last = own[-2]
         return StudyRow(
             method=case.method,
             ratio=case.ratio,
@@ -213,10 +223,10 @@ def row_of(case: Case, run: Path) -> StudyRow:
             macs=last.macs,
             dense_macs=teacher.macs,
             latency_ms=round(_milliseconds(last), 4),
-            latency_of_dense=round(_milliseconds(last) / _milliseconds(teacher), 4),
+            latency_of_dense=_of_dense(last, teacher),
             date=results.conditions.date,
             peak_memory_mb=made["peak_memory_mb"],
-            **pruned,
+            **more,
         )
 
 
@@ -224,9 +234,13 @@ def _pruned(row: Row, details: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "slimmed": row.accuracy,
         "block_params_kept": row.block_params_kept,
-        "search_seconds_per_step": round(details["seconds"] / details["steps"], 4),
+        "search_seconds_per_step": round(details["seconds"] / details["steps"], 4) if details["steps"] else None,
         "shapes": details["shapes"],
     }
+
+
+def _of_dense(row: Row, dense: Row) -> float:
+    return round(_milliseconds(row) / _milliseconds(dense), 4)
 
 
 def _milliseconds(row: Row) -> float:

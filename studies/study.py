@@ -21,6 +21,14 @@ class StepCost(Section):
     rounds: int = Field(3, ge=1)
 
 
+class Sized(Section):
+    """A method that gets small by training another model instead of cutting the teacher."""
+
+    students: dict[FolderName, dict[str, Any]]
+    """Ratio -> the recipe's `student` section; ratios without one are left out."""
+    stages: list[dict[str, Any]]
+
+
 class Study(Section):
     """A study file."""
 
@@ -29,8 +37,8 @@ class Study(Section):
     """The base, relative to the study file; its stages are replaced."""
     sections: dict[str, Any] = Field(default_factory=dict)
     """What all runs change in the base recipe, such as `student`."""
-    methods: dict[FolderName, list[dict[str, Any]]]
-    """Stages of each method; with ratios, the first one is `prune`."""
+    methods: dict[FolderName, list[dict[str, Any]] | Sized]
+    """Stages of each method; with ratios, the first one is `prune`, or the method is `Sized`."""
     reference: str
     """The method that the others are compared with."""
     ratios: dict[FolderName, float] = Field(default_factory=dict)
@@ -67,13 +75,16 @@ class StudyRow(BaseModel):
     dense: dict[str, float]
     """Accuracy of the dense teacher: `<set>/<metric>` -> percent."""
     final: dict[str, float]
-    """Accuracy of the last artifact."""
+    """Accuracy of the last artifact, or of the last one before INT8."""
     macs: float
     dense_macs: float | None = None
     latency_ms: float | None = None
     """Sum of the medians of all graphs at the largest batch."""
     latency_of_dense: float
     """The same, relative to the dense teacher."""
+    int8: dict[str, float] | None = None
+    """Accuracy of the INT8 artifact, if that is the last one."""
+    int8_latency_of_dense: float | None = None
     date: str | None = None
     peak_memory_mb: float
     """Of the first stage."""

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import mean, median, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from clipress.studies.study import Study, StudyRow, TimedSteps
+
+LATENCIES = (0.7, 0.5, 0.35, 0.25, 0.18)
+"""Where methods are compared at equal latency, as parts of the dense teacher's."""
+
+
+class Point(NamedTuple):
+    """One way of getting small: a method at a ratio, in one precision."""
+
+    method: str
+    ratio: str
+    precision: str
+    latency: float
+    """As a part of the dense teacher's."""
+    r1: float
 
 
 def recall(accuracy: Mapping[str, float]) -> float:
@@ -38,12 +53,14 @@ def summary(study: Study, rows: Sequence[StudyRow]) -> list[dict[str, Any]]:
                 "latency_of_dense": [row.latency_of_dense for row in mine],
                 "peak_memory_mb": [row.peak_memory_mb for row in mine],
             }
-            for when in ("slimmed", "final") if ratio else ("final",):
+            for when in ("slimmed", "final", "int8"):
+                has = getattr(mine[0], when) is not None
                 columns |= {
-                    f"r1_{when}": [recall(getattr(row, when)) for row in mine],
-                    f"lost_{when}": [lost(row, when) for row in mine],
-                    f"top1_{when}": [_top1(getattr(row, when)) for row in mine],
+                    f"r1_{when}": [recall(getattr(row, when)) for row in mine] if has else [math.nan],
+                    f"lost_{when}": [lost(row, when) for row in mine] if has else [math.nan],
+                    f"top1_{when}": [_top1(getattr(row, when)) for row in mine] if has else [math.nan],
                 }
+            columns["int8_latency_of_dense"] = [row.int8_latency_of_dense or math.nan for row in mine]
             spread = {key: _mean_and_deviation(values) for key, values in columns.items()}
             gathered.append({"ratio": ratio, "method": method, "seeds": len(mine), **spread})
     return gathered
@@ -71,6 +88,8 @@ def markdown(
         "",
         *(_pruning_table if study.ratios else _training_table)(study, summary(study, rows)),
     ]
+    if any(row.int8 for row in rows):
+        lines += ["", *_latency_table(study, points(study, rows))]
     if cost:
         lines += ["", f"Cost of a training step: median of a round, {study.step_cost.rounds} rounds in turns.", ""]
         lines += [
@@ -89,21 +108,70 @@ def _pruning_table(study: Study, table: Sequence[dict[str, Any]]) -> list[str]:
         "*Lost* is in points of R@1 against the dense teacher. Latency: ONNX Runtime, median of both towers at the largest "
         "batch, against the dense teacher measured in turns with it.",
         "",
-        "| ratio | method | seeds | R@1 slimmed | R@1 recovered | lost slimmed | lost recovered | of "
-        f"{study.reference}'s loss | top-1 slimmed | top-1 recovered | MACs (M) | latency | peak MB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| ratio | method | seeds | R@1 slimmed | R@1 recovered | lost slimmed | lost recovered | than {study.reference} | "
+        "top-1 slimmed | top-1 recovered | R@1 INT8 | MACs (M) | latency | latency INT8 | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     reference = {row["ratio"]: row for row in table if row["method"] == study.reference}
     for row in table:
-        base, share = reference.get(row["ratio"]), "–"
-        if base:
-            parts = [row[key][0] / base[key][0] for key in ("lost_slimmed", "lost_final") if base[key][0]]
-            share = " / ".join(f"{part:.0%}" for part in parts)
+        base = reference.get(row["ratio"])
+        better = _against(row["r1_final"], base["r1_final"]) if base and row is not base else "–"
         cells = [_in_words(row[key], 1) for key in ("r1_slimmed", "r1_final", "lost_slimmed", "lost_final")]
-        rest = [_in_words(row[key], 1) for key in ("top1_slimmed", "top1_final", "macs_m")]
-        rest += [_in_words(row["latency_of_dense"], 3), _in_words(row["peak_memory_mb"], 0)]
-        lines.append("| " + " | ".join([row["ratio"], row["method"], str(row["seeds"]), *cells, share, *rest]) + " |")
+        rest = [_in_words(row[key], 1) for key in ("top1_slimmed", "top1_final", "r1_int8", "macs_m")]
+        rest += [_in_words(row[key], 3) for key in ("latency_of_dense", "int8_latency_of_dense")]
+        rest.append(_in_words(row["peak_memory_mb"], 0))
+        lines.append("| " + " | ".join([row["ratio"], row["method"], str(row["seeds"]), *cells, better, *rest]) + " |")
     return lines
+
+
+def points(study: Study, rows: Sequence[StudyRow]) -> list[Point]:
+    """Return what every method reaches at every ratio, recovered and in INT8: means over seeds."""
+    found = []
+    for row in summary(study, rows):
+        for precision, r1, latency in (("fp32", "r1_final", ""), ("int8", "r1_int8", "int8_")):
+            if not math.isnan(row[r1][0]):
+                at = row[f"{latency}latency_of_dense"][0]
+                found.append(Point(row["method"], row["ratio"], precision, at, row[r1][0]))
+    return found
+
+
+def front(of: Sequence[Point]) -> list[Point]:
+    """Return the points that no other one beats in both latency and accuracy, fastest first."""
+    best: list[Point] = []
+    for point in sorted(of, key=lambda one: (one.latency, -one.r1)):
+        if not best or point.r1 > best[-1].r1:
+            best.append(point)
+    return best
+
+
+def at_latency(of: Sequence[Point], latency: float) -> float:
+    """Return the accuracy of a method at a latency: linear between its points in the logarithm of the latency.
+
+    NaN outside of them.
+    """
+    line = sorted((point.latency, point.r1) for point in of)
+    for (x0, y0), (x1, y1) in pairwise(line):
+        if x0 <= latency <= x1:
+            part = math.log(latency / x0) / math.log(x1 / x0) if x1 > x0 else 0.0
+            return y0 + part * (y1 - y0)
+    return math.nan
+
+
+def _latency_table(study: Study, found: Sequence[Point]) -> list[str]:
+    lines = [
+        "R@1 at equal latency: between two ratios of a method, by the logarithm of their latencies; outside of them, –.",
+        "",
+        "| method | precision | " + " | ".join(f"{latency:g} of dense" for latency in LATENCIES) + " |",
+        "|---|---|" + "---|" * len(LATENCIES),
+    ]
+    for method in study.methods:
+        for precision in ("fp32", "int8"):
+            own = [point for point in found if (point.method, point.precision) == (method, precision)]
+            cells = [_in_words((at_latency(own, latency), None), 1) for latency in LATENCIES]
+            if own:
+                lines.append(f"| {method} | {precision} | " + " | ".join(cells) + " |")
+    best = [f"{p.method} {p.ratio} {p.precision} ({p.latency:.3f}: {p.r1:.1f})" for p in front(found)]
+    return [*lines, "", "Pareto front, fastest first, latency and R@1: " + ", ".join(best) + "."]
 
 
 def _training_table(study: Study, table: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,6 +1,7 @@
 """A study lists its runs and summarises seeds; committed tables match committed figures."""
 
 import json
+import math
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,8 +15,8 @@ from clipress.recipe import read_recipe
 from clipress.studies import every_cpu, faults, serving, speed
 from clipress.studies.chart import draw_chart
 from clipress.studies.methods import merge_sections, read_study, row_of, run_case, run_study
-from clipress.studies.study import Case, StepCost, Study, StudyRow, TimedSteps
-from clipress.studies.table import lost, markdown, summary
+from clipress.studies.study import Case, Sized, StepCost, Study, StudyRow, TimedSteps
+from clipress.studies.table import Point, at_latency, front, lost, markdown, points, summary
 
 SHIPPED = sorted((Path(clipress.__file__).parent / "configs" / "studies").glob("*.yaml"))
 TABLES = Path(clipress.__file__).parent / "studies"
@@ -63,10 +64,11 @@ def test_seeds_become_mean_and_standard_deviation(study, rows):
     assert lost(rows[0], "slimmed") == 40
 
 
-def test_the_table_shows_the_loss_relative_to_the_reference(study, rows):
+def test_the_table_compares_recovered_models_with_the_reference(study, rows):
     lines = markdown(study, rows, {"device": "x"}).splitlines()
     found = next(line for line in lines if line.startswith("| 2x | b |"))
-    assert " 70.0 ± 0.0 | 78.5 ± 0.7 | 10.0 ± 0.0 | 1.5 ± 0.7 | 26% / 17% |" in found
+    # 78.5 against 71 with spreads 0.7 and 1.4, pooled 1.118.
+    assert " 70.0 ± 0.0 | 78.5 ± 0.7 | 10.0 ± 0.0 | 1.5 ± 0.7 | +7.5 (+6.7 sd) |" in found
     assert lines[-1] == "Conditions: device x."
 
 
@@ -84,7 +86,7 @@ def test_a_study_without_classes_has_a_dash_for_top1(study, rows):
     bare = {"scenes/text_r1": 70.0, "scenes/image_r1": 72.0}
     rows = [row.model_copy(update={"dense": bare, "slimmed": bare, "final": bare}) for row in rows]
     lines = markdown(study, rows, {}).splitlines()
-    assert "| – | – | 5.0 ± 0.0 |" in next(line for line in lines if line.startswith("| 2x | b |"))
+    assert "| – | – | – | 5.0 ± 0.0 |" in next(line for line in lines if line.startswith("| 2x | b |"))
     assert "zero-shot" not in "".join(lines)
 
 
@@ -146,10 +148,68 @@ def test_a_study_runs_resumes_and_times_its_steps(recipe, tmp_path):
     assert run_study(tmp_path / "study.yaml", tmp_path / "runs", tmp_path / "out") == table  # Nothing is repeated.
 
 
-def test_the_chart_is_one_line_per_method(study, rows):
+def test_the_chart_is_one_line_per_method_and_precision(study, rows):
     drawn = ElementTree.fromstring(draw_chart(study, rows))
     assert len(drawn.findall("{*}polyline")) == 2
     assert {"dense teacher", "a", "b"} <= {text.text for text in drawn.findall("{*}text")}
+    both = ElementTree.fromstring(draw_chart(study, in_int8(rows)))
+    assert len(both.findall("{*}polyline")) == 4
+    tips = [tip.text for tip in both.iter() if tip.tag.endswith("title")]
+    assert "b, 2x, int8: 0.250 of dense, R@1 77.5" in tips
+
+
+def in_int8(rows):
+    """The same rows, each with an INT8 artifact that loses a point and is twice as fast."""
+    return [
+        row.model_copy(
+            update={
+                "int8": {key: value - 1 for key, value in row.final.items()},
+                "int8_latency_of_dense": row.latency_of_dense / 2,
+            }
+        )
+        for row in rows
+    ]
+
+
+def test_int8_is_a_point_and_a_line_of_the_table(study, rows):
+    found = points(study, in_int8(rows))
+    assert [(p.method, p.precision, p.latency) for p in found] == [
+        ("a", "fp32", 0.5), ("a", "int8", 0.25), ("b", "fp32", 0.5), ("b", "int8", 0.25),
+    ]  # fmt: skip
+    text = markdown(study, in_int8(rows), {})
+    assert "Pareto front, fastest first, latency and R@1: b 2x int8 (0.250: 77.5), b 2x fp32 (0.500: 78.5)." in text
+    assert "| 77.5 ± 0.7 |" in text and "Pareto" not in markdown(study, rows, {})
+
+
+def test_the_front_has_what_nothing_beats_in_both():
+    def point(latency, r1):
+        return Point("m", "2x", "fp32", latency, r1)
+
+    best = [point(0.2, 50), point(0.4, 70), point(0.9, 90)]
+    assert front([point(0.5, 60), *reversed(best), point(0.4, 65), point(1.0, 90)]) == best
+
+
+def test_accuracy_at_a_latency_lies_between_its_neighbours():
+    line = [Point("m", "2x", "fp32", 0.4, 90.0), Point("m", "8x", "fp32", 0.1, 70.0)]
+    assert at_latency(line, 0.2) == pytest.approx(80.0)  # Half way, by the logarithm.
+    assert at_latency(line, 0.4) == pytest.approx(90.0)
+    assert math.isnan(at_latency(line, 0.05)) and math.isnan(at_latency(line[:1], 0.4))
+
+
+def test_a_method_with_students_has_a_run_per_student_and_no_budget(tmp_path, recipe):
+    write_recipe(recipe, tmp_path)
+    student = {"inherit": {"image": {"layers": 1}}}
+    study = {
+        "name": "s", "recipe": "recipe-under-test.yaml", "reference": "a", "ratios": {"2x": 0.5, "4x": 0.25}, "seeds": [0],
+        "methods": {
+            "a": [{"prune": {"steps": 1}}],
+            "b": {"students": {"4x": student}, "stages": [{"distill": {"steps": 1}}]},
+        },
+    }  # fmt: skip
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    _, cases = read_study(tmp_path / "study.yaml")
+    assert [case.name for case in cases] == ["a-2x-s0", "a-4x-s0", "b-4x-s0"]
+    assert cases[-1].recipe["student"] == student and cases[0].recipe["student"] is None
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -158,14 +218,19 @@ def test_shipped_studies_expand_to_valid_runs(path):
     from clipress.workflow.plan import plan_from
 
     study, cases = read_study(path)
-    assert len(cases) == len(study.methods) * len(study.seeds) * max(len(study.ratios), 1)
+    ratios = [
+        len(how.students) if isinstance(how, Sized) else max(len(study.ratios), 1) for how in study.methods.values()
+    ]
+    assert len(cases) == sum(ratios) * len(study.seeds)
     assert len({case.name for case in cases}) == len(cases)
     for sections in study.step_cost.cases.values() if study.step_cost else ():
         plan_from(Recipe(**merge_sections(cases[0].recipe, sections)))
     for case in cases:
         plan = plan_from(Recipe(**case.recipe))
-        if study.ratios:
-            assert plan.artifacts == ["teacher", "pruned", "recovered"]
+        if isinstance(study.methods[case.method], Sized):
+            assert plan.artifacts[:2] == ["teacher", "distilled"] and plan.recipe.student
+        elif study.ratios:
+            assert plan.artifacts[:2] == ["teacher", "pruned"]
             budget = plan.stages[0].settings.budget
             assert (budget.unit, getattr(budget, study.unit)) == (study.unit, study.ratios[case.ratio])
         assert plan.recipe.seed == case.seed
@@ -213,9 +278,12 @@ def test_a_row_of_a_study_matches_the_results_of_its_run(tiny_run):
     results = json.loads((run / "bench" / "results.json").read_text())
     teacher, pruned, last = results["rows"][0], results["rows"][1], results["rows"][-1]
     assert (found.method, found.ratio, found.seed) == ("m", "2x", 3)
-    assert (found.dense, found.slimmed, found.final) == (teacher["accuracy"], pruned["accuracy"], last["accuracy"])
-    milliseconds = [sum(one["median_ms"] for one in row["latency"] if one["batch"] == 2) for row in (last, teacher)]
-    assert found.latency_of_dense == pytest.approx(milliseconds[0] / milliseconds[1], abs=1e-4)
+    before = results["rows"][-2]
+    assert (found.dense, found.slimmed) == (teacher["accuracy"], pruned["accuracy"])
+    assert (found.final, found.int8) == (before["accuracy"], last["accuracy"]) and last["precision"] == "int8"
+    for row, of_dense in ((before, found.latency_of_dense), (last, found.int8_latency_of_dense)):
+        own, dense = (sum(t["median_ms"] for t in one["latency"] if t["batch"] == 2) for one in (row, teacher))
+        assert of_dense == pytest.approx(own / dense, abs=1e-4)
     assert found.block_params_kept == pruned["block_params_kept"] and found.shapes
 
 
