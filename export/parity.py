@@ -33,7 +33,7 @@ class Limits(NamedTuple):
 # built from.
 LIMITS = {
     "fp32": Limits(0.9999, 1.0, 1e-5),
-    "int8": Limits(0.995, 0.95, 5e-3, mean_cosine=0.9995),
+    "int8": Limits(0.995, 0.95, 5e-3, mean_cosine=0.999),
     "static int8": Limits(0.99, 0.95, 2e-2),
     "fp16": Limits(0.999, 0.97, 5e-3),
     "int8-fp16": Limits(0.99, 0.95, 2e-2),

@@ -23,7 +23,8 @@ def draw_chart(study: Study, rows: Sequence[StudyRow]) -> str:
     found, dense = points(study, rows), recall(rows[0].dense)
     high = max([point.r1 for point in found] + [dense]) + 2
     low = max(min(point.r1 for point in found) - 2, 0.0)
-    left, right = min([point.latency for point in found] + [0.9]) / 1.1, 1.1
+    left = min([point.latency for point in found] + [0.9]) / 1.1
+    right = max([point.latency for point in found] + [1.0]) * 1.1
 
     def at(latency: float, r1: float) -> tuple[float, float]:
         x = math.log(latency / left) / math.log(right / left)
@@ -80,10 +81,7 @@ def _lines(at: Place, study: Study, found: Sequence[Point]) -> list[str]:
     parts = []
     for place, (method, colour) in enumerate(zip(study.methods, COLOURS * 3, strict=False)):
         for precision, dash, fill in (("fp32", "none", colour), ("int8", "4 3", "white")):
-            own = sorted(
-                (point for point in found if (point.method, point.precision) == (method, precision)),
-                key=lambda point: point.latency,
-            )
+            own = [point for point in found if (point.method, point.precision) == (method, precision)]
             if not own:
                 continue
             placed = [(*at(point.latency, point.r1), point) for point in own]

@@ -22,7 +22,9 @@ from typing import Any
 import yaml
 
 from clipress.artifact import read_header
-from clipress.bench.results import Results, Row, read_results
+from clipress.bench.results import Results, Row, read_results, write_results
+from clipress.bench.run import Subject, bench
+from clipress.bench.settings import BenchSettings
 from clipress.errors import ArtifactError, ClipressError, RecipeError
 from clipress.progress import track
 from clipress.recipe import Recipe, checked, mapping_from, read_recipe
@@ -30,6 +32,10 @@ from clipress.storage import write_text_whole
 from clipress.studies.chart import draw_chart
 from clipress.studies.study import SCHEMA_VERSION, Case, Sized, Study, StudyRow, TimedSteps
 from clipress.studies.table import markdown
+
+RESULTS, ALONE = "results.json", "alone"
+LONG = 100
+"""Milliseconds of each model, graph and batch when latencies are measured again."""
 
 
 def read_study(path: Path) -> tuple[Study, list[Case]]:
@@ -92,6 +98,10 @@ def run_study(file: Path, runs: Path | None, out: Path, jobs: int = 1) -> str:
                 raise
             conditions = _conditions(file, home / case.name)
             _write(study, rows, conditions, [], out)
+    if jobs > 1:  # Jobs disturb each other, so latencies are measured again, one run at a time.
+        for case in track(cases, len(cases), "latency", "run"):
+            time_alone(home / case.name)
+        rows = [row_of(case, home / case.name) for case in cases]
     cost = [] if study.step_cost is None else step_costs(study, file, home)
     return _write(study, rows, conditions, cost, out)
 
@@ -123,6 +133,18 @@ def run_case(case: Case, home: Path, jobs: int) -> Path:
     if not (folder / "bench" / "results.json").is_file():
         _clipress("run", case.recipe, folder, jobs)
     return folder
+
+
+def time_alone(folder: Path) -> None:
+    """Measure the latencies of a run again while nothing else runs, unless that is done, into <run>/bench/alone."""
+    target = folder / "bench" / ALONE
+    if not (target / RESULTS).is_file():
+        with _results_of(folder) as results:
+            stages = list(dict.fromkeys(row.artifact for row in results.rows))
+            largest = max(timing.batch for timing in results.rows[0].latency)
+        subjects = [Subject(stage, folder / stage, folder / "export" / stage) for stage in stages]
+        settings = BenchSettings(batch=(largest,), threads=results.conditions.threads, duration=LONG, warm_up=LONG // 2)
+        write_results(bench(subjects, [], settings, target, about={}), target)
 
 
 def _clipress(verb: str, recipe: Mapping[str, Any], folder: Path, jobs: int = 1) -> None:
@@ -207,6 +229,10 @@ def row_of(case: Case, run: Path) -> StudyRow:
     """
     with _results_of(run) as results:
         own = [row for row in results.rows if row.backend == results.rows[0].backend]
+        alone = run / "bench" / ALONE / RESULTS
+        if alone.is_file():
+            timed = {row.artifact: row.latency for row in read_results(alone).rows}
+            own = [row.model_copy(update={"latency": timed[row.artifact]}) for row in own]
         teacher, first, last = own[0], own[1], own[-1]
         record = {record.stage: record for record in last.lineage}[first.artifact]
         made = record.model_extra

@@ -331,7 +331,9 @@ def test_the_readmes_own_recipe_runs_on_a_table_of_pairs(workplace):
         f"stages.{number}.{stage}.batch_size=8" for number, stage in enumerate(("prune", "distill", "quantize"))
     ]
     smaller += ["stages.0.prune.align={head_dim: 4, ffn: 16}", "stages.2.quantize.calibrate=16"]
-    (commands,) = [block.lines for block in blocks("bash", "README", runnable=False) if "clipress run" in block.text]
+    (commands,) = [
+        block.lines for block in blocks("bash", "README", runnable=False) if "clipress run mine" in block.text
+    ]
     first, *others = [shlex.split(line)[1:] for line in commands]
     for words in ([*first, *(word for one in smaller for word in ("--set", one))], *others):
         if words[0] == "triton":

@@ -7,6 +7,7 @@ from PIL import Image
 from torch import nn
 
 from clipress.compress import quantize
+from clipress.compress.calibration import StoredSamples
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
 from clipress.compress.quantize import Quantize
@@ -154,3 +155,23 @@ def test_a_module_that_is_never_reached_is_named():
     for method in ("max", "percentile"):
         with pytest.raises(RecipeError, match="did not reach linear"):
             quantizers.attach(Heavy(), ["linear"], lambda m: None, method)
+
+
+def test_stored_samples_are_decoded_once_and_read_as_often_as_needed(tmp_path):
+    made = []
+
+    def batches():
+        for number in range(3):
+            made.append(number)
+            yield {
+                "text": {"input_ids": torch.arange(4).reshape(2, 2) + number},
+                "image": {"x": torch.rand(2, 3).double()},
+            }
+
+    stored = StoredSamples(batches(), tmp_path, torch.device("cpu"))
+    first, second = list(stored), list(stored)
+    assert made == [0, 1, 2] and len(first) == 3
+    assert first[1]["text"]["input_ids"].dtype == torch.int64 and first[1]["image"]["x"].dtype == torch.float32
+    assert torch.equal(first[2]["text"]["input_ids"], torch.arange(4).reshape(2, 2) + 2)
+    assert all(torch.equal(a["image"]["x"], b["image"]["x"]) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0]["image"]["x"], first[1]["image"]["x"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import tiny_inputs as inputs
 
-from clipress.compress.prune.budget import Align, MinKeep, keep_masks
+from clipress.compress.prune.budget import Align, MinKeep, keep_masks, smallest_fraction
 from clipress.compress.prune.costs import cost_model
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates, sites
@@ -177,6 +177,17 @@ def test_kept_units_score_higher_than_cut_ones():
 def test_an_impossible_budget_reports_the_smallest_possible():
     with pytest.raises(RecipeError, match=r"params 0\.050 cannot be met.*smallest possible is 0\.\d+"):
         masks(tiny(), fraction=0.05)
+
+
+@pytest.mark.parametrize("unit", ["params", "macs"])
+def test_the_smallest_fraction_can_be_met_and_no_smaller_one(unit):
+    model, align, min_keep = tiny(), Align(head_dim=4, ffn=16), MinKeep(head_dim=0.2, ffn=0.1)
+    found = sites(model, "separate")
+    smallest = smallest_fraction(found, cost_model(model, found, unit), align, min_keep)
+    *_, cost, total = masks(model, fraction=smallest * 1.0001, unit=unit)
+    assert cost == pytest.approx(smallest * total)
+    with pytest.raises(RecipeError, match="cannot be met"):
+        masks(model, fraction=smallest * 0.999, unit=unit)
 
 
 @pytest.mark.parametrize("budget", [{"params": 0}, {"params": 1.5}, {"params": -0.2}, {"macs": 1}])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,7 +15,7 @@ from clipress.errors import ArtifactError, RecipeError
 from clipress.recipe import read_recipe
 from clipress.studies import every_cpu, faults, serving, speed
 from clipress.studies.chart import draw_chart
-from clipress.studies.methods import merge_sections, read_study, row_of, run_case, run_study
+from clipress.studies.methods import merge_sections, read_study, row_of, run_case, run_study, time_alone
 from clipress.studies.study import Case, Sized, StepCost, Study, StudyRow, TimedSteps
 from clipress.studies.table import Point, at_latency, front, lost, markdown, points, summary
 
@@ -304,3 +305,19 @@ def test_only_the_first_backend_of_a_run_counts(tiny_run, tmp_path):
     (tmp_path / "bench" / "results.json").write_text(json.dumps(results | {"rows": lost}))
     with pytest.raises(ArtifactError, match="holds no readable results"):
         row_of(case, tmp_path)
+
+
+def test_latencies_that_were_measured_alone_replace_those_of_the_run(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    case = Case(method="m", ratio="2x", seed=3, recipe={})
+    before = row_of(case, run)
+    time_alone(run)
+    alone = json.loads((run / "bench" / "alone" / "results.json").read_text())
+    after = row_of(case, run)
+    assert alone["rows"][0]["artifact"] == "teacher" and not alone["rows"][0]["accuracy"]
+    teacher, last = alone["rows"][0], alone["rows"][-2]
+    own, dense = (sum(timing["median_ms"] for timing in row["latency"]) for row in (last, teacher))
+    assert after.latency_of_dense == pytest.approx(own / dense, abs=1e-4)
+    same = {"latency_of_dense", "int8_latency_of_dense", "latency_ms"}
+    assert before.model_dump(exclude=same) == after.model_dump(exclude=same)
+    assert {timing["batch"] for timing in teacher["latency"]} == {2}  # Only the largest batch is compared.
