@@ -130,7 +130,7 @@ def run_case(case: Case, home: Path, jobs: int) -> Path:
         raise ArtifactError(
             f"{folder} was made with other settings than the study has now. Remove it, or choose another folder with --runs."
         )
-    if not (folder / "bench" / "results.json").is_file():
+    if not (folder / "bench" / RESULTS).is_file():
         _clipress("run", case.recipe, folder, jobs)
     return folder
 
@@ -162,7 +162,7 @@ def _clipress(verb: str, recipe: Mapping[str, Any], folder: Path, jobs: int = 1)
 def _results_of(run: Path) -> Iterator[Results]:
     """Read a finished run's results. Raises ArtifactError if figures are missing."""
     try:
-        yield read_results(run / "bench" / "results.json")
+        yield read_results(run / "bench" / RESULTS)
     except (ArtifactError, LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise ArtifactError(
             f"{run} holds no readable results ({type(error).__name__}: {error}). Remove its bench/results.json and run "

@@ -1,8 +1,8 @@
 """`clipress auto`: the smallest model that holds a line, found without training, or with recovery where that is allowed.
 
 The budget is bisected. Heads are rotated once; every try scores, cuts and refits a copy (`prune: {steps: 0}`), calibrates its
-INT8 form, exports both and measures both beside the uncut model on the validation data. What was found becomes an ordinary
-recipe, which is then run as any other, on the test data.
+INT8 form, exports both and measures both on the validation data. What was found becomes an ordinary recipe, which is then
+run as any other, and measured beside the uncut model on the test data.
 """
 
 from __future__ import annotations
@@ -131,8 +131,9 @@ class _Search:
         self.context = Context(start_fabric(self.plan.runtime), self.plan.data, 0)
         self.dense = load_teacher(self.plan.teachers[0], request.task, say).model
         self.start, self.rotated = self._shared()
-        _, outcomes = self._measure({"fp32": self.dense})
-        self.reference = outcomes["fp32"]
+        self.reference: dict[str, Outcomes] = {}
+        if request.vocabulary:  # Otherwise the first try measures the uncut model.
+            self.reference = self._measure({"fp32": self.dense})[1]["fp32"]
         self.candidates: list[Candidate] = []
 
     def _shared(self) -> tuple[Model, Model]:
@@ -149,7 +150,7 @@ class _Search:
     def find(self) -> Candidate:
         """Return the best candidate. Raises ArtifactError if none holds the line."""
         request = self.request
-        settings = checked(search.Prune, {**_prune_settings(request, 0.5), "vocabulary": None}, "prune")
+        settings = checked(search.Prune, _prune_settings(request, 0.5), "prune")
         smallest = max(request.smallest, 1.001 * search.smallest_budget(settings, self.start))
         uncut = self.try_budget(1.0)
         if request.targets:
@@ -158,6 +159,8 @@ class _Search:
             cut = [one.kept for one in self.candidates if one.kept < 1 and self._meets(one)]
             if request.steps and cut:
                 self.try_budget(max(cut), request.steps)
+            return self._choose()
+        if not any(map(self._holds, uncut)):  # Texts of the validation data may need tokens that were removed.
             return self._choose()
         for steps in dict.fromkeys((0, request.steps)):
             if not any(map(self._holds, self.try_budget(smallest, steps))):
@@ -189,6 +192,7 @@ class _Search:
             context = replace(self.context, seed=(kept < 1) + bool(steps), title=title)
             made["int8"] = quantize.run(settings, made["fp32"].copy(), context)[0]
         rows, outcomes = self._measure(made)
+        self.reference = self.reference or outcomes["fp32"]
         new = [Candidate(kept, steps, rows[form], *self._drop(outcomes[form])) for form in made]
         self.candidates += new
         for one in new:
@@ -198,10 +202,9 @@ class _Search:
     def _cut(self, kept: float, steps: int, title: str) -> Model:
         if kept == 1.0:
             return self.start.copy()
-        settings = {**_prune_settings(self.request, kept), "rotate": False}
-        settings.pop("vocabulary", None)
+        settings = checked(search.Prune, {**_prune_settings(self.request, kept), "rotate": False}, "prune")
         context = replace(self.context, title=title)
-        model, _ = search.run(checked(search.Prune, settings, "prune"), self.rotated.copy(), context)
+        model, _ = search.run(settings, self.rotated.copy(), context)
         if steps:
             context = replace(context, seed=1, teachers=(self.dense,))
             model, _ = distill.run(checked(distill.Distill, _recovery(self.request), "distill"), model, context)
@@ -269,14 +272,12 @@ def _unit(request: AutoRequest) -> str:
 
 
 def _prune_settings(request: AutoRequest, kept: float) -> dict[str, Any]:
-    vocabulary = {"vocabulary": {}} if request.vocabulary else {}
-    fine = {"align": {"head_dim": 2, "ffn": 8}, "min_keep": {"head_dim": 0.05, "ffn": 0.02}}
     return {
         "budget": {_unit(request): round(min(kept, 0.9999), 4)},
         "steps": 0,
         "batch_size": request.batch_size,
-        **fine,
-        **vocabulary,
+        "align": {"head_dim": 2, "ffn": 8},
+        "min_keep": {"head_dim": 0.05, "ffn": 0.02},
     }
 
 
@@ -292,14 +293,12 @@ def _recovery(request: AutoRequest) -> dict[str, Any]:
 def _recipe(request: AutoRequest, found: Candidate | None) -> Recipe:
     """Return the recipe that makes a candidate from the teacher; None: nothing yet."""
     stages: list[dict[str, Any]] = []
-    if found is not None and found.kept < 1:
-        stages.append({"prune": _prune_settings(request, found.kept)})
-    elif found is not None and request.vocabulary:
-        stages.append({"prune": {"vocabulary": {}}})
-    if found is not None and found.steps:
-        stages.append({"distill": _recovery(request)})
-    if found is not None and found.int8:
-        stages.append({"quantize": _int8(request)})
+    if found is not None:
+        prune = _prune_settings(request, found.kept) if found.kept < 1 else {}
+        prune |= {"vocabulary": {}} if request.vocabulary else {}
+        stages += [{"prune": prune}] if prune else []
+        stages += [{"distill": _recovery(request)}] if found.steps else []
+        stages += [{"quantize": _int8(request)}] if found.int8 else []
     raw = {
         **request.sections,
         "name": request.out.name,

@@ -94,3 +94,13 @@ def test_a_folder_with_a_run_in_it_is_refused_before_any_try(model, data, tiny_r
 def test_a_model_that_is_neither_a_folder_nor_a_name_is_refused(data, tmp_path, name, message):
     result = clipress("auto", name, "--data", data, "--target", "size<=1MB", "--out", tmp_path / "out")
     assert result.exit_code == 2 and message in result.output
+
+
+def test_a_vocabulary_that_the_validation_texts_do_not_fit_is_reported(model, tmp_path):
+    """Trained on digits alone, the words of the scenes are gone, so not even the uncut model keeps its accuracy."""
+    sections = RECIPE | {"data": {**RECIPE["data"], "train": [{"format": "digits", "limit": 96}]}}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(sections))
+    words = ["--max-accuracy-drop", 0, "--no-int8", "--vocabulary"]
+    result = clipress("auto", model, "--data", tmp_path / "data.yaml", *words, "--out", tmp_path / "out")
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert "no model holds the line. The nearest one: uncut" in result.output
