@@ -300,7 +300,9 @@ def _finish(folder: Path, shard: int, source: Source, manifest: Manifest, encode
         "text": torch.zeros(0, manifest.dim),
         "views": torch.zeros(0, 7, dtype=torch.int32),
     }
-    image, text, views = (torch.cat([*getattr(encoded, name), empty]).cpu().numpy() for name, empty in no_rows.items())
+    image, text, views = (
+        torch.cat([*(rows.cpu() for rows in getattr(encoded, name)), empty]).numpy() for name, empty in no_rows.items()
+    )
     write_shard(folder, shard, manifest, Rows(image, text, captions, offsets, views, ok))
 
 

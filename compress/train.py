@@ -133,7 +133,7 @@ def train(
     fabric, steps = context.fabric, steps_of(config, context)
     learner = Learner(model, config, terms_from(losses, context.title), context)
     # The hooks need the final parameters, so they come after Fabric has moved or sharded the model.
-    loop = _Loop(learner, [*hooks, *_holds(model)], config, context)
+    loop = Loop(learner, [*hooks, *_holds(model)], config, context)
     start, every, bad_records = loop.step, loop.checkpoint_every, BadRecords()
     began = time.perf_counter() - loop.seconds
     with (
@@ -173,7 +173,7 @@ def _holds(model: Model) -> list[Hook]:
     return holds
 
 
-class _Loop:
+class Loop:
     """A training run in progress: takes steps, counts bad ones and saves checkpoints."""
 
     def __init__(self, learner: Learner, hooks: Sequence[Hook], config: Training, context: Context) -> None:

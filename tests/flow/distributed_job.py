@@ -1,4 +1,6 @@
-"""One training step with every loss, run alone or by torchrun; writes its losses, gradients and scores.
+"""One training step with every loss, run alone, by torchrun or on a GPU; writes its losses, gradients and scores.
+
+`distributed_job.py STRATEGY OUT [ACCELERATOR]`
 
 Cases: each process scores its own rows or all of them; the student as wide as its first teacher, or narrower. Half of the
 pairs have labels, an unequal number of them on two processes; groups repeat; the second teacher has a width of its own.
@@ -24,7 +26,8 @@ from clipress.tasks.clip import Clip
 COMPARABLE_WEIGHTS = {"feature": 100.0, "masked-feature": 100.0, "gradient": 0.1, "upop-kd": 0.1}
 STEP = 3  # By then the EMA model contributes to the loss.
 torch.set_num_threads(1)
-fabric = start_fabric(Runtime(strategy=sys.argv[1], accelerator="cpu"))
+accelerator = sys.argv[3] if len(sys.argv) > 3 else "cpu"
+fabric = start_fabric(Runtime(strategy=sys.argv[1], accelerator=accelerator, precision="fp32"))
 several = fabric.world_size > 1
 data = DataSpec(
     train=(SourceSpec(format="scenes", limit=64, weight=9), SourceSpec(format="digits", limit=64, weight=7))
@@ -53,11 +56,16 @@ def case(local, embed_dim):
     student, *teachers = (
         new_model(tiny_architecture(layers=1, embed_dim=width), seed) for seed, width in enumerate((embed_dim, 32, 24))
     )
+    student.module.to(fabric.device)
     gates = Gates(student.module, "separate")
     context = Context(fabric, data, 0, tuple(teachers), Runtime(local_loss=local), title="job")
     config = Training(steps=1, batch_size=16, grad_clip_norm=1e9)
     learner = Learner(student, config, terms_from(losses, "job"), context)
-    arrays = next(iter(batches(student, config, context, 1)))
+    arrays = {
+        name: rows.to(fabric.device)
+        for name, rows in next(iter(batches(student, config, context, 1))).items()
+        if name != "bad"
+    }
     if several:
         labelled = fabric.all_gather((arrays["label"] >= 0).sum())
         assert labelled[0] != labelled[1]

@@ -13,7 +13,7 @@ from helpers import write_recipe
 import clipress
 from clipress.errors import ArtifactError, RecipeError
 from clipress.recipe import read_recipe
-from clipress.studies import every_cpu, faults, serving, speed
+from clipress.studies import every_cpu, faults, gpu, serving, speed
 from clipress.studies.chart import draw_chart
 from clipress.studies.methods import merge_sections, read_study, row_of, run_case, run_study, time_alone
 from clipress.studies.study import Case, Sized, StepCost, Study, StudyRow, TimedSteps
@@ -261,7 +261,7 @@ def test_the_committed_table_and_chart_of_a_study_follow_from_its_figures(path):
         assert draw_chart(study, rows) == (TABLES / f"{study.name}.svg").read_text()
 
 
-@pytest.mark.parametrize("name", ["faults", "serving", "speed", "every_cpu"])
+@pytest.mark.parametrize("name", ["faults", "serving", "speed", "every_cpu", "gpu"])
 def test_the_committed_table_of_a_program_follows_from_its_figures(name):
     found = json.loads((TABLES / f"{name}.json").read_text())
     made = {
@@ -269,6 +269,7 @@ def test_the_committed_table_of_a_program_follows_from_its_figures(name):
         "serving": lambda: serving.markdown(found),
         "speed": lambda: speed.markdown(found["rows"], found["conditions"]),
         "every_cpu": lambda: every_cpu.markdown(found["rows"], found["conditions"]),
+        "gpu": lambda: gpu.markdown(found),
     }[name]()
     assert made == (TABLES / f"{name}.md").read_text()
 
