@@ -43,14 +43,14 @@ from clipress.compress.settings import Runtime, Training
 from clipress.compress.sparsify import zero_two_of_four
 from clipress.compress.train import Loop
 from clipress.data.spec import DataSpec, SourceSpec
+from clipress.errors import RecipeError
 from clipress.models.load import Model, artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.storage import write_text_whole
-from clipress.studies.speed import IMAGE, pruned
+from clipress.studies.speed import IMAGE, TEXT, pruned
 
 HERE = Path(__file__).parent
 PIECES = ("tests", "speed", "training")
-SHORT_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}  # not measured
 SEARCH_LOSSES = ("contrastive", "affinity", "feature", "interactive")
 
 
@@ -71,7 +71,7 @@ def sizes(tiny: bool) -> dict[str, Any]:
     towers = {}
     for label, name in (("ViT-B/16", "ViT-B-16"), ("ViT-L/14@336", "ViT-L-14-336")):
         config = open_clip.get_model_config(name)
-        towers[label] = {"embed_dim": config["embed_dim"], "vision_cfg": config["vision_cfg"], "text_cfg": SHORT_TEXT}
+        towers[label] = {"embed_dim": config["embed_dim"], "vision_cfg": config["vision_cfg"], "text_cfg": TEXT}
     return {
         "towers": towers,
         "widths": {"dense": None, "50 %": 0.5, "25 %": 0.25},
@@ -92,9 +92,18 @@ def sizes(tiny: bool) -> dict[str, Any]:
 class Rows:
     """The rows of gpu.json, by the key that names each."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"conditions": {}, "rows": {}}
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        """Read the rows that are there. Raises RecipeError if they were measured on another device or with other versions."""
+        self.path, self.found = path, {"conditions": about, "rows": {}}
+        if path.is_file():
+            self.found = json.loads(path.read_text(encoding="utf-8"))
+            before = self.found["conditions"]
+            if other := sorted(name for name in about if name != "date" and before.get(name) != about[name]):
+                name = other[0]
+                raise RecipeError(
+                    f"{path}: expected rows measured with {name} {about[name]}, found {before.get(name)}. A table has one "
+                    "machine: choose another --out, or move the file away."
+                )
 
     def add(self, key: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Measure a row unless it is there. One that fails holds the reason: the others are worth having."""
@@ -368,8 +377,10 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.tiny and not torch.cuda.is_available():
         parser.exit(2, "expected a CUDA device, torch found none. Rehearse with --tiny.\n")
     pieces, wanted = options.pieces or PIECES, sizes(options.tiny)
-    rows = Rows(options.out / "gpu.json")
-    rows.found["conditions"] = conditions()
+    try:
+        rows = Rows(options.out / "gpu.json", conditions())
+    except RecipeError as error:
+        parser.exit(2, f"{error}\n")
     if "tests" in pieces and not options.tiny:
         rows.add("tests", run_tests)
     if "training" in pieces:

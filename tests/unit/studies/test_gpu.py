@@ -33,9 +33,17 @@ def test_what_is_measured_already_is_not_measured_again(rehearsal, monkeypatch):
     assert (rehearsal / "gpu.json").read_text() == before
 
 
+def test_rows_of_another_device_are_not_continued(rehearsal, monkeypatch, capsys):
+    before, about = (rehearsal / "gpu.json").read_text(), gpu.conditions()
+    monkeypatch.setattr(gpu, "conditions", lambda: {**about, "device": "another"})
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(["--tiny", "--out", str(rehearsal)])
+    assert stopped.value.code == 2 and "device another, found cpu" in capsys.readouterr().err
+    assert (rehearsal / "gpu.json").read_text() == before
+
+
 def test_a_row_that_fails_holds_its_reason_and_the_others_go_on(tmp_path):
-    rows = gpu.Rows(tmp_path / "gpu.json")
-    rows.found["conditions"] = gpu.conditions()
+    rows = gpu.Rows(tmp_path / "gpu.json", gpu.conditions())
 
     def fails():
         raise RuntimeError("out of memory")
