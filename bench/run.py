@@ -45,6 +45,8 @@ class Subject:
     name: str
     artifact: Path
     export: Path
+    has_accuracy: bool = True
+    """Whether its accuracy is measured too."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +77,17 @@ def bench(
         about: added to the conditions.
         profiled: also record where ONNX Runtime spends its time.
     """
+    outcomes = _outcomes(subjects, sets, settings) if sets else {}
     with pinned(settings.cpus, settings.threads) as cpus:
-        opened = _open_all(subjects, settings)
-        shown = track(opened, len(opened), "accuracy", "model")
-        outcomes = {one.label: accuracy(one.runner, sets) if sets else {} for one in shown}
+        opened = [_opened(*one, settings) for one in _labelled(subjects, settings)]
         costs = {artifact: vars(cost(artifact)) for artifact in dict.fromkeys(one.artifact for one in subjects)}
-        rows = [_row(one, outcomes[one.label], costs[one.subject.artifact]) for one in opened]
+        rows = [_row(one, outcomes.get(one.label, {}), costs[one.subject.artifact]) for one in opened]
         cases = _cases(opened, settings)
         timings = {case: _timed(case, opened, settings) for case in track(cases, len(cases), "latency", "case")}
         if profiled:
             rows = [_with_profiles(row, one, settings) for row, one in zip(rows, opened, strict=True)]
     rows = [_with_ratios(row, rows[0], timings, settings) for row in rows]
-    _write_details(outcomes if sets else {}, timings, [one.label for one in opened], folder)
+    _write_details(outcomes, timings, [one.label for one in opened], folder)
 
     def ratio(origin: str, other: str, case: Case) -> Ratio | None:
         measured = timings[case]
@@ -108,19 +109,30 @@ def graph_names(subjects: Sequence[Subject]) -> list[str]:
     return list(dict.fromkeys(name for one in of_task.values() for name in graphs_of(model_from_artifact(one))))
 
 
-def _open_all(subjects: Sequence[Subject], settings: BenchSettings) -> list[Opened]:
-    opened = [
-        Opened(
-            subject.name if len(settings.backends) == 1 else f"{subject.name} ({backend})",
-            subject,
-            open_runner(backend, subject.artifact, subject.export, settings),
-        )
+def _labelled(subjects: Sequence[Subject], settings: BenchSettings) -> list[tuple[str, Subject, str]]:
+    """Return every row to be: its label, its subject and its backend."""
+    return [
+        (subject.name if len(settings.backends) == 1 else f"{subject.name} ({backend})", subject, backend)
         for backend in settings.backends
         for subject in subjects
     ]
-    for one in opened:
-        check_answers(one.label, one.runner)
-    return opened
+
+
+def _opened(label: str, subject: Subject, backend: str, settings: BenchSettings) -> Opened:
+    runner = open_runner(backend, subject.artifact, subject.export, settings)
+    check_answers(label, runner)
+    return Opened(label, subject, runner)
+
+
+def _outcomes(
+    subjects: Sequence[Subject], sets: Sequence[EvalSet], settings: BenchSettings
+) -> dict[str, dict[str, Outcomes]]:
+    """Measure every row's accuracy, by label. On all CPUs allowed, since their number changes only how long it takes."""
+    rows = _labelled([one for one in subjects if one.has_accuracy], settings)
+    with pinned(settings.cpus or (), settings.threads) as cpus:
+        wide = settings.model_copy(update={"threads": len(cpus) if cpus else settings.threads})
+        shown = track(rows, len(rows), "accuracy", "model")
+        return {row[0]: accuracy(_opened(*row, wide).runner, sets) for row in shown}
 
 
 def check_answers(label: str, runner: Runner) -> None:

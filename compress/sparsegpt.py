@@ -39,8 +39,8 @@ class _Searcher(SparseGPTSearcher):
 
     @classmethod
     def _hook_compute_hessian(cls, mod: nn.Module, inp: tuple[Tensor, ...], out: Tensor) -> None:
-        if isinstance(mod, nn.Linear):  # the input may have more axes between samples and features
-            rows = inp[0].detach().reshape(len(inp[0]), -1, inp[0].shape[-1])
+        if isinstance(mod, nn.Linear) and mod.weight.numel():  # what has been cut whole has no weights
+            rows = inp[0].detach().reshape(len(inp[0]), -1, inp[0].shape[-1])  # there may be more axes in between
             super()._hook_compute_hessian(mod, rows, out)
 
     def _compute_mask(self, module: nn.Module) -> Tensor:

@@ -105,7 +105,8 @@ def zero_two_of_four(model: nn.Module, show: Callable[[nn.Module], None] | None 
 
     from clipress.compress import sparsegpt
 
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    kinds = (nn.Linear, nn.Conv2d)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m.weight.numel()}
     held = {name: m.weight.detach().clone() for name, m in layers.items() if not m.weight.requires_grad}
     unseen: list[str] = []
     with redirect_stdout(io.StringIO()):  # modelopt prints every layer

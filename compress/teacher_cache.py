@@ -39,10 +39,10 @@ from clipress.data.cache_files import (
 from clipress.data.prefetch import prefetched
 from clipress.data.sources import Source, open_source
 from clipress.data.teacher_cache import TeacherCache
-from clipress.data.tokens import Tokenize
 from clipress.data.transforms import Augment, View, drawn_view, normalised, size_of, viewed
 from clipress.errors import ArtifactError, DataError, RecipeError
 from clipress.models.load import Model
+from clipress.models.text_length import text_ends, without_padding
 from clipress.progress import Say, progress_bar
 from clipress.storage import cache_folder, locked, sweep
 from clipress.tasks import task_named
@@ -151,7 +151,7 @@ def write_shards(
     say(f"{source.name}: embedding {todo:,} of {len(source):,} items, {manifest.views} view(s) each -> {folder}")
     failed: list[str] = []
     loads = DataLoader(
-        _Loads(source, manifest, model.tokenize()),
+        _Loads(source, manifest, model),
         batch_size=None,
         sampler=_jobs(source, manifest, missing, batch),
         num_workers=workers,
@@ -234,12 +234,14 @@ def _captions(
 class _Loads(Dataset):
     """A dataset that maps jobs to loads: decodes and augments images, or tokenizes texts."""
 
-    def __init__(self, source: Source, manifest: Manifest, tokenize: Tokenize) -> None:
-        self.source, self.manifest, self.tokenize = source, manifest, tokenize
+    def __init__(self, source: Source, manifest: Manifest, model: Model) -> None:
+        self.source, self.manifest = source, manifest
+        self.tokenize, self.ends = model.tokenize(), text_ends(model)
 
     def __getitem__(self, job: _Job) -> _Load:
         if job.texts:
-            return _Load(job.shard, ids=torch.from_numpy(self.tokenize(job.texts).astype(np.int64)))
+            ids = without_padding(self.tokenize(job.texts).astype(np.int64), self.ends)
+            return _Load(job.shard, ids=torch.from_numpy(ids))
         images, views, errors = [], [], []
         for item in job.items:
             try:
@@ -317,8 +319,8 @@ def check_cache(cache: TeacherCache, model: Model, source: Source, count: int = 
         pixels = torch.from_numpy(normalised(np.stack(images), model.preprocess))
         rows.append(("pixels", pixels, cache.images([cache.image_row(item) for item in items])))
     if source.has_texts and model.tokenizer is not None:
-        ids = torch.from_numpy(model.tokenize()([source.captions(item)[0] for item in items]))
-        rows.append(("ids", ids, cache.texts([cache.text_row(item) for item in items])))
+        ids = without_padding(model.tokenize()([source.captions(item)[0] for item in items]), text_ends(model))
+        rows.append(("ids", torch.from_numpy(ids), cache.texts([cache.text_row(item) for item in items])))
     model.module.eval()
     for name, batch, kept in rows:
         found = _raw(model, name, batch, manifest.precision).cpu().numpy()

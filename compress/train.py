@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from clipress.data.dataset import TrainingSet
 from clipress.data.sampler import Batches
 from clipress.errors import ClipressError, Stopped
 from clipress.models.load import Model
+from clipress.models.text_length import text_ends, without_padding
 from clipress.progress import progress_bar
 from clipress.storage import write_bytes_whole, writing
 
@@ -74,9 +76,15 @@ class HoldRange(Hook):
             weight.copy_(torch.maximum(torch.minimum(weight, limit), -limit))
 
 
-def batches(model: Model, config: Training, context: Context, steps: int, start: int = 0) -> DataLoader:
-    """Return the data loader of a stage. The batch of step t depends only on the seed and t."""
+def batches(
+    model: Model, config: Training, context: Context, steps: int, start: int = 0, whole_texts: bool = False
+) -> DataLoader:
+    """Return the data loader of a stage. The batch of step t depends only on the seed and t.
+
+    Texts come without the padding that neither the model nor a running teacher reads, unless `whole_texts`.
+    """
     sources = context.sources()
+    ends = None if whole_texts else text_ends(model, () if context.caches else context.teachers)
     dataset = TrainingSet(
         sources,
         model.preprocess,
@@ -85,6 +93,7 @@ def batches(model: Model, config: Training, context: Context, steps: int, start:
         context.seed,
         context.caches,
         context.data.resize,
+        needed_ids=ends and partial(without_padding, ends=ends),
     )
     sampler = Batches(
         [len(source) for source in sources],
@@ -141,7 +150,8 @@ def train(
         _log_to(context.log, fabric, start) as log,
         progress_bar(steps, context.title, "step", initial=start, disable=not fabric.is_global_zero) as bar,
     ):
-        for step, arrays in enumerate(batches(model, config, context, steps, start), start):
+        loader = batches(model, config, context, steps, start, whole_texts="tokens" in learner.lesson.needs)
+        for step, arrays in enumerate(loader, start):
             for item in bad_records.count(len(arrays["group"]), arrays.pop("bad")):
                 log({"step": step, "bad_record": asdict(item)})
             arrays = {name: tensor.to(fabric.device, non_blocking=True) for name, tensor in arrays.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ class TrainingSet:
 
     With `caches`, one per teacher for each source, images are shown in the views the teachers have embedded, and teacher t
     adds teacher_image_t and teacher_text_t, unit rows float32 [B,D], and their norms teacher_image_norm_t and
-    teacher_text_norm_t, float32 [B].
+    teacher_text_norm_t, float32 [B]. `needed_ids` cuts a batch's ids to what is read of them.
     """
 
     def __init__(
@@ -51,8 +51,9 @@ class TrainingSet:
         seed: int,
         caches: Sequence[Sequence[TeacherCache]] = (),
         library: Library = "pillow",
+        needed_ids: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        self.library = library
+        self.library, self.needed_ids = library, needed_ids
         self.sources, self.preprocess, self.augment, self.seed = list(sources), preprocess, augment, seed
         self.caches = [list(row) for row in caches]
         self.has_images = all(source.has_images for source in self.sources)
@@ -98,7 +99,8 @@ class TrainingSet:
         if self.has_images:
             arrays["pixels"] = normalised(np.stack([row.pixels for row in rows]), self.preprocess)
         if self.has_texts:
-            arrays["ids"] = self.ids([row.record.captions[row.caption] for row in rows])
+            ids = self.ids([row.record.captions[row.caption] for row in rows])
+            arrays["ids"] = ids if self.needed_ids is None else self.needed_ids(ids)
         return arrays | (self._teacher_rows(rows) if self.caches else {})
 
     def _chosen(self, draw: Draw) -> Chosen:

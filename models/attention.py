@@ -79,7 +79,8 @@ class Attention(nn.Module):
     def attend(self, x: Tensor, attn_mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
         """Attend from x [B, N, width] to memory [B, M, memory_width], or to itself: [B, N, width]."""
         if self.heads == 0:  # Every head was cut: only the output bias remains.
-            return torch.zeros_like(x) if self.out.bias is None else self.out.bias.expand_as(x)
+            y = torch.zeros_like(x)
+            return y if self.out.bias is None else y + self.out.bias
         memory = x if memory is None else memory
         tokens, keys = (
             int(x.shape[1]),
@@ -88,6 +89,8 @@ class Attention(nn.Module):
         q = self.q(x).reshape(-1, tokens, self.heads, self.qk_dim).transpose(1, 2)  # [B, H, N, qk]
         k = self.k(memory).reshape(-1, keys, self.heads, self.qk_dim).transpose(1, 2)  # [B, H, M, qk]
         v = self.v(memory).reshape(-1, keys, self.heads, self.v_dim).transpose(1, 2)  # [B, H, M, v]
+        if attn_mask is not None and attn_mask.shape[-1] != keys:  # a text shorter than the causal mask
+            attn_mask = attn_mask[..., :tokens, :keys]
         if attn_mask is not None and attn_mask.ndim == 3:  # [B * H, N, M], as open_clip masks padding
             attn_mask = attn_mask.reshape(-1, self.heads, tokens, keys)
         if torch.onnx.is_in_onnx_export():  # The same in three nodes, which every runtime fuses.

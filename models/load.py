@@ -19,6 +19,7 @@ from clipress.data.tokens import check_spec, tokenizer_from_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess, preprocess_from_open_clip
 from clipress.errors import ArtifactError, RecipeError, first_line, nearest
 from clipress.models import anatomy, quantizers, surgery
+from clipress.models.text_length import accept_short_texts
 from clipress.recipe import Section, first_problem
 
 # Upper bounds for a config; larger numbers are refused before modules or position tables are built.
@@ -85,7 +86,7 @@ def build(architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
             model.visual.set_input_size(model.visual.image_size)
     except (TypeError, ValueError, AssertionError, KeyError) as error:
         raise RecipeError(f"open_clip cannot build a model from this config: {error}") from None
-    return surgery.use_own_attention(model)
+    return accept_short_texts(surgery.use_own_attention(model))
 
 
 def refuse_absurd(architecture: Mapping[str, Any]) -> None:
@@ -158,7 +159,8 @@ def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teache
     if any(isinstance(module, QuickGELU) for module in model.modules()):
         config["quick_gelu"] = True
     preprocess = preprocess_from_open_clip(open_clip.get_model_preprocess_cfg(model))
-    return Model(surgery.use_own_attention(model).eval(), config, preprocess, tokenizer_spec(config))
+    model = accept_short_texts(surgery.use_own_attention(model)).eval()
+    return Model(model, config, preprocess, tokenizer_spec(config))
 
 
 def rebuild(artifact: Artifact, build: Callable[[dict[str, Any]], nn.Module]) -> Model:

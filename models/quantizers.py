@@ -27,11 +27,16 @@ Method = Literal["max", "entropy", "percentile"]
 
 
 def quantizable(model: nn.Module, exclude: tuple[str, ...] = ()) -> list[str]:
-    """Return the modules INT8 applies to; modules that match the patterns `exclude` stay in full precision."""
+    """Return the modules INT8 applies to; modules that match the patterns `exclude` stay in full precision.
+
+    What has been cut whole has no weights left to quantize.
+    """
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, KINDS) and not any(fnmatch(name, pattern) for pattern in exclude)
+        if isinstance(module, KINDS)
+        and module.weight.numel()
+        and not any(fnmatch(name, pattern) for pattern in exclude)
     ]
 
 

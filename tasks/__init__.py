@@ -82,6 +82,10 @@ class Task(ABC):
     def call(self, module: nn.Module, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the outputs of a graph, as exported."""
 
+    def needed(self, module: nn.Module, graph: str, inputs: Arrays) -> Arrays:
+        """Return a graph's inputs without what its outputs do not depend on, such as the padding of texts."""
+        return inputs
+
     @abstractmethod
     def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Return the inputs of every graph that a training batch can feed: graph -> input -> rows."""
@@ -161,7 +165,8 @@ def runs_of(model: Model) -> dict[str, Run]:
         def run(inputs: Arrays) -> dict[str, Any]:
             model.module.eval()
             with torch.inference_mode():
-                tensors = {name: torch.from_numpy(rows).to(device) for name, rows in inputs.items()}
+                needed = task.needed(model.module, graph, inputs)
+                tensors = {name: torch.from_numpy(rows).to(device) for name, rows in needed.items()}
                 return {name: y.float().cpu().numpy() for name, y in task.call(model.module, graph, tensors).items()}
 
         return run

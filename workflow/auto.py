@@ -1,7 +1,8 @@
 """`clipress auto`: the smallest model that holds a line, found without training, or with recovery where that is allowed.
 
 The budget is bisected. Heads are rotated once; every try scores, cuts and refits a copy (`prune: {steps: 0}`), calibrates its
-INT8 form, exports both and measures both on the validation data. What was found becomes an ordinary recipe, which is then
+INT8 form, exports both and measures both on the validation data, in turns with the uncut model: a machine's own speed drifts
+by more than two budgets differ, so latencies are compared at the uncut model's usual pace, its median over all tries. What was found becomes an ordinary recipe, which is then
 run as any other, and measured beside the uncut model on the test data.
 """
 
@@ -39,11 +40,12 @@ from clipress.workflow.plan import Plan, plan_from
 from clipress.workflow.recipes import find_recipe
 from clipress.workflow.run import run_recipe
 from clipress.workflow.serve import ServeRequest, serve_run
-from clipress.workflow.targets import Target, worst
+from clipress.workflow.targets import Pace, Target, at_pace, pace_of, worst
 
 CLOSE = 0.97  # A model that uses this much of what its target allows is close enough.
 SECTIONS = ("task", "data", "runtime", "export", "bench", "serve")
 PRECISION = 0.03  # Budgets that are as near as this are not told apart.
+UNCUT = "uncut"  # its name in tables and folders
 RECOVERY = ("contrastive", "affinity", "feature", "interactive")
 
 
@@ -87,6 +89,8 @@ class Candidate:
     steps: int
     """Steps of recovery."""
     row: Row
+    pace: Pace
+    """Of the uncut model, in the same turns."""
     drop: float
     """Points lost against the uncut model, on the validation data."""
     error: float
@@ -107,15 +111,18 @@ def auto(request: AutoRequest, say: Say) -> Run:
     if (request.out / RECIPE).exists():
         raise RecipeError(f"auto: {request.out} holds a run already. Remove it, or choose another folder with --out.")
     with TemporaryDirectory() as folder:
-        found = _Search(request, Path(folder), say).find()
+        tries = _Search(request, Path(folder), say)
+        found, usual = tries.find(), tries.usual_pace()
     say(f"Found: {_described(found, request)}. Its recipe runs in {request.out}.")
     done = run_recipe(_recipe(request, found), request.out, resume=True, say=say)
     wanted = done.artifacts[-1]
     if done.served != wanted:  # `bench` judges by speed alone, and the line may be about something else.
         serve_run(request.out, ServeRequest(wanted), say)
-    row = next(row for row in done.results.rows if row.artifact == wanted)
+    row, pace = next(row for row in done.results.rows if row.artifact == wanted), pace_of(done.results.rows[0])
     for target in request.targets:
-        say(f"{target.text}: {target.shown(row)}, measured again beside the uncut model.")
+        say(
+            f"{target.text}: {target.shown(row)}, measured again beside the uncut model.{_drift(target, row, pace, usual)}"
+        )
     return replace(done, served=wanted)
 
 
@@ -131,10 +138,9 @@ class _Search:
         self.context = Context(start_fabric(self.plan.runtime), self.plan.data, 0)
         self.dense = load_teacher(self.plan.teachers[0], request.task, say).model
         self.start, self.rotated = self._shared()
+        self.uncut = self._exported(UNCUT, self.dense)
         self.reference: dict[str, Outcomes] = {}
-        if request.vocabulary:  # Otherwise the first try measures the uncut model.
-            self.reference = self._measure({"fp32": self.dense})[1]["fp32"]
-        self.candidates: list[Candidate] = []
+        self._tried: list[Candidate] = []
 
     def _shared(self) -> tuple[Model, Model]:
         """Return the uncut model with the tokens that it keeps, and the same with its heads turned, for all tries."""
@@ -146,6 +152,16 @@ class _Search:
         rotated.module.to(self.context.fabric.device)
         search.rotate_heads(settings, rotated, context)
         return start, rotated
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """All that was tried, with latencies at the uncut model's usual pace."""
+        usual = self.usual_pace()
+        return [replace(one, row=at_pace(one.row, one.pace, usual)) for one in self._tried]
+
+    def usual_pace(self) -> Pace:
+        """Return the median over all tries of the uncut model's latency."""
+        return {case: float(np.median([one.pace[case] for one in self._tried])) for case in self._tried[0].pace}
 
     def find(self) -> Candidate:
         """Return the best candidate. Raises ArtifactError if none holds the line."""
@@ -184,24 +200,23 @@ class _Search:
 
     def try_budget(self, kept: float, steps: int = 0) -> list[Candidate]:
         """Cut, export and measure at one budget. Returns its candidates: fp32, and INT8 if that is allowed."""
-        number = len({(one.kept, one.steps) for one in self.candidates}) + 1
+        number = len({(one.kept, one.steps) for one in self._tried}) + 1
         title = f"try {number}"
         made = {"fp32": self._cut(kept, steps, title)}
         if self.request.int8:
             settings = checked(quantize.Quantize, _int8(self.request), "quantize")
             context = replace(self.context, seed=(kept < 1) + bool(steps), title=title)
             made["int8"] = quantize.run(settings, made["fp32"].copy(), context)[0]
-        rows, outcomes = self._measure(made)
-        self.reference = self.reference or outcomes["fp32"]
-        new = [Candidate(kept, steps, rows[form], *self._drop(outcomes[form])) for form in made]
-        self.candidates += new
+        pace, rows, outcomes = self._measure(made)
+        self._tried += [Candidate(kept, steps, rows[form], pace, *self._drop(outcomes[form])) for form in made]
+        new = self.candidates[-len(made) :]
         for one in new:
             self.say(f"{title}: {_described(one, self.request)}: {self._verdict(one)}")
         return new
 
     def _cut(self, kept: float, steps: int, title: str) -> Model:
         if kept == 1.0:
-            return self.start.copy()
+            return self.start
         settings = checked(search.Prune, {**_prune_settings(self.request, kept), "rotate": False}, "prune")
         context = replace(self.context, title=title)
         model, _ = search.run(settings, self.rotated.copy(), context)
@@ -210,19 +225,28 @@ class _Search:
             model, _ = distill.run(checked(distill.Distill, _recovery(self.request), "distill"), model, context)
         return model
 
-    def _measure(self, models: Mapping[str, Model]) -> tuple[dict[str, Row], dict[str, dict[str, Outcomes]]]:
-        """Export and measure models in turns. Returns a row, and the outcome of every item, per model."""
-        subjects = []
-        for form, model in models.items():
-            record = {"stage": form, "kind": "quantize" if form == "int8" else "prune", "hash": form}
-            artifact, export = self.folder / form, self.folder / "export" / form
-            save_artifact(artifact_from_model(model, (record,), {}), artifact)
-            training = partial(evalsets, self.plan.data.train)
-            onnx_from_artifact(artifact, export, self.plan.export.onnx, self.sets, training)
-            subjects.append(Subject(form, artifact, export))
+    def _measure(self, models: Mapping[str, Model]) -> tuple[Pace, dict[str, Row], dict[str, dict[str, Outcomes]]]:
+        """Export models and measure them in turns with the uncut one, which is exported once.
+
+        Returns the uncut model's pace, and a row and the outcome of every item per model.
+        """
+        names = {form: UNCUT if model is self.dense else form for form, model in models.items()}
+        own = [self._exported(form, models[form]) for form in names if names[form] != UNCUT]
+        subjects = [replace(self.uncut, has_accuracy=not self.reference), *own]
         results = bench(subjects, self.sets, self.plan.bench, self.folder / "bench", about={})
-        found = {form: read_outcomes(self.folder / "bench" / "items" / f"{form}.npz") for form in models}
-        return {row.stage: row for row in results.rows}, found
+        rows, items = {row.stage: row for row in results.rows}, self.folder / "bench" / "items"
+        found = {one.name: read_outcomes(items / f"{one.name}.npz") for one in subjects if one.has_accuracy}
+        self.reference = self.reference or found[UNCUT]
+        found[UNCUT] = self.reference
+        return pace_of(rows[UNCUT]), *({form: of[name] for form, name in names.items()} for of in (rows, found))
+
+    def _exported(self, form: str, model: Model) -> Subject:
+        record = {"stage": form, "kind": "quantize" if form == "int8" else "prune", "hash": form}
+        artifact, export = self.folder / form, self.folder / "export" / form
+        save_artifact(artifact_from_model(model, (record,), {}), artifact)
+        training = partial(evalsets, self.plan.data.train)
+        onnx_from_artifact(artifact, export, self.plan.export.onnx, self.sets, training)
+        return Subject(form, artifact, export)
 
     def _drop(self, outcomes: Mapping[str, Outcomes]) -> tuple[float, float]:
         """Return the points lost against the uncut model, averaged over the task's figures, and their standard error."""
@@ -257,6 +281,15 @@ class _Search:
             advice = "Relax the target, or start from a smaller model."
         found = _described(nearest, self.request)
         raise ArtifactError(f"auto: no model holds the line. The nearest one: {found}. {advice}")
+
+
+def _drift(target: Target, row: Row, pace: Pace, usual: Pace) -> str:
+    """Say what a latency is worth where the uncut model is slower or faster than it was during the search."""
+    if target.figure != "latency":
+        return ""
+    times = [sum(ms for (tower, _), ms in one.items() if target.tower in (None, tower)) for one in (usual, pace)]
+    steady = target.shown(at_pace(row, pace, usual))
+    return f" The uncut model took {times[0]:.4g} ms during the search and {times[1]:.4g} ms now; at its earlier pace: {steady}."
 
 
 def _described(one: Candidate, request: AutoRequest) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from clipress.bench.results import Row
@@ -15,7 +15,12 @@ UNITS = {
     "params": {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9},
     "macs": {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9},
 }
+SHOWN = {"latency": ("ms", "ms"), "size": ("MB", "MB"), "params": ("M", "M params"), "macs": ("M", "M MACs")}
+"""The unit in which a figure is reported, and its name."""
 FORM = re.compile(r"\s*(\w+)\s*(?:\{\s*tower\s*=\s*([\w-]+)\s*\})?\s*<=\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*")
+
+Pace = Mapping[tuple[str, int], float]
+"""Median ms of one model by (graph, batch). A machine's own speed drifts by more than two models differ."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,8 @@ class Target:
 
     def shown(self, row: Row) -> str:
         """Return the figure of a measured model in the target's unit, such as 4.31 ms."""
-        unit, scale = {
-            "latency": ("ms", 1.0),
-            "size": ("MB", 1e6),
-            "params": ("M params", 1e6),
-            "macs": ("M MACs", 1e6),
-        }[self.figure]
-        return f"{self.value(row) / scale:.4g} {unit}"
+        unit, name = SHOWN[self.figure]
+        return f"{self.value(row) / UNITS[self.figure][unit]:.4g} {name}"
 
 
 def target_from(text: str) -> Target:
@@ -78,6 +78,20 @@ def target_from(text: str) -> Target:
     if not float(number) > 0:
         raise RecipeError(f"--target '{text}': expected a number above 0.")
     return Target(text.strip(), figure, float(number) * scales[unit.lower()], tower)
+
+
+def pace_of(row: Row) -> Pace:
+    """Return the median latency of a model in each case."""
+    return {(timing.tower, timing.batch): timing.median_ms for timing in row.latency}
+
+
+def at_pace(row: Row, own: Pace, wanted: Pace) -> Row:
+    """Scale the median latencies of a row: `own` is the pace of another model in the same turns, `wanted` its usual pace."""
+    latency = tuple(
+        timing.model_copy(update={"median_ms": timing.median_ms * wanted[case] / own[case]})
+        for case, timing in zip(pace_of(row), row.latency, strict=True)
+    )
+    return row.model_copy(update={"latency": latency})
 
 
 def worst(targets: Iterable[Target], row: Row) -> float:

@@ -61,7 +61,8 @@ class TorchRunner(Runner):
 
         def run(inputs: Arrays) -> dict[str, Any]:
             with torch.inference_mode():
-                return {name: rows.float().cpu().numpy() for name, rows in forward(self.tensors(inputs)).items()}
+                needed = self._task.needed(self._module, graph, inputs)
+                return {name: rows.float().cpu().numpy() for name, rows in forward(self.tensors(needed)).items()}
 
         return run
 

@@ -13,9 +13,12 @@ from helpers import DATA, SHORT, clipress, write_recipe
 from onnx import numpy_helper
 from PIL import Image
 
-from clipress.artifact import load_artifact, read_header
+from clipress.artifact import load_artifact, read_header, save_artifact
 from clipress.compress.sparsify import is_two_of_four
 from clipress.data import digits
+from clipress.models import anatomy, surgery
+from clipress.models.load import artifact_from_model, new_model
+from clipress.models.tiny import tiny_architecture
 from clipress.tasks import model_from_artifact
 from clipress.tasks.clip import encoders
 
@@ -292,3 +295,27 @@ def test_serving_another_stage_adds_a_version_that_can_be_rolled_back(tiny_run, 
         "2",
         "config.pbtxt",
     ]
+
+
+def test_a_model_with_parts_that_were_cut_whole_goes_through_every_stage(recipe, tmp_path):
+    model = new_model(tiny_architecture(), 0)
+    for part in anatomy.parts(model.module)[1:7:2]:  # feed-forwards
+        surgery.cut(part, surgery.FfnMask(torch.zeros(part.hidden, dtype=torch.bool)))
+    for part in anatomy.attentions(model.module)[1:]:
+        none = torch.zeros(part.module.heads, part.module.qk_dim, dtype=torch.bool)
+        surgery.cut(part, surgery.AttnMask(none, none))
+    record = {"stage": "cut", "kind": "prune", "hash": "of a test"}
+    save_artifact(artifact_from_model(model, (record,), {}), tmp_path / "cut")
+    recipe["teacher"] = {"artifact": str(tmp_path / "cut")}
+    recipe["stages"] = [
+        {"distill": {"losses": ["contrastive"], **SHORT, "steps": 2}},
+        {"sparsify": {"method": "sparsegpt", "calibrate": 32, **SHORT, "steps": 0}},
+        {"quantize": {"calibrate": 32, **SHORT, "steps": 0}},
+    ]
+    result = clipress("run", write_recipe(recipe, tmp_path), "--out", tmp_path / "run")
+    assert result.exit_code == 0, (result.output, result.exception)
+    whole = [name for name, layer in model.module.named_modules() if getattr(layer, "weight", None) is not None]
+    empty = {name for name in whole if not model.module.get_submodule(name).weight.numel()}
+    int8 = load_artifact(tmp_path / "run" / "int8")
+    assert empty and not empty & set(int8.quantization["modules"])
+    assert not {f"{name}.weight" for name in empty} & set(int8.sparsity["weights"])

@@ -394,7 +394,7 @@ def test_the_command_writes_figures_with_every_requests_times(server, tiny_run, 
     words = ("--concurrency", "1,2", "--window", "200", "--warm-up", "0", "--trials", "3", "--out", tmp_path)
     url = ("--url", f"grpc://{server.grpc}", "--fail-if", "infer_per_s{model=embed_text} > 0")
     result = clipress("bench-server", tiny_run[0], *words, *url)
-    assert result.exit_code == 1 and "Broken: infer_per_s" in result.output
+    assert result.exit_code == 1 and "Broken: infer_per_s" in result.output, result.output
     written = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
     assert [(row["model"], row["concurrency"]) for row in written["rows"]] == [(m, c) for m in MODELS for c in (1, 2)]
     for row in written["rows"]:
