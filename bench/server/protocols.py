@@ -18,6 +18,7 @@ from clipress.bench.server.load import STEPS, Send, Statistics
 from clipress.errors import ServerError
 
 CONNECTIONS = 256  # For HTTP; further requests wait, and their latency counts from their due time.
+CONNECT_SECONDS = 5  # for gRPC
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 STATISTICS = "/inference.GRPCInferenceService/ModelStatistics"
 
@@ -47,6 +48,9 @@ class Wire(Protocol):
     def sender(self, template: RequestTemplate) -> Send:
         """Return a function that sends request number n and returns the answer as bytes."""
 
+    async def connect(self) -> None:
+        """Wait until requests can be sent."""
+
     async def statistics(self) -> Statistics:
         """Return what the server has counted for every model."""
 
@@ -63,6 +67,7 @@ async def checked_sender(wire: Wire, template: RequestTemplate, url: str) -> Sen
     """Return a template's sender after one request has been answered. Raises ServerError if it is not."""
     send = wire.sender(template)
     try:
+        await wire.connect()
         await send(0)
     except Exception as error:
         raise ServerError(
@@ -98,6 +103,9 @@ class Http:
             return await self._answer(head(len(content)) + content)
 
         return send
+
+    async def connect(self) -> None:
+        """Nothing to wait for: connections are opened by requests."""
 
     async def statistics(self) -> Statistics:
         return read_statistics(json.loads(await self._answer(self._head("GET", "models/stats", 0))))
@@ -204,6 +212,13 @@ class Grpc:
                 raise Refused(error.details()) from None
 
         return send
+
+    async def connect(self) -> None:
+        # Channels to one address share what they know of it, and one that is still recovering fails its requests at once.
+        try:
+            await asyncio.wait_for(self._channel.channel_ready(), CONNECT_SECONDS)
+        except asyncio.TimeoutError:
+            raise Refused(f"no connection within {CONNECT_SECONDS} s") from None
 
     async def statistics(self) -> Statistics:
         from google.protobuf.json_format import MessageToDict

@@ -10,6 +10,7 @@ import pytest
 from helpers import clipress
 
 from clipress.bench.fail_if import gate_from
+from clipress.bench.server import protocols
 from clipress.bench.server.load import (
     Measured,
     Request,
@@ -385,8 +386,10 @@ def test_a_request_refused_by_a_real_server_is_an_error_with_its_message(server,
     assert found.requests and all("not a readable image" in one.error for one in found.requests)
 
 
-def test_an_unreachable_server_is_one_message(tiny_run):
-    result = clipress("bench-server", tiny_run[0], "--url", "http://127.0.0.1:9", "--model", "embed_text")
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_an_unreachable_server_is_one_message(tiny_run, protocol, monkeypatch):
+    monkeypatch.setattr(protocols, "CONNECT_SECONDS", 0.1)
+    result = clipress("bench-server", tiny_run[0], "--url", f"{protocol}://127.0.0.1:9", "--model", "embed_text")
     assert result.exit_code == 2 and "expected an answer from model embed_text" in result.output
 
 
