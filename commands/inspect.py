@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -72,12 +72,19 @@ def _method_lines(key: str, method: dict[str, Any]) -> Iterator[str]:
     help="openai, open_clip, clip-kd, tinyclip, upop or auto.",
 )
 @click.option("--model", help="An open_clip model name, if the file does not contain its architecture.")
-def import_(checkpoint: Path, out: Path, form: str, model: str | None) -> None:
+@click.option(
+    "--weights",
+    "which",
+    type=click.Choice(["raw", "ema"]),
+    help="Raw or averaged weights; default: raw ones if there are any.",
+)
+def import_(checkpoint: Path, out: Path, form: str, model: str | None, which: Literal["raw", "ema"] | None) -> None:
     """Import a third-party CLIP checkpoint.
 
     The artifact in OUT can be a recipe's teacher. Nothing is unpickled.
     """
     from clipress.workflow.artifacts import import_checkpoint
 
-    made = import_checkpoint(checkpoint, out, form, model)
-    click.echo(f"{checkpoint}: {made.lineage[0]['format']}, {made.counts['params']:,} parameters -> {out}")
+    made = import_checkpoint(checkpoint, out, form, model, which)
+    taken = f" ({made.lineage[0]['taken']})" if made.lineage[0]["taken"] else ""
+    click.echo(f"{checkpoint}: {made.lineage[0]['format']}{taken}, {made.counts['params']:,} parameters -> {out}")

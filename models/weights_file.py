@@ -1,4 +1,4 @@
-"""Read named tensors from a third-party checkpoint without running any code in it."""
+"""Read named tensors from a third-party checkpoint without running any code in it, whatever they are wrapped in."""
 
 from __future__ import annotations
 
@@ -6,35 +6,70 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from clipress.errors import ArtifactError, first_line
+from clipress.models.torch_archive import Foreign, read_archive
 
 NOTES = {"input_resolution", "context_length", "vocab_size"}  # Numbers next to the weights in OpenAI's files.
-MAX_SIDE, MAX_TENSORS, MAX_BYTES = 1 << 20, 1 << 16, 8_000_000_000
+RAW = ("state_dict", "model_state_dict", "model", "module")
+EMA = ("state_dict_ema", "ema_state_dict", "model_ema")
+WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
+TRAINERS = ("model.", "clip.")  # attributes that hold the CLIP in a larger module
+LEFT_OVERS = {"attn_mask", "position_ids"}  # buffers of older versions, which every model makes for itself
+MAX_SIDE, MAX_TENSORS, MAX_BYTES, MAX_DEPTH = 1 << 20, 1 << 16, 8_000_000_000, 64
 
 State = Mapping[str, Tensor]
+Which = Literal["raw", "ema"]
 
 
-def weights_from_file(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, without the mappings that may wrap them.
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a checkpoint by name, and what they were taken out of."""
 
-    Raises ArtifactError for a file that is missing or damaged, holds more than weights, or claims impossible sizes.
+    state: dict[str, Tensor]
+    entries: tuple[str, ...] = ()
+    """Keys on the way to them, such as state_dict."""
+    others: tuple[str, ...] = ()
+    """Entries beside them with other weights: averaged ones, or raw ones."""
+    prefix: str = ""
+    """The attribute of a larger module that they were in, such as `model.`"""
+    left_out: int = 0
+    """Tensors of that module outside the attribute."""
+
+    def described(self) -> str:
+        """Say what was taken, such as `entry state_dict, not model_ema`; empty for bare weights."""
+        parts = [f"entry {'.'.join(self.entries)}"] if self.entries else []
+        parts += [f"not {', '.join(self.others)}"] if self.others else []
+        parts += [f"tensors in {self.prefix}"] if self.prefix else []
+        parts += [f"{self.left_out} others left out"] if self.left_out else []
+        return ", ".join(parts)
+
+
+def weights_from_file(path: Path, which: Which | None = None) -> Weights:
+    """Return the tensors of a checkpoint by name, without the entries and prefixes that wrap them.
+
+    Args:
+        path: what torch.save, torch.jit.save or safetensors wrote.
+        which: raw weights or their moving average (EMA); None: raw ones if there are any.
+
+    Raises ArtifactError for a file that is missing or damaged, has no such weights, or claims impossible sizes.
     """
-    state = _read(path)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    if not isinstance(state, Mapping) or not state:
-        raise ArtifactError(f"expected named weights, found {type(state).__name__} without any.")
-    if len(state) > MAX_TENSORS:
-        raise ArtifactError(f"expected at most {MAX_TENSORS:,} tensors, found {len(state):,} entries.")
-    weights = {str(name).removeprefix("module."): _tensor(name, value) for name, value in state.items()}
+    found, entries, others = _unwrapped(_read(path), which)
+    if isinstance(found, Foreign):
+        found = dict(_of_module(found))
+    if not isinstance(found, Mapping) or not found:
+        kind = found.name if isinstance(found, Foreign) else type(found).__name__
+        raise ArtifactError(f"expected named weights, found {kind} without any.")
+    if len(found) > MAX_TENSORS:
+        raise ArtifactError(f"expected at most {MAX_TENSORS:,} tensors, found {len(found):,} entries.")
+    weights = {str(name): _tensor(name, value) for name, value in found.items()}
     claimed = sum(math.prod(tensor.shape) * tensor.element_size() for tensor in weights.values())
     if claimed > MAX_BYTES:
         raise ArtifactError(
@@ -43,7 +78,71 @@ def weights_from_file(path: Path) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ArtifactError(f"{name} claims shape {list(tensor.shape)}, and the file holds fewer bytes than that.")
-    return weights
+    state, prefix, left_out = without_prefixes(weights)
+    return Weights(state, entries, others, prefix, left_out)
+
+
+def _unwrapped(content: Any, which: Which | None) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+    """Return what holds the tensors, the keys on the way to it, and keys of the other kind of weights beside it."""
+    entries, others = list[str](), list[str]()
+    while isinstance(content, Mapping) and len(entries) < MAX_DEPTH:
+        raw, ema = ([key for key in keys if _holds_weights(content.get(key))] for keys in (RAW, EMA))
+        takes_ema = bool(ema) and (which == "ema" or (which is None and not raw))
+        if not (keys := ema if takes_ema else raw):
+            break
+        entries.append(keys[0])
+        others += raw if takes_ema else ema
+        content = content[keys[0]]
+    if which == "ema" and not set(entries) & set(EMA):
+        raise ArtifactError(
+            f"expected averaged weights (an entry {', '.join(EMA)}), found none. Leave out: --weights ema"
+        )
+    return content, tuple(entries), tuple(others)
+
+
+def _holds_weights(value: Any) -> bool:
+    return isinstance(value.state if isinstance(value, Foreign) else value, Mapping)
+
+
+def without_prefixes(weights: State) -> tuple[dict[str, Tensor], str, int]:
+    """Return weights without what wrappers put before their names: DDP, torch.compile, and the attribute of a trainer.
+
+    A trainer may have other tensors beside the CLIP, such as a loss's: they are left out. Also returns the prefix, and how many.
+    """
+    found, prefix, count = {_unwrapped_name(name): tensor for name, tensor in weights.items()}, "", len(weights)
+    while "logit_scale" not in found:
+        inside = [
+            one for one in TRAINERS if f"{one}logit_scale" in found or all(name.startswith(one) for name in found)
+        ]
+        inside += [one for one in TRAINERS if not inside and any(f"{one}{two}logit_scale" in found for two in TRAINERS)]
+        if not inside or not found:
+            break
+        own = inside[0]
+        found = {_unwrapped_name(name.removeprefix(own)): one for name, one in found.items() if name.startswith(own)}
+        prefix += own
+    kept = {name: tensor for name, tensor in found.items() if name.rpartition(".")[2] not in LEFT_OVERS}
+    return kept, prefix, count - len(found)
+
+
+def _unwrapped_name(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name.replace("._orig_mod.", ".")  # compiled modules inside
+
+
+def _of_module(module: Foreign, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors of a pickled module, or of a TorchScript one, whose attributes are its tensors and modules."""
+    own = module.state
+    if depth > MAX_DEPTH or not isinstance(own, Mapping):
+        return
+    if "_parameters" in own:
+        kinds = (own.get(kind) for kind in ("_parameters", "_buffers", "_modules"))
+        own = {name: value for kind in kinds if isinstance(kind, Mapping) for name, value in kind.items()}
+    for name, value in own.items():
+        if isinstance(value, Tensor) or (name in NOTES and isinstance(value, int)):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, Foreign):
+            yield from _of_module(value, f"{prefix}{name}.", depth + 1)
 
 
 def _read(path: Path) -> Any:
@@ -54,29 +153,19 @@ def _read(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(
-                path
-            ) as archive:  # torch never compresses, so a larger content than the file is a bomb.
-                inside = sum(record.file_size for record in archive.infolist())
-            if inside > path.stat().st_size:
-                raise ValueError(f"it claims {inside:,} bytes and is {path.stat().st_size:,} bytes long")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return (
+            read_archive(path) if zipfile.is_zipfile(path) else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # Arbitrary bytes can fail anywhere in a reader.
         raise ArtifactError(_explain(error)) from None
 
 
 def _explain(error: Exception) -> str:
-    if "TorchScript" in str(error):
-        return (
-            "this is a TorchScript archive, which is a program (the format of OpenAI's models); only weights are read. If you "
-            "trust it: torch.save(torch.jit.load(FILE, 'cpu').state_dict(), 'weights.pt'), and import weights.pt."
-        )
     found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if found:
         return (
-            f"the file holds more than weights ({found[1]}), and reading it could run code: nothing was loaded. Save the "
-            "weights alone, with torch.save(model.state_dict(), FILE) or as safetensors."
+            f"the file holds more than weights ({found[1]}) in the format of torch before 1.6, and reading it could run code: "
+            "nothing was loaded. Save the weights alone, with torch.save(model.state_dict(), FILE) or as safetensors."
         )
     reason = first_line(error).partition(". In PyTorch")[0]
     return f"the file cannot be read ({reason}): it is truncated, damaged or no checkpoint. Copy it again."
@@ -86,7 +175,8 @@ def _tensor(name: object, value: Any) -> Tensor:
     if name in NOTES and isinstance(value, int):
         return torch.empty(1)
     if not isinstance(name, str) or not isinstance(value, Tensor):
-        raise ArtifactError(f"expected named tensors only, entry {name!r} is {type(value).__name__}.")
+        kind = f"{value.name}, which was not run" if isinstance(value, Foreign) else type(value).__name__
+        raise ArtifactError(f"expected named tensors only, entry {name!r} is {kind}.")
     if value.is_nested or value.is_meta or value.is_quantized or value.layout != torch.strided:
         raise ArtifactError(f"{name} is not a plain tensor; sparse, nested, quantized and meta tensors are not read.")
     if not all(0 < side <= MAX_SIDE for side in value.shape):

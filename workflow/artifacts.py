@@ -7,15 +7,19 @@ from pathlib import Path
 from clipress.artifact import HEADER, Artifact, save_artifact
 from clipress.errors import ArtifactError
 from clipress.models.importers import artifact_from_checkpoint
+from clipress.models.weights_file import Which
 
 
-def import_checkpoint(checkpoint: Path, out: Path, form: str = "auto", model: str | None = None) -> Artifact:
+def import_checkpoint(
+    checkpoint: Path, out: Path, form: str = "auto", model: str | None = None, which: Which | None = None
+) -> Artifact:
     """Convert a checkpoint to an artifact in the folder `out`; an artifact there is replaced.
 
-    `model` is an open_clip model name, required where the file does not contain its architecture.
+    `model` is an open_clip model name, required where the file does not contain its architecture; `which` chooses raw or
+    averaged weights.
     """
     if out.exists() and not (out / HEADER).is_file():
         raise ArtifactError(f"{out} exists and is not an artifact. Nothing was changed. Choose another folder.")
-    artifact = artifact_from_checkpoint(checkpoint, form, model)
+    artifact = artifact_from_checkpoint(checkpoint, form, model, which)
     save_artifact(artifact, out)
     return artifact

@@ -12,7 +12,7 @@ from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models.importers.base import IMPORTERS, Importer
 from clipress.models.importers.open_clip import model_from_folder, weights_in
 from clipress.models.load import Model, artifact_from_model
-from clipress.models.weights_file import State, weights_from_file
+from clipress.models.weights_file import State, Which, weights_from_file
 from clipress.recipe import digest
 from clipress.storage import sha256
 from clipress.version import __version__
@@ -22,30 +22,35 @@ __all__ = ["IMPORTERS", "Importer", "artifact_from_checkpoint", "detected", "imp
 FOLDER_FORMAT = "open_clip"
 
 
-def import_checkpoint(path: Path, form: str = "auto", model: str | None = None) -> Model:
+def import_checkpoint(path: Path, form: str = "auto", model: str | None = None, which: Which | None = None) -> Model:
     """Read a third-party checkpoint into a CLIP in fp32.
 
     Args:
-        path: a file (.pt, .pth, .bin, .safetensors), or a folder in open_clip's layout.
+        path: a file (.pt, .pth, .bin, .safetensors, a TorchScript archive), or a folder in open_clip's layout.
         form: a name in `IMPORTERS`; `auto` detects the format from the weights.
         model: an open_clip model name, where the file does not determine its architecture.
+        which: raw weights or averaged ones; None: raw ones if the file has any.
 
     Raises:
-        ArtifactError: the file is missing, damaged, more than weights, of no known format, or its shapes do not fit.
+        ArtifactError: the file is missing, damaged, without weights, of no known format, or its shapes do not fit.
         RecipeError: `form` or `model` is unknown or out of place.
     """
-    return _imported(Path(path), form, model)[0]
+    return _imported(Path(path), form, model, which)[0]
 
 
-def artifact_from_checkpoint(path: Path, form: str = "auto", model: str | None = None) -> Artifact:
+def artifact_from_checkpoint(
+    path: Path, form: str = "auto", model: str | None = None, which: Which | None = None
+) -> Artifact:
     """Read a third-party checkpoint, as `import_checkpoint` does, into an artifact whose lineage starts with it."""
     path = Path(path)
-    imported, used = _imported(path, form, model)
+    imported, used, taken = _imported(path, form, model, which)
     source = weights_in(path) if path.is_dir() else path
-    record = {"stage": "import", "kind": "import", "format": used, "model": model, "file": source.name}
+    record = {"stage": "import", "kind": "import", "format": used, "model": model, "file": source.name, "taken": taken}
     record |= {"sha256": sha256(source), "versions": {"clipress": __version__}}
-    # With other heads, activation or preprocessing the same weights are another model.
-    record["hash"] = digest("import", record["sha256"], used, imported.architecture, imported.preprocess.model_dump())
+    # With other heads, activation or preprocessing, or averaged, the same file is another model.
+    record["hash"] = digest(
+        "import", record["sha256"], used, taken, imported.architecture, imported.preprocess.model_dump()
+    )
     return artifact_from_model(imported, (record,), {})
 
 
@@ -61,16 +66,18 @@ def detected(state: State) -> str:
     )
 
 
-def _imported(path: Path, form: str, model: str | None) -> tuple[Model, str]:
+def _imported(path: Path, form: str, model: str | None, which: Which | None) -> tuple[Model, str, str]:
+    """Return the model, the format it was in, and what was taken of the file."""
     if form != "auto" and form not in IMPORTERS:
         raise RecipeError(f"unknown checkpoint format '{form}'.{nearest(form, IMPORTERS)}")
     try:
         if path.is_dir():
             if form not in ("auto", FOLDER_FORMAT) or model is not None:
                 raise RecipeError("a folder is in open_clip's layout and names its model: leave out format and model.")
-            return model_from_folder(path), FOLDER_FORMAT
-        state = weights_from_file(path)
-        used = detected(state) if form == "auto" else form
-        return IMPORTERS[used]().model_from_state(state, model), used
+            weights = weights_from_file(weights_in(path), which)
+            return model_from_folder(path, weights.state), FOLDER_FORMAT, weights.described()
+        weights = weights_from_file(path, which)
+        used = detected(weights.state) if form == "auto" else form
+        return IMPORTERS[used]().model_from_state(weights.state, model), used, weights.described()
     except (ArtifactError, RecipeError) as error:
         raise type(error)(f"Checkpoint {path}: {error}") from None

@@ -10,7 +10,7 @@ from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models.importers.base import IMPORTERS, Importer
 from clipress.models.importers.openai import model_from_weights, root
 from clipress.models.load import Model, refuse_absurd
-from clipress.models.weights_file import State, weights_from_file
+from clipress.models.weights_file import State
 from clipress.storage import read_json
 
 CONFIG = "open_clip_config.json"
@@ -57,8 +57,8 @@ def weights_in(folder: Path) -> Path:
     raise ArtifactError(f"expected a weights file in the folder ({' or '.join(WEIGHTS)}), found none.")
 
 
-def model_from_folder(folder: Path) -> Model:
-    """Read a folder with open_clip_config.json and weights; it needs no model name and downloads nothing."""
+def model_from_folder(folder: Path, weights: State) -> Model:
+    """Build the model of a folder's open_clip_config.json with the folder's weights; nothing is downloaded."""
     try:
         config = read_json(folder / CONFIG)
         architecture, preprocess = config["model_cfg"], config.get("preprocess_cfg") or {}
@@ -72,7 +72,7 @@ def model_from_folder(folder: Path) -> Model:
     if not all(isinstance(part, dict) for part in (*(towers or [None]), preprocess)):
         raise ArtifactError(f"its {CONFIG} lacks model_cfg with vision_cfg and text_cfg.")
     known = {key: preprocess[key] for key in Preprocess.model_fields.keys() & preprocess.keys() - {"size"}}
-    return _model(architecture, weights_from_file(weights_in(folder)), known)
+    return _model(architecture, weights, known)
 
 
 def _model(architecture: dict[str, Any], state: State, preprocess: dict[str, Any]) -> Model:

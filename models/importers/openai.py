@@ -142,6 +142,11 @@ def model_from_weights(
     except Exception as error:  # a config can fail anywhere in open_clip
         reason = first_line(error)
         raise ArtifactError(f"open_clip cannot build its architecture: {reason}.") from None
+    scalars = {name for name, tensor in wanted.items() if not tensor.ndim}  # older versions saved them as [1]
+    weights = {
+        name: tensor.reshape(()) if name in scalars and tensor.shape == (1,) else tensor
+        for name, tensor in weights.items()
+    }
     _compare(wanted, weights)
     tokenizer = tokenizer_spec(architecture)
     check_spec(tokenizer)

@@ -6,12 +6,14 @@ are mutated blindly seldom get past a parser.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import hashlib
 import io
 import json
 import os
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -179,16 +181,20 @@ def artifact(data: bytes) -> None:
 
 
 IMPORT_FORMATS = ("auto", "openai", "clip-kd", "tinyclip", "upop")
+EDITED_PICKLE = 25
 
 
 def importers(data: bytes) -> None:
-    """Checkpoints: raw pickles, safetensors and folders, and state dicts with changed names and shapes."""
+    """Checkpoints: raw pickles, edited ones, safetensors and folders, and state dicts with changed names and shapes."""
     from clipress.models.importers import import_checkpoint
 
     kind, rest = data[0] if data else 0, data[1:]
     state = importers.__dict__.setdefault("state", open_clip.model.CLIP(**small()).state_dict())
     try:
-        if kind % 5 == 0:
+        if kind == EDITED_PICKLE:
+            (HOME / "c.pth").write_bytes(_with_edited_pickle(rest))
+            import_checkpoint(HOME / "c.pth")
+        elif kind % 5 == 0:
             (HOME / "a.pth").write_bytes(rest)
             import_checkpoint(HOME / "a.pth")
         elif kind % 5 == 1:
@@ -208,6 +214,20 @@ def importers(data: bytes) -> None:
             import_checkpoint(HOME / "b.pth", form)
     except ClipressError:
         pass
+
+
+def _with_edited_pickle(data: bytes) -> bytes:
+    """Return a checkpoint whose pickle has one byte replaced, or inserted, per three bytes of data."""
+    buffer, edited = io.BytesIO(), io.BytesIO()
+    torch.save({"state_dict": {"visual.proj": torch.ones(2, 3)}, "args": argparse.Namespace(lr=1)}, buffer)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(edited, "w") as new:
+        for name in old.namelist():
+            content = bytearray(old.read(name))
+            for at in range(0, len(data) - 2 if name.endswith("data.pkl") else 0, 3):
+                place = int.from_bytes(data[at : at + 2], "little")
+                content[place % len(content) : place % len(content) + place % 2] = data[at + 2 : at + 3]
+            new.writestr(name, bytes(content))
+    return edited.getvalue()
 
 
 CHANGES = (
@@ -302,5 +322,5 @@ def annotations(data: bytes) -> None:
         pass
 
 
-KINDS = {recipe: 2, artifact: 16, importers: 5 * len(IMPORT_FORMATS), annotations: len(FORMS)}
+KINDS = {recipe: 2, artifact: 16, importers: EDITED_PICKLE + 1, annotations: len(FORMS)}
 """Number of values of the first byte that select different inputs, per target."""

@@ -1,9 +1,11 @@
 """Third-party checkpoints, written here in their exact layouts, match their source models."""
 
+import argparse
 import copy
 import functools
 import json
 import os
+import pathlib
 import zipfile
 
 import numpy as np
@@ -11,6 +13,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import clipress
 from safetensors.torch import save_file
 
 from clipress.artifact import load_artifact, save_artifact
@@ -164,7 +167,7 @@ def test_every_importer_detects_and_reads_its_format(form, name, tmp_path):
     quick_gelu = form in ("upop", "openai")
     stock = source(quick_gelu)
     torch.save(WRITERS[form](stock.state_dict()), tmp_path / "weights.pt")
-    assert detected(weights_from_file(tmp_path / "weights.pt")) == form
+    assert detected(weights_from_file(tmp_path / "weights.pt").state) == form
     assert_same(import_checkpoint(tmp_path / "weights.pt", model=name if form == "open_clip" else None), outputs(stock))
 
 
@@ -465,24 +468,113 @@ class Evil:
 def test_code_in_a_pickle_is_refused_and_not_run(form, zipped, tmp_path):
     saved = {"model": {"visual.proj": torch.ones(2, 2), "visual.x": Evil(tmp_path / "ran")}}
     torch.save(saved, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ArtifactError, match=r"evil\.pth.*more than weights \(\w+\.mkdir\).*nothing was loaded"):
+    reason = (
+        r"'visual.x' is \w+\.mkdir, which was not run"
+        if zipped
+        else r"more than weights \(\w+\.mkdir\).*nothing was loaded"
+    )
+    with pytest.raises(ArtifactError, match=rf"evil\.pth.*{reason}"):
         import_checkpoint(tmp_path / "evil.pth", form)
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "evil.pth", weights_only=False)
     assert (tmp_path / "ran").exists()  # The file was able to run code.
 
 
-def test_a_pickled_module_is_refused(tmp_path):
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
-    with pytest.raises(ArtifactError, match=r"more than weights \(torch.*Linear\).*state_dict"):
-        import_checkpoint(tmp_path / "module.pt")
+def namespace(state):
+    return {
+        "state_dict": state,
+        "args": argparse.Namespace(lr=1.0),
+        "best_acc": np.float64(3.5),
+        "run": pathlib.Path("a"),
+    }
+
+
+def averaged(state):
+    return {"model": {name: torch.zeros_like(tensor) for name, tensor in state.items()}, "model_ema": state, "epoch": 3}
+
+
+def compiled(state):
+    inner = {name.replace("resblocks.0.", "resblocks.0._orig_mod."): tensor for name, tensor in state.items()}
+    return {"model_state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in inner.items()}}
+
+
+def lightning(state):
+    others = {"loss.weight": torch.ones(3), "teacher.visual.proj": torch.ones(2, 2)}
+    return {"state_dict": {**{f"model.clip.{name}": tensor for name, tensor in state.items()}, **others}, "loops": {}}
+
+
+def with_left_overs(state):
+    buffers = {"attn_mask": torch.zeros(77, 77), "text.position_ids": torch.arange(77)}
+    return {"module": {**state, **buffers, "logit_scale": state["logit_scale"].reshape(1)}}
+
+
+WRAPPED = {
+    "arguments and numpy numbers beside the weights": (namespace, None, "entry state_dict"),
+    "averaged weights beside the raw ones": (averaged, "ema", "entry model_ema, not model"),
+    "averaged weights alone": (lambda state: {"state_dict_ema": state}, None, "entry state_dict_ema"),
+    "averaged weights two entries in": (
+        lambda state: {"model": {"ema_state_dict": state}},
+        "ema",
+        "entry model.ema_state_dict",
+    ),
+    "compiled, within DDP, and blocks compiled": (compiled, None, "entry model_state_dict"),
+    "Lightning, in an attribute of an attribute": (
+        lightning,
+        None,
+        "entry state_dict, tensors in model.clip., 2 others left out",
+    ),
+    "buffers of older versions, and a scale of shape [1]": (with_left_overs, None, "entry module"),
+}
+
+
+@pytest.mark.parametrize(("write", "which", "taken"), WRAPPED.values(), ids=WRAPPED)
+def test_weights_are_found_in_what_trainers_wrap_them_in(write, which, taken, name, tmp_path):
+    stock = source()
+    torch.save(write(stock.state_dict()), tmp_path / "wrapped.pt")
+    assert_same(import_checkpoint(tmp_path / "wrapped.pt", model=name, which=which), outputs(stock))
+    words = ["--model", name, *(["--weights", which] if which else [])]
+    result = clipress("import", tmp_path / "wrapped.pt", tmp_path / "artifact", *words)
+    assert result.exit_code == 0 and load_artifact(tmp_path / "artifact").lineage[0]["taken"] == taken
+    assert f"open_clip ({taken})" in result.output
+
+
+def test_averaged_and_raw_weights_of_one_file_are_different_models(name, tmp_path):
+    torch.save(averaged(source().state_dict()), tmp_path / "both.pt")
+    raw, ema = (artifact_from_checkpoint(tmp_path / "both.pt", "open_clip", name, which) for which in ("raw", "ema"))
+    assert not raw.weights["visual.proj"].any() and ema.weights["visual.proj"].any() and raw.hash != ema.hash
+    assert artifact_from_checkpoint(tmp_path / "both.pt", "open_clip", name).hash == raw.hash
+
+
+def test_averaged_weights_that_a_file_lacks_are_refused(name, tmp_path):
+    torch.save(source().state_dict(), tmp_path / "raw.pt")
+    with pytest.raises(ArtifactError, match=r"expected averaged weights .*Leave out: --weights ema"):
+        import_checkpoint(tmp_path / "raw.pt", model=name, which="ema")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_torchscript_archive_is_refused_with_instructions(tmp_path):
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-B-32.pt")
-    with pytest.raises(ArtifactError, match=r"TorchScript.*torch\.save\(torch\.jit\.load"):
-        import_checkpoint(tmp_path / "ViT-B-32.pt")
+@pytest.mark.parametrize("half", [False, True])
+def test_a_torchscript_archive_is_read_and_not_run(half, tmp_path):
+    """OpenAI's own files: traced, in float16, with the sizes as attributes."""
+    stock = copy.deepcopy(source(quick_gelu=True))
+    if half:
+        stock = stock.half().float()  # what the file's numbers are worth
+    wanted = outputs(stock)
+    traced = torch.jit.trace_module(
+        stock, {"encode_image": inputs()[0], "encode_text": inputs()[1]}, check_trace=False, strict=False
+    )
+    traced = traced.half() if half else traced
+    for note, number in NOTES.items():
+        traced._c._register_attribute(note, torch._C._jit_try_infer_type(int(number)).type(), int(number))
+    torch.jit.save(traced, tmp_path / "ViT-B-32.pt")
+    assert_same(import_checkpoint(tmp_path / "ViT-B-32.pt"), wanted)
+
+
+def test_a_pickled_module_is_the_tensors_in_it(name, tmp_path):
+    torch.save({"model": source(), "epoch": 1}, tmp_path / "module.pt")
+    assert_same(import_checkpoint(tmp_path / "module.pt", model=name), outputs(source()))
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "other.pt")
+    with pytest.raises(ArtifactError, match="found none of them in 2 tensors: weight, bias"):
+        import_checkpoint(tmp_path / "other.pt")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -525,8 +617,8 @@ def test_a_missing_file_is_reported(tmp_path):
         ({"a": torch.zeros(1).expand(2**20 + 1)}, r"a: expected sides.*found shape \[1048577\]"),
         ({"a": torch.zeros(0, 4)}, r"a: expected sides.*found shape \[0, 4\]"),
         ({"a": torch.zeros(1).expand(2**20, 2**11)}, r"claims 8\.6 GB"),
-        ({"a": torch.eye(3).to_sparse()}, "not a plain tensor"),
-        ({"a": torch.empty(3, device="meta")}, "not a plain tensor"),
+        ({"a": torch.eye(3).to_sparse()}, "'a' is torch._utils._rebuild_sparse_tensor, which was not run"),
+        ({"a": torch.empty(3, device="meta")}, "'a' is torch._utils._rebuild_meta_tensor_no_storage"),
         (dict.fromkeys(map(str, range(2**16 + 1)), torch.ones(1)), "65,537 entries"),
         (
             {"epoch": torch.ones(1), "fc.weight": torch.ones(2)},
