@@ -27,11 +27,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-# clip-benchmark is the independent evaluator that metrics are tested against. Its own dependencies are many, and what is
-# compared needs none of them.
+# clip-benchmark is the independent evaluator that metrics are tested against, transformers the library whose checkpoints are
+# imported. Their own dependencies are many, and what is compared needs none of them. open_clip would import transformers in every
+# process, so it stays in a folder of its own.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps clip-benchmark==1.6.2
+	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oracles transformers==5.24.0
 	touch $@
 
 # Newest versions that fit pyproject.toml, for every supported Python. Run the tests before you commit what comes out.

@@ -6,7 +6,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,23 +53,25 @@ class Weights:
 
 
 def weights_from_file(path: Path, which: Which | None = None) -> Weights:
+    """Return the tensors of one file; see `weights_from_files`."""
+    return weights_from_files([path], which)
+
+
+def weights_from_files(paths: Sequence[Path], which: Which | None = None) -> Weights:
     """Return the tensors of a checkpoint by name, without the entries and prefixes that wrap them.
 
     Args:
-        path: what torch.save, torch.jit.save or safetensors wrote.
+        paths: what torch.save, torch.jit.save or safetensors wrote; several are the shards of one checkpoint.
         which: raw weights or their moving average (EMA); None: raw ones if there are any.
 
     Raises ArtifactError for a file that is missing or damaged, has no such weights, or claims impossible sizes.
     """
-    found, entries, others = _unwrapped(_read(path), which)
-    if isinstance(found, Foreign):
-        found = dict(_of_module(found))
-    if not isinstance(found, Mapping) or not found:
-        kind = found.name if isinstance(found, Foreign) else type(found).__name__
-        raise ArtifactError(f"expected named weights, found {kind} without any.")
-    if len(found) > MAX_TENSORS:
-        raise ArtifactError(f"expected at most {MAX_TENSORS:,} tensors, found {len(found):,} entries.")
-    weights = {str(name): _tensor(name, value) for name, value in found.items()}
+    weights, entries, others = dict[str, Tensor](), tuple[str, ...](), tuple[str, ...]()
+    for path in paths:
+        found, entries, others = _unwrapped(_read(path), which)
+        weights |= _tensors_of(found)
+    if len(weights) > MAX_TENSORS:
+        raise ArtifactError(f"expected at most {MAX_TENSORS:,} tensors, found {len(weights):,} entries.")
     claimed = sum(math.prod(tensor.shape) * tensor.element_size() for tensor in weights.values())
     if claimed > MAX_BYTES:
         raise ArtifactError(
@@ -80,6 +82,15 @@ def weights_from_file(path: Path, which: Which | None = None) -> Weights:
             raise ArtifactError(f"{name} claims shape {list(tensor.shape)}, and the file holds fewer bytes than that.")
     state, prefix, left_out = without_prefixes(weights)
     return Weights(state, entries, others, prefix, left_out)
+
+
+def _tensors_of(found: Any) -> dict[str, Tensor]:
+    if isinstance(found, Foreign):
+        found = dict(_of_module(found)) or found
+    if not isinstance(found, Mapping) or not found:
+        kind = found.name if isinstance(found, Foreign) else type(found).__name__
+        raise ArtifactError(f"expected named weights, found {kind} without any.")
+    return {str(name): _tensor(name, value) for name, value in found.items()}
 
 
 def _unwrapped(content: Any, which: Which | None) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:

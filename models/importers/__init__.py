@@ -5,28 +5,29 @@ To add a format: a file in this package with an `Importer`, registered with `@IM
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from clipress.artifact import Artifact
 from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models.importers.base import IMPORTERS, Importer
-from clipress.models.importers.open_clip import model_from_folder, weights_in
 from clipress.models.load import Model, artifact_from_model
-from clipress.models.weights_file import State, Which, weights_from_file
+from clipress.models.weights_file import State, Weights, Which, weights_from_file, weights_from_files
 from clipress.recipe import digest
-from clipress.storage import sha256
+from clipress.storage import read_json, sha256
 from clipress.version import __version__
 
 __all__ = ["IMPORTERS", "Importer", "artifact_from_checkpoint", "detected", "import_checkpoint"]
 
-FOLDER_FORMAT = "open_clip"
+INSIDE = "0_CLIPModel"  # where sentence-transformers keeps a CLIP
 
 
 def import_checkpoint(path: Path, form: str = "auto", model: str | None = None, which: Which | None = None) -> Model:
     """Read a third-party checkpoint into a CLIP in fp32.
 
     Args:
-        path: a file (.pt, .pth, .bin, .safetensors, a TorchScript archive), or a folder in open_clip's layout.
+        path: a file (.pt, .pth, .bin, .safetensors, a TorchScript archive), or a folder of open_clip's, of transformers'
+            or of sentence-transformers.
         form: a name in `IMPORTERS`; `auto` detects the format from the weights.
         model: an open_clip model name, where the file does not determine its architecture.
         which: raw weights or averaged ones; None: raw ones if the file has any.
@@ -42,11 +43,17 @@ def artifact_from_checkpoint(
     path: Path, form: str = "auto", model: str | None = None, which: Which | None = None
 ) -> Artifact:
     """Read a third-party checkpoint, as `import_checkpoint` does, into an artifact whose lineage starts with it."""
-    path = Path(path)
-    imported, used, taken = _imported(path, form, model, which)
-    source = weights_in(path) if path.is_dir() else path
-    record = {"stage": "import", "kind": "import", "format": used, "model": model, "file": source.name, "taken": taken}
-    record |= {"sha256": sha256(source), "versions": {"clipress": __version__}}
+    imported, used, weights, files = _imported(Path(path), form, model, which)
+    names, hashes, taken = [file.name for file in files], [sha256(file) for file in files], weights.described()
+    record = {
+        "stage": "import",
+        "kind": "import",
+        "format": used,
+        "model": model,
+        "file": ", ".join(names),
+        "taken": taken,
+    }
+    record |= {"sha256": hashes[0] if len(hashes) == 1 else digest(*hashes), "versions": {"clipress": __version__}}
     # With other heads, activation or preprocessing, or averaged, the same file is another model.
     record["hash"] = digest(
         "import", record["sha256"], used, taken, imported.architecture, imported.preprocess.model_dump()
@@ -66,18 +73,56 @@ def detected(state: State) -> str:
     )
 
 
-def _imported(path: Path, form: str, model: str | None, which: Which | None) -> tuple[Model, str, str]:
-    """Return the model, the format it was in, and what was taken of the file."""
+def _imported(path: Path, form: str, model: str | None, which: Which | None) -> tuple[Model, str, Weights, list[Path]]:
+    """Return the model, the format it was in, what was taken, and of which files."""
     if form != "auto" and form not in IMPORTERS:
         raise RecipeError(f"unknown checkpoint format '{form}'.{nearest(form, IMPORTERS)}")
     try:
-        if path.is_dir():
-            if form not in ("auto", FOLDER_FORMAT) or model is not None:
-                raise RecipeError("a folder is in open_clip's layout and names its model: leave out format and model.")
-            weights = weights_from_file(weights_in(path), which)
-            return model_from_folder(path, weights.state), FOLDER_FORMAT, weights.described()
-        weights = weights_from_file(path, which)
-        used = detected(weights.state) if form == "auto" else form
-        return IMPORTERS[used]().model_from_state(weights.state, model), used, weights.described()
+        if not path.is_dir():
+            weights = weights_from_file(path, which)
+            used = detected(weights.state) if form == "auto" else form
+            return IMPORTERS[used]().model_from_state(weights.state, model), used, weights, [path]
+        if model is not None:
+            raise RecipeError(
+                f"expected no model name, found '{model}': a folder's config tells its architecture. Leave it out."
+            )
+        folder = path / INSIDE if (path / INSIDE).is_dir() else path
+        used = _folder_format(folder, form)
+        files = weight_files(folder, IMPORTERS[used].folder_weights)
+        weights = weights_from_files(files, which)
+        return IMPORTERS[used]().model_from_folder(folder, weights.state), used, weights, files
     except (ArtifactError, RecipeError) as error:
         raise type(error)(f"Checkpoint {path}: {error}") from None
+
+
+def _folder_format(folder: Path, form: str) -> str:
+    """Return the format of a folder, by the config in it. Raises ArtifactError or RecipeError."""
+    configs = {name: kind.folder_config for name, kind in IMPORTERS.items() if kind.folder_config}
+    if form != "auto" and form not in configs:
+        raise RecipeError(f"format '{form}' has no folders, found one. Name the file, or leave the format out.")
+    known = configs if form == "auto" else {form: configs[form]}
+    found = next((name for name, config in known.items() if (folder / config).is_file()), None)
+    if found is None:
+        raise ArtifactError(f"expected a folder with {' or '.join(known.values())}, found neither.")
+    return found
+
+
+def weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Return the weights of a folder: the first of these files that exists, or the shards that `NAME.index.json` lists."""
+    for name in names:
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            return _shards(index)
+    raise ArtifactError(f"expected a weights file in the folder ({' or '.join(names)}), found none.")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        places = read_json(index)["weight_map"]
+        names = sorted(set(places.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"its {index.name} does not list the shards of its weights: {error!r:.200}.") from None
+    if any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ArtifactError(f"its {index.name} names files outside the folder.")
+    return [index.with_name(name) for name in names]

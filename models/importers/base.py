@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from clipress.models.weights_file import State
@@ -17,12 +18,21 @@ class Importer:
     priority: ClassVar[int] = 0
     """`auto` tries importers in this order, lowest first: specific formats come before general ones."""
 
+    folder_config: ClassVar[str] = ""
+    """The file that marks a folder of this format; empty: it has files only."""
+    folder_weights: ClassVar[tuple[str, ...]] = ()
+    """Names of the weights in such a folder, the first one that exists. `NAME.index.json` lists its shards."""
+
     def recognises(self, state: State) -> bool:
         """Return whether these weights are in this format."""
         raise NotImplementedError
 
     def model_from_state(self, state: State, model_name: str | None) -> Model:
         """Build the model in fp32. Raises ArtifactError for weights that do not fit, RecipeError for a wrong name."""
+        raise NotImplementedError
+
+    def model_from_folder(self, folder: Path, state: State) -> Model:
+        """Build the model of a folder of this format from its weights and configs. Raises ArtifactError."""
         raise NotImplementedError
 
 

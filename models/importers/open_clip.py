@@ -14,7 +14,6 @@ from clipress.models.weights_file import State
 from clipress.storage import read_json
 
 CONFIG = "open_clip_config.json"
-WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 @IMPORTERS.register("open_clip")
@@ -22,6 +21,8 @@ class OpenClip(Importer):
     """Detected by its tensor names, which OpenAI and CLIP-KD share, so that a model name is required."""
 
     priority = 50
+    folder_config = CONFIG
+    folder_weights = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
     def recognises(self, state: State) -> bool:
         return "logit_scale" in state and any(root(name) == "visual" for name in state)
@@ -41,38 +42,29 @@ class OpenClip(Importer):
         agreed = agreed_preprocess([open_clip.get_pretrained_cfg(model_name, tag) for tag in tags])
         return _model(open_clip.get_model_config(model_name), state, agreed)
 
+    def model_from_folder(self, folder: Path, state: State) -> Model:
+        """Build the model of a folder's open_clip_config.json with the folder's weights; nothing is downloaded."""
+        try:
+            config = read_json(folder / CONFIG)
+            architecture, preprocess = config["model_cfg"], config.get("preprocess_cfg") or {}
+            towers = [architecture["vision_cfg"], architecture["text_cfg"]]
+        except FileNotFoundError:
+            raise ArtifactError(f"the folder has no {CONFIG}, which open_clip's layout needs.") from None
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"its {CONFIG} is not readable JSON: {error}.") from None
+        except (KeyError, TypeError, AttributeError):
+            towers = preprocess = None
+        if not all(isinstance(part, dict) for part in (*(towers or [None]), preprocess)):
+            raise ArtifactError(f"its {CONFIG} lacks model_cfg with vision_cfg and text_cfg.")
+        known = {key: preprocess[key] for key in Preprocess.model_fields.keys() & preprocess.keys() - {"size"}}
+        return _model(architecture, state, known)
+
 
 def agreed_preprocess(configs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the preprocessing that all configs share; if they differ, open_clip's default is the best guess."""
     first, *others = configs or [{}]
     keys = Preprocess.model_fields.keys() & first.keys() - {"size"}
     return {key: first[key] for key in keys if all(other.get(key) == first[key] for other in others)}
-
-
-def weights_in(folder: Path) -> Path:
-    """Return the weights file of a folder. Raises ArtifactError when it has none."""
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    raise ArtifactError(f"expected a weights file in the folder ({' or '.join(WEIGHTS)}), found none.")
-
-
-def model_from_folder(folder: Path, weights: State) -> Model:
-    """Build the model of a folder's open_clip_config.json with the folder's weights; nothing is downloaded."""
-    try:
-        config = read_json(folder / CONFIG)
-        architecture, preprocess = config["model_cfg"], config.get("preprocess_cfg") or {}
-        towers = [architecture["vision_cfg"], architecture["text_cfg"]]
-    except FileNotFoundError:
-        raise ArtifactError(f"the folder has no {CONFIG}, which open_clip's layout needs.") from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"its {CONFIG} is not readable JSON: {error}.") from None
-    except (KeyError, TypeError, AttributeError):
-        towers = preprocess = None
-    if not all(isinstance(part, dict) for part in (*(towers or [None]), preprocess)):
-        raise ArtifactError(f"its {CONFIG} lacks model_cfg with vision_cfg and text_cfg.")
-    known = {key: preprocess[key] for key in Preprocess.model_fields.keys() & preprocess.keys() - {"size"}}
-    return _model(architecture, weights, known)
 
 
 def _model(architecture: dict[str, Any], state: State, preprocess: dict[str, Any]) -> Model:

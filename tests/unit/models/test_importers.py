@@ -159,10 +159,10 @@ WRITERS = {
 
 
 def test_every_importer_is_tested():
-    assert WRITERS.keys() == IMPORTERS.keys()
+    assert WRITERS.keys() | {"transformers"} == set(IMPORTERS)  # its folders: test_import_transformers.py
 
 
-@pytest.mark.parametrize("form", IMPORTERS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_every_importer_detects_and_reads_its_format(form, name, tmp_path):
     quick_gelu = form in ("upop", "openai")
     stock = source(quick_gelu)
@@ -397,7 +397,7 @@ def test_a_folder_without_weights_is_refused(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no open_clip_config.json"),
+        (None, "expected a folder with open_clip_config.json or config.json"),
         ("{", "not readable JSON"),
         ("[]", "lacks model_cfg"),
         ('{"model_cfg": {"vision_cfg": 3, "text_cfg": {}}}', "lacks model_cfg"),
@@ -426,10 +426,14 @@ def test_a_config_that_requires_a_download_is_refused(folder):
         import_checkpoint(folder)
 
 
-def test_a_folder_takes_no_format_and_no_name(folder, name):
-    for given in ({"form": "upop"}, {"model": name}):
-        with pytest.raises(RecipeError, match="leave out format and model"):
+def test_a_folder_takes_no_name_and_no_format_of_files(folder, name):
+    for given, message in (
+        ({"form": "upop"}, "format 'upop' has no folders"),
+        ({"model": name}, "expected no model name"),
+    ):
+        with pytest.raises(RecipeError, match=message):
             import_checkpoint(folder, **given)
+    assert import_checkpoint(folder, "open_clip").architecture == import_checkpoint(folder).architecture
 
 
 def test_leftovers_of_distillation_in_the_file_are_reported(tmp_path, caplog):
@@ -622,7 +626,7 @@ def test_a_missing_file_is_reported(tmp_path):
         (dict.fromkeys(map(str, range(2**16 + 1)), torch.ones(1)), "65,537 entries"),
         (
             {"epoch": torch.ones(1), "fc.weight": torch.ones(2)},
-            "tinyclip, upop, clip-kd, openai, open_clip.*found none.*epoch, fc.weight",
+            "tinyclip, upop, clip-kd, openai, transformers, open_clip.*found none.*epoch, fc.weight",
         ),
     ],
 )

@@ -1,0 +1,218 @@
+"""Hugging Face transformers: folders of a CLIPModel, alone or inside a sentence-transformers folder; config.json says everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, Field, ValidationError
+from torch import Tensor
+
+from clipress.data.bpe import SPECIAL, ClipBpe
+from clipress.errors import ArtifactError
+from clipress.models.importers.base import IMPORTERS, Importer
+from clipress.models.importers.openai import model_from_weights
+from clipress.models.load import Model
+from clipress.models.weights_file import State
+from clipress.recipe import first_problem
+from clipress.storage import read_json
+
+TEXT, VISION = "text_model.", "vision_model."
+OUTSIDE = {
+    "logit_scale": "logit_scale",
+    f"{TEXT}embeddings.token_embedding.weight": "token_embedding.weight",
+    f"{TEXT}embeddings.position_embedding.weight": "positional_embedding",
+    f"{TEXT}final_layer_norm.weight": "ln_final.weight",
+    f"{TEXT}final_layer_norm.bias": "ln_final.bias",
+    f"{VISION}embeddings.class_embedding": "visual.class_embedding",
+    f"{VISION}embeddings.patch_embedding.weight": "visual.conv1.weight",
+    f"{VISION}embeddings.position_embedding.weight": "visual.positional_embedding",
+    **{f"{VISION}pre_layrnorm.{kind}": f"visual.ln_pre.{kind}" for kind in ("weight", "bias")},  # so spelled there
+    **{f"{VISION}post_layernorm.{kind}": f"visual.ln_post.{kind}" for kind in ("weight", "bias")},
+}
+PROJECTIONS = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
+INSIDE = {
+    **{"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2"},
+    **{"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"},
+}
+BLOCKS = {
+    f"{TEXT}encoder.layers.": "transformer.resblocks.",
+    f"{VISION}encoder.layers.": "visual.transformer.resblocks.",
+}
+SPECIAL_THERE = ("<|startoftext|>", "<|endoftext|>")
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+ARGMAX = 2  # an eos_token_id that transformers reads as: pool at the largest id
+
+
+class _Tower(BaseModel):
+    """The settings of either tower; transformers leaves some out where they have the default."""
+
+    hidden_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def shared(self) -> dict[str, Any]:
+        """Return the keys that both towers have in open_clip's config."""
+        ratio = self.intermediate_size / self.hidden_size
+        norm = {} if self.layer_norm_eps == 1e-5 else {"norm_kwargs": {"eps": self.layer_norm_eps}}
+        return {"width": self.hidden_size, "layers": self.num_hidden_layers, "mlp_ratio": ratio, **norm}
+
+
+class _Vision(_Tower):
+    hidden_size: int = Field(768, ge=1)
+    intermediate_size: int = Field(3072, ge=1)
+    num_hidden_layers: int = Field(12, ge=1)
+    num_attention_heads: int = Field(12, ge=1)
+    image_size: int = Field(224, ge=1)
+    patch_size: int = Field(32, ge=1)
+
+
+class _Text(_Tower):
+    hidden_size: int = Field(512, ge=1)
+    intermediate_size: int = Field(2048, ge=1)
+    num_hidden_layers: int = Field(12, ge=1)
+    num_attention_heads: int = Field(8, ge=1)
+    vocab_size: int = Field(49408, ge=1)
+    max_position_embeddings: int = Field(77, ge=1)
+    eos_token_id: int = 49407
+
+
+class _Config(BaseModel):
+    model_type: Literal["clip"]
+    projection_dim: int = Field(512, ge=1)
+    vision_config: _Vision = _Vision()
+    text_config: _Text = _Text()
+
+
+@IMPORTERS.register("transformers")
+class Transformers(Importer):
+    """Detected by its tensor names in a file, which alone do not tell heads and activation, and by config.json in a folder."""
+
+    priority = 45
+    folder_config = "config.json"
+    folder_weights = ("model.safetensors", "pytorch_model.bin")
+
+    def recognises(self, state: State) -> bool:
+        return f"{TEXT}embeddings.token_embedding.weight" in state
+
+    def model_from_state(self, state: State, model_name: str | None) -> Model:
+        """Refuse a file without its folder: raises ArtifactError."""
+        raise ArtifactError(
+            "these are weights of Hugging Face transformers, which do not tell heads and activation. Import the folder that "
+            "also holds config.json and preprocessor_config.json."
+        )
+
+    def model_from_folder(self, folder: Path, state: State) -> Model:
+        """Build the CLIP that config.json describes, with the folder's preprocessing. Raises ArtifactError."""
+        raw = _read(folder / self.folder_config)
+        if (kind := raw.get("model_type")) != "clip":
+            raise ArtifactError(
+                f"expected a CLIPModel (model_type clip), found model_type {kind!r}, which is not read yet."
+            )
+        try:
+            config = _Config.model_validate(raw)
+        except ValidationError as error:
+            raise ArtifactError(f"its {self.folder_config}, {first_problem(error)}.") from None
+        vision, text = config.vision_config, config.text_config
+        if vision.hidden_act != text.hidden_act:
+            raise ArtifactError(f"its towers have different activations, {vision.hidden_act} and {text.hidden_act}.")
+        _refuse_other_tokenizer(folder)
+        return model_from_weights(_architecture(config), renamed(state), _preprocess(folder))
+
+
+def _architecture(config: _Config) -> dict[str, Any]:
+    vision, text = config.vision_config, config.text_config
+    if vision.hidden_size % vision.num_attention_heads:
+        raise ArtifactError(f"{vision.num_attention_heads} heads do not divide a width of {vision.hidden_size}.")
+    image = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    words = {
+        "context_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "heads": text.num_attention_heads,
+    }
+    if text.eos_token_id not in (ARGMAX, text.vocab_size - 1):
+        words |= {"pool_type": "eos", "eos_id": text.eos_token_id}
+    return {
+        "embed_dim": config.projection_dim,
+        "vision_cfg": {**image, "head_width": vision.hidden_size // vision.num_attention_heads, **vision.shared()},
+        "text_cfg": {**words, **text.shared()},
+        "quick_gelu": vision.hidden_act == "quick_gelu",
+    }
+
+
+def renamed(state: State) -> dict[str, Tensor]:
+    """Return a CLIPModel's weights in open_clip's naming; tensors that are none of its keep their names."""
+    found, parts = dict[str, Tensor](), dict[str, dict[str, Tensor]]()
+    for name, tensor in state.items():
+        block = next((prefix for prefix in BLOCKS if name.startswith(prefix)), None)
+        if name in PROJECTIONS:
+            found[PROJECTIONS[name]] = tensor.T
+        elif block is None:
+            found[OUTSIDE.get(name, name)] = tensor
+        else:
+            number, _, inside = name.removeprefix(block).partition(".")
+            at, (module, _, kind) = f"{BLOCKS[block]}{number}.", inside.rpartition(".")
+            if module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+                parts.setdefault(f"{at}attn.in_proj_{kind}", {})[module] = tensor
+            else:
+                found[f"{at}{INSIDE.get(module, module)}.{kind}"] = tensor
+    for name, own in parts.items():
+        if len(own) < 3:
+            raise ArtifactError(f"tensors of q, k and v for {name}: found {', '.join(own)} only.")
+        found[name] = torch.cat([own[f"self_attn.{letter}_proj"] for letter in "qkv"])
+    return found
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"its {path.name} is not readable JSON: {error}.") from None
+    if not isinstance(found, Mapping):
+        raise ArtifactError(f"its {path.name}: expected a mapping, found {type(found).__name__}.")
+    return found
+
+
+def _preprocess(folder: Path) -> dict[str, Any]:
+    """Return the folder's preprocessing in open_clip's words; CLIP's own where it has none."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            given = _read(folder / name)
+            given = given.get("image_processor", given)
+            break
+    else:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ArtifactError(f"its {name}: expected a mapping, found {type(given).__name__}.")
+    crops = given.get("do_center_crop", True)
+    found = {
+        "mean": given.get("image_mean") if given.get("do_normalize", True) else [0.0] * 3,
+        "std": given.get("image_std") if given.get("do_normalize", True) else [1.0] * 3,
+        "interpolation": RESAMPLE.get(given.get("resample", 3), given.get("resample")),
+        "resize_mode": "shortest" if crops else "squash",
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _refuse_other_tokenizer(folder: Path) -> None:
+    """Raise ArtifactError for a folder whose tokenizer is not CLIP's own. One without a tokenizer gets that."""
+    for name in ("vocab.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            continue
+        found = _read(folder / name)
+        model = found.get("model") if name == "tokenizer.json" else {"vocab": found}
+        vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+        own = {
+            dict(zip(SPECIAL, SPECIAL_THERE, strict=True)).get(token, token): id_
+            for token, id_ in ClipBpe().token_ids.items()
+        }
+        if vocabulary != own:
+            raise ArtifactError(
+                f"its {name} is not CLIP's vocabulary of {len(own):,} tokens, and no other is read yet."
+            )
+        return

@@ -1,0 +1,147 @@
+"""Folders of Hugging Face transformers: equal to its own outputs, with the folder's preprocessing; other models are refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import clipress
+from safetensors.torch import save_file
+from transformers_layout import exact_layout
+from transformers_oracle import CASES
+
+from clipress.artifact import load_artifact
+from clipress.data.bpe import SPECIAL, ClipBpe
+from clipress.errors import ArtifactError, RecipeError
+from clipress.models.importers import artifact_from_checkpoint, import_checkpoint
+from clipress.models.load import new_model
+from clipress.models.tiny import tiny_architecture
+
+ORACLES = Path(sys.prefix, "oracles")
+"""Where `make test` installs transformers: not beside open_clip, which would import it in every process."""
+PROCESSOR = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "resample": 2, "size": {"shortest_edge": 32}}
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    if not (ORACLES / "transformers").is_dir():
+        pytest.skip(f"transformers is not installed. Run: pip install --no-deps --target {ORACLES} transformers")
+    folder = tmp_path_factory.mktemp("transformers")
+    script = Path(__file__).parents[2] / "transformers_oracle.py"
+    environment = {**os.environ, "PYTHONPATH": str(ORACLES), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, script, folder], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("case", CASES)
+def test_an_imported_folder_computes_what_transformers_does(theirs, case):
+    model = import_checkpoint(theirs / case)
+    expected = torch.load(theirs / case / "expected.pt", weights_only=True)
+    pixels, ids = expected["inputs"]
+    with torch.no_grad():
+        found = model.module.encode_image(pixels), model.module.encode_text(ids)
+    for rows, wanted in zip(found, expected["outputs"], strict=True):
+        torch.testing.assert_close(rows, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def stock():
+    return new_model(tiny_architecture(), 0)
+
+
+@pytest.fixture
+def folder(stock, tmp_path):
+    state, config = exact_layout(stock.module)
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def assert_same(model, stock):
+    pixels, ids = torch.randn(2, 3, 32, 32), torch.randint(1, 400, (2, 24))
+    with torch.no_grad():
+        for encode, rows in (("encode_image", pixels), ("encode_text", ids)):
+            wanted, found = (getattr(one.module.eval(), encode)(rows) for one in (stock, model))
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_in_its_layout_are_the_same_model(folder, stock):
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    result = clipress("import", folder, folder / "artifact")
+    assert result.exit_code == 0 and ": transformers, " in result.output
+    artifact = load_artifact(folder / "artifact")
+    assert artifact.preprocess["mean"] == [0.1, 0.2, 0.3] and artifact.preprocess["interpolation"] == "bilinear"
+    assert artifact.tokenizer["name"] == "clip-bpe"
+    assert_same(import_checkpoint(folder), stock)
+
+
+def test_shards_are_read_together(folder, stock):
+    state = dict(exact_layout(stock.module)[0])
+    (folder / "model.safetensors").unlink()
+    names, half = sorted(state), len(state) // 2
+    for number, part in enumerate((names[:half], names[half:])):
+        save_file({name: state[name] for name in part}, folder / f"model-{number}.safetensors")
+    places = {name: f"model-{int(number >= half)}.safetensors" for number, name in enumerate(names)}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert_same(import_checkpoint(folder), stock)
+    assert artifact_from_checkpoint(folder).lineage[0]["file"] == "model-0.safetensors, model-1.safetensors"
+    index.write_text(json.dumps({"weight_map": {"a": "../model-0.safetensors"}}))
+    with pytest.raises(ArtifactError, match="names files outside the folder"):
+        import_checkpoint(folder)
+
+
+def test_a_sentence_transformers_folder_has_its_clip_inside(folder, stock, tmp_path):
+    home = tmp_path / "sentence"
+    home.mkdir()
+    folder.joinpath("modules.json").write_text("[]")
+    inside = home / "0_CLIPModel"
+    inside.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(inside / name)
+    assert_same(import_checkpoint(home), stock)
+
+
+def test_a_tokenizer_that_is_not_clips_is_refused(folder, stock):
+    there = dict(zip(SPECIAL, ("<|startoftext|>", "<|endoftext|>"), strict=True))
+    vocabulary = {there.get(token, token): number for token, number in ClipBpe().token_ids.items()}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    assert_same(import_checkpoint(folder), stock)
+    (folder / "vocab.json").write_text(json.dumps({"a": 1}))
+    with pytest.raises(ArtifactError, match=r"vocab\.json is not CLIP's vocabulary of 49,408 tokens"):
+        import_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "siglip"}, "expected a CLIPModel .*found model_type 'siglip'"),
+        ({"vision_config": {"num_attention_heads": 7}}, "7 heads do not divide"),
+        ({"vision_config": {"hidden_act": "silu"}}, "vision_config.hidden_act"),
+        ({"text_config": {"hidden_act": "quick_gelu"}}, "different activations"),
+        ({"text_config": {"num_hidden_layers": 3}}, r"transformer\.resblocks\.2.* is missing"),
+    ],
+)
+def test_a_folder_of_another_model_is_refused(folder, change, message):
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in change.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=message):
+        import_checkpoint(folder)
+
+
+def test_its_weights_without_their_folder_are_refused_with_what_is_needed(folder):
+    with pytest.raises(ArtifactError, match=r"Import the folder that also holds config\.json"):
+        import_checkpoint(folder / "model.safetensors")
+    with pytest.raises(RecipeError, match="format 'upop' has no folders"):
+        import_checkpoint(folder, "upop")
+    with pytest.raises(RecipeError, match="expected no model name, found 'ViT-B-32'"):
+        import_checkpoint(folder, model="ViT-B-32")
