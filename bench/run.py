@@ -29,7 +29,7 @@ from clipress.data.eval_sets import EvalSet
 from clipress.errors import ArtifactError
 from clipress.metrics.outcomes import Outcomes, percents, standard_errors
 from clipress.progress import track
-from clipress.runtime.cpu import processor
+from clipress.runtime.cpu import processor, usable_cores
 from clipress.storage import write_whole
 from clipress.tasks import graphs_of, model_from_artifact
 
@@ -129,8 +129,8 @@ def _outcomes(
 ) -> dict[str, dict[str, Outcomes]]:
     """Measure every row's accuracy, by label. On all CPUs allowed, since their number changes only how long it takes."""
     rows = _labelled([one for one in subjects if one.has_accuracy], settings)
-    with pinned(settings.cpus or (), settings.threads) as cpus:
-        wide = settings.model_copy(update={"threads": len(cpus) if cpus else settings.threads})
+    with pinned(settings.cpus or (), settings.threads):
+        wide = settings.model_copy(update={"threads": usable_cores()})
         shown = track(rows, len(rows), "accuracy", "model")
         return {row[0]: accuracy(_opened(*row, wide).runner, sets) for row in shown}
 

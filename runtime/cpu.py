@@ -1,4 +1,4 @@
-"""This machine's CPU: its name, its instruction sets, and whether INT8 products overflow on it."""
+"""This machine's CPU: its name, its cores, its instruction sets, and whether INT8 products overflow on it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 CPUINFO = Path("/proc/cpuinfo")
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
 X86 = ("x86_64", "AMD64", "i386", "i686")
 VNNI = ("avx512_vnni", "avx_vnni")
 SHOWN = ("avx2", "avx512f", *VNNI, "amx_int8", "asimddp", "i8mm", "sve")  # INT8 kernels are written for these.
@@ -50,6 +51,16 @@ def processor() -> Processor:
     name, flags = described_by_linux()
     fallback = platform.processor() or platform.machine()
     return Processor(name or fallback, platform.machine(), os.cpu_count() or 1, instruction_sets(flags, _by_numpy()))
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may keep busy: those of its affinity, within a container's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = QUOTA.read_text().split()
+        return max(1, min(allowed, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup of version 2, or `max`: no quota
+        return allowed
 
 
 def instruction_sets(flags: Set[str], numpy_found: Mapping[str, bool] | None) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ earlier ones lost.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clipress.compress.calibration import Samples, random_projection
 from clipress.compress.fabric import Reduce
-from clipress.compress.prune.stream import BlockInputs, Reached, copies, hooks, streams_into
+from clipress.compress.prune.stream import BlockInputs, Reached, copies, hooks, passed, streams_into
 from clipress.models import anatomy
 from clipress.models.anatomy import Attn, Block, Part
 from clipress.models.load import Model
@@ -107,15 +107,13 @@ def cut_and_refit(
         dense = streams_into(blocks[0], module, task, samples, folder)
         if not dense:
             return False
-        found = anatomy.projection(module, tower) if settings.projection else None
-        projection = None if found is None else Projection(found, module, task, tower)
-        wanted = [] if projection is None else projection.outputs(samples)
         weights = token_weights(blocks, module, task, samples, settings.probes) if settings.probes else None
         streams = _Streams(dense, folder, settings, reduce)
         for number, block in enumerate(blocks):
             streams.pass_block(block, cut, weights[number] if weights else [None] * len(dense))
-        if projection is not None:
-            projection.refit(samples, wanted, settings.ridge, reduce)
+        found = anatomy.projection(module, tower) if settings.projection else None
+        if found is not None:
+            Projection(found, blocks, module, task, samples).refit(streams.dense, streams.own, settings.ridge, reduce)
     return True
 
 
@@ -194,45 +192,50 @@ def _run_until(block: Block, inputs: BlockInputs, part: Part | None) -> tuple[Te
 class Projection:
     """The map from a tower's pooled features to its output, a Linear or a bare matrix."""
 
-    def __init__(self, found: nn.Linear | nn.Parameter, module: nn.Module, task: Task, tower: str) -> None:
-        self.found, self.module, self.task, self.tower = found, module, task, tower
+    def __init__(
+        self,
+        found: nn.Linear | nn.Parameter,
+        blocks: Sequence[Block],
+        module: nn.Module,
+        task: Task,
+        samples: Iterable[Samples],
+    ) -> None:
+        self.found, self.blocks, self.module, self.task, self.samples = found, blocks, module, task, samples
 
-    def outputs(self, samples: Iterable[Samples]) -> list[Tensor]:
-        """Return what the projection makes of every batch: [B, out]."""
+    def refit(self, dense: Sequence[BlockInputs], own: Sequence[BlockInputs], ridge: float, reduce: Reduce) -> None:
+        """Fit it to what it made of the uncut model's stream behind the last block; `own` is the cut model's."""
         matrix = self.found.weight.T if isinstance(self.found, nn.Linear) else self.found
-        return [features @ matrix for features in self._features(samples)]
-
-    def refit(self, samples: Iterable[Samples], wanted: Sequence[Tensor], ridge: float, reduce: Reduce) -> None:
-        """Fit the projection to the outputs that it had before."""
+        wanted = [features @ matrix for features in self._features(dense)]
         regression, linear = Regression(), self.found
         if not isinstance(linear, nn.Linear):
             linear = nn.Linear(*self.found.shape, bias=False, device=self.found.device)
             linear.weight = nn.Parameter(self.found.data.T)
-        for features, rows in zip(self._features(samples), wanted, strict=True):
+        for features, rows in zip(self._features(own), wanted, strict=True):
             regression.add(features, rows if linear.bias is None else rows + linear.bias)
         regression.solve(linear, ridge, reduce)
         if linear is not self.found:
             self.found.copy_(linear.weight.T)
 
-    def _features(self, samples: Iterable[Samples]) -> Iterable[Tensor]:
+    def _features(self, stream: Sequence[BlockInputs]) -> Iterator[Tensor]:
         """Yield the pooled features of every batch: [B, in]. In front of a bare matrix they are normalized, as outputs are."""
-        seen: list[Tensor] = []
-        for batch in samples:
-            if self.tower not in batch:
-                continue
+        tower, seen = self.blocks[0].tower, list[Tensor]()
+        batches = (batch[tower] for batch in self.samples if tower in batch)
+        for inputs, last in zip(batches, stream, strict=True):
             if isinstance(self.found, nn.Linear):
                 with hooks([self.found.register_forward_pre_hook(lambda _, args: seen.append(args[0]))]):
-                    self._call(batch)
+                    self._call(inputs, last.x)
                 yield seen.pop()
             else:
                 matrix = self.found.data
                 self.found.data = torch.eye(len(matrix)).to(matrix)
-                features = self._call(batch)
+                features = self._call(inputs, last.x)
                 self.found.data = matrix
                 yield features
 
-    def _call(self, batch: Samples) -> Tensor:
-        return next(iter(self.task.call(self.module, self.tower, batch[self.tower]).values()))
+    def _call(self, inputs: dict[str, Tensor], last: Tensor) -> Tensor:
+        """Return the tower's output where `last` leaves its last block."""
+        with passed(self.blocks, last.to(next(self.module.parameters()).device)):
+            return next(iter(self.task.call(self.module, self.blocks[0].tower, inputs).values()))
 
 
 def token_weights(

@@ -172,3 +172,22 @@ def test_int8_may_round_apart_in_single_samples_but_not_on_average(cosines, word
         least(turned)
     mostly = np.concatenate([turned[:1], straight[1:]]) if words == "mean cosine" else straight
     assert least(mostly) >= 0.998
+
+
+@pytest.mark.parametrize(("changed", "holds"), [(0.9975, True), (0.9985, False), (1.0, False)])
+def test_int8_may_round_apart_by_as_much_as_rounding_changes_at_all(changed, holds):
+    """In a deep tower one value that rounds the other way moves others, until the two are two independent roundings."""
+    rows = np.tile([1.0, 0.0], (200, 1))
+
+    def turned(cosine):
+        return np.tile([cosine, np.sqrt(1 - cosine**2)], (200, 1))
+
+    plain = {"image": lambda _: {"y": turned(changed)}}
+    what = parity.Comparison(
+        {"image": QUESTION}, {"image": {"x": rows}}, "int8", {"image": "image.onnx"}, (), unquantized=plain
+    )
+    if holds:
+        assert parity._least_cosine(what, "image", None, {"y": rows}, {"y": turned(0.998)}) == pytest.approx(0.998)
+        return
+    with pytest.raises(ExportError, match=r"mean cosine 0\.998"):
+        parity._least_cosine(what, "image", None, {"y": rows}, {"y": turned(0.998)})

@@ -2,7 +2,8 @@
 
 import pytest
 
-from clipress.runtime.cpu import Processor, instruction_sets
+from clipress.runtime import cpu
+from clipress.runtime.cpu import Processor, instruction_sets, usable_cores
 
 NEW = {"sse4_2", "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8"}
 
@@ -42,3 +43,13 @@ def test_linux_is_trusted_if_numpy_reports_nothing():
 )
 def test_products_overflow_on_x86_without_vnni(machine, isa, saturates):
     assert Processor("A CPU", machine, 2, isa).saturates is saturates
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000", 8), ("300000 100000", 3), ("50000 100000", 1), ("9900000 100000", 8), ("", 8)]
+)
+def test_a_containers_quota_limits_the_cores_of_its_affinity(quota, cores, tmp_path, monkeypatch):
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(cpu, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert usable_cores() == cores
