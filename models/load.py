@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from clipress.recipe import Section, first_problem
 # Upper bounds for a config; larger numbers are refused before modules or position tables are built.
 LIMITS = {"layers": 1 << 8, "context_length": 1 << 13, "image_size": 1 << 13, "patch_size": 1 << 13}
 LIMIT = 1 << 22
+log = logging.getLogger("clipress.models")
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,30 @@ def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teache
     if any(isinstance(module, QuickGELU) for module in model.modules()):
         config["quick_gelu"] = True
     preprocess = preprocess_from_open_clip(open_clip.get_model_preprocess_cfg(model))
+    if pretrained and pretrained not in tags:  # a file does not tell its own
+        preprocess = preprocess.model_copy(update=agreed_preprocess(name))
     model = accept_short_texts(surgery.use_own_attention(model)).eval()
     return Model(model, config, preprocess, tokenizer_spec(config))
+
+
+def agreed_preprocess(name: str) -> dict[str, Any]:
+    """Return the preprocessing that all published weights of an open_clip model share.
+
+    Where they differ, open_clip's default is the best guess, and that is said.
+    """
+    import open_clip
+
+    configs = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    first, *others = configs or [{}]
+    keys = sorted(Preprocess.model_fields.keys() & first.keys() - {"size"})
+    agreed = {key: first[key] for key in keys if all(other.get(key) == first[key] for other in others)}
+    if guessed := [key for key in keys if key not in agreed]:
+        log.warning(
+            "%s: published weights of this model differ in %s; open_clip's default is used. If yours differ, say so: import "
+            "a folder with open_clip_config.json.",
+            *(name, ", ".join(guessed)),
+        )
+    return agreed
 
 
 def rebuild(artifact: Artifact, build: Callable[[dict[str, Any]], nn.Module]) -> Model:

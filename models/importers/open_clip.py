@@ -9,7 +9,7 @@ from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models.importers.base import IMPORTERS, Importer
 from clipress.models.importers.openai import model_from_weights, root
-from clipress.models.load import Model, refuse_absurd
+from clipress.models.load import Model, agreed_preprocess, refuse_absurd
 from clipress.models.weights_file import State
 from clipress.storage import read_json
 
@@ -38,9 +38,7 @@ class OpenClip(Importer):
             )
         if model_name not in open_clip.list_models():
             raise RecipeError(f"open_clip has no model '{model_name}'.{nearest(model_name, open_clip.list_models())}")
-        tags = open_clip.list_pretrained_tags_by_model(model_name)
-        agreed = agreed_preprocess([open_clip.get_pretrained_cfg(model_name, tag) for tag in tags])
-        return _model(open_clip.get_model_config(model_name), state, agreed)
+        return _model(open_clip.get_model_config(model_name), state, agreed_preprocess(model_name))
 
     def model_from_folder(self, folder: Path, state: State) -> Model:
         """Build the model of a folder's open_clip_config.json with the folder's weights; nothing is downloaded."""
@@ -58,13 +56,6 @@ class OpenClip(Importer):
             raise ArtifactError(f"its {CONFIG} lacks model_cfg with vision_cfg and text_cfg.")
         known = {key: preprocess[key] for key in Preprocess.model_fields.keys() & preprocess.keys() - {"size"}}
         return _model(architecture, state, known)
-
-
-def agreed_preprocess(configs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the preprocessing that all configs share; if they differ, open_clip's default is the best guess."""
-    first, *others = configs or [{}]
-    keys = Preprocess.model_fields.keys() & first.keys() - {"size"}
-    return {key: first[key] for key in keys if all(other.get(key) == first[key] for other in others)}
 
 
 def _model(architecture: dict[str, Any], state: State, preprocess: dict[str, Any]) -> Model:

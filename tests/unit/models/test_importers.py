@@ -20,8 +20,7 @@ from clipress.artifact import load_artifact, save_artifact
 from clipress.errors import ArtifactError, RecipeError
 from clipress.models import surgery
 from clipress.models.importers import IMPORTERS, Importer, artifact_from_checkpoint, detected, import_checkpoint
-from clipress.models.importers.open_clip import agreed_preprocess
-from clipress.models.load import new_model, save_for_open_clip
+from clipress.models.load import agreed_preprocess, model_from_open_clip, new_model, save_for_open_clip
 from clipress.models.tiny import tiny_architecture
 from clipress.models.weights_file import weights_from_file
 from clipress.storage import sha256
@@ -449,11 +448,20 @@ def test_leftovers_of_distillation_in_the_file_are_reported(tmp_path, caplog):
         ("ViT-L-14", {"resize_mode": "shortest"}),
     ],
 )
-def test_preprocessing_is_taken_from_the_pretrained_weights_of_a_name(known, wanted):
-    tags = open_clip.list_pretrained_tags_by_model(known)
-    agreed = agreed_preprocess([open_clip.get_pretrained_cfg(known, tag) for tag in tags])
+def test_preprocessing_is_taken_from_the_pretrained_weights_of_a_name(known, wanted, caplog):
+    agreed = agreed_preprocess(known)
     assert wanted.items() <= agreed.items()
-    assert ("mean" in agreed) == (known != "ViT-L-14")  # The weights of ViT-L-14 were trained with different ones.
+    # The weights of ViT-L-14 were trained with different ones.
+    assert ("mean" in agreed) == (known != "ViT-L-14") == ("differ in mean, std" not in caplog.text)
+
+
+def test_a_teachers_weights_file_gets_the_preprocessing_of_its_models_published_weights(name, tmp_path, monkeypatch):
+    torch.save(source().state_dict(), tmp_path / "s1.pt")
+    published = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear", "resize_mode": "squash"}
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda _: ["a", "b"])
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: published)
+    model = model_from_open_clip(name, str(tmp_path / "s1.pt"))
+    assert published.items() <= model.preprocess.model_dump().items() and model.preprocess.size == 32
 
 
 # files that are not weights
