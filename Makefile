@@ -33,7 +33,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps clip-benchmark==1.6.2
-	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oracles transformers==5.24.0
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade \
+	  --target $(VENV)/oracles 'transformers==5.24.0; python_version >= "3.11"'
 	touch $@
 
 # Newest versions that fit pyproject.toml, for every supported Python. Run the tests before you commit what comes out.
