@@ -21,11 +21,13 @@ from clipress.data.transforms import Preprocess, preprocess_from_open_clip
 from clipress.errors import ArtifactError, RecipeError, first_line, nearest
 from clipress.models import anatomy, quantizers, surgery
 from clipress.models.text_length import accept_short_texts
+from clipress.models.weights_file import NOTES, weights_from_file
 from clipress.recipe import Section, first_problem
 
 # Upper bounds for a config; larger numbers are refused before modules or position tables are built.
 LIMITS = {"layers": 1 << 8, "context_length": 1 << 13, "image_size": 1 << 13, "patch_size": 1 << 13}
 LIMIT = 1 << 22
+BIG_VISION = (".npz", ".npy")  # SigLIP's own files, which open_clip reads
 log = logging.getLogger("clipress.models")
 
 
@@ -151,8 +153,15 @@ def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teache
             f"Checkpoint '{checkpoint}' of {name} is neither a file nor a pretrained tag. "
             f"Tags: {', '.join(tags) or 'none'}."
         )
+    is_file = bool(pretrained) and pretrained not in tags
     try:
-        model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=pretrained is not None)
+        if is_file and Path(pretrained).suffix not in BIG_VISION:
+            model = open_clip.create_model(name, load_weights=False)
+            _load_weights(model, weights_from_file(Path(pretrained)).state)
+        else:
+            model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=pretrained is not None)
+    except ArtifactError as error:
+        raise ArtifactError(f"Checkpoint '{checkpoint}': {error}") from None
     except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise ArtifactError(
             f"Checkpoint '{checkpoint}' does not load into {name}: {first_line(error)} "
@@ -161,10 +170,26 @@ def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teache
     if any(isinstance(module, QuickGELU) for module in model.modules()):
         config["quick_gelu"] = True
     preprocess = preprocess_from_open_clip(open_clip.get_model_preprocess_cfg(model))
-    if pretrained and pretrained not in tags:  # a file does not tell its own
+    if is_file:  # which does not tell its own
         preprocess = preprocess.model_copy(update=agreed_preprocess(name))
     model = accept_short_texts(surgery.use_own_attention(model)).eval()
     return Model(model, config, preprocess, tokenizer_spec(config))
+
+
+def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load weights as open_clip does: Apple's names are converted, position tables resized to the model's sizes."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+
+    state = convert_state_dict(model, {name: one for name, one in weights.items() if name not in NOTES})
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):
+        if name in state and getattr(model, name, None) is not None:
+            state[name] = state[name].reshape(getattr(model, name).shape)
+    resize_pos_embed(state, model)
+    resize_text_pos_embed(state, model)
+    model.load_state_dict(state)
 
 
 def agreed_preprocess(name: str) -> dict[str, Any]:

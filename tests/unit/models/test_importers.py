@@ -761,3 +761,18 @@ def test_a_model_name_is_refused_where_shapes_define_the_model(form, name, tmp_p
     torch.save(source().state_dict(), tmp_path / "a.pt")
     with pytest.raises(RecipeError, match="Leave it out"):
         import_checkpoint(tmp_path / "a.pt", form, name)
+
+
+@pytest.mark.parametrize(("write", "which", "taken"), [*WRAPPED.values(), (lambda s: {**s, **NOTES}, None, "")])
+def test_a_teachers_weights_file_is_read_as_an_import_is(write, which, taken, name, tmp_path):
+    torch.save(write(source().state_dict()), tmp_path / "teacher.pt")
+    if which != "ema":
+        assert_same(model_from_open_clip(name, str(tmp_path / "teacher.pt")), outputs(source()))
+
+
+def test_a_teachers_position_table_is_resized_to_its_models_image_size(name, tmp_path):
+    larger = open_clip.model.CLIP(64, {**VIT, "image_size": 48}, dict(TEXT))
+    torch.save(larger.state_dict(), tmp_path / "larger.pt")
+    model = model_from_open_clip(name, str(tmp_path / "larger.pt"))
+    assert model.module.visual.positional_embedding.shape == (17, 128)
+    torch.testing.assert_close(model.module.visual.positional_embedding[0], larger.visual.positional_embedding[0])
