@@ -31,8 +31,8 @@ class Limits(NamedTuple):
 # INT8 is compared with torch running the same quantizers, so only rounding differs. Where a value lies between two levels the two
 # may round apart, which a narrow tower shows in single samples but not on average; in a deep one, one such value moves others over
 # their borders, until the two differ by as much as either does from the model without rounding, which is then the mean's limit.
-# ONNX Runtime's own quantization rounds in more places. A float16 file is compared with the float32 one, an engine with ONNX Runtime on the file it was
-# built from.
+# ONNX Runtime's own quantization rounds in more places. A float16 file is compared with the float32 one, an engine with ONNX
+# Runtime on the file it was built from.
 LIMITS = {
     "fp32": Limits(0.9999, 1.0, 1e-5),
     "int8": Limits(0.995, 0.95, 5e-3, mean_cosine=0.999),

@@ -2,8 +2,8 @@
 
 The budget is bisected. Heads are rotated once; every try scores, cuts and refits a copy (`prune: {steps: 0}`), calibrates its
 INT8 form, exports both and measures both on the validation data, in turns with the uncut model: a machine's own speed drifts
-by more than two budgets differ, so latencies are compared at the uncut model's usual pace, its median over all tries. What was found becomes an ordinary recipe, which is then
-run as any other, and measured beside the uncut model on the test data.
+by more than two budgets differ, so latencies are compared at the uncut model's usual pace, its median over all tries. What was
+found becomes an ordinary recipe, which is then run as any other, and measured beside the uncut model on the test data.
 """
 
 from __future__ import annotations

@@ -46,8 +46,6 @@ class OpenClip(Importer):
             config = read_json(folder / CONFIG)
             architecture, preprocess = config["model_cfg"], config.get("preprocess_cfg") or {}
             towers = [architecture["vision_cfg"], architecture["text_cfg"]]
-        except FileNotFoundError:
-            raise ArtifactError(f"the folder has no {CONFIG}, which open_clip's layout needs.") from None
         except (OSError, ValueError) as error:
             raise ArtifactError(f"its {CONFIG} is not readable JSON: {error}.") from None
         except (KeyError, TypeError, AttributeError):

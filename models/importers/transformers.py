@@ -207,10 +207,8 @@ def _refuse_other_tokenizer(folder: Path) -> None:
         found = _read(folder / name)
         model = found.get("model") if name == "tokenizer.json" else {"vocab": found}
         vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
-        own = {
-            dict(zip(SPECIAL, SPECIAL_THERE, strict=True)).get(token, token): id_
-            for token, id_ in ClipBpe().token_ids.items()
-        }
+        there = dict(zip(SPECIAL, SPECIAL_THERE, strict=True))
+        own = {there.get(token, token): number for token, number in ClipBpe().token_ids.items()}
         if vocabulary != own:
             raise ArtifactError(
                 f"its {name} is not CLIP's vocabulary of {len(own):,} tokens, and no other is read yet."
