@@ -29,7 +29,7 @@ OPERATORS = {
 }
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 FORM = re.compile(rf"\s*([\w./@-]+)\s*(?:\{{(.*)\}})?\s*({'|'.join(OPERATORS)})\s*({NUMBER})\s*")
-PLACES = ("stage", "backend", "precision", "tower", "batch", "threads")
+PLACES = ("stage", "backend", "precision", "tower", "batch", "ids", "threads")
 TIMED = tuple(name for name in Latency.model_fields if name not in PLACES)
 COSTS = ("params", "params_without_embeddings", "block_params", "block_params_kept", "macs", "bytes")
 KNOWN = (*TIMED, *COSTS)
@@ -134,9 +134,10 @@ def _figures(rows: Sequence[Row], gate: Gate) -> Iterator[tuple[list[str], float
         place = {"stage": row.stage, "backend": row.backend, "precision": row.precision}
         for timing in row.latency:
             here = place | {"tower": timing.tower, "batch": timing.batch, "threads": timing.threads}
+            here["ids"] = timing.ids or row.text_ids
             value = getattr(timing, gate.metric) if gate.metric in TIMED else None
             if value is not None and _applies(gate, row, here):
-                yield [row.stage, f"{timing.tower} tower", f"batch {timing.batch}"], value
+                yield [row.stage, f"{timing.tower} tower", timing.case.size], value
         value = getattr(row, gate.metric) if gate.metric in COSTS else row.accuracy.get(gate.metric)
         if value is not None and _applies(gate, row, place):
             yield [row.stage], value

@@ -21,6 +21,7 @@ from clipress.bench.report_rows import (
     timings,
 )
 from clipress.bench.results import Case, Row
+from clipress.runtime.served import TEXT
 
 ABSENT = "–"
 
@@ -138,6 +139,7 @@ def compared_columns(rows: Rows) -> list[Column]:
     return [
         word_column("tower", [case.graph for _, case in every]),
         number_column("", "batch", [case.batch for _, case in every], 0),
+        *ids_column(every),
         word_column("stage", [row.stage for row, _ in every]),
         number_column("latency (ms)", "median", values("median_ms")),
         number_column("latency (ms)", "p99", values("p99_ms"), decimals_for(values("median_ms"))),
@@ -161,6 +163,7 @@ def latency_columns(rows: Rows) -> list[Column]:
         word_column("stage", [row.stage for row, _ in every]),
         word_column("tower", [case.graph for _, case in every]),
         number_column("", "batch", [case.batch for _, case in every], 0),
+        *ids_column(every),
     ]
     for name in ("min", "max", "mean", "median", "p90", "p95", "p99"):
         columns.append(numbers("latency (ms)", name, f"{name}_ms", 3))
@@ -174,6 +177,12 @@ def latency_columns(rows: Rows) -> list[Column]:
         number_column("throughput", "items/s", [throughput(*where) for where in every], 0),
         numbers("", "queries", "iterations", 0),
     ]
+
+
+def ids_column(every: Sequence[tuple[Row, Case]]) -> list[Column]:
+    """Return how long the texts of each measurement are; nothing for models without texts."""
+    ids = [case.ids or (row.text_ids if case.graph == TEXT else None) for row, case in every]
+    return [number_column("", "ids", ids, 0)] if any(ids) else []
 
 
 def _measurements(rows: Rows) -> list[tuple[Row, Case]]:

@@ -84,7 +84,7 @@ def _view(rows: Rows, cases: Sequence[Case], main: Case | None) -> dict[str, Any
         "cases": [
             {
                 "tower": case.graph,
-                "batch": case.batch,
+                "size": f"{case.batch}, {case.ids} ids" if case.ids else str(case.batch),
                 "title": str(case),
                 "medians": median,
                 "columns": [_column_view(column) for column in timing_columns(rows, case)],

@@ -18,13 +18,20 @@ SCHEMA_VERSION = 1
 
 
 class Case(NamedTuple):
-    """A timed case: one graph at one batch size."""
+    """A timed case: one graph at one batch size, with whole texts or with short ones."""
 
     graph: str
     batch: int
+    ids: int = 0
+    """Length of texts without padding; 0 for whole ones, and for graphs without texts."""
 
     def __str__(self) -> str:
-        return f"{self.graph} tower, batch {self.batch}"
+        return f"{self.graph} tower, {self.size}"
+
+    @property
+    def size(self) -> str:
+        """The batch, and the length of texts if they are short, in words."""
+        return f"batch {self.batch}" + (f", {self.ids} ids" if self.ids else "")
 
 
 class Strict(BaseModel):
@@ -64,7 +71,7 @@ class Latency(Measurement):
 
     @property
     def case(self) -> Case:
-        return Case(self.tower, self.batch)
+        return Case(self.tower, self.batch, self.ids)
 
 
 class LayerCost(Strict):
@@ -122,6 +129,8 @@ class Row(MeasuredRow):
     layers: tuple[LayerCost, ...] = ()
     bytes: int
     """Size of the files it runs from."""
+    text_ids: int | None = None
+    """Length of a whole text in ids; None for models that read none."""
     exact_mode: bool = False
     """Whether ONNX Runtime ran in exact mode, since 8-bit weights overflow on this CPU."""
     parity: dict[str, Any] = Field(default_factory=dict)
@@ -146,6 +155,8 @@ class CaseRatio(Strict):
     tower: str
     """The graph's name."""
     batch: int
+    ids: int = 0
+    """As of a case."""
     speed_up: float
     speed_up_low: float | None
     speed_up_high: float | None

@@ -165,6 +165,9 @@ def _row(one: Opened, outcomes: Mapping[str, Outcomes], costs: Mapping[str, Any]
         precision=model.precision,
         **costs,
         bytes=model.bytes,
+        text_ids=next(
+            (put.shape[0] for one in model.graphs.values() for put in one.inputs if put.dtype == "int64"), None
+        ),
         exact_mode=one.runner.exact_mode,
         parity=dict(model.parity),
         lineage=read_header(one.subject.artifact)["lineage"],
@@ -175,12 +178,24 @@ def _row(one: Opened, outcomes: Mapping[str, Outcomes], costs: Mapping[str, Any]
 
 def _cases(opened: Sequence[Opened], settings: BenchSettings) -> list[Case]:
     graphs = dict.fromkeys(graph for one in opened for graph in one.runner.model.graphs)
-    return [Case(graph, batch) for graph in graphs for batch in settings.batch]
+    return [
+        Case(graph, batch, ids)
+        for graph in graphs
+        for batch in settings.batch
+        for ids in (0, *settings.ids)
+        if any(_has(one.runner, Case(graph, batch, ids)) for one in opened)
+    ]
+
+
+def _has(runner: Runner, case: Case) -> bool:
+    """Return whether a runner's model has a case: its graph, and texts of that length where they are short."""
+    graph = runner.model.graphs.get(case.graph)
+    return graph is not None and (not case.ids or any(case.ids < (put.longest or 0) for put in graph.inputs))
 
 
 def _timed(case: Case, opened: Sequence[Opened], settings: BenchSettings) -> dict[str, Timings]:
-    """Time all models that have the case's graph, in turns."""
-    runners = {one.label: one.runner for one in opened if case.graph in one.runner.model.graphs}
+    """Time all models that have the case, in turns."""
+    runners = {one.label: one.runner for one in opened if _has(one.runner, case)}
     return measure_in_turns(
         {label: runner.query(*case) for label, runner in runners.items()},
         warm_up_ms=settings.warm_up,
@@ -232,7 +247,8 @@ def _with_ratios(row: Row, first: Row, timings: Measured, settings: BenchSetting
 def _latency(case: Case, own: Timings, reference: Timings | None, settings: BenchSettings) -> Latency:
     ratio = None if reference is None else speed_up(reference, own)
     compared = {} if ratio is None else {"speed_up": round(ratio.value, 4), **interval(ratio)}
-    return Latency(tower=case.graph, batch=case.batch, threads=settings.threads, **summary(own, case.batch), **compared)
+    place = {"tower": case.graph, "batch": case.batch, "ids": case.ids, "threads": settings.threads}
+    return Latency(**place, **summary(own, case.batch), **compared)
 
 
 def _write_details(
@@ -246,12 +262,13 @@ def _write_details(
 
 def _samples(label: str, timings: Measured) -> dict[str, Any]:
     cases = []
-    for (graph, batch), measured in timings.items():
+    for place, measured in timings.items():
         if (own := measured.get(label)) is None:
             continue
         case = {
-            "tower": graph,
-            "batch": batch,
+            "tower": place.graph,
+            "batch": place.batch,
+            "ids": place.ids,
             "rounds": own.rounds.tolist(),
             "starts_ms": own.starts.round(3).tolist(),
             "latency_ms": own.latency.round(5).tolist(),

@@ -135,7 +135,9 @@ def _verdict(pair: _Comparison, max_accuracy_drop: float, cpu: Processor | None)
         loss=loss,
         text=f"{pair.method} {head}: {figure}. {advice}{why}",
         cases=[
-            CaseRatio(tower=case.graph, batch=case.batch, speed_up=round(ratio.value, 4), **interval(ratio))
+            CaseRatio(
+                tower=case.graph, batch=case.batch, ids=case.ids, speed_up=round(ratio.value, 4), **interval(ratio)
+            )
             for case, ratio in pair.ratios.items()
         ],
     )
@@ -149,9 +151,9 @@ def _advice(pair: _Comparison, judgement: str) -> str:
     if judgement == "undecided":
         return "The machine was too noisy to tell: measure longer, or when it is quiet."
     if judgement == "faster":
-        others = [f"{case.graph} batch {case.batch}" for case in pair.ratios if case not in pair.faster]
+        others = [f"{case.graph} {case.size}" for case in pair.ratios if case not in pair.faster]
         return f"Keep {row}; at {', '.join(others)} it is not faster." if others else f"Keep {row}."
-    others = [f"{case.graph} batch {case.batch}" for case in pair.faster]
+    others = [f"{case.graph} {case.size}" for case in pair.faster]
     advice = f"Keep {origin}; {row} is faster at {', '.join(others)}." if others else f"Keep {origin}."
     if pair.times_smaller > SMALLER:
         advice += f" {row} is {pair.times_smaller:.1f} times smaller, if size is what counts."

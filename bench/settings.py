@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from clipress.bench.runners import RUNNERS
+from clipress.data.padding import CAPTION
 from clipress.recipe import Section
 
 
@@ -16,6 +17,8 @@ class BenchSettings(Section):
     backends: tuple[Annotated[str, AfterValidator(RUNNERS.check)], ...] = Field(("onnxruntime",), min_length=1)
     """Runners; the first model on the first runner is the reference that all others are compared with."""
     batch: tuple[int, ...] = (1, 8, 32)
+    ids: tuple[Annotated[int, Field(ge=1)], ...] = (CAPTION,)
+    """Also time texts of so many ids, where the text tower needs no padding; whole texts are always timed."""
     threads: int = Field(1, ge=1)
     """Threads of ONNX Runtime and torch inside one operator. On a shared machine, one thread gives the steadiest figures."""
     cpus: tuple[int, ...] | None = None

@@ -36,13 +36,14 @@ from clipress.data.cache_files import (
     write_manifest,
     write_shard,
 )
+from clipress.data.padding import without_padding
 from clipress.data.prefetch import prefetched
 from clipress.data.sources import Source, open_source
 from clipress.data.teacher_cache import TeacherCache
 from clipress.data.transforms import Augment, View, drawn_view, normalised, size_of, viewed
 from clipress.errors import ArtifactError, DataError, RecipeError
 from clipress.models.load import Model
-from clipress.models.text_length import text_ends, without_padding
+from clipress.models.text_length import text_ends
 from clipress.progress import Say, progress_bar
 from clipress.storage import cache_folder, locked, sweep
 from clipress.tasks import task_named

@@ -31,10 +31,11 @@ from clipress.compress.settings import Training
 from clipress.compress.signals import EXIT_CODES, ignore_stop_signals, stop_requests
 from clipress.data.bad_records import BadRecords
 from clipress.data.dataset import TrainingSet
+from clipress.data.padding import without_padding
 from clipress.data.sampler import Batches
 from clipress.errors import ClipressError, Stopped
 from clipress.models.load import Model
-from clipress.models.text_length import text_ends, without_padding
+from clipress.models.text_length import text_ends
 from clipress.progress import progress_bar
 from clipress.storage import write_bytes_whole, writing
 

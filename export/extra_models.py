@@ -235,10 +235,9 @@ def _write(exported: Exported, one: ExtraModel, described: Mapping[str, Any], sa
         path = Path(aside) / f"{one.name}.onnx"
         onnx.save(model, path)
         figures = check(path)
-        test = self_test_of(
-            path, [exported.graphs[name] for name in one.graphs], float16="16" in one.about.get("precision", "")
-        )
-    about = {**described, "tower": one.name, **one.about, "parity": figures}
+        graphs = [exported.graphs[name] for name in one.graphs]
+        test = self_test_of(path, graphs, float16="16" in one.about.get("precision", ""))
+    about = {**described, **metadata.ends_of(*graphs), "tower": one.name, **one.about, "parity": figures}
     metadata.stamp(model, about | {"portable": is_portable(model), "self_test": test})
     write_bytes_whole(_path(folder, one), model.SerializeToString())
 

@@ -11,6 +11,9 @@ They are JSON in `metadata_props`, under the key `clipress`; in ONNX Runtime:
     preprocess                       size, mean, std and the rest of what turns an image into pixel_values
     tokenizer                        name, context_length and kwargs: what turns a text into input_ids; kept, the
                                      tokens of a reduced vocabulary (data/vocabulary.py), only where there is one
+    ends                             of a text input, where its texts end: eos, that id, or null for the largest one.
+                                     They may be given without what comes after. Absent: the input has one length,
+                                     since the text tower reads the padding too
     embed_dim, logit_scale, logit_bias   the scale is exponentiated; the bias is null for a CLIP without one
     labels, templates                of a classifier: the names of its columns, and the prompts of a zero-shot one
     stage, lineage_hash              the artifact it was exported from
@@ -29,12 +32,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import onnx
 
 from clipress.export.int8_graph import is_portable
 from clipress.runtime.export_folder import Exported
+from clipress.runtime.graph import Graph
 from clipress.runtime.onnx_session import METADATA
 
 OF_FOLDER = {"graphs", "files", "explicit", "self_test", "portable"}
@@ -46,7 +51,13 @@ def of_graph(exported: Exported, graph: str) -> dict[str, Any]:
     about = exported.model_dump(mode="json", exclude=OF_FOLDER)
     has_logits = exported.logit_scale is not None
     kept = {key: value for key, value in about.items() if value is not None or (key == "logit_bias" and has_logits)}
-    return {**kept, "tower": graph, "agrees": exported.graphs[graph].agrees}
+    return {**kept, **ends_of(exported.graphs[graph]), "tower": graph, "agrees": exported.graphs[graph].agrees}
+
+
+def ends_of(*graphs: Graph) -> dict[str, Any]:
+    """Return the metadata of a file made of these graphs that say where its texts end; empty where they have one length."""
+    ends = {put.name: asdict(put.end) for graph in graphs for put in graph.inputs if put.end is not None}
+    return {"ends": ends} if ends else {}
 
 
 def stamp(model: onnx.ModelProto, about: Mapping[str, Any]) -> None:

@@ -102,7 +102,8 @@ def _without_quantizers(model: Model, run: Run) -> Run:
 def compare(what: Comparison, reference: Mapping[str, Run], candidate: Mapping[str, Run]) -> dict[str, float]:
     """Compare the rows of every graph, then first places: of logits, and of rankings between two graphs of embeddings.
 
-    Candidates run on all samples at once, which is the largest batch, and on the first ones in `batches`.
+    Candidates run on all samples at once, which is the largest batch, and on the first ones in `batches`, whose texts
+    lose the padding that is not read.
     Returns the figures; raises ExportError when one is beyond the limits of the precision.
     """
     figures, embeddings = {}, {}
@@ -176,7 +177,7 @@ def _least_cosine(
     inputs, limits = what.samples[name], what.limits
     cosines = [_cosines(wanted[output], found[output]) for output in wanted]
     for batch in what.batches:
-        part = run({key: rows[:batch] for key, rows in inputs.items()})
+        part = run(what.graphs[name].needed({key: rows[:batch] for key, rows in inputs.items()}))
         for output, rows in wanted.items():
             if part[output].shape != rows[:batch].shape:
                 raise ExportError(

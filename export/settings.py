@@ -78,7 +78,7 @@ class TensorRTSettings(Section):
     precision: Literal["fp32", "fp16", "bf16"] = "fp16"
     """Precision of everything that is not INT8 in the artifact; fp32 is TF32 on GPUs that have it."""
     batch: BatchProfile = BatchProfile()
-    """Only the batch varies; image size and text length are the model's."""
+    """Besides the batch only the length of texts varies, up to the model's; it is tuned for captions."""
     sparse_weights: bool = True
     """Allow sparse kernels for 2:4 weights where these are faster."""
     optimization_level: int = Field(3, ge=0, le=5)

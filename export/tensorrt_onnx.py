@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from clipress.data.padding import CAPTION
 from clipress.errors import ArtifactError, ExportError
 from clipress.export import metadata
 from clipress.export.precision import engine_precision, lower
 from clipress.export.settings import BatchProfile, TensorRTSettings
 from clipress.runtime.graph import Graph, Input, Output
+from clipress.runtime.onnx_session import ends_from
 from clipress.runtime.tensorrt import Profile
 from clipress.storage import write_bytes_whole
 
@@ -55,7 +58,7 @@ def prepare(source: Path, folder: Path, settings: TensorRTSettings, foreign: boo
         raise ArtifactError(f"{source} is not a readable ONNX file: {error}.") from None
     about = _metadata(model, source, foreign)
     _refuse_nan(model, source)
-    profiles = _profiles(model, source, settings.batch)
+    profiles = _profiles(model, source, settings.batch, about)
     name = about.get("tower", source.stem)
     graph = _graph(model, source, about, profiles)
     precision = engine_precision(model, settings.precision)
@@ -96,22 +99,31 @@ def _refuse_nan(model: onnx.ModelProto, source: Path) -> None:
                 )
 
 
-def _profiles(model: onnx.ModelProto, source: Path, batch: BatchProfile) -> dict[str, Profile]:
-    """Return the shapes of every input: the batch from the settings if it is dynamic, the rest from the file."""
-    profiles, names = {}, set()
+def _profiles(
+    model: onnx.ModelProto, source: Path, batch: BatchProfile, about: Mapping[str, Any]
+) -> dict[str, Profile]:
+    """Return the shapes of every input: the batch from the settings if it is dynamic, the rest from the file.
+
+    Texts that may be shorter are tuned for a caption's length and taken up to the context length.
+    """
+    profiles = {}
+    firsts = [dim for put in model.graph.input for dim in put.type.tensor_type.shape.dim[:1]]
+    if len(batches := {dim.dim_param or dim.dim_value for dim in firsts}) != 1:
+        found = ", ".join(sorted(map(str, batches))) or "no inputs"
+        raise ExportError(f"{source}: expected one batch for all inputs, found {found}. Build its parts instead.")
     for put in model.graph.input:
         dims = [dim.dim_value if dim.HasField("dim_value") else None for dim in put.type.tensor_type.shape.dim]
-        if not dims or None in dims[1:]:
+        lengths: dict[str, tuple[int, ...]] = dict.fromkeys(("min", "opt", "max"), tuple(dims[1:]))
+        if put.name in ends_from(about):
+            longest = int(about["tokenizer"]["context_length"])
+            lengths = {"min": (1,), "opt": (min(CAPTION, longest),), "max": (longest,)}
+        if not dims or any(None in sides for sides in lengths.values()):
             raise ExportError(
                 f"{source}: {put.name} is dynamic in more than its first dimension, the batch. Export it with fixed "
                 "ones."
             )
         sizes = dict.fromkeys(("min", "opt", "max"), dims[0]) if dims[0] else batch.model_dump()
-        profiles[put.name] = Profile(**{key: (size, *dims[1:]) for key, size in sizes.items()})
-        names.add(put.type.tensor_type.shape.dim[0].dim_param or dims[0])
-    if len(names) != 1:
-        found = ", ".join(map(str, sorted(names, key=str))) or "no inputs"
-        raise ExportError(f"{source}: expected one batch for all inputs, found {found}. Build its parts instead.")
+        profiles[put.name] = Profile(**{key: (size, *lengths[key]) for key, size in sizes.items()})
     return profiles
 
 
@@ -123,7 +135,8 @@ def _graph(model: onnx.ModelProto, source: Path, about: dict[str, Any], profiles
         if dtype is None:
             found = onnx.TensorProto.DataType.Name(put.type.tensor_type.elem_type).lower()
             raise ExportError(f"{source}: expected inputs of float32 or int64, found {put.name} of {found}.")
-        inputs.append(Input(name=put.name, dtype=dtype, shape=profiles[put.name].opt[1:], largest=IDS))
+        end = ends_from(about).get(put.name)
+        inputs.append(Input(name=put.name, dtype=dtype, shape=profiles[put.name].max[1:], largest=IDS, end=end))
     outputs = tuple(
         Output(name=put.name, shape=tuple(dim.dim_value for dim in put.type.tensor_type.shape.dim[1:]))
         for put in model.graph.output

@@ -68,14 +68,22 @@ def export_without_quantizers(model: Model, graph: Graph, path: Path, opset: int
 
 
 def write_onnx(module: GraphModule, path: Path, opset: int, dynamo: bool) -> None:
-    """Write one graph with one exporter; the batch of every input and output is dynamic."""
+    """Write one graph with one exporter.
+
+    The batch of every input and output is dynamic, and so is the length of texts that have an end.
+    """
     graph = module.graph
     example = tuple(map(torch.from_numpy, graph.example(2).values()))  # A batch of 1 would become a constant.
     takes, gives = ([one.name for one in side] for side in (graph.inputs, graph.outputs))
-    shapes: dict[str, Any] = {"dynamic_axes": {name: {0: "batch"} for name in (*takes, *gives)}}
+    axes = {put.name: {0: "batch"} | ({} if put.end is None else {1: "length"}) for put in graph.inputs}
+    shapes: dict[str, Any] = {"dynamic_axes": axes | {name: {0: "batch"} for name in gives}}
     if dynamo:
         batch = torch.export.Dim("batch", min=1)
-        shapes = {"dynamic_shapes": (tuple({0: batch} for _ in takes),), "external_data": False}
+        free = tuple(
+            {0: batch} | ({} if put.end is None else {1: torch.export.Dim("length", min=1, max=put.shape[0])})
+            for put in graph.inputs
+        )
+        shapes = {"dynamic_shapes": (free,), "external_data": False}
     with warnings.catch_warnings(), torch.no_grad():
         # The older exporter is deprecated, and warns of traced shapes that are constants here.
         warnings.simplefilter("ignore")

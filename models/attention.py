@@ -8,7 +8,7 @@ which is a known defect.
 from __future__ import annotations
 
 import warnings
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -82,23 +82,34 @@ class Attention(nn.Module):
             y = torch.zeros_like(x)
             return y if self.out.bias is None else y + self.out.bias
         memory = x if memory is None else memory
-        tokens, keys = (
-            int(x.shape[1]),
-            int(memory.shape[1]),
-        )  # Python ints keep shape arithmetic out of the exported graph.
-        q = self.q(x).reshape(-1, tokens, self.heads, self.qk_dim).transpose(1, 2)  # [B, H, N, qk]
-        k = self.k(memory).reshape(-1, keys, self.heads, self.qk_dim).transpose(1, 2)  # [B, H, M, qk]
-        v = self.v(memory).reshape(-1, keys, self.heads, self.v_dim).transpose(1, 2)  # [B, H, M, v]
-        if attn_mask is not None and attn_mask.shape[-1] != keys:  # a text shorter than the causal mask
-            attn_mask = attn_mask[..., :tokens, :keys]
+        q = _reshape(self.q(x), self.heads, self.qk_dim).transpose(1, 2)  # [B, H, N, qk]
+        k = _reshape(self.k(memory), self.heads, self.qk_dim).transpose(1, 2)  # [B, H, M, qk]
+        v = _reshape(self.v(memory), self.heads, self.v_dim).transpose(1, 2)  # [B, H, M, v]
         if attn_mask is not None and attn_mask.ndim == 3:  # [B * H, N, M], as open_clip masks padding
-            attn_mask = attn_mask.reshape(-1, self.heads, tokens, keys)
+            attn_mask = attn_mask.reshape(-1, self.heads, *attn_mask.shape[1:])
         if torch.onnx.is_in_onnx_export():  # The same in three nodes, which every runtime fuses.
             logits = (q * self.scale) @ k.transpose(2, 3)
             y = (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=self.scale)
-        return self.out(y.transpose(1, 2).reshape(-1, tokens, self.heads * self.v_dim))
+        return self.out(_reshape(y.transpose(1, 2), self.heads * self.v_dim))
+
+
+class _Reshape(torch.autograd.Function):
+    """`_reshape` as one node of an ONNX file, where 0 keeps the batch and -1 is what remains, the tokens."""
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, *sides: int) -> Any:
+        return g.op("Reshape", x, g.op("Constant", value_t=torch.tensor([0, -1, *sides])))
+
+    @staticmethod
+    def forward(_: Any, x: Tensor, *sides: int) -> Tensor:
+        return x.reshape(*x.shape[:2], *sides)
+
+
+def _reshape(x: Tensor, *sides: int) -> Tensor:
+    """Reshape all of [B, N, ...] but its first two sides: [B, N, *sides]."""
+    return _Reshape.apply(x, *sides) if torch.jit.is_tracing() else x.reshape(*x.shape[:2], *sides)
 
 
 class TimmAttention(Attention):

@@ -1,33 +1,26 @@
-"""Texts without the ids that cannot matter: a causal text tower that pools at the end token reads nothing after it.
-
-Every text is padded to the context length, 77 ids for most CLIPs, while a caption has 10 to 20. Cut at the longest text of a
-batch, such a tower computes the same from a fraction of the work. Bidirectional towers, and those that pool over all ids or at
-the last one, read the padding too: their texts stay whole.
-"""
+"""Which text towers need no padding (data/padding.py), and CLIPs that take texts of any length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 from torch import nn
 
+from clipress.data.padding import TextEnd
 from clipress.models import anatomy
 from clipress.models.attention import Attention
 
-LENGTHS = (8, 16, 24, 32, 48, 64)  # few, so that what is compiled or allocated for a shape is used again
-
 
 def accept_short_texts(model: nn.Module) -> nn.Module:
-    """Let open_clip's CLIP encode texts that are shorter than its context length, in place. Outputs do not change."""
-    from open_clip.model import CLIP
+    """Let open_clip's models encode texts that are shorter than their context length, in place. Outputs do not change."""
+    from clipress.models.short_text_clip import CLIP, ShortTextCLIP, ShortTextTransformer, TextTransformer
 
     if type(model) is CLIP:
-        from clipress.models.short_text_clip import ShortTextCLIP
-
         model.__class__ = ShortTextCLIP
+    text = getattr(model, "text", None)
+    if type(text) is TextTransformer:
+        text.__class__ = ShortTextTransformer
     return model
 
 
@@ -36,18 +29,6 @@ class Reader(Protocol):
 
     module: nn.Module
     tokenizer: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class TextEnd:
-    """Where a text tower reads to: the first of the largest ids, as OpenAI's CLIP pools, or the first end token."""
-
-    eos: int | None = None
-    """Id of the end token; None: the largest id of a text."""
-
-    def lengths(self, ids: np.ndarray) -> np.ndarray:
-        """Return how many ids of each text [N, L] are read: int64 [N]."""
-        return (ids if self.eos is None else ids == self.eos).argmax(1) + 1
 
 
 def text_end(model: nn.Module) -> TextEnd | None:
@@ -72,11 +53,3 @@ def text_ends(model: Reader, teachers: Sequence[Reader] = ()) -> list[TextEnd | 
         end if end is None or end.eos is None or one.tokenizer == model.tokenizer else None
         for one, end in zip((model, *teachers), ends, strict=True)
     ]
-
-
-def without_padding(ids: np.ndarray, ends: Sequence[TextEnd | None]) -> np.ndarray:
-    """Cut token ids [N, L] after the last one that a tower reads, rounded up to one of LENGTHS; `ends` are the towers'."""
-    if not len(ids) or None in ends:
-        return ids
-    longest = max(int(end.lengths(ids).max()) for end in ends)
-    return ids[:, : next((length for length in LENGTHS if length >= longest), ids.shape[1])]

@@ -11,6 +11,8 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from clipress.data.padding import TextEnd, without_padding
+
 Arrays = Mapping[str, np.ndarray]
 """A graph's inputs, or outputs, by their names; the batch is the first axis of each."""
 Run = Callable[[Arrays], dict[str, np.ndarray]]
@@ -28,14 +30,25 @@ class Input(BaseModel):
     """Becomes a value of the ONNX file, so it must differ from every name that torch's exporters generate."""
     dtype: Literal["float32", "int64"]
     shape: tuple[int, ...]
-    """Without the batch."""
+    """Without the batch; of an input with an end, the largest."""
     largest: int = Field(1, ge=1)
     """The largest value in random int64 data."""
+    end: TextEnd | None = None
+    """Where texts end; they may be given without what comes after. None: the input has one shape."""
 
-    def example(self, batch: int) -> np.ndarray:
-        """Return random data, [batch, *shape], the same at every call: latency is measured on it."""
+    @property
+    def longest(self) -> int | None:
+        """How many ids a text has at most, where it may have fewer; None for an input of one shape."""
+        return None if self.end is None else self.shape[0]
+
+    def sides(self, ids: int = 0) -> tuple[int, ...]:
+        """Return the shape without the batch; with `ids`, texts that may be shorter have so many."""
+        return (ids,) if ids and self.end is not None else self.shape
+
+    def example(self, batch: int, ids: int = 0) -> np.ndarray:
+        """Return random data, [batch, *sides(ids)], the same at every call: latency is measured on it."""
         rng = np.random.default_rng(0)
-        shape = (batch, *self.shape)
+        shape = (batch, *self.sides(ids))
         if self.dtype == "float32":
             return rng.standard_normal(shape, dtype=np.float32)
         return rng.integers(1, self.largest + 1, shape)
@@ -63,18 +76,29 @@ class Graph(BaseModel):
     """Rankings and first places are compared on the first one."""
     agrees: Agreement = "embeddings"
 
-    def example(self, batch: int) -> dict[str, np.ndarray]:
-        """Return random inputs by name, the same at every call."""
-        return {one.name: one.example(batch) for one in self.inputs}
+    def example(self, batch: int, ids: int = 0) -> dict[str, np.ndarray]:
+        """Return random inputs by name, the same at every call; `ids` as for `Input.sides`."""
+        return {one.name: one.example(batch, ids) for one in self.inputs}
+
+    def needed(self, inputs: Arrays) -> Arrays:
+        """Return inputs without the padding of texts, which the outputs do not depend on."""
+        return needed(inputs, {one.name: one.end for one in self.inputs if one.end is not None})
 
 
-def clip_graphs(size: int, length: int, dim: int) -> dict[str, Graph]:
+def needed(inputs: Arrays, ends: Mapping[str, TextEnd]) -> Arrays:
+    """Return inputs without the padding of texts; `ends` says, by input, where they end."""
+    return {name: without_padding(rows, [ends[name]]) if name in ends else rows for name, rows in inputs.items()}
+
+
+def clip_graphs(size: int, length: int, dim: int, end: TextEnd | None = None) -> dict[str, Graph]:
     """Return the graphs of a CLIP with images of `size` pixels, texts of `length` ids and embeddings of `dim` dims.
+
+    `end` says where texts end, for a text tower that needs no padding.
 
     Exports of version 1 are CLIPs and do not describe their graphs, so that readers need these too.
     """
     pixels = Input(name="pixel_values", dtype="float32", shape=(3, size, size))
-    ids = Input(name="input_ids", dtype="int64", shape=(length,), largest=399)
+    ids = Input(name="input_ids", dtype="int64", shape=(length,), largest=399, end=end)
     return {
         side: Graph(name=side, inputs=(takes,), outputs=(Output(name=f"{side}_embeds", shape=(dim,)),))
         for side, takes in (("image", pixels), ("text", ids))

@@ -23,6 +23,8 @@ class Measurement(BaseModel):
     tower: str
     """The graph's name; the key is older than graphs."""
     batch: int
+    ids: int = 0
+    """Length of texts without padding; 0 for whole ones, and for graphs without texts."""
     threads: int
     """Inside one operator."""
     median_ms: FiniteFloat

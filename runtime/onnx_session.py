@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from clipress.data.padding import TextEnd
 from clipress.errors import ExportError
 from clipress.runtime.cpu import processor
+from clipress.runtime.graph import needed
 from clipress.runtime.self_test import least_cosine, self_test_from
 
 if TYPE_CHECKING:
@@ -83,11 +85,12 @@ def run_from_onnx(path: Path, threads: int = 0, *, float16: bool = False) -> Run
 
 
 def run_of(session: Any) -> Run:
-    """Return a session as a function from inputs by name to outputs by name."""
+    """Return a session as a function from inputs by name to outputs by name; texts are given without their padding."""
     names = [output.name for output in session.get_outputs()]
+    ends = ends_from(metadata_of(session))
 
     def run(inputs: Arrays) -> dict[str, Any]:
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        return dict(zip(names, session.run(names, dict(needed(inputs, ends))), strict=True))
 
     return run
 
@@ -103,8 +106,11 @@ def reference_session(path: Path) -> Any:
 
 def self_test_of(path: Path, graphs: Iterable[Graph], float16: bool = False) -> dict[str, Any]:
     """Return the self-test to store in a file that was made of these graphs."""
-    largest = {one.name: one.largest for graph in graphs for one in graph.inputs if one.dtype == "int64"}
-    return self_test_from(reference_session(path), open_session(path, float16=float16, mode="exact"), largest)
+    inputs = [one for graph in graphs for one in graph.inputs if one.dtype == "int64"]
+    largest = {one.name: one.largest for one in inputs}
+    lengths = {one.name: one.shape[0] for one in inputs if one.end is not None}
+    exact = open_session(path, float16=float16, mode="exact")
+    return self_test_from(reference_session(path), exact, largest, lengths)
 
 
 def metadata_of(session: Any) -> dict[str, Any]:
@@ -114,6 +120,17 @@ def metadata_of(session: Any) -> dict[str, Any]:
     except ValueError:
         return {}
     return about if isinstance(about, dict) else {}
+
+
+def ends_from(about: Mapping[str, Any]) -> dict[str, TextEnd]:
+    """Return where a file's texts end, by input, from its metadata. Raises ExportError for damaged ones."""
+    try:
+        ends = {name: TextEnd(**end) for name, end in about.get("ends", {}).items()}
+        if any(not isinstance(end.eos, int | None) for end in ends.values()):
+            raise TypeError(f"expected an id or null, found {ends}")
+    except (TypeError, AttributeError) as error:
+        raise ExportError(f"The metadata of an ONNX file are damaged: ends, {error!s:.200}. Export it again.") from None
+    return ends
 
 
 def runs_exactly(session: Any) -> bool:

@@ -5,6 +5,7 @@ one in its metadata, under `self_test`:
 
     seed, rows      make the inputs, see `inputs_of`
     largest         name: the largest id, of every input of integers; 399 where it is absent
+    lengths         name: how many ids, of every input of texts that may be shorter
     least_cosine    required between every row of every output and the expected row
     outputs         name: {shape: [rows, ...], float16: little-endian, base64}
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-SEED, ROWS, MAX_ROWS = 0, 4, 64
+SEED, ROWS, MAX_ROWS, MAX_LENGTH = 0, 4, 64, 1 << 13
 # Exact sessions sum floats in another order and so round a few activations the other way; an overflow changes all of
 # them. A model that is unusually sensitive to this is allowed MARGIN times the difference seen when it is exported.
 LEAST_COSINE, MARGIN = 0.9995, 3
@@ -25,16 +26,18 @@ GRID, SPREAD = 4, 2.0  # Squares per image side, and their largest value.
 LARGEST = 399  # Id of an input without a limit of its own, as in files that do not name one.
 
 
-def inputs_of(takes: Sequence[Any], seed: int, rows: int, largest: Mapping[str, int]) -> dict[str, np.ndarray]:
+def inputs_of(
+    takes: Sequence[Any], seed: int, rows: int, largest: Mapping[str, int], lengths: Mapping[str, int]
+) -> dict[str, np.ndarray]:
     """Return inputs for a session's `get_inputs()`, the same on every machine and with every numpy version.
 
     Floats are noise; of images, float32 [rows, C, H, W], every other row is a grid of 4 x 4 uniform squares, which
-    drive activations further. Integers are ids from 1 to the input's largest. All come from
-    `numpy.random.RandomState(seed)`, input by input.
+    drive activations further. Integers are ids from 1 to the input's largest, as many as `lengths` says where the file
+    takes any number. All come from `numpy.random.RandomState(seed)`, input by input.
     """
     random, made = np.random.RandomState(seed), {}
     for put in takes:
-        shape = (rows, *put.shape[1:])
+        shape = (rows, lengths[put.name]) if put.name in lengths else (rows, *put.shape[1:])
         if put.type != "tensor(float)":
             made[put.name] = random.randint(1, largest.get(put.name, LARGEST) + 1, shape).astype(np.int64)
             continue
@@ -47,21 +50,24 @@ def inputs_of(takes: Sequence[Any], seed: int, rows: int, largest: Mapping[str, 
     return made
 
 
-def self_test_from(reference: Any, exact: Any, largest: Mapping[str, int]) -> dict[str, Any]:
+def self_test_from(
+    reference: Any, exact: Any, largest: Mapping[str, int], lengths: Mapping[str, int]
+) -> dict[str, Any]:
     """Record the outputs of a session without optimizer, and how close other sessions must come.
 
     Args:
         reference: a session with the optimizer off.
         exact: a session as it will be used, in exact mode; its difference sets the limit for sensitive models.
         largest: of inputs of integers, by name: an embedding fails at ids beyond its table.
+        lengths: of inputs of texts that may be shorter, by name: the longest.
     """
     names = [put.name for put in reference.get_outputs()]
-    found = reference.run(names, inputs_of(reference.get_inputs(), SEED, ROWS, largest))
+    found = reference.run(names, inputs_of(reference.get_inputs(), SEED, ROWS, largest, lengths))
     outputs = {
         name: {"shape": list(rows.shape), "float16": base64.b64encode(rows.astype("<f2").tobytes()).decode()}
         for name, rows in zip(names, found, strict=True)
     }
-    test = {"seed": SEED, "rows": ROWS, "largest": dict(largest), "outputs": outputs}
+    test = {"seed": SEED, "rows": ROWS, "largest": dict(largest), "lengths": dict(lengths), "outputs": outputs}
     usual = 1 - least_cosine(exact, test)
     return {**test, "least_cosine": round(min(LEAST_COSINE, 1 - MARGIN * usual), 6)}
 
@@ -74,8 +80,12 @@ def least_cosine(session: Any, test: Mapping[str, Any]) -> float:
     names, seed, count = list(test["outputs"]), int(test["seed"]), int(test["rows"])
     if not 1 <= count <= MAX_ROWS:
         raise ValueError(f"rows: expected 1 to {MAX_ROWS}, found {count}")
-    largest = {name: int(value) for name, value in dict(test.get("largest", {})).items()}
-    found = session.run(names, inputs_of(session.get_inputs(), seed, count, largest))
+    largest, lengths = (
+        {name: int(value) for name, value in dict(test.get(key, {})).items()} for key in ("largest", "lengths")
+    )
+    if any(not 1 <= length <= MAX_LENGTH for length in lengths.values()):
+        raise ValueError(f"lengths: expected 1 to {MAX_LENGTH:,} ids, found {lengths}")
+    found = session.run(names, inputs_of(session.get_inputs(), seed, count, largest, lengths))
     cosines = [1.0]
     for rows, wanted in zip(found, test["outputs"].values(), strict=True):
         expected = np.frombuffer(base64.b64decode(wanted["float16"]), "<f2").reshape(wanted["shape"])

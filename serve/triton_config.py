@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from clipress.data.padding import CAPTION
 from clipress.errors import ExportError
 from clipress.runtime.cpu import processor
 from clipress.runtime.export_folder import Exported
@@ -146,12 +148,12 @@ def _encoder(served: Served, graph: Graph) -> ModelConfig:
     largest = served.largest_batch(graph.name)
     config = _model(model_of(graph), served.backend, largest)
     for one in graph.inputs:
-        config.input.add(name=one.name, data_type=TYPES[one.dtype], dims=one.shape)
+        config.input.add(name=one.name, data_type=TYPES[one.dtype], dims=_dims(one))
     _add_outputs(config, graph.outputs)
     if served.needs_exact_mode:
         _use_exact_mode(config)
     if served.engines:
-        _run_on_gpus(config, size.instances, served.engines[graph.name], settings)
+        _run_on_gpus(config, graph, size.instances, served.engines[graph.name], settings)
     else:
         _add_instances(config, size.instances)
     _limit_rate(config, settings)
@@ -159,7 +161,7 @@ def _encoder(served: Served, graph: Graph) -> ModelConfig:
     if size.preferred_batch is not None and size.preferred_batch < largest:
         config.dynamic_batching.preferred_batch_size.append(size.preferred_batch)
     _cache_texts(config, served, graph)
-    samples = {one.name: SAMPLES[one.dtype] for one in graph.inputs}
+    samples = {one.name: {"dims": one.shape, **SAMPLES[one.dtype]} for one in graph.inputs}
     for batch in sorted({1, largest}):  # both ends of memory use, before the first client comes
         _warm_up(config, f"batch_{batch}", batch, samples)
     _set_parameters(
@@ -185,7 +187,7 @@ def _use_exact_mode(config: ModelConfig) -> None:
         config.optimization.graph.level = -1
 
 
-def _run_on_gpus(config: ModelConfig, count: int, engines: Engines, settings: ServeSettings) -> None:
+def _run_on_gpus(config: ModelConfig, graph: Graph, count: int, engines: Engines, settings: ServeSettings) -> None:
     """Run engines on their GPUs, with their only profile and with CUDA graphs for the batches they are tuned for."""
     group = config.instance_group.add(count=count)
     group.kind = group.KIND_GPU
@@ -196,10 +198,12 @@ def _run_on_gpus(config: ModelConfig, count: int, engines: Engines, settings: Se
         config.cc_model_filenames[capability] = file
     cuda = config.optimization.cuda
     cuda.graphs = cuda.output_copy_stream = True
-    for batch in sorted({1, min(engines.best_batch, config.max_batch_size), config.max_batch_size}):
+    batches = sorted({1, min(engines.best_batch, config.max_batch_size), config.max_batch_size})
+    has_texts = any(one.end is not None for one in graph.inputs)
+    for batch, ids in product(batches, (CAPTION, 0) if has_texts else (0,)):
         spec = cuda.graph_spec.add(batch_size=batch)
-        for one in config.input:
-            spec.input[one.name].dim.extend(one.dims)
+        for one in graph.inputs:
+            spec.input[one.name].dim.extend(one.sides(ids))
 
 
 def _prepare(served: Served, sent: str) -> ModelConfig:
@@ -208,14 +212,15 @@ def _prepare(served: Served, sent: str) -> ModelConfig:
     graph, gives = next(iter(inputs_for(exported, sent).items()))
     config = _model(PREPARED_BY[sent], "python", served.largest_batch_of(sent))
     config.input.add(name=sent, data_type=STRING, dims=[1])
-    config.output.add(name=gives.name, data_type=TYPES[gives.dtype], dims=gives.shape)
+    config.output.add(name=gives.name, data_type=TYPES[gives.dtype], dims=_dims(gives))
     _add_instances(config, helpers(settings, served.sizes[graph]) if sent == IMAGE else 1)  # tokenizing is cheap
     _batch_requests(config, settings)
     _warm_up(config, sent, 1, {sent: {"input_data_file": sent}})  # zeros are no image
     if sent == IMAGE:
         _set_parameters(config, preprocess=exported.preprocess.model_dump_json())
     else:
-        _set_parameters(config, tokenizer=exported.tokenizer.model_dump_json())
+        end = None if gives.end is None else json.dumps(asdict(gives.end))
+        _set_parameters(config, tokenizer=exported.tokenizer.model_dump_json(), text_end=end)
     return config
 
 
@@ -246,7 +251,7 @@ def _ensemble(served: Served, graph: Graph, name: str) -> ModelConfig:
             step = steps.add(model_name=PREPARED_BY[sent], model_version=-1)
             step.input_map[sent], step.output_map[one.name] = sent, one.name
         else:
-            config.input.add(name=one.name, data_type=TYPES[one.dtype], dims=one.shape)
+            config.input.add(name=one.name, data_type=TYPES[one.dtype], dims=_dims(one))
     _add_outputs(config, graph.outputs)
     step = steps.add(model_name=model_of(graph), model_version=-1)
     for one in graph.inputs:
@@ -315,6 +320,11 @@ def _model(name: str, backend: str, max_batch: int) -> ModelConfig:
     return config
 
 
+def _dims(one: Input) -> Sequence[int]:
+    """Return an input's dims. Triton batches requests of the same length, of which there are few (data/padding.py)."""
+    return one.shape if one.end is None else [-1]
+
+
 def _add_outputs(config: ModelConfig, outputs: Iterable[Output]) -> None:
     for one in outputs:
         config.output.add(name=one.name, data_type=FP32, dims=one.shape)
@@ -363,7 +373,7 @@ def _warm_up(config: ModelConfig, name: str, batch: int, samples: Mapping[str, M
 
     warm_up = config.model_warmup.add(name=name, batch_size=batch)
     for one in config.input:
-        filled = triton.ModelWarmup.Input(data_type=one.data_type, dims=one.dims, **samples[one.name])
+        filled = triton.ModelWarmup.Input(**{"data_type": one.data_type, "dims": one.dims, **samples[one.name]})
         warm_up.inputs[one.name].CopyFrom(filled)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from clipress.data.padding import TextEnd, without_padding
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import Preprocess, fitted, normalised, open_image
 from clipress.errors import DataError
@@ -96,14 +97,15 @@ class Texts:
 
     def __init__(self, config: Mapping[str, str]) -> None:
         self.tokenize = tokenizer_from_spec(json.loads(config["tokenizer"]))
+        self.end = TextEnd(**json.loads(config["text_end"])) if "text_end" in config else None
 
     def read(self, request: Any) -> np.ndarray:
         """Return objects [B]. Raises DataError."""
         return np.asarray(texts(request, TEXT), object)
 
     def inputs(self, given: np.ndarray) -> dict[str, np.ndarray]:
-        """Return a graph's input, int64 [B, L]."""
-        return {"input_ids": self.tokenize(given)}
+        """Return a graph's input, int64 [B, L], as long as the longest text needs."""
+        return {"input_ids": without_padding(self.tokenize(given), [self.end])}
 
 
 def respond_together(

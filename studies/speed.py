@@ -76,7 +76,8 @@ def in_int8(model: Model, samples: Samples, portable: bool = True) -> Model:
     names = [name for name in quantizers.quantizable(copy.module) if anatomy.tower_of(copy.module, name) in samples]
     with torch.no_grad():
         quantizers.attach(copy.module, names, lambda module: outputs_of(task, module, samples), portable=portable)
-    count = len(samples[IMAGE][INPUTS[IMAGE]])
+    side = next(iter(samples))
+    count = len(samples[side][INPUTS[side]])
     about = {"dtype": "int8", "modules": names, "calibrated_on": count, "portable": portable}
     return replace(copy, quantization=about)
 

@@ -82,10 +82,6 @@ class Task(ABC):
     def call(self, module: nn.Module, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the outputs of a graph, as exported."""
 
-    def needed(self, module: nn.Module, graph: str, inputs: Arrays) -> Arrays:
-        """Return a graph's inputs without what its outputs do not depend on, such as the padding of texts."""
-        return inputs
-
     @abstractmethod
     def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Return the inputs of every graph that a training batch can feed: graph -> input -> rows."""
@@ -161,17 +157,17 @@ def runs_of(model: Model) -> dict[str, Run]:
 
     task, device = task_named(model.task), next(model.module.parameters()).device
 
-    def runner(graph: str) -> Run:
+    def runner(graph: Graph) -> Run:
         def run(inputs: Arrays) -> dict[str, Any]:
             model.module.eval()
             with torch.inference_mode():
-                needed = task.needed(model.module, graph, inputs)
-                tensors = {name: torch.from_numpy(rows).to(device) for name, rows in needed.items()}
-                return {name: y.float().cpu().numpy() for name, y in task.call(model.module, graph, tensors).items()}
+                tensors = {name: torch.from_numpy(rows).to(device) for name, rows in graph.needed(inputs).items()}
+                outputs = task.call(model.module, graph.name, tensors)
+                return {name: rows.float().cpu().numpy() for name, rows in outputs.items()}
 
         return run
 
-    return {graph: runner(graph) for graph in task.graphs(model)}
+    return {name: runner(graph) for name, graph in task.graphs(model).items()}
 
 
 def evaluate_model(model: Model, sets: Sequence[EvalSet]) -> dict[str, Outcomes]:

@@ -18,7 +18,7 @@ from clipress.metrics.evaluate import embed_classes, evaluate_items
 from clipress.metrics.outcomes import Outcomes
 from clipress.models import anatomy, students
 from clipress.models.load import Model, build, model_from_open_clip, refuse_absurd, save_for_open_clip
-from clipress.models.text_length import text_end, without_padding
+from clipress.models.text_length import text_end
 from clipress.runtime.graph import Arrays, Graph, Run, clip_graphs
 from clipress.tasks import TASKS, Task, Tokenize, runs_of, sample_images, task_named
 from clipress.tasks.training import Batch, Features, Gather, Lesson, Momentum, Outputs, TrainingJob, TrainingModule
@@ -63,17 +63,15 @@ class Clip(Task):
 
     def graphs(self, model: Model) -> dict[str, Graph]:
         return clip_graphs(
-            model.preprocess.size, anatomy.context_length(model.module), int(model.architecture["embed_dim"])
+            model.preprocess.size,
+            anatomy.context_length(model.module),
+            int(model.architecture["embed_dim"]),
+            text_end(model.module),
         )
 
     def call(self, module: nn.Module, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         encode = module.encode_image if graph == "image" else module.encode_text
         return {OUTPUTS[graph]: encode(inputs[INPUTS[graph]], normalize=True)}
-
-    def needed(self, module: nn.Module, graph: str, inputs: Arrays) -> Arrays:
-        if graph == "image":
-            return inputs
-        return {**inputs, INPUTS["text"]: without_padding(inputs[INPUTS["text"]], [text_end(module)])}
 
     def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {side: {INPUTS[side]: arrays[name]} for side, name in ARRAYS.items() if name in arrays}

@@ -66,7 +66,7 @@ class AutoRequest:
     lr: float | None = None
     """Of recovery."""
     batch_size: int = 64
-    bench: Mapping[str, Any] = field(default_factory=lambda: {"batch": [1]})
+    bench: Mapping[str, Any] = field(default_factory=lambda: {"batch": [1], "ids": []})
     """Settings that replace those of `bench`."""
     tries: int = 8
     smallest: float = 0.0625

@@ -82,7 +82,7 @@ def target_from(text: str) -> Target:
 
 def pace_of(row: Row) -> Pace:
     """Return the median latency of a model in each case."""
-    return {(timing.tower, timing.batch): timing.median_ms for timing in row.latency}
+    return {timing.case: timing.median_ms for timing in row.latency}
 
 
 def at_pace(row: Row, own: Pace, wanted: Pace) -> Row:

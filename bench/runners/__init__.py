@@ -62,7 +62,7 @@ class Runner(ABC):
     device: str = "cpu"
     exact_mode: bool = False
     """Whether ONNX Runtime runs in exact mode, since 8-bit weights overflow on this CPU."""
-    fresh_query: Callable[[str, int], Callable[[], Any]] | None = None
+    fresh_query: Callable[[str, int, int], Callable[[], Any]] | None = None
     """A method like `query` that opens a session of its own; None where a runner cannot do that."""
 
     @classmethod
@@ -75,8 +75,11 @@ class Runner(ABC):
         """Return a graph as a function from inputs by name to outputs by name."""
 
     @abstractmethod
-    def query(self, graph: str, batch: int) -> Callable[[], Any]:
-        """Return one inference on a fixed random batch, ready to be timed; a `latency.Enqueued` on a device."""
+    def query(self, graph: str, batch: int, ids: int = 0) -> Callable[[], Any]:
+        """Return one inference on a fixed random batch, ready to be timed; a `latency.Enqueued` on a device.
+
+        Texts have `ids` ids, where the graph takes any number; 0: they are whole.
+        """
 
 
 RUNNERS: Registry[type[Runner]] = Registry("runner", "clipress.bench.runners")

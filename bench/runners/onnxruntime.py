@@ -13,6 +13,7 @@ from clipress.runtime.graph import Graph, Run
 from clipress.runtime.onnx_session import open_session, run_of, runs_exactly
 
 TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+ANY = "any length"
 
 
 @RUNNERS.register("onnxruntime")
@@ -41,23 +42,23 @@ class OnnxRuntimeRunner(Runner):
     def run(self, graph: str) -> Run:
         return run_of(self._sessions[graph])
 
-    def query(self, graph: str, batch: int) -> Callable[[], Any]:
-        return self._query(self._sessions[graph], graph, batch)
+    def query(self, graph: str, batch: int, ids: int = 0) -> Callable[[], Any]:
+        return self._query(self._sessions[graph], graph, batch, ids)
 
-    def fresh_query(self, graph: str, batch: int) -> Callable[[], Any]:
+    def fresh_query(self, graph: str, batch: int, ids: int = 0) -> Callable[[], Any]:
         """Return the same inference in a session of its own, opened now."""
-        return self._query(open_session(self.model.onnx(graph), self._threads), graph, batch)
+        return self._query(open_session(self.model.onnx(graph), self._threads), graph, batch, ids)
 
-    def _query(self, session: Any, graph: str, batch: int) -> Callable[[], Any]:
-        inputs = self.model.graphs[graph].example(batch)
+    def _query(self, session: Any, graph: str, batch: int, ids: int) -> Callable[[], Any]:
+        inputs = self.model.graphs[graph].example(batch, ids)
         return lambda: session.run(None, inputs)
 
 
 def check_form(session: Any, name: str, exported: Exported) -> None:
     """Raise ArtifactError for an ONNX file whose inputs and outputs are not those that export.json describes."""
     graph = exported.graphs[name]
-    expected = {put.name: (TYPES[put.dtype], list(put.shape)) for put in graph.inputs}
-    found = {put.name: (put.type, put.shape[1:]) for put in session.get_inputs()}
+    expected = {put.name: (TYPES[put.dtype], [*put.shape] if put.end is None else [ANY]) for put in graph.inputs}
+    found = {put.name: (put.type, [_side(side) for side in put.shape[1:]]) for put in session.get_inputs()}
     outputs = {put.name: ("tensor(float)", 1 + len(put.shape)) for put in graph.outputs}
     found_outputs = {put.name: (put.type, len(put.shape)) for put in session.get_outputs()}
     any_batch = all(put.shape and not isinstance(put.shape[0], int) for put in session.get_inputs())
@@ -67,6 +68,10 @@ def check_form(session: Any, name: str, exported: Exported) -> None:
             f"{_form_of(graph)}, found {_puts(session.get_inputs())} -> {_puts(session.get_outputs())}. "
             "Export it again: clipress export RUN"
         )
+
+
+def _side(side: Any) -> Any:
+    return side if isinstance(side, int) else ANY
 
 
 def _form_of(graph: Graph) -> str:

@@ -55,19 +55,19 @@ class OnnxRuntimeCudaRunner(Runner):
     def run(self, graph: str) -> Run:
         return run_of(self._sessions[graph])
 
-    def query(self, graph: str, batch: int) -> Callable[[], Any]:
+    def query(self, graph: str, batch: int, ids: int = 0) -> Callable[[], Any]:
         """Return one inference on a random batch that is on the device already; it returns with the result."""
-        _, run = self.bound(graph, batch)
+        _, run = self.bound(graph, batch, ids)
         return run
 
-    def bound(self, graph: str, batch: int) -> tuple[Any, Callable[[], None]]:
+    def bound(self, graph: str, batch: int, ids: int = 0) -> tuple[Any, Callable[[], None]]:
         """Bind a graph's inputs and outputs to the device. Returns the binding, and what runs it."""
         import onnxruntime
 
         session, form = self._sessions[graph], self.model.graphs[graph]
         inputs = {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(rows, self.place, 0)
-            for name, rows in form.example(batch).items()
+            for name, rows in form.example(batch, ids).items()
         }
         binding = session.io_binding()
         for name, value in inputs.items():

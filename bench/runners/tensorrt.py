@@ -44,14 +44,15 @@ class TensorRTRunner(Runner):
 
     def run(self, graph: str) -> Run:
         """Return a graph as a function of any number of rows."""
-        return self._engines[graph]
+        engine, needed = self._engines[graph], self.model.graphs[graph].needed
+        return lambda inputs: engine(needed(inputs))
 
-    def query(self, graph: str, batch: int) -> Callable[[], Any]:
+    def query(self, graph: str, batch: int, ids: int = 0) -> Callable[[], Any]:
         """Return one inference on a fixed random batch, copies in and out included, ready to be timed.
 
         Raises ExportError if the engine's profile does not include the batch.
         """
-        return self._query(graph, batch)
+        return self._query(graph, batch, ids)
 
     def phases(self, graph: str, batch: int, iterations: int) -> dict[str, np.ndarray]:
         """Return h2d_ms, compute_ms, d2h_ms and latency_ms of each of `iterations` queries, by CUDA events."""
@@ -63,5 +64,5 @@ class TensorRTRunner(Runner):
             samples.append(query.phases())
         return {key: np.asarray([sample[key] for sample in samples]) for key in samples[0]}
 
-    def _query(self, graph: str, batch: int) -> Query:
-        return self._engines[graph].query(self.model.graphs[graph].example(batch), self.cuda_graph)
+    def _query(self, graph: str, batch: int, ids: int = 0) -> Query:
+        return self._engines[graph].query(self.model.graphs[graph].example(batch, ids), self.cuda_graph)

@@ -61,14 +61,14 @@ class TorchRunner(Runner):
 
         def run(inputs: Arrays) -> dict[str, Any]:
             with torch.inference_mode():
-                needed = self._task.needed(self._module, graph, inputs)
+                needed = self.model.graphs[graph].needed(inputs)
                 return {name: rows.float().cpu().numpy() for name, rows in forward(self.tensors(needed)).items()}
 
         return run
 
-    def query(self, graph: str, batch: int) -> Callable[[], Any]:
+    def query(self, graph: str, batch: int, ids: int = 0) -> Callable[[], Any]:
         """Return one inference on a fixed random batch that is on the device already."""
-        return self.timed(self.forward(graph), self.tensors(self.model.graphs[graph].example(batch)))
+        return self.timed(self.forward(graph), self.tensors(self.model.graphs[graph].example(batch, ids)))
 
     def forward(self, graph: str) -> Forward:
         """Return a graph as a function of tensors."""

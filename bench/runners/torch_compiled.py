@@ -21,13 +21,13 @@ class TorchCompiledRunner(TorchRunner):
 
     backend = "torch-compiled"
 
-    def query(self, graph: str, batch: int) -> Callable[[], Any]:
+    def query(self, graph: str, batch: int, ids: int = 0) -> Callable[[], Any]:
         """Return one compiled inference on a fixed random batch that is on the device already."""
         eager = self.forward(graph)
         # On a GPU as one CUDA graph: at small batches launching the kernels takes longer than running them.
         mode = "reduce-overhead" if self._device.type == "cuda" else None
         compiled = torch.compile(eager, dynamic=False, mode=mode)
-        inputs = self.tensors(self.model.graphs[graph].example(batch))
+        inputs = self.tensors(self.model.graphs[graph].example(batch, ids))
         with torch.inference_mode():
             try:
                 found = compiled(inputs)

@@ -45,14 +45,16 @@ def test_the_saved_samples_reproduce_the_figures(compared):
         content = json.loads((folder / "samples" / f"{row['stage']}.json").read_text())
         assert content["stage"] == row["stage"]
         for case, timing in zip(content["cases"], row["latency"], strict=True):
-            assert (case["tower"], case["batch"]) == (timing["tower"], timing["batch"])
+            assert [case[key] for key in ("tower", "batch", "ids")] == [
+                timing[key] for key in ("tower", "batch", "ids")
+            ]
             assert len(case["latency_ms"]) == sum(case["rounds"]) == timing["iterations"] == 7
             own = Timings(np.array(case["latency_ms"]), np.array(case["rounds"]), np.array(case["starts_ms"]))
             again = summary(own, case["batch"])
             assert again["p99_ms"] == pytest.approx(timing["p99_ms"], abs=2e-5)  # Milliseconds are rounded.
             assert again["rounds"] == timing["rounds"]
-            held[row["stage"], case["tower"]] = own
-    ratio = speed_up(held["sparse", "text"], held["int8", "text"])
+            held[row["stage"], case["tower"], case["ids"]] = own
+    ratio = speed_up(held["sparse", "text", 0], held["int8", "text", 0])
     assert ratio.value == pytest.approx(results["rows"][1]["latency"][1]["speed_up"], rel=1e-3)
 
 
@@ -130,7 +132,7 @@ def test_a_comparison_does_not_change_the_results_of_its_runs(tiny_run):
 
 
 def test_every_failed_gate_is_a_message_and_the_exit_code_is_1(tiny_run, tmp_path):
-    gates = ("--fail-if", "p99_ms{tower=text} > 0", "--fail-if", "bytes < 1", "--fail-if", "params > 1")
+    gates = ("--fail-if", "p99_ms{tower=text, ids=24} > 0", "--fail-if", "bytes < 1", "--fail-if", "params > 1")
     result = clipress("bench", tiny_run[0], "--stage", "int8", *QUICK, *gates, "--out", tmp_path)
     assert result.exit_code == 1, result.output
     broken = [line for line in result.output.splitlines() if line.startswith("Broken: ")]
@@ -202,7 +204,7 @@ def test_sessions_are_reopened_only_if_all_open_quickly(monkeypatch, opening_ms,
     monkeypatch.setattr(room.time, "perf_counter", lambda: now[0])
 
     def runner(ms):
-        return SimpleNamespace(fresh_query=lambda graph, batch: now.__setitem__(0, now[0] + ms / 1000))
+        return SimpleNamespace(fresh_query=lambda graph, batch, ids: now.__setitem__(0, now[0] + ms / 1000))
 
     runners = {"a": runner(10), "b": runner(opening_ms)}
     case, settings = Case("image", 1), BenchSettings()

@@ -87,9 +87,9 @@ def test_a_slower_artifact_is_reported_with_ratio_interval_and_what_to_keep(rows
 
 
 def test_the_largest_image_batch_decides_and_differing_cases_are_named(rows):
-    verdict = verdicts_for(rows, {"sparse": SLOWER, "int8": FASTER, ("int8", ("image", 1)): SLOWER})[1]
+    verdict = verdicts_for(rows, {"sparse": SLOWER, "int8": FASTER, ("int8", ("image", 1, 0)): SLOWER})[1]
     assert verdict.keep == "int8" and verdict.text.endswith("Keep int8; at image batch 1 it is not faster.")
-    verdict = verdicts_for(rows, {"sparse": SLOWER, "int8": SLOWER, ("int8", ("text", 8)): FASTER})[1]
+    verdict = verdicts_for(rows, {"sparse": SLOWER, "int8": SLOWER, ("int8", ("text", 8, 0)): FASTER})[1]
     assert verdict.keep == "sparse" and "int8 is faster at text batch 8." in verdict.text
 
 

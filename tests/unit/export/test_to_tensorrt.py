@@ -92,7 +92,7 @@ def test_a_build_makes_only_calls_that_the_release_documents(export, sets, versi
     ] * 2
     assert [call[1:] for call in calls if call[0] == "IOptimizationProfile.set_shape"] == [
         ("pixel_values", (1, 3, 32, 32), (4, 3, 32, 32), (6, 3, 32, 32)),
-        ("input_ids", (1, 24), (4, 24), (6, 24)),
+        ("input_ids", (1, 1), (4, 16), (6, 24)),
     ]
     assert ("IBuilderConfig.set_memory_pool_limit", trt.MemoryPoolType.WORKSPACE, 256 << 20) in calls
     assert ("IBuilderConfig.builder_optimization_level", 5) in calls
@@ -577,7 +577,7 @@ def test_the_script_gives_both_releases_of_trtexec_the_same_options(export, tmp_
                    "--optShapes=pixel_values:4x3x32x32", "--shapes=pixel_values:4x3x32x32", "--memPoolSize=workspace:256M",
                    "--hardwareCompatibilityLevel=ampere+", "--builderOptimizationLevel=5"]:  # fmt: skip
         assert option in image.split(), image
-    assert "--minShapes=input_ids:1x24 --optShapes=input_ids:4x24 --maxShapes=input_ids:6x24" in text
+    assert "--minShapes=input_ids:1x1 --optShapes=input_ids:4x16 --maxShapes=input_ids:6x24" in text
     assert not {*lacks, "--fp16", "--int8", "--bf16", "--best"} & set(image.split())
     assert (script.parent / "x" / "tensorrt" / "image.fp16.onnx").is_file()
 

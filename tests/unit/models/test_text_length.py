@@ -6,50 +6,18 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from text_towers import END, TOWERS, WHOLE, clip, texts
 
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
 from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import batches
+from clipress.data.padding import TextEnd, without_padding
 from clipress.data.spec import DataSpec, SourceSpec
 from clipress.models import anatomy, surgery
-from clipress.models.load import new_model
-from clipress.models.text_length import TextEnd, text_end, text_ends, without_padding
+from clipress.models.text_length import text_end, text_ends
 from clipress.models.tiny import tiny_architecture
 from clipress.tasks import runs_of
-
-END = 49407
-TOWERS = {
-    "CLIP": ({}, {}),
-    "CLIP with its text tower apart": ({}, {"custom_text": True}),
-    "pooled at an end token that is not the largest id": ({"pool_type": "eos", "eos_id": 2}, {}),
-    "the same, apart": ({"pool_type": "eos", "eos_id": 2}, {"custom_text": True}),
-    "projected by a Linear": ({"proj_bias": True}, {}),
-}
-WHOLE = {
-    "bidirectional": {"no_causal_mask": True},
-    "SigLIP": {"no_causal_mask": True, "pool_type": "last", "proj_bias": True},
-    "causal, pooled at the last id": {"pool_type": "last"},
-    "CoCa, whose class token comes last": {"embed_cls": True},
-    "pooled over all ids": {"pool_type": "none"},
-}
-
-
-def clip(text, changes):
-    architecture = tiny_architecture() | changes
-    architecture["text_cfg"] |= text
-    model = new_model(architecture, 0)
-    model.module.eval()
-    return model
-
-
-def texts(lengths, end, context=24):
-    """Return ids of texts with these many, end token included."""
-    ids = np.zeros((len(lengths), context), np.int64)
-    for row, length in zip(ids, lengths, strict=True):
-        row[: length - 1] = np.random.default_rng(length).integers(300, 40000, length - 1)
-        row[length - 1] = end
-    return ids
 
 
 @pytest.mark.parametrize(("text", "changes"), TOWERS.values(), ids=TOWERS)

@@ -27,19 +27,19 @@ def put(name, kind, *shape):
 
 def test_inputs_are_the_same_on_every_machine():
     image, ids = put("pixel_values", "tensor(float)", 3, 9, 8), put("input_ids", "tensor(int64)", 5)
-    made = inputs_of([image, ids], 0, 4, {})
+    made = inputs_of([image, ids], 0, 4, {}, {})
     pixels, words = made["pixel_values"], made["input_ids"]
     assert (pixels.dtype, pixels.shape, words.dtype, words.shape) == (np.float32, (4, 3, 9, 8), np.int64, (4, 5))
     assert pixels[0, 0, 0, 0] == np.float32(1.764052345967664)  # The stream of numpy's legacy generator is frozen.
     assert len(np.unique(pixels[1])) <= 3 * 16 and len(np.unique(pixels[2])) > 200  # Uniform squares, and noise.
     assert words.min() >= 1 and words.max() < 400
-    np.testing.assert_array_equal(made["pixel_values"], inputs_of([image, ids], 0, 4, {})["pixel_values"])
-    assert (made["pixel_values"] != inputs_of([image], 1, 4, {})["pixel_values"]).any()
+    np.testing.assert_array_equal(made["pixel_values"], inputs_of([image, ids], 0, 4, {}, {})["pixel_values"])
+    assert (made["pixel_values"] != inputs_of([image], 1, 4, {}, {})["pixel_values"]).any()
 
 
 def test_floats_that_are_not_images_are_noise():
     states, ids = put("states", "tensor(float)", 7, 4), put("question_ids", "tensor(int64)", 5)
-    made = inputs_of([states, ids], 0, 4, {})
+    made = inputs_of([states, ids], 0, 4, {}, {})
     assert (made["states"].dtype, made["states"].shape) == (np.float32, (4, 7, 4))
     assert len(np.unique(made["states"])) == 4 * 7 * 4 and made["question_ids"].shape == (4, 5)
 
@@ -79,7 +79,7 @@ def test_ids_of_a_file_that_names_no_largest_are_those_of_earlier_files():
     ids = put("input_ids", "tensor(int64)", 5)
     expected = np.random.RandomState(0).randint(1, 400, (4, 5))
     for largest in ({}, {"input_ids": 399}, {"other": 3}):
-        np.testing.assert_array_equal(inputs_of([ids], 0, 4, largest)["input_ids"], expected)
+        np.testing.assert_array_equal(inputs_of([ids], 0, 4, largest, {})["input_ids"], expected)
 
 
 def save(path, weight, props=()):
@@ -140,7 +140,7 @@ def test_a_model_that_is_sensitive_to_rounding_has_a_looser_limit(apart, least):
         )
 
     cosine = 1 - apart
-    test = self_test_from(session([1, 0]), session([cosine, (1 - cosine**2) ** 0.5]), {})
+    test = self_test_from(session([1, 0]), session([cosine, (1 - cosine**2) ** 0.5]), {}, {})
     assert test["least_cosine"] == pytest.approx(least, abs=1e-5)
 
 
