@@ -8,6 +8,7 @@ which is a known defect.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +29,7 @@ class Attention(nn.Module):
         memory_width: width that keys and values come from; default: `width`, as in self-attention.
     """
 
-    # Names of the joint q, k and v weights and of the output projection in the stock module.
+    # Names of the joint q, k and v weights and of the output projection in the stock module, for `stock_state` and `own_state`.
     STOCK_NAMES: ClassVar[dict[str, str]] = {"weight": "in_proj_weight", "bias": "in_proj_bias", "out": "out_proj"}
 
     def __init__(
@@ -68,6 +69,27 @@ class Attention(nn.Module):
             state |= {f"{part}.bias": rows for part, rows in zip("qkv", bias.chunk(3), strict=True)}
         own.load_state_dict(state)
         return own.to(weight)
+
+    def stock_state(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a state dict of this module under the names, and in the form, of the stock module; the inverse of `own_state`."""
+        names, stock = self.STOCK_NAMES, {}
+        for kind in ("weight", "bias"):
+            if f"q.{kind}" in own:
+                stock[names[kind]] = torch.cat([own[f"{part}.{kind}"] for part in "qkv"])
+            if f"out.{kind}" in own:
+                stock[f"{names['out']}.{kind}"] = own[f"out.{kind}"]
+        return stock
+
+    def own_state(self, stock: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a state dict of this module from the stock module's."""
+        names, own, qk = self.STOCK_NAMES, {}, self.heads * self.qk_dim
+        for kind in ("weight", "bias"):
+            if names[kind] in stock:
+                parts = stock[names[kind]].split([qk, qk, self.heads * self.v_dim])
+                own |= {f"{part}.{kind}": rows for part, rows in zip("qkv", parts, strict=True)}
+            if (out := f"{names['out']}.{kind}") in stock:
+                own[f"out.{kind}"] = stock[out]
+        return own
 
     def forward(self, x: Tensor, *_: Tensor, attn_mask: Tensor | None = None, **__: object) -> tuple[Tensor, None]:
         """Attend from x [B, N, width] to itself. Returns ([B, N, width], None), as the stock module does.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,15 +203,24 @@ def copy_tower(model: nn.Module, donor: nn.Module, tower: str) -> nn.Module:
 
 
 def stock_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return an uncut model's weights under the names of plain open_clip, or timm."""
+    """Return an uncut model's weights under the names of plain open_clip, or timm; the inverse of `own_weights`."""
     weights = dict(model.state_dict())
     for part in attentions(model):
-        at, names = f"{part.name}.", part.module.STOCK_NAMES
-        for kind in ("weight", "bias"):
-            rows = [weights.pop(f"{at}{row}.{kind}", None) for row in ("q", "k", "v")]
-            if rows[0] is not None:
-                weights[at + names[kind]] = torch.cat(rows)
-            out = weights.pop(f"{at}out.{kind}", None)
-            if out is not None:
-                weights[f"{at}{names['out']}.{kind}"] = out
+        _replace(weights, f"{part.name}.", part.module.stock_state)
     return weights
+
+
+def own_weights(model: nn.Module, stock: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict of a model from weights under the names of plain open_clip, or timm."""
+    weights = dict(stock)
+    for part in attentions(model):
+        _replace(weights, f"{part.name}.", part.module.own_state)
+    return weights
+
+
+def _replace(
+    weights: dict[str, Tensor], prefix: str, change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+) -> None:
+    """Put what `change` makes of the weights under a prefix in their place."""
+    part = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+    weights |= {prefix + name: tensor for name, tensor in change(part).items()}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clipress.data.tokens import check_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess
@@ -151,7 +151,8 @@ def model_from_weights(
     tokenizer = tokenizer_spec(architecture)
     check_spec(tokenizer)
     model = made()
-    model.load_state_dict(_own(model, weights))
+    weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    model.load_state_dict(surgery.own_weights(model, weights))
     height, width = anatomy.image_size(model)
     if height != width:
         raise ArtifactError(f"expected a model for square images, found {height} x {width} pixels.")
@@ -173,19 +174,3 @@ def _compare(wanted: State, weights: State) -> None:
             raise ArtifactError(f"tensor {name} has values that are not finite: its training diverged.")
     if unknown := sorted(weights.keys() - wanted.keys()):
         raise ArtifactError(f"{len(unknown)} tensors have no place in its architecture: {', '.join(unknown[:5])}.")
-
-
-def _own(model: nn.Module, weights: State) -> dict[str, Tensor]:
-    """Rename stock attention weights to ours, in fp32; the counterpart of `surgery.stock_weights`.
-
-    q, k and v have equally many rows in every third-party format.
-    """
-    own = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    for part in anatomy.attentions(model):
-        at = f"{part.name}."
-        for kind in ("weight", "bias"):
-            if f"{at}in_proj_{kind}" in own:
-                chunks = own.pop(f"{at}in_proj_{kind}").chunk(3)
-                own |= {f"{at}{name}.{kind}": rows for name, rows in zip("qkv", chunks, strict=True)}
-                own[f"{at}out.{kind}"] = own.pop(f"{at}out_proj.{kind}")
-    return own

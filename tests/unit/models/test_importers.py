@@ -387,6 +387,15 @@ def folder(tmp_path):
     return tmp_path / "hub"
 
 
+def test_a_hub_folder_with_a_tower_of_timm_is_read(tmp_path):
+    vision = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 160}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": dict(TEXT), "custom_text": True}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    theirs = open_clip.model.CustomTextCLIP(32, dict(vision), dict(TEXT)).eval()
+    save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
+    assert_same(import_checkpoint(tmp_path), outputs(theirs, 160))
+
+
 def test_a_folder_without_weights_is_refused(folder):
     (folder / "open_clip_model.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"expected a weights file.*open_clip_model\.safetensors.*found none"):

@@ -167,3 +167,16 @@ def test_timm_vision_transformers_are_cut_and_read_back(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(read.encode_image(pixels), masked.encode_image(pixels), atol=1e-5, rtol=1e-5)
         assert torch.equal(read.encode_image(pixels), model.module.eval().encode_image(pixels))
+
+
+@pytest.mark.parametrize("timm", [None, "test_vit"])
+def test_stock_names_go_both_ways(timm):
+    architecture = tiny_architecture()
+    if timm:
+        architecture["vision_cfg"] = {"timm_model_name": timm, "timm_proj": "linear", "image_size": 160}
+    model = build(architecture, 0)
+    stock = surgery.stock_weights(model)
+    assert not [name for name in stock if ".attn.q." in name]
+    own = surgery.own_weights(model, stock)
+    assert own.keys() == model.state_dict().keys()
+    assert all(torch.equal(own[name], tensor) for name, tensor in model.state_dict().items())
