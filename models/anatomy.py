@@ -190,6 +190,8 @@ def _text_blocks(model: nn.Module) -> list[Block]:
         return []
     prefix, text = text_root(model)
     layers = getattr(getattr(text, "transformer", None), "resblocks", ())
+    if any(hasattr(block.mlp, "c_gate") for block in layers):  # mT5's are gated, and cannot be cut yet.
+        return []
     return [
         Block("text", f"{prefix}transformer.resblocks.{i}", block, context_length(model))
         for i, block in enumerate(layers)
@@ -259,7 +261,8 @@ def projection(model: nn.Module, tower: str) -> nn.Linear | nn.Parameter | None:
     if not is_clip(model):
         found = getattr(model, "head", None)
     elif tower == "text":
-        found = getattr(text_root(model)[1], "text_projection", None)
+        _, text = text_root(model)
+        found = getattr(text, "text_projection", getattr(text, "proj", None))
     else:
         head = getattr(model.visual, "head", None)
         found = getattr(model.visual, "proj", None) if head is None else getattr(head, "proj", None)

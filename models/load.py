@@ -20,14 +20,21 @@ from clipress.data.tokens import check_spec, tokenizer_from_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess, preprocess_from_open_clip
 from clipress.errors import ArtifactError, RecipeError, first_line, nearest
 from clipress.models import anatomy, quantizers, surgery
+from clipress.models.hf_text import HFText
+from clipress.models.open_clip_config import config_named, embedding_weights, hub_config, is_coca
 from clipress.models.text_length import accept_short_texts
 from clipress.models.weights_file import NOTES, weights_from_file
 from clipress.recipe import Section, first_problem
 
 # Upper bounds for a config; larger numbers are refused before modules or position tables are built.
-LIMITS = {"layers": 1 << 8, "context_length": 1 << 13, "image_size": 1 << 13, "patch_size": 1 << 13}
+LIMITS = {
+    **dict.fromkeys(("layers", "num_layers", "num_hidden_layers", "encoder_layers"), 1 << 8),
+    **dict.fromkeys(("context_length", "image_size", "patch_size"), 1 << 13),
+}
 LIMIT = 1 << 22
 BIG_VISION = (".npz", ".npy")  # SigLIP's own files, which open_clip reads
+STAND_IN = {"context_length": 2, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
+"""A text tower in the place of one that open_clip would fetch from the hub."""
 log = logging.getLogger("clipress.models")
 
 
@@ -79,13 +86,18 @@ def build(architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
     """Build an open_clip model from its config, with our attention in every block and random weights."""
     from open_clip.model import CLIP, CustomTextCLIP
 
-    config = copy.deepcopy(architecture)
-    custom = config.pop("custom_text", False) or "hf_model_name" in config.get("text_cfg", {})
+    config, text = copy.deepcopy(architecture), architecture.get("text_cfg", {})
+    custom = config.pop("custom_text", False) or "hf_config" in text
+    if "hf_config" in text:
+        config["text_cfg"] = STAND_IN
     try:
         with torch.random.fork_rng(devices=[]):
             if seed is not None:
                 torch.manual_seed(seed)
             model = (CustomTextCLIP if custom else CLIP)(**config)
+            if "hf_config" in text:
+                model.text = HFText(text, config["embed_dim"])
+                model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size
         if _is_resized(model):  # open_clip keeps timm towers at their published size.
             model.visual.set_input_size(model.visual.image_size)
     except (TypeError, ValueError, AssertionError, KeyError) as error:
@@ -94,15 +106,17 @@ def build(architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
 
 
 def refuse_absurd(architecture: Mapping[str, Any]) -> None:
-    """Raise ArtifactError for a config with impossible numbers, or with a text tower from the hub."""
-    for part in (architecture, architecture.get("vision_cfg"), architecture.get("text_cfg")):
+    """Raise ArtifactError for a config with impossible numbers, or with a text tower from the hub and not its config."""
+    text = architecture.get("text_cfg")
+    encoder = text.get("hf_config", {}) if isinstance(text, Mapping) else {}
+    for part in (architecture, architecture.get("vision_cfg"), text, encoder):
         if not isinstance(part, Mapping):
             raise ArtifactError("expected an open_clip config with mappings vision_cfg and text_cfg.")
         for key, value in part.items():
             for number in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(number, int | float) and not abs(number) <= LIMITS.get(key, LIMIT):
                     raise ArtifactError(f"{key}: expected at most {LIMITS.get(key, LIMIT):,}, found {number:.4g}.")
-    if hub := architecture["text_cfg"].get("hf_model_name"):
+    if (hub := text.get("hf_model_name")) and not encoder:
         raise ArtifactError(f"its text tower comes from the hub's '{hub}'; clipress builds from the file alone.")
 
 
@@ -141,7 +155,7 @@ def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teache
     from open_clip.transformer import QuickGELU
     from safetensors import SafetensorError
 
-    config = open_clip.get_model_config(name)
+    config = config_named(name)
     if config is None:
         raise RecipeError(f"{where}: open_clip has no model '{name}'.{nearest(name, open_clip.list_models())}")
     if checkpoint is None:
@@ -155,11 +169,13 @@ def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teache
         )
     is_file = bool(pretrained) and pretrained not in tags
     try:
-        if is_file and Path(pretrained).suffix not in BIG_VISION:
-            model = open_clip.create_model(name, load_weights=False)
+        if pretrained is None:
+            model = build(config)
+        elif is_file and Path(pretrained).suffix not in BIG_VISION:
+            model = build(config)
             _load_weights(model, weights_from_file(Path(pretrained)).state)
         else:
-            model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=pretrained is not None)
+            model = _with_published_weights(name, config, pretrained)
     except ArtifactError as error:
         raise ArtifactError(f"Checkpoint '{checkpoint}': {error}") from None
     except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
@@ -176,11 +192,24 @@ def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teache
     return Model(model, config, preprocess, tokenizer_spec(config))
 
 
+def _with_published_weights(name: str, config: dict[str, Any], tag: str) -> nn.Module:
+    """Return a model with the weights of a tag, or of a file of big_vision's, which open_clip reads."""
+    import open_clip
+
+    if "hf_config" not in config["text_cfg"] and not is_coca(open_clip.get_model_config(name)):
+        return open_clip.create_model(name, pretrained=tag, require_pretrained=True)
+    published, model = open_clip.get_pretrained_cfg(name, tag), build(config)
+    _load_weights(model, weights_from_file(Path(open_clip.download_pretrained(published))).state)
+    model.visual.preprocess_cfg = {**published, "size": model.visual.image_size}  # where open_clip keeps it
+    return model
+
+
 def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load weights as open_clip does: Apple's names are converted, position tables resized to the model's sizes."""
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 
+    weights = embedding_weights(weights)
     state = convert_state_dict(model, {name: one for name, one in weights.items() if name not in NOTES})
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
@@ -189,7 +218,7 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             state[name] = state[name].reshape(getattr(model, name).shape)
     resize_pos_embed(state, model)
     resize_text_pos_embed(state, model)
-    model.load_state_dict(state)
+    model.load_state_dict(surgery.own_weights(model, state))
 
 
 def agreed_preprocess(name: str) -> dict[str, Any]:
@@ -311,6 +340,6 @@ def save_for_open_clip(model: Model, folder: Path) -> bool:
         "resize_mode": p.resize_mode,
         "fill_color": p.fill_color,
     }
-    text = json.dumps({"model_cfg": model.architecture, "preprocess_cfg": preprocess}, indent=2)
+    text = json.dumps({**hub_config(model.architecture), "preprocess_cfg": preprocess}, indent=2)
     (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
     return True

@@ -27,6 +27,7 @@ from clipress.errors import RecipeError, nearest
 from clipress.models import anatomy, surgery
 from clipress.models.load import Model, model_from_open_clip, new_model
 from clipress.models.named_towers import IMAGE_TOWERS, TEXT_TOWERS, timm_tower
+from clipress.models.open_clip_config import config_named
 from clipress.models.weight_inheritance import Size, inherited
 from clipress.recipe import Section, checked, digest
 from clipress.storage import sha256
@@ -167,7 +168,7 @@ def _named(student: Student, teacher: Model | None, seed: int) -> Model:
 
     if (student.checkpoint or "random") != "random":
         return model_from_open_clip(student.model, student.checkpoint, "student")
-    config = open_clip.get_model_config(student.model)
+    config = config_named(student.model)
     if config is None:
         raise RecipeError(
             f"student: open_clip has no model '{student.model}'.{nearest(student.model, open_clip.list_models())}"

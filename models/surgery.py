@@ -16,6 +16,8 @@ from clipress.errors import ArtifactError
 from clipress.models import convnets, token_table
 from clipress.models.anatomy import TEXT_MODULES, Attn, Ffn, Part, attentions, parts, stock_attentions
 from clipress.models.attention import Attention, TimmAttention
+from clipress.models.hf_config import own_name, stock_name
+from clipress.models.hf_text import encoder_kind
 
 MAX_SIZE = 1 << 20
 
@@ -203,16 +205,20 @@ def copy_tower(model: nn.Module, donor: nn.Module, tower: str) -> nn.Module:
 
 
 def stock_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return an uncut model's weights under the names of plain open_clip, or timm; the inverse of `own_weights`."""
+    """Return an uncut model's weights under the names of plain open_clip, timm or transformers; the inverse of `own_weights`."""
     weights = dict(model.state_dict())
     for part in attentions(model):
         _replace(weights, f"{part.name}.", part.module.stock_state)
+    if kind := encoder_kind(model):
+        _replace(weights, "text.", lambda own: {stock_name(kind, name): tensor for name, tensor in own.items()})
     return weights
 
 
 def own_weights(model: nn.Module, stock: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict of a model from weights under the names of plain open_clip, or timm."""
+    """Return the state dict of a model from weights under the names of plain open_clip, timm or transformers."""
     weights = dict(stock)
+    if kind := encoder_kind(model):
+        _replace(weights, "text.", lambda theirs: {own_name(kind, name): tensor for name, tensor in theirs.items()})
     for part in attentions(model):
         _replace(weights, f"{part.name}.", part.module.own_state)
     return weights

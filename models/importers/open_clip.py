@@ -10,6 +10,7 @@ from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models.importers.base import IMPORTERS, Importer
 from clipress.models.importers.openai import model_from_weights, root
 from clipress.models.load import Model, agreed_preprocess, refuse_absurd
+from clipress.models.open_clip_config import ENCODER, embedding_config, embedding_weights
 from clipress.models.weights_file import State
 from clipress.storage import read_json
 
@@ -52,6 +53,8 @@ class OpenClip(Importer):
             towers = preprocess = None
         if not all(isinstance(part, dict) for part in (*(towers or [None]), preprocess)):
             raise ArtifactError(f"its {CONFIG} lacks model_cfg with vision_cfg and text_cfg.")
+        if isinstance(encoder := config.get(ENCODER), dict):
+            architecture["text_cfg"]["hf_config"] = encoder
         known = {key: preprocess[key] for key in Preprocess.model_fields.keys() & preprocess.keys() - {"size"}}
         return _model(architecture, state, known)
 
@@ -59,10 +62,11 @@ class OpenClip(Importer):
 def _model(architecture: dict[str, Any], state: State, preprocess: dict[str, Any]) -> Model:
     from open_clip.model import convert_to_custom_text_state_dict
 
+    architecture, state = embedding_config(architecture), embedding_weights(state)
     refuse_absurd(architecture)
     architecture["vision_cfg"].pop(
         "timm_model_pretrained", None
     )  # It would start a download that is overwritten at once.
     if architecture.get("custom_text"):
-        state = convert_to_custom_text_state_dict(dict(state))
+        state = convert_to_custom_text_state_dict(state)
     return model_from_weights(architecture, state, preprocess)

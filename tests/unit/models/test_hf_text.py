@@ -1,0 +1,163 @@
+"""Text towers that open_clip takes from transformers: equal to its own, saved, loaded and exported without that library."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from hf_text_oracle import CASES, VISION, config_of
+
+from clipress.artifact import save_artifact
+from clipress.errors import ArtifactError
+from clipress.export.settings import OnnxSettings
+from clipress.export.torch_export import export_graph
+from clipress.models import surgery
+from clipress.models.hf_config import PUBLISHED, shape_of
+from clipress.models.importers import import_checkpoint
+from clipress.models.load import artifact_from_model, model_from_open_clip, new_model, save_for_open_clip
+from clipress.runtime.onnx_session import run_from_onnx
+from clipress.tasks import graphs_of, model_from_artifact
+
+ORACLES = Path(sys.prefix, "oracles")
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    if not (ORACLES / "transformers").is_dir():
+        pytest.skip(f"transformers is not installed. Run: pip install --no-deps --target {ORACLES} transformers")
+    folder = tmp_path_factory.mktemp("hf")
+    script = Path(__file__).parents[2] / "hf_text_oracle.py"
+    environment = {**os.environ, "PYTHONPATH": str(ORACLES), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, script, folder], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def new(case):
+    encoder, config = config_of(case)
+    config["text_cfg"] = {**config["text_cfg"], "hf_config": encoder}
+    return new_model(config, 0)
+
+
+def texts(case, length=77):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, 400, (3, length), generator=generator)
+    ids[0, 5:] = config_of(case)[0]["pad_token_id"]
+    return ids
+
+
+@torch.no_grad()
+def embedded(model, ids):
+    return model.module.eval().encode_text(ids)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("case", CASES)
+def test_a_hub_folder_computes_what_open_clip_does_with_transformers(theirs, case):
+    model, expected = import_checkpoint(theirs / case), torch.load(theirs / case / "expected.pt", weights_only=True)
+    torch.testing.assert_close(embedded(model, expected["ids"]), expected["text"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_saved_loaded_and_given_back(case, tmp_path):
+    model, ids = new(case), texts(case)
+    folder = save_artifact(artifact_from_model(model, ({"stage": "a", "hash": "a"},), {}), tmp_path / "a")
+    again = model_from_artifact(folder)
+    assert torch.equal(embedded(again, ids), embedded(model, ids))
+    assert again.tokenizer["context_length"] == again.module.context_length == 77
+    assert save_for_open_clip(model, tmp_path / "hub")
+    assert torch.equal(embedded(import_checkpoint(tmp_path / "hub"), ids), embedded(model, ids))
+    names = surgery.stock_weights(model.module).keys()
+    assert not [name for name in names if "resblocks" in name and name.startswith("text.")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_padding_has_no_influence(case):
+    model, ids = new(case), texts(case)
+    torch.testing.assert_close(embedded(model, ids[:1, :8]), embedded(model, ids[:1]), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_exported_at_its_context_length(case, exporter, tmp_path):
+    model, ids = new(case), texts(case)
+    graph = graphs_of(model)["text"]
+    assert graph.inputs[0].shape == (77,)
+    export_graph(model, graph, tmp_path / "text.onnx", OnnxSettings(exporter=exporter))
+    found = run_from_onnx(tmp_path / "text.onnx")({"input_ids": ids.numpy()})["text_embeds"]
+    wanted = torch.nn.functional.normalize(embedded(model, ids), dim=-1)
+    torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_every_encoder_that_open_clip_names_is_known():
+    names = {open_clip.get_model_config(name)["text_cfg"].get("hf_model_name") for name in open_clip.list_models()}
+    assert PUBLISHED.keys() == names - {None}
+    for config in PUBLISHED.values():
+        assert shape_of(config).head_dim == 64
+
+
+def test_a_name_of_open_clip_is_enough_for_a_random_teacher(tmp_path, monkeypatch):
+    monkeypatch.setitem(PUBLISHED, "roberta-base", config_of("roberta")[0])
+    (tmp_path / "small-roberta.json").write_text(
+        '{"embed_dim": 24, "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}, '
+        '"text_cfg": {"hf_model_name": "roberta-base", "hf_tokenizer_name": "roberta-base"}}'
+    )
+    open_clip.add_model_config(tmp_path / "small-roberta.json")
+    model = model_from_open_clip("small-roberta", "random")
+    assert model.architecture["text_cfg"]["hf_config"]["hidden_size"] == 32
+    assert model.tokenizer["name"] == "roberta-base"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "expected one of roberta, .*found model_type 'gpt2'"),
+        ({"hidden_act": "silu"}, "expected the activation gelu, found 'silu'"),
+        ({"num_hidden_layers": "many"}, "is not usable"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers: expected at most 256"),
+        ({"num_attention_heads": 5}, "makes no sense: 5 heads, width 32"),
+    ],
+)
+def test_another_encoder_is_refused(change, message, tmp_path):
+    model = new("roberta")
+    model.architecture["text_cfg"]["hf_config"] |= change
+    folder = save_artifact(artifact_from_model(model, ({"stage": "a", "hash": "a"},), {}), tmp_path / "a")
+    with pytest.raises(ArtifactError, match=message):
+        model_from_artifact(folder)
+
+
+def test_coca_keeps_the_towers_that_embed(tmp_path, caplog):
+    text = {"context_length": 8, "vocab_size": 500, "width": 32, "heads": 2, "layers": 1, "embed_cls": True}
+    vision = {
+        **VISION,
+        "attentional_pool": True,
+        "attn_pooler_heads": 2,
+        "attn_pooler_queries": 4,
+        "output_tokens": True,
+    }
+    decoder = {"context_length": 8, "vocab_size": 500, "width": 24, "heads": 2, "layers": 1, "attn_pooler_heads": 2}
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": vision,
+        "text_cfg": {**text, "output_tokens": True},
+        "multimodal_cfg": decoder,
+    }
+    coca = open_clip.CoCa(
+        **{name: dict(part) if isinstance(part, dict) else part for name, part in config.items()}
+    ).eval()
+    path = tmp_path / "open_clip_config.json"
+    path.write_text(json.dumps({"model_cfg": {**config, "custom_text": True}}))
+    torch.save(coca.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    model = import_checkpoint(tmp_path)
+    assert "decoder, which writes captions, is left out" in caplog.text
+    pixels, ids = torch.randn(2, 3, 32, 32), torch.randint(1, 500, (2, 8))
+    with torch.no_grad():
+        for encode, rows in (("encode_image", pixels), ("encode_text", ids)):
+            wanted, found = (getattr(one, encode)(rows, normalize=True) for one in (coca, model.module))
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
