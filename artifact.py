@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 HEADER, WEIGHTS = "clipress.json", "model.safetensors"
+PART = 256 << 20  # bytes of a file that are mapped at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +131,30 @@ def read_header(folder: str | Path) -> dict[str, Any]:
     return header
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, every tensor into memory of its own, 16-bit floats as they are.
+
+    The file is mapped in parts, so that what was read of it does not stay in memory beside the tensors.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        names = file.offset_keys()
+    found: dict[str, Tensor] = {}
+    while len(found) < len(names):
+        with safe_open(path, "pt") as file:
+            read = 0
+            for name in names[len(found) :]:
+                found[name] = file.get_tensor(name).clone()
+                read += found[name].nbytes
+                if read > PART:
+                    break
+    return found
+
+
 def load_artifact(folder: str | Path) -> Artifact:
     """Read an artifact and check its weights against their checksum."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     folder = Path(folder)
     header = read_header(folder)
@@ -147,7 +168,7 @@ def load_artifact(folder: str | Path) -> Artifact:
             f"{str(header['weights_sha256'])[:12]}, found {found[:12]}. Copy or create it again."
         )
     try:
-        weights = load_file(path)
+        weights = read_tensors(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{path} is not a readable safetensors file: {error}.") from None
     fields = {key: header[key] for key in header.keys() & Artifact.__dataclass_fields__.keys()}

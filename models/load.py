@@ -23,6 +23,7 @@ from clipress.models import anatomy, quantizers, surgery
 from clipress.models.hf_text import HFText
 from clipress.models.open_clip_config import config_named, embedding_weights, hub_config, is_coca
 from clipress.models.text_length import accept_short_texts
+from clipress.models.weightless import assign, build_weightless
 from clipress.models.weights_file import NOTES, weights_from_file
 from clipress.recipe import Section, first_problem
 
@@ -172,7 +173,7 @@ def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teache
         if pretrained is None:
             model = build(config)
         elif is_file and Path(pretrained).suffix not in BIG_VISION:
-            model = build(config)
+            model = build_weightless(lambda: build(config))
             _load_weights(model, weights_from_file(Path(pretrained)).state)
         else:
             model = _with_published_weights(name, config, pretrained)
@@ -198,7 +199,7 @@ def _with_published_weights(name: str, config: dict[str, Any], tag: str) -> nn.M
 
     if "hf_config" not in config["text_cfg"] and not is_coca(open_clip.get_model_config(name)):
         return open_clip.create_model(name, pretrained=tag, require_pretrained=True)
-    published, model = open_clip.get_pretrained_cfg(name, tag), build(config)
+    published, model = open_clip.get_pretrained_cfg(name, tag), build_weightless(lambda: build(config))
     _load_weights(model, weights_from_file(Path(open_clip.download_pretrained(published))).state)
     model.visual.preprocess_cfg = {**published, "size": model.visual.image_size}  # where open_clip keeps it
     return model
@@ -218,7 +219,9 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             state[name] = state[name].reshape(getattr(model, name).shape)
     resize_pos_embed(state, model)
     resize_text_pos_embed(state, model)
-    model.load_state_dict(surgery.own_weights(model, state))
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    own = surgery.own_weights(model, state)
+    assign(model, {name: tensor.to(dtypes.get(name, tensor.dtype)).contiguous() for name, tensor in own.items()})
 
 
 def agreed_preprocess(name: str) -> dict[str, Any]:
@@ -242,7 +245,10 @@ def agreed_preprocess(name: str) -> dict[str, Any]:
 
 
 def rebuild(artifact: Artifact, build: Callable[[dict[str, Any]], nn.Module]) -> Model:
-    """Rebuild a model from its artifact by its task's `build`; outputs are bitwise those it was saved with."""
+    """Rebuild a model from its artifact by its task's `build`; outputs are bitwise those it was saved with.
+
+    The artifact's tensors become the model's weights.
+    """
     try:
         preprocess = Preprocess.model_validate(artifact.preprocess)
     except ValidationError as error:
@@ -250,12 +256,12 @@ def rebuild(artifact: Artifact, build: Callable[[dict[str, Any]], nn.Module]) ->
     if artifact.tokenizer is not None:
         check_spec(artifact.tokenizer)
     _refuse_misfits(artifact, build)
-    module = surgery.reshape(build(artifact.architecture), artifact.shapes)
+    module = build_weightless(lambda: surgery.reshape(build(artifact.architecture), artifact.shapes))
     weights = dict(artifact.weights)
     if artifact.quantization:
         quantizers.restore(module, artifact.quantization, weights)
     try:
-        module.load_state_dict(weights, strict=True)
+        assign(module, weights)
     except RuntimeError as error:
         raise ArtifactError(
             f"The artifact's weights do not fit its own shapes: {str(error).splitlines()[-1]}"
@@ -318,11 +324,12 @@ def save_for_open_clip(model: Model, folder: Path) -> bool:
 
     Returns False if it is cut, resized or INT8, or has a reduced vocabulary.
     """
+    uncut = surgery.shapes(build_weightless(lambda: build(model.architecture)))
     if (
         model.quantization
         or model.tokenizer.get("kept") is not None
         or _is_resized(model.module)
-        or surgery.shapes(model.module) != surgery.shapes(build(model.architecture))
+        or surgery.shapes(model.module) != uncut
     ):
         return False
     import json

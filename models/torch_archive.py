@@ -26,6 +26,7 @@ STORAGES = {
     **{"ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool},
     "UntypedStorage": torch.uint8,
 }
+PART = 1 << 20  # bytes read at once
 HEADER = 30  # bytes of a zip's local header before the file's name
 
 
@@ -120,10 +121,19 @@ class _Reader(pickle._Unpickler):
             file.seek(record.header_offset)
             header = file.read(HEADER)
         start = record.header_offset + HEADER + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-        found = np.memmap(self._path, np.uint8, mode="c", offset=start, shape=(record.file_size,))
-        if zlib.crc32(found) != record.CRC:
+        if _checksum(self._path, start, record.file_size) != record.CRC:
             raise ValueError(f"{name} does not have its checksum")
-        return torch.from_numpy(found)
+        return torch.from_numpy(np.memmap(self._path, np.uint8, mode="c", offset=start, shape=(record.file_size,)))
+
+
+def _checksum(path: Path, start: int, size: int) -> int:
+    """Return the CRC-32 of a part of a file. Reading it leaves nothing in memory, as mapping all of it would."""
+    found = 0
+    with path.open("rb") as file:
+        file.seek(start)
+        while size and (part := file.read(min(size, PART))):
+            found, size = zlib.crc32(part, found), size - len(part)
+    return found
 
 
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from clipress.artifact import read_tensors
 from clipress.errors import ArtifactError, first_line
 from clipress.models.torch_archive import Foreign, read_archive
 
@@ -23,7 +24,7 @@ EMA = ("state_dict_ema", "ema_state_dict", "model_ema")
 WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
 TRAINERS = ("model.", "clip.")  # attributes that hold the CLIP in a larger module
 LEFT_OVERS = {"attn_mask", "position_ids"}  # buffers of older versions, which every model makes for itself
-MAX_SIDE, MAX_TENSORS, MAX_BYTES, MAX_DEPTH = 1 << 20, 1 << 16, 8_000_000_000, 64
+MAX_SIDE, MAX_TENSORS, MAX_BYTES, MAX_DEPTH = 1 << 20, 1 << 16, 32_000_000_000, 64
 
 State = Mapping[str, Tensor]
 Which = Literal["raw", "ema"]
@@ -58,7 +59,7 @@ def weights_from_file(path: Path, which: Which | None = None) -> Weights:
 
 
 def weights_from_files(paths: Sequence[Path], which: Which | None = None) -> Weights:
-    """Return the tensors of a checkpoint by name, without the entries and prefixes that wrap them.
+    """Return the tensors of a checkpoint by name, without the entries and prefixes that wrap them; 16-bit floats as float32.
 
     Args:
         paths: what torch.save, torch.jit.save or safetensors wrote; several are the shards of one checkpoint.
@@ -70,6 +71,7 @@ def weights_from_files(paths: Sequence[Path], which: Which | None = None) -> Wei
     for path in paths:
         found, entries, others = _unwrapped(_read(path), which)
         weights |= _tensors_of(found)
+        del found  # with what is not taken, such as an optimizer's state
     if len(weights) > MAX_TENSORS:
         raise ArtifactError(f"expected at most {MAX_TENSORS:,} tensors, found {len(weights):,} entries.")
     claimed = sum(math.prod(tensor.shape) * tensor.element_size() for tensor in weights.values())
@@ -80,6 +82,9 @@ def weights_from_files(paths: Sequence[Path], which: Which | None = None) -> Wei
     for name, tensor in weights.items():
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ArtifactError(f"{name} claims shape {list(tensor.shape)}, and the file holds fewer bytes than that.")
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.element_size() < 4:  # one by one, each in place of the file's own
+            weights[name] = tensor.float()
     state, prefix, left_out = without_prefixes(weights)
     return Weights(state, entries, others, prefix, left_out)
 
@@ -161,9 +166,7 @@ def _read(path: Path) -> Any:
         raise ArtifactError("the file does not exist.")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return read_tensors(path)
         return (
             read_archive(path) if zipfile.is_zipfile(path) else torch.load(path, map_location="cpu", weights_only=True)
         )

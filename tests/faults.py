@@ -617,7 +617,7 @@ for _name, _expected, _changes in (
     ("a config of the wrong types", "refused: ", {"text__layers": "many"}),
     (
         "a config with a text tower from the hub",
-        "refused: .*builds from the file alone",
+        "refused: .*whose config is not known",
         {"text__hf_model_name": "a/b"},
     ),
     ("a config that does not match the weights", "refused: .*needs it", {"text__layers": 2}),

@@ -18,6 +18,7 @@ from clipress.errors import ArtifactError, ClipressError, RecipeError, first_lin
 from clipress.models import anatomy, surgery
 from clipress.models.importers.base import IMPORTERS, Importer
 from clipress.models.load import Model, build, refuse_absurd
+from clipress.models.weightless import assign, build_weightless
 from clipress.models.weights_file import NOTES, State
 from clipress.recipe import checked
 
@@ -150,9 +151,9 @@ def model_from_weights(
     _compare(wanted, weights)
     tokenizer = tokenizer_spec(architecture)
     check_spec(tokenizer)
-    model = made()
-    weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    model.load_state_dict(surgery.own_weights(model, weights))
+    model = build_weightless(made)
+    weights = {name: tensor.to(wanted[name].dtype).contiguous() for name, tensor in weights.items()}
+    assign(model, surgery.own_weights(model, weights))
     height, width = anatomy.image_size(model)
     if height != width:
         raise ArtifactError(f"expected a model for square images, found {height} x {width} pixels.")

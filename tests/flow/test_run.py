@@ -33,11 +33,9 @@ def test_every_stage_has_an_artifact_a_row_and_a_repository(tiny_run):
     for row in results["rows"]:
         assert (run / row["stage"] / "model.safetensors").is_file()
         assert {"digits/top1", "digits/top5", "scenes/text_r1", "scenes/image_r10"} <= row["accuracy"].keys()
-        assert [(case["tower"], case["batch"]) for case in row["latency"]] == [
-            ("image", 1),
-            ("image", 2),
-            ("text", 1),
-            ("text", 2),
+        assert [(case["tower"], case["batch"], case["ids"]) for case in row["latency"]] == [
+            *(("image", 1, 0), ("image", 2, 0)),
+            *(("text", 1, 0), ("text", 1, 16), ("text", 2, 0), ("text", 2, 16)),
         ]
         towers = [run / "export" / row["stage"] / f"{tower}.onnx" for tower in ("image", "text")]
         assert row["bytes"] == sum(file.stat().st_size for file in towers)
