@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,25 @@ def mapped(rows: Tensor, path: Path) -> Tensor:
 def random_projection(y: Tensor, generator: torch.Generator) -> Tensor:
     """Return the sum of a tensor's entries with random signs; its squared gradient estimates that of every output."""
     return (y * (torch.randint(0, 2, y.shape, generator=generator) * 2 - 1).to(y)).sum()
+
+
+@torch.no_grad()
+def layers_reached(model: Model, names: Sequence[str]) -> list[str]:
+    """Return those of the named layers that some graph runs. An attention pool may read a Linear's weights and never call it."""
+    task, device, reached = task_named(model.task), next(model.module.parameters()).device, set()
+    handles = [
+        model.module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: reached.add(name))
+        for name in names
+    ]
+    was_training = model.module.training
+    model.module.eval()
+    for name, graph in task.graphs(model).items():
+        inputs = {key: torch.from_numpy(rows).to(device) for key, rows in graph.example(1).items()}
+        task.call(model.module, name, inputs)
+    model.module.train(was_training)
+    for handle in handles:
+        handle.remove()
+    return [name for name in names if name in reached]
 
 
 def outputs_of(task: Task, module: nn.Module, samples: Samples) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from clipress.compress.bias_correction import correct_biases
-from clipress.compress.calibration import Calibration
+from clipress.compress.calibration import Calibration, layers_reached
 from clipress.compress.context import Context
 from clipress.compress.fabric import all_sum
 from clipress.compress.losses import Losses, terms_from
@@ -63,13 +63,19 @@ class Quantize(Training):
 @stage("quantize", Quantize, makes="int8", never_after={"quantize": "the model is already INT8"})
 def run(settings: Quantize, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Calibrate, exclude sensitive layers if the settings say so, then train with rounding in the forward pass."""
-    names = quantizers.quantizable(model.module, settings.exclude)
     model.module.to(context.fabric.device)
+    names = quantizers.quantizable(model.module, settings.exclude)
+    reached = layers_reached(model, names)
+    if len(reached) < len(names):
+        context.say(f"quantize: {len(names) - len(reached)} layers that nothing calls stay in full precision.")
+    details: dict[str, Any] = (
+        {"not_reached": [name for name in names if name not in reached]} if names != reached else {}
+    )
+    names = reached
     calibration = Calibration(model, settings, context, settings.calibrate)
     quantizers.attach(model.module, names, calibration, settings.method, settings.percentile, settings.portable)
-    details: dict[str, Any] = {}
     if settings.sensitivity or AUTO in settings.exclude:
-        details = _sensitivity(settings, model, names, calibration, context)
+        details |= _sensitivity(settings, model, names, calibration, context)
         kept = details.get("kept", [])
         quantizers.detach(model.module, kept)
         names = [name for name in names if name not in kept]

@@ -90,11 +90,11 @@ def sizes(tiny: bool) -> dict[str, Any]:
 
 
 class Rows:
-    """The rows of gpu.json, by the key that names each."""
+    """The rows of a study's JSON, by the key that names each, and its table in Markdown beside them."""
 
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+    def __init__(self, path: Path, about: dict[str, Any], table: Callable[[dict[str, Any]], str] | None = None) -> None:
         """Read the rows that are there. Raises RecipeError if they were measured on another device or with other versions."""
-        self.path, self.found = path, {"conditions": about, "rows": {}}
+        self.path, self.found, self.table = path, {"conditions": about, "rows": {}}, table or markdown
         if path.is_file():
             self.found = json.loads(path.read_text(encoding="utf-8"))
             before = self.found["conditions"]
@@ -121,7 +121,7 @@ class Rows:
     def write(self) -> None:
         """Write the rows and the table."""
         write_text_whole(self.path, json.dumps(self.found, indent=1) + "\n")
-        write_text_whole(self.path.with_suffix(".md"), markdown(self.found))
+        write_text_whole(self.path.with_suffix(".md"), self.table(self.found))
 
 
 def conditions() -> dict[str, Any]:

@@ -157,6 +157,16 @@ def test_a_module_that_is_never_reached_is_named():
             quantizers.attach(Heavy(), ["linear"], lambda m: None, method)
 
 
+def test_layers_that_no_graph_runs_stay_in_full_precision(digits):
+    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}
+    model = new_model({**tiny_architecture(layers=1), "vision_cfg": vision}, 0)
+    quantized, details = quantize.run(settings(), model, digits)
+    pool = [f"visual.attnpool.{name}_proj" for name in "kqvc"]  # read by a function that takes their weights
+    assert details["not_reached"] == pool
+    assert not set(pool) & set(quantized.quantization["modules"])
+    assert "visual.layer1.0.conv1" in quantized.quantization["modules"]
+
+
 def test_stored_samples_are_decoded_once_and_read_as_often_as_needed(tmp_path):
     made = []
 
