@@ -18,7 +18,8 @@ from clipress.export.torch_export import export_graph
 from clipress.models import surgery
 from clipress.models.hf_config import PUBLISHED, shape_of
 from clipress.models.importers import import_checkpoint
-from clipress.models.load import artifact_from_model, model_from_open_clip, new_model, save_for_open_clip
+from clipress.models.load import artifact_from_model, build, model_from_open_clip, new_model, save_for_open_clip
+from clipress.models.open_clip_config import config_named
 from clipress.runtime.onnx_session import run_from_onnx
 from clipress.tasks import graphs_of, model_from_artifact
 
@@ -102,6 +103,25 @@ def test_every_encoder_that_open_clip_names_is_known():
         assert shape_of(config).head_dim == 64
 
 
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("roberta-ViT-B-32", 124.87),
+        ("xlm-roberta-base-ViT-B-32", 278.27),
+        ("xlm-roberta-large-ViT-H-14", 560.94),
+        ("mt5-base-ViT-B-32", 277.86),
+        ("mt5-xl-ViT-H-14", 1674.68),
+        ("nllb-clip-base", 414.04),
+        ("nllb-clip-large", 767.14),
+        ("coca_roberta-ViT-B-32", 124.45),
+    ],
+)
+def test_at_full_size_it_has_as_many_parameters_as_open_clip_publishes(name, millions):
+    with torch.device("meta"):
+        text = build({**config_named(name), "vision_cfg": VISION}).text
+    assert round(sum(parameter.numel() for parameter in text.parameters()) / 1e6, 2) == millions
+
+
 def test_a_name_of_open_clip_is_enough_for_a_random_teacher(tmp_path, monkeypatch):
     monkeypatch.setitem(PUBLISHED, "roberta-base", config_of("roberta")[0])
     (tmp_path / "small-roberta.json").write_text(
@@ -132,32 +152,49 @@ def test_another_encoder_is_refused(change, message, tmp_path):
         model_from_artifact(folder)
 
 
-def test_coca_keeps_the_towers_that_embed(tmp_path, caplog):
-    text = {"context_length": 8, "vocab_size": 500, "width": 32, "heads": 2, "layers": 1, "embed_cls": True}
-    vision = {
-        **VISION,
-        "attentional_pool": True,
-        "attn_pooler_heads": 2,
-        "attn_pooler_queries": 4,
-        "output_tokens": True,
-    }
-    decoder = {"context_length": 8, "vocab_size": 500, "width": 24, "heads": 2, "layers": 1, "attn_pooler_heads": 2}
-    config = {
-        "embed_dim": 24,
-        "vision_cfg": vision,
-        "text_cfg": {**text, "output_tokens": True},
-        "multimodal_cfg": decoder,
-    }
-    coca = open_clip.CoCa(
-        **{name: dict(part) if isinstance(part, dict) else part for name, part in config.items()}
-    ).eval()
-    path = tmp_path / "open_clip_config.json"
-    path.write_text(json.dumps({"model_cfg": {**config, "custom_text": True}}))
-    torch.save(coca.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
-    model = import_checkpoint(tmp_path)
-    assert "decoder, which writes captions, is left out" in caplog.text
+TEXT = {"context_length": 8, "vocab_size": 500, "width": 32, "heads": 2, "layers": 1, "embed_cls": True}
+POOL = {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4}
+DECODER = {"context_length": 8, "vocab_size": 500, "width": 24, "heads": 2, "layers": 1, "attn_pooler_heads": 2}
+
+
+@pytest.fixture
+def coca(tmp_path):
+    """A CoCa as open_clip's hub folder, and the model."""
+    towers = {"vision_cfg": {**VISION, **POOL, "output_tokens": True}, "text_cfg": {**TEXT, "output_tokens": True}}
+    config = {"embed_dim": 24, "multimodal_cfg": DECODER, **towers}
+    model = open_clip.CoCa(24, dict(DECODER), *(dict(towers[name]) for name in ("text_cfg", "vision_cfg"))).eval()
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**config, "custom_text": True}}))
+    (tmp_path / "small-coca.json").write_text(json.dumps({**config, "custom_text": True}))
+    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    return tmp_path, model
+
+
+def assert_same_towers(model, coca):
     pixels, ids = torch.randn(2, 3, 32, 32), torch.randint(1, 500, (2, 8))
     with torch.no_grad():
         for encode, rows in (("encode_image", pixels), ("encode_text", ids)):
             wanted, found = (getattr(one, encode)(rows, normalize=True) for one in (coca, model.module))
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_coca_keeps_the_towers_that_embed(coca, tmp_path, caplog):
+    folder, theirs = coca
+    model = import_checkpoint(folder)
+    assert "decoder, which writes captions, is left out" in caplog.text
+    assert_same_towers(model, theirs)
+    assert save_for_open_clip(model, tmp_path / "hub")
+    assert_same_towers(import_checkpoint(tmp_path / "hub"), theirs)
+    assert isinstance(open_clip.create_model(f"local-dir:{tmp_path / 'hub'}"), open_clip.CustomTextCLIP)
+
+
+def test_a_published_coca_is_read_from_its_file_with_the_preprocessing_of_its_tag(coca, monkeypatch):
+    folder, theirs = coca
+    open_clip.add_model_config(folder / "small-coca.json")
+    published = {"url": "somewhere", "mean": (0.1, 0.2, 0.3), "interpolation": "bilinear"}
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: ["a-tag"])
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: published)
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda cfg: str(folder / "open_clip_pytorch_model.bin"))
+    model = model_from_open_clip("small-coca", "a-tag")
+    assert_same_towers(model, theirs)
+    assert model.preprocess.mean == (0.1, 0.2, 0.3) and model.preprocess.interpolation == "bilinear"
+    assert_same_towers(model_from_open_clip("small-coca", str(folder / "open_clip_pytorch_model.bin")), theirs)
