@@ -124,7 +124,12 @@ class HFText(nn.Module):
             waves = _waves(shape.pad + 1 + self.context_length, shape.width, shape.pad)
             self.register_buffer("waves", waves, persistent=False)
         else:
-            self.positions = nn.Embedding(int(config["max_position_embeddings"]), shape.width)
+            places, needed = int(config["max_position_embeddings"]), self.context_length + shape.pad + 1
+            if places < needed:
+                raise ArtifactError(
+                    f"its text tower: expected at least {needed} positions for its texts, found {places}."
+                )
+            self.positions = nn.Embedding(places, shape.width)
             self.token_type = nn.Embedding(int(config.get("type_vocab_size", 1)), shape.width)
             self.ln_pre = _norm(shape)
         self.transformer = Blocks(shape)

@@ -12,7 +12,7 @@ import argparse
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -39,7 +39,7 @@ from clipress.models import anatomy, convnets, surgery
 from clipress.models.importers import import_checkpoint
 from clipress.models.load import Model, artifact_from_model, save_for_open_clip
 from clipress.studies.gpu import Rows
-from clipress.studies.small_models import loaded, registered, small_towers, stir
+from clipress.studies.small_models import kind_of, loaded, registered, small_towers, stir
 from clipress.tasks import model_from_artifact, runs_of
 from clipress.tasks.clip import INPUTS, OUTPUTS, SIDES
 
@@ -210,9 +210,10 @@ def markdown(found: dict[str, Any]) -> str:
         "random weights. *Pruned*: to 60 % of the tower's multiply-accumulates, without training. *Save*: bitwise the same outputs. "
         "*Export*: ONNX with parity to torch, uncut and cut.",
         "",
+        *counts(rows),
+        "",
         f"| | {' | '.join(COLUMNS)} |",
         f"|---|{'---|' * len(COLUMNS)}",
-        f"| of {len(rows)} | {' | '.join(str(sum(is_done(row.get(c)) for row in rows.values())) for c in COLUMNS)} |",
     ]
     notes: list[str] = []
     for name, row in rows.items():
@@ -224,6 +225,20 @@ def markdown(found: dict[str, Any]) -> str:
             cells.append("✓" if cell == DONE else cell if is_done(cell) else f"[{notes.index(cell) + 1}]")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]).rstrip() + "\n"
+
+
+def counts(rows: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return a table of how many architectures of each kind do what each column says, and how many are pruned in both towers."""
+    columns = [column for column in COLUMNS if column != "parts"]
+    kinds: dict[str, list[Mapping[str, str]]] = {}
+    for name, row in rows.items():
+        kinds.setdefault(kind_of(open_clip.get_model_config(name)), []).append(row)
+    lines = [f"| | architectures | {' | '.join(columns)} | prune both |", f"|---|{'---|' * (len(columns) + 2)}"]
+    for kind, found in [*sorted(kinds.items(), key=lambda pair: -len(pair[1])), ("all", list(rows.values()))]:
+        done = [sum(is_done(row.get(column)) for row in found) for column in columns]
+        both = sum(all(is_done(row.get(f"prune {side}")) for side in SIDES) for row in found)
+        lines.append(f"| {kind} | {len(found)} | {' | '.join(map(str, [*done, both]))} |")
+    return lines
 
 
 def conditions(narrow: bool) -> dict[str, Any]:

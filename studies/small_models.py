@@ -20,6 +20,7 @@ from clipress.data import bpe
 from clipress.data.vocabulary import CLIP_BPE, reduced
 from clipress.models.hf_config import PUBLISHED
 from clipress.models.load import Model, model_from_open_clip
+from clipress.models.open_clip_config import is_coca
 
 WIDTH, HEADS = 64, 2
 KEPT = [*range(766), bpe.SIZE - 2, bpe.SIZE - 1]
@@ -37,6 +38,17 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "fastvit": ({"layers": (1, 1, 1, 1)}, {"embed_dims": (16, 32, 64, 128)}, 32),
     "swin_transformer": ({"depths": (1, 1, 1, 1)}, {"embed_dim": 16, "num_heads": (1, 2, 2, 4)}, 32),
 }
+KINDS = {
+    "vision_transformer": "ViT of timm (SigLIP, SigLIP2, ...)",
+    "vision_transformer_hybrid": "MobileCLIP-B",
+    "vision_transformer_relpos": "ViT with relative positions",
+    "eva": "EVA-01, EVA-02",
+    "vitamin": "ViTamin",
+    "convnext": "ConvNeXt",
+    "fastvit": "MobileCLIP-S (FastViT)",
+    "swin_transformer": "Swin",
+}
+"""What the towers of a file are called in a table."""
 FIXED = ("convnext", "fastvit")  # They take images of any size, and no argument that says which.
 FIVE_STAGES = ("fastvit_mci3", "fastvit_mci4")
 ENCODERS = {
@@ -51,6 +63,18 @@ ENCODERS = {
 def family(name: str) -> str:
     """Return the file of timm that a tower comes from."""
     return timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+
+
+def kind_of(config: dict[str, Any]) -> str:
+    """Return what kind of model an open_clip config describes, for a table."""
+    vision = config["vision_cfg"]
+    if "hf_model_name" in config["text_cfg"]:
+        return "ViT with a text tower of transformers"
+    if is_coca(config):
+        return "CoCa"
+    if name := vision.get("timm_model_name"):
+        return "PE" if "pe_core" in name else KINDS[family(name)]
+    return "ResNet" if isinstance(vision["layers"], list) else "ViT"
 
 
 def small_tower(name: str, pixels: int, narrow: bool) -> dict[str, Any]:

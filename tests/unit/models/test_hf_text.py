@@ -142,6 +142,7 @@ def test_a_name_of_open_clip_is_enough_for_a_random_teacher(tmp_path, monkeypatc
         ({"num_hidden_layers": "many"}, "is not usable"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers: expected at most 256"),
         ({"num_attention_heads": 5}, "makes no sense: 5 heads, width 32"),
+        ({"max_position_embeddings": 20}, "expected at least 79 positions for its texts, found 20"),
     ],
 )
 def test_another_encoder_is_refused(change, message, tmp_path):

@@ -39,5 +39,5 @@ def test_a_row_that_is_there_is_not_computed_again(tmp_path, monkeypatch):
         architectures.main(["--out", str(tmp_path), "--only", "ViT-B-32", "RN50"])
     assert calls == ["ViT-B-32", "RN50"]
     table = (tmp_path / "architectures.md").read_text()
-    assert "| of 2 | 0 |" in table and "| RN50 | [1] | [2] |" in table
+    assert "| all | 2 | 0 |" in table and "| RN50 | [1] | [2] |" in table
     assert "1. it has no weights." in table and "2. not reached" in table
