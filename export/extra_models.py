@@ -27,16 +27,16 @@ import onnx
 from clipress.data.eval_sets import EvalSet
 from clipress.data.prompts import check_labels, read_classes, read_templates
 from clipress.errors import ExportError
-from clipress.export import merge, metadata, parity
+from clipress.export import merge, metadata, onnx_file, parity
 from clipress.export.int8_graph import is_portable
 from clipress.export.precision import lower
 from clipress.export.settings import OnnxSettings
 from clipress.metrics.classify import softmax
 from clipress.metrics.zeroshot import embed_labels
-from clipress.runtime.export_folder import Exported, read_export
+from clipress.runtime.export_folder import Exported, data_path, read_export
 from clipress.runtime.graph import Arrays
 from clipress.runtime.onnx_session import run_from_onnx, self_test_of
-from clipress.storage import write_bytes_whole
+from clipress.storage import sha256
 from clipress.tasks import task_named
 from clipress.tasks.clip import INPUTS, OUTPUTS, SIDES, Clip, encoder
 
@@ -74,7 +74,7 @@ def extra_models_from_export(folder: Path, settings: OnnxSettings, sets: Sequenc
     if missing:
         task = task_named(exported.task)
         samples = task.samples(sets, exported.preprocess, exported.tokenize())
-        described = metadata.read_metadata(onnx.load(exported.onnx(task.main_graph))) or {}
+        described = metadata.read_metadata(onnx_file.read_graph(exported.onnx(task.main_graph))) or {}
     for one in missing:
         _write(exported, one, described, samples)
     return {one.name: _path(folder, one) for one in wanted}
@@ -127,7 +127,7 @@ def _graph(exported: Exported, name: str) -> ExtraModel:
     """Return a graph's own file, as a source of others."""
 
     def build(_: Samples) -> tuple[onnx.ModelProto, Check]:
-        return onnx.load(exported.onnx(name)), lambda _: {}
+        return onnx_file.read(exported.onnx(name)), lambda _: {}
 
     about = {"agrees": exported.graphs[name].agrees, **_made_of(exported, name)}
     return ExtraModel(name, (name,), about, build)
@@ -147,7 +147,7 @@ def _classifier(
             cases, limits = _cases(samples, [IMAGE]), _limits("fp32", exported)
             return parity.compare_outputs(from_graphs, run_from_onnx(path), cases, limits, path.name)
 
-        return merge.classifier(onnx.load(exported.onnx(IMAGE)), classes, scale), check
+        return merge.classifier(onnx_file.read(exported.onnx(IMAGE)), classes, scale), check
 
     about = {"labels": [*labels], "templates": [*templates], **_made_of(exported)}
     return ExtraModel("classifier", (IMAGE,), about, build)
@@ -168,7 +168,7 @@ def _joint(exported: Exported) -> ExtraModel:
             cases, limits = _cases(samples, SIDES), _limits("fp32", exported)
             return parity.compare_outputs(from_graphs, run_from_onnx(path), cases, limits, path.name)
 
-        files = {side: onnx.load(exported.onnx(side)) for side in SIDES}
+        files = {side: onnx_file.read(exported.onnx(side)) for side in SIDES}
         return merge.joint(files, scale, bias), check
 
     return ExtraModel("joint", SIDES, _made_of(exported), build)
@@ -188,7 +188,7 @@ def _in_float16(exported: Exported, one: ExtraModel) -> ExtraModel:
                 what = parity.Comparison(exported.graphs, samples, precision, dict.fromkeys(graphs, path.name))
                 return parity.compare(what, graphs, {**graphs, one.name: found})
             source = path.with_name("full.onnx")
-            onnx.save(full, source)
+            onnx_file.write(onnx_file.copy_of(full), source)
             # The difference of unit vectors whose cosine is at the limit.
             apart = math.sqrt(2 - 2 * parity.limits_of(precision).least_cosine)
             limits = _limits(precision, exported) | dict.fromkeys(OUTPUTS.values(), apart)
@@ -230,22 +230,26 @@ def _write(exported: Exported, one: ExtraModel, described: Mapping[str, Any], sa
     """Write a file aside, compare it with its sources, and put it in place."""
     folder = exported.folder
     model, check = one.build(samples)
-    metadata.stamp_portable(model)
+    portable = is_portable(model)
+    metadata.stamp(model, {"portable": portable})
     with TemporaryDirectory(dir=folder, prefix=".") as aside:
         path = Path(aside) / f"{one.name}.onnx"
-        onnx.save(model, path)
+        onnx_file.write(model, path)
+        del model
         figures = check(path)
         graphs = [exported.graphs[name] for name in one.graphs]
         test = self_test_of(path, graphs, float16="16" in one.about.get("precision", ""))
-    about = {**described, **metadata.ends_of(*graphs), "tower": one.name, **one.about, "parity": figures}
-    metadata.stamp(model, about | {"portable": is_portable(model), "self_test": test})
-    write_bytes_whole(_path(folder, one), model.SerializeToString())
+        about = {**described, **metadata.ends_of(*graphs), "tower": one.name, **one.about, "parity": figures}
+        if (data := data_path(path)).is_file():
+            about["data_sha256"] = sha256(data)
+        metadata.stamp_file(path, about | {"portable": portable, "self_test": test})
+        onnx_file.move(path, _path(folder, one))
 
 
 def _is_made(folder: Path, one: ExtraModel) -> bool:
     """Return whether a file exists that was made from the same graphs with the same settings."""
     try:
-        found = metadata.read_metadata(onnx.load(_path(folder, one))) or {}
+        found = metadata.read_metadata(onnx_file.read_graph(_path(folder, one))) or {}
     except Exception:  # It is missing or damaged; protobuf's errors have no common type.
         return False
     return {key: found.get(key) for key in one.about} == one.about

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import onnx
 from onnx import ModelProto, TensorProto, compose, helper, numpy_helper
 
+from clipress.export import onnx_file
 from clipress.export.precision import at_least, opset_of
 
 PROBABILITIES, LOGITS = "probabilities", "logits_per_image"  # Outputs.
@@ -32,7 +32,7 @@ def classifier(image: ModelProto, classes: np.ndarray, logit_scale: float) -> Mo
     )
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(PROBABILITIES, TensorProto.FLOAT, [batch, len(classes)]))
-    onnx.checker.check_model(model, full_check=True)
+    onnx_file.check(model)
     return model
 
 
@@ -48,26 +48,27 @@ def joint(models: Mapping[str, ModelProto], logit_scale: float, logit_bias: floa
         part.ir_version = ir
         for value in (*part.graph.input, *part.graph.output):
             value.type.tensor_type.shape.dim[0].dim_param = batch
-        parts.append(compose.add_prefix(part, f"{side}/", rename_inputs=False, rename_outputs=False))
-    model = compose.merge_models(*parts, io_map=[], name="joint")
-    domains = {entry.domain: entry.version for entry in model.opset_import}  # Those of both parts are listed.
-    del model.opset_import[:]
-    model.opset_import.extend(helper.make_opsetid(*entry) for entry in domains.items())
+        parts.append(compose.add_prefix(part, f"{side}/", rename_inputs=False, rename_outputs=False, inplace=True))
+    domains = {entry.domain: entry.version for part in parts for entry in part.opset_import}
+    opsets = [helper.make_opsetid(*entry) for entry in domains.items()]
+    model = helper.make_model(helper.make_graph([], "joint", [], []), opset_imports=opsets, ir_version=ir)
     graph = model.graph
+    for part in parts:  # compose.merge_models would serialise the whole, which ends at 2 GiB
+        for kind in ("node", "input", "output", "initializer"):
+            getattr(graph, kind).extend(getattr(part.graph, kind))
     takes = [value.name for value in graph.output]
     if logit_bias is not None:
         graph.initializer.append(numpy_helper.from_array(np.float32(logit_bias), "logit_bias"))
         takes.append("logit_bias")
     graph.node.append(helper.make_node("Gemm", takes, [LOGITS], name=LOGITS, alpha=logit_scale, transB=1))
     graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, batches))
-    onnx.checker.check_model(model, full_check=True)
+    onnx_file.check(model)
     return model
 
 
 def _copy(model: ModelProto) -> ModelProto:
     """Return a copy without metadata and inner shapes, which ONNX can infer again."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
+    copy = onnx_file.copy_of(model)
     del copy.graph.value_info[:]
     del copy.metadata_props[:]
     return copy

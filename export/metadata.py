@@ -21,6 +21,7 @@ They are JSON in `metadata_props`, under the key `clipress`; in ONNX Runtime:
     parity                           the comparison with the model or the files it was made from
     opset, settings, exporter        how the graphs were exported
     int8                             of a convolutional INT8 graph: its form, and milliseconds per image of both forms
+    data_sha256                      of a large graph: the hash of the file beside it that has its weights
     portable                         whether INT8 products overflow on no CPU; if false, ONNX Runtime needs its exact
                                      mode (session.x64quantprecision) on x86 without VNNI instructions
     self_test                        seeded inputs and the outputs of exact arithmetic, see runtime/self_test.py
@@ -33,10 +34,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import onnx
 
+from clipress.export import onnx_file
 from clipress.export.int8_graph import is_portable
 from clipress.runtime.export_folder import Exported
 from clipress.runtime.graph import Graph
@@ -64,6 +67,13 @@ def stamp(model: onnx.ModelProto, about: Mapping[str, Any]) -> None:
     """Replace a file's metadata."""
     onnx.helper.set_model_props(model, {METADATA: json.dumps(about)})
     model.producer_name = "clipress"
+
+
+def stamp_file(path: Path, about: Mapping[str, Any]) -> None:
+    """Replace the metadata of a file, whose weights stay as they are."""
+    model = onnx_file.read_graph(path)
+    stamp(model, about)
+    onnx_file.write_graph(model, path)
 
 
 def stamp_portable(model: onnx.ModelProto) -> None:

@@ -75,15 +75,20 @@ def limits_of(precision: str) -> Limits:
 
 def check(model: Model, folder: Path, samples: Mapping[str, Arrays], precision: str) -> dict[str, Any]:
     """Compare `<graph>.onnx` in a folder with torch, graph by graph. Returns the figures; raises ExportError."""
-    graphs = graphs_of(model)
+    graphs, runs = graphs_of(model), runs_of(model)
     names = {name: f"{name}.onnx" for name in graphs}
-    files = {name: run_from_onnx(folder / file) for name, file in names.items()}
-    plain = (
-        {name: _without_quantizers(model, run) for name, run in runs_of(model).items()} if model.quantization else None
-    )
-    figures = compare(Comparison(graphs, samples, precision, names, unquantized=plain), runs_of(model), files)
+    plain = {name: _without_quantizers(model, run) for name, run in runs.items()} if model.quantization else None
+    what = Comparison(graphs, samples, precision, names, unquantized=plain)
+    figures = compare(what, runs, _Files({name: folder / file for name, file in names.items()}))
     sizes = {name: _count(samples[name]) for name in graphs}
     return {"samples": sizes, "batches": [*BATCHES, "all"], **figures}
+
+
+class _Files(dict[str, Path]):
+    """Graphs' files as functions, each opened when it is asked for: a large one is in memory only while it is compared."""
+
+    def __getitem__(self, graph: str) -> Run:
+        return run_from_onnx(super().__getitem__(graph))
 
 
 def _without_quantizers(model: Model, run: Run) -> Run:
@@ -108,8 +113,10 @@ def compare(what: Comparison, reference: Mapping[str, Run], candidate: Mapping[s
     """
     figures, embeddings = {}, {}
     for name, graph in what.graphs.items():
-        wanted, found = (run[name](what.samples[name]) for run in (reference, candidate))
-        figures[f"{name}_min_cosine"] = _least_cosine(what, name, candidate[name], wanted, found)
+        run = candidate[name]
+        wanted, found = reference[name](what.samples[name]), run(what.samples[name])
+        figures[f"{name}_min_cosine"] = _least_cosine(what, name, run, wanted, found)
+        del run
         first = graph.outputs[0].name
         if graph.agrees == "logits":
             same = same_class(wanted[first], found[first], what.limits.equal)

@@ -15,6 +15,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
 
 from clipress.errors import ExportError
+from clipress.export import onnx_file
 
 # precision: (ONNX type, numpy type, first opset that allows this type for Q/DQ scales, and bf16 for convolutions)
 TYPES: dict[str, tuple[int, Any, int]] = {
@@ -41,8 +42,7 @@ def lower(model: ModelProto, precision: str) -> ModelProto:
     Values beyond float16's range are clipped to it; infinities of a mask stay. Raises ExportError for graphs with
     branches.
     """
-    lowered = ModelProto()
-    lowered.CopyFrom(model)
+    lowered = onnx_file.copy_of(model)
     _as_initializers(lowered.graph)
     if precision != "fp32":
         type_, kind, opset = TYPES[precision]
@@ -50,7 +50,7 @@ def lower(model: ModelProto, precision: str) -> ModelProto:
         floats = _float_tensors(lowered)
         del lowered.graph.value_info[:]
         _lower(lowered.graph, floats, type_, kind)
-    onnx.checker.check_model(lowered, full_check=True)
+    onnx_file.check(lowered)
     return lowered
 
 
@@ -88,7 +88,12 @@ def opset_of(model: ModelProto) -> int:
 
 def at_least(model: ModelProto, opset: int) -> ModelProto:
     """Return a model, converted if its opset is older."""
-    return model if opset_of(model) >= opset else version_converter.convert_version(model, opset)
+    if opset_of(model) >= opset:
+        return model
+    with onnx_file.weights_apart(model) as held:
+        converted = version_converter.convert_version(model, opset)
+    onnx_file.put_weights(converted, held)
+    return converted
 
 
 def _lower(graph: onnx.GraphProto, floats: set[str], type_: int, kind: Any) -> None:
@@ -158,7 +163,8 @@ def _clipped(values: np.ndarray, kind: Any) -> np.ndarray:
 
 def _float_tensors(model: ModelProto) -> set[str]:
     """Return the names of all float32 tensors, by ONNX's type inference."""
-    inferred = onnx.shape_inference.infer_shapes(model).graph
+    with onnx_file.weights_apart(model):
+        inferred = onnx.shape_inference.infer_shapes(model).graph
     known = {item.name for item in inferred.initializer if item.data_type == TensorProto.FLOAT}
     named = [*inferred.input, *inferred.output, *inferred.value_info]
     return known | {item.name for item in named if item.type.tensor_type.elem_type == TensorProto.FLOAT}

@@ -14,13 +14,12 @@ from onnx import numpy_helper
 
 from clipress.data.padding import CAPTION
 from clipress.errors import ArtifactError, ExportError
-from clipress.export import metadata
+from clipress.export import metadata, onnx_file
 from clipress.export.precision import engine_precision, lower
 from clipress.export.settings import BatchProfile, TensorRTSettings
 from clipress.runtime.graph import Graph, Input, Output
 from clipress.runtime.onnx_session import ends_from
 from clipress.runtime.tensorrt import Profile
-from clipress.storage import write_bytes_whole
 
 DTYPES = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT64: "int64"}
 IDS = 399  # Every vocabulary has ids up to this one.
@@ -51,7 +50,7 @@ def prepare(source: Path, folder: Path, settings: TensorRTSettings, foreign: boo
     dynamic beyond one batch.
     """
     try:
-        model = onnx.load(source)
+        model = onnx_file.read(source)
     except FileNotFoundError:
         raise ArtifactError(f"{source}: expected an ONNX file, found no such file. Check the path.") from None
     except Exception as error:  # Protobuf's errors have no common type.
@@ -67,7 +66,7 @@ def prepare(source: Path, folder: Path, settings: TensorRTSettings, foreign: boo
     if about:  # The self-test is the source's; an engine is compared with the source instead.
         kept = {key: value for key, value in about.items() if key != "self_test"}
         metadata.stamp(lowered, kept | {"precision": precision})
-    write_bytes_whole(path, lowered.SerializeToString())
+    onnx_file.write_whole(lowered, path)
     return Prepared(source, path, name, graph, precision, about, profiles)
 
 

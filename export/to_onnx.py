@@ -21,15 +21,15 @@ import torch
 from clipress.artifact import Artifact, load_artifact, read_header
 from clipress.data.eval_sets import EvalSet
 from clipress.errors import ArtifactError, ExportError
-from clipress.export import metadata, parity
+from clipress.export import metadata, onnx_file, parity
 from clipress.export.int8_form import choose_form, graph_with_two_forms
 from clipress.export.int8_graph import is_portable
 from clipress.export.settings import OnnxSettings
 from clipress.export.torch_export import export_graph
 from clipress.models.load import Model
-from clipress.runtime.export_folder import Exported, OnnxFile, describe_file, read_export
+from clipress.runtime.export_folder import Exported, OnnxFile, data_path, describe_file, read_export
 from clipress.runtime.onnx_session import self_test_of
-from clipress.storage import write_whole
+from clipress.storage import sha256, write_whole
 from clipress.tasks import graphs_of, model_from_artifact, task_named
 from clipress.version import __version__
 
@@ -46,13 +46,11 @@ def onnx_from_artifact(
     `calibration` opens the images that set activation scales where ONNX Runtime's own quantizer is tried; without it,
     `sets` do. Raises ExportError when a file does not agree with the model, or the model has NaN weights.
     """
-    artifact = load_artifact(folder)
-    _refuse_nan(artifact, folder)
-    model = model_from_artifact(artifact)
+    model, lineage_hash = _loaded(folder)
     made: list[Exported] = []
 
     def fill(aside: Path) -> None:
-        exported = _without_files(model, artifact, folder.name, aside, settings)
+        exported = _without_files(model, lineage_hash, folder.name, aside, settings)
         exporters = {
             name: export_graph(model, graph, aside / f"{name}.onnx", settings)
             for name, graph in exported.graphs.items()
@@ -64,6 +62,7 @@ def onnx_from_artifact(
             checked["int8"] = choose_form(model, exported.graphs[two_forms], aside, settings, images)
             if checked["int8"].form == "static":
                 checked["parity"] = parity.check(model, aside, samples, "static int8")
+        model.module.to_empty(device="meta")  # A large model need not stay beside the sessions of the self-tests.
         exported = _stamped(exported.model_copy(update=checked))
         exported.write()
         made.append(exported.model_copy(update={"folder": target}))
@@ -82,6 +81,13 @@ def is_exported(folder: Path, target: Path, settings: OnnxSettings) -> bool:
     return found == (wanted, settings.of_graphs()) and exported.self_test is not None
 
 
+def _loaded(folder: Path) -> tuple[Model, str]:
+    """Return an artifact's model and the hash of its lineage."""
+    artifact = load_artifact(folder)
+    _refuse_nan(artifact, folder)
+    return model_from_artifact(artifact), artifact.hash
+
+
 def _refuse_nan(artifact: Artifact, folder: Path) -> None:
     if broken := [name for name, weight in artifact.weights.items() if weight.isnan().any()]:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
@@ -91,7 +97,7 @@ def _refuse_nan(artifact: Artifact, folder: Path) -> None:
         )
 
 
-def _without_files(model: Model, artifact: Artifact, stage: str, folder: Path, settings: OnnxSettings) -> Exported:
+def _without_files(model: Model, lineage_hash: str, stage: str, folder: Path, settings: OnnxSettings) -> Exported:
     """Describe an export before its files are hashed and compared."""
     import onnxruntime
 
@@ -105,7 +111,7 @@ def _without_files(model: Model, artifact: Artifact, stage: str, folder: Path, s
         **task_named(model.task).describe(model),
         preprocess=model.preprocess,
         tokenizer=model.tokenizer,
-        lineage_hash=artifact.hash,
+        lineage_hash=lineage_hash,
         opset=settings.opset,
         settings=settings.of_graphs(),
         versions={
@@ -123,12 +129,13 @@ def _stamped(exported: Exported) -> Exported:
     tests, portable = {}, {}
     explicit = {name: path for name in exported.graphs if (path := exported.folder / f"{name}.qdq.onnx").is_file()}
     for name, path in [*((name, exported.onnx(name)) for name in exported.graphs), *explicit.items()]:
-        model = onnx.load(path)
-        tests[path.name], portable[path.name] = self_test_of(path, [exported.graphs[name]]), is_portable(model)
+        onnx.checker.check_model(str(path))
+        tests[path.name] = self_test_of(path, [exported.graphs[name]])
+        portable[path.name] = exported.precision == "fp32" or is_portable(onnx_file.read(path))
         about = metadata.of_graph(exported, name)
-        metadata.stamp(model, {**about, "portable": portable[path.name], "self_test": tests[path.name]})
-        onnx.checker.check_model(model)
-        onnx.save(model, path)
+        if (data := data_path(path)).is_file():
+            about["data_sha256"] = sha256(data)
+        metadata.stamp_file(path, {**about, "portable": portable[path.name], "self_test": tests[path.name]})
     return exported.model_copy(
         update={
             "portable": all(portable.values()),

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor, nn
 
 from clipress.errors import ExportError
-from clipress.export import int8_graph, metadata
+from clipress.export import int8_graph, metadata, onnx_file
 from clipress.export.settings import DYNAMO_OPSET, OnnxSettings
 from clipress.models import quantizers
 from clipress.models.load import Model
+from clipress.runtime.export_folder import data_path
 from clipress.runtime.graph import Graph
 from clipress.tasks import Task, task_named
 
@@ -50,10 +51,10 @@ def export_graph(model: Model, graph: Graph, path: Path, settings: OnnxSettings)
             path.unlink(missing_ok=True)
     write_onnx(module, path, settings.opset, dynamo=False)
     if model.quantization:
-        written = onnx.load(path)
+        written = onnx_file.read(path)
         int8_graph.tidy(written)
         metadata.stamp_portable(written)
-        onnx.save(written, path)
+        onnx_file.write(written, path)
     return "torchscript"
 
 
@@ -75,6 +76,7 @@ def write_onnx(module: GraphModule, path: Path, opset: int, dynamo: bool) -> Non
     graph = module.graph
     example = tuple(map(torch.from_numpy, graph.example(2).values()))  # A batch of 1 would become a constant.
     takes, gives = ([one.name for one in side] for side in (graph.inputs, graph.outputs))
+    is_large = sum(one.nbytes for one in (*module.parameters(), *module.buffers())) > onnx_file.LIMIT
     axes = {put.name: {0: "batch"} | ({} if put.end is None else {1: "length"}) for put in graph.inputs}
     shapes: dict[str, Any] = {"dynamic_axes": axes | {name: {0: "batch"} for name in gives}}
     if dynamo:
@@ -83,14 +85,15 @@ def write_onnx(module: GraphModule, path: Path, opset: int, dynamo: bool) -> Non
             {0: batch} | ({} if put.end is None else {1: torch.export.Dim("length", min=1, max=put.shape[0])})
             for put in graph.inputs
         )
-        shapes = {"dynamic_shapes": (free,), "external_data": False}
-    with warnings.catch_warnings(), torch.no_grad():
+        shapes = {"dynamic_shapes": (free,), "external_data": is_large}
+    with warnings.catch_warnings(), torch.no_grad(), TemporaryDirectory(dir=path.parent, prefix=".") as aside:
+        made = Path(aside) / path.name
         # The older exporter is deprecated, and warns of traced shapes that are constants here.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
             example,
-            str(path),
+            str(made),
             input_names=takes,
             output_names=gives,
             opset_version=opset,
@@ -98,3 +101,6 @@ def write_onnx(module: GraphModule, path: Path, opset: int, dynamo: bool) -> Non
             verbose=False,
             **shapes,
         )
+        if is_large and (not dynamo or data_path(made).stat().st_size <= onnx_file.LIMIT):
+            onnx_file.write(onnx_file.read(made), made)  # The older one has a file per weight.
+        onnx_file.move(made, path)

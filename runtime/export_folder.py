@@ -42,17 +42,38 @@ class Tokenizer(BaseModel):
         return {key: value for key, value in dump(self).items() if value is not None}
 
 
+class DataFile(BaseModel):
+    """The weights of a large graph, in a file beside it."""
+
+    file: str = Field(pattern=r"^[^/\\]+$")
+    sha256: str
+
+
 class OnnxFile(BaseModel):
     """One ONNX file beside export.json, with its hash."""
 
     file: str = Field(pattern=r"^[^/\\]+$")
     bytes: int = 0
+    """With its weights."""
     sha256: str
+    data: DataFile | None = None
+    """Only of a graph that is too large for one file."""
+
+
+def data_path(path: Path) -> Path:
+    """Return where the weights of a large ONNX file are."""
+    return path.with_name(f"{path.name}.data")
 
 
 def describe_file(path: Path) -> OnnxFile:
     """Describe a file beside export.json."""
-    return OnnxFile(file=path.name, bytes=path.stat().st_size, sha256=sha256(path))
+    data = data_path(path) if data_path(path).is_file() else None
+    return OnnxFile(
+        file=path.name,
+        bytes=sum(one.stat().st_size for one in (path, data) if one),
+        sha256=sha256(path),
+        data=data and DataFile(file=data.name, sha256=sha256(data)),
+    )
 
 
 class Int8Form(BaseModel):
@@ -130,6 +151,11 @@ class Exported(BaseModel):
         """Return the path of a graph's ONNX file."""
         return self.folder / self.files[graph].file
 
+    def data(self, graph: str) -> Path | None:
+        """Return the path of a large graph's weights; None for a graph that has them inside."""
+        data = self.files[graph].data
+        return None if data is None else self.folder / data.file
+
     def tokenize(self) -> Callable | None:
         """Return the tokenizer, texts -> int64 ids [N, L]; None for a model that reads no texts."""
         return None if self.tokenizer is None else tokenizer_from_spec(self.tokenizer.model_dump())
@@ -157,7 +183,8 @@ def read_export(folder: str | Path) -> Exported:
         raise ArtifactError(f"{path}, {first_problem(error)}. {again}") from None
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}). {again}") from None
-    for file in (*exported.files.values(), *exported.explicit.values()):
+    described = [*exported.files.values(), *exported.explicit.values()]
+    for file in (*described, *(file.data for file in described if file.data is not None)):
         onnx = exported.folder / file.file
         if not onnx.is_file():
             raise ArtifactError(f"{folder} has a {DESCRIPTION} but no {file.file}. {again}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -109,8 +110,8 @@ def self_test_of(path: Path, graphs: Iterable[Graph], float16: bool = False) -> 
     inputs = [one for graph in graphs for one in graph.inputs if one.dtype == "int64"]
     largest = {one.name: one.largest for one in inputs}
     lengths = {one.name: one.shape[0] for one in inputs if one.end is not None}
-    exact = open_session(path, float16=float16, mode="exact")
-    return self_test_from(reference_session(path), exact, largest, lengths)
+    exact = partial(open_session, path, float16=float16, mode="exact")
+    return self_test_from(partial(reference_session, path), exact, largest, lengths)
 
 
 def metadata_of(session: Any) -> dict[str, Any]:

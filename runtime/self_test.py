@@ -13,7 +13,7 @@ one in its metadata, under `self_test`:
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,24 +51,26 @@ def inputs_of(
 
 
 def self_test_from(
-    reference: Any, exact: Any, largest: Mapping[str, int], lengths: Mapping[str, int]
+    reference: Callable[[], Any], exact: Callable[[], Any], largest: Mapping[str, int], lengths: Mapping[str, int]
 ) -> dict[str, Any]:
     """Record the outputs of a session without optimizer, and how close other sessions must come.
 
     Args:
-        reference: a session with the optimizer off.
-        exact: a session as it will be used, in exact mode; its difference sets the limit for sensitive models.
+        reference: opens a session with the optimizer off.
+        exact: opens a session as it will be used, in exact mode; its difference sets the limit for sensitive models.
         largest: of inputs of integers, by name: an embedding fails at ids beyond its table.
         lengths: of inputs of texts that may be shorter, by name: the longest.
     """
-    names = [put.name for put in reference.get_outputs()]
-    found = reference.run(names, inputs_of(reference.get_inputs(), SEED, ROWS, largest, lengths))
+    session = reference()
+    names = [put.name for put in session.get_outputs()]
+    found = session.run(names, inputs_of(session.get_inputs(), SEED, ROWS, largest, lengths))
+    del session  # before the next is opened: each holds the file's weights
     outputs = {
         name: {"shape": list(rows.shape), "float16": base64.b64encode(rows.astype("<f2").tobytes()).decode()}
         for name, rows in zip(names, found, strict=True)
     }
     test = {"seed": SEED, "rows": ROWS, "largest": dict(largest), "lengths": dict(lengths), "outputs": outputs}
-    usual = 1 - least_cosine(exact, test)
+    usual = 1 - least_cosine(exact(), test)
     return {**test, "least_cosine": round(min(LEAST_COSINE, 1 - MARGIN * usual), 6)}
 
 

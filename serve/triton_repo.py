@@ -187,6 +187,8 @@ def _files(exported: Exported, backend: str, settings: ServeSettings) -> tuple[R
             files |= sources
         else:
             files["model.onnx"] = exported.onnx(name)
+            if data := exported.data(name):
+                files[data.name] = data
         found[model_of(graph)] = files
         if chain := chain_of(exported, graph):
             found[chain] = dict(files) if backend == "python" and len(graph.inputs) == 1 else {}

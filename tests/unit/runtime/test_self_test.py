@@ -140,7 +140,7 @@ def test_a_model_that_is_sensitive_to_rounding_has_a_looser_limit(apart, least):
         )
 
     cosine = 1 - apart
-    test = self_test_from(session([1, 0]), session([cosine, (1 - cosine**2) ** 0.5]), {}, {})
+    test = self_test_from(lambda: session([1, 0]), lambda: session([cosine, (1 - cosine**2) ** 0.5]), {}, {})
     assert test["least_cosine"] == pytest.approx(least, abs=1e-5)
 
 
