@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from clipress.models import anatomy, convnets
+from clipress.models.flops import counting_flops
 from clipress.models.load import Model
 from clipress.tasks import graphs_of, task_named
 
@@ -51,8 +50,7 @@ def _layers(model: nn.Module, tower: str) -> dict[str, nn.Module]:
 def _macs(model: Model, tower: str, layers: dict[str, nn.Module]) -> dict[str, int]:
     counted = dict.fromkeys([*layers, ELSE], 0)
     entered: dict[str, int] = {}
-    # plain products, since not every release of the counter knows the fused kernels
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with counting_flops(model.module) as counter:
 
         def enter(name: str) -> None:
             entered[name] = counter.get_total_flops()

@@ -305,6 +305,7 @@ def embedding_parameters(model: nn.Module) -> int:
         tables.append(getattr(token_table(model), "weight", None))
         tables += [getattr(tower, "positional_embedding", None) for tower in (text, model.visual)]
         tables.append(getattr(model.visual, "class_embedding", None))
+        tables.append(getattr(getattr(text, "positions", None), "weight", None))
     return sum(table.numel() for table in tables if table is not None)
 
 

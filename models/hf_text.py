@@ -145,7 +145,7 @@ class HFText(nn.Module):
         is_text = (ids != self.shape.pad).to(self.token_embedding_dtype)  # [B, N]
         x, mask = self._embedded(ids, is_text), (1 - is_text)[:, None, None] * HIDDEN
         if self.shape.kind == "mt5":
-            length = int(ids.shape[1])
+            length = ids.shape[1]
             mask = mask + self.relative_bias(self.buckets[:length, :length]).permute(2, 0, 1)[None]
         for block in self.transformer.resblocks:
             x = block(x, mask)

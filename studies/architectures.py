@@ -25,6 +25,7 @@ import open_clip
 import torch
 
 from clipress.artifact import save_artifact
+from clipress.bench.cost import cost
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
 from clipress.compress.settings import Runtime
@@ -94,7 +95,9 @@ class Architecture:
         return DONE
 
     def take_apart(self) -> str:
-        """Count the parts of each tower, or the convolutions of an image tower without any."""
+        """Count the parts of each tower, or the layers of a convolutional one, and the multiply-accumulates of both."""
+        if not all(cost(self._saved("uncut", self.model)).macs_per_tower.values()):
+            raise Differs("no multiply-accumulates were counted")
         found = Counter(part.tower for part in anatomy.parts(self.model.module))
         image = f"{found[IMAGE]}"
         if convnets.is_convnet(self.model.module):

@@ -22,9 +22,10 @@ from clipress.compress.fabric import full_tensor
 from clipress.compress.hook import Hook
 from clipress.compress.prune.budget import Target, least_width
 from clipress.compress.prune.criterion import CRITERIA
-from clipress.errors import ClipressError, RecipeError
+from clipress.errors import ClipressError, RecipeError, first_line
 from clipress.models import anatomy
 from clipress.models.convnets import is_depthwise, layers
+from clipress.models.flops import counting_flops
 
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group
@@ -233,14 +234,12 @@ def tower_costs(model: nn.Module, sites: Sequence[Channels], unit: str) -> Costs
 
 def _macs(model: nn.Module) -> tuple[int, dict[str, int]]:
     """Count the image tower's multiply-accumulates for one image, and the output positions of each convolution."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     positions: dict[str, int] = {}
     handles = [
         layer.register_forward_hook(lambda _, __, out, name=name: positions.update({name: out.shape[2:].numel()}))
         for name, layer in layers(model).items()
     ]
-    with _evaluating(model.visual), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with _evaluating(model.visual), counting_flops(model.visual) as counter:
         model.visual(_image(model))
     for handle in handles:
         handle.remove()
@@ -254,7 +253,13 @@ def channel_groups(model: nn.Module) -> Iterator[tuple[Channels, Group]]:
     names = {layer: name for name, layer in layers(model).items()}
     image = _image(model).requires_grad_()  # with this, frozen weights are traced too
     with _evaluating(model.visual), torch.enable_grad():
-        graph = DependencyGraph().build_dependency(model.visual, (image,), forward_fn=_features, verbose=False)
+        try:
+            graph = DependencyGraph().build_dependency(model.visual, (image,), forward_fn=_features, verbose=False)
+        except Exception as error:  # It can fail anywhere in a tower that it does not expect.
+            raise RecipeError(
+                f"prune: torch-pruning cannot tell which channels of this image tower belong together ({first_line(error)}). "
+                "Leave the tower uncut: give the budget to the other one."
+            ) from None
     for group in graph.get_all_groups(root_module_types=(nn.Conv2d,)):
         count = len(group[0].idxs)
         if all(_may_be_cut(dep.target, len(indices), count) for dep, indices in group.items):

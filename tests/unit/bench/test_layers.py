@@ -57,3 +57,19 @@ def test_layer_costs_sum_to_the_model_for_any_image_tower(model):
         assert sum(row["params"] for row in rows) == anatomy.counts(one.module)["params"] - 1  # All but logit_scale.
         assert all(row["macs"] >= 0 and row["params"] >= 0 for row in rows)
     assert {"visual.conv1", "visual.layer1.0", "visual.layer4.0", "visual.attnpool"} <= {row["name"] for row in rows}
+
+
+def test_an_attention_pool_is_counted_and_weights_stay_trainable():
+    vision = {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "linear", "image_size": 160}
+    model = new_model({**tiny_architecture(layers=1), "vision_cfg": vision}, 0)
+    rows, (_, pool) = (
+        layer_costs(model),
+        next(p for p in model.module.visual.named_modules() if p[0].endswith("attn_pool")),
+    )
+    image, tokens = [row for row in rows if row["tower"] == "image"], 101
+    per_token = sum(getattr(pool, name).weight.numel() for name in ("kv",))
+    once = sum(layer.weight.numel() for layer in (pool.q, pool.proj, pool.mlp.fc1, pool.mlp.fc2))
+    patches, width, projection = 100 * 3 * 16 * 16, pool.kv.in_features, 32
+    expected = patches * width + tokens * per_token + once + 2 * tokens * width + width * projection
+    assert image[-1] == {**image[-1], "name": ELSE, "macs": expected}
+    assert all(parameter.requires_grad for parameter in model.module.parameters())
