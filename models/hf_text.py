@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clipress.errors import ArtifactError
 from clipress.models.attention import Attention
@@ -111,7 +112,7 @@ class HFText(nn.Module):
             raise ArtifactError(
                 f"its text tower pools by {pooler!r:.50}, which clipress does not know for {shape.kind}."
             )
-        self.pooler = pooler
+        self.pooler, self.grad_checkpointing = pooler, False
         self.token_embedding = nn.Embedding(shape.vocab, shape.width)
         self.embedding_scale = 1.0
         if shape.kind == "mt5":
@@ -148,13 +149,17 @@ class HFText(nn.Module):
             length = ids.shape[1]
             mask = mask + self.relative_bias(self.buckets[:length, :length]).permute(2, 0, 1)[None]
         for block in self.transformer.resblocks:
-            x = block(x, mask)
+            x = checkpoint(block, x, mask, use_reentrant=False) if self.grad_checkpointing else block(x, mask)
         x = self.ln_final(x) if hasattr(self, "ln_final") else x
         if self.pooler == "mean_pooler":
             x = (x * is_text[..., None]).sum(1) / is_text.sum(1, keepdim=True)
         else:
             x = x[:, 0]
         return self.proj(x)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the blocks again in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
 
     @property
     def token_embedding_dtype(self) -> torch.dtype:

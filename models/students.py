@@ -176,6 +176,12 @@ def _named(student: Student, teacher: Model | None, seed: int) -> Model:
     size = student.image_size or (teacher.preprocess.size if teacher else config["vision_cfg"].get("image_size", 224))
     config["vision_cfg"]["image_size"] = size
     config["vision_cfg"].pop("timm_model_pretrained", None)
+    encoder = config["text_cfg"].get("hf_model_name")
+    if encoder and teacher and teacher.tokenizer["name"] != config["text_cfg"].get("hf_tokenizer_name"):
+        raise RecipeError(
+            f"student: the text tower of {student.model}, {encoder}, has a tokenizer of its own; the teacher's is "
+            f"'{teacher.tokenizer['name']}'. Choose a student whose text tower can have the teacher's, such as ViT-B-32."
+        )
     config["text_cfg"] |= _tokens(teacher)
     config["embed_dim"] = student.embed_dim or config["embed_dim"]
     return new_model(config, seed)

@@ -12,7 +12,7 @@ import torch
 from hf_text_oracle import CASES, VISION, config_of
 
 from clipress.artifact import save_artifact
-from clipress.errors import ArtifactError
+from clipress.errors import ArtifactError, RecipeError
 from clipress.export.settings import OnnxSettings
 from clipress.export.torch_export import export_graph
 from clipress.models import surgery
@@ -20,6 +20,8 @@ from clipress.models.hf_config import PUBLISHED, shape_of
 from clipress.models.importers import import_checkpoint
 from clipress.models.load import artifact_from_model, build, model_from_open_clip, new_model, save_for_open_clip
 from clipress.models.open_clip_config import config_named
+from clipress.models.students import student_from
+from clipress.models.tiny import tiny_architecture
 from clipress.runtime.onnx_session import run_from_onnx
 from clipress.tasks import graphs_of, model_from_artifact
 
@@ -84,6 +86,17 @@ def test_padding_has_no_influence(case):
     torch.testing.assert_close(embedded(model, ids[:1, :8]), embedded(model, ids[:1]), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_checkpointing_changes_no_gradient(case):
+    model, ids, found = new(case).module, texts(case), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model.encode_text(ids).square().sum().backward()
+        found.append([p.grad.clone() for p in model.text.parameters() if p.grad is not None])
+    assert found[0] and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_exported_at_its_context_length(case, exporter, tmp_path):
@@ -132,6 +145,15 @@ def test_a_name_of_open_clip_is_enough_for_a_random_teacher(tmp_path, monkeypatc
     model = model_from_open_clip("small-roberta", "random")
     assert model.architecture["text_cfg"]["hf_config"]["hidden_size"] == 32
     assert model.tokenizer["name"] == "roberta-base"
+
+
+def test_a_student_can_have_the_text_tower_of_its_teacher():
+    teacher, ids = new("xlm-roberta"), texts("xlm-roberta")
+    image = {"width": 32, "layers": 1, "head_width": 16, "patch_size": 16}
+    student = student_from({"image": image, "text": "teacher"}, teacher, 1)
+    assert torch.equal(embedded(student, ids), embedded(teacher, ids))
+    with pytest.raises(RecipeError, match="roberta-base, has a tokenizer of its own; the teacher's is 'clip-bpe'"):
+        student_from({"model": "roberta-ViT-B-32"}, new_model(tiny_architecture(), 0), 1)
 
 
 @pytest.mark.parametrize(
