@@ -65,7 +65,7 @@ def _as_jsonl(table: Path, target: Path) -> Path:
         raise DataError(f"{table}: expected lines with a caption and a URL, separated by a tab.")
     aside = target.with_suffix(".tmp")
     with aside.open("w", encoding="utf-8") as file:  # line by line, since tables can have twelve million rows
-        for number, line in enumerate(lines_of(table)):
+        for number, (_, line) in enumerate(lines_of(table)):
             cells = line.split("\t")
             if len(cells) == 2 and not (header and number == 0):
                 file.write(json.dumps({"caption": cells[caption], "url": cells[1 - caption]}) + "\n")

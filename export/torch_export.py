@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clipress.errors import ExportError
 from clipress.export import int8_graph, metadata, onnx_file
 from clipress.export.settings import DYNAMO_OPSET, OnnxSettings
-from clipress.models import quantizers
+from clipress.models import anatomy, quantizers
 from clipress.models.load import Model
 from clipress.runtime.export_folder import data_path
 from clipress.runtime.graph import Graph
@@ -68,6 +68,13 @@ def export_without_quantizers(model: Model, graph: Graph, path: Path, opset: int
         quantizers.only(model.module, names, names)
 
 
+def _bytes_of(module: GraphModule) -> int:
+    """Return the size of the weights that a graph will have: a CLIP's two graphs have a tower each."""
+    model = module.model
+    own = anatomy.tower_parameters(model, module.graph.name) if anatomy.is_clip(model) else model.parameters()
+    return sum(weight.nbytes for weight in own)
+
+
 def write_onnx(module: GraphModule, path: Path, opset: int, dynamo: bool) -> None:
     """Write one graph with one exporter.
 
@@ -76,7 +83,7 @@ def write_onnx(module: GraphModule, path: Path, opset: int, dynamo: bool) -> Non
     graph = module.graph
     example = tuple(map(torch.from_numpy, graph.example(2).values()))  # A batch of 1 would become a constant.
     takes, gives = ([one.name for one in side] for side in (graph.inputs, graph.outputs))
-    is_large = sum(one.nbytes for one in (*module.parameters(), *module.buffers())) > onnx_file.LIMIT
+    is_large = _bytes_of(module) > onnx_file.LIMIT
     axes = {put.name: {0: "batch"} | ({} if put.end is None else {1: "length"}) for put in graph.inputs}
     shapes: dict[str, Any] = {"dynamic_axes": axes | {name: {0: "batch"} for name in gives}}
     if dynamo:

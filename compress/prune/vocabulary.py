@@ -127,7 +127,7 @@ def _texts(settings: Vocabulary, context: Context) -> Iterator[str]:
     for path in settings.corpus:
         if not path.is_file():
             raise RecipeError(f"prune.vocabulary.corpus: expected a text file, found none at {path}.")
-        yield from lines_of(path)
+        yield from (line for _, line in lines_of(path))
     # Without a corpus the data only weigh the rows.
     for source in context.sources() if settings.reads_data or not settings.corpus else ():
         if classes := getattr(source, "classes", None):

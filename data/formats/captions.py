@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clipress.data.formats.files import Files, lines_of, needed
+from clipress.data.formats.table import Table
 from clipress.data.sources import FORMATS
 from clipress.data.spec import SourceSpec
 from clipress.errors import DataError
@@ -19,23 +20,24 @@ def read(spec: SourceSpec) -> Files:
     """Read the captions and ignore the URLs."""
     path = needed(spec.annotations, "annotations", "captions")
     header, caption, width = columns(path)
-    files = Files(spec, path)
-    for number, line in enumerate(lines_of(path), 1):
-        cells = line.split("\t")
+    files = Table(spec, path, "\t")
+    files.columns = (None, caption, width)
+    for _, number, cells in files.rows():
         if files.full:
             break
         if number == 1 and header:
             continue
         if len(cells) == width:
             files.add(None, (cells[caption],), where=f"line {number}")
-        elif line:
+        elif any(cells):
             files.skip(f"line {number}: expected {width} cells, found {len(cells)}")
     return files.done()
 
 
 def columns(path: Path) -> tuple[bool, int, int]:
     """Return whether a table has a header line, the caption's column, and the number of columns."""
-    first = next(lines_of(path), "").split("\t")
+    _, line = next(lines_of(path), (0, ""))
+    first = line.split("\t")
     names = [cell.strip().lower() for cell in first]
     if "caption" in names:
         return True, names.index("caption"), len(first)

@@ -21,7 +21,7 @@ from clipress.errors import DataError
 from clipress.storage import read_json
 
 log = logging.getLogger("clipress.data")
-MAX_LINE, MAX_JSON = 1 << 24, 1 << 32  # characters, bytes
+MAX_LINE, MAX_JSON = 1 << 24, 1 << 32  # bytes
 CHECKED_EVERY = 10_000  # records, so that a wrong folder is reported early
 FILES_CHECKED = 50_000  # files whose existence is checked on opening; others are found missing when they are read
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -36,16 +36,19 @@ def needed(path: Path | None, key: str, form: str, folder: bool = False) -> Path
     return path
 
 
-def lines_of(path: Path) -> Iterator[str]:
-    """Yield a text file's lines without line ends. Only a newline ends a line: captions may contain other separators."""
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the place in bytes and the text of a file's lines, without line ends.
+
+    Only a newline ends a line: captions may contain other separators.
+    """
+    place, encoding = 0, "utf-8-sig"
     try:
-        with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
+        with path.open("rb") as file:
             while line := file.readline(MAX_LINE):
                 if len(line) == MAX_LINE:
-                    raise DataError(
-                        f"{path}: expected lines of less than {MAX_LINE:,} characters. This is not a table."
-                    )
-                yield line.rstrip("\r\n")
+                    raise DataError(f"{path}: expected lines of less than {MAX_LINE:,} bytes. This is not a table.")
+                yield place, line.decode(encoding, "replace").rstrip("\r\n")
+                place, encoding = place + len(line), "utf-8"
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}.") from None
 
@@ -112,7 +115,7 @@ class Files:
         self.root = (spec.images or origin.parent).resolve()
         self._inside = str(self.root).rstrip(os.sep) + os.sep
         self.origin, self.limit, self.check, self.fingerprint = origin, spec.limit, spec.check, ""
-        self._normalised = NORMALISERS[spec.text_normaliser]
+        self.normalised = NORMALISERS[spec.text_normaliser]
         self.paths, self.texts = Strings(), Strings()
         self.ends = array("q", [0])  # item i has the texts from ends[i] to ends[i + 1]
         self.groups = array("q")
@@ -135,20 +138,30 @@ class Files:
         """Add an image, texts, or both. An image must exist and be inside the images folder."""
         if self.full:
             return
-        texts = [self._normalised(text) for text in texts]
-        if not all(text.strip() for text in texts):
+        texts = [self.normalised(text) for text in texts]
+        if not all(text and not text.isspace() for text in texts):
             return self.skip(f"{where}: empty caption")
         if path is not None:
-            # only the path itself is checked: links inside the folder are the user's responsibility
-            if not os.path.normpath(self.root / path).startswith(self._inside):
+            if not self._is_inside(path):
                 return self.skip(f"{where}: {path!r} is outside {self.root}")
             if (self.check or len(self) < FILES_CHECKED) and not _exists(self.root / path):
                 return self.skip(f"{where}: no such file: {path}")
+        self.keep(path, texts, group)
+
+    def keep(self, path: str | None, texts: Sequence[str], group: int | None) -> None:
+        """Store a record that was checked."""
+        if path is not None:
             self.paths.append(path)
         for text in texts:
             self.texts.append(text)
         self.ends.append(len(self.texts))
         self.groups.append(len(self.groups) if group is None else group)
+
+    def _is_inside(self, path: str) -> bool:
+        """Only the path itself counts: links inside the folder are the user's responsibility."""
+        if os.sep == "/" and path and path[0] not in "/." and ".." not in path:  # almost every path, and quick
+            return True
+        return os.path.normpath(self.root / path).startswith(self._inside)
 
     def skip(self, reason: str) -> None:
         """Count a record that cannot be used. Raises DataError early if there are too many."""
@@ -159,12 +172,16 @@ class Files:
 
     def done(self) -> Files:
         """Report the skipped records and compute the fingerprint. Raises DataError if too many were skipped."""
-        report_skipped(self.origin, len(self) + self.skipped, self.skipped, self.first_skipped)
+        self.report()
         content = hashlib.sha256(repr(self.classes).encode())
         for part in (self.paths.bytes, self.paths.ends, self.texts.bytes, self.texts.ends, self.ends, self.groups):
             content.update(part)
         self.fingerprint = content.hexdigest()[:16]
         return self
+
+    def report(self) -> None:
+        """Report the skipped records. Raises DataError if they are too many."""
+        report_skipped(self.origin, len(self) + self.skipped, self.skipped, self.first_skipped)
 
     def __len__(self) -> int:
         return len(self.groups)

@@ -1,5 +1,6 @@
 """Readers return what was written, in the exact formats of published datasets."""
 
+import csv
 import json
 import pickle
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from clipress.data.formats import csv as csv_format
 from clipress.data.formats import files
 from clipress.data.formats.files import Strings, images_under
 from clipress.data.sources import open_source
@@ -355,3 +357,44 @@ def test_class_names_of_a_subset_are_the_matching_imagenet_columns(tmp_path):
     source = open_source(SourceSpec(format="folder", images=root, classes="imagenet", templates="simple"))
     assert source.classes.names == tuple(IMAGENET_CLASSNAMES[column] for column in columns)
     assert len(source.classes.templates) == 7
+
+
+# tables that stay in their file
+
+CELL = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1, max_size=8)
+PAIRS = st.lists(st.tuples(CELL.filter(lambda text: text.strip()), CELL), min_size=1, max_size=20)
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+@given(PAIRS)
+@settings(deadline=None, max_examples=50)
+def test_every_row_is_read_again_as_csv_reads_it(tmp_path_factory, separator, pairs):
+    home = tmp_path_factory.mktemp("table")
+    if separator == "\t":  # such tables have no quotes, so a cell has neither a tab nor a newline
+        pairs = [tuple(cell.replace("\t", " ").replace("\n", " ") or "x" for cell in pair) for pair in pairs]
+    pairs = [(text if text.strip() else "x", f"{number}.png") for number, (text, _) in enumerate(pairs)]
+    for _, name in pairs:
+        (home / name).touch()
+    with (home / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        if separator == ",":
+            csv.writer(file).writerows([("title", "filepath"), *pairs])
+        else:
+            file.writelines("\t".join(pair) + "\n" for pair in [("title", "filepath"), *pairs])
+    source = csv_format.read(SourceSpec(format="csv", annotations=home / "a.csv", separator=separator))
+    order = reversed(range(len(source)))
+    assert [(*source.captions(i), i) for i in order] == [(text, i) for i, (text, _) in reversed([*enumerate(pairs)])]
+
+
+def test_of_a_row_eight_bytes_are_in_memory(tmp_path, images):
+    table = written(tmp_path / "a.csv", "title\tfilepath\n" + f"{'long ' * 100}\tred.png\n" * 1000)
+    source = open_source(SourceSpec(format="csv", annotations=table, images=images))
+    assert source.places.itemsize * len(source) == 8000
+    assert not any((source.paths.bytes, source.texts.bytes, source.groups, source.ends[1:]))
+
+
+def test_a_table_that_was_changed_while_it_was_open_is_reported(tmp_path, images):
+    table = written(tmp_path / "a.csv", "title\tfilepath\nred\tred.png\nblue\tblue.png\n")
+    source = open_source(SourceSpec(format="csv", annotations=table, images=images))
+    table.write_text("title\tfilepath\na longer line\tred.png\n")
+    with pytest.raises(DataError, match=r"a\.csv has changed since it was opened"):
+        source.captions(1)

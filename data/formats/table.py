@@ -1,0 +1,141 @@
+"""Tables of pairs that stay in their file: of a row only its place is kept, 8 bytes however long it is.
+
+Opening a table reads it once, since every row is checked. Rows are read again when they are asked for.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import mmap
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from clipress.data.formats.files import Files, lines_of
+from clipress.data.spec import SourceSpec
+from clipress.data.transforms import open_image
+from clipress.errors import DataError
+
+Row = tuple[int, int, list[str] | str]
+"""A record's place in bytes, the number of its line, and its cells, or an error message in their place."""
+HASHED_AT_ONCE = 10_000  # rows
+
+
+class Table(Files):
+    """A source of pairs in a table, filled with `add` from `rows`.
+
+    Args:
+        spec: its `separator` "," means a quoted table (RFC 4180), any other one that is not.
+        path: the table's file.
+    """
+
+    def __init__(self, spec: SourceSpec, path: Path, separator: str) -> None:
+        super().__init__(spec, path)
+        self.separator, self.places = separator, array("q")
+        self.columns: tuple[int | None, int, int] = (None, 0, 1)
+        """The column of the images, if there are any, that of the captions, and how many there are."""
+        self._place, self._hash, self._unhashed = 0, hashlib.sha256(), list[str]()
+        self._content: mmap.mmap | None = None
+        self._state = (0, 0)
+
+    def rows(self) -> Iterator[Row]:
+        """Yield all rows of the file, the header included."""
+        self._state = self._state_of_file()
+        for row in _rows(lines_of(self.origin), self.separator):
+            self._place = row[0]
+            yield row
+
+    @property
+    def has_images(self) -> bool:
+        return self.columns[0] is not None and len(self.places) > 0
+
+    @property
+    def has_texts(self) -> bool:
+        return len(self.places) > 0
+
+    def keep(self, path: str | None, texts: Sequence[str], group: int | None) -> None:
+        self.places.append(self._place)
+        self._unhashed += [path or "", *texts]
+        if len(self._unhashed) > HASHED_AT_ONCE:
+            self._hash_rows()
+
+    def done(self) -> Table:
+        self.report()
+        self._hash_rows()
+        self.fingerprint = self._hash.hexdigest()[:16]
+        return self
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def image(self, index: int) -> Image.Image:
+        column = self.columns[0]
+        if column is None:
+            raise DataError(f"data: source '{self.name}' has texts only, no images.")
+        return open_image(self.root / self._cells(index)[column])
+
+    def captions(self, index: int) -> Sequence[str]:
+        return (self.normalised(self._cells(index)[self.columns[1]]),)
+
+    def group(self, index: int) -> int:
+        return range(len(self))[index]
+
+    def _cells(self, index: int) -> list[str]:
+        if self._content is None:  # in each process anew
+            with self.origin.open("rb") as file:
+                self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if self._state_of_file() != self._state:
+                raise DataError(f"{self.origin} has changed since it was opened. Start again.")
+        _, _, cells = next(_rows(_lines_at(self._content, self.places[index]), self.separator), (0, 0, ""))
+        if isinstance(cells, str) or len(cells) != self.columns[2]:
+            raise DataError(f"{self.origin} has changed since it was opened. Start again.")
+        return cells
+
+    def _state_of_file(self) -> tuple[int, int]:
+        state = self.origin.stat()
+        return state.st_size, state.st_mtime_ns
+
+    def _hash_rows(self) -> None:
+        self._hash.update("\0".join([*self._unhashed, ""]).encode("utf-8", "surrogatepass"))
+        self._unhashed.clear()
+
+
+def _lines_at(content: mmap.mmap, place: int) -> Iterator[tuple[int, str]]:
+    """Yield the lines from a place on, as `lines_of` does."""
+    while place < len(content):
+        end = content.find(b"\n", place)
+        after = len(content) if end < 0 else end + 1
+        yield place, content[place:after].decode("utf-8", "replace").rstrip("\r\n")
+        place = after
+
+
+def _rows(lines: Iterator[tuple[int, str]], separator: str) -> Iterator[Row]:
+    if separator == ",":
+        return _quoted(lines)
+    return ((place, number, line.split(separator)) for number, (place, line) in enumerate(lines, 1))
+
+
+def _quoted(lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
+    places: list[int] = []  # of the lines of the record that is read
+
+    def texts() -> Iterator[str]:
+        for place, line in lines:
+            places.append(place)
+            yield line + "\n"
+
+    reader = csv.reader(texts(), strict=True)
+    while True:
+        places.clear()
+        first = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # an unclosed quote swallows lines, each of them a lost record
+            for number, place in enumerate(places, first):
+                yield place, number, f"invalid quoting: {error}"
+        else:
+            yield places[0], first, cells
