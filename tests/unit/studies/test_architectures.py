@@ -1,11 +1,17 @@
-"""Every kind of architecture that open_clip lists goes through the whole of clipress."""
+"""Every kind of architecture that open_clip lists goes through the whole of clipress; the committed table says which do."""
 
+import json
 import re
 
+import open_clip
 import pytest
+import torch
 
+from clipress.models import surgery
+from clipress.models.load import build
+from clipress.models.open_clip_config import config_named, embedding_weights
 from clipress.studies import architectures
-from clipress.studies.architectures import COLUMNS, is_done, row_of
+from clipress.studies.architectures import COLUMNS, DONE, is_done, markdown, row_of
 
 # One of each kind, and what cannot be done with it.
 KINDS = {
@@ -31,6 +37,41 @@ def test_one_of_each_kind_goes_through_every_column(name, capfd):
     failed = {column: row.get(column) for column in COLUMNS if not is_done(row.get(column))}
     assert failed.keys() <= KINDS[name], failed
     assert not [cell for cell in failed.values() if re.match(r"\w+(Error|Exception)\b", cell)], failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", open_clip.list_models())
+def test_at_full_size_its_names_and_shapes_are_open_clips(name):
+    config = config_named(name)
+    with torch.device("meta"):
+        ours = build(config)
+        stock = surgery.stock_weights(ours)
+        assert surgery.own_weights(ours, stock).keys() == ours.state_dict().keys()
+        if "hf_config" in config["text_cfg"]:
+            return  # open_clip fetches the encoder's config; tests/unit/models/test_hf_text.py counts its parameters.
+        theirs = embedding_weights(open_clip.create_model(name, load_weights=False, device="meta").state_dict())
+    assert {key: tensor.shape for key, tensor in stock.items()} == {key: tensor.shape for key, tensor in theirs.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", open_clip.list_models())
+def test_every_architecture_does_what_the_table_says(name):
+    row = row_of(name)
+    assert {column: is_done(row.get(column)) for column in COLUMNS} == {
+        column: is_done(committed()["rows"][name].get(column)) for column in COLUMNS
+    }
+
+
+def committed():
+    return json.loads((architectures.HERE / "architectures.json").read_text(encoding="utf-8"))
+
+
+def test_the_committed_table_has_every_architecture():
+    found = committed()
+    assert found["rows"].keys() == set(open_clip.list_models())
+    assert (architectures.HERE / "architectures.md").read_text(encoding="utf-8") == markdown(found)
+    for column in ("load", "import file", "import folder", "save", "export", "INT8"):
+        assert not [name for name, row in found["rows"].items() if row.get(column) != DONE], column
 
 
 def test_a_row_that_is_there_is_not_computed_again(tmp_path, monkeypatch):
