@@ -13,6 +13,7 @@ from clipress.models.open_clip_config import config_named, embedding_weights
 from clipress.studies import architectures
 from clipress.studies.architectures import COLUMNS, DONE, is_done, markdown, row_of
 
+NAMES = open_clip.list_models()  # before tests add small ones
 # One of each kind, and what cannot be done with it.
 KINDS = {
     "ViT-B-32": set(),
@@ -40,7 +41,7 @@ def test_one_of_each_kind_goes_through_every_column(name, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", open_clip.list_models())
+@pytest.mark.parametrize("name", NAMES)
 def test_at_full_size_its_names_and_shapes_are_open_clips(name):
     config = config_named(name)
     with torch.device("meta"):
@@ -54,7 +55,7 @@ def test_at_full_size_its_names_and_shapes_are_open_clips(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", open_clip.list_models())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_does_what_the_table_says(name):
     row = row_of(name)
     assert {column: is_done(row.get(column)) for column in COLUMNS} == {
@@ -68,7 +69,7 @@ def committed():
 
 def test_the_committed_table_has_every_architecture():
     found = committed()
-    assert found["rows"].keys() == set(open_clip.list_models())
+    assert found["rows"].keys() == set(NAMES)
     assert (architectures.HERE / "architectures.md").read_text(encoding="utf-8") == markdown(found)
     for column in ("load", "import file", "import folder", "save", "export", "INT8"):
         assert not [name for name, row in found["rows"].items() if row.get(column) != DONE], column
