@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 def build_weightless(make: Callable[[], nn.Module]) -> nn.Module:
     """Call `make` for a module whose weights have shapes only. Its buffers are real, since a state dict lacks some."""
-    with _shapes_only():
-        module = make()
+    try:
+        with _shapes_only():
+            module = make()
+    except RuntimeError:  # timm's hybrid towers, such as MobileCLIP-B's, run their stem once while they are built.
+        return make()
     # Some of timm's towers, such as Swin's, make buffers where their weights are.
     return make() if any(buffer.is_meta for buffer in module.buffers()) else module
 
