@@ -11,9 +11,9 @@ They are JSON in `metadata_props`, under the key `clipress`; in ONNX Runtime:
     preprocess                       size, mean, std and the rest of what turns an image into pixel_values
     tokenizer                        name, context_length and kwargs: what turns a text into input_ids; kept, the
                                      tokens of a reduced vocabulary (data/vocabulary.py), only where there is one
-    ends                             of a text input, where its texts end: eos, that id, or null for the largest one.
-                                     They may be given without what comes after. Absent: the input has one length,
-                                     since the text tower reads the padding too
+    ends                             of a text input, where its texts end: eos, that id, or null for the largest one; or pad,
+                                     the id of the padding behind them. They may be given without what comes after. Absent: the input
+                                     has one length, since the text tower reads the padding too
     embed_dim, logit_scale, logit_bias   the scale is exponentiated; the bias is null for a CLIP without one
     labels, templates                of a classifier: the names of its columns, and the prompts of a zero-shot one
     stage, lineage_hash              the artifact it was exported from
@@ -39,6 +39,7 @@ from typing import Any
 
 import onnx
 
+from clipress.data.padding import TextEnd
 from clipress.export import onnx_file
 from clipress.export.int8_graph import is_portable
 from clipress.runtime.export_folder import Exported
@@ -57,9 +58,13 @@ def of_graph(exported: Exported, graph: str) -> dict[str, Any]:
     return {**kept, **ends_of(exported.graphs[graph]), "tower": graph, "agrees": exported.graphs[graph].agrees}
 
 
+def _described(end: TextEnd) -> dict[str, Any]:
+    return {name: token for name, token in asdict(end).items() if name == "eos" or token is not None}
+
+
 def ends_of(*graphs: Graph) -> dict[str, Any]:
     """Return the metadata of a file made of these graphs that say where its texts end; empty where they have one length."""
-    ends = {put.name: asdict(put.end) for graph in graphs for put in graph.inputs if put.end is not None}
+    ends = {put.name: _described(put.end) for graph in graphs for put in graph.inputs if put.end is not None}
     return {"ends": ends} if ends else {}
 
 

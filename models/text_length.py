@@ -10,6 +10,7 @@ from torch import nn
 from clipress.data.padding import TextEnd
 from clipress.models import anatomy
 from clipress.models.attention import Attention
+from clipress.models.hf_text import HFText
 
 
 def accept_short_texts(model: nn.Module) -> nn.Module:
@@ -36,6 +37,8 @@ def text_end(model: nn.Module) -> TextEnd | None:
     if not anatomy.is_clip(model):
         return None
     _, text = anatomy.text_root(model)
+    if isinstance(text, HFText):
+        return TextEnd(pad=text.shape.pad)
     blocks = getattr(getattr(text, "transformer", None), "resblocks", ())
     is_causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
     if not is_causal or not blocks or not all(isinstance(block.attn, Attention) for block in blocks):
@@ -50,6 +53,6 @@ def text_ends(model: Reader, teachers: Sequence[Reader] = ()) -> list[TextEnd | 
     ends = [text_end(one.module) for one in (model, *teachers)]
     # A teacher with a larger vocabulary has another id for the end token; the largest id is the same token in both.
     return [
-        end if end is None or end.eos is None or one.tokenizer == model.tokenizer else None
+        end if end in (None, TextEnd()) or one.tokenizer == model.tokenizer else None
         for one, end in zip((model, *teachers), ends, strict=True)
     ]

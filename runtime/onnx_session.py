@@ -127,7 +127,7 @@ def ends_from(about: Mapping[str, Any]) -> dict[str, TextEnd]:
     """Return where a file's texts end, by input, from its metadata. Raises ExportError for damaged ones."""
     try:
         ends = {name: TextEnd(**end) for name, end in about.get("ends", {}).items()}
-        if any(not isinstance(end.eos, int | None) for end in ends.values()):
+        if any(not isinstance(token, int | None) for end in ends.values() for token in (end.eos, end.pad)):
             raise TypeError(f"expected an id or null, found {ends}")
     except (TypeError, AttributeError) as error:
         raise ExportError(f"The metadata of an ONNX file are damaged: ends, {error!s:.200}. Export it again.") from None

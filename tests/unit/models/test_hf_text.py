@@ -12,6 +12,7 @@ import torch
 from hf_text_oracle import CASES, VISION, config_of
 
 from clipress.artifact import save_artifact
+from clipress.data.padding import TextEnd
 from clipress.errors import ArtifactError, RecipeError
 from clipress.export.settings import OnnxSettings
 from clipress.export.torch_export import export_graph
@@ -21,8 +22,9 @@ from clipress.models.importers import import_checkpoint
 from clipress.models.load import artifact_from_model, build, model_from_open_clip, new_model, save_for_open_clip
 from clipress.models.open_clip_config import config_named
 from clipress.models.students import student_from
+from clipress.models.text_length import text_end
 from clipress.models.tiny import tiny_architecture
-from clipress.runtime.onnx_session import run_from_onnx
+from clipress.runtime.onnx_session import reference_session, run_from_onnx
 from clipress.tasks import graphs_of, model_from_artifact
 
 ORACLES = Path(sys.prefix, "oracles")
@@ -221,3 +223,20 @@ def test_a_published_coca_is_read_from_its_file_with_the_preprocessing_of_its_ta
     assert_same_towers(model, theirs)
     assert model.preprocess.mean == (0.1, 0.2, 0.3) and model.preprocess.interpolation == "bilinear"
     assert_same_towers(model_from_open_clip("small-coca", str(folder / "open_clip_pytorch_model.bin")), theirs)
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("case", CASES)
+def test_padding_is_left_out_everywhere(case, exporter, tmp_path):
+    model, pad = new(case), config_of(case)[0]["pad_token_id"]
+    assert text_end(model.module) == TextEnd(pad=pad)
+    ids = texts(case)[:1].repeat(2, 1)
+    ids[1, 7:] = pad
+    graph = graphs_of(model)["text"]
+    assert graph.needed({"input_ids": ids.numpy()})["input_ids"].shape == (2, 8)
+    export_graph(model, graph, tmp_path / "text.onnx", OnnxSettings(exporter=exporter))
+    session = reference_session(tmp_path / "text.onnx")
+    wanted = torch.nn.functional.normalize(embedded(model, ids), dim=-1)
+    for length in (7, 8, 30, 77):
+        (found,) = session.run(None, {"input_ids": ids[:, :length].numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-6, rtol=1e-5)
