@@ -184,7 +184,9 @@ def load_teacher(spec: TeacherSpec, task: str, say: Say) -> Teacher:
     if spec.model is not None:
         model = task_named(task).load_pretrained(spec.model, spec.checkpoint, "teacher")
         weights = digest(
-            *(f"{name} {tensor.double().sum().item()!r}" for name, tensor in model.module.state_dict().items())
+            model.architecture,
+            model.preprocess.model_dump(),
+            *(f"{name} {tensor.double().sum().item()!r}" for name, tensor in model.module.state_dict().items()),
         )
         known = {"stage": "teacher", "model": spec.model, "checkpoint": spec.checkpoint, "hash": weights}
         return Teacher(model, (known,), None)

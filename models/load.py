@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ LIMITS = {
     **dict.fromkeys(("context_length", "image_size", "patch_size"), 1 << 13),
 }
 LIMIT = 1 << 22
+MAX_POSITIONS = 1 << 26  # numbers in a position table that a file may be resized to
 BIG_VISION = (".npz", ".npy")  # SigLIP's own files, which open_clip reads
 STAND_IN = {"context_length": 2, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
 """A text tower in the place of one that open_clip would fetch from the hub."""
@@ -67,7 +69,7 @@ class TeacherSpec(Section):
     artifact: Path | None = None
     """A folder with clipress.json."""
     model: str | None = None
-    """An open_clip model name."""
+    """An open_clip model name, or local-dir:FOLDER for a folder that `clipress import` reads, with its weights."""
     checkpoint: str | None = None
     """With `model`: a weights file, or a pretrained tag of open_clip, or `random` for random weights."""
     recipe: dict[str, Any] | None = None
@@ -208,7 +210,7 @@ def _with_published_weights(name: str, config: dict[str, Any], tag: str) -> nn.M
 def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load weights as open_clip does: Apple's names are converted, position tables resized to the model's sizes."""
     from open_clip.convert import convert_state_dict
-    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+    from open_clip.model import convert_to_custom_text_state_dict
 
     weights = embedding_weights(weights)
     state = convert_state_dict(model, {name: one for name, one in weights.items() if name not in NOTES})
@@ -217,11 +219,38 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name in ("logit_scale", "logit_bias"):
         if name in state and getattr(model, name, None) is not None:
             state[name] = state[name].reshape(getattr(model, name).shape)
-    resize_pos_embed(state, model)
-    resize_text_pos_embed(state, model)
+    fit_position_tables(state, model)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     own = surgery.own_weights(model, state)
     assign(model, {name: tensor.to(dtypes.get(name, tensor.dtype)).contiguous() for name, tensor in own.items()})
+
+
+def fit_position_tables(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Interpolate the position tables in a state dict to a model's image size and context length, in place, as open_clip does.
+
+    A table of another width stays as it is: it belongs to another model. The model may be on the meta device.
+    """
+    from open_clip.model import resize_pos_embed, resize_text_pos_embed
+
+    own = model.state_dict()
+    for name, resize in (
+        ("visual.positional_embedding", resize_pos_embed),
+        ("positional_embedding", resize_text_pos_embed),
+        ("text.positional_embedding", resize_text_pos_embed),
+    ):
+        found, wanted = state.get(name), own.get(name)
+        if found is not None and wanted is not None and found.shape != wanted.shape and _resizable(name, found, wanted):
+            state[name] = found.float()
+            resize(state, model)
+            log.info("%s: resized from %d positions to %d.", name, len(found), len(wanted))
+
+
+def _resizable(name: str, found: Tensor, wanted: Tensor) -> bool:
+    if found.ndim != 2 or wanted.ndim != 2 or found.shape[1] != wanted.shape[1] or not found.is_floating_point():
+        return False
+    grid = len(found) - 1  # beside the class token
+    square = not name.startswith("visual.") or (grid > 0 and math.isqrt(grid) ** 2 == grid)
+    return square and wanted.numel() <= MAX_POSITIONS
 
 
 def agreed_preprocess(name: str) -> dict[str, Any]:

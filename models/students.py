@@ -2,6 +2,7 @@
 
     student: {model: ViT-B-16}                                  an open_clip name
     student: {image: vit-t-16, text: clip-kd}                   two towers, by name, size or config
+    student: {image: {timm: resnet18, checkpoint: FILE}, text: 12x384}  a tower that starts from a timm file
     student: {image: {timm: resnet18}, text: teacher}           one tower new, the other a frozen copy of the teacher's
     student: {inherit: {image: {layers: 6}, text: {ffn: 512}}}  cut out of the teacher (models/weight_inheritance.py)
     student: {embed_dim: 512, vision_cfg: {...}, text_cfg: {...}}  a full open_clip config
@@ -25,9 +26,11 @@ from torch import nn
 
 from clipress.errors import RecipeError, nearest
 from clipress.models import anatomy, surgery
-from clipress.models.load import Model, model_from_open_clip, new_model
+from clipress.models.importers import local_folder, model_named
+from clipress.models.load import Model, new_model
 from clipress.models.named_towers import IMAGE_TOWERS, TEXT_TOWERS, timm_tower
 from clipress.models.open_clip_config import config_named
+from clipress.models.timm_weights import load_timm_weights
 from clipress.models.weight_inheritance import Size, inherited
 from clipress.recipe import Section, checked, digest
 from clipress.storage import sha256
@@ -55,11 +58,12 @@ class Student(Section):
     """The `student` section, unless it is a full open_clip config: exactly one of model, image with text, inherit."""
 
     model: str | None = None
-    """An open_clip model name."""
+    """An open_clip model name, or local-dir:FOLDER for a folder that `clipress import` reads, with its weights."""
     checkpoint: str | None = None
     """With `model`: a weights file, or a pretrained tag of open_clip. Default: random weights."""
     image: str | dict[str, Any] | None = None
-    """A name of `named_towers.IMAGE_TOWERS`; vit-LAYERSxWIDTH-pPATCH; {timm: NAME}, with `pretrained: true` for timm's own weights; keys of
+    """A name of `named_towers.IMAGE_TOWERS`; vit-LAYERSxWIDTH-pPATCH; {timm: NAME}, with `pretrained: true` for timm's own weights or
+    `checkpoint: FILE` for a timm file; keys of
     open_clip's vision_cfg; or `teacher`."""
     text: str | dict[str, Any] | None = None
     """A name of `named_towers.TEXT_TOWERS`; LAYERSxWIDTH; keys of open_clip's text_cfg; or `teacher`."""
@@ -87,7 +91,8 @@ class Student(Section):
             )
         if self.checkpoint is not None and self.model is None:
             raise RecipeError("student.checkpoint: it is used with 'model'. Set model, or leave out checkpoint.")
-        fixed = self.inherit is not None or (self.checkpoint or "random") != "random"
+        has_weights = (self.checkpoint or "random") != "random" or local_folder(self.model) is not None
+        fixed = self.inherit is not None or has_weights
         if fixed and (self.embed_dim or self.image_size):
             source = "the teacher" if self.inherit is not None else "the checkpoint"
             raise RecipeError(f"student: embed_dim and image_size are {source}'s. Leave them out.")
@@ -138,9 +143,12 @@ def towers_of_teacher(raw: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 def start_hash(raw: Mapping[str, Any], seed: int) -> str:
-    """Hash a student's starting point without the teacher (which every stage records): section, seed and checkpoint."""
-    file = Path(str(raw.get("checkpoint")))
-    return digest("start", raw, seed, *([sha256(file)] if file.is_file() else []))
+    """Hash a student's starting point without the teacher (which every stage records): section, seed and weights."""
+    model = raw.get("model")
+    folder = local_folder(model) if isinstance(model, str) else None
+    files = [Path(str(raw.get("checkpoint"))), _timm_file(raw.get("image"))]
+    files += [] if folder is None else sorted(folder.rglob("*"))
+    return digest("start", raw, seed, *(sha256(file) for file in files if file is not None and file.is_file()))
 
 
 def freeze(model: nn.Module, towers: Iterable[str]) -> None:
@@ -158,6 +166,12 @@ def eval_frozen_modules(model: nn.Module) -> None:
             module.eval()
 
 
+def _timm_file(image: Any) -> Path | None:
+    """Return the timm checkpoint that an image tower starts from, if any."""
+    has_file = isinstance(image, Mapping) and "timm" in image and "checkpoint" in image
+    return Path(str(image["checkpoint"])) if has_file else None
+
+
 def _is_config(raw: Mapping[str, Any]) -> bool:
     return not raw.keys().isdisjoint({"vision_cfg", "text_cfg"})
 
@@ -166,8 +180,8 @@ def _named(student: Student, teacher: Model | None, seed: int) -> Model:
     """Build a model by its open_clip name."""
     import open_clip
 
-    if (student.checkpoint or "random") != "random":
-        return model_from_open_clip(student.model, student.checkpoint, "student")
+    if local_folder(student.model) is not None or (student.checkpoint or "random") != "random":
+        return model_named(student.model, student.checkpoint, "student")
     config = config_named(student.model)
     if config is None:
         raise RecipeError(
@@ -213,6 +227,8 @@ def _of_two_towers(student: Student, teacher: Model | None, seed: int) -> Model:
         made |= {key: copy.deepcopy(theirs[key]) for key in beside}
         made |= {key: copy.deepcopy(theirs[key]) for key in (anatomy.CONFIG_KEYS[tower] for tower in taken)}
     model = new_model(made, seed)
+    if file := _timm_file(student.image):
+        load_timm_weights(model.module, file)
     for tower in taken:
         surgery.copy_tower(model.module, teacher.module, tower)
     if taken:  # The logit scale is the teacher's too.
@@ -255,11 +271,15 @@ def _image_config(given: str | dict[str, Any]) -> dict[str, Any]:
     from open_clip.model import CLIPVisionCfg
 
     if isinstance(given, dict) and "timm" in given:
-        more = {key: value for key, value in given.items() if key not in ("timm", "pretrained")}
+        if given.get("pretrained") and "checkpoint" in given:
+            raise RecipeError("student.image: expected pretrained or checkpoint, found both. Leave one out.")
+        more = {key: value for key, value in given.items() if key not in ("timm", "pretrained", "checkpoint")}
         given = timm_tower(given["timm"], timm_model_pretrained=bool(given.get("pretrained", False)), **more)
     if isinstance(given, dict):
         known = {field.name for field in fields(CLIPVisionCfg)}
-        return _known_timm(_known_keys(given, known - {"image_size"}, {"timm", "pretrained"}, "student.image"))
+        return _known_timm(
+            _known_keys(given, known - {"image_size"}, {"timm", "pretrained", "checkpoint"}, "student.image")
+        )
     if size := re.fullmatch(r"vit-(\d+)x(\d+)-p(\d+)", given):
         layers, width, patch = map(int, size.groups())
         return {"width": width, "layers": layers, "head_width": _head_width(width, "image"), "patch_size": patch}

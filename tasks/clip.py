@@ -17,7 +17,8 @@ from clipress.errors import RecipeError
 from clipress.metrics.evaluate import embed_classes, evaluate_items
 from clipress.metrics.outcomes import Outcomes
 from clipress.models import anatomy, students
-from clipress.models.load import Model, build, model_from_open_clip, refuse_absurd, save_for_open_clip
+from clipress.models.importers import model_named
+from clipress.models.load import Model, build, refuse_absurd, save_for_open_clip
 from clipress.models.text_length import text_end
 from clipress.runtime.graph import Arrays, Graph, Run, clip_graphs
 from clipress.tasks import TASKS, Task, Tokenize, runs_of, sample_images, task_named
@@ -56,7 +57,7 @@ class Clip(Task):
         return replace(students.student_from(section, teacher, seed), task=self.name)
 
     def load_pretrained(self, name: str, checkpoint: str | None, where: str) -> Model:
-        return replace(model_from_open_clip(name, checkpoint, where), task=self.name)
+        return replace(model_named(name, checkpoint, where), task=self.name)
 
     def towers_of_teacher(self, section: Mapping[str, Any] | None) -> tuple[str, ...]:
         return students.towers_of_teacher(section)

@@ -11,14 +11,23 @@ from pathlib import Path
 from clipress.artifact import Artifact
 from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models.importers.base import IMPORTERS, Importer
-from clipress.models.load import Model, artifact_from_model
+from clipress.models.load import Model, artifact_from_model, model_from_open_clip
 from clipress.models.weights_file import State, Weights, Which, weights_from_file, weights_from_files
 from clipress.recipe import digest
 from clipress.storage import read_json, sha256
 from clipress.version import __version__
 
-__all__ = ["IMPORTERS", "Importer", "artifact_from_checkpoint", "detected", "import_checkpoint"]
+__all__ = [
+    "IMPORTERS",
+    "Importer",
+    "artifact_from_checkpoint",
+    "detected",
+    "import_checkpoint",
+    "local_folder",
+    "model_named",
+]
 
+LOCAL = "local-dir:"  # open_clip's own way to name a folder
 INSIDE = "0_CLIPModel"  # where sentence-transformers keeps a CLIP
 
 
@@ -37,6 +46,26 @@ def import_checkpoint(path: Path, form: str = "auto", model: str | None = None, 
         RecipeError: `form` or `model` is unknown or out of place.
     """
     return _imported(Path(path), form, model, which)[0]
+
+
+def local_folder(name: str | None) -> Path | None:
+    """Return the folder of a model name `local-dir:FOLDER`; None for any other name."""
+    return Path(name.removeprefix(LOCAL)) if name is not None and name.startswith(LOCAL) else None
+
+
+def model_named(name: str, checkpoint: str | None, where: str) -> Model:
+    """Load the model of a recipe: an open_clip name with a checkpoint, or `local-dir:FOLDER`, which needs none.
+
+    Such a folder may be in any format that `import_checkpoint` reads. `where` begins messages.
+    """
+    folder = local_folder(name)
+    if folder is None:
+        return model_from_open_clip(name, checkpoint, where)
+    if checkpoint is not None:
+        raise RecipeError(f"{where}: {name} holds its own weights, found checkpoint '{checkpoint}'. Leave it out.")
+    if not folder.is_dir():
+        raise ArtifactError(f"{where}: expected a folder at {folder}, found none. Check the path in '{name}'.")
+    return import_checkpoint(folder)
 
 
 def artifact_from_checkpoint(

@@ -69,4 +69,4 @@ def _model(architecture: dict[str, Any], state: State, preprocess: dict[str, Any
     )  # It would start a download that is overwritten at once.
     if architecture.get("custom_text"):
         state = convert_to_custom_text_state_dict(state)
-    return model_from_weights(architecture, state, preprocess)
+    return model_from_weights(architecture, state, preprocess, resizes=True)

@@ -17,7 +17,7 @@ from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, ClipressError, RecipeError, first_line
 from clipress.models import anatomy, surgery
 from clipress.models.importers.base import IMPORTERS, Importer
-from clipress.models.load import Model, build, refuse_absurd
+from clipress.models.load import Model, build, fit_position_tables, refuse_absurd
 from clipress.models.weightless import assign, build_weightless
 from clipress.models.weights_file import NOTES, State
 from clipress.recipe import checked
@@ -124,10 +124,12 @@ def model_from_weights(
     weights: State,
     preprocess: Mapping[str, Any] | None = None,
     shapes: dict[str, dict[str, Any]] | None = None,
+    resizes: bool = False,
 ) -> Model:
     """Put weights in stock naming into the model of an architecture, whose parts may be narrower (`shapes`).
 
-    Every name and shape is compared before memory is taken. Raises ArtifactError naming the first tensor that is wrong.
+    Every name and shape is compared before memory is taken; with `resizes`, position tables are fitted first. Raises
+    ArtifactError naming the first tensor that is wrong.
     """
 
     def made() -> nn.Module:
@@ -137,7 +139,8 @@ def model_from_weights(
     refuse_absurd(architecture)
     try:
         with torch.device("meta"):
-            wanted = surgery.stock_weights(made())
+            empty = made()
+            wanted = surgery.stock_weights(empty)
     except ClipressError:
         raise
     except Exception as error:  # a config can fail anywhere in open_clip
@@ -148,6 +151,8 @@ def model_from_weights(
         name: tensor.reshape(()) if name in scalars and tensor.shape == (1,) else tensor
         for name, tensor in weights.items()
     }
+    if resizes:
+        fit_position_tables(weights, empty)
     _compare(wanted, weights)
     tokenizer = tokenizer_spec(architecture)
     check_spec(tokenizer)

@@ -17,10 +17,12 @@ from helpers import clipress
 from safetensors.torch import save_file
 
 from clipress.artifact import load_artifact, save_artifact
+from clipress.compress.pipeline import load_teacher
 from clipress.errors import ArtifactError, RecipeError
 from clipress.models import surgery
 from clipress.models.importers import IMPORTERS, Importer, artifact_from_checkpoint, detected, import_checkpoint
-from clipress.models.load import agreed_preprocess, model_from_open_clip, new_model, save_for_open_clip
+from clipress.models.load import TeacherSpec, agreed_preprocess, model_from_open_clip, new_model, save_for_open_clip
+from clipress.models.students import start_hash, student_from
 from clipress.models.tiny import tiny_architecture
 from clipress.models.weights_file import weights_from_file
 from clipress.storage import sha256
@@ -785,3 +787,68 @@ def test_a_teachers_position_table_is_resized_to_its_models_image_size(name, tmp
     model = model_from_open_clip(name, str(tmp_path / "larger.pt"))
     assert model.module.visual.positional_embedding.shape == (17, 128)
     torch.testing.assert_close(model.module.visual.positional_embedding[0], larger.visual.positional_embedding[0])
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("change", [{"image_size": 48}, {"image_size": 16}, {"context_length": 40}])
+def test_position_tables_of_an_imported_file_are_resized_as_open_clip_does(change, half, name, tmp_path):
+    vision = {**VIT, **{k: v for k, v in change.items() if k in VIT}}
+    text = {**TEXT, **{k: v for k, v in change.items() if k in TEXT}}
+    state = open_clip.model.CLIP(64, vision, text).state_dict()
+    state = {key: tensor.half() for key, tensor in state.items()} if half else state
+    torch.save(state, tmp_path / "other-size.pt")
+    plain = open_clip.model.CLIP(64, dict(VIT), dict(TEXT)).eval()
+    wanted = {key: tensor.float() for key, tensor in state.items()}
+    open_clip.model.resize_pos_embed(wanted, plain)
+    open_clip.model.resize_text_pos_embed(wanted, plain)
+    plain.load_state_dict(wanted)
+    for model in (
+        import_checkpoint(tmp_path / "other-size.pt", model=name),
+        model_from_open_clip(name, str(tmp_path / "other-size.pt")),
+    ):
+        assert model.preprocess.size == 32
+        assert_same(model, outputs(plain))
+
+
+@pytest.mark.parametrize(
+    "table", [torch.ones(20, 128), torch.ones(1, 128), torch.ones(26, 64), torch.ones(26, 128).long()]
+)
+def test_a_table_that_is_no_grid_of_this_model_is_named(table, name, tmp_path):
+    torch.save({**source().state_dict(), "visual.positional_embedding": table}, tmp_path / "odd.pt")
+    with pytest.raises(ArtifactError, match=r"visual\.positional_embedding"):
+        import_checkpoint(tmp_path / "odd.pt", model=name)
+    with pytest.raises(ArtifactError, match=r"odd\.pt"):
+        model_from_open_clip(name, str(tmp_path / "odd.pt"))
+
+
+def test_a_teacher_in_a_folder_needs_no_checkpoint(tmp_path):
+    saved = new_model({"embed_dim": 64, "vision_cfg": VIT, "text_cfg": TEXT, "quick_gelu": True}, 0)
+    folder, wanted = tmp_path / "hub", outputs(saved.module.eval())
+    assert save_for_open_clip(saved, folder)
+    spec = TeacherSpec(model=f"local-dir:{folder}")
+    assert_same(load_teacher(spec, "clip", print).model, wanted)
+    assert_same(student_from({"model": spec.model}, None, 0), wanted)
+    before = start_hash({"model": spec.model}, 0)
+    assert start_hash({"model": spec.model}, 0) == before
+    (folder / "open_clip_model.safetensors").write_bytes(b"other weights")
+    assert start_hash({"model": spec.model}, 0) != before
+    with pytest.raises(RecipeError, match=r"holds its own weights.*Leave it out"):
+        load_teacher(TeacherSpec(model=spec.model, checkpoint="random"), "clip", print)
+    with pytest.raises(RecipeError, match="image_size are the checkpoint's"):
+        student_from({"model": spec.model, "image_size": 64}, None, 0)
+
+
+def test_a_teachers_folder_that_is_missing_is_one_message(tmp_path):
+    with pytest.raises(ArtifactError, match=r"teacher: expected a folder at .*nowhere, found none"):
+        load_teacher(TeacherSpec(model=f"local-dir:{tmp_path / 'nowhere'}"), "clip", print)
+
+
+def test_teachers_with_the_same_weights_and_another_activation_have_other_hashes(tmp_path):
+    saved = new_model({"embed_dim": 64, "vision_cfg": VIT, "text_cfg": TEXT, "quick_gelu": True}, 0)
+    assert save_for_open_clip(saved, tmp_path / "hub")
+    spec = TeacherSpec(model=f"local-dir:{tmp_path / 'hub'}")
+    before = load_teacher(spec, "clip", print).hash
+    assert load_teacher(spec, "clip", print).hash == before
+    config = tmp_path / "hub" / "open_clip_config.json"
+    config.write_text(config.read_text().replace('"quick_gelu": true', '"quick_gelu": false'))
+    assert load_teacher(spec, "clip", print).hash != before

@@ -4,6 +4,7 @@ import json
 
 import open_clip
 import pytest
+import timm
 import torch
 import torchvision
 
@@ -13,7 +14,7 @@ from clipress.compress.plan import compress_plan_from
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Preprocess
-from clipress.errors import RecipeError
+from clipress.errors import ArtifactError, RecipeError
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models import anatomy, surgery
@@ -208,6 +209,43 @@ def test_a_resized_timm_tower_is_not_written_for_open_clip(tmp_path):
     assert save_for_open_clip(student({"timm": "test_vit"}, image_size=160), tmp_path / "as-published")
     stock = open_clip.create_model(f"local-dir:{tmp_path / 'as-published'}", require_pretrained=True)
     assert stock.visual.image_size == (160, 160)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda state: state, lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}}]
+)
+@pytest.mark.parametrize(("timm_name", "more"), [("resnet10t", {}), ("test_vit", {"timm_pool": "token"})])
+def test_a_timm_file_gives_a_tower_its_weights(timm_name, more, wrap, tmp_path):
+    torch.manual_seed(3)
+    stock = timm.create_model(timm_name, num_classes=10, **({"img_size": 32} if "vit" in timm_name else {})).eval()
+    torch.save(wrap(stock.state_dict()), tmp_path / "tower.pth")
+    section = {"image": {"timm": timm_name, "checkpoint": str(tmp_path / "tower.pth"), **more}, "text": TEXT}
+    trunk = student_from({**section, "image_size": 32}, None, 0).module.visual.trunk.eval()
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(trunk.forward_features(pixels), stock.forward_features(pixels))
+    before = start_hash(section, 0)
+    torch.save({**stock.state_dict(), "more": torch.ones(1)}, tmp_path / "tower.pth")
+    assert start_hash(section, 0) != before
+    with pytest.raises(ArtifactError, match=r"tower\.pth: 1 tensors have no place in its timm model: more"):
+        student_from({**section, "image_size": 32}, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (None, "does not exist"),
+        ({"conv1.weight": torch.ones(3)}, r"expected conv1\.\S+ .* by its timm model, found"),
+    ],
+)
+def test_a_timm_file_that_does_not_fit_is_named(file, message, tmp_path):
+    if file:
+        torch.save(file, tmp_path / "tower.pth")
+    section = {"image": {"timm": "resnet10t", "checkpoint": str(tmp_path / "tower.pth")}, "text": TEXT}
+    with pytest.raises(ArtifactError, match=message):
+        student_from(section, None, 0)
+    with pytest.raises(RecipeError, match="expected pretrained or checkpoint, found both"):
+        student_from({**section, "image": {**section["image"], "pretrained": True}}, None, 0)
 
 
 def test_timm_weights_are_fetched_once_and_not_again_on_loading(monkeypatch):
