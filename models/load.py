@@ -20,7 +20,7 @@ from clipress.data.cache_files import CacheSettings
 from clipress.data.tokens import check_spec, tokenizer_from_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess, preprocess_from_open_clip
 from clipress.errors import ArtifactError, RecipeError, first_line, nearest
-from clipress.models import anatomy, quantizers, surgery
+from clipress.models import anatomy, quantizers, siglip_vit, surgery
 from clipress.models.hf_text import HFText
 from clipress.models.open_clip_config import config_named, embedding_weights, hub_config, is_coca
 from clipress.models.text_length import accept_short_texts
@@ -94,6 +94,7 @@ def build(architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
     if "hf_config" in text:
         config["text_cfg"] = STAND_IN
     try:
+        siglip_vit.register(architecture.get("vision_cfg"))
         with torch.random.fork_rng(devices=[]):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -351,11 +352,12 @@ def artifact_from_model(model: Model, lineage: tuple[dict[str, Any], ...], metri
 def save_for_open_clip(model: Model, folder: Path) -> bool:
     """Write a model so that plain open_clip loads it (`local-dir:FOLDER`).
 
-    Returns False if it is cut, resized or INT8, or has a reduced vocabulary.
+    Returns False if it is cut, resized or INT8, has a reduced vocabulary, or an image tower that timm has no name for.
     """
     uncut = surgery.shapes(build_weightless(lambda: build(model.architecture)))
     if (
         model.quantization
+        or siglip_vit.size_in(model.architecture.get("vision_cfg")) is not None
         or model.tokenizer.get("kept") is not None
         or _is_resized(model.module)
         or surgery.shapes(model.module) != uncut

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: folders of a CLIPModel, alone or inside a sentence-transformers folder; config.json says everything."""
+"""Hugging Face transformers: folders of a CLIPModel or SiglipModel, alone or inside a sentence-transformers folder; config.json says everything."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clipress.data.bpe import SPECIAL, ClipBpe
 from clipress.errors import ArtifactError
+from clipress.models.importers import siglip
 from clipress.models.importers.base import IMPORTERS, Importer
 from clipress.models.importers.openai import model_from_weights
 from clipress.models.load import Model
@@ -108,13 +109,20 @@ class Transformers(Importer):
         )
 
     def model_from_folder(self, folder: Path, state: State) -> Model:
-        """Build the CLIP that config.json describes, with the folder's preprocessing. Raises ArtifactError."""
+        """Build the CLIP or SigLIP that config.json describes, with the folder's preprocessing. Raises ArtifactError."""
         raw = _read(folder / self.folder_config)
-        if (kind := raw.get("model_type")) != "clip":
+        kind = raw.get("model_type")
+        if kind not in ("clip", "siglip"):
             raise ArtifactError(
-                f"expected a CLIPModel (model_type clip), found model_type {kind!r}, which is not read yet."
+                f"expected a CLIPModel or SiglipModel (model_type clip or siglip), found model_type {kind!r}, which is not "
+                f"read yet.{' SigLIP 2 is read at a fixed size, not as NaFlex.' if kind == 'siglip2' else ''}"
             )
         try:
+            if kind == "siglip":
+                described = siglip.architecture(siglip.Config.model_validate(raw))
+                return model_from_weights(
+                    described, siglip.renamed(state), siglip.HALF | _preprocess(folder, crops=False)
+                )
             config = _Config.model_validate(raw)
         except ValidationError as error:
             raise ArtifactError(f"its {self.folder_config}, {first_problem(error)}.") from None
@@ -178,8 +186,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def _preprocess(folder: Path) -> dict[str, Any]:
-    """Return the folder's preprocessing in open_clip's words; CLIP's own where it has none."""
+def _preprocess(folder: Path, crops: bool = True) -> dict[str, Any]:
+    """Return the folder's preprocessing in open_clip's words; empty where it has none. `crops`: what its class does by default."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             given = _read(folder / name)
@@ -189,7 +197,7 @@ def _preprocess(folder: Path) -> dict[str, Any]:
         return {}
     if not isinstance(given, Mapping):
         raise ArtifactError(f"its {name}: expected a mapping, found {type(given).__name__}.")
-    crops = given.get("do_center_crop", True)
+    crops = given.get("do_center_crop", crops)
     found = {
         "mean": given.get("image_mean") if given.get("do_normalize", True) else [0.0] * 3,
         "std": given.get("image_std") if given.get("do_normalize", True) else [1.0] * 3,

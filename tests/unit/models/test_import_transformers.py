@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import clipress
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers_layout import exact_layout
-from transformers_oracle import CASES
+from transformers_oracle import CASES, SIGLIP
 
 from clipress.artifact import load_artifact
 from clipress.data.bpe import SPECIAL, ClipBpe
 from clipress.errors import ArtifactError, RecipeError
 from clipress.models.importers import artifact_from_checkpoint, import_checkpoint
-from clipress.models.load import new_model
+from clipress.models.load import new_model, save_for_open_clip
 from clipress.models.tiny import tiny_architecture
+from clipress.tasks import model_from_artifact
 
 ORACLES = Path(sys.prefix, "oracles")
 """Where `make test` installs transformers: not beside open_clip, which would import it in every process."""
@@ -40,7 +41,7 @@ def theirs(tmp_path_factory):
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, SIGLIP])
 def test_an_imported_folder_computes_what_transformers_does(theirs, case):
     model = import_checkpoint(theirs / case)
     expected = torch.load(theirs / case / "expected.pt", weights_only=True)
@@ -49,6 +50,39 @@ def test_an_imported_folder_computes_what_transformers_does(theirs, case):
         found = model.module.encode_image(pixels), model.module.encode_text(ids)
     for rows, wanted in zip(found, expected["outputs"], strict=True):
         torch.testing.assert_close(rows, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.oracle
+def test_an_imported_siglip_keeps_its_scale_bias_tokenizer_and_preprocessing_as_an_artifact(theirs, tmp_path):
+    bare = import_checkpoint(theirs / SIGLIP)
+    assert bare.preprocess.mean == (0.5, 0.5, 0.5) and bare.preprocess.resize_mode == "squash"
+    (theirs / SIGLIP / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    assert clipress("import", theirs / SIGLIP, tmp_path / "artifact").exit_code == 0
+    model = model_from_artifact(tmp_path / "artifact")
+    state = load_file(theirs / SIGLIP / "model.safetensors")
+    assert model.module.logit_scale == state["logit_scale"] and model.module.logit_bias == state["logit_bias"]
+    assert model.preprocess.mean == (0.1, 0.2, 0.3) and model.preprocess.resize_mode == "squash"
+    assert model.tokenizer["name"] == "timm/ViT-B-16-SigLIP"
+    pixels, ids = torch.load(theirs / SIGLIP / "expected.pt", weights_only=True)["inputs"]
+    with torch.no_grad():
+        assert torch.equal(model.module.encode_image(pixels), bare.module.encode_image(pixels))
+        assert torch.equal(model.module.encode_text(ids), bare.module.encode_text(ids))
+    assert not save_for_open_clip(model, tmp_path / "open_clip")  # timm has no name for its image tower
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"vocab_size": 500}, "expected a vocabulary that SigLIP was published with .*found 500"),
+        ({"num_attention_heads": 7}, "7 heads do not divide a width of 768"),
+        ({"hidden_act": "relu"}, "text_config.hidden_act"),
+        ({}, r"tensor .* is missing"),
+    ],
+)
+def test_a_siglip_that_does_not_fit_its_config_is_refused(folder, text, message):
+    (folder / "config.json").write_text(json.dumps({"model_type": "siglip", "text_config": text}))
+    with pytest.raises(ArtifactError, match=message):
+        import_checkpoint(folder)
 
 
 @pytest.fixture
@@ -122,7 +156,7 @@ def test_a_tokenizer_that_is_not_clips_is_refused(folder, stock):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "siglip"}, "expected a CLIPModel .*found model_type 'siglip'"),
+        ({"model_type": "siglip2"}, "expected a CLIPModel or .*found model_type 'siglip2'.*not as NaFlex"),
         ({"vision_config": {"num_attention_heads": 7}}, "7 heads do not divide"),
         ({"vision_config": {"hidden_act": "silu"}}, "vision_config.hidden_act"),
         ({"text_config": {"hidden_act": "quick_gelu"}}, "different activations"),

@@ -1,0 +1,153 @@
+"""SiglipModel of Hugging Face transformers, and SigLIP 2 of fixed size, which is stored as one: config and names in open_clip's."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from clipress.errors import ArtifactError
+from clipress.models.siglip_vit import Size
+from clipress.models.weights_file import State
+
+TOKENIZERS = {
+    32_000: "timm/ViT-B-16-SigLIP",
+    250_000: "timm/ViT-B-16-SigLIP-i18n-256",
+    256_000: "timm/ViT-B-16-SigLIP2",
+}
+"""open_clip's tokenizer of each vocabulary that SigLIP was published with."""
+HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+TRUNK = "visual.trunk."
+OUTSIDE = {
+    **{name: name for name in ("logit_scale", "logit_bias")},
+    "text_model.embeddings.token_embedding.weight": "text.token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "text.positional_embedding",
+    "vision_model.embeddings.position_embedding.weight": f"{TRUNK}pos_embed",
+    "vision_model.head.probe": f"{TRUNK}attn_pool.latent",
+}
+MODULES = {
+    "text_model.final_layer_norm": "text.ln_final",
+    "text_model.head": "text.text_projection",
+    "vision_model.embeddings.patch_embedding": f"{TRUNK}patch_embed.proj",
+    "vision_model.post_layernorm": f"{TRUNK}norm",
+    "vision_model.head.attention.out_proj": f"{TRUNK}attn_pool.proj",
+    "vision_model.head.layernorm": f"{TRUNK}attn_pool.norm",
+    "vision_model.head.mlp.fc1": f"{TRUNK}attn_pool.mlp.fc1",
+    "vision_model.head.mlp.fc2": f"{TRUNK}attn_pool.mlp.fc2",
+}
+POOL = "vision_model.head.attention.in_proj_"
+BLOCK = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+TEXT = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2"} | {
+    **{"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"},
+}
+VISION = {"self_attn.out_proj": "attn.proj", "layer_norm1": "norm1", "layer_norm2": "norm2"}
+
+
+class _Tower(BaseModel):
+    hidden_size: int = Field(768, ge=1)
+    intermediate_size: int = Field(3072, ge=1)
+    num_hidden_layers: int = Field(12, ge=1)
+    num_attention_heads: int = Field(12, ge=1)
+    hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    layer_norm_eps: Literal[1e-06] = 1e-6
+
+
+class _Vision(_Tower):
+    image_size: int = Field(224, ge=1)
+    patch_size: int = Field(16, ge=1)
+    vision_use_head: Literal[True] = True
+
+
+class _Text(_Tower):
+    vocab_size: int = Field(32000, ge=1)
+    max_position_embeddings: int = Field(64, ge=1)
+    projection_size: int | None = None
+
+
+class Config(BaseModel):
+    """The settings of config.json; transformers leaves out those that have its default."""
+
+    vision_config: _Vision = _Vision()
+    text_config: _Text = _Text()
+
+
+def architecture(config: Config) -> dict[str, Any]:
+    """Return open_clip's config of the model. Raises ArtifactError for a size or vocabulary that is none of SigLIP's."""
+    vision, text = config.vision_config, config.text_config
+    for tower in (vision, text):
+        if tower.hidden_size % tower.num_attention_heads:
+            raise ArtifactError(f"{tower.num_attention_heads} heads do not divide a width of {tower.hidden_size}.")
+    if (tokenizer := TOKENIZERS.get(text.vocab_size)) is None:
+        known = ", ".join(f"{size:,}" for size in TOKENIZERS)
+        raise ArtifactError(
+            f"expected a vocabulary that SigLIP was published with ({known}), found {text.vocab_size:,}."
+        )
+    size = Size(
+        vision.hidden_size,
+        vision.num_hidden_layers,
+        vision.num_attention_heads,
+        vision.intermediate_size,
+        vision.patch_size,
+        vision.image_size,
+    )
+    return {
+        "embed_dim": text.projection_size or text.hidden_size,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": {
+            "image_size": vision.image_size,
+            "timm_model_name": size.name,
+            "timm_model_pretrained": False,
+            "timm_pool": "map",
+            "timm_proj": "none",
+        },
+        "text_cfg": {
+            "context_length": text.max_position_embeddings,
+            "vocab_size": text.vocab_size,
+            "hf_tokenizer_name": tokenizer,
+            "tokenizer_kwargs": {"clean": "canonicalize"},
+            "width": text.hidden_size,
+            "heads": text.num_attention_heads,
+            "layers": text.num_hidden_layers,
+            "mlp_ratio": text.intermediate_size / text.hidden_size,
+            "no_causal_mask": True,
+            "proj_bias": True,
+            "pool_type": "last",
+            "norm_kwargs": {"eps": 1e-6},
+            "act_kwargs": {"approximate": "tanh"},
+        },
+    }
+
+
+def renamed(state: State) -> dict[str, Tensor]:
+    """Return the weights in open_clip's naming; tensors that are none of the model's keep their names."""
+    found, parts = dict[str, Tensor](), dict[str, dict[str, Tensor]]()
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        if block := BLOCK.fullmatch(name):
+            side, number, inside, kind = block.groups()
+            own = f"text.transformer.resblocks.{number}." if side == "text" else f"{TRUNK}blocks.{number}."
+            if inside in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+                joined = f"attn.in_proj_{kind}" if side == "text" else f"attn.qkv.{kind}"
+                parts.setdefault(own + joined, {})[inside] = tensor
+            else:
+                found[f"{own}{(TEXT if side == 'text' else VISION).get(inside, inside)}.{kind}"] = tensor
+        elif name.startswith(POOL) and tensor.ndim and len(tensor) % 3 == 0:
+            rows = len(tensor) // 3
+            found[f"{TRUNK}attn_pool.q.{kind.removeprefix('in_proj_')}"] = tensor[:rows]
+            found[f"{TRUNK}attn_pool.kv.{kind.removeprefix('in_proj_')}"] = tensor[rows:]
+        elif module in MODULES:
+            found[f"{MODULES[module]}.{kind}"] = tensor
+        else:
+            found[OUTSIDE.get(name, name)] = tensor
+    positions = f"{TRUNK}pos_embed"
+    if positions in found and found[positions].ndim == 2:
+        found[positions] = found[positions][None]
+    for name, own in parts.items():
+        if len(own) < 3:
+            raise ArtifactError(f"tensors of q, k and v for {name}: found {', '.join(own)} only.")
+        found[name] = torch.cat([own[f"self_attn.{letter}_proj"] for letter in "qkv"])
+    return found
