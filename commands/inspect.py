@@ -88,3 +88,16 @@ def import_(checkpoint: Path, out: Path, form: str, model: str | None, which: Li
     made = import_checkpoint(checkpoint, out, form, model, which)
     taken = f" ({made.lineage[0]['taken']})" if made.lineage[0]["taken"] else ""
     click.echo(f"{checkpoint}: {made.lineage[0]['format']}{taken}, {made.counts['params']:,} parameters -> {out}")
+    for line in _imported(made):
+        click.echo(f"  {line}")
+
+
+def _imported(made: Any) -> Iterator[str]:
+    """Say what the weights alone do not show: the activation, the tokenizer and the preprocessing in the artifact."""
+    p, words = made.preprocess, made.tokenizer
+    tanh = (made.architecture["text_cfg"].get("act_kwargs") or {}).get("approximate") == "tanh"
+    activation = "QuickGELU" if made.architecture.get("quick_gelu") else "GELU by tanh" if tanh else "GELU"
+    yield f"activation: {activation}"
+    yield f"tokenizer: {words['name']}, {words['context_length']} ids"
+    mean, std = (", ".join(f"{value:.4g}" for value in p[key]) for key in ("mean", "std"))
+    yield f"preprocessing: {p['size']} pixels, {p['interpolation']}, {p['resize_mode']}; mean {mean}; std {std}"

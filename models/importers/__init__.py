@@ -29,6 +29,7 @@ __all__ = [
 
 LOCAL = "local-dir:"  # open_clip's own way to name a folder
 INSIDE = "0_CLIPModel"  # where sentence-transformers keeps a CLIP
+ADAPTER = "adapter_config.json"  # of PEFT
 
 
 def import_checkpoint(path: Path, form: str = "auto", model: str | None = None, which: Which | None = None) -> Model:
@@ -126,6 +127,11 @@ def _imported(path: Path, form: str, model: str | None, which: Which | None) -> 
 
 def _folder_format(folder: Path, form: str) -> str:
     """Return the format of a folder, by the config in it. Raises ArtifactError or RecipeError."""
+    if (folder / ADAPTER).is_file():
+        raise ArtifactError(
+            "it holds an adapter (PEFT), not a whole model. Merge it into its base with peft first, "
+            "`PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(FOLDER)`, and import that folder."
+        )
     configs = {name: kind.folder_config for name, kind in IMPORTERS.items() if kind.folder_config}
     if form != "auto" and form not in configs:
         raise RecipeError(f"format '{form}' has no folders, found one. Name the file, or leave the format out.")

@@ -110,6 +110,8 @@ def test_weights_in_its_layout_are_the_same_model(folder, stock):
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     result = clipress("import", folder, folder / "artifact")
     assert result.exit_code == 0 and ": transformers, " in result.output
+    assert "activation: GELU" in result.output and "tokenizer: clip-bpe, 24 ids" in result.output
+    assert "32 pixels, bilinear, shortest; mean 0.1, 0.2, 0.3; std 0.5, 0.6, 0.7" in result.output
     artifact = load_artifact(folder / "artifact")
     assert artifact.preprocess["mean"] == [0.1, 0.2, 0.3] and artifact.preprocess["interpolation"] == "bilinear"
     assert artifact.tokenizer["name"] == "clip-bpe"
@@ -179,3 +181,9 @@ def test_its_weights_without_their_folder_are_refused_with_what_is_needed(folder
         import_checkpoint(folder, "upop")
     with pytest.raises(RecipeError, match="expected no model name, found 'ViT-B-32'"):
         import_checkpoint(folder, model="ViT-B-32")
+
+
+def test_an_adapter_without_its_base_is_refused_with_the_way_to_merge_it(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"an adapter \(PEFT\), not a whole model.*merge_and_unload"):
+        import_checkpoint(folder)
