@@ -43,14 +43,16 @@ def cost_table(
     """Measure one block of each tower. `done` is called with each tower and kind that has been measured."""
     conditions = Conditions(batch, threads, duration_ms)
     firsts: dict[str, Block] = {}
-    for block in anatomy.blocks(model.module):
+    for block in filter(lambda block: block.attends, anatomy.blocks(model.module)):  # ConvNeXt's are of many shapes
         firsts.setdefault(block.tower, block)
     towers: dict[str, dict[str, Any]] = {}
     for tower, block in firsts.items():
         towers[tower] = {}
         for index, part in enumerate(block.parts):
             for kind, units in unit_counts(part).items():
-                towers[tower][kind] = _curve(block, index, kind, levels_of(units), conditions)
+                towers[tower][kind] = _curve(
+                    block, index, kind, levels_of(units, part.qk_unit if kind == "qk" else 1), conditions
+                )
                 done(f"{tower} {kind}")
     return {"schema_version": SCHEMA_VERSION, "batch": batch, "threads": threads, "towers": towers}
 
@@ -62,9 +64,9 @@ def unit_counts(part: Part) -> dict[str, int]:
     return {"heads": part.module.heads, "qk": part.module.qk_dim, "v": part.module.v_dim}
 
 
-def levels_of(units: int) -> list[int]:
-    """Return the widths that are measured."""
-    return sorted({max(round(units * point / POINTS), 1) for point in range(1, POINTS + 1)})
+def levels_of(units: int, step: int = 1) -> list[int]:
+    """Return the widths that are measured, multiples of `step`."""
+    return sorted({step * max(round(units // step * point / POINTS), 1) for point in range(1, POINTS + 1)})
 
 
 def _curve(block: Block, index: int, kind: str, levels: list[int], conditions: Conditions) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from clipress.export.settings import OnnxSettings
 from clipress.export.static_int8 import milliseconds, static_int8_from_onnx
 from clipress.export.torch_export import export_without_quantizers
 from clipress.models import anatomy, quantizers
-from clipress.models.convnets import is_convnet
+from clipress.models.convnets import is_convolutional
 from clipress.models.load import Model
 from clipress.runtime.export_folder import Int8Form
 from clipress.runtime.graph import Arrays, Graph
@@ -34,7 +34,7 @@ def graph_with_two_forms(model: Model, settings: OnnxSettings) -> str | None:
         return None
     task = task_named(model.task)
     graph, found = task.main_graph, None
-    if not isinstance(task, Clip) or not is_convnet(model.module):
+    if not isinstance(task, Clip) or not is_convolutional(model.module):
         found = f"the graph '{graph}' is not convolutional, and only convolutions gain by it"
     elif kept := [name for name in _float_layers(model) if anatomy.tower_of(model.module, name) == graph]:
         found = f"{kept[0]} stays in full precision, which that form does not support"

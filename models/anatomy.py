@@ -1,120 +1,34 @@
 """Find a model's towers, blocks, parts and embeddings; all other code iterates over the results.
 
 Two kinds of model are known: an open_clip model with an image and a text tower, and a plain timm vision transformer,
-such as a DeiT classifier, which is a single image tower.
+such as a DeiT classifier, which is a single image tower. Image towers of timm are vision transformers, plain ones and those of
+EVA and PE, whose blocks have rotary positions, gates and norms, and ConvNeXt, whose blocks have a feed-forward only.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from clipress.errors import ArtifactError
 from clipress.models.attention import Attention
+from clipress.models.eva_attention import EvaAttention
+from clipress.models.partial_norm import is_known_norm
+from clipress.models.parts import Attn, Block, Ffn, FfnNames, Part
 
 TOWERS = ("image", "text")  # Towers of a CLIP; `towers` returns those of any model.
 CONFIG_KEYS = {"image": "vision_cfg", "text": "text_cfg"}
 TEXT_MODULES = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
 
 
-@dataclass(frozen=True)
-class Attn:
-    """One attention that may be cut: `tokens` queries attend to `memory` keys, which is `tokens` for self-attention."""
-
-    tower: str
-    name: str
-    """Its module path."""
-    block: str
-    """The path of the block that it belongs to."""
-    module: Attention
-    tokens: int
-    memory: int
-
-    @property
-    def width(self) -> int:
-        return self.module.q.in_features
-
-    @property
-    def memory_width(self) -> int:
-        return self.module.k.in_features
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """Sizes that the architecture no longer determines once this part has been cut."""
-        attn = self.module
-        return {"heads": attn.heads, "qk_dim": attn.qk_dim, "v_dim": attn.v_dim, "scale": attn.scale}
-
-
-@dataclass(frozen=True)
-class Ffn:
-    """One feed-forward that may be cut: two Linears of the module `parent`, called `in_name` and `out_name`."""
-
-    tower: str
-    name: str
-    """The path of the module that holds its Linears."""
-    block: str
-    """The path of the block that it belongs to."""
-    parent: nn.Module
-    in_name: str
-    out_name: str
-    tokens: int
-
-    @property
-    def linear_in(self) -> nn.Linear:
-        return getattr(self.parent, self.in_name)
-
-    @property
-    def linear_out(self) -> nn.Linear:
-        return getattr(self.parent, self.out_name)
-
-    @property
-    def width(self) -> int:
-        return self.linear_in.in_features
-
-    @property
-    def hidden(self) -> int:
-        return self.linear_in.out_features
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """Sizes that the architecture no longer determines once this part has been cut."""
-        return {"ffn": self.hidden}
-
-
-Part = Attn | Ffn
-
-
-@dataclass(frozen=True)
-class Block:
-    """One transformer block of a tower: `name` is its module path, `tokens` its sequence length."""
-
-    tower: str
-    name: str
-    module: nn.Module
-    tokens: int
-    ffn_names: tuple[str, str] = ("c_fc", "c_proj")
-    """The names of the two Linears in its mlp."""
-
-    @property
-    def parts(self) -> tuple[Attn, Ffn]:
-        """The parts of this block that may be cut."""
-        return (
-            Attn(self.tower, f"{self.name}.attn", self.name, self.module.attn, self.tokens, self.tokens),
-            Ffn(self.tower, f"{self.name}.mlp", self.name, self.module.mlp, *self.ffn_names, self.tokens),
-        )
-
-    @property
-    def width(self) -> int:
-        return getattr(self.module.mlp, self.ffn_names[0]).in_features
-
-    def gain(self, part: Part) -> nn.Parameter | None:
-        """Return the layer scale [width] of a part's branch, or None if it is added to the residual stream as it is."""
-        number = 1 if isinstance(part, Attn) else 2
-        scales = [getattr(self.module, name, None) for name in (f"ls_{number}", f"ls{number}")]
-        return next((scale.gamma for scale in scales if hasattr(scale, "gamma")), None)
+TIMM_FFNS = {
+    "Mlp": FfnNames(("fc1",), "fc2", "norm"),
+    "SwiGLU": FfnNames(("fc1_x", "fc1_g"), "fc2", "norm"),
+    "GeGluMlp": FfnNames(("w1", "w0"), "w2"),
+}
+"""timm's feed-forwards of Linears, by class. GeGluMlp's norm is in front of its Linears."""
 
 
 def is_clip(model: nn.Module) -> bool:
@@ -142,7 +56,7 @@ def tower_parameters(model: nn.Module, tower: str) -> list[nn.Parameter]:
 
 
 def blocks(model: nn.Module) -> list[Block]:
-    """Return every transformer block with parts that can be cut, image tower first.
+    """Return every block with parts that can be cut, image tower first.
 
     Raises ArtifactError if there are none.
     """
@@ -178,11 +92,29 @@ def _image_blocks(model: nn.Module) -> list[Block]:
             Block("image", f"visual.transformer.resblocks.{i}", block, tokens)
             for i, block in enumerate(transformer.resblocks)
         ]
-    prefix, vit = _timm_vit(model)
-    if vit is None:
+    prefix, trunk = _timm_root(model)
+    if type(trunk).__name__ == "ConvNeXt" and is_clip(model):
+        return _convnext_blocks(model, trunk, prefix)
+    if not _is_known_vit(trunk):
         return []
-    tokens = int(vit.patch_embed.num_patches + vit.num_prefix_tokens)
-    return [Block("image", f"{prefix}blocks.{i}", block, tokens, ("fc1", "fc2")) for i, block in enumerate(vit.blocks)]
+    tokens = int(trunk.patch_embed.num_patches + trunk.num_prefix_tokens)
+    return [
+        Block("image", f"{prefix}blocks.{i}", block, tokens, _timm_ffn(block), getattr(trunk, "rope", None) is not None)
+        for i, block in enumerate(trunk.blocks)
+    ]
+
+
+def _convnext_blocks(model: nn.Module, trunk: nn.Module, prefix: str) -> list[Block]:
+    """Return the blocks of a ConvNeXt, or none if any has a feed-forward that is not of Linears."""
+    found = []
+    for number, stage in enumerate(trunk.stages):
+        reduction = trunk.feature_info[number]["reduction"]
+        tokens = math.prod(side // reduction for side in image_size(model))
+        for i, block in enumerate(stage.blocks):
+            if _timm_ffn(block) is None:
+                return []
+            found.append(Block("image", f"{prefix}stages.{number}.blocks.{i}", block, tokens, _timm_ffn(block)))
+    return found
 
 
 def _text_blocks(model: nn.Module) -> list[Block]:
@@ -208,23 +140,31 @@ def _timm_root(model: nn.Module) -> tuple[str, nn.Module | None]:
     return ("visual.trunk.", getattr(model.visual, "trunk", None)) if is_clip(model) else ("", model)
 
 
-def _timm_vit(model: nn.Module) -> tuple[str, nn.Module | None]:
-    """Return timm's image tower if it has plain attention and plain feed-forwards: no gates, no norms inside them."""
-    prefix, vit = _timm_root(model)
-    found = [(getattr(block, "attn", None), getattr(block, "mlp", None)) for block in getattr(vit, "blocks", ())]
-    is_plain = (
+def _is_known_vit(vit: nn.Module | None) -> bool:
+    """Return whether this is a vision transformer of timm, all of whose parts can be cut."""
+    found = list(getattr(vit, "blocks", ()))
+    return (
         bool(found)
         and hasattr(vit, "num_prefix_tokens")
         and hasattr(getattr(vit, "patch_embed", None), "num_patches")
-        and all(
-            (isinstance(attn, Attention) or _is_plain_timm_attention(attn))
-            and type(mlp).__name__ == "Mlp"
-            and isinstance(mlp.fc1, nn.Linear)
-            and isinstance(mlp.norm, nn.Identity)
-            for attn, mlp in found
-        )
+        and not getattr(vit, "rope_mixed", False)
+        and all(_has_known_attention(block) and _timm_ffn(block) is not None for block in found)
     )
-    return prefix, vit if is_plain else None
+
+
+def _has_known_attention(block: nn.Module) -> bool:
+    attn = getattr(block, "attn", None)
+    return isinstance(attn, Attention) or _is_plain_timm_attention(attn) or is_eva_attention(attn)
+
+
+def _timm_ffn(block: nn.Module) -> FfnNames | None:
+    """Return the names of a block's feed-forward, None if it cannot be cut."""
+    mlp = getattr(block, "mlp", None)
+    names = TIMM_FFNS.get(type(mlp).__name__)
+    if names is None or not all(isinstance(getattr(mlp, name), nn.Linear) for name in (*names.ins, names.out)):
+        return None
+    norm = getattr(mlp, names.norm) if names.norm else None
+    return names if norm is None or isinstance(norm, nn.Identity) or is_known_norm(norm) else None
 
 
 def _is_plain_timm_attention(module: nn.Module | None) -> bool:
@@ -237,12 +177,26 @@ def _is_plain_timm_attention(module: nn.Module | None) -> bool:
     )
 
 
-def stock_attentions(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+def is_eva_attention(module: nn.Module | None) -> bool:
+    """Return whether this is timm's attention of an Eva block, without norms of queries and keys, gates or shared keys."""
+    return (
+        type(module).__name__ in ("EvaAttention", "AttentionRope")
+        and not isinstance(module, EvaAttention)
+        and all(isinstance(getattr(module, name), nn.Identity) for name in ("q_norm", "k_norm"))
+        and (isinstance(module.norm, nn.Identity) or is_known_norm(module.norm))
+        and module.gate is None
+        and not module.rotate_half
+        and getattr(module, "num_kv_groups", 1) == 1
+        and module.num_heads * module.head_dim == module.proj.out_features
+    )
+
+
+def stock_attentions(model: nn.Module) -> Iterator[tuple[Block, nn.Module]]:
     """Yield (block, its attention) for blocks that still hold PyTorch's or timm's own attention."""
     for block in blocks(model):
-        attn = block.module.attn
-        if isinstance(attn, nn.MultiheadAttention) or _is_plain_timm_attention(attn):
-            yield block.module, attn
+        attn = getattr(block.module, "attn", None)
+        if isinstance(attn, nn.MultiheadAttention) or _is_plain_timm_attention(attn) or is_eva_attention(attn):
+            yield block, attn
 
 
 def context_length(model: nn.Module) -> int:
@@ -281,7 +235,7 @@ def token_shape(model: nn.Module, tower: str) -> tuple[int, int]:
 
 
 def _last_block(model: nn.Module, tower: str) -> Block:
-    found = [block for block in blocks(model) if block.tower == tower]
+    found = [block for block in blocks(model) if block.tower == tower and block.attends]
     if not found:
         raise ArtifactError(f"The {tower} tower has no transformer blocks, so it has no token features to compare.")
     return found[-1]

@@ -18,9 +18,14 @@ TOWER = "image"  # The only tower that may be convolutional.
 
 
 def is_convnet(model: nn.Module) -> bool:
-    """Return whether the image tower is convolutional and has no transformer blocks that clipress supports."""
-    has_blocks = any(block.tower == TOWER for block in blocks(model))
-    return not has_blocks and any(isinstance(module, nn.Conv2d) for module in model.visual.modules())
+    """Return whether the image tower is convolutional and has no blocks that clipress supports: its channels are cut."""
+    return is_convolutional(model) and not any(block.tower == TOWER for block in blocks(model))
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Return whether the image tower convolves and has no blocks with attention that clipress supports."""
+    attends = any(block.tower == TOWER and block.attends for block in blocks(model))
+    return not attends and any(isinstance(module, nn.Conv2d) for module in model.visual.modules())
 
 
 def layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.BatchNorm2d]:

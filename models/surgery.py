@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from clipress.errors import ArtifactError
 from clipress.models import convnets, token_table
-from clipress.models.anatomy import TEXT_MODULES, Attn, Ffn, Part, attentions, parts, stock_attentions
+from clipress.models.anatomy import TEXT_MODULES, Attn, Ffn, Part, attentions, is_eva_attention, parts, stock_attentions
 from clipress.models.attention import Attention, TimmAttention
+from clipress.models.eva_attention import EvaAttention
 from clipress.models.hf_config import own_name, stock_name
 from clipress.models.hf_text import encoder_kind
+from clipress.models.partial_norm import resized_norm, slice_norm
 
 MAX_SIZE = 1 << 20
 
@@ -49,9 +51,12 @@ Mask = AttnMask | FfnMask
 
 def use_own_attention(model: nn.Module) -> nn.Module:
     """Replace PyTorch's or timm's attention with ours in every block, in place; outputs do not change."""
-    for module, stock in list(stock_attentions(model)):
-        own = Attention if isinstance(stock, nn.MultiheadAttention) else TimmAttention
-        module.attn = own.from_stock(stock).train(stock.training)
+    for block, stock in list(stock_attentions(model)):
+        if is_eva_attention(stock):
+            own = EvaAttention.from_stock(stock, block.rotary)
+        else:
+            own = (Attention if isinstance(stock, nn.MultiheadAttention) else TimmAttention).from_stock(stock)
+        block.module.attn = own.train(stock.training)
     for part in attentions(model):
         if not isinstance(part.module, Attention):
             kind = type(part.module).__name__
@@ -83,7 +88,10 @@ def _cut_attention(part: Attn, mask: AttnMask) -> None:
     qk_dim, v_dim = _dims_per_head(qk[heads], part, "qk"), _dims_per_head(v[heads], part, "v")
     if not qk_dim or not v_dim:
         heads = torch.zeros_like(heads)
-    qk, v = (qk & heads[:, None]).flatten(), (v & heads[:, None]).flatten()
+    qk, v = qk & heads[:, None], v & heads[:, None]
+    if isinstance(attn, EvaAttention):
+        attn.cut_inside(qk, v)
+    qk, v = qk.flatten(), v.flatten()
     attn.q, attn.k, attn.v = slice_linear(attn.q, qk), slice_linear(attn.k, qk), slice_linear(attn.v, v)
     attn.out = slice_linear(attn.out, columns=v)
     attn.heads = int(heads.sum())
@@ -103,9 +111,11 @@ def _dims_per_head(mask: Tensor, part: Attn, kind: str) -> int:
 
 
 def _cut_ffn(part: Ffn, mask: FfnMask) -> None:
-    linear_in, linear_out = slice_linear(part.linear_in, mask.ffn), slice_linear(part.linear_out, columns=mask.ffn)
-    setattr(part.parent, part.in_name, linear_in)
-    setattr(part.parent, part.out_name, linear_out)
+    for name in part.names.ins:
+        setattr(part.parent, name, slice_linear(getattr(part.parent, name), mask.ffn))
+    setattr(part.parent, part.names.out, slice_linear(part.linear_out, columns=mask.ffn))
+    if part.norm is not None:
+        setattr(part.parent, part.names.norm, slice_norm(part.norm, mask.ffn))
 
 
 def slice_linear(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
@@ -164,8 +174,7 @@ def reshape(model: nn.Module, wanted: Mapping[str, Mapping[str, Any]]) -> nn.Mod
         if isinstance(part, Attn):
             _resize_attention(part, shape)
         else:
-            setattr(part.parent, part.in_name, _empty_linear(part.linear_in, part.width, shape["ffn"]))
-            setattr(part.parent, part.out_name, _empty_linear(part.linear_out, shape["ffn"], part.width))
+            _resize_ffn(part, shape["ffn"])
     return model
 
 
@@ -179,7 +188,8 @@ def _recorded_shape(part: Part, wanted: Mapping[str, Mapping[str, Any]]) -> dict
             f"The artifact's shapes do not describe {part.name}: expected {', '.join(types)}, found {record}."
         ) from None
     sizes = [size for key, size in shape.items() if key != "scale"]
-    if min(sizes) < 0 or max(sizes) > MAX_SIZE or not math.isfinite(shape.get("scale", 0.0)):
+    halved = isinstance(part, Attn) and shape["qk_dim"] % part.qk_unit
+    if min(sizes) < 0 or max(sizes) > MAX_SIZE or not math.isfinite(shape.get("scale", 0.0)) or halved:
         raise ArtifactError(f"The artifact's shapes for {part.name} make no sense: {shape}.")
     return shape
 
@@ -190,6 +200,16 @@ def _resize_attention(part: Attn, shape: dict[str, Any]) -> None:
     qk, v = attn.heads * attn.qk_dim, attn.heads * attn.v_dim
     attn.q, attn.out = _empty_linear(attn.q, part.width, qk), _empty_linear(attn.out, v, part.width)
     attn.k, attn.v = _empty_linear(attn.k, part.memory_width, qk), _empty_linear(attn.v, part.memory_width, v)
+    if isinstance(attn, EvaAttention):
+        attn.resize_inside()
+
+
+def _resize_ffn(part: Ffn, hidden: int) -> None:
+    for name in part.names.ins:
+        setattr(part.parent, name, _empty_linear(getattr(part.parent, name), part.width, hidden))
+    setattr(part.parent, part.names.out, _empty_linear(part.linear_out, hidden, part.width))
+    if part.norm is not None:
+        setattr(part.parent, part.names.norm, resized_norm(part.norm, hidden))
 
 
 def copy_tower(model: nn.Module, donor: nn.Module, tower: str) -> nn.Module:

@@ -95,7 +95,7 @@ def _check(model: nn.Module, tower: str, size: Size) -> None:
 
 
 def _blocks(model: nn.Module, tower: str) -> list[Block]:
-    return [block for block in anatomy.blocks(model) if block.tower == tower]
+    return [block for block in anatomy.blocks(model) if block.tower == tower and block.attends]
 
 
 def _take_layers(model: nn.Module, tower: str, count: int | None) -> list[Block]:
@@ -110,7 +110,9 @@ def _take_units(part: Part, size: Size) -> None:
     if isinstance(part, Attn):
         surgery.cut(part, surgery.AttnMask(heads=_mask_of_largest(_head_scores(part), size.heads)))
     else:
-        scores = _norms(part.linear_in.weight, 0) * _norms(part.linear_out.weight, 1)
+        scores = _norms(torch.cat([linear.weight for linear in part.linears_in], 1), 0) * _norms(
+            part.linear_out.weight, 1
+        )
         surgery.cut(part, surgery.FfnMask(_mask_of_largest(scores, size.ffn)))
 
 

@@ -196,7 +196,7 @@ def keep_masks(
 
 def stride(site: Site, align: Align) -> int:
     """Return the step size in which a site's levels are cut."""
-    return {"ffn": align.ffn, "heads": align.heads}.get(site.kind, align.head_dim)
+    return {"ffn": align.ffn, "heads": align.heads}.get(site.kind, -(-align.head_dim // site.dims))
 
 
 def _least(site: Site, align: Align, min_keep: MinKeep) -> int:

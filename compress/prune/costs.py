@@ -59,7 +59,7 @@ def part_macs(part: Part) -> int:
     """Count the multiply-accumulates of a part for one sample: projections, and the two products of attention."""
     costs = level_costs(part)
     if isinstance(part, Attn):
-        return part.module.qk_dim * costs["qk"][1] + part.module.v_dim * costs["v"][1]
+        return part.module.qk_dim // part.qk_unit * costs["qk"][1] + part.module.v_dim * costs["v"][1]
     return part.hidden * costs["ffn"][1]
 
 
@@ -80,13 +80,13 @@ def latency_curve(site: Site, table: dict[str, Any]) -> np.ndarray:
             f"prune.budget.costs: expected levels and milliseconds for {kind} in the {tower} tower, the table has none. "
             f"{HOW_TO_MEASURE}"
         ) from None
-    if levels[-1] < site.units:
+    if levels[-1] < site.units * site.dims:
         raise RecipeError(
-            f"prune.budget.costs: expected up to {site.units} {kind} in the {tower} tower, the table ends at "
+            f"prune.budget.costs: expected up to {site.units * site.dims} {kind} in the {tower} tower, the table ends at "
             f"{levels[-1]:.0f}. It was measured for a different model. {HOW_TO_MEASURE}"
         )
     times = np.maximum.accumulate(times)  # measurement noise must not make a wider layer cheaper
-    return np.interp(np.arange(site.units + 1), levels, times - times[0])
+    return np.interp(np.arange(site.units + 1) * site.dims, levels, times - times[0])
 
 
 def read_costs(path: Path) -> dict[str, Any]:

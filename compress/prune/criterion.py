@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from clipress.compress.prune.gates import Site
-from clipress.models.anatomy import Attn
 from clipress.registry import Registry
 
 
@@ -124,13 +123,12 @@ class Magnitude(Criterion):
     for_channels = True
 
     def score(self, site: Site, generator: torch.Generator) -> Tensor:
-        if not isinstance(site.part, Attn):
-            return (site.part.linear_in.weight.norm(dim=1) * site.part.linear_out.weight.norm(dim=0))[None]
+        if site.kind != "heads":
+            left, right = site.sides()
+            return left.norm(dim=2) * right.norm(dim=2)
         attn = site.part.module
-        if site.kind == "qk":
-            return (attn.q.weight.norm(dim=1) * attn.k.weight.norm(dim=1)).reshape(site.groups, site.units)
         values = (attn.v.weight.norm(dim=1) * attn.out.weight.norm(dim=0)).reshape(attn.heads, attn.v_dim)
-        return values.norm(dim=1)[None] if site.kind == "heads" else values
+        return values.norm(dim=1)[None]
 
     def score_channels(self, weights: Tensor, generator: torch.Generator) -> Tensor:
         return weights.double().norm(dim=1)

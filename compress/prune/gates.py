@@ -37,6 +37,8 @@ class Site:
     """Parameters of one level."""
     macs: int
     """Multiply-accumulates of one level for one sample."""
+    dims: int
+    """Neighbouring activations of one unit: 2 for the pairs that rotary positions turn."""
     mask: Tensor = field(repr=False)
     """[groups, units]: 1 keeps and 0 cuts a unit; values in between are on their way to 0."""
     copies: list[Tensor] = field(default_factory=list, repr=False)
@@ -50,8 +52,18 @@ class Site:
         """Expand a gate [..., groups, units] to the activations it multiplies: [..., width]."""
         if self.kind == "heads":  # one value for all dims of a head
             return gate.flatten(-2).repeat_interleave(width // self.units, dim=-1)
-        repeats = width // (self.groups * self.units)  # one gate for all heads, or one per head
-        return gate.flatten(-2).repeat(*[1] * (gate.ndim - 2), repeats)
+        gate = gate.flatten(-2)
+        gate = gate if self.dims == 1 else gate.repeat_interleave(self.dims, dim=-1)
+        return gate.repeat(*[1] * (gate.ndim - 1), width // gate.shape[-1])  # one gate for all heads, or one per head
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Return the weights of every unit on its two sides, q and k or what writes and what reads it: [groups, units, n]."""
+        if not isinstance(self.part, Attn):
+            pair = torch.cat([linear.weight for linear in self.part.linears_in], 1), self.part.linear_out.weight.T
+        else:
+            attn = self.part.module
+            pair = (attn.q.weight, attn.k.weight) if self.kind == "qk" else (attn.v.weight, attn.out.weight.T)
+        return tuple(rows.reshape(self.groups, self.units, -1) for rows in pair)
 
     def gradient(self) -> Tensor | None:
         """Return this step's per-sample gradients, float32 [B, groups, units], or None before the backward pass."""
@@ -71,7 +83,8 @@ def sites(model: nn.Module, space: str, kinds: Mapping[str, Sequence[str]] | Non
             groups, units = sizes[kind]
             if groups and units:
                 mask = torch.ones(groups, units, device=next(_module(part).parameters()).device)
-                found.append(Site(part, kind, groups, units, *costs[kind], mask))
+                dims = part.qk_unit if kind in ("qk", "attn") else 1
+                found.append(Site(part, kind, groups, units, *costs[kind], dims, mask))
     return found
 
 
@@ -95,29 +108,33 @@ def _sizes(part: Part) -> dict[str, tuple[int, int]]:
     attn = part.module
     return {
         "heads": (1, attn.heads),
-        "qk": (attn.heads, attn.qk_dim),
+        "qk": (attn.heads, attn.qk_dim // part.qk_unit),
         "v": (attn.heads, attn.v_dim),
-        "attn": (1, attn.qk_dim),
+        "attn": (1, attn.qk_dim // part.qk_unit),
     }
 
 
 def level_costs(part: Part) -> dict[str, tuple[int, int]]:
     """Return (params, MACs for one sample) of one level, by kind.
 
-    In every head, a level of qk is a row of q and of k, and a level of v is a row of v and a column of out. A level of ffn
-    is a row of the first Linear and a column of the second.
+    In every head, a level of qk is a row of q and of k, or two rows where positions are rotary, and a level of v is a row of v
+    and a column of out. A level of ffn is a row of every Linear in and a column of the one out. A norm has a gain and a bias
+    for each unit.
     """
+    norm = 0 if part.norm is None else 2
     if not isinstance(part, Attn):
-        bias = int(part.linear_in.bias is not None)
-        return {"ffn": (2 * part.width + bias, 2 * part.width * part.tokens)}
+        sides = len(part.linears_in) + 1
+        biases = sum(linear.bias is not None for linear in part.linears_in)
+        return {"ffn": (sides * part.width + biases + norm, sides * part.width * part.tokens)}
     attn, n, m = part.module, part.tokens, part.memory
-    h, bias = attn.heads, int(attn.q.bias is not None)
+    h, unit, has_bias = attn.heads, part.qk_unit, [int(linear.bias is not None) for linear in (attn.q, attn.k, attn.v)]
     both, products = part.width + part.memory_width, part.width * n + part.memory_width * m + n * m
-    costs = {"qk": (h * (both + 2 * bias), h * products), "v": (h * (both + bias), h * products)}
-    costs["attn"] = tuple(a + b for a, b in zip(costs["qk"], costs["v"], strict=True))
+    per_dim = {"qk": both + has_bias[0] + has_bias[1], "v": both + has_bias[2] + norm}
+    costs = {"qk": (h * unit * per_dim["qk"], h * unit * products), "v": (h * per_dim["v"], h * products)}
+    costs["attn"] = tuple(unit * v + qk for qk, v in zip(costs["qk"], costs["v"], strict=True))
     if h:
         pairs = zip(costs["qk"], costs["v"], strict=True)
-        costs["heads"] = tuple((attn.qk_dim * qk + attn.v_dim * v) // h for qk, v in pairs)
+        costs["heads"] = tuple((attn.qk_dim // unit * qk + attn.v_dim * v) // h for qk, v in pairs)
     return costs
 
 
@@ -129,11 +146,9 @@ class Gates:
         self.handles = []
         for site in self.sites:
             gate = _gate(site)
-            if site.kind == "ffn" and space == "separate":
-                linear = site.part.linear_out
-                self.handles.append(linear.register_forward_pre_hook(lambda _, args, gate=gate: (gate(args[0]),)))
-                continue
-            for linear in _gated_linears(site):
+            for module in _gated_inputs(site, space):
+                self.handles.append(module.register_forward_pre_hook(lambda _, args, gate=gate: (gate(args[0]),)))
+            for linear in _gated_linears(site, space):
                 self.handles.append(linear.register_forward_hook(lambda _, __, out, gate=gate: gate(out)))
 
     def clear(self) -> None:
@@ -155,29 +170,42 @@ class Gates:
         return [(found[0].part, _part_mask(found)) for found in by_part.values()]
 
 
-def _gated_linears(site: Site) -> tuple[nn.Linear, ...]:
+def _gated_inputs(site: Site, space: str) -> list[nn.Module]:
+    """Return the modules whose input a site's gate multiplies.
+
+    A norm counts cut units as zeros and shifts them, so their gate is before it and behind it.
+    """
+    part = site.part
+    if isinstance(part, Attn):
+        return [] if part.norm is None or site.kind == "qk" else [part.module.out]
+    before = [part.norm] if part.norm is not None and space == "separate" else []
+    return [*before, part.linear_out] if part.norm is not None or space == "separate" else []
+
+
+def _gated_linears(site: Site, space: str) -> tuple[nn.Linear, ...]:
+    """Return the Linears whose output a site's gate multiplies."""
     if not isinstance(site.part, Attn):
-        return (site.part.linear_in,)
+        return () if space == "separate" else (site.part.linear_in,)
     attn = site.part.module
     return {"attn": (attn.q, attn.k, attn.v), "qk": (attn.q,), "v": (attn.v,), "heads": (attn.v,)}[site.kind]
 
 
 def _gate(site: Site) -> Callable[[Tensor], Tensor]:
-    def multiply(x: Tensor) -> Tensor:  # [B, N, width]
+    def multiply(x: Tensor) -> Tensor:  # [B, N, width], or [B, height, width of the map, width]
         mask = site.spread(site.mask.to(x.dtype), x.shape[-1])
         if not torch.is_grad_enabled():
             return x * mask
         shape = (len(x), site.groups, site.units)
         own = torch.zeros(shape, device=x.device, dtype=x.dtype, requires_grad=True)
         site.copies.append(own)
-        return x * (mask + site.spread(own, x.shape[-1])).unsqueeze(1)
+        return x * (mask + site.spread(own, x.shape[-1])).reshape(len(x), *[1] * (x.ndim - 2), -1)
 
     return multiply
 
 
 def _part_mask(found: Sequence[Site]) -> surgery.Mask:
     """Combine the masks of a part's sites."""
-    kept = {site.kind: site.mask != 0 for site in found}
+    kept = {site.kind: (site.mask != 0).repeat_interleave(site.dims, dim=1) for site in found}
     if "ffn" in kept:
         return surgery.FfnMask(kept["ffn"][0])
     if "attn" in kept:

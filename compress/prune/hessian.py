@@ -33,7 +33,7 @@ class Hessian(Criterion):
 def _linears(site: Site) -> list[tuple[nn.Linear, str]]:
     """Return the Linears whose weights a site's units have, with the side that the units are on."""
     if not isinstance(site.part, Attn):
-        return [(site.part.linear_in, "rows"), (site.part.linear_out, "columns")]
+        return [*((linear, "rows") for linear in site.part.linears_in), (site.part.linear_out, "columns")]
     attn = site.part.module
     return [(attn.q, "rows"), (attn.k, "rows")] if site.kind == "qk" else [(attn.v, "rows"), (attn.out, "columns")]
 

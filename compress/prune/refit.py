@@ -169,7 +169,7 @@ def _run_until(block: Block, inputs: BlockInputs, part: Part | None) -> tuple[Te
 
     Returns what enters the projection [B, N, in], or leaves the block [B, N, W]; and what attention added to the stream.
     """
-    attn, _ = block.parts
+    attn = block.parts[0]
     seen: dict[str, Tensor] = {}
 
     def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -3,6 +3,9 @@
 q and k only meet in a product, and so do v and out. Any invertible A turns them into Q A and K A^-T, or V A and out A^-T. A is
 chosen so that both sides have the same, diagonal second moment, in descending order. Then the last dims of a head carry the
 least, and cutting them is a truncated SVD of what the head does. Without it, what matters is spread over all dims.
+
+Rotary positions turn q and k by pairs of dims in between, and a norm in front of the output projection reads single dims of the
+heads' outputs; neither commutes with A, so these bases stay.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from torch import Tensor, nn
 from clipress.compress.fabric import Reduce
 from clipress.compress.prune.stream import hooks
 from clipress.models.anatomy import Attn
-from clipress.models.attention import Attention
 
 FLOOR = 1e-7  # of the largest eigenvalue; a direction that no sample uses still gets an invertible turn
 
@@ -23,8 +25,9 @@ FLOOR = 1e-7  # of the largest eigenvalue; a direction that no sample uses still
 class _Moments:
     """Running second moments of one attention's queries, keys and head outputs: float64 [heads, dim, dim]."""
 
-    def __init__(self, attn: Attention) -> None:
-        self.attn = attn
+    def __init__(self, part: Attn) -> None:
+        self.part = part
+        self.attn = attn = part.module
         self.queries = self.keys = self.outputs = 0.0
         self.hooks = [
             attn.q.register_forward_hook(lambda _, __, q: self._add("queries", q)),
@@ -48,17 +51,21 @@ def rotate(parts: Iterable[Attn], show: Callable[[], None], reduce: Reduce = lam
         show: runs the calibration samples through it.
         reduce: sums a tensor over processes.
     """
-    attentions = {part.name: part.module for part in parts}
-    moments = [_Moments(attn) for attn in attentions.values() if attn.heads and attn.q.weight.requires_grad]
+    turned = {part.name: part for part in parts if part.module.heads and part.module.q.weight.requires_grad}
+    moments = [_Moments(part) for part in turned.values()]
     with hooks(handle for own in moments for handle in own.hooks):
         show()
     for own in moments:
         if isinstance(own.queries, Tensor):
-            _turn(own.attn, *(reduce(total) for total in (own.queries, own.keys, own.outputs)))
+            _turn(own.part, *(reduce(total) for total in (own.queries, own.keys, own.outputs)))
 
 
-def _turn(attn: Attention, queries: Tensor, keys: Tensor, outputs: Tensor) -> None:
-    _rotate_rows(attn.q, attn.k, *principal_bases(queries, keys))
+def _turn(part: Attn, queries: Tensor, keys: Tensor, outputs: Tensor) -> None:
+    attn = part.module
+    if part.qk_unit == 1:
+        _rotate_rows(attn.q, attn.k, *principal_bases(queries, keys))
+    if part.norm is not None:
+        return
     columns = attn.out.weight.double().unflatten(1, (attn.heads, attn.v_dim)).transpose(0, 1)  # [heads, width, v_dim]
     a, b = principal_bases(outputs, columns.transpose(1, 2) @ columns)
     _rotate_rows(attn.v, None, a, None)

@@ -359,7 +359,12 @@ def _cut(settings: Prune, model: Model, context: Context, masks: Mapping[str, su
         samples = StoredSamples(batches, Path(folder), context.fabric.device)
         for tower in towers:
             own = [block for block in blocks if block.tower == tower]
-            if refit:
+            if refit and not all(block.is_residual for block in own):
+                context.say(
+                    f"{context.title}: the {tower} tower was not refitted: what its parts write is normalised, or the stream "
+                    "changes its shape, before the next block reads it"
+                )
+            elif refit:
                 if cut_and_refit(own, model, samples, cut, refit, reduce):
                     refitted.append(tower)
                     continue

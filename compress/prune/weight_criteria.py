@@ -7,16 +7,11 @@ from torch import Tensor
 
 from clipress.compress.prune.criterion import CRITERIA, Criterion
 from clipress.compress.prune.gates import Site
-from clipress.models.anatomy import Attn
 
 
 def unit_weights(site: Site) -> Tensor:
     """Return all weights that produce or read a unit: [groups, units, weights]."""
-    if not isinstance(site.part, Attn):
-        return torch.cat([site.part.linear_in.weight, site.part.linear_out.weight.T], 1)[None]
-    attn = site.part.module
-    pair = (attn.q.weight, attn.k.weight) if site.kind == "qk" else (attn.v.weight, attn.out.weight.T)
-    return torch.cat([rows.reshape(site.groups, site.units, -1) for rows in pair], 2)
+    return torch.cat(site.sides(), 2)
 
 
 class Relative(Criterion):

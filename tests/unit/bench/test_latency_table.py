@@ -33,7 +33,7 @@ def test_narrowing_a_block_changes_one_kind_and_leaves_the_model_intact(make, in
     before = [part.shape for part in block.parts]
     narrow = narrow_block(block, index, kind, level)
     assert [part.shape for part in block.parts] == before
-    attn, ffn = anatomy.Block(block.tower, block.name, narrow, block.tokens, block.ffn_names).parts
+    attn, ffn = anatomy.Block(block.tower, block.name, narrow, block.tokens, block.ffn).parts
     assert (attn.module.heads, attn.module.qk_dim, attn.module.v_dim, ffn.hidden) == shape
     assert narrow(torch.randn(2, block.tokens, block.width)).shape == (2, block.tokens, block.width)
 
