@@ -128,17 +128,21 @@ class EvaAttention(TimmAttention):
         return self.out(self.norm(y.transpose(1, 2).reshape(-1, tokens, self.heads * self.v_dim)))
 
     def _turns(self, rope: Tensor) -> Tensor:
-        """Return the sines and cosines of this attention's pairs: [2, heads or 1, N - prefix, qk_dim]."""
+        """Return the sines and cosines of this attention's pairs: [2, heads or 1, N - prefix, qk_dim / 2]."""
         tables = rope.unflatten(-1, (2, self.stock_dim)).movedim(-2, 0)[..., ::2]  # [2, N, pairs of an uncut head]
         if self.qk_dim == self.stock_dim:  # All heads have all pairs.
-            return tables[:, None].repeat_interleave(2, -1)
-        return tables[..., self.pairs].transpose(1, 2).repeat_interleave(2, -1)
+            return tables[:, None]
+        return tables.index_select(-1, self.pairs.flatten()).unflatten(-1, self.pairs.shape).transpose(1, 2)
 
     def _turned(self, rows: Tensor, sines: Tensor, cosines: Tensor) -> Tensor:
         """Turn queries or keys [B, heads, N, qk_dim] by their positions."""
-        prefix, x = rows[:, :, : self.prefix], rows[:, :, self.prefix :]
-        quarter = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)  # each pair turned by 90 degrees
-        return torch.cat([prefix, x * cosines + quarter * sines], 2)
+        prefix, first, second = (
+            rows[:, :, : self.prefix],
+            rows[:, :, self.prefix :, ::2],
+            rows[:, :, self.prefix :, 1::2],
+        )
+        turned = first * cosines - second * sines, second * cosines + first * sines
+        return torch.cat([prefix, torch.stack(turned, -1).flatten(-2)], 2)
 
     def cut_inside(self, qk: Tensor, v: Tensor) -> None:
         """Cut what lies between the projections, before the module's own sizes change: bool [heads, qk_dim], [heads, v_dim].

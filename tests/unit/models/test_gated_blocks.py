@@ -1,5 +1,8 @@
 """Blocks with rotary positions, gates and norms inside, and ConvNeXt's: cutting equals masking, costs are exact, files restore them."""
 
+import warnings
+
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -7,8 +10,9 @@ import torch
 from clipress.artifact import load_artifact, save_artifact
 from clipress.compress.prune.gates import Gates
 from clipress.compress.prune.rotate import rotate
+from clipress.compress.sparsify import zero_two_of_four
 from clipress.errors import ArtifactError
-from clipress.models import anatomy, convnets, surgery
+from clipress.models import anatomy, convnets, quantizers, surgery
 from clipress.models.load import artifact_from_model, new_model
 from clipress.models.partial_norm import PartialNorm
 from clipress.models.tiny import tiny_architecture
@@ -206,3 +210,31 @@ def test_convnext_is_cut_in_its_inverted_bottlenecks(tmp_path):
     read = model_from_artifact(load_artifact(tmp_path / "a")).module
     with torch.no_grad():
         assert torch.equal(read.encode_image(x), model.encode_image(x))
+
+
+@pytest.mark.parametrize("kind", EVA)
+def test_onnx_runtime_computes_what_a_cut_model_does(kind, tmp_path):
+    model = surgery.use_own_attention(stock(kind))
+    cut_at_random(model)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), str(tmp_path / "a.onnx"), input_names=["x"], opset_version=18, dynamo=False)
+    (found,) = onnxruntime.InferenceSession(str(tmp_path / "a.onnx")).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), features(model), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", EVA)
+def test_linears_of_these_blocks_become_two_of_four_and_once_cut_int8(kind):
+    model = surgery.use_own_attention(stock(kind))
+    report = zero_two_of_four(model, features)
+    fit = {
+        f"blocks.{name}.weight"
+        for name, module in model.blocks.named_modules()
+        if isinstance(module, torch.nn.Linear) and not (module.out_features % 8 or module.in_features % 16)
+    }
+    assert len(fit) >= 8 and fit <= set(report.weights) and not report.by_magnitude
+    cut_at_random(model)
+    wanted = features(model)
+    quantizers.attach(model, [name for name in quantizers.quantizable(model) if name.startswith("blocks")], features)
+    assert 0 < (features(model) - wanted).abs().max() < wanted.abs().max()
