@@ -9,11 +9,13 @@ import torch
 
 from clipress.artifact import load_artifact, save_artifact
 from clipress.compress.prune.gates import Gates
+from clipress.compress.prune.refit import Refit, cut_and_refit
 from clipress.compress.prune.rotate import rotate
 from clipress.compress.sparsify import zero_two_of_four
+from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError
 from clipress.models import anatomy, convnets, quantizers, surgery
-from clipress.models.load import artifact_from_model, new_model
+from clipress.models.load import Model, artifact_from_model, new_model
 from clipress.models.partial_norm import PartialNorm
 from clipress.models.tiny import tiny_architecture
 from clipress.tasks import model_from_artifact
@@ -238,3 +240,22 @@ def test_linears_of_these_blocks_become_two_of_four_and_once_cut_int8(kind):
     wanted = features(model)
     quantizers.attach(model, [name for name in quantizers.quantizable(model) if name.startswith("blocks")], features)
     assert 0 < (features(model) - wanted).abs().max() < wanted.abs().max()
+
+
+@pytest.mark.parametrize("kind", EVA)
+def test_a_refit_brings_a_cut_model_back_where_parts_write_to_the_stream(kind):
+    model, plain = (surgery.use_own_attention(stock(kind)) for _ in range(2))
+    if "norms behind" in kind:
+        assert not any(block.is_residual for block in anatomy.blocks(model))
+        return
+    wanted, gates = features(model), masked(model, "separate", None, 0)
+    masks = {part.name: mask for part, mask in gates.part_masks()}
+    gates.remove()
+    for part in anatomy.parts(plain):
+        surgery.cut(part, masks[part.name])
+    generator = torch.Generator().manual_seed(2)
+    samples = [{"image": {"pixel_values": torch.randn(16, 3, 32, 32, generator=generator)}} for _ in range(8)]
+    whole = Model(model, {}, Preprocess(size=32), None, task="classification")
+    cut_and_refit(anatomy.blocks(model), whole, samples, lambda part: surgery.cut(part, masks[part.name]), Refit())
+    refitted, lost = ((features(one) - wanted).square().mean() for one in (model, plain))
+    assert refitted < 0.1 * lost
