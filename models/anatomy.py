@@ -16,7 +16,7 @@ from clipress.errors import ArtifactError
 from clipress.models.attention import Attention
 from clipress.models.eva_attention import EvaAttention
 from clipress.models.partial_norm import is_known_norm
-from clipress.models.parts import Attn, Block, Ffn, FfnNames, Part
+from clipress.models.parts import GATED, PLAIN, Attn, Block, Ffn, FfnNames, Part
 
 TOWERS = ("image", "text")  # Towers of a CLIP; `towers` returns those of any model.
 CONFIG_KEYS = {"image": "vision_cfg", "text": "text_cfg"}
@@ -122,10 +122,14 @@ def _text_blocks(model: nn.Module) -> list[Block]:
         return []
     prefix, text = text_root(model)
     layers = getattr(getattr(text, "transformer", None), "resblocks", ())
-    if any(hasattr(block.mlp, "c_gate") for block in layers):  # mT5's are gated, and cannot be cut yet.
-        return []
     return [
-        Block("text", f"{prefix}transformer.resblocks.{i}", block, context_length(model))
+        Block(
+            "text",
+            f"{prefix}transformer.resblocks.{i}",
+            block,
+            context_length(model),
+            GATED if hasattr(block.mlp, "c_gate") else PLAIN,
+        )
         for i, block in enumerate(layers)
     ]
 

@@ -108,6 +108,7 @@ class Ffn:
 
 Part = Attn | Ffn
 PLAIN = FfnNames(("c_fc",), "c_proj")
+GATED = FfnNames(("c_fc", "c_gate"), "c_proj")  # mT5's
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,10 @@ class Block:
     def is_residual(self) -> bool:
         """Whether its parts write into a stream [B, tokens, width] as they are, scaled at most.
 
-        EVA02-E has norms behind its parts, and ConvNeXt's stream changes its shape between stages.
+        EVA02-E and BERT have norms behind their parts, and ConvNeXt's stream changes its shape between stages.
         """
-        return self.attends and "PostNorm" not in type(self.module).__name__
+        norms_first = getattr(self.module, "norm_first", "PostNorm" not in type(self.module).__name__)
+        return self.attends and norms_first
 
     @property
     def width(self) -> int:
