@@ -35,6 +35,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps clip-benchmark==1.6.2
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade \
 	  --target $(VENV)/oracles 'transformers==5.24.0; python_version >= "3.11"'
+	@# Exports in its layout are read by transformers.js itself, where there is Node.
+	command -v npm >/dev/null && npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(VENV)/js \
+	  @huggingface/transformers@4.3.1 || echo "without Node: the tests of --layout transformers.js are skipped"
 	touch $@
 
 # Newest versions that fit pyproject.toml, for every supported Python. Run the tests before you commit what comes out.

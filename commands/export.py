@@ -21,6 +21,7 @@ from clipress.errors import RecipeError
 @click.option("--labels", help="Also write classifier.onnx for these comma-separated labels.")
 @click.option("--labels-file", type=FILE, help="The same from a text file, one label per line, or `imagenet`.")
 @template_option(note="  [default: the recipe's]")
+@click.option("--layout", help="Also write a folder as another program has it: immich, open_clip or transformers.js.")
 @click.option(
     "--verify",
     is_flag=True,
@@ -35,6 +36,7 @@ def export(
     labels: str | None,
     labels_file: Path | None,
     templates: tuple[str, ...],
+    layout: str | None,
     verify: bool,
 ) -> None:
     """Export artifacts to ONNX and TensorRT.
@@ -53,7 +55,7 @@ def export(
     """
     onnx = labels_given(labels, labels_file, templates)
     if verify:
-        if stages or tensorrt or precision or foreign or onnx:
+        if stages or tensorrt or precision or foreign or onnx or layout:
             raise RecipeError("--verify exports nothing and takes no other option.")
         from clipress.workflow.verify import verify_export
 
@@ -62,12 +64,14 @@ def export(
     if not tensorrt and (precision or foreign):
         raise RecipeError("--precision and --foreign require --tensorrt.")
     if run.suffix == ".onnx":
+        if layout:
+            raise RecipeError("--layout needs both encoders and the artifact: give it with the run folder.")
         _build_engine(run, tensorrt, precision, foreign, bool(onnx))
         return
     from clipress.workflow.export import ExportRequest, export_run
 
     engines = given(precision=precision) if tensorrt else None
-    export_run(run, ExportRequest(stages, onnx, engines), click.echo)
+    export_run(run, ExportRequest(stages, onnx, engines, layout), click.echo)
 
 
 def _build_engine(file: Path, tensorrt: bool, precision: str | None, foreign: bool, has_labels: bool) -> None:

@@ -42,6 +42,7 @@ class ClipBpe:
         self.token_ids = {tokens[old]: new for new, old in enumerate(kept)}
         self.start, self.end = (self.token_ids[token] for token in SPECIAL)
         inside = [merges[old - BYTES] for old in kept if BYTES <= old < SIZE - 2]
+        self.merges = inside
         self._bpe = BPE(self.token_ids, inside, end_of_word_suffix="</w>")
         self._fixed = ftfy.fix_text
         self._words = regex.compile("|".join((*SPECIAL, WORDS)), regex.IGNORECASE)

@@ -10,11 +10,12 @@ from typing import Any
 from clipress.data.eval_sets import evalsets
 from clipress.errors import RecipeError
 from clipress.export.extra_models import extra_models_from_export
+from clipress.export.layouts import LayoutJob, write_layout
 from clipress.export.settings import OnnxSettings, TensorRTSettings
 from clipress.export.to_onnx import is_exported, onnx_from_artifact
 from clipress.progress import Say
 from clipress.recipe import overridden
-from clipress.runtime.export_folder import Exported
+from clipress.runtime.export_folder import Exported, read_export
 from clipress.storage import locked_and_swept
 from clipress.workflow.engines import make_target, make_targets_of_recipe
 from clipress.workflow.plan import Plan, read_plan
@@ -30,6 +31,8 @@ class ExportRequest:
     """Settings that replace those of `export.onnx`."""
     tensorrt: Mapping[str, Any] | None = None
     """Build engines, with settings that replace those of `export.tensorrt`; None: only if the recipe has that section."""
+    layout: str | None = None
+    """Also write a folder in this layout, a name in export.layouts.LAYOUTS."""
 
 
 def export_run(run: Path, request: ExportRequest, say: Say) -> None:
@@ -41,6 +44,10 @@ def export_run(run: Path, request: ExportRequest, say: Say) -> None:
         if "templates" in request.onnx and settings.labels is None and settings.labels_file is None:
             raise RecipeError("--template sets the prompts of a classifier's labels: add --labels or --labels-file.")
         export_artifacts(run, plan, stages, say, settings)
+        if request.layout is not None:
+            for stage in stages:
+                job = LayoutJob(read_export(run / "export" / stage), run / stage)
+                say(f"{stage}: {request.layout} -> {write_layout(request.layout, job, run / request.layout / stage)}")
         if request.tensorrt is not None:
             engines = overridden(plan.export.tensorrt or TensorRTSettings(), request.tensorrt, "export.tensorrt")
             make_target("tensorrt", engines, run, stages, plan, say)

@@ -1,0 +1,44 @@
+"""Folders as other programs have them, made from an export or its artifact: their registry; one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipress.errors import ExportError
+from clipress.registry import Registry
+from clipress.runtime.export_folder import Exported
+from clipress.runtime.graph import Graph
+from clipress.storage import write_whole
+from clipress.tasks import task_named
+from clipress.tasks.clip import SIDES, Clip
+
+
+@dataclass(frozen=True)
+class LayoutJob:
+    """The inputs of a layout."""
+
+    exported: Exported
+    artifact: Path
+    """The folder of the artifact that was exported."""
+
+    def graph(self, side: str) -> Graph:
+        """Return a graph of the CLIP, `image` or `text`."""
+        return self.exported.graphs[side]
+
+
+LAYOUTS: Registry[Callable[[LayoutJob, Path], None]] = Registry("layout", "clipress.export.layouts")
+"""Functions that fill an empty folder."""
+
+
+def write_layout(name: str, job: LayoutJob, target: Path) -> Path:
+    """Write an export in the layout of another program, whole or not at all.
+
+    Raises ExportError for a model that the layout cannot hold.
+    """
+    fill = LAYOUTS.find(name, "--layout")
+    if not isinstance(task_named(job.exported.task), Clip) or not set(SIDES) <= job.exported.graphs.keys():
+        raise ExportError(f"--layout {name}: expected a CLIP, found a model for '{job.exported.task}'.")
+    write_whole(target, lambda aside: fill(job, aside))
+    return target
