@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 HEADER, WEIGHTS = "clipress.json", "model.safetensors"
-PART = 256 << 20  # bytes of a file that are mapped at once
+PART = 64 << 20  # bytes of a file that are mapped at once
 
 
 @dataclass(frozen=True, kw_only=True)

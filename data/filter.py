@@ -18,6 +18,12 @@ from clipress.data.transforms import Preprocess, fitted, normalised
 from clipress.errors import DataError
 
 BLOCK = 1024  # rows compared at once
+EXACT_UP_TO = 50_000  # images; near-duplicates among more are found by faiss, where it is installed
+PER_LIST, LISTS_SEARCHED, TRAINED_ON = (
+    100,
+    16,
+    40,
+)  # vectors per inverted list, lists looked at, vectors per list for k-means
 
 Encoder = Callable[[np.ndarray], np.ndarray]
 
@@ -74,15 +80,17 @@ def nearest_to_prompts(
     """Return the `count` best of images [N, D] by their largest cosine with prompts [P, D], best first.
 
     All rows are unit vectors. With `near_duplicates`, an image is left out when its cosine with a better image that was
-    kept is at least that. Equal scores keep the order of the images.
+    kept is at least that; among many images faiss looks at the nearest clusters, and may miss a few. Equal scores keep the
+    order of the images.
     """
     scores, which = _largest_cosine(images, prompts)
     order = np.argsort(-scores, kind="stable")
     kept: list[int] = []
+    best = None if near_duplicates is None else _nearest_kept(images, kept)
     for start in range(0, len(order), BLOCK):
         block = order[start : start + BLOCK]
-        if near_duplicates is not None:
-            block = block[_without_near(images[block], images[kept], near_duplicates)]
+        if best is not None:
+            block = block[_without_near(images[block], best(images[block]), near_duplicates)]
         kept += block.tolist()
         if len(kept) >= count:
             break
@@ -99,11 +107,41 @@ def _largest_cosine(images: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray
     return scores, which
 
 
-def _without_near(block: np.ndarray, kept: np.ndarray, threshold: float) -> np.ndarray:
-    """Return which rows of a block [B, D], best first, are near to no row kept before, in or ahead of the block."""
-    free = np.ones(len(block), bool)
+def _nearest_kept(images: np.ndarray, kept: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function: rows [B, D] -> their largest cosine [B] with any of `kept`, which grows between calls."""
+    try:
+        import faiss
+    except ImportError:
+        faiss = None
+    if faiss is None or len(images) <= EXACT_UP_TO:
+        return lambda rows: _largest(rows, images, kept)
+    lists = len(images) // PER_LIST
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(images.shape[1]), images.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
+    index.nprobe, index.cp.min_points_per_centroid = LISTS_SEARCHED, 1
+    sample = np.random.default_rng(0).permutation(len(images))[: lists * TRAINED_ON]
+    index.train(np.ascontiguousarray(images[np.sort(sample)]))
+
+    def nearest(rows: np.ndarray) -> np.ndarray:
+        if index.ntotal < len(kept):
+            index.add(np.ascontiguousarray(images[kept[index.ntotal :]]))
+        return index.search(np.ascontiguousarray(rows), 1)[0][:, 0]
+
+    return nearest
+
+
+def _largest(rows: np.ndarray, images: np.ndarray, kept: Sequence[int]) -> np.ndarray:
+    largest = np.full(len(rows), -np.inf, np.float32)
     for start in range(0, len(kept), BLOCK):
-        free &= (block @ kept[start : start + BLOCK].T < threshold).all(1)
+        np.maximum(largest, (rows @ images[kept[start : start + BLOCK]].T).max(1), out=largest)
+    return largest
+
+
+def _without_near(block: np.ndarray, nearest: np.ndarray, threshold: float) -> np.ndarray:
+    """Return which rows of a block [B, D], best first, are near to no row kept before or ahead of them in the block.
+
+    nearest: their largest cosine [B] with the rows kept before.
+    """
+    free = nearest < threshold
     alike = block @ block.T >= threshold
     for row in range(len(block)):
         if free[row]:

@@ -80,3 +80,18 @@ def test_the_list_is_read_by_the_images_format(tmp_path):
     assert (tmp_path / "list.tsv").read_text().splitlines()[1] == "c.png\t0.800000\ta cat"
     source = open_source(SourceSpec(format="images", images=tmp_path, annotations=tmp_path / "list.tsv"))
     assert [source.paths[i] for i in range(len(source))] == ["c.png", "b.png"]
+
+
+def test_near_duplicates_among_many_images_are_found_by_faiss(monkeypatch):
+    pytest.importorskip("faiss", reason="pip install 'clipress[serve]'")
+    rng = np.random.default_rng(0)
+    originals, prompts = units(rng, 300, 16), units(rng, 4, 16)
+    copies = originals[rng.integers(0, 300, 600)] + 0.01 * units(rng, 600, 16)
+    images = np.concatenate([originals, copies / np.linalg.norm(copies, axis=1, keepdims=True)]).astype(np.float32)
+    exact = nearest_to_prompts(images, prompts, 900, 0.98)
+    monkeypatch.setattr(choose, "EXACT_UP_TO", 100)
+    monkeypatch.setattr(choose, "PER_LIST", 20)
+    monkeypatch.setattr(choose, "LISTS_SEARCHED", 4)  # of 45
+    monkeypatch.setattr(choose, "_largest", None)  # the exact comparison is not used
+    assert nearest_to_prompts(images, prompts, 900, 0.98) == exact
+    assert 250 < len(exact) <= 300

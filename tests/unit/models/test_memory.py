@@ -11,14 +11,14 @@ from clipress.models import surgery
 from clipress.models.load import build
 
 PROGRAM = """
-import resource, sys
+import sys
 from pathlib import Path
 from clipress.artifact import save_artifact
 from clipress.models.importers import artifact_from_checkpoint
 from clipress.tasks import model_from_artifact
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak():  # getrusage would count what the parent had
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 def whole(folder):
     save_artifact(artifact_from_checkpoint(folder), folder / "artifact")
@@ -65,10 +65,11 @@ def folders(request, tmp_path_factory):
     return home
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_at_most_one_and_three_tenths_copies_are_in_memory(folders):
     size = sum(tensor.nbytes for tensor in build(architecture(SIZES["large"]), 0).state_dict().values())
     assert size > 400e6
     for what in ("import", "load"):
         run = [sys.executable, "-c", PROGRAM, what, folders / "small", folders / "large"]
         done = subprocess.run(run, capture_output=True, text=True, check=True)
-        assert int(done.stdout.split()[-1]) < 1.3 * size, what
+        assert 0.9 * size < int(done.stdout.split()[-1]) < 1.3 * size, what
