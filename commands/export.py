@@ -21,7 +21,9 @@ from clipress.errors import RecipeError
 @click.option("--labels", help="Also write classifier.onnx for these comma-separated labels.")
 @click.option("--labels-file", type=FILE, help="The same from a text file, one label per line, or `imagenet`.")
 @template_option(note="  [default: the recipe's]")
-@click.option("--layout", help="Also write a folder as another program has it: immich, open_clip or transformers.js.")
+@click.option(
+    "--layout", help="Also write a folder as another program has it: immich, open_clip, transformers, transformers.js."
+)
 @click.option(
     "--verify",
     is_flag=True,

@@ -176,6 +176,30 @@ def renamed(state: State) -> dict[str, Tensor]:
     return found
 
 
+def their_names(weights: State) -> dict[str, Tensor]:
+    """Return weights in open_clip's naming in a CLIPModel's; the inverse of `renamed`."""
+    outside = {ours: theirs for theirs, ours in OUTSIDE.items()}
+    projections = {ours: theirs for theirs, ours in PROJECTIONS.items()}
+    inside = {ours: theirs for theirs, ours in INSIDE.items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        block = next((theirs for theirs, ours in BLOCKS.items() if name.startswith(ours)), None)
+        if name in projections:
+            found[projections[name]] = tensor.T
+        elif block is None:
+            found[outside.get(name, name)] = tensor
+        else:
+            number, _, within = name.removeprefix(BLOCKS[block]).partition(".")
+            if within.startswith("attn.in_proj_"):
+                kind = within.removeprefix("attn.in_proj_")
+                names = (f"{block}{number}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
+                found |= dict(zip(names, tensor.chunk(3), strict=True))
+            else:
+                module, _, kind = within.rpartition(".")
+                found[f"{block}{number}.{inside.get(module, module)}.{kind}"] = tensor
+    return found
+
+
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         found = read_json(path)

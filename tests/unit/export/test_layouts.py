@@ -1,8 +1,10 @@
 """Folders in the layouts of other programs: read as those programs read them, they embed as our export does."""
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,6 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-import clipress
 from clipress.artifact import load_artifact, save_artifact
 from clipress.data.bpe import ALWAYS
 from clipress.data.eval_sets import evalsets
@@ -27,12 +28,13 @@ from clipress.export.layouts import LAYOUTS, LayoutJob, write_layout
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models import anatomy, surgery
+from clipress.models.importers import import_checkpoint
 from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.onnx_session import run_from_onnx
 
 TEXTS = ["a photo of a cat", "It's 42 o'clock, isn't it?", "naïve café, Straße", "猫", "word " * 60]
-JS = Path(clipress.__file__).parent / ".venv" / "js"
+JS = Path(sys.prefix, "js")
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def test_unknown_layouts_and_tokenizers_are_one_message(job, tmp_path):
     for name in ("transformers.js", "immich"):
         with pytest.raises(ExportError, match="needs CLIP's own tokenizer, found 'timm/ViT-B-16-SigLIP'"):
             write_layout(name, LayoutJob(exported, job.artifact), tmp_path / "t")
-    assert sorted(LAYOUTS) == ["immich", "open_clip", "transformers.js"]
+    assert sorted(LAYOUTS) == ["immich", "open_clip", "transformers", "transformers.js"]
 
 
 PROGRAM = """
@@ -184,3 +186,48 @@ def test_transformers_js_embeds_as_the_export_does(job, tmp_path):
     texts, pixels = embedded(job, TEXTS[:4], images)
     np.testing.assert_allclose(found["texts"], texts, atol=1e-5)
     np.testing.assert_allclose(found["images"], pixels, atol=1e-4)
+
+
+ORACLES = Path(sys.prefix, "oracles")
+THEIRS = """
+import sys, torch
+from transformers import AutoTokenizer, CLIPModel
+model, given = CLIPModel.from_pretrained(sys.argv[1]).eval(), torch.load(sys.argv[2])
+ids = AutoTokenizer.from_pretrained(sys.argv[1])(given["texts"], padding=True, truncation=True, return_tensors="pt").input_ids
+with torch.inference_mode():
+    found = model(input_ids=ids, pixel_values=given["pixels"])
+torch.save({"text": found.text_embeds, "image": found.image_embeds, "scale": model.logit_scale.exp()}, sys.argv[3])
+"""
+
+
+@pytest.mark.oracle
+@pytest.mark.skipif(not (ORACLES / "transformers").is_dir(), reason="needs transformers, which `make test` installs")
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_transformers_loads_its_folder_with_our_embeddings(job, tmp_path, quick_gelu):
+    model = new_model({**tiny_architecture(layers=2), "quick_gelu": quick_gelu}, 1)
+    artifact = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "x")
+    folder = write_layout("transformers", LayoutJob(job.exported, artifact), tmp_path / "hf")
+    pixels = torch.randn(2, 3, 32, 32)
+    torch.save({"texts": TEXTS, "pixels": pixels}, tmp_path / "given.pt")
+    run = [sys.executable, "-c", THEIRS, folder, tmp_path / "given.pt", tmp_path / "found.pt"]
+    done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ORACLES)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = torch.load(tmp_path / "found.pt")
+    ids = torch.from_numpy(job.exported.tokenize()(TEXTS))
+    with torch.inference_mode():
+        texts, images = model.module.encode_text(ids, normalize=True), model.module.encode_image(pixels, normalize=True)
+    torch.testing.assert_close(found["text"], texts, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["image"], images, atol=1e-5, rtol=1e-5)
+    assert float(found["scale"]) == pytest.approx(float(model.module.logit_scale.exp()))
+    again = import_checkpoint(folder)
+    with torch.inference_mode():
+        torch.testing.assert_close(again.module.encode_text(ids, normalize=True), texts, atol=1e-6, rtol=1e-6)
+
+
+def test_what_transformers_modules_cannot_hold_is_named(job, tmp_path):
+    changed = tiny_architecture(layers=1)
+    changed["text_cfg"] |= {"proj_bias": True}
+    model = new_model(changed, 0)
+    artifact = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "biased")
+    with pytest.raises(ExportError, match="biased is no CLIPModel, since its config has proj_bias"):
+        write_layout("transformers", LayoutJob(job.exported, artifact), tmp_path / "hf")

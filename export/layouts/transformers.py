@@ -1,0 +1,110 @@
+"""The folder of Hugging Face transformers' CLIPModel: config.json, model.safetensors, preprocessing, tokenizer.
+
+Only of what its modules can hold: open_clip's plain ViT and causal text tower, uncut, in float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+from clipress.errors import ExportError
+from clipress.export.layouts import LAYOUTS, LayoutJob
+from clipress.export.layouts.hub_files import image_processor, write_json, write_tokenizer
+from clipress.models import surgery
+from clipress.models.importers.transformers import their_names
+from clipress.models.load import Model, build
+from clipress.models.weightless import build_weightless
+from clipress.tasks import model_from_artifact
+
+EPS = 1e-5
+KNOWN = {
+    "": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"},
+    "vision_cfg": {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "norm_kwargs"},
+    "text_cfg": {
+        *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs"),
+        *("pool_type", "eos_id"),
+    },
+}
+"""Keys of open_clip's config that a CLIPModel's config can say."""
+
+
+@LAYOUTS.register("transformers")
+def write(job: LayoutJob, folder: Path) -> None:
+    """Write the artifact as a CLIPModel, if nothing was cut."""
+    from safetensors.torch import save_file
+
+    model = model_from_artifact(job.artifact)
+    _refuse(model, job.artifact.name)
+    write_tokenizer(job.exported, folder)
+    write_json(folder / "preprocessor_config.json", image_processor(model.preprocess))
+    write_json(folder / "config.json", _config(model.architecture))
+    weights = their_names(surgery.stock_weights(model.module))
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in weights.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def _refuse(model: Model, name: str) -> None:
+    """Raise ExportError for a model that a CLIPModel cannot hold."""
+    architecture, found = model.architecture, None
+    strange = [
+        key for part, keys in KNOWN.items() for key in (architecture[part] if part else architecture).keys() - keys
+    ]
+    pool = architecture["text_cfg"].get("pool_type", "argmax")
+    if model.quantization:
+        found = "it is INT8"
+    elif strange:
+        found = f"its config has {', '.join(sorted(strange))}"
+    elif pool not in ("argmax", "eos"):
+        found = f"its texts are pooled by {pool}"
+    elif surgery.shapes(model.module) != surgery.shapes(build_weightless(lambda: build(architecture))):
+        found = "it is cut"
+    if found:
+        raise ExportError(
+            f"--layout transformers: {name} is no CLIPModel, since {found}. Export it as ONNX: --layout transformers.js."
+        )
+
+
+def _config(architecture: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json of an open_clip config."""
+    act = "quick_gelu" if architecture.get("quick_gelu") else "gelu"
+    vision, text = architecture["vision_cfg"], architecture["text_cfg"]
+
+    def tower(given: dict[str, Any], default: Any, heads: int) -> dict[str, Any]:
+        width = given.get("width", default.width)
+        return {
+            "hidden_size": width,
+            "intermediate_size": int(width * given.get("mlp_ratio", default.mlp_ratio)),
+            "num_hidden_layers": given.get("layers", default.layers),
+            "num_attention_heads": heads,
+            "hidden_act": act,
+            "layer_norm_eps": (given.get("norm_kwargs") or {}).get("eps", EPS),
+            "projection_dim": architecture["embed_dim"],
+        }
+
+    heads = vision.get("width", CLIPVisionCfg.width) // vision.get("head_width", CLIPVisionCfg.head_width)
+    size = {key: vision.get(key, getattr(CLIPVisionCfg, key)) for key in ("image_size", "patch_size")}
+    vocabulary = text.get("vocab_size", CLIPTextCfg.vocab_size)
+    end = text["eos_id"] if text.get("pool_type") == "eos" else vocabulary - 1
+    words = {
+        "vocab_size": vocabulary,
+        "max_position_embeddings": text.get("context_length", CLIPTextCfg.context_length),
+        **{"bos_token_id": vocabulary - 2, "eos_token_id": end, "pad_token_id": 0},
+    }
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": architecture["embed_dim"],
+        "vision_config": {"model_type": "clip_vision_model", **size, **tower(vision, CLIPVisionCfg, heads)},
+        "text_config": {
+            "model_type": "clip_text_model",
+            **words,
+            **tower(text, CLIPTextCfg, text.get("heads", CLIPTextCfg.heads)),
+        },
+        "torch_dtype": "float32",
+    }
