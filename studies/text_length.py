@@ -119,7 +119,7 @@ def markdown(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(duration: str = "4000") -> None:
+def main(duration: str = "1000") -> None:
     """Measure everything and write the tables."""
     import onnxruntime
 
