@@ -15,7 +15,8 @@ from PIL import Image
 
 from clipress.data.formats import images
 from clipress.data.formats.files import Files, images_under, report_skipped
-from clipress.data.formats.webdataset import bytes_at, index_of, names_of, shard_paths
+from clipress.data.formats.index_files import bytes_at, state_of
+from clipress.data.formats.webdataset import index_of, names_of, shard_paths
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import open_image
 from clipress.errors import DataError
@@ -65,7 +66,7 @@ class _Folder:
         return str(Path(self.where) / self.files.paths[index])
 
     def stamp(self, items: range) -> str:
-        return digest([(self.name(item), _state_of(self.files.root / self.files.paths[item])) for item in items])
+        return digest([(self.name(item), state_of(self.files.root / self.files.paths[item])) for item in items])
 
 
 def _in_folder(folder: Path) -> _Folder:
@@ -99,7 +100,7 @@ class _Shards:
 
     def stamp(self, items: range) -> str:
         shards = {self._shard(item): None for item in items}
-        return digest([self.name(item) for item in items], [_state_of(shard) for shard in shards])
+        return digest([self.name(item) for item in items], [state_of(shard) for shard in shards])
 
     def _shard(self, index: int) -> Path:
         return self.paths[int(np.searchsorted(self.first, index, side="right")) - 1]
@@ -119,12 +120,3 @@ def _in_shards(where: str) -> _Shards:
     if not names:
         raise DataError(f"{where}: expected records with an image, found none.")
     return _Shards(where, paths, np.cumsum([0, *counts]), np.concatenate(places), names)
-
-
-def _state_of(path: Path) -> tuple[int, int]:
-    """Return a file's size and modification time; zeros if it is missing, which reading it will report."""
-    try:
-        known = path.stat()
-    except (OSError, ValueError):
-        return 0, 0
-    return known.st_size, known.st_mtime_ns

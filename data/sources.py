@@ -62,6 +62,8 @@ def open_source(spec: SourceSpec) -> Source:
 def num_captions(spec: SourceSpec) -> int:
     """Count the captions of all items of a source; an item without texts counts once."""
     source = open_source(spec)
+    if (known := getattr(source, "num_captions", None)) is not None:  # without reading them
+        return known
     return sum(max(len(source.captions(index)), 1) for index in range(len(source)))
 
 

@@ -13,10 +13,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import os
 import re
 import tarfile
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,13 +22,13 @@ import numpy as np
 from PIL import Image
 
 from clipress.data.formats.files import report_skipped
+from clipress.data.formats.index_files import bytes_at, keep_index, kept_index
 from clipress.data.formats.text import NORMALISERS
 from clipress.data.prompts import read_classes, read_templates
 from clipress.data.sources import FORMATS, Classes
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import open_image
 from clipress.errors import DataError
-from clipress.storage import cache_folder
 
 IMAGES = ("jpg", "png", "jpeg", "webp")
 VERSION = 2  # Version of cached indices.
@@ -152,6 +150,11 @@ class Shards:
     def group(self, index: int) -> int:
         return index if self._labels is None else int(self._labels[index])
 
+    @property
+    def num_captions(self) -> int:
+        """Number of captions of all records."""
+        return len(self) * (len(self.classes.templates) if self.classes else 1)
+
     def _shard(self, index: int) -> Path:
         return self.paths[int(np.searchsorted(self._first, index, side="right")) - 1]
 
@@ -169,18 +172,6 @@ class Shards:
         return f"{shard}, {header.name}"
 
 
-def bytes_at(path: Path, offset: int, size: int) -> bytes:
-    """Read a range of bytes from a shard."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            found = os.pread(file.fileno(), size, offset)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}.") from None
-    if len(found) != size:
-        raise DataError(f"{path} is shorter than when it was indexed: it was modified in the meantime. Start again.")
-    return found
-
-
 def index_of(path: Path) -> dict[str, np.ndarray]:
     """Return the index of a shard's records, from the cache folder if possible.
 
@@ -188,21 +179,10 @@ def index_of(path: Path) -> dict[str, np.ndarray]:
     `names_of`.
     """
     known = path.stat()
-    identity = repr((VERSION, str(path.resolve()), known.st_size, known.st_mtime_ns))
-    kept = cache_folder() / "shards" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
-    try:
-        with np.load(kept) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        pass  # missing or damaged: it is built again
-    arrays = build_index(path)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        aside = kept.with_name(f".{kept.stem}.{os.getpid()}.tmp.npz")
-        np.savez(aside, **arrays)
-        aside.replace(kept)
-    except OSError:
-        pass  # without a cache the index is built again next time
+    identity = (VERSION, str(path.resolve()), known.st_size, known.st_mtime_ns)
+    if (arrays := kept_index("shards", identity)) is None:
+        arrays = build_index(path)
+        keep_index("shards", identity, arrays)
     return arrays
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from clipress.data.formats import webdataset
 from clipress.data.formats.webdataset import expanded, index_of, shard_paths
-from clipress.data.sources import open_source
+from clipress.data.sources import num_captions, open_source
 from clipress.data.spec import SourceSpec
 from clipress.errors import DataError
 
@@ -55,6 +55,12 @@ def test_shards_written_as_img2dataset_does_are_read_in_any_order(tmp_path):
         assert source.captions(index) == (f"image {index}",)
         assert abs(source.image(index).getpixel((4, 4))[0] - index * 10) <= 3
         assert source.group(index) == index
+
+
+def test_captions_are_counted_without_reading_them(tmp_path, monkeypatch):
+    path = tar(tmp_path / "s.tar", [*pairs(0, 4), ("gap.png", encoded("red")), ("gap.txt", b" ")])
+    monkeypatch.setattr(webdataset, "bytes_at", None)  # nothing is read from the shard
+    assert num_captions(SourceSpec(format="webdataset", shards=str(path))) == 5
 
 
 ODD = [
