@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from clipress.data.cache_files import (
+    ARRAYS,
     MANIFEST,
     MAX_SHARDS,
     MISSING,
@@ -163,11 +164,15 @@ class TeacherCache:
             )
         for number, problem in found.items():
             raise self._damaged(number, problem)
+        images, texts = self.manifest.items * self.manifest.views, sum(shard.texts for shard in self.shards)
+        steps = [1 if verify else max(total // CHECKED_ROWS, 1) for total in (images, texts)]
         for number, shard in enumerate(self.shards):
             if verify:
                 self._check_sums(number, shard)
             self._check_layout(number, shard)
-            self._check_rows(number, shard, verify)
+            self._check_rows(number, shard, *steps)
+            for name in ARRAYS:  # what was read of a mapped file counts as memory until it is closed
+                self._maps.pop((name, number), None)
 
     def _check_sums(self, number: int, shard: Shard) -> None:
         for name, file in shard.files.items():
@@ -199,12 +204,12 @@ class TeacherCache:
                 number, f"offsets.npy: expected ascending offsets of {shard.captions} captions, found others"
             )
 
-    def _check_rows(self, number: int, shard: Shard, verify: bool) -> None:
+    def _check_rows(self, number: int, shard: Shard, image_step: int, text_step: int) -> None:
         ok = np.repeat(self._array("ok", number), self.manifest.views)
         stored = {"fp16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}[self.manifest.dtype]
-        for name, count, total, used in (
-            ("image", shard.items * self.manifest.views, self.manifest.items * self.manifest.views, ok),
-            ("text", shard.texts, sum(other.texts for other in self.shards), np.ones(shard.texts, bool)),
+        for name, count, step, used in (
+            ("image", shard.items * self.manifest.views, image_step, ok),
+            ("text", shard.texts, text_step, np.ones(shard.texts, bool)),
         ):
             array = self._array(name, number)
             if array.shape != (count, self.manifest.dim) or array.dtype != stored:
@@ -213,7 +218,6 @@ class TeacherCache:
                     f"{name}.npy: expected {stored} {[count, self.manifest.dim]}, "
                     f"found {array.dtype} {list(array.shape)}",
                 )
-            step = 1 if verify else max(total // CHECKED_ROWS, 1)
             norms = np.linalg.norm(as_float32(array[::step]), axis=1)
             off = ~(np.abs(norms - used[::step]) <= NORM_TOLERANCE)  # NaN compares false
             if off.any():

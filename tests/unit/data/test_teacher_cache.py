@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -157,6 +158,15 @@ def test_another_process_reads_the_same_rows(tmp_path):
     sent = pickle.dumps(cache)
     assert len(sent) < 4000  # Arrays are not pickled.
     np.testing.assert_array_equal(pickle.loads(sent).texts([3, 7]), cache.texts([3, 7]))
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_no_file_stays_mapped_after_the_checks_of_opening(tmp_path, verify):
+    folder, _ = make(tmp_path)
+    cache = TeacherCache.open(folder, verify)
+    assert str(folder) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    cache.images([1])
+    assert str(folder) in Path("/proc/self/maps").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("rows", [[-1], [22], [0, 99]])
