@@ -56,6 +56,11 @@ class Table(Files):
     def has_texts(self) -> bool:
         return len(self.places) > 0
 
+    @property
+    def num_captions(self) -> int:
+        """Number of captions of all rows."""
+        return len(self)
+
     def keep(self, path: str | None, texts: Sequence[str], group: int | None) -> None:
         self.places.append(self._place)
         self._unhashed += [path or "", *texts]
