@@ -1,18 +1,20 @@
 """The folder of Hugging Face transformers' CLIPModel: config.json, model.safetensors, preprocessing, tokenizer.
 
-Only of what its modules can hold: open_clip's plain ViT and causal text tower, uncut, in float32.
+Its modules hold open_clip's plain ViT and causal text tower, uncut, in float32. Any other CLIP is written as ONNX files with the
+same JSON files beside them, as optimum has it, so that no code of ours has to be trusted.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from clipress.errors import ExportError
 from clipress.export.layouts import LAYOUTS, LayoutJob
 from clipress.export.layouts.hub_files import image_processor, write_json, write_tokenizer
+from clipress.export.layouts.transformers_js import write_onnx
 from clipress.models import surgery
 from clipress.models.importers.transformers import their_names
 from clipress.models.load import Model, build
@@ -20,6 +22,7 @@ from clipress.models.weightless import build_weightless
 from clipress.tasks import model_from_artifact
 
 EPS = 1e-5
+log = logging.getLogger("clipress.export")
 KNOWN = {
     "": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"},
     "vision_cfg": {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "norm_kwargs"},
@@ -33,11 +36,14 @@ KNOWN = {
 
 @LAYOUTS.register("transformers")
 def write(job: LayoutJob, folder: Path) -> None:
-    """Write the artifact as a CLIPModel, if nothing was cut."""
+    """Write the artifact as a CLIPModel, or as ONNX files if it is none."""
     from safetensors.torch import save_file
 
     model = model_from_artifact(job.artifact)
-    _refuse(model, job.artifact.name)
+    if reason := _why_not(model):
+        log.warning("%s is no CLIPModel, since %s. It is written as ONNX files.", job.artifact.name, reason)
+        write_onnx(job, folder)
+        return
     write_tokenizer(job.exported, folder)
     write_json(folder / "preprocessor_config.json", image_processor(model.preprocess))
     write_json(folder / "config.json", _config(model.architecture))
@@ -49,25 +55,21 @@ def write(job: LayoutJob, folder: Path) -> None:
     )
 
 
-def _refuse(model: Model, name: str) -> None:
-    """Raise ExportError for a model that a CLIPModel cannot hold."""
-    architecture, found = model.architecture, None
+def _why_not(model: Model) -> str | None:
+    """Return why a CLIPModel cannot hold a model; None if it can."""
+    architecture = model.architecture
     strange = [
         key for part, keys in KNOWN.items() for key in (architecture[part] if part else architecture).keys() - keys
     ]
     pool = architecture["text_cfg"].get("pool_type", "argmax")
     if model.quantization:
-        found = "it is INT8"
-    elif strange:
-        found = f"its config has {', '.join(sorted(strange))}"
-    elif pool not in ("argmax", "eos"):
-        found = f"its texts are pooled by {pool}"
-    elif surgery.shapes(model.module) != surgery.shapes(build_weightless(lambda: build(architecture))):
-        found = "it is cut"
-    if found:
-        raise ExportError(
-            f"--layout transformers: {name} is no CLIPModel, since {found}. Export it as ONNX: --layout transformers.js."
-        )
+        return "it is INT8"
+    if strange:
+        return f"its config has {', '.join(sorted(strange))}"
+    if pool not in ("argmax", "eos"):
+        return f"its texts are pooled by {pool}"
+    uncut = surgery.shapes(build_weightless(lambda: build(architecture)))
+    return None if surgery.shapes(model.module) == uncut else "it is cut"
 
 
 def _config(architecture: dict[str, Any]) -> dict[str, Any]:

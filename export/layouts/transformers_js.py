@@ -22,6 +22,11 @@ FILES = {IMAGE: "vision_model", TEXT: "text_model"}
 @LAYOUTS.register("transformers.js")
 def write(job: LayoutJob, folder: Path) -> None:
     """Write both graphs under transformers.js's names, and what it needs to feed them."""
+    write_onnx(job, folder, "_quantized" if job.exported.precision == "int8" else "")
+
+
+def write_onnx(job: LayoutJob, folder: Path, ending: str = "") -> None:
+    """Write both graphs, their names with an ending, and the JSON files beside them."""
     exported = job.exported
     write_tokenizer(exported, folder)
     write_json(folder / "preprocessor_config.json", image_processor(exported.preprocess))
@@ -38,7 +43,6 @@ def write(job: LayoutJob, folder: Path) -> None:
     write_json(folder / "config.json", config)
     (folder / "onnx").mkdir()
     for side, name in FILES.items():
-        ending = "_quantized" if exported.precision == "int8" else ""
         _put(exported.onnx(side), exported.data(side), folder / "onnx" / f"{name}{ending}.onnx")
 
 

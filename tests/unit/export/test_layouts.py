@@ -113,11 +113,10 @@ def test_open_clip_loads_its_folder(job, tmp_path):
 
 def test_a_cut_model_has_no_open_clip_folder(job, tmp_path):
     model = new_model(tiny_architecture(layers=1), 0)
-    for part in anatomy.ffns(model.module):
-        surgery.cut(part, surgery.FfnMask(torch.arange(128) % 2 == 0))
-    cut = save_artifact(artifact_from_model(model, load_artifact(job.artifact).lineage, {}), tmp_path / "cut")
+    cut(model)
+    saved = save_artifact(artifact_from_model(model, load_artifact(job.artifact).lineage, {}), tmp_path / "cut")
     with pytest.raises(ExportError, match="cut is cut, INT8, resized or has a reduced vocabulary"):
-        write_layout("open_clip", LayoutJob(job.exported, cut), tmp_path / "oc")
+        write_layout("open_clip", LayoutJob(job.exported, saved), tmp_path / "oc")
     assert not (tmp_path / "oc").exists()
 
 
@@ -196,7 +195,7 @@ model, given = CLIPModel.from_pretrained(sys.argv[1]).eval(), torch.load(sys.arg
 ids = AutoTokenizer.from_pretrained(sys.argv[1])(given["texts"], padding=True, truncation=True, return_tensors="pt").input_ids
 with torch.inference_mode():
     found = model(input_ids=ids, pixel_values=given["pixels"])
-torch.save({"text": found.text_embeds, "image": found.image_embeds, "scale": model.logit_scale.exp()}, sys.argv[3])
+torch.save({"text": found.text_embeds, "image": found.image_embeds, "scale": model.logit_scale.detach().exp()}, sys.argv[3])
 """
 
 
@@ -218,16 +217,29 @@ def test_transformers_loads_its_folder_with_our_embeddings(job, tmp_path, quick_
         texts, images = model.module.encode_text(ids, normalize=True), model.module.encode_image(pixels, normalize=True)
     torch.testing.assert_close(found["text"], texts, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found["image"], images, atol=1e-5, rtol=1e-5)
-    assert float(found["scale"]) == pytest.approx(float(model.module.logit_scale.exp()))
+    assert float(found["scale"]) == pytest.approx(float(model.module.logit_scale.detach().exp()))
     again = import_checkpoint(folder)
     with torch.inference_mode():
         torch.testing.assert_close(again.module.encode_text(ids, normalize=True), texts, atol=1e-6, rtol=1e-6)
 
 
-def test_what_transformers_modules_cannot_hold_is_named(job, tmp_path):
-    changed = tiny_architecture(layers=1)
-    changed["text_cfg"] |= {"proj_bias": True}
-    model = new_model(changed, 0)
-    artifact = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "biased")
-    with pytest.raises(ExportError, match="biased is no CLIPModel, since its config has proj_bias"):
-        write_layout("transformers", LayoutJob(job.exported, artifact), tmp_path / "hf")
+def cut(model):
+    for part in anatomy.ffns(model.module):
+        surgery.cut(part, surgery.FfnMask(torch.arange(128) % 2 == 0))
+
+
+@pytest.mark.parametrize(
+    ("text", "change", "reason"), [({"proj_bias": True}, id, "its config has proj_bias"), ({}, cut, "it is cut")]
+)
+def test_what_transformers_modules_cannot_hold_goes_out_as_onnx_and_says_why(
+    job, tmp_path, caplog, text, change, reason
+):
+    architecture = tiny_architecture(layers=1)
+    architecture["text_cfg"] |= text
+    model = new_model(architecture, 0)
+    change(model)
+    artifact = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "odd")
+    folder = write_layout("transformers", LayoutJob(job.exported, artifact), tmp_path / "hf")
+    assert f"odd is no CLIPModel, since {reason}. It is written as ONNX files." in caplog.text
+    assert {path.name for path in (folder / "onnx").iterdir()} == {"vision_model.onnx", "text_model.onnx"}
+    assert not (folder / "model.safetensors").exists()
