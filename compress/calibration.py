@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipress.compress.context import Context
+from clipress.compress.fabric import to_device
 from clipress.compress.settings import Training
 from clipress.compress.train import batches
 from clipress.errors import DataError
@@ -81,7 +82,7 @@ def mapped(rows: Tensor, path: Path) -> Tensor:
 
 def random_projection(y: Tensor, generator: torch.Generator) -> Tensor:
     """Return the sum of a tensor's entries with random signs; its squared gradient estimates that of every output."""
-    return (y * (torch.randint(0, 2, y.shape, generator=generator) * 2 - 1).to(y)).sum()
+    return (y * to_device(torch.randint(0, 2, y.shape, generator=generator) * 2 - 1, y.device).to(y.dtype)).sum()
 
 
 @torch.no_grad()

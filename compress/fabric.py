@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -106,10 +107,45 @@ def all_sum(total: Tensor, fabric: Fabric) -> Tensor:
     return total if fabric.world_size == 1 else fabric.all_reduce(total, reduce_op="sum")
 
 
-def all_mean(values: Sequence[Tensor], fabric: Fabric) -> list[float]:
-    """Average scalars over processes; each process has the loss of its own rows."""
-    stacked = torch.stack([value.detach() for value in values])
-    return (stacked if fabric.world_size == 1 else fabric.all_reduce(stacked, reduce_op="mean")).tolist()
+def all_mean(values: Sequence[Tensor], fabric: Fabric) -> Tensor:
+    """Average scalars over processes, float32 [values]; each process has the loss of its own rows."""
+    stacked = torch.stack([value.detach().float() for value in values])
+    return stacked if fabric.world_size == 1 else fabric.all_reduce(stacked, reduce_op="mean")
+
+
+def all_finite(values: Sequence[Tensor], fabric: Fabric) -> Tensor:
+    """Return whether scalars are finite on every process, a bool () that stays on the device."""
+    finite = torch.stack([full_tensor(value.detach()).isfinite() for value in values]).all()
+    if fabric.world_size == 1:
+        return finite
+    return fabric.all_reduce(finite.float(), reduce_op="sum") == fabric.world_size
+
+
+class HostCopy:
+    """A copy of a tensor on the host, made without waiting for the device."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.copied = None
+        if values.is_cuda:
+            self.rows = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.rows.copy_(values, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        else:
+            self.rows = values.detach()
+
+    def read(self) -> np.ndarray:
+        """Return the values, after waiting for the copy alone: the device goes on with what was queued later."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.rows.numpy()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the host without waiting for the device, which only pinned memory allows."""
+    return (tensor.pin_memory() if device.type == "cuda" and not tensor.is_pinned() else tensor).to(
+        device, non_blocking=True
+    )
 
 
 def all_true(value: bool, fabric: Fabric) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clipress.compress.context import Context
-from clipress.compress.fabric import all_true, gather_shards
+from clipress.compress.fabric import all_finite, gather_shards
 from clipress.compress.grad_cache import backward_in_chunks, batch_norms, encode_in_chunks
 from clipress.compress.hook import Hook
 from clipress.compress.loss_pass import LossPass
@@ -50,44 +50,44 @@ class Learner(LossPass):
         self.optimizer = self.fabric.setup_optimizers(
             torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         )
+        self.finite: Tensor | None = None  # whether the gradients are: a bool () on the device
         learned = parameter_groups(self.objective, config)
         learns = any(group["params"] for group in learned)
-        self.own = torch.optim.AdamW(learned, lr=config.lr, betas=config.betas) if learns else None
+        self.own = torch.optim.AdamW(learned, lr=config.lr, betas=config.betas, fused=True) if learns else None
 
     def gradients(
         self, step: int, arrays: dict[str, Tensor], hooks: Sequence[Hook]
-    ) -> tuple[Tensor, dict[str, Tensor], bool]:
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Run forward and backward. Returns the loss, its terms, and whether everything is finite on every process.
 
-        A non-finite step leaves batch norm statistics and the EMA queue as they were before it.
+        The last is a bool () on the device, and nothing here waits for it. A non-finite step leaves batch norm statistics and the EMA queue as they were before it.
         """
         statistics = [(b, b.clone()) for norm in batch_norms(self.student.module) for b in norm.buffers()]
         past = self.ema.past if self.ema is not None else {}
         total, terms, finite = self._gradients(step, arrays, hooks)
-        if not finite:
-            for buffer, before in statistics:
-                buffer.copy_(before)
-            if self.ema is not None:
-                self.ema.past = past
+        for buffer, before in statistics:
+            buffer.copy_(torch.where(finite, buffer, before))
+        if self.ema is not None:
+            self.ema.past = _chosen(finite, self.ema.past, past)
+        self.finite = finite
         return total, terms, finite
 
     def _gradients(
         self, step: int, arrays: dict[str, Tensor], hooks: Sequence[Hook]
-    ) -> tuple[Tensor, dict[str, Tensor], bool]:
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         inputs = self.inputs(step, arrays)
         moving = any(hook.moves(step) for hook in hooks)
         chunks = self.context.runtime.grad_cache_chunks
         outputs = self.module(**inputs) if chunks == 1 else encode_in_chunks(self.module, inputs, chunks)
         total, terms = self.loss(outputs, arrays, step, moving)
-        if not all_true(bool(torch.isfinite(total)), self.fabric):
-            return total, terms, False
+        finite = all_finite([total], self.fabric)
         if self.fabric.world_size > 1:  # DDP requires a gradient for every parameter, even a zero one
             total = total + 0.0 * sum(out.sum() for out in outputs.values() if out.requires_grad)
         self.fabric.backward(total)
 
         def after_chunk() -> None:
             for hook in hooks:
-                hook.after_part(step)
+                hook.after_part(step, finite)
 
         if chunks == 1:
             after_chunk()
@@ -97,12 +97,17 @@ class Learner(LossPass):
         norm = self.fabric.clip_gradients(
             self.module, self.optimizer, max_norm=self.config.grad_clip_norm, error_if_nonfinite=False
         )
-        return total, terms, all_true(bool(torch.isfinite(norm) and torch.isfinite(own)), self.fabric)
+        return total, terms, finite & all_finite([norm, own], self.fabric)
 
     def update(self, rate: float) -> None:
-        """Update the weights."""
+        """Update the weights with the gradients of the last batch, or leave everything as it is if they are not finite."""
+        sharded = self.context.runtime.strategy == "fsdp2"
+        if sharded and not self.finite:  # the fused update of shards has no such switch
+            return
         for optimizer in (self.optimizer, self.own):
             if optimizer is not None:
+                if not sharded:  # a fused AdamW skips the update on the device, as torch's GradScaler makes it do
+                    getattr(optimizer, "optimizer", optimizer).found_inf = (~self.finite).float()
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
@@ -156,7 +161,16 @@ class Learner(LossPass):
     def _reduce_own_gradients(self) -> Tensor:
         """Average the gradients of the losses' own parameters over processes and clip them. Returns their norm."""
         learned = [p for p in self.objective.parameters() if p.grad is not None]
+        if not learned:
+            return torch.zeros((), device=self.fabric.device)
         if self.fabric.world_size > 1:
             for parameter in learned:
                 parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")
         return nn.utils.clip_grad_norm_(learned, self.config.grad_clip_norm)
+
+
+def _chosen(finite: Tensor, new: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the rows of `new` if `finite`, else those of `old`. Waits for the device only while a queue still grows."""
+    if all(name in old and old[name].shape == rows.shape for name, rows in new.items()):
+        return {name: torch.where(finite, rows, old[name]) for name, rows in new.items()}
+    return new if finite else old

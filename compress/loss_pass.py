@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipress.compress.context import Context, steps_of
 from clipress.compress.ema import EMAModel, Queue
-from clipress.compress.fabric import gathered
+from clipress.compress.fabric import gathered, to_device
 from clipress.compress.losses import Loss, Objective, check_losses, loss_type, needs_of
 from clipress.compress.settings import Training
 from clipress.compress.teachers import Teachers
@@ -61,7 +61,8 @@ class LossPass:
         rank, world, rows = self.fabric.global_rank, self.fabric.world_size, self.config.batch_size
 
         def draw(*shape: int) -> Tensor:
-            return torch.rand(rows, *shape, generator=generator)[rank::world].to(self.fabric.device)
+            noise = torch.rand(rows, *shape, generator=generator)[rank::world]
+            return to_device(noise, self.fabric.device)
 
         return lambda pixels: self.objective.mask_patches(pixels, draw)
 

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
 from clipress.compress.context import Context, steps_of
-from clipress.compress.fabric import all_max, all_mean, all_true
+from clipress.compress.fabric import HostCopy, all_max, all_mean, all_true
 from clipress.compress.hook import Hook
 from clipress.compress.learner import Learner
 from clipress.compress.losses import terms_from
@@ -50,6 +50,8 @@ MAX_BAD_STEPS = 20  # consecutive non-finite steps that stop the run
 class HoldZeros(Hook):
     """Keep the zeros of the named weights, so that 2:4 sparsity survives later training."""
 
+    only_finite = False
+
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         parameters = dict(model.named_parameters())
         self.held = [(parameters[name], parameters[name].detach() != 0) for name in names]
@@ -65,6 +67,8 @@ class HoldRange(Hook):
 
     7-bit weights require it, since the quantizers only clip to 8 bits.
     """
+
+    only_finite = False
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         parameters = dict(model.named_parameters())
@@ -112,6 +116,7 @@ def batches(
         collate_fn=_tensors,
         num_workers=context.data.workers,
         worker_init_fn=ignore_stop_signals,
+        pin_memory=context.fabric.device.type == "cuda",
     )
 
 
@@ -145,7 +150,6 @@ def train(
     # The hooks need the final parameters, so they come after Fabric has moved or sharded the model.
     loop = Loop(learner, [*hooks, *_holds(model)], config, context)
     start, every, bad_records = loop.step, loop.checkpoint_every, BadRecords()
-    began = time.perf_counter() - loop.seconds
     with (
         stop_requests() as requested,
         _log_to(context.log, fabric, start) as log,
@@ -157,20 +161,22 @@ def train(
                 log({"step": step, "bad_record": asdict(item)})
             arrays = {name: tensor.to(fabric.device, non_blocking=True) for name, tensor in arrays.items()}
             rate = learning_rate(step, steps, config)
-            if loop.take_step(step, arrays, rate, log):
+            loop.take_step(step, arrays, rate, log)
+            if loop.record:
                 bar.set_postfix(loss=f"{loop.record['loss']:.3f}", refresh=False)
             bar.update()
-            loop.seconds = round(time.perf_counter() - began, 3)
-            log({"step": step, "lr": rate, "seconds": loop.seconds, **loop.record})
             stop = all_max(requested.signal, fabric)
+            if stop:
+                loop.settle(log)
             if every and (((step + 1) % every == 0 and step + 1 < steps) or stop):
-                loop.save(step + 1)
+                loop.save(step + 1, log)
             if stop:
                 fabric.barrier()  # torchrun kills the other processes as soon as one exits
                 raise _stopped(stop, step + 1, steps, bool(every), context.title)
+        loop.settle(log)
     learner.finish()
     details = {"bad_records": bad_records.bad} if bad_records.bad else {}
-    seconds = round(time.perf_counter() - began, 2)
+    seconds = round(time.perf_counter() - loop.began, 2)
     return {"steps": steps, "seconds": seconds, "skipped_steps": loop.skipped, "last": loop.record, **details}
 
 
@@ -184,8 +190,22 @@ def _holds(model: Model) -> list[Hook]:
     return holds
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a step computed, on its way to the host."""
+
+    step: int
+    rate: float
+    names: tuple[str, ...]
+    values: HostCopy
+    """Whether all gradients are finite, then the mean loss and its terms."""
+
+
 class Loop:
-    """A training run in progress: takes steps, counts bad ones and saves checkpoints."""
+    """A training run in progress: takes steps, counts bad ones and saves checkpoints.
+
+    A step's outcome is read after the next one has been queued, so that the device is never idle while the host reads.
+    """
 
     def __init__(self, learner: Learner, hooks: Sequence[Hook], config: Training, context: Context) -> None:
         self.learner, self.hooks, self.config, self.context = learner, hooks, config, context
@@ -194,35 +214,51 @@ class Loop:
         self.skipped: int = progress["skipped"]
         self.record: dict[str, Any] = progress["record"]
         self.seconds: float = progress["seconds"]
+        self.began = time.perf_counter() - self.seconds
+        self.outcome: Outcome | None = None
         self.bad_in_a_row = 0
         writes = context.checkpoints and context.runtime.strategy != "fsdp2"
         self.checkpoint_every = context.runtime.checkpoint_every if writes else 0
 
-    def take_step(self, step: int, arrays: dict[str, Tensor], rate: float, log: Log) -> bool:
-        """Take one step. Returns whether everything was finite; a non-finite step changes nothing.
+    def take_step(self, step: int, arrays: dict[str, Tensor], rate: float, log: Log) -> None:
+        """Take one step, which changes nothing if it is not finite, and log the previous one.
 
         Raises ClipressError after `MAX_BAD_STEPS` non-finite steps in a row.
         """
         for hook in self.hooks:
             hook.before(step, arrays)
         total, terms, finite = self.learner.gradients(step, arrays, self.hooks)
-        if finite:
+        waits = any(hook.only_finite or hook.moves(step) for hook in self.hooks)
+        if not waits or finite:
             for hook in self.hooks:
                 hook.after_backward(step)
             self.learner.update(rate)
             for hook in self.hooks:
                 hook.after_update(step)
-            self.bad_in_a_row = 0
-            means = all_mean([total, *terms.values()], self.context.fabric)
-            self.record = dict(zip(("loss", *terms), means, strict=True))
-        else:
-            self._skip(step, terms, log)
         self.learner.clear_gradients()
-        return finite
+        values = torch.cat([finite.float()[None], all_mean([total, *terms.values()], self.context.fabric)])
+        outcome = Outcome(step, rate, ("loss", *terms), HostCopy(values))
+        self.settle(log)
+        self.outcome = outcome
 
-    def _skip(self, step: int, terms: Mapping[str, Tensor], log: Log) -> None:
+    def settle(self, log: Log) -> None:
+        """Read and log the outcome of the last step, if that has not been done."""
+        outcome, self.outcome = self.outcome, None
+        if outcome is None:
+            return
+        finite, *means = outcome.values.read().tolist()
+        values = dict(zip(outcome.names, means, strict=True))
+        if finite:
+            self.bad_in_a_row, self.record = 0, values
+        else:
+            self._skip(outcome.step, values, log)
+        self.seconds = round(time.perf_counter() - self.began, 3)
+        log({"step": outcome.step, "lr": outcome.rate, "seconds": self.seconds, **self.record})
+
+    def _skip(self, step: int, values: Mapping[str, float], log: Log) -> None:
         self.skipped, self.bad_in_a_row = self.skipped + 1, self.bad_in_a_row + 1
-        bad = [name for name, term in terms.items() if not torch.isfinite(term)] or ["the gradient"]
+        bad = [name for name, value in values.items() if name != "loss" and not math.isfinite(value)]
+        bad = bad or ["the gradient"]
         log({"step": step, "skipped": bad})
         if self.bad_in_a_row == MAX_BAD_STEPS:
             raise ClipressError(
@@ -230,8 +266,9 @@ class Loop:
                 f"{step}). Lower 'lr' (now {self.config.lr}) or check the data. Earlier checkpoints are kept."
             )
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, log: Log) -> None:
         """Save a checkpoint after `step` steps, unless the last step was bad: it must not replace a good checkpoint."""
+        self.settle(log)
         if self.bad_in_a_row:
             return
         fabric = self.context.fabric

@@ -199,7 +199,7 @@ class ClipLesson(Lesson):
             for side in SIDES
             if f"teacher_{side}_{teacher}" in arrays
         }
-        return raw | {"scale": torch.tensor(scale, device=arrays["group"].device)}
+        return raw | {"scale": torch.full((), scale, device=arrays["group"].device)}
 
     def batch(
         self,
@@ -216,6 +216,8 @@ class ClipLesson(Lesson):
                 own["masked"] = projections["image"](outputs["masked"])
             projected = _features({**own, "scale": outputs["scale"]}, gather)
         groups = gather.rows(arrays["group"])
+        if self.classes is not None:
+            self.classes = self.classes.to(groups.device)  # copied by the first step only
         return Batch(
             _features(outputs, gather),
             tuple(_features(one, gather) for one in teachers),
@@ -224,7 +226,7 @@ class ClipLesson(Lesson):
             projected=projected,
             labels=gather.own(arrays["label"]),
             all_labels=gather.rows(arrays["label"]),
-            classes=None if self.classes is None else self.classes.to(outputs["scale"].device),
+            classes=self.classes,
             sides=self.learning,
         )
 

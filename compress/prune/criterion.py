@@ -154,25 +154,31 @@ class Accumulator:
     def __init__(self, criterion: Criterion, sites: Sequence[Site], seed: int = 0) -> None:
         self.criterion, self.sites, self.seed = criterion, sites, seed
         self.sums = [torch.zeros(s.groups, s.units, dtype=torch.float64, device=s.mask.device) for s in sites]
-        self.left_out = 0
+        self.left_out = torch.zeros((), dtype=torch.int64, device=sites[0].mask.device)  # samples
+        self.watched: list[tuple[int, Tensor]] = []  # of this step, not yet added
         self.handles = criterion.watch(sites, self._add_to)
 
     def _add_to(self, at: int, scores: Tensor) -> None:
-        self.sums[at] += scores
+        self.watched.append((at, scores))
 
     @torch.no_grad()
-    def add(self) -> None:
-        """Add this step's gradients."""
+    def add(self, finite: Tensor | None = None) -> None:
+        """Add this step's gradients, unless `finite`, a bool (), is false. Nothing here waits for the device."""
+        watched, self.watched = self.watched, []
+        for at, scores in watched:
+            self.sums[at] += scores if finite is None else torch.where(finite, scores, 0.0)
         if not (self.criterion.uses_gradients and self.criterion.from_gates):
             return
         gradients = [site.gradient() for site in self.sites]
-        finite = torch.stack([g.isfinite().flatten(1).all(1) for g in gradients if g is not None and len(g)], 0)
+        each = torch.stack([g.isfinite().flatten(1).all(1) for g in gradients if g is not None and len(g)], 0)
         # All towers see the same samples, so a sample with one non-finite gradient is skipped everywhere.
-        good = finite.all(0)
-        self.left_out += int((~good).sum())
+        good = each.all(0)
+        counts = torch.ones_like(good[0]) if finite is None else finite
+        self.left_out += (~good & counts).sum()
+        good = (good & counts)[:, None, None]
         for total, gradient in zip(self.sums, gradients, strict=True):
             if gradient is not None:
-                total += self.criterion.summed(gradient[good].double())
+                total += self.criterion.summed(gradient.where(good, 0.0).double())
 
     def scores(self, reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Return the scores [groups, units] of all sites, summed over processes by `reduce`. Decays the sums."""

@@ -58,6 +58,5 @@ def _scores(weight: Tensor, x: Tensor, gradient: Tensor, site: Site, side: str) 
     total = torch.zeros(weight.shape[0 if side == "rows" else 1], dtype=torch.float64, device=weight.device)
     for inputs, slopes in zip(x.float(), gradient.float(), strict=True):  # one sample at a time, to save memory
         squares = (slopes.T @ inputs * weight.float()).square().sum(1 if side == "rows" else 0, dtype=torch.float64)
-        if squares.isfinite().all():
-            total += squares
+        total += torch.where(squares.isfinite().all(), squares, 0.0)
     return total.reshape(site.groups, site.units, -1).sum(2)

@@ -38,7 +38,7 @@ def score_units(
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(convnets.is_convnet(module))
-    skipped = 0
+    skipped, finite = 0, torch.ones((), dtype=torch.bool, device=context.fabric.device)
     for step, arrays in enumerate(track(batches(model, settings, context, steps), steps, context.title, "batch")):
         arrays = {name: a.to(context.fabric.device) for name, a in arrays.items() if isinstance(a, Tensor)}
         for hook in hooks:
@@ -48,7 +48,7 @@ def score_units(
             module.zero_grad(set_to_none=True)
             continue
         for hook in hooks:
-            hook.after_part(step)
+            hook.after_part(step, finite)
             hook.after_backward(step)
             hook.after_update(step)
         module.zero_grad(set_to_none=True)

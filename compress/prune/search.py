@@ -168,6 +168,8 @@ def smallest_budget(settings: Prune, model: Model) -> float:
 class Search(Hook):
     """Accumulate scores and update the masks along the schedule."""
 
+    only_finite = False
+
     def __init__(self, model: Model, gates: Gates, settings: Prune, steps: int, seed: int, reduce: Callable) -> None:
         self.model, self.gates, self.settings, self.steps, self.reduce = model, gates, settings, steps, reduce
         self.criterion = CRITERIA[settings.criterion]()
@@ -192,9 +194,9 @@ class Search(Hook):
             self._measure(arrays)
         self.gates.clear()
 
-    def after_part(self, step: int) -> None:
+    def after_part(self, step: int, finite: Tensor) -> None:
         if not self.criterion.probe:
-            self.seen.add()
+            self.seen.add(finite)
             self.gates.clear()
 
     def _probe(self, step: int, arrays: Mapping[str, Tensor]) -> None:
@@ -222,7 +224,7 @@ class Search(Hook):
 
     def state(self) -> dict[str, Any]:
         masks = [site.mask for site in self.gates.sites]
-        return {"masks": masks, "sums": self.seen.sums, "left_out": self.seen.left_out, "updates": self.updates}
+        return {"masks": masks, "sums": self.seen.sums, "left_out": int(self.seen.left_out), "updates": self.updates}
 
     def load_state(self, state: dict[str, Any]) -> None:
         for site, mask in zip(self.gates.sites, state["masks"], strict=True):
@@ -230,7 +232,8 @@ class Search(Hook):
         self.seen.sums = [
             total.to(site.mask.device) for total, site in zip(state["sums"], self.gates.sites, strict=True)
         ]
-        self.seen.left_out, self.updates = state["left_out"], state["updates"]
+        self.seen.left_out = self.seen.left_out.new_tensor(int(state["left_out"]))
+        self.updates = state["updates"]
 
     def moves(self, step: int) -> bool:
         due, last_due = self._due(step), self._due(step - 1) if step else 0.0
@@ -338,7 +341,7 @@ def _search(settings: Prune, model: Model, context: Context, gates: Gates, reduc
         details = train(model, settings, terms, context, hooks)
     if search is not None:
         _check_finished(search, details)
-        details |= {"mask_updates": search.updates, "samples_left_out": search.seen.left_out}
+        details |= {"mask_updates": search.updates, "samples_left_out": int(search.seen.left_out)}
     return details | (channels.cut() if channels is not None else {})
 
 

@@ -11,12 +11,14 @@ from helpers import clipress, tiny_inputs, write_recipe
 
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
+from clipress.compress.learner import Learner
+from clipress.compress.losses import terms_from
 from clipress.compress.prune.budget import Align, Budget
 from clipress.compress.prune.search import Prune
 from clipress.compress.prune.search import run as prune
 from clipress.compress.settings import Runtime, Training
 from clipress.compress.teacher_cache import build_cache
-from clipress.compress.train import train
+from clipress.compress.train import Loop, batches, train
 from clipress.data.sources import open_source
 from clipress.data.spec import Augment, DataSpec, SourceSpec
 from clipress.models import surgery
@@ -147,3 +149,24 @@ def test_a_whole_run_in_bf16_trains_exports_and_measures(tiny_run):
         assert done.exit_code == 0, done.output
         rows = json.loads((run / "bench" / "results.json").read_text())["rows"]
         assert any(row["backend"] == runner and row["device"] == torch.cuda.get_device_name() for row in rows)
+
+
+def test_a_step_never_makes_the_host_wait(fabrics):
+    context = context_on(fabrics, "cuda", teachers=(new_model(tiny_architecture(), 1),))
+    settings = Training(steps=100, batch_size=32)
+    model = new_model(tiny_architecture(), 0)
+    loop = Loop(Learner(model, settings, terms_from(("contrastive", "feature"), "t"), context), [], settings, context)
+    arrays = next(iter(batches(model, settings, context, 1)))
+    arrays.pop("bad")
+    arrays = {name: rows.to("cuda") for name, rows in arrays.items()}
+    lines = []
+    for step in range(5):
+        loop.take_step(step, dict(arrays), 1e-4, lines.append)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(5, 105):
+            loop.take_step(step, dict(arrays), 1e-4, lines.append)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    loop.settle(lines.append)
+    assert [line["step"] for line in lines] == list(range(105))

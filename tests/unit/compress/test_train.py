@@ -162,7 +162,7 @@ class Gradients(Hook):
     def __init__(self, model):
         self.model, self.parts, self.seen = model, 0, {}
 
-    def after_part(self, step):
+    def after_part(self, step, finite):
         self.parts += 1
 
     def after_backward(self, step):
