@@ -60,7 +60,8 @@ class Learner(LossPass):
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Run forward and backward. Returns the loss, its terms, and whether everything is finite on every process.
 
-        The last is a bool () on the device, and nothing here waits for it. A non-finite step leaves batch norm statistics and the EMA queue as they were before it.
+        The last is a bool () on the device, and nothing here waits for it. A non-finite step leaves batch norm statistics and
+        the EMA queue as they were before it.
         """
         statistics = [(b, b.clone()) for norm in batch_norms(self.student.module) for b in norm.buffers()]
         past = self.ema.past if self.ema is not None else {}

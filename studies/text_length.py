@@ -127,7 +127,7 @@ def main(duration: str = "1000") -> None:
     parity.LIMITS["int8"] = (0.98, 0.0, 1.0)  # Weights are random, so rankings mean nothing.
     rows = tower_rows(float(duration)) + step_rows(float(duration))
     conditions = {
-        "command": "python studies/text_length.py",
+        "command": f"python studies/text_length.py {duration}",
         "date": date.today().isoformat(),
         "processor": str(processor()),
         "cores": os.cpu_count(),
