@@ -10,7 +10,7 @@ from typing import Any
 from clipress.data.eval_sets import evalsets
 from clipress.errors import RecipeError
 from clipress.export.extra_models import extra_models_from_export
-from clipress.export.layouts import LayoutJob, write_layout
+from clipress.export.layouts import LAYOUTS, LayoutJob, write_layout
 from clipress.export.settings import OnnxSettings, TensorRTSettings
 from clipress.export.to_onnx import is_exported, onnx_from_artifact
 from clipress.progress import Say
@@ -38,6 +38,8 @@ class ExportRequest:
 def export_run(run: Path, request: ExportRequest, say: Say) -> None:
     """Export a run's artifacts, and build engines if the request or the recipe says so."""
     plan = read_plan(run)
+    if request.layout is not None:
+        LAYOUTS.find(request.layout, "--layout")
     with locked_and_swept(run):
         stages = [plan.artifact(stage) for stage in request.stages] or plan.artifacts
         settings = overridden(plan.export.onnx, request.onnx, "export.onnx")

@@ -12,6 +12,7 @@ import onnxruntime
 import open_clip
 import pytest
 import torch
+from helpers import clipress
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -243,3 +244,14 @@ def test_what_transformers_modules_cannot_hold_goes_out_as_onnx_and_says_why(
     assert f"odd is no CLIPModel, since {reason}. It is written as ONNX files." in caplog.text
     assert {path.name for path in (folder / "onnx").iterdir()} == {"vision_model.onnx", "text_model.onnx"}
     assert not (folder / "model.safetensors").exists()
+
+
+def test_a_layout_is_written_beside_the_exports_and_an_unknown_one_is_refused_before_anything_is_exported(tiny_run):
+    run, _ = tiny_run
+    result = clipress("export", run, "--stage", "int8", "--layout", "transformers.js")
+    assert result.exit_code == 0, result.output
+    folder = run / "transformers.js" / "int8"
+    assert (folder / "onnx" / "text_model_quantized.onnx").is_file() and (folder / "config.json").is_file()
+    shutil.rmtree(run / "transformers.js")
+    result = clipress("export", run, "--layout", "transformer.js")
+    assert result.exit_code == 2 and "transformers.js" in result.output and "exported" not in result.output
