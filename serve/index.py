@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from pydantic import Field, ValidationError
 
 from clipress.errors import ArtifactError, BackendMissing, DataError, nearest
 from clipress.recipe import Section, first_problem
+from clipress.serve.index_files import Blocks, write_filled
 from clipress.storage import flush, sha256, write_bytes_whole, write_text_whole
 from clipress.version import __version__
 
@@ -202,10 +203,8 @@ def kind_for(count: int) -> Kind:
     return "flat" if count <= EXACT_UP_TO else "ivf"
 
 
-def write_index(
-    folder: Path, kind: Kind, blocks: Callable[[], Iterable[np.ndarray]], keys: Sequence[str], encoder: Encoder
-) -> Description:
-    """Make an index of vectors and replace the folder's index with it.
+def write_index(folder: Path, kind: Kind, blocks: Blocks, keys: Sequence[str], encoder: Encoder) -> Description:
+    """Make an index of vectors and replace the folder's index with it. Only a graph is held in memory meanwhile.
 
     Args:
         blocks: yields the vectors, float32 [n, D] each; it may be called more than once.
@@ -213,30 +212,31 @@ def write_index(
     """
     faiss = need_faiss()
     dim = next(iter(blocks())).shape[1]
-    if kind == "flat":
-        vectors = faiss.IndexFlatIP(dim)
-    elif kind == "hnsw":
+    if kind == "hnsw":
         vectors = faiss.IndexHNSWFlat(dim, LINKS, faiss.METRIC_INNER_PRODUCT)
         vectors.hnsw.efConstruction = BUILD_BREADTH
+        for block in blocks():
+            vectors.add(block)
+        return _write(folder, kind, vectors, keys, encoder)
+    if kind == "flat":
+        vectors = faiss.IndexFlatIP(dim)
     else:
         lists = max(min(round(4 * len(keys) ** 0.5), len(keys) // PER_LIST), 1)
         vectors = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
         vectors.nprobe = max(lists // 16, min(lists, 8))
-        vectors.train(_sample(blocks(), len(keys), lists * TRAINED_ON))
-    for block in blocks():
-        vectors.add(block)
-    return _write(folder, kind, vectors, keys, encoder)
+        vectors.train(_sample(blocks(), len(keys), lists * TRAINED_ON, dim))
+    return _write(folder, kind, vectors, keys, encoder, blocks)
 
 
-def _sample(blocks: Iterable[np.ndarray], count: int, wanted: int) -> np.ndarray:
+def _sample(blocks: Iterable[np.ndarray], count: int, wanted: int, dim: int) -> np.ndarray:
     """Draw distinct rows, the same ones every time."""
     rows = np.sort(np.random.default_rng(0).choice(count, min(wanted, count), replace=False))
-    parts, start = [], 0
+    sample, start = np.empty((len(rows), dim), np.float32), 0
     for block in blocks:
         first, last = np.searchsorted(rows, [start, start + len(block)])
-        parts.append(block[rows[first:last] - start])
+        sample[first:last] = block[rows[first:last] - start]
         start += len(block)
-    return np.concatenate(parts)
+    return sample
 
 
 def change_index(
@@ -281,13 +281,21 @@ def _keep_rows(vectors: Any, kept: np.ndarray) -> None:
     vectors.add(rows)
 
 
-def _write(folder: Path, kind: Kind, vectors: Any, keys: Sequence[str], encoder: Encoder) -> Description:
-    """Write both files beside the old ones, replace index.json, then remove the files it no longer names."""
+def _write(
+    folder: Path, kind: Kind, vectors: Any, keys: Sequence[str], encoder: Encoder, blocks: Blocks | None = None
+) -> Description:
+    """Write both files beside the old ones, replace index.json, then remove the files it no longer names.
+
+    Without `blocks`, faiss's index `vectors` holds the vectors already.
+    """
     faiss = need_faiss()
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".vectors.{os.getpid()}.tmp"
     try:
-        faiss.write_index(vectors, str(aside))
+        if blocks is None:
+            faiss.write_index(vectors, str(aside))
+        else:
+            write_filled(aside, vectors, len(keys), blocks)
         flush(aside)
         found = sha256(aside)
         vectors_file = File(file=f"index-{found[:12]}.faiss", bytes=aside.stat().st_size, sha256=found)
@@ -303,7 +311,7 @@ def _write(folder: Path, kind: Kind, vectors: Any, keys: Sequence[str], encoder:
     lines.replace(folder / keys_file.file)
     description = Description(
         kind=kind,
-        count=vectors.ntotal,
+        count=len(keys),
         dim=vectors.d,
         encoder=encoder,
         vectors=vectors_file,

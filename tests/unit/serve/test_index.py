@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("faiss", reason="pip install 'clipress[serve]'")
 
+import faiss
+
 from clipress.errors import ArtifactError, DataError
 from clipress.serve.index import Encoder, Index, change_index, kind_for, open_index, read_description, write_index
 
@@ -56,6 +58,34 @@ def test_the_flat_index_matches_numpy(tmp_path):
     assert keys == by_numpy(rows, names(300), queries, 7)
     np.testing.assert_allclose(scores, -np.sort(-(queries @ rows.T))[:, :7], atol=1e-6)
     assert scores.dtype == np.float32 and (len(index), index.dim, index.lineage) == (300, DIM, ENCODER.lineage)
+
+
+def filled(empty, rows):
+    """Return what faiss writes of an index after adding rows."""
+    empty.add(rows)
+    return faiss.serialize_index(empty).tobytes()
+
+
+def test_files_are_those_that_faiss_writes(tmp_path):
+    """Though they are written block by block, and the vectors are never in memory at once."""
+    rows = vectors(3000)
+    flat = made(tmp_path / "flat", rows)
+    content = (flat.folder / flat.description.vectors.file).read_bytes()
+    assert content == filled(faiss.IndexFlatIP(DIM), rows)
+    lists = made(tmp_path / "lists", rows, kind="ivf")
+    content = (lists.folder / lists.description.vectors.file).read_bytes()
+    empty = faiss.deserialize_index(np.frombuffer(content, np.uint8))
+    assert empty.ntotal == 3000
+    empty.reset()
+    assert content == filled(empty, rows)
+
+
+def test_lists_may_be_empty(tmp_path):
+    rows = np.repeat(vectors(2), 100, axis=0)
+    index = made(tmp_path / "index", rows, kind="ivf")
+    _, ((found,),) = index.search(rows[:1], 1)
+    assert int(found.removeprefix("images/").removesuffix(".jpg")) < 100
+    assert len(index.search(rows[:1], 200)[1][0]) == 200
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
