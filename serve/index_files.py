@@ -47,7 +47,8 @@ def _write_lists(path: Path, empty: Any, count: int, blocks: Blocks) -> None:
     place = np.empty(count, np.int64)  # where each vector goes
     place[order] = codes[lists[order]] + (np.arange(count) - starts[lists[order]]) * width
     with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, len(head) + count * (width + 8))  # a full disk is an error now
+        if hasattr(os, "posix_fallocate"):  # not on macOS: a full disk is an error now
+            os.posix_fallocate(file.fileno(), 0, len(head) + count * (width + 8))
         file.write(head)
         file.flush()
         for at, first, size in zip(codes.tolist(), starts.tolist(), sizes.tolist(), strict=True):
