@@ -133,13 +133,13 @@ def filter_near(_: Path) -> dict[str, Any]:
     return {"records": len(kept), "filter_s": round(time.perf_counter() - start, 1)}
 
 
-@case("index", f"index of {VECTORS:,} vectors of {DIM}, inverted lists")
+@case("index", f"index of {VECTORS:,} vectors of {DIM}, inverted lists, then compared with exact search")
 def build_index(home: Path) -> dict[str, Any]:
     """Build an index; compare it with an exact search."""
     encoder = Encoder(lineage="x", stage="x", precision="fp32", sha256="0" * 64)
-    start = time.perf_counter()
+    before, start = peak_mb(), time.perf_counter()
     write_index(home / "index", "ivf", lambda: _vectors(VECTORS), [f"{n:09d}.jpg" for n in range(VECTORS)], encoder)
-    built, index = time.perf_counter() - start, open_index(home / "index")
+    built, built_mb, index = time.perf_counter() - start, peak_mb() - before, open_index(home / "index")
     queries = next(_vectors(BLOCK))[:QUERIES]
     index.search(queries[:10], 10)
     times = []
@@ -161,6 +161,7 @@ def build_index(home: Path) -> dict[str, Any]:
     return {
         "records": VECTORS,
         "build_s": round(built),
+        "build_mb": round(built_mb),
         "recall_at_10": round(float(recall), 4),
         "query_ms": round(float(np.median(times)), 2),
     }

@@ -132,7 +132,9 @@ def _folder_format(folder: Path, form: str) -> str:
             "it holds an adapter (PEFT), not a whole model. Merge it into its base with peft first, "
             "`PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(FOLDER)`, and import that folder."
         )
-    configs = {name: kind.folder_config for name, kind in IMPORTERS.items() if kind.folder_config}
+    # The one whose file says whose it is comes first: open_clip's folders may have transformers' config.json too.
+    kinds = sorted(IMPORTERS.items(), key=lambda item: -len(item[1].folder_config))
+    configs = {name: kind.folder_config for name, kind in kinds if kind.folder_config}
     if form != "auto" and form not in configs:
         raise RecipeError(f"format '{form}' has no folders, found one. Name the file, or leave the format out.")
     known = configs if form == "auto" else {form: configs[form]}

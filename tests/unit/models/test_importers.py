@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from clipress.artifact import load_artifact, save_artifact
 from clipress.compress.pipeline import load_teacher
 from clipress.errors import ArtifactError, RecipeError
-from clipress.models import surgery
+from clipress.models import importers, surgery
 from clipress.models.importers import IMPORTERS, Importer, artifact_from_checkpoint, detected, import_checkpoint
 from clipress.models.load import TeacherSpec, agreed_preprocess, model_from_open_clip, new_model, save_for_open_clip
 from clipress.models.students import start_hash, student_from
@@ -852,3 +852,11 @@ def test_teachers_with_the_same_weights_and_another_activation_have_other_hashes
     config = tmp_path / "hub" / "open_clip_config.json"
     config.write_text(config.read_text().replace('"quick_gelu": true', '"quick_gelu": false'))
     assert load_teacher(spec, "clip", print).hash != before
+
+
+def test_a_folder_is_open_clips_where_it_has_both_configs_whatever_was_imported_first(tmp_path, monkeypatch):
+    for name in ("config.json", "open_clip_config.json"):
+        (tmp_path / name).write_text("{}")
+    for order in (list(IMPORTERS.items()), list(IMPORTERS.items())[::-1]):
+        monkeypatch.setattr(importers, "IMPORTERS", dict(order))
+        assert importers._folder_format(tmp_path, "auto") == "open_clip"
