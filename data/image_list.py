@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from clipress.data.formats import images
-from clipress.data.formats.files import Files, images_under, report_skipped
+from clipress.data.formats.files import Files, Strings, images_under, report_skipped
 from clipress.data.formats.index_files import bytes_at, state_of
 from clipress.data.formats.webdataset import index_of, names_of, shard_paths
 from clipress.data.spec import SourceSpec
@@ -84,7 +84,7 @@ class _Shards:
     """First record of each shard, and the total: int64 [shards + 1]."""
     places: np.ndarray
     """Byte offset and size: int64 [N, 2]."""
-    names: list[str]
+    names: Strings
 
     def __len__(self) -> int:
         return len(self.places)
@@ -108,15 +108,17 @@ class _Shards:
 
 def _in_shards(where: str) -> _Shards:
     paths = shard_paths(where)
-    counts, places, names, total = [], [], [], 0
+    counts, places, names, total = [], [], Strings(), 0
     for path in paths:
         members = index_of(path)
         has_image = members["image"][:, 1] > 0
         places.append(members["image"][has_image])
-        names += [name for name, usable in zip(names_of(members), has_image, strict=True) if usable]
+        for name, usable in zip(names_of(members), has_image, strict=True):
+            if usable:
+                names.append(name)
         counts.append(len(places[-1]))
         total += len(has_image)
     report_skipped(where, total, total - sum(counts), "a record without an image")
-    if not names:
+    if not len(names):
         raise DataError(f"{where}: expected records with an image, found none.")
     return _Shards(where, paths, np.cumsum([0, *counts]), np.concatenate(places), names)
