@@ -22,7 +22,7 @@ def read(spec: SourceSpec) -> Files:
     header, caption, width = columns(path)
     files = Table(spec, path, "\t")
     files.columns = (None, caption, width)
-    for _, number, cells in files.rows():
+    for _, number, cells in () if files.restore() else files.rows():
         if files.full:
             break
         if number == 1 and header:

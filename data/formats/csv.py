@@ -26,7 +26,7 @@ def read(spec: SourceSpec) -> Files:
             f"found {header}. Set 'caption_key', 'image_key' or 'separator'."
         )
     file, title, width = files.columns = header.index(spec.image_key), header.index(spec.caption_key), len(header)
-    for _, number, cells in rows:
+    for _, number, cells in () if files.restore() else rows:
         if files.full:
             break
         if isinstance(cells, str):

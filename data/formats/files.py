@@ -8,7 +8,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -41,16 +41,21 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
 
     Only a newline ends a line: captions may contain other separators.
     """
-    place, encoding = 0, "utf-8-sig"
     try:
         with path.open("rb") as file:
-            while line := file.readline(MAX_LINE):
-                if len(line) == MAX_LINE:
-                    raise DataError(f"{path}: expected lines of less than {MAX_LINE:,} bytes. This is not a table.")
-                yield place, line.decode(encoding, "replace").rstrip("\r\n")
-                place, encoding = place + len(line), "utf-8"
+            yield from lines_from(file, 0)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}.") from None
+
+
+def lines_from(file: BinaryIO, place: int) -> Iterator[tuple[int, str]]:
+    """Yield the lines of an open file from a place on, as `lines_of` does."""
+    file.seek(place)
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise DataError(f"{file.name}: expected lines of less than {MAX_LINE:,} bytes. This is not a table.")
+        yield place, line.decode("utf-8" if place else "utf-8-sig", "replace").rstrip("\r\n")
+        place += len(line)
 
 
 def json_of(path: Path) -> Any:
@@ -119,7 +124,7 @@ class Files:
         self.paths, self.texts = Strings(), Strings()
         self.ends = array("q", [0])  # item i has the texts from ends[i] to ends[i + 1]
         self.groups = array("q")
-        self.skipped, self.first_skipped = 0, ""
+        self.skipped, self.first_skipped, self.missing = 0, "", 0
 
     @property
     def has_images(self) -> bool:
@@ -144,7 +149,8 @@ class Files:
         if path is not None:
             if not self._is_inside(path):
                 return self.skip(f"{where}: {path!r} is outside {self.root}")
-            if (self.check or len(self) < FILES_CHECKED) and not _exists(self.root / path):
+            if (self.check or len(self) < FILES_CHECKED) and not exists(self.root / path):
+                self.missing += 1
                 return self.skip(f"{where}: no such file: {path}")
         self.keep(path, texts, group)
 
@@ -200,7 +206,8 @@ class Files:
         return self.groups[index]
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Return whether a file exists."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # Not a valid file name.

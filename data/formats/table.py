@@ -1,20 +1,23 @@
 """Tables of pairs that stay in their file: of a row only its place is kept, 8 bytes however long it is.
 
-Opening a table reads it once, since every row is checked. Rows are read again when they are asked for.
+Opening a table reads it once, since every row is checked. Rows are read again when they are asked for. What was found in a
+long table is kept in the cache folder, unless images were missing: they may have come by the next time.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import mmap
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from clipress.data.formats.files import Files, lines_of
+from clipress.data.formats import files
+from clipress.data.formats.files import Files, exists, lines_from, lines_of
+from clipress.data.formats.index_files import keep_index, kept_index, state_of
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import open_image
 from clipress.errors import DataError
@@ -22,6 +25,7 @@ from clipress.errors import DataError
 Row = tuple[int, int, list[str] | str]
 """A record's place in bytes, the number of its line, and its cells, or an error message in their place."""
 HASHED_AT_ONCE = 10_000  # rows
+VERSION = 1  # Version of cached indices.
 
 
 class Table(Files):
@@ -38,12 +42,29 @@ class Table(Files):
         self.columns: tuple[int | None, int, int] = (None, 0, 1)
         """The column of the images, if there are any, that of the captions, and how many there are."""
         self._place, self._hash, self._unhashed = 0, hashlib.sha256(), list[str]()
-        self._content: mmap.mmap | None = None
-        self._state = (0, 0)
+        self._state = state_of(path)
+        settings = (spec.format, separator, spec.image_key, spec.caption_key, spec.limit, spec.text_normaliser)
+        self._identity = (VERSION, str(path.resolve()), self._state, settings, str(self.root))
+
+    def restore(self) -> bool:
+        """Take what an earlier opening found from the cache folder. Returns False if the rows must be read.
+
+        The first images must exist, as when the rows are read.
+        """
+        index = None if self.check else kept_index("tables", self._identity)
+        if index is None:
+            return False
+        column, checked = self.columns[0], min(len(index["places"]), files.FILES_CHECKED)
+        self.places = index["places"]
+        if column is not None and not all(exists(self.root / self._cells(row)[column]) for row in range(checked)):
+            self.places = array("q")
+            return False
+        self.skipped, self.first_skipped = int(index["skipped"]), str(index["first_skipped"])
+        self.fingerprint = str(index["fingerprint"])
+        return True
 
     def rows(self) -> Iterator[Row]:
         """Yield all rows of the file, the header included."""
-        self._state = self._state_of_file()
         for row in _rows(lines_of(self.origin), self.separator):
             self._place = row[0]
             yield row
@@ -69,8 +90,14 @@ class Table(Files):
 
     def done(self) -> Table:
         self.report()
+        if self.fingerprint:  # it was restored
+            return self
         self._hash_rows()
         self.fingerprint = self._hash.hexdigest()[:16]
+        if not (self.check or self.missing) and len(self) > files.FILES_CHECKED:
+            found = {"places": self.places, "skipped": self.skipped, "first_skipped": self.first_skipped}
+            found["fingerprint"] = self.fingerprint
+            keep_index("tables", self._identity, {name: np.asarray(value) for name, value in found.items()})
         return self
 
     def __len__(self) -> int:
@@ -89,32 +116,18 @@ class Table(Files):
         return range(len(self))[index]
 
     def _cells(self, index: int) -> list[str]:
-        if self._content is None:  # in each process anew
+        try:
             with self.origin.open("rb") as file:
-                self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if self._state_of_file() != self._state:
-                raise DataError(f"{self.origin} has changed since it was opened. Start again.")
-        _, _, cells = next(_rows(_lines_at(self._content, self.places[index]), self.separator), (0, 0, ""))
-        if isinstance(cells, str) or len(cells) != self.columns[2]:
-            raise DataError(f"{self.origin} has changed since it was opened. Start again.")
+                if state_of(self.origin) != self._state:
+                    raise DataError(f"{self.origin} has changed since it was opened. Start again.")
+                _, _, cells = next(_rows(lines_from(file, int(self.places[index])), self.separator))
+        except OSError as error:
+            raise DataError(f"{self.origin} cannot be read: {error}.") from None
         return cells
-
-    def _state_of_file(self) -> tuple[int, int]:
-        state = self.origin.stat()
-        return state.st_size, state.st_mtime_ns
 
     def _hash_rows(self) -> None:
         self._hash.update("\0".join([*self._unhashed, ""]).encode("utf-8", "surrogatepass"))
         self._unhashed.clear()
-
-
-def _lines_at(content: mmap.mmap, place: int) -> Iterator[tuple[int, str]]:
-    """Yield the lines from a place on, as `lines_of` does."""
-    while place < len(content):
-        end = content.find(b"\n", place)
-        after = len(content) if end < 0 else end + 1
-        yield place, content[place:after].decode("utf-8", "replace").rstrip("\r\n")
-        place = after
 
 
 def _rows(lines: Iterator[tuple[int, str]], separator: str) -> Iterator[Row]:

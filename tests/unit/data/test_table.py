@@ -1,0 +1,175 @@
+"""A table that is read from its file when needed holds what the standard library reads from it at once."""
+
+import csv
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clipress.data.formats import files
+from clipress.data.formats.table import Table
+from clipress.data.sources import open_source
+from clipress.data.spec import SourceSpec
+from clipress.errors import DataError
+from clipress.storage import cache_folder
+
+PATHS = [
+    "red.png",
+    "a/blue.png",
+    "./red.png",
+    "a/../red.png",
+    "a..b.png",
+    "missing.png",
+    "../out.png",
+    "/etc/passwd",
+    "",
+]
+TEXTS = ["red", ' "quoted" ', "", "\xa0", "größe", "...", "a\rb", "x" * 40, '"', "a\u2028b"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for size, name in enumerate(("red.png", "a/blue.png", "a..b.png"), 4):
+        (root / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, size)).save(root / name)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def lenient(monkeypatch):
+    """Most of these rows are broken on purpose."""
+    monkeypatch.setattr(files, "refuse_too_many", lambda *_, **__: None)
+
+
+def opened(path, images, **more):
+    open_source.cache_clear()
+    return open_source(SourceSpec(format="csv", annotations=path, images=images, **more))
+
+
+def by_csv(path, images, separator):
+    """Read a table with Python's text files and `csv`: the pairs to use, and the number of records that are skipped."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
+        lines = [line.rstrip("\r\n") for line in file]
+    reader = csv.reader((line + "\n" for line in lines), strict=True)
+    pairs, skipped, header = [], 0, None
+    rows = (line.split(separator) for line in lines) if separator != "," else reader
+    while True:
+        before = reader.line_num
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return pairs, skipped
+        except csv.Error:
+            skipped += reader.line_num - before
+            continue
+        if header is None:
+            header = cells
+        elif len(cells) == len(header):
+            caption, image = (cells[header.index(key)] for key in ("title", "filepath"))
+            inside = os.path.normpath(images / image).startswith(f"{images}/")
+            usable = inside and (images / image).is_file() and caption.strip()
+            pairs += [(image, caption)] if usable else []
+            skipped += not usable
+        else:
+            skipped += any(cells)
+
+
+def as_written(text, separator):
+    quotes = separator == "," and any(mark in text for mark in '",\r\n')
+    return '"' + text.replace('"', '""') + '"' if quotes else text
+
+
+line = st.one_of(
+    st.tuples(st.sampled_from([*TEXTS, "two\nlines", "a,b"]), st.sampled_from(PATHS)),
+    st.tuples(st.sampled_from(TEXTS), st.sampled_from(PATHS[:3])),
+    st.sampled_from(["", "\r", ",", "\t", '"', 'red","', '"x" y,red.png', '"never closed,red.png', "a,b,c", "a\tb\tc"]),
+    st.binary(max_size=12),
+)
+
+
+@pytest.mark.parametrize("separator", [",", "\t", "||"])
+@given(rows=st.lists(line, max_size=12), bom=st.booleans(), ends=st.sampled_from(["\n", "\r\n"]), last=st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_any_table_holds_what_csv_reads(tmp_path_factory, images, separator, rows, bom, ends, last):
+    written = [("title", "filepath"), ("a red one", "red.png"), *rows]
+    if separator != ",":
+        written = [(row[0].replace("\n", " "), row[1]) if isinstance(row, tuple) else row for row in written]
+    encoded = [
+        separator.join(as_written(cell, separator) for cell in row).encode() if isinstance(row, tuple) else row
+        for row in written
+    ]
+    encoded = [row.encode() if isinstance(row, str) else row for row in encoded]
+    path = tmp_path_factory.mktemp("t") / "pairs.csv"
+    path.write_bytes(b"\xef\xbb\xbf" * bom + ends.encode().join(encoded) + ends.encode() * last)
+    source, (pairs, skipped) = opened(path, images, separator=separator), by_csv(path, images, separator)
+    found = [(source.image(index).size, *source.captions(index)) for index in range(len(source))]
+    assert found == [(Image.open(images / path).size, text) for path, text in pairs]
+    assert source.skipped == skipped
+
+
+@pytest.fixture
+def long_table(tmp_path, images, monkeypatch):
+    """A table whose index is kept, since not all of its images are checked."""
+    monkeypatch.setattr(files, "FILES_CHECKED", 4)
+    monkeypatch.setenv("CLIPRESS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "pairs.csv"
+    path.write_text("title\tfilepath\n\tred.png\n" + "".join(f"{n}\tred.png\n" for n in range(9)), encoding="utf-8")
+    return path
+
+
+def unread(*_, **__):
+    raise AssertionError("the table was read again")
+
+
+def test_a_second_opening_of_a_long_table_does_not_read_it(long_table, images, monkeypatch):
+    first = opened(long_table, images)
+    monkeypatch.setattr(Table, "add", unread)
+    again = opened(long_table, images)
+    assert [again.captions(n) for n in range(9)] == [(str(n),) for n in range(9)] and len(again) == 9
+    assert (again.fingerprint, again.skipped, again.first_skipped) == (first.fingerprint, 1, "line 2: empty caption")
+    with pytest.raises(AssertionError, match="read again"):
+        opened(long_table, images, limit=5)
+
+
+def test_a_table_that_was_edited_is_read_again(long_table, images):
+    opened(long_table, images)
+    long_table.write_text(long_table.read_text().replace("8\tred.png", "eight\tred.png"))
+    assert opened(long_table, images).captions(8) == ("eight",)
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip"])
+def test_a_damaged_index_is_built_again(long_table, images, content):
+    opened(long_table, images)
+    (kept,) = (cache_folder() / "tables").iterdir()
+    kept.write_bytes(content)
+    assert opened(long_table, images).captions(8) == ("8",)
+
+
+def test_images_that_come_and_go_are_noticed(long_table, tmp_path):
+    folder = tmp_path / "others"
+    folder.mkdir()
+    with pytest.raises(DataError, match="no usable records"):
+        opened(long_table, folder)
+    (folder / "red.png").touch()
+    assert opened(long_table, folder).skipped == 1  # the opening that found no image has left no index
+    (folder / "red.png").unlink()
+    with pytest.raises(DataError, match="no usable records"):
+        opened(long_table, folder)
+
+
+def test_a_table_that_changes_while_it_is_in_use_gives_no_wrong_captions(long_table, images):
+    source = opened(long_table, images)
+    source.captions(3)
+    long_table.write_text(long_table.read_text().replace("3\tred", "4\tred"))
+    with pytest.raises(DataError, match=r"pairs\.csv has changed since it was opened"):
+        source.captions(3)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_caption(tmp_path):
+    path = tmp_path / "cc.tsv"
+    path.write_text("\ufeffa dog\thttp://x.org/1.jpg\na cat\thttp://x.org/2.jpg\n", encoding="utf-8")
+    source = open_source(SourceSpec(format="captions", annotations=path))
+    assert [source.captions(index) for index in range(2)] == [("a dog",), ("a cat",)]
