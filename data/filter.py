@@ -18,12 +18,8 @@ from clipress.data.transforms import Preprocess, fitted, normalised
 from clipress.errors import DataError
 
 BLOCK = 1024  # rows compared at once
-EXACT_UP_TO = 50_000  # images; near-duplicates among more are found by faiss, where it is installed
-PER_LIST, LISTS_SEARCHED, TRAINED_ON = (
-    100,
-    16,
-    40,
-)  # vectors per inverted list, lists looked at, vectors per list for k-means
+EXACT_UP_TO = 200_000  # images, a minute on two cores; near-duplicates among more are found by faiss, if installed
+LISTS_SEARCHED, TRAINED_ON = 32, 40  # inverted lists looked at, vectors per list for k-means
 
 Encoder = Callable[[np.ndarray], np.ndarray]
 
@@ -115,7 +111,7 @@ def _nearest_kept(images: np.ndarray, kept: Sequence[int]) -> Callable[[np.ndarr
         faiss = None
     if faiss is None or len(images) <= EXACT_UP_TO:
         return lambda rows: _largest(rows, images, kept)
-    lists = len(images) // PER_LIST
+    lists = round(4 * len(images) ** 0.5)  # a fixed number of vectors per list would make the training quadratic
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(images.shape[1]), images.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
     index.nprobe, index.cp.min_points_per_centroid = LISTS_SEARCHED, 1
     sample = np.random.default_rng(0).permutation(len(images))[: lists * TRAINED_ON]

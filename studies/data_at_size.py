@@ -1,19 +1,23 @@
 """What do millions of records cost? `python studies/data_at_size.py [CASE ...]`: start-up of sources, near-duplicates, an index.
 
-Everything is made up and lies in a temporary folder. Each case runs in a process of its own: seconds by the clock and on the CPU,
-and the memory that it takes beyond its imports, at its peak. Vectors are of 20,000 clusters, since embeddings are not spread
-evenly. Writes data_at_size.json and data_at_size.md beside this file; cases that were not asked for keep their rows.
+Everything is made up and lies in a temporary folder, of up to 10 GB. Each case runs in a process of its own: seconds by the clock and
+on the CPU, and the memory that it takes beyond its imports and inputs, at its peak; files that are mapped count as far as they were
+read. Vectors are of 20,000 clusters, since embeddings are not spread evenly. Writes data_at_size.json and data_at_size.md beside
+this file; cases that were not asked for keep their rows.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,16 +26,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clipress.data import filter as data_filter
+from clipress.data.cache_files import Manifest, Rows, shard_folder, write_manifest, write_shard
 from clipress.data.filter import nearest_to_prompts
 from clipress.data.sources import FORMATS
 from clipress.data.spec import SourceSpec
+from clipress.data.teacher_cache import TeacherCache
+from clipress.data.transforms import Augment, Preprocess
 from clipress.runtime.cpu import processor
-from clipress.serve.index import Encoder, open_index, write_index
+from clipress.serve.index import Encoder, Index, Kind, open_index, write_index
 
 HERE = Path(__file__).parent
 ROWS, SHARDS, IN_SHARD, COCO = 12_000_000, 1000, 100, 113_287
 VECTORS, DIM, CLUSTERS, QUERIES, ALIKE = 1_000_000, 512, 20_000, 1000, 200_000
-BLOCK = 50_000
+CACHED, CACHED_DIM = 3_000_000, 768
+BLOCK, PART = 50_000, 4096
 CASES: dict[str, tuple[str, Callable[[Path], None], Callable[[Path], dict[str, Any]]]] = {}
 """Name: what it is, what it needs made, and what is measured."""
 
@@ -64,8 +73,12 @@ def open_table(home: Path) -> dict[str, Any]:
     from clipress.data.formats import files
 
     files.FILES_CHECKED = 0
-    source = FORMATS["csv"](SourceSpec(format="csv", annotations=home / "pairs.tsv"))
-    return {"records": len(source), "first": source.captions(len(source) - 1)[0]}
+    spec = SourceSpec(format="csv", annotations=home / "pairs.tsv")
+    with measured() as figures:
+        source = FORMATS["csv"](spec)
+    with measured() as again:
+        FORMATS["csv"](spec)
+    return {**figures, "records": len(source), "again_s": again["wall_s"], "again_mb": again["memory_mb"]}
 
 
 def _shards(home: Path) -> None:
@@ -84,10 +97,11 @@ def _shards(home: Path) -> None:
 def open_shards(home: Path) -> dict[str, Any]:
     """Index shards, then open them again."""
     spec = SourceSpec(format="webdataset", shards=f"{home}/{{00000..{SHARDS - 1:05d}}}.tar")
-    records = len(FORMATS["webdataset"](spec))
-    start = time.perf_counter()
-    FORMATS["webdataset"](spec)
-    return {"records": records, "again_s": round(time.perf_counter() - start, 2)}
+    with measured() as figures:
+        source = FORMATS["webdataset"](spec)
+    with measured() as again:
+        FORMATS["webdataset"](spec)
+    return {**figures, "records": len(source), "again_s": again["wall_s"]}
 
 
 def _coco(home: Path) -> None:
@@ -109,7 +123,39 @@ def open_coco(home: Path) -> dict[str, Any]:
     from clipress.data.formats import files
 
     files.FILES_CHECKED = 0
-    return {"records": len(FORMATS["karpathy"](SourceSpec(format="karpathy", annotations=home / "coco.json")))}
+    with measured() as figures:
+        source = FORMATS["karpathy"](SourceSpec(format="karpathy", annotations=home / "coco.json"))
+    return {**figures, "records": len(source)}
+
+
+def _cache(home: Path) -> None:
+    about = {"preprocess": Preprocess(size=224), "tokenizer": {}, "augment": Augment(), "views": 1, "dtype": "fp16"}
+    about |= {"precision": "fp32", "fingerprint": "x", "made_with": {}}
+    manifest = Manifest(teacher="x", source="x", items=CACHED, dim=CACHED_DIM, **about)
+    folder, rng = write_manifest(home, manifest), np.random.default_rng(0)
+    for shard in range(manifest.shards):
+        size = len(manifest.items_of(shard))
+        if 0 < shard < manifest.shards - 1:
+            shutil.copytree(shard_folder(folder, 0), shard_folder(folder, shard))
+            continue
+        raw = (rng.standard_normal((size, CACHED_DIM), np.float32) for _ in range(2))
+        views = np.zeros((size, 7), np.int32)
+        write_shard(
+            folder, shard, manifest, Rows(*raw, np.arange(size), np.arange(size + 1), views, np.ones(size, bool))
+        )
+
+
+@case("teacher-cache", f"teacher cache of {CACHED:,} images and texts of {CACHED_DIM}, float16", _cache)
+def open_cache(home: Path) -> dict[str, Any]:
+    """Open a cache, and look up batches of 1,024 images and texts."""
+    folder = next(path for path in home.iterdir() if path.is_dir())
+    with measured() as figures:
+        cache = TeacherCache.open(folder)
+    rng, start = np.random.default_rng(0), time.perf_counter()
+    for _ in range(20):
+        rows = rng.integers(len(cache), size=1024)
+        cache.images(rows), cache.texts(rows)
+    return {**figures, "records": len(cache), "batch_ms": round(1000 * (time.perf_counter() - start) / 20, 1)}
 
 
 def _vectors(count: int) -> Iterator[np.ndarray]:
@@ -122,63 +168,79 @@ def _vectors(count: int) -> Iterator[np.ndarray]:
         yield rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-@case("near-duplicates", f"`data filter --near-duplicates 0.9` of {ALIKE:,} vectors of {DIM}")
+@case("near-duplicates", f"`data filter --near-duplicates 0.95` of {ALIKE:,} vectors of {DIM}")
 def filter_near(_: Path) -> dict[str, Any]:
-    """Choose all images that are near to no better one."""
+    """Choose all images that are near to no better one, exactly and by faiss."""
     images = np.concatenate(list(_vectors(ALIKE)))
-    images[ALIKE // 2 :] = images[: ALIKE - ALIKE // 2]
+    copies, rng = images[ALIKE // 2 :], np.random.default_rng(2)
+    copies[:] = images[: ALIKE // 2] + rng.uniform(0, 0.5, (len(copies), 1)).astype(np.float32) * copies
+    copies /= np.linalg.norm(copies, axis=1, keepdims=True)
     prompts = next(_vectors(100))
-    start = time.perf_counter()
-    kept = nearest_to_prompts(images, prompts, ALIKE, 0.9)
-    return {"records": len(kept), "filter_s": round(time.perf_counter() - start, 1)}
+    found = []
+    for data_filter.EXACT_UP_TO in (0, ALIKE):  # by faiss, and exactly
+        with measured() as figures:
+            found.append({one.index for one in nearest_to_prompts(images, prompts, ALIKE, 0.95)})
+        found.append(figures)
+    by_faiss, faiss_figures, exact, figures = found
+    more = {"kept": len(exact), "by_faiss_s": faiss_figures["wall_s"], "faiss_differs": len(by_faiss ^ exact)}
+    return {**figures, "records": ALIKE, **more}
 
 
-@case("index", f"index of {VECTORS:,} vectors of {DIM}, inverted lists, then compared with exact search")
+def _vector_file(home: Path) -> None:
+    with (home / "vectors").open("wb") as file:
+        for block in _vectors(VECTORS + QUERIES):
+            file.write(np.ascontiguousarray(block))
+
+
+def _read(home: Path, start: int = 0, stop: int = VECTORS) -> Iterator[np.ndarray]:
+    for at in range(start, stop, PART):
+        count = min(PART, stop - at)
+        yield np.fromfile(home / "vectors", np.float32, count * DIM, offset=at * DIM * 4).reshape(count, DIM)
+
+
+@case("index", f"index of {VECTORS:,} vectors of {DIM}, inverted lists", _vector_file)
 def build_index(home: Path) -> dict[str, Any]:
-    """Build an index; compare it with an exact search."""
+    """Build an index; compare it with an exact one."""
+    (figures, lists), (exact_figures, exact) = (_built(home, kind) for kind in ("ivf", "flat"))
+    (queries,) = _read(home, VECTORS, VECTORS + QUERIES)
+    pairs = zip(lists.search(queries, 10)[1], exact.search(queries, 10)[1], strict=True)
+    recall = np.mean([len(set(found) & set(wanted)) / 10 for found, wanted in pairs])
+    more = {"recall_at_10": round(float(recall), 3), "query_ms": _query_ms(lists, queries[:200])}
+    more |= {"exact_query_ms": _query_ms(exact, queries[:20])}
+    more |= {"exact_build_s": exact_figures["wall_s"], "exact_build_mb": exact_figures["memory_mb"]}
+    return {**figures, "records": VECTORS, **more}
+
+
+def _built(home: Path, kind: Kind) -> tuple[dict[str, Any], Index]:
     encoder = Encoder(lineage="x", stage="x", precision="fp32", sha256="0" * 64)
-    before, start = peak_mb(), time.perf_counter()
-    write_index(home / "index", "ivf", lambda: _vectors(VECTORS), [f"{n:09d}.jpg" for n in range(VECTORS)], encoder)
-    built, built_mb, index = time.perf_counter() - start, peak_mb() - before, open_index(home / "index")
-    queries = next(_vectors(BLOCK))[:QUERIES]
-    index.search(queries[:10], 10)
+    keys = [f"{number:09d}.jpg" for number in range(VECTORS)]
+    with measured() as figures:
+        write_index(home / kind, kind, lambda: _read(home), keys, encoder)
+    return figures, open_index(home / kind)
+
+
+def _query_ms(index: Index, queries: np.ndarray) -> float:
     times = []
-    for query in queries[:200]:
+    for query in queries:
         start = time.perf_counter()
         index.search(query[None], 10)
         times.append(1000 * (time.perf_counter() - start))
-    _, found = index.search(queries, 10)
-    best = [(np.zeros((QUERIES, 0), np.float32), np.zeros((QUERIES, 0), np.int64))]
-    for number, block in enumerate(_vectors(VECTORS)):
-        scores = np.concatenate([best[-1][0], queries @ block.T], 1)
-        rows = np.concatenate(
-            [best[-1][1], np.broadcast_to(np.arange(len(block)) + number * BLOCK, (QUERIES, len(block)))], 1
-        )
-        top = np.argpartition(-scores, 10, axis=1)[:, :10]
-        best[-1] = (np.take_along_axis(scores, top, 1), np.take_along_axis(rows, top, 1))
-    exact = [{f"{row:09d}.jpg" for row in rows} for rows in best[-1][1].tolist()]
-    recall = np.mean([len(wanted & set(keys)) / 10 for wanted, keys in zip(exact, found, strict=True)])
-    return {
-        "records": VECTORS,
-        "build_s": round(built),
-        "build_mb": round(built_mb),
-        "recall_at_10": round(float(recall), 4),
-        "query_ms": round(float(np.median(times)), 2),
-    }
+    return round(float(np.median(times)), 1)
 
 
-def peak_mb() -> float:
-    """Return the largest memory of this process so far. Linux only: getrusage would count the parent's."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+@contextmanager
+def measured() -> Iterator[dict[str, Any]]:
+    """Measure a block: seconds by the clock and on the CPU, and the peak of memory above what there was. Linux only."""
+    figures: dict[str, Any] = {}
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before, wall, cpu = _status_mb("VmRSS"), time.perf_counter(), time.process_time()
+    yield figures
+    figures |= {"wall_s": round(time.perf_counter() - wall, 1), "cpu_s": round(time.process_time() - cpu, 1)}
+    figures["memory_mb"] = round(_status_mb("VmHWM") - before)
 
 
-def measure(name: str, home: Path) -> dict[str, Any]:
-    """Measure a case in this process."""
-    before, wall, cpu = peak_mb(), time.perf_counter(), time.process_time()
-    more = CASES[name][2](home)
-    seconds = {"wall_s": round(time.perf_counter() - wall, 1), "cpu_s": round(time.process_time() - cpu, 1)}
-    return {"case": name, "what": CASES[name][0], **seconds, "memory_mb": round(peak_mb() - before), **more}
+def _status_mb(name: str) -> float:
+    return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) / 1024
 
 
 def markdown(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
@@ -186,12 +248,13 @@ def markdown(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
     lines = [
         "# Data at size",
         "",
-        f"`{conditions['command']}`, {conditions['date']}, {conditions['processor']}, 2 cores. Memory beyond the imports, at its peak.",
+        f"`{conditions['command']}`, {conditions['date']}, {conditions['processor']}, 2 cores. Memory at its peak, beyond imports and "
+        "inputs.",
         "",
         "| | records | seconds | CPU seconds | memory (MB) | more |",
         "|---|---|---|---|---|---|",
     ]
-    known = {"case", "what", "records", "wall_s", "cpu_s", "memory_mb", "first"}
+    known = {"case", "what", "records", "wall_s", "cpu_s", "memory_mb"}
     for row in rows:
         more = ", ".join(f"{key} {value}" for key, value in row.items() if key not in known)
         lines.append(
@@ -208,8 +271,9 @@ def main(*names: str) -> None:
         with TemporaryDirectory() as folder:
             CASES[name][1](Path(folder))
             run = [sys.executable, __file__, "--measure", name, folder]
-            done = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True)
-            rows[name] = json.loads(done.stdout.splitlines()[-1])
+            alone = {**os.environ, "CLIPRESS_CACHE": str(Path(folder) / ".cache")}
+            done = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True, env=alone)
+            rows[name] = {"case": name, "what": CASES[name][0], **json.loads(done.stdout.splitlines()[-1])}
             sys.stderr.write(f"{rows[name]}\n")
     conditions = {
         "command": "python studies/data_at_size.py",
@@ -223,6 +287,6 @@ def main(*names: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(measure(sys.argv[2], Path(sys.argv[3]))))  # noqa: T201
+        print(json.dumps(CASES[sys.argv[2]][2](Path(sys.argv[3]))))  # noqa: T201
     else:
         main(*sys.argv[1:])

@@ -90,8 +90,7 @@ def test_near_duplicates_among_many_images_are_found_by_faiss(monkeypatch):
     images = np.concatenate([originals, copies / np.linalg.norm(copies, axis=1, keepdims=True)]).astype(np.float32)
     exact = nearest_to_prompts(images, prompts, 900, 0.98)
     monkeypatch.setattr(choose, "EXACT_UP_TO", 100)
-    monkeypatch.setattr(choose, "PER_LIST", 20)
-    monkeypatch.setattr(choose, "LISTS_SEARCHED", 4)  # of 45
+    monkeypatch.setattr(choose, "LISTS_SEARCHED", 12)  # of 120
     monkeypatch.setattr(choose, "_largest", None)  # the exact comparison is not used
     assert nearest_to_prompts(images, prompts, 900, 0.98) == exact
     assert 250 < len(exact) <= 300
