@@ -103,10 +103,17 @@ class Attention(nn.Module):
         if self.heads == 0:  # Every head was cut: only the output bias remains.
             y = torch.zeros_like(x)
             return y if self.out.bias is None else y + self.out.bias
-        memory = x if memory is None else memory
+        return self.out(self.mixed(*self.projected(x, x if memory is None else memory), attn_mask))
+
+    def projected(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [B, H, N, qk], keys [B, H, M, qk] and values [B, H, M, v]."""
         q = _reshape(self.q(x), self.heads, self.qk_dim).transpose(1, 2)  # [B, H, N, qk]
         k = _reshape(self.k(memory), self.heads, self.qk_dim).transpose(1, 2)  # [B, H, M, qk]
         v = _reshape(self.v(memory), self.heads, self.v_dim).transpose(1, 2)  # [B, H, M, v]
+        return q, k, v
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
+        """Return the heads' outputs side by side: [B, N, heads * v]."""
         if attn_mask is not None and attn_mask.ndim == 3:  # [B * H, N, M], as open_clip masks padding
             attn_mask = attn_mask.reshape(-1, self.heads, *attn_mask.shape[1:])
         if torch.onnx.is_in_onnx_export():  # The same in three nodes, which every runtime fuses.
@@ -114,7 +121,7 @@ class Attention(nn.Module):
             y = (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=self.scale)
-        return self.out(_reshape(y.transpose(1, 2), self.heads * self.v_dim))
+        return _reshape(y.transpose(1, 2), self.heads * self.v_dim)
 
 
 class _Reshape(torch.autograd.Function):

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipress.models.attention import TimmAttention
@@ -112,20 +111,11 @@ class EvaAttention(TimmAttention):
         """
         if self.heads == 0:  # Every head was cut: only the output bias remains.
             return torch.zeros_like(x) + self.out.bias
-        tokens = int(x.shape[1])
-        q, k, v = (
-            linear(x).reshape(-1, tokens, self.heads, dim).transpose(1, 2)
-            for linear, dim in ((self.q, self.qk_dim), (self.k, self.qk_dim), (self.v, self.v_dim))
-        )
+        q, k, v = self.projected(x, x)
         if rope is not None:
             sines, cosines = self._turns(rope.to(x.dtype))
             q, k = (self._turned(rows, sines, cosines) for rows in (q, k))
-        if torch.onnx.is_in_onnx_export():  # The same in three nodes, which every runtime fuses.
-            logits = (q * self.scale) @ k.transpose(2, 3)
-            y = (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=self.scale)
-        return self.out(self.norm(y.transpose(1, 2).reshape(-1, tokens, self.heads * self.v_dim)))
+        return self.out(self.norm(self.mixed(q, k, v, attn_mask)))
 
     def _turns(self, rope: Tensor) -> Tensor:
         """Return the sines and cosines of this attention's pairs: [2, heads or 1, N - prefix, qk_dim / 2]."""

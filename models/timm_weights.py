@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from clipress.errors import ArtifactError, first_line
-from clipress.models import anatomy, surgery
+from clipress.models import surgery
 from clipress.models.weights_file import weights_from_file
 
 TRUNK = "visual.trunk."
@@ -39,23 +39,10 @@ def load_timm_weights(model: nn.Module, path: Path) -> None:
         raise ArtifactError(
             f"Checkpoint {path}: {len(unknown)} tensors have no place in its timm model: {', '.join(unknown[:5])}."
         )
-    missing = trunk.load_state_dict(_own_names(model, given), strict=False).missing_keys
+    own = surgery.own_weights(model, {f"{TRUNK}{name}": tensor for name, tensor in given.items()})
+    missing = trunk.load_state_dict({name.removeprefix(TRUNK): t for name, t in own.items()}, strict=False).missing_keys
     if lacking := [name for name in missing if not name.startswith(heads)]:
         raise ArtifactError(f"Checkpoint {path}: clipress cannot read the {lacking[0]} of this timm model from a file.")
-
-
-def _own_names(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of timm's attention to ours."""
-    own = dict(given)
-    for part in anatomy.attentions(model):
-        at = part.name.removeprefix(TRUNK) + "."
-        for kind in ("weight", "bias"):
-            if f"{at}qkv.{kind}" in own:
-                chunks = own.pop(f"{at}qkv.{kind}").chunk(3)
-                own |= {f"{at}{name}.{kind}": rows for name, rows in zip("qkv", chunks, strict=True)}
-            if f"{at}proj.{kind}" in own:
-                own[f"{at}out.{kind}"] = own.pop(f"{at}proj.{kind}")
-    return own
 
 
 def _converted(state: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tensor]:
