@@ -66,11 +66,10 @@ def run(settings: Quantize, model: Model, context: Context) -> tuple[Model, dict
     model.module.to(context.fabric.device)
     names = quantizers.quantizable(model.module, settings.exclude)
     reached = layers_reached(model, names)
-    if len(reached) < len(names):
-        context.say(f"quantize: {len(names) - len(reached)} layers that nothing calls stay in full precision.")
-    details: dict[str, Any] = (
-        {"not_reached": [name for name in names if name not in reached]} if names != reached else {}
-    )
+    details: dict[str, Any] = {}
+    if left := [name for name in names if name not in reached]:
+        context.say(f"quantize: {len(left)} layers that nothing calls stay in full precision.")
+        details["not_reached"] = left
     names = reached
     calibration = Calibration(model, settings, context, settings.calibrate)
     quantizers.attach(model.module, names, calibration, settings.method, settings.percentile, settings.portable)

@@ -33,10 +33,9 @@ from clipress.export.precision import lower
 from clipress.export.settings import OnnxSettings
 from clipress.metrics.classify import softmax
 from clipress.metrics.zeroshot import embed_labels
-from clipress.runtime.export_folder import Exported, data_path, read_export
+from clipress.runtime.export_folder import Exported, read_export
 from clipress.runtime.graph import Arrays
 from clipress.runtime.onnx_session import run_from_onnx, self_test_of
-from clipress.storage import sha256
 from clipress.tasks import task_named
 from clipress.tasks.clip import INPUTS, OUTPUTS, SIDES, Clip, encoder
 
@@ -240,8 +239,6 @@ def _write(exported: Exported, one: ExtraModel, described: Mapping[str, Any], sa
         graphs = [exported.graphs[name] for name in one.graphs]
         test = self_test_of(path, graphs, float16="16" in one.about.get("precision", ""))
         about = {**described, **metadata.ends_of(*graphs), "tower": one.name, **one.about, "parity": figures}
-        if (data := data_path(path)).is_file():
-            about["data_sha256"] = sha256(data)
         metadata.stamp_file(path, about | {"portable": portable, "self_test": test})
         onnx_file.move(path, _path(folder, one))
 

@@ -42,9 +42,10 @@ import onnx
 from clipress.data.padding import TextEnd
 from clipress.export import onnx_file
 from clipress.export.int8_graph import is_portable
-from clipress.runtime.export_folder import Exported
+from clipress.runtime.export_folder import Exported, data_path
 from clipress.runtime.graph import Graph
 from clipress.runtime.onnx_session import METADATA
+from clipress.storage import sha256
 
 OF_FOLDER = {"graphs", "files", "explicit", "self_test", "portable"}
 """Fields of export.json that speak of the folder, or differ by file."""
@@ -75,9 +76,9 @@ def stamp(model: onnx.ModelProto, about: Mapping[str, Any]) -> None:
 
 
 def stamp_file(path: Path, about: Mapping[str, Any]) -> None:
-    """Replace the metadata of a file, whose weights stay as they are."""
-    model = onnx_file.read_graph(path)
-    stamp(model, about)
+    """Replace the metadata of a file, whose weights stay as they are; the hash of those beside it is added."""
+    model, data = onnx_file.read_graph(path), data_path(path)
+    stamp(model, {**about, **({"data_sha256": sha256(data)} if data.is_file() else {})})
     onnx_file.write_graph(model, path)
 
 

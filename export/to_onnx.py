@@ -27,9 +27,9 @@ from clipress.export.int8_graph import is_portable
 from clipress.export.settings import OnnxSettings
 from clipress.export.torch_export import export_graph
 from clipress.models.load import Model
-from clipress.runtime.export_folder import Exported, OnnxFile, data_path, describe_file, read_export
+from clipress.runtime.export_folder import Exported, OnnxFile, describe_file, read_export
 from clipress.runtime.onnx_session import self_test_of
-from clipress.storage import sha256, write_whole
+from clipress.storage import write_whole
 from clipress.tasks import graphs_of, model_from_artifact, task_named
 from clipress.version import __version__
 
@@ -133,8 +133,6 @@ def _stamped(exported: Exported) -> Exported:
         tests[path.name] = self_test_of(path, [exported.graphs[name]])
         portable[path.name] = exported.precision == "fp32" or is_portable(onnx_file.read(path))
         about = metadata.of_graph(exported, name)
-        if (data := data_path(path)).is_file():
-            about["data_sha256"] = sha256(data)
         metadata.stamp_file(path, {**about, "portable": portable[path.name], "self_test": tests[path.name]})
     return exported.model_copy(
         update={

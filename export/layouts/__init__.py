@@ -9,7 +9,6 @@ from pathlib import Path
 from clipress.errors import ExportError
 from clipress.registry import Registry
 from clipress.runtime.export_folder import Exported
-from clipress.runtime.graph import Graph
 from clipress.storage import write_whole
 from clipress.tasks import task_named
 from clipress.tasks.clip import SIDES, Clip
@@ -22,10 +21,6 @@ class LayoutJob:
     exported: Exported
     artifact: Path
     """The folder of the artifact that was exported."""
-
-    def graph(self, side: str) -> Graph:
-        """Return a graph of the CLIP, `image` or `text`."""
-        return self.exported.graphs[side]
 
 
 LAYOUTS: Registry[Callable[[LayoutJob, Path], None]] = Registry("layout", "clipress.export.layouts")
