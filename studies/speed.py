@@ -159,25 +159,59 @@ def rows_of(tower: str, models: dict[str, dict[str, Any]], batch: int, duration:
     return rows
 
 
+def conditions_of(command: str) -> dict[str, Any]:
+    """Return what the figures of a command depend on."""
+    import onnxruntime
+
+    return {
+        "command": command,
+        "date": date.today().isoformat(),
+        "processor": str(processor()),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def in_words(conditions: dict[str, Any]) -> str:
+    """Return conditions as the first words below a table's heading."""
+    return (
+        f"`{conditions['command']}`, {conditions['date']}, {conditions['processor']}, one thread, "
+        f"load {conditions['load']} on {conditions['cores']} cores, torch {conditions['torch']}, onnxruntime "
+        f"{conditions['onnxruntime']}."
+    )
+
+
+def times_as_fast(row: dict[str, Any]) -> str:
+    """Return a row's ratio with its interval, if it has one."""
+    return f"{row['speed_up']:.2f}" + ("" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]")
+
+
+def write_tables(name: str, rows: list[dict[str, Any]], conditions: dict[str, Any], table: str) -> None:
+    """Write `<name>.json` and `<name>.md` beside this file, and print the table."""
+    content = json.dumps({"conditions": conditions, "rows": rows}) + "\n"
+    (HERE / f"{name}.json").write_text(content, encoding="utf-8")
+    (HERE / f"{name}.md").write_text(table, encoding="utf-8")
+    sys.stdout.write(table)
+
+
 def markdown(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
     """Return the table as Markdown."""
     lines = [
         "# Speed of INT8 and of pruning in ONNX Runtime",
         "",
-        f"`{conditions['command']}`, {conditions['date']}, {conditions['processor']}, one thread, "
-        f"load {conditions['load']} on {conditions['cores']} cores, torch {conditions['torch']}, onnxruntime "
-        f"{conditions['onnxruntime']}. Random weights. The ratio is to the dense float32 file in the same rounds: median over "
+        f"{in_words(conditions)} Random weights. The ratio is to the dense float32 file in the same rounds: median over "
         "rounds [95 % interval]; of minima: the quickest query of each. Ideal: the ratio of the tower's multiply-accumulates.",
         "",
         "| tower | model | batch | MACs (G) | file | ms | times as fast | of minima | of ideal |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        interval = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
         of_ideal = "" if "int8" in row["model"] else f"{row['of_ideal']:.0%}"
         lines.append(
             f"| {row['tower']} | {row['model']} | {row['batch']} | {row['macs'] / 1e9:.2f} | {row['size_ratio']:.3f} | "
-            f"{row['median_ms']:.1f} | {row['speed_up']:.2f}{interval} | {row['of_minima']:.2f} | {of_ideal} |"
+            f"{row['median_ms']:.1f} | {times_as_fast(row)} | {row['of_minima']:.2f} | {of_ideal} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -198,8 +232,6 @@ def models_of(tower: str, home: Path) -> dict[str, dict[str, Any]]:
 
 def main(work: str | None = None, duration: str = "4000") -> None:
     """Build, export and measure all models, and write the tables."""
-    import onnxruntime
-
     torch.set_num_threads(1)
     home = Path(work or mkdtemp(prefix="clipress-speed-"))
     for precision in ("int8", "static int8"):  # Weights are random, so rankings mean nothing.
@@ -207,19 +239,8 @@ def main(work: str | None = None, duration: str = "4000") -> None:
     models = {tower: models_of(tower, home / tower.replace("/", "")) for tower in TOWERS}
     cases = [(tower, batch) for tower in TOWERS for batch in BATCHES]
     rows = [row for tower, batch in cases for row in rows_of(tower, models[tower], batch, float(duration))]
-    conditions = {
-        "command": "python studies/speed.py",
-        "date": date.today().isoformat(),
-        "processor": str(processor()),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
-    (HERE / "speed.json").write_text(json.dumps({"conditions": conditions, "rows": rows}) + "\n", encoding="utf-8")
-    table = markdown(rows, conditions)
-    (HERE / "speed.md").write_text(table, encoding="utf-8")
-    sys.stdout.write(table)
+    conditions = conditions_of("python studies/speed.py")
+    write_tables("speed", rows, conditions, markdown(rows, conditions))
 
 
 if __name__ == "__main__":

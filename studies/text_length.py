@@ -6,11 +6,8 @@ with its 95 % interval. Writes text_length.json and text_length.md beside this f
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,11 +26,9 @@ from clipress.export import parity
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models.load import Model, artifact_from_model, new_model
-from clipress.runtime.cpu import processor
-from clipress.studies.speed import in_int8
+from clipress.studies.speed import conditions_of, in_int8, in_words, times_as_fast, write_tables
 from clipress.tasks.clip import INPUTS
 
-HERE = Path(__file__).parent
 TEXT = "text"
 SMALL = {"image_size": 32, "patch_size": 32, "width": 64, "layers": 1}  # its image tower is not measured
 WHOLE = 77
@@ -103,43 +98,26 @@ def markdown(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
     lines = [
         "# What padding costs",
         "",
-        f"`{conditions['command']}`, {conditions['date']}, {conditions['processor']}, one thread, load {conditions['load']} on "
-        f"{conditions['cores']} cores, torch {conditions['torch']}, onnxruntime {conditions['onnxruntime']}. ViT-B/32 with random "
-        f"weights. Texts have {WHOLE} ids with their padding; a caption has 10 to 24. The ratio is to the whole texts in the same "
+        f"{in_words(conditions)} ViT-B/32 with random weights. Texts have {WHOLE} ids with their padding; a caption has 10 to 24. The ratio is to the whole texts in the same "
         "rounds: median over rounds [95 % interval].",
         "",
         "| | batch | ids | ms | times as fast |",
         "|---|---|---|---|---|",
     ]
-    for row in rows:
-        interval = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
-        lines.append(
-            f"| {row['what']} | {row['batch']} | {row['ids']} | {row['median_ms']:.1f} | {row['speed_up']:.2f}{interval} |"
-        )
+    lines += [
+        f"| {row['what']} | {row['batch']} | {row['ids']} | {row['median_ms']:.1f} | {times_as_fast(row)} |"
+        for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main(duration: str = "1000") -> None:
     """Measure everything and write the tables."""
-    import onnxruntime
-
     torch.set_num_threads(1)
     parity.LIMITS["int8"] = (0.98, 0.0, 1.0)  # Weights are random, so rankings mean nothing.
     rows = tower_rows(float(duration)) + step_rows(float(duration))
-    conditions = {
-        "command": f"python studies/text_length.py {duration}",
-        "date": date.today().isoformat(),
-        "processor": str(processor()),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
-    content = json.dumps({"conditions": conditions, "rows": rows}) + "\n"
-    (HERE / "text_length.json").write_text(content, encoding="utf-8")
-    table = markdown(rows, conditions)
-    (HERE / "text_length.md").write_text(table, encoding="utf-8")
-    sys.stdout.write(table)
+    conditions = conditions_of(f"python studies/text_length.py {duration}")
+    write_tables("text_length", rows, conditions, markdown(rows, conditions))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Folders in the layouts of other programs: read as those programs read them, they embed as our export does."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import open_clip
+import oracles
 import pytest
 import torch
 from helpers import clipress
@@ -188,7 +188,6 @@ def test_transformers_js_embeds_as_the_export_does(job, tmp_path):
     np.testing.assert_allclose(found["images"], pixels, atol=1e-4)
 
 
-ORACLES = Path(sys.prefix, "oracles")
 THEIRS = """
 import sys, torch
 from transformers import AutoTokenizer, CLIPModel
@@ -201,7 +200,9 @@ torch.save({"text": found.text_embeds, "image": found.image_embeds, "scale": mod
 
 
 @pytest.mark.oracle
-@pytest.mark.skipif(not (ORACLES / "transformers").is_dir(), reason="needs transformers, which `make test` installs")
+@pytest.mark.skipif(
+    not (oracles.FOLDER / "transformers").is_dir(), reason="needs transformers, which `make test` installs"
+)
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_transformers_loads_its_folder_with_our_embeddings(job, tmp_path, quick_gelu):
     model = new_model({**tiny_architecture(layers=2), "quick_gelu": quick_gelu}, 1)
@@ -210,7 +211,7 @@ def test_transformers_loads_its_folder_with_our_embeddings(job, tmp_path, quick_
     pixels = torch.randn(2, 3, 32, 32)
     torch.save({"texts": TEXTS, "pixels": pixels}, tmp_path / "given.pt")
     run = [sys.executable, "-c", THEIRS, folder, tmp_path / "given.pt", tmp_path / "found.pt"]
-    done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ORACLES)})
+    done = subprocess.run(run, capture_output=True, text=True, env=oracles.ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
     found = torch.load(tmp_path / "found.pt")
     ids = torch.from_numpy(job.exported.tokenize()(TEXTS))

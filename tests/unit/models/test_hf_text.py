@@ -1,15 +1,12 @@
 """Text towers that open_clip takes from transformers: equal to its own, saved, loaded and exported without that library."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from hf_text_oracle import CASES, VISION, config_of
+from oracles import run_oracle
 
 from clipress.artifact import save_artifact
 from clipress.data.padding import TextEnd
@@ -27,21 +24,10 @@ from clipress.models.tiny import tiny_architecture
 from clipress.runtime.onnx_session import reference_session, run_from_onnx
 from clipress.tasks import graphs_of, model_from_artifact
 
-ORACLES = Path(sys.prefix, "oracles")
-
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    if not (ORACLES / "transformers").is_dir():
-        pytest.skip(f"transformers is not installed. Run: pip install --no-deps --target {ORACLES} transformers")
-    folder = tmp_path_factory.mktemp("hf")
-    script = Path(__file__).parents[2] / "hf_text_oracle.py"
-    environment = {**os.environ, "PYTHONPATH": str(ORACLES), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, script, folder], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder
+    return run_oracle("hf_text_oracle.py", tmp_path_factory.mktemp("hf"))
 
 
 def new(case):

@@ -1,14 +1,11 @@
 """Folders of Hugging Face transformers: equal to its own outputs, with the folder's preprocessing; other models are refused."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import clipress
+from oracles import run_oracle
 from safetensors.torch import load_file, save_file
 from transformers_layout import exact_layout
 from transformers_oracle import CASES, SIGLIP
@@ -21,23 +18,12 @@ from clipress.models.load import new_model, save_for_open_clip
 from clipress.models.tiny import tiny_architecture
 from clipress.tasks import model_from_artifact
 
-ORACLES = Path(sys.prefix, "oracles")
-"""Where `make test` installs transformers: not beside open_clip, which would import it in every process."""
 PROCESSOR = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "resample": 2, "size": {"shortest_edge": 32}}
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    if not (ORACLES / "transformers").is_dir():
-        pytest.skip(f"transformers is not installed. Run: pip install --no-deps --target {ORACLES} transformers")
-    folder = tmp_path_factory.mktemp("transformers")
-    script = Path(__file__).parents[2] / "transformers_oracle.py"
-    environment = {**os.environ, "PYTHONPATH": str(ORACLES), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, script, folder], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder
+    return run_oracle("transformers_oracle.py", tmp_path_factory.mktemp("transformers"))
 
 
 @pytest.mark.oracle
