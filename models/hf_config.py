@@ -12,42 +12,47 @@ from clipress.errors import ArtifactError
 CONTEXT = 77  # ids of a text, where the config does not say: open_clip's default, far below what these encoders accept
 
 _ROBERTA = {
-    **{
-        "model_type": "roberta",
-        "vocab_size": 50265,
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    },
-    **{"intermediate_size": 3072, "max_position_embeddings": 514, "layer_norm_eps": 1e-5, "pad_token_id": 1},
+    "model_type": "roberta",
+    "vocab_size": 50265,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 514,
+    "layer_norm_eps": 1e-05,
+    "pad_token_id": 1,
 }
 _XLM = {**_ROBERTA, "model_type": "xlm-roberta", "vocab_size": 250002}
 _XLM_LARGE = {
     **_XLM,
-    **{"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
 }
 _MT5 = {
-    **{
-        "model_type": "mt5",
-        "vocab_size": 250112,
-        "d_model": 768,
-        "num_layers": 12,
-        "num_heads": 12,
-        "d_kv": 64,
-        "d_ff": 2048,
-    },
-    **{"layer_norm_epsilon": 1e-6, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128},
+    "model_type": "mt5",
+    "vocab_size": 250112,
+    "d_model": 768,
+    "num_layers": 12,
+    "num_heads": 12,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "layer_norm_epsilon": 1e-06,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
     "pad_token_id": 0,
 }
 _NLLB = {
-    **{
-        "model_type": "m2m_100",
-        "vocab_size": 256206,
-        "d_model": 1024,
-        "encoder_layers": 12,
-        "encoder_attention_heads": 16,
-    },
-    **{"encoder_ffn_dim": 4096, "max_position_embeddings": 1024, "scale_embedding": True, "pad_token_id": 1},
+    "model_type": "m2m_100",
+    "vocab_size": 256206,
+    "d_model": 1024,
+    "encoder_layers": 12,
+    "encoder_attention_heads": 16,
+    "encoder_ffn_dim": 4096,
+    "max_position_embeddings": 1024,
+    "scale_embedding": True,
+    "pad_token_id": 1,
 }
 PUBLISHED: dict[str, dict[str, Any]] = {
     "roberta-base": _ROBERTA,
