@@ -71,6 +71,12 @@ def shut_down_distributed() -> None:
         torch.distributed.destroy_process_group()
 
 
+def compile_in_place(module: nn.Module) -> None:
+    """Compile what a call of a module runs, for every shape it is called with: texts have few lengths, batches one size."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    module.compile(dynamic=False)
+
+
 def full_tensor(parameter: Tensor) -> Tensor:
     """Return a parameter unchanged, or gathered from its FSDP2 shards."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

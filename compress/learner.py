@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clipress.compress.context import Context
-from clipress.compress.fabric import all_finite, gather_shards
+from clipress.compress.fabric import all_finite, compile_in_place, gather_shards
 from clipress.compress.grad_cache import backward_in_chunks, batch_norms, encode_in_chunks
 from clipress.compress.hook import Hook
 from clipress.compress.loss_pass import LossPass
@@ -45,7 +45,7 @@ class Learner(LossPass):
         eval_frozen_modules(student.module)
         if context.runtime.grad_checkpointing:
             student.module.set_grad_checkpointing(True)
-        self.module = self.fabric.setup_module(self.encoder)
+        self.module, self.uncompiled = self.fabric.setup_module(self.encoder), context.runtime.compile
         groups = parameter_groups(self.module, config)
         self.optimizer = self.fabric.setup_optimizers(
             torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
@@ -63,6 +63,11 @@ class Learner(LossPass):
         The last is a bool () on the device, and nothing here waits for it. A non-finite step leaves batch norm statistics and
         the EMA queue as they were before it.
         """
+        if (
+            self.uncompiled and self.finite is not None
+        ):  # the first step makes what gates and hooks keep, which no graph can hold
+            compile_in_place(self.encoder)
+            self.uncompiled = False
         statistics = [(b, b.clone()) for norm in batch_norms(self.student.module) for b in norm.buffers()]
         past = self.ema.past if self.ema is not None else {}
         total, terms, finite = self._gradients(step, arrays, hooks)
@@ -152,6 +157,8 @@ class Learner(LossPass):
     def finish(self) -> None:
         """Return the student to a plain model in evaluation mode, without hooks or parameters frozen for this stage."""
         self.close()
+        if self.context.runtime.compile:
+            torch.compiler.reset()  # what was compiled holds on to the models
         gather_shards(self.student.module)
         for parameter in self.held:
             parameter.requires_grad_(True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clipress.compress.context import Context
+from clipress.compress.fabric import compile_in_place
 from clipress.compress.lineage import Lineage
 from clipress.models.load import Model
 from clipress.tasks.training import Lesson, Outputs
@@ -37,6 +38,8 @@ class Teachers:
         self.num_teachers = len(teachers)
         run = () if self.caches else teachers
         self.modules = [lesson.module(teacher.module).to(self.fabric.device).eval() for teacher in run]
+        for module in self.modules if context.runtime.compile else ():
+            compile_in_place(module)
 
     @torch.no_grad()
     def __call__(self, arrays: Mapping[str, Tensor]) -> list[Outputs]:

@@ -1,9 +1,10 @@
 """What does a GPU make of clipress? `python studies/gpu.py [--tiny] [PIECE ...]`: tests, speed, training; about nine minutes.
 
 `tests` runs `pytest -m gpu`. `speed` times image towers of ViT-B/16 and ViT-L/14@336 in bf16 (dense, cut to half and a quarter of their
-blocks' multiply-accumulates, 2:4), eager and compiled, beside what the chip needs for the arithmetic alone. `training` times a
-search step and a distillation step of ViT-B/16, and counts how often the host waits for the device. Weights are random, since only
-time is measured. Every row is written into gpu.json and gpu.md as soon as it is there, and a row that is there is not measured again.
+blocks' multiply-accumulates, 2:4), eager and compiled, beside what the chip needs for the arithmetic alone. `training` times
+search steps and distillation steps of ViT-B/16 (gpu_training.py), and counts how often the host waits for the device. Weights are
+random, since only time is measured. Every row is written into gpu.json and gpu.md as soon as it is there, and a row that is there
+is not measured again.
 """
 
 from __future__ import annotations
@@ -13,45 +14,34 @@ import json
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
-from types import SimpleNamespace
 from typing import Any
 
 import open_clip
 import torch
-from torch import Tensor
 
 from clipress.artifact import save_artifact
 from clipress.bench.cost import cost
 from clipress.bench.latency import measure_in_turns, summary
 from clipress.bench.runners.torch import TorchRunner
 from clipress.bench.runners.torch_compiled import TorchCompiledRunner
-from clipress.compress.context import Context
-from clipress.compress.fabric import start_fabric
-from clipress.compress.learner import Learner
-from clipress.compress.losses import terms_from
-from clipress.compress.prune.budget import Align, Budget
-from clipress.compress.prune.gates import Gates
-from clipress.compress.prune.search import Prune, Search
-from clipress.compress.settings import Runtime, Training
+from clipress.compress.prune.budget import Align
 from clipress.compress.sparsify import zero_two_of_four
-from clipress.compress.train import Loop
-from clipress.data.spec import DataSpec, SourceSpec
 from clipress.errors import RecipeError
 from clipress.models.load import Model, artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.storage import write_text_whole
+from clipress.studies.gpu_training import training_row, wait
 from clipress.studies.speed import IMAGE, TEXT, pruned
 
 HERE = Path(__file__).parent
 PIECES = ("tests", "speed", "training")
-SEARCH_LOSSES = ("contrastive", "affinity", "feature", "interactive")
+STEPS = ("contrastive alone", "teacher online", "teacher cached", "search, teacher online")
 
 
 def sizes(tiny: bool) -> dict[str, Any]:
@@ -67,6 +57,7 @@ def sizes(tiny: bool) -> dict[str, Any]:
             "steps": 2,
             "duration": 2.0,
             "matrix": 64,
+            "training": [*((kind, 12, "eager") for kind in STEPS), ("teacher online", 8, "eager")],
         }
     towers = {}
     for label, name in (("ViT-B/16", "ViT-B-16"), ("ViT-L/14@336", "ViT-L-14-336")):
@@ -86,6 +77,11 @@ def sizes(tiny: bool) -> dict[str, Any]:
         "steps": 20,
         "duration": 300.0,
         "matrix": 8192,
+        # Captions have 16 ids, or fewer, far more often than 77.
+        "training": [
+            *((kind, ids, "eager") for kind in STEPS for ids in (77, 16)),
+            *((kind, 16, "compiled") for kind in STEPS if kind != "teacher cached"),
+        ],
     }
 
 
@@ -114,6 +110,7 @@ class Rows:
             row = measure()
         except Exception as error:
             row = {"failed": f"{type(error).__name__}: {error}"[:500]}
+        row["date"] = date.today().isoformat()
         sys.stderr.write(f"{key} ({time.perf_counter() - began:.0f} s): {row}\n")
         self.found["rows"][key] = row
         self.write()
@@ -141,13 +138,14 @@ def conditions() -> dict[str, Any]:
 def markdown(found: dict[str, Any]) -> str:
     """Return the table of all rows as Markdown."""
     about, rows = found["conditions"], found["rows"]
+    dates = " and ".join(sorted({row.get("date", about["date"]) for row in rows.values()}))
     versions = ", ".join(
         f"{name} {about[name]}" for name in ("torch", "open_clip_torch", "nvidia-modelopt") if name in about
     )
     lines = [
         "# On a GPU",
         "",
-        f"`{about['command']}`, {about['date']}, {about['device']}, CUDA {about['cuda']}, {versions}.",
+        f"`{about['command']}`, {dates}, {about['device']}, CUDA {about['cuda']}, {versions}.",
     ]
     lines += ["Random weights, since only time is measured.", ""]
     if "tests" in rows:
@@ -165,24 +163,26 @@ def markdown(found: dict[str, Any]) -> str:
         for (tower, width, batch, how), row in speeds.items():
             lines.append(f"| {tower} | {width} | {batch} | {how} | {_speed_cells(row, int(batch), chip)} |")
         lines.append("")
-    steps = {key.split(" | ")[1]: row for key, row in rows.items() if key.startswith("training")}
+    steps = {tuple(key.split(" | ")[1:]): row for key, row in rows.items() if key.startswith("training")}
     if steps:
         lines += [
-            "Training steps of ViT-B/16 in bf16 with 256 pairs and a teacher of the same size; the batch is on the GPU already.",
+            "Training steps of ViT-B/16 in bf16 with 256 pairs and a teacher of the same size; the batch is on the GPU already. *ids* is "
+            "the length of the texts; *start* the first steps, compiling included.",
             "",
-            "| step | ms | pairs/s | peak GiB | times the host waits |",
-            "|---|---|---|---|---|",
+            "| step | ids | run | ms | pairs/s | peak GiB | times the host waits | start, s |",
+            "|---|---|---|---|---|---|---|---|",
         ]
-        for kind, row in steps.items():
-            lines.append(f"| {kind} | {_step_cells(row)} |")
+        for (kind, ids, how), row in steps.items():
+            lines.append(f"| {kind} | {ids} | {how} | {_step_cells(row)} |")
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _step_cells(row: dict[str, Any]) -> str:
     if "failed" in row:
-        return f"{row['failed']} | | | "
-    waits = row["host_waits_per_step"]
-    return f"{row['ms_per_step']:.0f} | {row['images_per_s']:.0f} | {row['peak_gib']:.1f} | {'–' if waits is None else waits}"
+        return f"{row['failed']} | | | | "
+    waits, peak = ("–" if row[name] is None else row[name] for name in ("host_waits_per_step", "peak_gib"))
+    cells = f"{row['ms_per_step']:.0f} | {row['images_per_s']:.0f} | {peak} | {waits}"
+    return f"{cells} | {row['warm_up_s']:.0f}"
 
 
 def _speed_cells(row: dict[str, Any], batch: int, chip: dict[str, Any]) -> str:
@@ -194,7 +194,7 @@ def _speed_cells(row: dict[str, Any], batch: int, chip: dict[str, Any]) -> str:
 
 def run_tests() -> dict[str, Any]:
     """Run the tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
     sys.stderr.write(done.stdout[-6000:])
     return {"result": done.stdout.strip().splitlines()[-1], "code": done.returncode}
@@ -210,17 +210,6 @@ def median_ms(call: Callable[[], Any], times: int = 10) -> float:
         wait()
         took.append(1000 * (time.perf_counter() - began))
     return sorted(took[2:])[times // 2]
-
-
-def wait() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def device() -> torch.device:
-    """Return the device that everything runs on."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def chip(side: int) -> dict[str, Any]:
@@ -277,94 +266,15 @@ def speed_row(kind: type[TorchRunner], folder: Path, macs: int, batch: int, dura
     return {"precision": runner.model.precision, "macs": macs, **found}
 
 
+def device() -> torch.device:
+    """Return the device that everything runs on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def measure_training(rows: Rows, wanted: dict[str, Any]) -> None:
-    """Time training steps: alone, with a teacher, with a cached teacher, and a search with a teacher."""
-    for kind in ("contrastive alone", "teacher online", "teacher cached", "search, teacher online"):
-        rows.add(f"training | {kind}", partial(training_row, kind, wanted))
-
-
-def training_row(kind: str, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Time the steps of one kind on a batch that is on the device already."""
-    fabric = start_fabric(Runtime())
-    student, teacher = (new_model(wanted["student"], seed) for seed in (0, 1))
-    data = DataSpec(train=(SourceSpec(format="scenes", limit=8),))
-    arrays = random_batch(student, wanted["batch"], fabric.device)
-    caches: tuple = ()
-    if "cached" in kind:
-        caches = ((SimpleNamespace(manifest=SimpleNamespace(logit_scale=100.0)),),)
-        arrays |= cached_answers(wanted, fabric.device)
-    losses = ("contrastive",) if "alone" in kind else SEARCH_LOSSES
-    teachers = () if "alone" in kind else (teacher,)
-    context = Context(fabric, data, 0, teachers, caches=caches, title=kind)
-    steps = wanted["steps"]
-    settings: Training = Training(steps=steps + 5, batch_size=wanted["batch"])
-    hooks = []
-    if "search" in kind:
-        settings = Prune(
-            budget=Budget(params=0.5), steps=steps + 5, batch_size=wanted["batch"], rotate=False, update_every=10
-        )
-        student.module.to(fabric.device)
-        hooks = [Search(student, Gates(student.module, "separate"), settings, steps + 5, 0, lambda total: total)]
-    loop = Loop(Learner(student, settings, terms_from(losses, kind), context), hooks, settings, context)
-
-    def take(step: int) -> None:
-        loop.take_step(step, dict(arrays), 1e-5, lambda row: None)
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    for step in range(5):
-        take(step)
-    waits = host_waits(lambda: take(5)) if torch.cuda.is_available() else None
-    wait()
-    began = time.perf_counter()
-    for step in range(5, 5 + steps):
-        take(step)
-    wait()
-    ms = 1000 * (time.perf_counter() - began) / steps
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return {
-        "ms_per_step": round(ms, 3),
-        "images_per_s": round(1000 * wanted["batch"] / ms, 1),
-        "peak_gib": round(peak, 2),
-        "host_waits_per_step": waits,
-    }
-
-
-def random_batch(model: Model, size: int, where: torch.device) -> dict[str, Tensor]:
-    """Return a batch as the loader gives it, of random images and texts."""
-    generator = torch.Generator().manual_seed(0)
-    side, length = model.preprocess.size, model.module.context_length
-    ids = torch.randint(1, 400, (size, length), generator=generator)
-    ids[:, -1] = 49407
-    arrays = {
-        "pixels": torch.randn(size, 3, side, side, generator=generator),
-        "ids": ids,
-        "group": torch.arange(size),
-        "label": torch.full((size,), -1),
-    }
-    return {name: rows.to(where) for name, rows in arrays.items()}
-
-
-def cached_answers(wanted: dict[str, Any], where: torch.device) -> dict[str, Tensor]:
-    """Return what a loader reads from a teacher cache."""
-    rows, dim = wanted["batch"], wanted["student"]["embed_dim"]
-    found = {}
-    for graph in ("image", "text"):
-        unit = torch.nn.functional.normalize(torch.randn(rows, dim), dim=1)
-        found |= {f"teacher_{graph}_0": unit, f"teacher_{graph}_norm_0": torch.full((rows,), 10.0)}
-    return {name: values.to(where) for name, values in found.items()}
-
-
-def host_waits(call: Callable[[], Any]) -> int:
-    """Count how often the host waits for the device during a call."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(one.message) for one in seen)
+    """Time training steps of every kind."""
+    for kind, ids, how in wanted["training"]:
+        rows.add(f"training | {kind} | {ids} | {how}", partial(training_row, kind, ids, how == "compiled", wanted))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,8 +4,7 @@ There are two spaces of gates. `separate` (ours) has a gate per head and dim on 
 head) on the values, and one per hidden unit after the activation; the output is linear in each gate. `upop` (Shi et al.
 2023) has one gate per head dim, shared by all heads and by q, k and v, and one per hidden unit before the activation.
 
-The forward pass creates a copy of the gate for each sample, so one backward pass yields per-sample gradients
-[B, groups, units].
+Every sample of a batch has a copy of the gate, so one backward pass yields per-sample gradients [B, groups, units].
 """
 
 from __future__ import annotations
@@ -41,8 +40,9 @@ class Site:
     """Neighbouring activations of one unit: 2 for the pairs that rotary positions turn."""
     mask: Tensor = field(repr=False)
     """[groups, units]: 1 keeps and 0 cuts a unit; values in between are on their way to 0."""
-    copies: list[Tensor] = field(default_factory=list, repr=False)
-    """This step's gates, [B, groups, units] each."""
+    copies: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    """Zeros [B, groups, units] that are added to the mask, by B: every sample's own change of the gate. They stay from step to
+    step, since a compiled model cannot make what gradients are collected in."""
 
     @property
     def name(self) -> str:
@@ -67,8 +67,16 @@ class Site:
 
     def gradient(self) -> Tensor | None:
         """Return this step's per-sample gradients, float32 [B, groups, units], or None before the backward pass."""
-        grads = [copy.grad.float() for copy in self.copies if copy.grad is not None]
+        grads = [copy.grad.float() for copy in self.copies.values() if copy.grad is not None]
         return sum(grads) if grads else None
+
+    def own(self, x: Tensor) -> Tensor:
+        """Return the copies for the samples of an activation [B, ...]: in float32, since gradients of several calls add up."""
+        if len(x) not in self.copies:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            shape = (len(x), self.groups, self.units)
+            self.copies[len(x)] = torch.zeros(shape, device=x.device, dtype=dtype, requires_grad=True)
+        return self.copies[len(x)]
 
 
 def sites(model: nn.Module, space: str, kinds: Mapping[str, Sequence[str]] | None = None) -> list[Site]:
@@ -152,15 +160,17 @@ class Gates:
                 self.handles.append(linear.register_forward_hook(lambda _, __, out, gate=gate: gate(out)))
 
     def clear(self) -> None:
-        """Drop the gate copies of the last step."""
+        """Drop the gradients of the last step."""
         for site in self.sites:
-            site.copies.clear()
+            for copy in site.copies.values():
+                copy.grad = None
 
     def remove(self) -> None:
         """Remove the hooks, so that the model runs without masks again."""
         for handle in self.handles:
             handle.remove()
-        self.clear()
+        for site in self.sites:
+            site.copies.clear()
 
     def part_masks(self) -> list[tuple[Part, surgery.Mask]]:
         """Return every part that has sites, with a mask of the units to keep."""
@@ -195,10 +205,8 @@ def _gate(site: Site) -> Callable[[Tensor], Tensor]:
         mask = site.spread(site.mask.to(x.dtype), x.shape[-1])
         if not torch.is_grad_enabled():
             return x * mask
-        shape = (len(x), site.groups, site.units)
-        own = torch.zeros(shape, device=x.device, dtype=x.dtype, requires_grad=True)
-        site.copies.append(own)
-        return x * (mask + site.spread(own, x.shape[-1])).reshape(len(x), *[1] * (x.ndim - 2), -1)
+        own = site.spread(site.own(x).to(x.dtype), x.shape[-1])
+        return x * (mask + own).reshape(len(x), *[1] * (x.ndim - 2), -1)
 
     return multiply
 

@@ -206,7 +206,7 @@ class Search(Hook):
         task = task_named(self.model.task)
         outputs = outputs_of(task, self.model.module, task.inputs_of(arrays)).values()
         projected = sum(random_projection(y, generator) for y in outputs)
-        copies = [copy for site in self.gates.sites for copy in site.copies]
+        copies = [site.copies[len(arrays["group"])] for site in self.gates.sites]
         for copy, gradient in zip(copies, torch.autograd.grad(projected, copies), strict=True):
             copy.grad = gradient
         self.seen.add()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,18 @@ def test_a_step_never_makes_the_host_wait(fabrics):
         torch.cuda.set_sync_debug_mode("default")
     loop.settle(lines.append)
     assert [line["step"] for line in lines] == list(range(105))
+
+
+def test_a_compiled_step_is_the_step(fabrics):
+    losses = {}
+    for compiled in (False, True):
+        context = context_on(fabrics, "cuda", teachers=(new_model(tiny_architecture(), 1),))
+        context = replace(context, runtime=context.runtime.model_copy(update={"compile": compiled}))
+        details = train(
+            new_model(tiny_architecture(), 0),
+            Training(steps=6, batch_size=32, lr=1e-3),
+            terms_from(("contrastive", "feature"), "t"),
+            context,
+        )
+        losses[compiled] = details["last"]["loss"]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)

@@ -127,7 +127,7 @@ def test_a_sample_that_is_not_finite_is_skipped_and_counted():
     gates = Gates(model, "separate")
     per_sample_losses(model).sum().backward()
     with torch.no_grad():
-        gates.sites[0].copies[0].grad[1, 0, 0] = float("nan")
+        gates.sites[0].copies[3].grad[1, 0, 0] = float("nan")
         expected = gates.sites[1].gradient()[[0, 2]].double().square().sum(0)
     seen = Accumulator(CRITERIA["fisher"](), gates.sites)
     seen.add()
