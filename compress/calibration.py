@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from clipress.compress.context import Context
 from clipress.compress.fabric import to_device
+from clipress.compress.loader import batches
 from clipress.compress.settings import Training
-from clipress.compress.train import batches
 from clipress.errors import DataError
 from clipress.models.load import Model
 from clipress.tasks import Task, task_named
@@ -32,7 +32,7 @@ class Calibration:
         """Yield `Samples` on the model's device. Raises DataError if all images are identical."""
         first, varied, seen = None, False, 0
         for arrays in self.loader:
-            tensors = {name: a.to(self.device) for name, a in arrays.items() if isinstance(a, Tensor)}
+            tensors = {name: a for name, a in arrays.items() if isinstance(a, Tensor)}
             seen += len(arrays["group"])
             if "pixels" in tensors:
                 first = tensors["pixels"][0] if first is None else first

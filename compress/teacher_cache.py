@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipress.compress.fabric import uses_bf16
+from clipress.compress.loader import number_of_workers
 from clipress.compress.plan import CompressPlan
 from clipress.data.bad_records import refuse_too_many
 from clipress.data.cache_files import (
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from clipress.compress.teachers import Teacher
 
 HOME = "teacher-embeddings"
+BATCH = 128
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -72,7 +74,7 @@ def build_cache(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
-    batch: int = 128,
+    batch: int = BATCH,
     barrier: Callable[[], Any] = lambda: None,
     wait: Say | None = None,
 ) -> TeacherCache:
@@ -139,7 +141,7 @@ def write_shards(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
-    batch: int = 128,
+    batch: int = BATCH,
 ) -> Path:
     """Write this process's missing shards. Returns the cache's folder."""
     folder = write_manifest(home, manifest)
@@ -346,6 +348,8 @@ def caches_of(
 ) -> list[TeacherCache]:
     """Open the caches of a recipe's training sources, and build the missing ones. `wait` as in `build_cache`."""
     teacher.model.module.to(fabric.device)
+    batch_bytes = BATCH * teacher.model.preprocess.size**2 * 3 * 8  # float32, and twice the batches in advance
+    workers = number_of_workers(plan.data.workers, fabric.device, batch_bytes)
     caches = []
     for source in map(open_source, plan.data.train):
         cache = build_cache(
@@ -360,7 +364,7 @@ def caches_of(
             precision=plan.runtime.precision,
             rank=fabric.global_rank,
             world=fabric.world_size,
-            workers=plan.data.workers,
+            workers=workers,
             barrier=fabric.barrier,
             wait=wait,
         )

@@ -12,30 +12,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
 from clipress.compress.context import Context, steps_of
 from clipress.compress.fabric import HostCopy, all_max, all_mean, all_true
 from clipress.compress.hook import Hook
 from clipress.compress.learner import Learner
+from clipress.compress.loader import batches
 from clipress.compress.losses import terms_from
 from clipress.compress.settings import Training
-from clipress.compress.signals import EXIT_CODES, ignore_stop_signals, stop_requests
+from clipress.compress.signals import EXIT_CODES, stop_requests
 from clipress.data.bad_records import BadRecords
-from clipress.data.dataset import TrainingSet
-from clipress.data.padding import without_padding
-from clipress.data.sampler import Batches
 from clipress.errors import ClipressError, Stopped
 from clipress.models.load import Model
-from clipress.models.text_length import text_ends
 from clipress.progress import progress_bar
 from clipress.storage import write_bytes_whole, writing
 
@@ -81,49 +75,6 @@ class HoldRange(Hook):
             weight.copy_(torch.maximum(torch.minimum(weight, limit), -limit))
 
 
-def batches(
-    model: Model, config: Training, context: Context, steps: int, start: int = 0, whole_texts: bool = False
-) -> DataLoader:
-    """Return the data loader of a stage. The batch of step t depends only on the seed and t.
-
-    Texts come without the padding that neither the model nor a running teacher reads, unless `whole_texts`.
-    """
-    sources = context.sources()
-    ends = None if whole_texts else text_ends(model, () if context.caches else context.teachers)
-    dataset = TrainingSet(
-        sources,
-        model.preprocess,
-        model.tokenize(),
-        context.data.augment,
-        context.seed,
-        context.caches,
-        context.data.resize,
-        needed_ids=ends and partial(without_padding, ends=ends),
-    )
-    sampler = Batches(
-        [len(source) for source in sources],
-        [spec.weight for spec in context.data.train],
-        config.batch_size,
-        steps,
-        context.seed,
-        start,
-        context.fabric.global_rank,
-        context.fabric.world_size,
-    )
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=_tensors,
-        num_workers=context.data.workers,
-        worker_init_fn=ignore_stop_signals,
-        pin_memory=context.fabric.device.type == "cuda",
-    )
-
-
-def _tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for name, a in arrays.items()}
-
-
 def learning_rate(step: int, steps: int, config: Training) -> float:
     """Return the learning rate of a step: linear warmup, then cosine decay to zero, or constant."""
     warmup = max(round(config.warmup_ratio * steps), 1)
@@ -159,7 +110,6 @@ def train(
         for step, arrays in enumerate(loader, start):
             for item in bad_records.count(len(arrays["group"]), arrays.pop("bad")):
                 log({"step": step, "bad_record": asdict(item)})
-            arrays = {name: tensor.to(fabric.device, non_blocking=True) for name, tensor in arrays.items()}
             rate = learning_rate(step, steps, config)
             loop.take_step(step, arrays, rate, log)
             if loop.record:

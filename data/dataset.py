@@ -12,7 +12,7 @@ from clipress.data.bad_records import Record, read_record
 from clipress.data.sampler import Draw
 from clipress.data.sources import Source
 from clipress.data.tokens import Tokenize
-from clipress.data.transforms import Augment, Library, Preprocess, augmented, normalised, viewed
+from clipress.data.transforms import Augment, Library, Preprocess, augmented, viewed
 from clipress.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Chosen:
 
 
 class TrainingSet:
-    """Turn lists of `Draw`s into arrays: pixels float32 [B,3,S,S], ids int64 [B,L], group and label int64 [B].
+    """Turn lists of `Draw`s into arrays: pixels uint8 [B,S,S,3], ids int64 [B,L], group and label int64 [B].
 
     Labels number the classes of all labelled sources, one source after the other; they are -1 for a source without
     classes. `pixels` is absent if a source has no images, `ids` if one has no texts. `bad` lists the records that could
@@ -97,7 +97,7 @@ class TrainingSet:
             "bad": [bad for row in rows for bad in row.record.bad],
         }
         if self.has_images:
-            arrays["pixels"] = normalised(np.stack([row.pixels for row in rows]), self.preprocess)
+            arrays["pixels"] = np.stack([row.pixels for row in rows])
         if self.has_texts:
             ids = self.ids([row.record.captions[row.caption] for row in rows])
             arrays["ids"] = ids if self.needed_ids is None else self.needed_ids(ids)

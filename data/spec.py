@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -55,7 +55,8 @@ class DataSpec(Section):
     val: tuple[SourceSpec, ...] = ()
     test: tuple[SourceSpec, ...] = ()
     augment: Augment = Augment()
-    workers: int = Field(0, ge=0, le=1 << 10)
-    """Number of decoding processes; 0 decodes in the training process."""
+    workers: Annotated[int, Field(ge=0, le=1 << 10)] | Literal["auto"] = "auto"
+    """Number of decoding processes for each that trains; 0 decodes in the training process. auto: 0 on a CPU, which training fills;
+    on a GPU its share of the cores, as far as shared memory holds what they hand over."""
     resize: Library = "pillow"
     """Resizing library for training: pillow gives open_clip's pixels; torch is nearly twice as fast, within one level."""

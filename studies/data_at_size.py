@@ -32,15 +32,16 @@ from clipress.data.filter import nearest_to_prompts
 from clipress.data.sources import FORMATS
 from clipress.data.spec import SourceSpec
 from clipress.data.teacher_cache import TeacherCache
-from clipress.data.transforms import Augment, Preprocess
+from clipress.data.transforms import Augment, Preprocess, augmented, open_image
 from clipress.runtime.cpu import processor
 from clipress.serve.index import Encoder, Index, Kind, open_index, write_index
 
 HERE = Path(__file__).parent
+COMMAND = "python studies/data_at_size.py"
 ROWS, SHARDS, IN_SHARD, COCO = 12_000_000, 1000, 100, 113_287
 VECTORS, DIM, CLUSTERS, QUERIES, ALIKE = 1_000_000, 512, 20_000, 1000, 200_000
 CACHED, CACHED_DIM = 3_000_000, 768
-BLOCK, PART = 50_000, 4096
+BLOCK, PART, PHOTOS = 50_000, 4096, 400
 CASES: dict[str, tuple[str, Callable[[Path], None], Callable[[Path], dict[str, Any]]]] = {}
 """Name: what it is, what it needs made, and what is measured."""
 
@@ -228,6 +229,34 @@ def _query_ms(index: Index, queries: np.ndarray) -> float:
     return round(float(np.median(times)), 1)
 
 
+def _photos(home: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(PHOTOS):
+        blurred = Image.fromarray(rng.integers(0, 255, (30, 40, 3), np.uint8)).resize(
+            (640, 480), Image.Resampling.BICUBIC
+        )
+        grainy = np.asarray(blurred, np.float32) + rng.normal(0, 6, (480, 640, 3))
+        Image.fromarray(grainy.clip(0, 255).astype(np.uint8)).save(home / f"{number}.jpg", quality=90)
+
+
+@case("decoding", f"{PHOTOS} JPEGs of 640 x 480 decoded, cropped and resized to 224, one core", _photos)
+def decode(home: Path) -> dict[str, Any]:
+    """Read images as training does, with both libraries."""
+    import torch
+
+    torch.set_num_threads(1)
+    augment, preprocess = Augment(crop_scale=(0.4, 1.0), flip=True), Preprocess(size=224)
+    files, per_second = sorted(home.glob("*.jpg")), {}
+    for library in ("pillow", "torch"):
+        augmented(open_image(files[0]), preprocess, augment, np.random.default_rng(0), library)  # imports
+        with measured() as figures:
+            began = time.process_time()
+            for number, file in enumerate(files):
+                augmented(open_image(file), preprocess, augment, np.random.default_rng(number), library)
+            per_second[f"{library}_per_core_s"] = round(len(files) / (time.process_time() - began))
+    return {**figures, "records": len(files), **per_second}
+
+
 @contextmanager
 def measured() -> Iterator[dict[str, Any]]:
     """Measure a block: seconds by the clock and on the CPU, and the peak of memory above what there was. Linux only."""
@@ -243,22 +272,22 @@ def _status_mb(name: str) -> float:
     return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) / 1024
 
 
-def markdown(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> str:
+def markdown(rows: list[dict[str, Any]]) -> str:
     """Return the table as Markdown."""
     lines = [
         "# Data at size",
         "",
-        f"`{conditions['command']}`, {conditions['date']}, {conditions['processor']}, 2 cores. Memory at its peak, beyond imports and "
-        "inputs.",
+        f"`{COMMAND}`, two cores. Memory at its peak, beyond imports and inputs.",
         "",
-        "| | records | seconds | CPU seconds | memory (MB) | more |",
-        "|---|---|---|---|---|---|",
+        "| | records | seconds | CPU seconds | memory (MB) | more | measured |",
+        "|---|---|---|---|---|---|---|",
     ]
-    known = {"case", "what", "records", "wall_s", "cpu_s", "memory_mb"}
+    known = {"case", "what", "records", "wall_s", "cpu_s", "memory_mb", "date", "processor"}
     for row in rows:
         more = ", ".join(f"{key} {value}" for key, value in row.items() if key not in known)
         lines.append(
-            f"| {row['what']} | {row['records']:,} | {row['wall_s']} | {row['cpu_s']} | {row['memory_mb']} | {more} |"
+            f"| {row['what']} | {row['records']:,} | {row['wall_s']} | {row['cpu_s']} | {row['memory_mb']} | {more} | "
+            f"{row['date']}, {row['processor']} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -273,16 +302,12 @@ def main(*names: str) -> None:
             run = [sys.executable, __file__, "--measure", name, folder]
             alone = {**os.environ, "CLIPRESS_CACHE": str(Path(folder) / ".cache")}
             done = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True, env=alone)
-            rows[name] = {"case": name, "what": CASES[name][0], **json.loads(done.stdout.splitlines()[-1])}
+            where = {"date": date.today().isoformat(), "processor": str(processor())}
+            rows[name] = {"case": name, "what": CASES[name][0], **json.loads(done.stdout.splitlines()[-1]), **where}
             sys.stderr.write(f"{rows[name]}\n")
-    conditions = {
-        "command": "python studies/data_at_size.py",
-        "date": date.today().isoformat(),
-        "processor": str(processor()),
-    }
     ordered = [rows[name] for name in CASES if name in rows]
-    target.write_text(json.dumps({"conditions": conditions, "rows": ordered}) + "\n", encoding="utf-8")
-    (HERE / "data_at_size.md").write_text(markdown(ordered, conditions), encoding="utf-8")
+    target.write_text(json.dumps({"command": COMMAND, "rows": ordered}) + "\n", encoding="utf-8")
+    (HERE / "data_at_size.md").write_text(markdown(ordered), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from torch import Tensor
 from clipress.compress.context import Context
 from clipress.compress.fabric import all_true
 from clipress.compress.hook import Hook
+from clipress.compress.loader import batches
 from clipress.compress.loss_pass import LossPass
 from clipress.compress.losses import Loss
 from clipress.compress.settings import Training
-from clipress.compress.train import batches
 from clipress.models import convnets
 from clipress.models.load import Model
 from clipress.progress import track
@@ -40,7 +40,7 @@ def score_units(
         parameter.requires_grad_(convnets.is_convnet(module))
     skipped, finite = 0, torch.ones((), dtype=torch.bool, device=context.fabric.device)
     for step, arrays in enumerate(track(batches(model, settings, context, steps), steps, context.title, "batch")):
-        arrays = {name: a.to(context.fabric.device) for name, a in arrays.items() if isinstance(a, Tensor)}
+        arrays = {name: a for name, a in arrays.items() if isinstance(a, Tensor)}
         for hook in hooks:
             hook.before(step, arrays)
         if losses is not None and not _backward(losses, arrays, step):

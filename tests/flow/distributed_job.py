@@ -13,11 +13,11 @@ import torch
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
 from clipress.compress.learner import Learner
+from clipress.compress.loader import batches
 from clipress.compress.losses import LOSSES, needs_of, terms_from
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates
 from clipress.compress.settings import Runtime, Training
-from clipress.compress.train import batches
 from clipress.data.spec import DataSpec, SourceSpec
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture

@@ -13,13 +13,14 @@ from helpers import clipress, tiny_inputs, write_recipe
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
 from clipress.compress.learner import Learner
+from clipress.compress.loader import batches
 from clipress.compress.losses import terms_from
 from clipress.compress.prune.budget import Align, Budget
 from clipress.compress.prune.search import Prune
 from clipress.compress.prune.search import run as prune
 from clipress.compress.settings import Runtime, Training
 from clipress.compress.teacher_cache import build_cache
-from clipress.compress.train import Loop, batches, train
+from clipress.compress.train import Loop, train
 from clipress.data.sources import open_source
 from clipress.data.spec import Augment, DataSpec, SourceSpec
 from clipress.models import surgery

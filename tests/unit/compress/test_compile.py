@@ -7,12 +7,13 @@ import torch
 
 from clipress.compress import fabric, learner, teachers
 from clipress.compress.context import Context
+from clipress.compress.loader import batches
 from clipress.compress.losses import terms_from
 from clipress.compress.prune.budget import Budget
 from clipress.compress.prune.gates import Gates
 from clipress.compress.prune.search import Prune, Search
 from clipress.compress.settings import Runtime
-from clipress.compress.train import Learner, Loop, batches
+from clipress.compress.train import Learner, Loop
 from clipress.data.spec import DataSpec, SourceSpec
 from clipress.errors import RecipeError
 from clipress.models.load import new_model

@@ -7,9 +7,10 @@ from clipress.compress.context import Context
 from clipress.compress.ema import ALPHA, Queue
 from clipress.compress.fabric import start_fabric
 from clipress.compress.learner import Learner
+from clipress.compress.loader import batches
 from clipress.compress.losses import terms_from
 from clipress.compress.settings import Runtime, Training
-from clipress.compress.train import batches, train
+from clipress.compress.train import train
 from clipress.data.spec import DataSpec, SourceSpec
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture

@@ -10,12 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
+from clipress.compress.loader import batches
 from clipress.compress.losses import LOSSES, terms_from
 from clipress.compress.prune.budget import Budget
 from clipress.compress.prune.gates import Gates
 from clipress.compress.prune.search import Prune, Search
 from clipress.compress.settings import Runtime, Training
-from clipress.compress.train import Learner, Loop, batches
+from clipress.compress.train import Learner, Loop
 from clipress.data.spec import DataSpec, SourceSpec
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture

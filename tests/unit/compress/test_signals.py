@@ -13,9 +13,10 @@ from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
 from clipress.compress.hook import Hook
 from clipress.compress.learner import Learner
+from clipress.compress.loader import batches
 from clipress.compress.losses import terms_from
 from clipress.compress.settings import Runtime, Training
-from clipress.compress.train import MAX_BAD_STEPS, batches, train
+from clipress.compress.train import MAX_BAD_STEPS, train
 from clipress.data.spec import DataSpec, SourceSpec
 from clipress.errors import ArtifactError, ClipressError, Stopped
 from clipress.models.load import new_model

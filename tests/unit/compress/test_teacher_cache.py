@@ -18,7 +18,7 @@ from clipress.data.sampler import Draw
 from clipress.data.sources import open_source
 from clipress.data.spec import SourceSpec
 from clipress.data.teacher_cache import TeacherCache, read_manifest
-from clipress.data.transforms import Augment
+from clipress.data.transforms import Augment, normalised
 from clipress.errors import ArtifactError, ClipressError, DataError, RecipeError
 from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
@@ -81,7 +81,7 @@ def test_looked_up_embeddings_are_those_of_the_teachers_on_the_same_batch(model,
     ]
     data = TrainingSet(sources, model.preprocess, model.tokenize(), BOTH, 0, caches)
     arrays = data.__getitems__([Draw(n % 2, n, epoch) for epoch in range(2) for n in range(30)])
-    pixels, ids = torch.from_numpy(arrays["pixels"]), torch.from_numpy(arrays["ids"])
+    pixels, ids = torch.from_numpy(normalised(arrays["pixels"], model.preprocess)), torch.from_numpy(arrays["ids"])
     for number, teacher in enumerate(teachers):
         with torch.no_grad():
             raw = {"image": teacher.module.encode_image(pixels), "text": teacher.module.encode_text(ids)}
@@ -106,7 +106,7 @@ from clipress.compress.teacher_cache import manifest_of, write_shards
 from clipress.data import cache_files
 from clipress.data.sources import open_source
 from clipress.data.spec import SourceSpec
-from clipress.data.transforms import Augment
+from clipress.data.transforms import Augment, normalised
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
@@ -225,7 +225,7 @@ def test_an_unreadable_image_is_counted_and_the_other_rows_do_not_shift(model, i
     check_cache(cache, model, images)
     data = TrainingSet([images], model.preprocess, model.tokenize(), BOTH, 0, [[cache]])
     arrays = data.__getitems__([Draw(0, item, epoch) for item in range(10) for epoch in range(3)])
-    expected = encoders(model, "Test")[0](arrays["pixels"])
+    expected = encoders(model, "Test")[0](normalised(arrays["pixels"], model.preprocess))
     np.testing.assert_allclose(arrays["teacher_image_0"], expected, atol=5e-4)
 
 
@@ -348,7 +348,7 @@ def test_images_or_texts_alone_are_embedded_and_looked_up(model, tmp_path, side)
     assert f"teacher_{other}_0" not in arrays and {"image": "ids", "text": "pixels"}[side] not in arrays
     with torch.no_grad():
         raw = (
-            model.module.encode_image(torch.from_numpy(arrays["pixels"]))
+            model.module.encode_image(torch.from_numpy(normalised(arrays["pixels"], model.preprocess)))
             if side == "image"
             else model.module.encode_text(torch.from_numpy(arrays["ids"]))
         ).numpy()

@@ -10,8 +10,8 @@ from text_towers import END, TOWERS, WHOLE, clip, texts
 
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
+from clipress.compress.loader import batches
 from clipress.compress.settings import Runtime, Training
-from clipress.compress.train import batches
 from clipress.data.padding import TextEnd, without_padding
 from clipress.data.spec import DataSpec, SourceSpec
 from clipress.models import anatomy, surgery

@@ -1,0 +1,122 @@
+"""The batches of a stage: read, decoded and augmented by worker processes, normalised on the device."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from clipress.compress.context import Context
+from clipress.compress.fabric import to_device
+from clipress.compress.settings import Training
+from clipress.compress.signals import ignore_stop_signals
+from clipress.data.dataset import TrainingSet
+from clipress.data.padding import without_padding
+from clipress.data.sampler import Batches
+from clipress.data.transforms import Preprocess, normalised
+from clipress.models.load import Model
+from clipress.models.text_length import text_ends
+from clipress.runtime.cpu import usable_cores
+
+MOST_WORKERS = 16  # per process: each holds a copy of what was read of the sources
+PREFETCH = 2  # batches that each worker has ready
+SHARED = Path("/dev/shm")  # where torch's workers put them
+
+
+class Loader:
+    """Batches on a device: arrays of `TrainingSet` as tensors, with pixels float32 [B, 3, S, S], and the list `bad`."""
+
+    def __init__(self, loader: DataLoader, preprocess: Preprocess, device: torch.device) -> None:
+        self.loader, self.preprocess, self.device = loader, preprocess, device
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        normalise = normaliser(self.preprocess, self.device)
+        for arrays in self.loader:
+            batch = {
+                name: to_device(rows, self.device) if isinstance(rows, Tensor) else rows
+                for name, rows in arrays.items()
+            }
+            if "pixels" in batch:
+                batch["pixels"] = normalise(batch["pixels"])
+            yield batch
+
+
+def batches(
+    model: Model, config: Training, context: Context, steps: int, start: int = 0, whole_texts: bool = False
+) -> Loader:
+    """Return the batches of a stage, on its device. The batch of step t depends only on the seed and t.
+
+    Texts come without the padding that neither the model nor a running teacher reads, unless `whole_texts`.
+    """
+    sources = context.sources()
+    ends = None if whole_texts else text_ends(model, () if context.caches else context.teachers)
+    dataset = TrainingSet(
+        sources,
+        model.preprocess,
+        model.tokenize(),
+        context.data.augment,
+        context.seed,
+        context.caches,
+        context.data.resize,
+        needed_ids=ends and partial(without_padding, ends=ends),
+    )
+    sampler = Batches(
+        [len(source) for source in sources],
+        [spec.weight for spec in context.data.train],
+        config.batch_size,
+        steps,
+        context.seed,
+        start,
+        context.fabric.global_rank,
+        context.fabric.world_size,
+    )
+    device = context.fabric.device
+    batch_bytes = config.batch_size // context.fabric.world_size * model.preprocess.size**2 * 3
+    workers = number_of_workers(context.data.workers, device, batch_bytes)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=_tensors,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=ignore_stop_signals,
+        pin_memory=device.type == "cuda",
+    )
+    return Loader(loader, model.preprocess, device)
+
+
+def number_of_workers(wanted: int | str, device: torch.device, batch_bytes: int) -> int:
+    """Return how many processes decode for this one. `auto`: none where training itself fills the cores, a core each beside a GPU.
+
+    Batches of `batch_bytes` are handed over in shared memory, of which a container may have very little.
+    """
+    if wanted != "auto":
+        return wanted
+    if device.type != "cuda":
+        return 0
+    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
+    fit = shutil.disk_usage(SHARED).free // (2 * PREFETCH * batch_bytes) if SHARED.is_dir() else cores
+    return min(max(cores, 1), fit, MOST_WORKERS)
+
+
+def normaliser(preprocess: Preprocess, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return a function from pixels uint8 [B, S, S, 3] on a device to float32 [B, 3, S, S]: the same bits on every device."""
+    if device.type == "cpu":
+        return lambda pixels: torch.from_numpy(normalised(pixels.numpy(), preprocess))
+    # A number instead of a tensor would be multiplied by its reciprocal on a GPU, which rounds otherwise.
+    whole, mean, std = (
+        torch.tensor(values, device=device)[:, None, None] for values in ((255.0,), preprocess.mean, preprocess.std)
+    )
+    return lambda pixels: pixels.permute(0, 3, 1, 2).float().contiguous().div_(whole).sub_(mean).div_(std)
+
+
+def _tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for name, a in arrays.items()}

@@ -1,0 +1,73 @@
+"""Batches come as bytes from the processes that decode them and are normalised where the model is, to the same bits."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from clipress.compress import loader
+from clipress.compress.context import Context
+from clipress.compress.fabric import start_fabric
+from clipress.compress.loader import batches, normaliser, number_of_workers
+from clipress.compress.settings import Runtime, Training
+from clipress.data.spec import DataSpec, SourceSpec
+from clipress.data.transforms import Augment, Preprocess, normalised
+from clipress.models.load import new_model
+from clipress.models.tiny import tiny_architecture
+
+
+@pytest.fixture(scope="module")
+def fabric():
+    return start_fabric(Runtime(accelerator="cpu"))
+
+
+def batch(fabric, workers):
+    train = (SourceSpec(format="digits", limit=40),)
+    data = DataSpec(train=train, workers=workers, augment=Augment(shift=2, flip=True))
+    context = Context(fabric, data, 0, title="t", checkpoints=None)
+    return next(iter(batches(new_model(tiny_architecture(), 0), Training(steps=1, batch_size=8), context, 1)))
+
+
+def test_a_batch_is_the_same_from_any_number_of_processes(fabric):
+    alone, two = batch(fabric, 0), batch(fabric, 2)
+    assert alone["pixels"].shape == (8, 3, 32, 32) and alone["pixels"].dtype == torch.float32
+    for name in ("pixels", "ids", "group", "label"):
+        assert torch.equal(alone[name], two[name]), name
+
+
+def test_pixels_are_normalised_to_the_bits_of_evaluation(monkeypatch):
+    preprocess = Preprocess(size=16)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    wanted = torch.from_numpy(normalised(pixels, preprocess))
+    here = torch.device("cpu")
+    assert torch.equal(normaliser(preprocess, here)(torch.from_numpy(pixels)), wanted)
+    # What runs on a GPU, on the CPU: the device is read once, to choose the way, and then by `torch.tensor`.
+    tensor = torch.tensor
+    monkeypatch.setattr(loader.torch, "tensor", lambda values, device: tensor(values))
+    on_gpu = normaliser(preprocess, SimpleNamespace(type="cuda"))(torch.from_numpy(pixels))
+    assert torch.equal(on_gpu, wanted) and on_gpu.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "cores", "processes", "free", "found"),
+    [
+        ("auto", "cpu", 64, 1, 1 << 40, 0),
+        ("auto", "cuda", 12, 1, 1 << 40, 11),
+        ("auto", "cuda", 12, 4, 1 << 40, 2),
+        ("auto", "cuda", 1, 1, 1 << 40, 1),
+        ("auto", "cuda", 64, 1, 1 << 40, loader.MOST_WORKERS),
+        ("auto", "cuda", 64, 1, 64 << 20, 1),  # a container's 64 MB, of which half may be used
+        ("auto", "cuda", 64, 1, 16 << 20, 0),
+        (3, "cuda", 1, 1, 0, 3),
+        (3, "cpu", 1, 1, 0, 3),
+    ],
+)
+def test_a_gpu_has_its_share_of_the_cores_as_far_as_shared_memory_goes(
+    monkeypatch, tmp_path, wanted, device, cores, processes, free, found
+):
+    monkeypatch.setattr(loader, "usable_cores", lambda: cores)
+    monkeypatch.setattr(loader, "SHARED", tmp_path)
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert number_of_workers(wanted, torch.device(device), batch_bytes=10 << 20) == found
