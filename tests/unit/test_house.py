@@ -25,7 +25,8 @@ ARROWS = {
     | {"version"},
     "studies": FOUNDATION
     | {"artifact", "bench", "compress", "data", "export", "metrics", "models", "progress", "runtime", "serve", "tasks"},
-    "compress": FOUNDATION | {"artifact", "data", "metrics", "models", "progress", "registry", "tasks", "version"},
+    "compress": FOUNDATION
+    | {"artifact", "data", "metrics", "models", "progress", "registry", "runtime", "tasks", "version"},
     "export": FOUNDATION
     | {"artifact", "data", "metrics", "models", "progress", "registry", "runtime", "tasks", "version"},
     "bench": FOUNDATION
