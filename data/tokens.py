@@ -56,20 +56,29 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenize:
     Raises ArtifactError for a tokenizer that cannot be built, BackendMissing if it needs transformers and that is missing.
     """
     check_spec(spec)
-    name, length, kwargs = spec["name"], spec["context_length"], spec.get("kwargs") or {}
-    kept = kept_tokens(spec)
+    length, kept = spec["context_length"], kept_tokens(spec)
     if is_reducible(spec):
         return _clip_bpe(length, kept)
+    tokenizer = open_clip_tokenizer(spec)
+    return lambda texts: tokenizer([_cut(text, length * LETTERS) for text in texts], context_length=length).numpy()
+
+
+def open_clip_tokenizer(spec: Mapping[str, Any]) -> Any:
+    """Return open_clip's own tokenizer of a description: its SimpleTokenizer, or an HFTokenizer with one of transformers' inside.
+
+    Raises ArtifactError and BackendMissing as `tokenizer_from_spec` does.
+    """
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
+    check_spec(spec)
+    name, kwargs = spec["name"], spec.get("kwargs") or {}
     try:
         made = SimpleTokenizer if name == CLIP_BPE else partial(HFTokenizer, name)
-        tokenizer = made(context_length=length, **kwargs)
+        return made(context_length=spec["context_length"], **kwargs)
     except ModuleNotFoundError as error:
         raise BackendMissing(f"Tokenizer '{name}' requires {error.name}. Run: pip install {error.name}") from None
     except (OSError, TypeError, ValueError, AssertionError) as error:
         raise ArtifactError(f"Tokenizer '{name}' cannot be built with {kwargs}: {error!s:.300}.") from None
-    return lambda texts: tokenizer([_cut(text, length * LETTERS) for text in texts], context_length=length).numpy()
 
 
 def count_tokens(spec: Mapping[str, Any], texts: Iterable[str]) -> Counter[int]:

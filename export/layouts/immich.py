@@ -19,7 +19,8 @@ from clipress.artifact import read_header
 from clipress.errors import ExportError
 from clipress.export import metadata, onnx_file
 from clipress.export.layouts import LAYOUTS, LayoutJob
-from clipress.export.layouts.hub_files import IMAGE, TEXT, write_json, write_tokenizer
+from clipress.export.layouts.hub_files import IMAGE, TEXT, write_json
+from clipress.export.layouts.tokenizer_files import write_tokenizer
 
 PLACES = {IMAGE: ("visual", "image"), TEXT: ("textual", "text")}
 """Folder and input of each graph."""

@@ -1,7 +1,7 @@
-"""The folder of Hugging Face transformers' CLIPModel: config.json, model.safetensors, preprocessing, tokenizer.
+"""The folder of Hugging Face transformers' CLIPModel or SiglipModel: config.json, model.safetensors, preprocessing, tokenizer.
 
-Its modules hold open_clip's plain ViT and causal text tower, uncut, in float32. Any other CLIP is written as ONNX files with the
-same JSON files beside them, as optimum has it, so that no code of ours has to be trusted.
+Their modules hold open_clip's plain ViT and causal text tower, and SigLIP's towers, uncut, in float32. Any other CLIP is written as
+ONNX files with the same JSON files beside them, as optimum has it, so that no code of ours has to be trusted.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from clipress.export.layouts import LAYOUTS, LayoutJob
-from clipress.export.layouts.hub_files import image_processor, write_json, write_tokenizer
+from clipress.export.layouts.hub_files import image_processor, write_json
+from clipress.export.layouts.tokenizer_files import write_tokenizer
 from clipress.export.layouts.transformers_js import write_onnx
 from clipress.models import surgery
+from clipress.models.importers import siglip
 from clipress.models.importers.transformers import their_names
 from clipress.models.load import Model, build
 from clipress.models.weightless import build_weightless
@@ -36,18 +38,25 @@ KNOWN = {
 
 @LAYOUTS.register("transformers")
 def write(job: LayoutJob, folder: Path) -> None:
-    """Write the artifact as a CLIPModel, or as ONNX files if it is none."""
+    """Write the artifact as a CLIPModel or SiglipModel, or as ONNX files if it is neither."""
     from safetensors.torch import save_file
 
     model = model_from_artifact(job.artifact)
-    if reason := _why_not(model):
-        log.warning("%s is no CLIPModel, since %s. It is written as ONNX files.", job.artifact.name, reason)
+    known = None if model.quantization else siglip.config_of(model.module)
+    if known is None and (reason := _why_not(model)):
+        log.warning(
+            "%s is no CLIPModel or SiglipModel, since %s. It is written as ONNX files.", job.artifact.name, reason
+        )
         write_onnx(job, folder)
         return
+    stock = surgery.stock_weights(model.module)
+    if known is None:
+        kind, config, weights = "CLIP", _config(model.architecture), their_names(stock)
+    else:
+        kind, config, weights = "Siglip", _siglip_config(known), siglip.their_names(stock)
     write_tokenizer(job.exported, folder)
-    write_json(folder / "preprocessor_config.json", image_processor(model.preprocess))
-    write_json(folder / "config.json", _config(model.architecture))
-    weights = their_names(surgery.stock_weights(model.module))
+    write_json(folder / "preprocessor_config.json", image_processor(model.preprocess, kind))
+    write_json(folder / "config.json", config)
     save_file(
         {name: tensor.detach().contiguous() for name, tensor in weights.items()},
         folder / "model.safetensors",
@@ -56,20 +65,28 @@ def write(job: LayoutJob, folder: Path) -> None:
 
 
 def _why_not(model: Model) -> str | None:
-    """Return why a CLIPModel cannot hold a model; None if it can."""
+    """Return why a CLIPModel cannot hold a model that is no SiglipModel; None if it can."""
+    if model.quantization:
+        return "it is INT8"
     architecture = model.architecture
+    if surgery.shapes(model.module) != surgery.shapes(build_weightless(lambda: build(architecture))):
+        return "it is cut"
     strange = [
         key for part, keys in KNOWN.items() for key in (architecture[part] if part else architecture).keys() - keys
     ]
     pool = architecture["text_cfg"].get("pool_type", "argmax")
-    if model.quantization:
-        return "it is INT8"
     if strange:
         return f"its config has {', '.join(sorted(strange))}"
-    if pool not in ("argmax", "eos"):
-        return f"its texts are pooled by {pool}"
-    uncut = surgery.shapes(build_weightless(lambda: build(architecture)))
-    return None if surgery.shapes(model.module) == uncut else "it is cut"
+    return None if pool in ("argmax", "eos") else f"its texts are pooled by {pool}"
+
+
+def _siglip_config(known: siglip.Config) -> dict[str, Any]:
+    """Return config.json of a SiglipModel."""
+    sides = {
+        name: {"model_type": f"siglip_{name.replace('config', 'model')}", **tower}
+        for name, tower in known.model_dump().items()
+    }
+    return {"architectures": ["SiglipModel"], "model_type": "siglip", **sides, "torch_dtype": "float32"}
 
 
 def _config(architecture: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from clipress.export import onnx_file
 from clipress.export.layouts import LAYOUTS, LayoutJob
-from clipress.export.layouts.hub_files import IMAGE, TEXT, image_processor, write_json, write_tokenizer
+from clipress.export.layouts.hub_files import IMAGE, TEXT, image_processor, write_json
+from clipress.export.layouts.tokenizer_files import write_tokenizer
 
 FILES = {IMAGE: "vision_model", TEXT: "text_model"}
 

@@ -1,4 +1,4 @@
-"""SiglipModel of Hugging Face transformers, and SigLIP 2 of fixed size, which is stored as one: config and names in open_clip's."""
+"""SiglipModel of Hugging Face transformers, and SigLIP 2 of fixed size, which is stored as one: config and names, both ways."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipress.errors import ArtifactError
+from clipress.models import surgery
+from clipress.models.load import build
 from clipress.models.siglip_vit import Size
+from clipress.models.weightless import build_weightless
 from clipress.models.weights_file import State
 
 TOKENIZERS = {
@@ -44,6 +47,7 @@ TEXT = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_nor
     **{"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"},
 }
 VISION = {"self_attn.out_proj": "attn.proj", "layer_norm1": "norm1", "layer_norm2": "norm2"}
+TANH = "gelu_pytorch_tanh"
 
 
 class _Tower(BaseModel):
@@ -51,7 +55,7 @@ class _Tower(BaseModel):
     intermediate_size: int = Field(3072, ge=1)
     num_hidden_layers: int = Field(12, ge=1)
     num_attention_heads: int = Field(12, ge=1)
-    hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    hidden_act: Literal["gelu_pytorch_tanh", "gelu"] = TANH
     layer_norm_eps: Literal[1e-06] = 1e-6
 
 
@@ -92,6 +96,7 @@ def architecture(config: Config) -> dict[str, Any]:
         vision.intermediate_size,
         vision.patch_size,
         vision.image_size,
+        exact=vision.hidden_act != TANH,
     )
     return {
         "embed_dim": text.projection_size or text.hidden_size,
@@ -117,9 +122,56 @@ def architecture(config: Config) -> dict[str, Any]:
             "proj_bias": True,
             "pool_type": "last",
             "norm_kwargs": {"eps": 1e-6},
-            "act_kwargs": {"approximate": "tanh"},
+            **({"act_kwargs": {"approximate": "tanh"}} if text.hidden_act == TANH else {}),
         },
     }
+
+
+def config_of(module: nn.Module) -> Config | None:
+    """Return the config of the SiglipModel that computes what a CLIP does; None for a CLIP that is none, such as a cut one."""
+    try:
+        trunk, text = module.visual.trunk, module.text
+        shape = surgery.shapes(module)
+        image, words = shape["visual.trunk.blocks.0"], shape["text.transformer.resblocks.0"]
+        config = Config(
+            vision_config=_Vision(
+                hidden_size=trunk.embed_dim,
+                **_sizes(image, trunk.blocks, trunk.blocks[0].mlp.act),
+                image_size=trunk.patch_embed.img_size[0],
+                patch_size=trunk.patch_embed.patch_size[0],
+            ),
+            text_config=_Text(
+                hidden_size=text.width,
+                **_sizes(words, text.transformer.resblocks, text.transformer.resblocks[0].mlp.gelu),
+                vocab_size=text.vocab_size,
+                max_position_embeddings=text.context_length,
+                projection_size=text.text_projection.out_features,
+            ),
+        )
+        described = architecture(config)
+    except (AttributeError, KeyError, IndexError, ValueError, ArtifactError):  # it lacks what a SigLIP has
+        return None
+    return config if _alike(module, build_weightless(lambda: build(described))) else None
+
+
+def _sizes(shape: dict[str, Any], blocks: nn.Module, act: nn.Module) -> dict[str, Any]:
+    is_exact = isinstance(act, nn.GELU) and act.approximate == "none"
+    return {
+        "intermediate_size": shape["ffn"],
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": shape["heads"],
+        "hidden_act": "gelu" if is_exact else TANH,
+    }
+
+
+def _alike(module: nn.Module, other: nn.Module) -> bool:
+    """Return whether two CLIPs with a text tower apart compute the same function of the same weights."""
+
+    def told(one: nn.Module) -> tuple[Any, ...]:
+        sizes = {name: tensor.shape for name, tensor in surgery.stock_weights(one).items()}
+        return str(one), sizes, surgery.shapes(one), one.text.pool_type, one.text.attn_mask is None
+
+    return told(module) == told(other)
 
 
 def renamed(state: State) -> dict[str, Tensor]:
@@ -151,3 +203,30 @@ def renamed(state: State) -> dict[str, Tensor]:
             raise ArtifactError(f"tensors of q, k and v for {name}: found {', '.join(own)} only.")
         found[name] = torch.cat([own[f"self_attn.{letter}_proj"] for letter in "qkv"])
     return found
+
+
+def their_names(weights: State) -> dict[str, Tensor]:
+    """Return weights in open_clip's naming in a SiglipModel's; the inverse of `renamed`."""
+    outside, modules = ({ours: theirs for theirs, ours in names.items()} for names in (OUTSIDE, MODULES))
+    sides = {"text.transformer.resblocks.": ("text", TEXT), f"{TRUNK}blocks.": ("vision", VISION)}
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        module, _, kind = name.rpartition(".")
+        own = next((start for start in sides if name.startswith(start)), None)
+        if own is not None:
+            (side, names), (number, _, inside) = sides[own], module.removeprefix(own).partition(".")
+            at = f"{side}_model.encoder.layers.{number}"
+            if name.startswith(f"{own}{number}.attn.") and (kind.startswith("in_proj_") or inside == "attn.qkv"):
+                parts = (f"{at}.self_attn.{letter}_proj.{kind.removeprefix('in_proj_')}" for letter in "qkv")
+                found |= dict(zip(parts, tensor.chunk(3), strict=True))
+            else:
+                theirs = {ours: there for there, ours in names.items()}.get(inside, inside)
+                found[f"{at}.{theirs}.{kind}"] = tensor
+        elif module == f"{TRUNK}attn_pool.q":
+            found[f"{POOL}{kind}"] = torch.cat([tensor, weights[f"{TRUNK}attn_pool.kv.{kind}"]])
+        elif module in modules:
+            found[f"{modules[module]}.{kind}"] = tensor
+        elif module != f"{TRUNK}attn_pool.kv":
+            found[outside.get(name, name)] = tensor
+    found["vision_model.embeddings.position_embedding.weight"] = weights[f"{TRUNK}pos_embed"][0]
+    return found | {name: weights[name].reshape(1) for name in ("logit_scale", "logit_bias")}

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import open_clip
-import oracles
 import pytest
 import torch
 from helpers import clipress
-from PIL import Image
+from layout_jobs import TEXTS, embedded, exported_job, pictures, saved
 from tokenizers import Tokenizer
 
 from clipress.artifact import load_artifact, save_artifact
@@ -29,40 +28,17 @@ from clipress.export.layouts import LAYOUTS, LayoutJob, write_layout
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models import anatomy, surgery
-from clipress.models.importers import import_checkpoint
+from clipress.models.importers import siglip
 from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.onnx_session import run_from_onnx
 
-TEXTS = ["a photo of a cat", "It's 42 o'clock, isn't it?", "naïve café, Straße", "猫", "word " * 60]
 JS = Path(sys.prefix, "js")
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    home = tmp_path_factory.mktemp("layouts")
-    artifact = save_artifact(
-        artifact_from_model(new_model(tiny_architecture(layers=1), 0), ({"stage": "x", "hash": "abc"},), {}), home / "x"
-    )
-    sets = evalsets([SourceSpec(format="scenes", split="test", limit=8)])
-    return LayoutJob(onnx_from_artifact(artifact, home / "e", OnnxSettings(), sets), artifact)
-
-
-def embedded(job, texts=TEXTS, images=()):
-    """Return what the export itself gives: embeddings of texts, and of images."""
-    exported = job.exported
-    text = run_from_onnx(exported.onnx("text"))({"input_ids": exported.tokenize()(texts)})["text_embeds"]
-    if not len(images):
-        return text
-    pixels = np.stack(
-        [normalised(fitted(image, exported.preprocess)[None], exported.preprocess)[0] for image in images]
-    )
-    return text, run_from_onnx(exported.onnx("image"))({"pixel_values": pixels})["image_embeds"]
-
-
-def pictures():
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, size, np.uint8)) for size in ((32, 32, 3), (40, 60, 3))]
+    return exported_job(tmp_path_factory.mktemp("layouts"))
 
 
 @pytest.mark.parametrize("kept", [None, "some"])
@@ -132,14 +108,9 @@ def test_weights_beside_a_graph_have_the_name_that_transformers_js_looks_for(job
     np.testing.assert_allclose(run_from_onnx(folder / names[0])(ids)["text_embeds"], embedded(job), atol=1e-5)
 
 
-def test_unknown_layouts_and_tokenizers_are_one_message(job, tmp_path):
+def test_an_unknown_layout_is_one_message(job, tmp_path):
     with pytest.raises(RecipeError, match=r"transformers\.js"):
         write_layout("transformer.js", job, tmp_path / "t")
-    other = job.exported.tokenizer.model_copy(update={"name": "timm/ViT-B-16-SigLIP"})
-    exported = job.exported.model_copy(update={"tokenizer": other})
-    for name in ("transformers.js", "immich"):
-        with pytest.raises(ExportError, match="needs CLIP's own tokenizer, found 'timm/ViT-B-16-SigLIP'"):
-            write_layout(name, LayoutJob(exported, job.artifact), tmp_path / "t")
     assert sorted(LAYOUTS) == ["immich", "open_clip", "transformers", "transformers.js"]
 
 
@@ -188,41 +159,9 @@ def test_transformers_js_embeds_as_the_export_does(job, tmp_path):
     np.testing.assert_allclose(found["images"], pixels, atol=1e-4)
 
 
-THEIRS = """
-import sys, torch
-from transformers import AutoTokenizer, CLIPModel
-model, given = CLIPModel.from_pretrained(sys.argv[1]).eval(), torch.load(sys.argv[2])
-ids = AutoTokenizer.from_pretrained(sys.argv[1])(given["texts"], padding=True, truncation=True, return_tensors="pt").input_ids
-with torch.inference_mode():
-    found = model(input_ids=ids, pixel_values=given["pixels"])
-torch.save({"text": found.text_embeds, "image": found.image_embeds, "scale": model.logit_scale.detach().exp()}, sys.argv[3])
-"""
-
-
-@pytest.mark.oracle
-@pytest.mark.skipif(
-    not (oracles.FOLDER / "transformers").is_dir(), reason="needs transformers, which `make test` installs"
-)
-@pytest.mark.parametrize("quick_gelu", [False, True])
-def test_transformers_loads_its_folder_with_our_embeddings(job, tmp_path, quick_gelu):
-    model = new_model({**tiny_architecture(layers=2), "quick_gelu": quick_gelu}, 1)
-    artifact = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "x")
-    folder = write_layout("transformers", LayoutJob(job.exported, artifact), tmp_path / "hf")
-    pixels = torch.randn(2, 3, 32, 32)
-    torch.save({"texts": TEXTS, "pixels": pixels}, tmp_path / "given.pt")
-    run = [sys.executable, "-c", THEIRS, folder, tmp_path / "given.pt", tmp_path / "found.pt"]
-    done = subprocess.run(run, capture_output=True, text=True, env=oracles.ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = torch.load(tmp_path / "found.pt")
-    ids = torch.from_numpy(job.exported.tokenize()(TEXTS))
-    with torch.inference_mode():
-        texts, images = model.module.encode_text(ids, normalize=True), model.module.encode_image(pixels, normalize=True)
-    torch.testing.assert_close(found["text"], texts, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found["image"], images, atol=1e-5, rtol=1e-5)
-    assert float(found["scale"]) == pytest.approx(float(model.module.logit_scale.detach().exp()))
-    again = import_checkpoint(folder)
-    with torch.inference_mode():
-        torch.testing.assert_close(again.module.encode_text(ids, normalize=True), texts, atol=1e-6, rtol=1e-6)
+TINY = tiny_architecture(layers=1)
+HIDDEN = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIGLIP = siglip.architecture(siglip.Config(vision_config={**HIDDEN, "image_size": 32}, text_config=HIDDEN))
 
 
 def cut(model):
@@ -231,18 +170,23 @@ def cut(model):
 
 
 @pytest.mark.parametrize(
-    ("text", "change", "reason"), [({"proj_bias": True}, id, "its config has proj_bias"), ({}, cut, "it is cut")]
+    ("architecture", "change", "reason"),
+    [
+        ({**TINY, "text_cfg": {**TINY["text_cfg"], "proj_bias": True}}, id, "its config has proj_bias"),
+        (TINY, cut, "it is cut"),
+        (SIGLIP, cut, "it is cut"),
+        ({**SIGLIP, "init_logit_bias": None}, id, "its config has act_kwargs, custom_text, hf_tokenizer_name"),
+    ],
 )
 def test_what_transformers_modules_cannot_hold_goes_out_as_onnx_and_says_why(
-    job, tmp_path, caplog, text, change, reason
+    job, tmp_path, caplog, architecture, change, reason
 ):
-    architecture = tiny_architecture(layers=1)
-    architecture["text_cfg"] |= text
     model = new_model(architecture, 0)
     change(model)
-    artifact = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), tmp_path / "odd")
+    artifact = saved(model, tmp_path / "odd")
     folder = write_layout("transformers", LayoutJob(job.exported, artifact), tmp_path / "hf")
-    assert f"odd is no CLIPModel, since {reason}. It is written as ONNX files." in caplog.text
+    assert f"odd is no CLIPModel or SiglipModel, since {reason}" in caplog.text
+    assert caplog.text.rstrip().endswith("It is written as ONNX files.")
     assert {path.name for path in (folder / "onnx").iterdir()} == {"vision_model.onnx", "text_model.onnx"}
     assert not (folder / "model.safetensors").exists()
 

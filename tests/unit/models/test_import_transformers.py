@@ -2,6 +2,7 @@
 
 import json
 
+import open_clip
 import pytest
 import torch
 from helpers import clipress
@@ -13,8 +14,10 @@ from transformers_oracle import CASES, SIGLIP
 from clipress.artifact import load_artifact
 from clipress.data.bpe import SPECIAL, ClipBpe
 from clipress.errors import ArtifactError, RecipeError
-from clipress.models.importers import artifact_from_checkpoint, import_checkpoint
-from clipress.models.load import new_model, save_for_open_clip
+from clipress.models import anatomy, surgery
+from clipress.models.importers import artifact_from_checkpoint, import_checkpoint, siglip
+from clipress.models.load import build, new_model, save_for_open_clip
+from clipress.models.open_clip_config import config_named
 from clipress.models.tiny import tiny_architecture
 from clipress.tasks import model_from_artifact
 
@@ -54,6 +57,71 @@ def test_an_imported_siglip_keeps_its_scale_bias_tokenizer_and_preprocessing_as_
         assert torch.equal(model.module.encode_image(pixels), bare.module.encode_image(pixels))
         assert torch.equal(model.module.encode_text(ids), bare.module.encode_text(ids))
     assert not save_for_open_clip(model, tmp_path / "open_clip")  # timm has no name for its image tower
+
+
+HIDDEN = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def small_siglip(changes=(), **act):
+    vision = {**HIDDEN, "image_size": 32, "patch_size": 8, **act}
+    text = {**HIDDEN, "max_position_embeddings": 16, **act}
+    described = siglip.architecture(siglip.Config(vision_config=vision, text_config=text))
+    for part, key, value in changes:
+        (described[part] if part else described)[key] = value
+    return new_model(described, 0)
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
+def test_a_siglip_under_their_names_is_read_back_as_it_was(act):
+    model = small_siglip(hidden_act=act)
+    config, stock = siglip.config_of(model.module), surgery.stock_weights(model.module)
+    assert siglip.architecture(config) == model.architecture
+    assert (config.vision_config.hidden_act, config.text_config.hidden_act) == (act, act)
+    theirs = siglip.their_names(stock)
+    assert all(name.startswith(("text_model.", "vision_model.", "logit_")) for name in theirs)
+    again = siglip.renamed(theirs)
+    assert again.keys() == stock.keys()
+    assert all(torch.equal(again[name].reshape(tensor.shape), tensor) for name, tensor in stock.items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("", "init_logit_bias", None),
+        ("vision_cfg", "timm_pool", "avg"),
+        ("text_cfg", "pool_type", "first"),
+        ("text_cfg", "no_causal_mask", False),
+        ("text_cfg", "proj_bias", False),
+        ("text_cfg", "norm_kwargs", {"eps": 1e-5}),
+        ("text_cfg", "vocab_size", 500),
+    ],
+)
+def test_a_clip_that_differs_from_siglip_is_none(change):
+    assert siglip.config_of(small_siglip([change]).module) is None
+
+
+def test_a_siglip_may_have_the_exact_gelu_in_one_tower_alone():
+    config = siglip.config_of(small_siglip([("text_cfg", "act_kwargs", {})]).module)
+    assert (config.vision_config.hidden_act, config.text_config.hidden_act) == ("gelu_pytorch_tanh", "gelu")
+
+
+def test_a_cut_siglip_is_none():
+    model = small_siglip()
+    surgery.cut(anatomy.ffns(model.module)[0], surgery.FfnMask(torch.arange(80) % 2 == 0))
+    assert siglip.config_of(model.module) is None
+
+
+def test_every_siglip_of_open_clip_with_a_text_projection_is_one_of_theirs():
+    names = [name for name in open_clip.list_models() if "SigLIP" in name]
+    assert len(names) > 20
+    for name in names:
+        with torch.device("meta"):
+            module = build(config_named(name))
+        config = siglip.config_of(module)
+        if module.text.text_projection is None:
+            assert config is None
+        else:
+            assert config.vision_config.image_size == module.visual.image_size[0], name
 
 
 @pytest.mark.parametrize(

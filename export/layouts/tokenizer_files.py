@@ -1,0 +1,132 @@
+"""A tokenizer in the files that Hugging Face's libraries read: tokenizer.json, tokenizer_config.json, special_tokens_map.json.
+
+CLIP's is written from its merges. Any other is the one that open_clip takes from transformers, with open_clip's cleaning in front.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, normalizers
+
+from clipress.data.bpe import WORDS, ClipBpe
+from clipress.data.tokens import open_clip_tokenizer
+from clipress.data.vocabulary import CLIP_BPE, is_reducible, kept_tokens
+from clipress.errors import ExportError
+from clipress.export.layouts.hub_files import TEXT, write_json
+from clipress.runtime.export_folder import Exported
+
+START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
+"""CLIP's special tokens by their names on the hub. Texts were padded with id 0 in training, the token "!"."""
+PROBES = ("a photo of a cat", "Two dogs_running,  (fast)!", "naïve café, Straße", "猫と犬", "word " * 300)
+"""Texts whose ids are compared before a tokenizer is written."""
+_SPACES = (normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip())
+CLEANING = {
+    "whitespace": _SPACES,
+    "lower": (*_SPACES, normalizers.Lowercase()),
+    "canonicalize": (
+        normalizers.Replace("_", " "),
+        normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""),
+        normalizers.Lowercase(),
+        *_SPACES,
+    ),
+}
+"""What open_clip does to texts in front of a tokenizer, by its name, but for broken Unicode and HTML entities."""
+
+
+def write_tokenizer(exported: Exported, folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+
+    Ids are those of the exported tokenizer for ordinary texts; it also repairs broken Unicode and HTML entities first, which
+    tokenizer.json cannot say. Raises ExportError for a tokenizer that these files cannot hold, ArtifactError or BackendMissing
+    for one whose own files are not there.
+    """
+    spec = exported.tokenizer.model_dump()
+    is_free = exported.graphs[TEXT].inputs[0].end is not None
+    content, config, special = (_clips if is_reducible(spec) else _transformers)(spec, is_free)
+    write_json(folder / "tokenizer.json", content)
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json", {"model_max_length": spec["context_length"], **config, **special})
+
+
+Files = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+"""tokenizer.json, what only tokenizer_config.json says, and the special tokens."""
+
+
+def _transformers(spec: Mapping[str, Any], is_free: bool) -> Files:
+    """Return the files of a tokenizer of transformers, after comparing ids."""
+    name, length, kwargs = spec["name"], spec["context_length"], spec.get("kwargs") or {}
+    if (strange := sorted(kwargs.keys() - {"clean", "language"})) or name == CLIP_BPE:
+        raise ExportError(
+            f"This layout cannot hold tokenizer '{name}' with the settings {', '.join(strange or kwargs)}. Choose the ONNX files "
+            "as they are: clipress export RUN."
+        )
+    ours = open_clip_tokenizer(spec)
+    theirs = ours.tokenizer
+    backend = getattr(theirs, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(
+            f"This layout needs a tokenizer.json: expected a fast tokenizer '{name}', found {type(theirs).__name__}, which has "
+            "none. Choose the ONNX files as they are: clipress export RUN."
+        )
+    made = Tokenizer.from_str(backend.to_str())
+    own = [] if made.normalizer is None else [made.normalizer]
+    made.normalizer = normalizers.Sequence([*CLEANING[kwargs.get("clean", "whitespace")], *own])
+    made.enable_truncation(length)
+    padding = {"pad_id": theirs.pad_token_id, "pad_token": theirs.pad_token, "direction": theirs.padding_side}
+    made.enable_padding(length=length, **padding)
+    for text, wanted in zip(PROBES, ours(list(PROBES), context_length=length).numpy(), strict=True):
+        if not np.array_equal(made.encode(text).ids, wanted):
+            raise ExportError(
+                f"tokenizer '{name}' gives other ids in the form of tokenizer.json, first for {text[:40]!r}. Nothing was "
+                "written. Choose the ONNX files as they are: clipress export RUN."
+            )
+    if is_free:
+        made.enable_padding(**padding)
+    special = {key: value for key, value in theirs.special_tokens_map.items() if isinstance(value, str)}
+    # No attention mask: the graphs read ids alone.
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids"]}
+    return json.loads(made.to_str()), {**config, "padding_side": theirs.padding_side}, special
+
+
+def _clips(spec: Mapping[str, Any], is_free: bool) -> Files:
+    """Return the files of CLIP's own tokenizer."""
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": PAD}
+    config = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "add_prefix_space": False, "errors": "replace"}
+    return _clips_content(ClipBpe(kept_tokens(spec)), spec["context_length"], is_free), config, special
+
+
+def _clips_content(bpe: ClipBpe, length: int, is_free: bool) -> dict[str, Any]:
+    """Return CLIP's tokenizer in the format of the library `tokenizers`."""
+    names = {bpe.start: START, bpe.end: END}
+    vocabulary = {names.get(number, token): number for token, number in bpe.token_ids.items()}
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    words = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Removed", "invert": True}
+    spaces = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}
+    ends = {"sep": [END, bpe.end], "cls": [START, bpe.start], "trim_offsets": False, "add_prefix_space": False}
+    padding = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": PAD}
+    as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0",
+        "truncation": {"direction": "Right", "max_length": length, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": "BatchLongest" if is_free else {"Fixed": length}, **padding},
+        "added_tokens": [{"id": number, "content": name, **special} for number, name in sorted(names.items())],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, spaces, {"type": "Lowercase"}]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, {**as_bytes, "use_regex": False}]},
+        "post_processor": {"type": "RobertaProcessing", **ends},
+        "decoder": as_bytes,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": END,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "</w>",
+            "fuse_unk": False,
+            "vocab": vocabulary,
+            "merges": [" ".join(pair) for pair in bpe.merges],
+        },
+    }
