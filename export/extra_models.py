@@ -79,6 +79,17 @@ def extra_models_from_export(folder: Path, settings: OnnxSettings, sets: Sequenc
     return {one.name: _path(folder, one) for one in wanted}
 
 
+def files_of(exported: Exported) -> dict[tuple[str, str], Path]:
+    """Return an export's files by graph, or `joint`, and precision: the graphs', and the extra ones that were made of them."""
+    for_gpus = exported.for_gpus()
+    parts = (*(_graph(for_gpus, name) for name in exported.graphs), _joint(for_gpus))
+    lowered = [(one.name, _in_float16(for_gpus, one)) for one in parts]
+    extra = {("joint", exported.precision): _joint(exported)}
+    extra |= {(name, one.about["precision"]): one for name, one in lowered}
+    graphs = {(name, exported.precision): exported.onnx(name) for name in exported.graphs}
+    return graphs | {key: _path(exported.folder, one) for key, one in extra.items() if _is_made(exported.folder, one)}
+
+
 def label_embeddings(exported: Exported, labels: Sequence[str], templates: Sequence[str]) -> np.ndarray:
     """Return one unit vector per label, float32 [C, D], from the text graph: the mean over the templates."""
     encode, tokenize = encoder({TEXT: run_from_onnx(exported.onnx(TEXT))}, TEXT), exported.tokenize()

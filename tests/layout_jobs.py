@@ -7,6 +7,7 @@ from clipress.artifact import save_artifact
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import fitted, normalised
+from clipress.export.extra_models import extra_models_from_export
 from clipress.export.layouts import LayoutJob
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
@@ -22,11 +23,18 @@ def saved(model, folder):
     return save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), folder)
 
 
-def exported_job(home, model=None):
+def few_scenes():
+    """Return the samples that exports are compared on."""
+    return evalsets([SourceSpec(format="scenes", split="test", limit=8)])
+
+
+def exported_job(home, model=None, **settings):
     """Save and export a model, by default a tiny CLIP."""
-    artifact = saved(model or new_model(tiny_architecture(layers=1), 0), home / "x")
-    sets = evalsets([SourceSpec(format="scenes", split="test", limit=8)])
-    return LayoutJob(onnx_from_artifact(artifact, home / "e", OnnxSettings(), sets), artifact)
+    artifact, sets = saved(model or new_model(tiny_architecture(layers=1), 0), home / "x"), few_scenes()
+    settings = OnnxSettings(**settings)
+    exported = onnx_from_artifact(artifact, home / "e", settings, sets)
+    extra_models_from_export(home / "e", settings, sets)
+    return LayoutJob(exported, artifact)
 
 
 def embedded(job, texts=TEXTS, images=()):

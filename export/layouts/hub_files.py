@@ -20,8 +20,8 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def image_processor(preprocess: Preprocess, model: str = "CLIP") -> dict[str, Any]:
-    """Return preprocessor_config.json for the class of a model's images. Raises ExportError for a way of resizing that it cannot say."""
+def image_processor(preprocess: Preprocess) -> dict[str, Any]:
+    """Return preprocessor_config.json. Raises ExportError for a way of resizing that it cannot say."""
     side = {"height": preprocess.size, "width": preprocess.size}
     if preprocess.resize_mode == "longest":
         raise ExportError(
@@ -29,7 +29,7 @@ def image_processor(preprocess: Preprocess, model: str = "CLIP") -> dict[str, An
         )
     crops = preprocess.resize_mode == "shortest"
     return {
-        "image_processor_type": f"{model}ImageProcessor",
+        "image_processor_type": "CLIPImageProcessor" if crops else "SiglipImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": preprocess.size} if crops else side,

@@ -15,7 +15,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from clipress.export.layouts import LAYOUTS, LayoutJob
 from clipress.export.layouts.hub_files import image_processor, write_json
 from clipress.export.layouts.tokenizer_files import write_tokenizer
-from clipress.export.layouts.transformers_js import write_onnx
+from clipress.export.layouts.transformers_js import write as write_onnx
 from clipress.models import surgery
 from clipress.models.importers import siglip
 from clipress.models.importers.transformers import their_names
@@ -51,11 +51,11 @@ def write(job: LayoutJob, folder: Path) -> None:
         return
     stock = surgery.stock_weights(model.module)
     if known is None:
-        kind, config, weights = "CLIP", _config(model.architecture), their_names(stock)
+        config, weights = _config(model.architecture), their_names(stock)
     else:
-        kind, config, weights = "Siglip", _siglip_config(known), siglip.their_names(stock)
+        config, weights = _siglip_config(known), siglip.their_names(stock)
     write_tokenizer(job.exported, folder)
-    write_json(folder / "preprocessor_config.json", image_processor(model.preprocess, kind))
+    write_json(folder / "preprocessor_config.json", image_processor(model.preprocess))
     write_json(folder / "config.json", config)
     save_file(
         {name: tensor.detach().contiguous() for name, tensor in weights.items()},

@@ -1,57 +1,80 @@
-"""The folder that transformers.js and optimum read: ONNX files of both towers in onnx/, and the JSON files beside them.
+"""The folder that transformers.js and optimum read: ONNX files in onnx/, and the JSON files beside them.
 
-    onnx/vision_model.onnx   pixel_values -> image_embeds       vision_model_quantized.onnx where it is INT8
-    onnx/text_model.onnx     input_ids -> text_embeds           text_model_quantized.onnx
+    onnx/vision_model.onnx   pixel_values -> image_embeds
+    onnx/text_model.onnx     input_ids -> text_embeds
+    onnx/model.onnx          both, -> logits_per_image too: where the export has a joint file
     config.json, preprocessor_config.json, tokenizer.json, tokenizer_config.json, special_tokens_map.json
 
-Embeddings have unit length, where optimum's own exports leave that to the caller: cosines are the same.
+The names end in what transformers.js's `dtype` looks for: `_quantized` (q8) where a file is INT8, `_fp16` where it is in float16. The
+config says which is there, for where no dtype is given. Embeddings have unit length, where optimum's own exports leave that to the
+caller: cosines are the same.
 """
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from clipress.export import onnx_file
+from clipress.export.extra_models import files_of
 from clipress.export.layouts import LAYOUTS, LayoutJob
 from clipress.export.layouts.hub_files import IMAGE, TEXT, image_processor, write_json
 from clipress.export.layouts.tokenizer_files import write_tokenizer
+from clipress.runtime.export_folder import Exported, data_path
 
-FILES = {IMAGE: "vision_model", TEXT: "text_model"}
+NAMES = {IMAGE: "vision_model", TEXT: "text_model", "joint": "model"}
+ENDINGS = {"fp32": "", "int8": "_quantized", "fp16": "_fp16"}
+DTYPES = {"fp32": "fp32", "int8": "q8"}
 
 
 @LAYOUTS.register("transformers.js")
 def write(job: LayoutJob, folder: Path) -> None:
-    """Write both graphs under transformers.js's names, and what it needs to feed them."""
-    write_onnx(job, folder, "_quantized" if job.exported.precision == "int8" else "")
-
-
-def write_onnx(job: LayoutJob, folder: Path, ending: str = "") -> None:
-    """Write both graphs, their names with an ending, and the JSON files beside them."""
+    """Write the export's files under transformers.js's names, and what it needs to feed them."""
     exported = job.exported
+    kind = "CLIP" if exported.logit_bias is None else "Siglip"
     write_tokenizer(exported, folder)
     write_json(folder / "preprocessor_config.json", image_processor(exported.preprocess))
-    shared = {"projection_dim": exported.embed_dim}
-    text = {"model_type": "clip_text_model", "max_position_embeddings": exported.tokenizer.context_length, **shared}
-    vision = {"model_type": "clip_vision_model", "image_size": exported.preprocess.size, **shared}
-    config = {
-        "model_type": "clip",
-        "architectures": ["CLIPModel"],
-        **shared,
-        "text_config": text,
-        "vision_config": vision,
-    }
-    write_json(folder / "config.json", config)
     (folder / "onnx").mkdir()
-    for side, name in FILES.items():
-        _put(exported.onnx(side), exported.data(side), folder / "onnx" / f"{name}{ending}.onnx")
+    apart = {}
+    for (name, precision), path in files_of(exported).items():
+        if precision in ENDINGS:
+            target = folder / "onnx" / f"{NAMES[name]}{ENDINGS[precision]}.onnx"
+            if _put(path, target):
+                apart[target.name] = 1
+    write_json(folder / "config.json", _config(exported, kind, apart))
 
 
-def _put(source: Path, data: Path | None, target: Path) -> None:
-    """Copy a graph, whose weights transformers.js looks for in `<name>.onnx_data` where they lie beside it."""
-    if data is None:
+def _config(exported: Exported, kind: str, apart: dict[str, int]) -> dict[str, Any]:
+    """Return config.json; `apart` has the number of files with weights beside each ONNX file that has them."""
+    shared, model = {"projection_dim": exported.embed_dim}, kind.lower()
+    return {
+        "model_type": model,
+        "architectures": [f"{kind}Model"],
+        **shared,
+        "text_config": {
+            "model_type": f"{model}_text_model",
+            "max_position_embeddings": exported.tokenizer.context_length,
+            **shared,
+        },
+        "vision_config": {
+            "model_type": f"{model}_vision_model",
+            "image_size": exported.preprocess.size,
+            **shared,
+        },
+        "transformers.js_config": {
+            "dtype": DTYPES[exported.precision],
+            **({"use_external_data_format": apart} if apart else {}),
+        },
+    }
+
+
+def _put(source: Path, target: Path) -> bool:
+    """Copy a graph; return whether its weights lie beside it, where transformers.js looks for them in `<name>.onnx_data`."""
+    data = data_path(source)
+    if not data.is_file():
         shutil.copyfile(source, target)
-        return
+        return False
     model, beside = onnx_file.read_graph(source), target.with_name(f"{target.name}_data")
     for item in model.graph.initializer:
         for entry in item.external_data:
@@ -59,3 +82,4 @@ def _put(source: Path, data: Path | None, target: Path) -> None:
                 entry.value = beside.name
     onnx_file.write_graph(model, target)
     shutil.copyfile(data, beside)
+    return True

@@ -18,7 +18,7 @@ from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
 from clipress.errors import DataError, ExportError
 from clipress.export import merge, metadata, parity
-from clipress.export.extra_models import extra_models_from_export
+from clipress.export.extra_models import extra_models_from_export, files_of
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models import quantizers
@@ -329,3 +329,16 @@ def png(pixels):
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+def test_only_files_that_were_made_of_the_same_graphs_are_an_exports(fp32, sets):
+    extra_models_from_export(fp32, OnnxSettings(exporter="torchscript", fp16=True, joint=True), sets)
+    exported = read_export(fp32)
+    assert files_of(exported) == {
+        (name, precision): fp32 / f"{name}{ending}.onnx"
+        for name in ("image", "text", "joint")
+        for precision, ending in (("fp32", ""), ("fp16", ".fp16"))
+    }
+    again = exported.files["text"].model_copy(update={"sha256": "of another export"})
+    left = files_of(exported.model_copy(update={"files": {**exported.files, "text": again}}))
+    assert left.keys() == {("image", "fp32"), ("text", "fp32"), ("image", "fp16")}

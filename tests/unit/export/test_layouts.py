@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -32,8 +29,6 @@ from clipress.models.importers import siglip
 from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.runtime.onnx_session import run_from_onnx
-
-JS = Path(sys.prefix, "js")
 
 
 @pytest.fixture(scope="module")
@@ -112,51 +107,6 @@ def test_an_unknown_layout_is_one_message(job, tmp_path):
     with pytest.raises(RecipeError, match=r"transformers\.js"):
         write_layout("transformer.js", job, tmp_path / "t")
     assert sorted(LAYOUTS) == ["immich", "open_clip", "transformers", "transformers.js"]
-
-
-PROGRAM = """
-import { env, AutoTokenizer, AutoProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, RawImage }
-  from '@huggingface/transformers';
-import { readFileSync } from 'fs';
-env.allowRemoteModels = false; env.localModelPath = process.argv[2];
-const given = JSON.parse(readFileSync(process.argv[3]));
-const options = {local_files_only: true, dtype: given.dtype};
-const tokenizer = await AutoTokenizer.from_pretrained('model', options);
-const texts = await CLIPTextModelWithProjection.from_pretrained('model', options);
-const { text_embeds } = await texts(tokenizer(given.texts, {padding: true, truncation: true}));
-const processor = await AutoProcessor.from_pretrained('model', options);
-const visual = await CLIPVisionModelWithProjection.from_pretrained('model', options);
-const images = [];
-for (const file of given.images) {
-  const { image_embeds } = await visual(await processor(await RawImage.read(file)));
-  images.push(...image_embeds.tolist());
-}
-console.log(JSON.stringify({texts: text_embeds.tolist(), images}));
-"""
-
-
-@pytest.mark.oracle
-@pytest.mark.skipif(
-    shutil.which("node") is None or not (JS / "node_modules" / "@huggingface" / "transformers").is_dir(),
-    reason="needs Node and transformers.js, which `make test` installs",
-)
-def test_transformers_js_embeds_as_the_export_does(job, tmp_path):
-    write_layout("transformers.js", job, tmp_path / "model")
-    (tmp_path / "node_modules").symlink_to((JS / "node_modules").resolve())
-    (tmp_path / "embed.mjs").write_text(PROGRAM)
-    images = pictures()[:1]  # of the model's size, since its resizing is not Pillow's
-    files = [tmp_path / f"{number}.png" for number in range(len(images))]
-    for image, file in zip(images, files, strict=True):
-        image.save(file)
-    given = {"texts": TEXTS[:4], "images": list(map(str, files)), "dtype": "fp32"}
-    (tmp_path / "given.json").write_text(json.dumps(given))
-    run = ["node", "embed.mjs", str(tmp_path) + "/", "given.json"]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    texts, pixels = embedded(job, TEXTS[:4], images)
-    np.testing.assert_allclose(found["texts"], texts, atol=1e-5)
-    np.testing.assert_allclose(found["images"], pixels, atol=1e-4)
 
 
 TINY = tiny_architecture(layers=1)

@@ -25,12 +25,6 @@ LABELS = ["a photo of a cat", "a dog", "naïve café"]
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory):
-    """Layouts of CLIPs with other tokenizers."""
-    return run_oracle("layouts_oracle.py", tmp_path_factory.mktemp("others"))
-
-
-@pytest.fixture(scope="module")
 def job(tmp_path_factory):
     return exported_job(tmp_path_factory.mktemp("layouts"))
 
