@@ -84,7 +84,7 @@ def write(folder):
 
     for case, (name, kind, special) in CASES.items():
         put_tokenizer(name, kind, special)
-        job = exported_job(folder / case, model_of(case, name))
+        job = exported_job(folder / case, model_of(case, name), joint=True)
         for layout in LAYOUTS:
             write_layout(layout, job, folder / case / layout)
         np.savez(folder / case / "expected.npz", ids=job.exported.tokenize()(TEXTS), texts=embedded(job, TEXTS))

@@ -2,7 +2,7 @@
 
     onnx/vision_model.onnx   pixel_values -> image_embeds
     onnx/text_model.onnx     input_ids -> text_embeds
-    onnx/model.onnx          both, -> logits_per_image too: where the export has a joint file
+    onnx/model.onnx          both, -> logits_per_image, logits_per_text too: where the export has a joint file
     config.json, preprocessor_config.json, tokenizer.json, tokenizer_config.json, special_tokens_map.json
 
 The names end in what transformers.js's `dtype` looks for: `_quantized` (q8) where a file is INT8, `_fp16` where it is in float16. The
@@ -16,7 +16,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from clipress.export import onnx_file
+from onnx import ModelProto, TensorProto, helper
+
+from clipress.export import merge, onnx_file
 from clipress.export.extra_models import files_of
 from clipress.export.layouts import LAYOUTS, LayoutJob
 from clipress.export.layouts.hub_files import IMAGE, TEXT, image_processor, write_json
@@ -32,7 +34,9 @@ DTYPES = {"fp32": "fp32", "int8": "q8"}
 def write(job: LayoutJob, folder: Path) -> None:
     """Write the export's files under transformers.js's names, and what it needs to feed them."""
     exported = job.exported
-    kind = "CLIP" if exported.logit_bias is None else "Siglip"
+    # Pipelines take sigmoids of a SigLIP, not a softmax. Its processor does not crop, so what is cropped goes out as a CLIP.
+    is_siglip = exported.logit_bias is not None and exported.preprocess.resize_mode == "squash"
+    kind = "Siglip" if is_siglip else "CLIP"
     write_tokenizer(exported, folder)
     write_json(folder / "preprocessor_config.json", image_processor(exported.preprocess))
     (folder / "onnx").mkdir()
@@ -40,7 +44,7 @@ def write(job: LayoutJob, folder: Path) -> None:
     for (name, precision), path in files_of(exported).items():
         if precision in ENDINGS:
             target = folder / "onnx" / f"{NAMES[name]}{ENDINGS[precision]}.onnx"
-            if _put(path, target):
+            if _put(path, target, name == "joint"):
                 apart[target.name] = 1
     write_json(folder / "config.json", _config(exported, kind, apart))
 
@@ -69,17 +73,25 @@ def _config(exported: Exported, kind: str, apart: dict[str, int]) -> dict[str, A
     }
 
 
-def _put(source: Path, target: Path) -> bool:
-    """Copy a graph; return whether its weights lie beside it, where transformers.js looks for them in `<name>.onnx_data`."""
-    data = data_path(source)
-    if not data.is_file():
-        shutil.copyfile(source, target)
-        return False
-    model, beside = onnx_file.read_graph(source), target.with_name(f"{target.name}_data")
-    for item in model.graph.initializer:
-        for entry in item.external_data:
-            if entry.key == "location":
-                entry.value = beside.name
+def _put(source: Path, target: Path, is_joint: bool) -> bool:
+    """Copy a file; return whether its weights lie beside it, where transformers.js looks for them in `<name>.onnx_data`."""
+    model, data, beside = onnx_file.read_graph(source), data_path(source), target.with_name(f"{target.name}_data")
+    if is_joint:
+        _add_logits_per_text(model)
+    if data.is_file():
+        for item in model.graph.initializer:
+            for entry in item.external_data:
+                if entry.key == "location":
+                    entry.value = beside.name
+        shutil.copyfile(data, beside)
     onnx_file.write_graph(model, target)
-    shutil.copyfile(data, beside)
-    return True
+    return data.is_file()
+
+
+def _add_logits_per_text(model: ModelProto) -> None:
+    """Add the transposed logits to a joint graph, in place, which optimum reads too."""
+    (images,) = (output for output in model.graph.output if output.name == merge.LOGITS)
+    sizes = [size.dim_param for size in images.type.tensor_type.shape.dim]
+    name = merge.LOGITS.replace("image", "text")
+    model.graph.node.append(helper.make_node("Transpose", [merge.LOGITS], [name], name=name, perm=[1, 0]))
+    model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes[::-1]))

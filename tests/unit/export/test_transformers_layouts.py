@@ -1,5 +1,6 @@
 """Layouts read by transformers itself: models, processors and pipelines embed as our export does, whatever the tokenizer."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from layouts_oracle import TEXTS as OTHER_TEXTS
 from oracles import run_oracle
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from clipress.data.transforms import fitted, normalised
+from clipress.data.transforms import Preprocess, fitted, normalised
 from clipress.errors import ArtifactError, BackendMissing, ExportError
 from clipress.export.layouts import LayoutJob, tokenizer_files, write_layout
 from clipress.models.importers import import_checkpoint
@@ -53,9 +54,10 @@ def ours(model, tokenize, texts):
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("quick_gelu", [False, True])
-def test_a_clip_model_embeds_as_ours_does_whatever_the_padding(job, tmp_path, quick_gelu):
+@pytest.mark.parametrize(("quick_gelu", "mode"), [(False, "shortest"), (True, "squash")])
+def test_a_clip_model_embeds_as_ours_does_whatever_the_padding(job, tmp_path, quick_gelu, mode):
     model = new_model({**tiny_architecture(layers=2), "quick_gelu": quick_gelu}, 1)
+    model = replace(model, preprocess=Preprocess(size=32, resize_mode=mode))
     folder = write_layout("transformers", LayoutJob(job.exported, saved(model, tmp_path / "x")), tmp_path / "hf")
     for texts in (TEXTS, TEXTS[:4]):  # of which the longest fills the context, or not
         found, wanted = read(folder, texts, tmp_path), ours(model, job.exported.tokenize(), texts)
@@ -159,6 +161,25 @@ class Theirs:
 def test_settings_that_tokenizer_json_cannot_say_are_refused(job, tmp_path, changes, message):
     with pytest.raises(ExportError, match=message):
         write_layout("transformers.js", with_tokenizer(job, **changes), tmp_path / "t")
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("bias", "mode"), [(None, "shortest"), (-3.0, "shortest"), (-3.0, "squash"), (None, "squash")])
+def test_optimum_reads_the_joint_file_and_each_encoder(tmp_path, bias, mode):
+    model = new_model({**tiny_architecture(layers=1), "init_logit_bias": bias}, 0)
+    model = replace(model, preprocess=Preprocess(size=32, resize_mode=mode))
+    job = exported_job(tmp_path, model, joint=True)
+    folder, wanted = write_layout("transformers.js", job, tmp_path / "t"), ours(model, job.exported.tokenize(), LABELS)
+    pictures()[0].save(tmp_path / "image.png")
+    torch.save({"texts": LABELS, "image": str(tmp_path / "image.png")}, tmp_path / "given.pt")
+    run_oracle("optimum_reads.py", folder, tmp_path / "given.pt", tmp_path / "found.pt", library="optimum")
+    found = torch.load(tmp_path / "found.pt")
+    for texts, images in zip(found["texts"], found["images"], strict=True):
+        close(texts, wanted["texts"])
+        close(images, wanted["image"])
+    per_image, per_text = found["logits"]
+    torch.testing.assert_close(per_image[0], wanted["logits"], atol=1e-4, rtol=1e-4)
+    assert torch.equal(per_text, per_image.T)
 
 
 def test_a_tokenizer_without_a_tokenizer_json_or_with_other_ids_in_it_is_refused(job, tmp_path, monkeypatch):
