@@ -64,7 +64,7 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenize:
 
 
 def open_clip_tokenizer(spec: Mapping[str, Any]) -> Any:
-    """Return open_clip's own tokenizer of a description: its SimpleTokenizer, or an HFTokenizer with one of transformers' inside.
+    """Return open_clip's own tokenizer of a description: a SimpleTokenizer, or an HFTokenizer with one of transformers'.
 
     Raises ArtifactError and BackendMissing as `tokenizer_from_spec` does.
     """

@@ -13,7 +13,7 @@ NAME = re.compile(r"clipress_siglip_w(\d{1,5})_d(\d{1,3})_h(\d{1,4})_f(\d{1,6})_
 
 
 class Size(NamedTuple):
-    """Width, blocks, heads, units of a feed-forward, pixels of a patch's side and of an image's, and whether GELU is exact."""
+    """Width, blocks, heads, units of a feed-forward, pixels of a patch's side and of an image's; whether GELU is exact."""
 
     width: int
     depth: int

@@ -1,4 +1,4 @@
-"""Write layouts of tiny CLIPs with tokenizers of transformers, in a process of its own: FOLDER, where the hub's cache goes too."""
+"""Write layouts of tiny CLIPs with tokenizers of transformers, in a process of its own: FOLDER, the hub's cache too."""
 
 import json
 import os
@@ -20,6 +20,7 @@ CASES = {  # name on the hub, class of its tokenizer, special tokens in the orde
     "roberta": ("some/roberta", "RobertaTokenizer", ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]),
 }
 
+TOKENIZERS = [case for case in CASES if "exact" not in case]
 MODEL_TYPES = {"T5Tokenizer": "t5", "XLMRobertaTokenizer": "xlm-roberta", "RobertaTokenizer": "roberta"}
 
 

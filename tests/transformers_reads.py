@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, pipeline
 
 
 def read(folder, given):
-    """Return the processor's inputs under each padding, and of a folder with weights what the model and a pipeline make of them."""
+    """Return the processor's ids and pixels, and of a folder with weights what the model and a pipeline make of them."""
     processor, image = AutoProcessor.from_pretrained(folder), Image.open(given["image"])
     inputs = {
         padding: processor(text=given["texts"], images=image, padding=padding, truncation=True, return_tensors="pt")

@@ -1,6 +1,8 @@
-"""A tokenizer in the files that Hugging Face's libraries read: tokenizer.json, tokenizer_config.json, special_tokens_map.json.
+"""A tokenizer in the files that Hugging Face's libraries read: tokenizer.json, tokenizer_config.json and
+special_tokens_map.json.
 
-CLIP's is written from its merges. Any other is the one that open_clip takes from transformers, with open_clip's cleaning in front.
+CLIP's is written from its merges. Any other is the one that open_clip takes from transformers, with open_clip's cleaning
+in front.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from clipress.runtime.export_folder import Exported
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 """CLIP's special tokens by their names on the hub. Texts were padded with id 0 in training, the token "!"."""
+INSTEAD = "Use the ONNX files as they are, without --layout: clipress export RUN"
 PROBES = ("a photo of a cat", "Two dogs_running,  (fast)!", "naïve café, Straße", "猫と犬", "word " * 300)
 """Texts whose ids are compared before a tokenizer is written."""
 _SPACES = (normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip())
@@ -41,9 +44,9 @@ CLEANING = {
 def write_tokenizer(exported: Exported, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
-    Ids are those of the exported tokenizer for ordinary texts; it also repairs broken Unicode and HTML entities first, which
-    tokenizer.json cannot say. Raises ExportError for a tokenizer that these files cannot hold, ArtifactError or BackendMissing
-    for one whose own files are not there.
+    Ids are those of the exported tokenizer for ordinary texts; it also repairs broken Unicode and HTML entities first,
+    which tokenizer.json cannot say. Raises ExportError for a tokenizer that these files cannot hold, ArtifactError or
+    BackendMissing for one whose own files are not there.
     """
     spec = exported.tokenizer.model_dump()
     is_free = exported.graphs[TEXT].inputs[0].end is not None
@@ -62,16 +65,15 @@ def _transformers(spec: Mapping[str, Any], is_free: bool) -> Files:
     name, length, kwargs = spec["name"], spec["context_length"], spec.get("kwargs") or {}
     if (strange := sorted(kwargs.keys() - {"clean", "language"})) or name == CLIP_BPE:
         raise ExportError(
-            f"This layout cannot hold tokenizer '{name}' with the settings {', '.join(strange or kwargs)}. Choose the ONNX files "
-            "as they are: clipress export RUN."
+            f"This layout cannot hold tokenizer '{name}' with the settings {', '.join(strange or kwargs)}. {INSTEAD}"
         )
     ours = open_clip_tokenizer(spec)
     theirs = ours.tokenizer
     backend = getattr(theirs, "backend_tokenizer", None)
     if backend is None:
         raise ExportError(
-            f"This layout needs a tokenizer.json: expected a fast tokenizer '{name}', found {type(theirs).__name__}, which has "
-            "none. Choose the ONNX files as they are: clipress export RUN."
+            f"This layout needs a tokenizer.json: expected a fast tokenizer '{name}', found {type(theirs).__name__}, which "
+            f"has none. {INSTEAD}"
         )
     made = Tokenizer.from_str(backend.to_str())
     own = [] if made.normalizer is None else [made.normalizer]
@@ -82,8 +84,8 @@ def _transformers(spec: Mapping[str, Any], is_free: bool) -> Files:
     for text, wanted in zip(PROBES, ours(list(PROBES), context_length=length).numpy(), strict=True):
         if not np.array_equal(made.encode(text).ids, wanted):
             raise ExportError(
-                f"tokenizer '{name}' gives other ids in the form of tokenizer.json, first for {text[:40]!r}. Nothing was "
-                "written. Choose the ONNX files as they are: clipress export RUN."
+                f"Tokenizer '{name}' gives other ids in the form of tokenizer.json, first for {text[:40]!r}, so no layout was "
+                f"written. {INSTEAD}"
             )
     if is_free:
         made.enable_padding(**padding)

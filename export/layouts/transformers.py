@@ -1,7 +1,8 @@
-"""The folder of Hugging Face transformers' CLIPModel or SiglipModel: config.json, model.safetensors, preprocessing, tokenizer.
+"""The folder of Hugging Face transformers' CLIPModel or SiglipModel: config.json, model.safetensors, preprocessing and
+tokenizer.
 
-Their modules hold open_clip's plain ViT and causal text tower, and SigLIP's towers, uncut, in float32. Any other CLIP is written as
-ONNX files with the same JSON files beside them, as optimum has it, so that no code of ours has to be trusted.
+Their modules hold open_clip's plain ViT and causal text tower, and SigLIP's towers, uncut, in float32. Any other CLIP is
+written as ONNX files with the same JSON files beside them, as optimum has it, so that no code of ours has to be trusted.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     onnx/model.onnx          both, -> logits_per_image, logits_per_text too: where the export has a joint file
     config.json, preprocessor_config.json, tokenizer.json, tokenizer_config.json, special_tokens_map.json
 
-The names end in what transformers.js's `dtype` looks for: `_quantized` (q8) where a file is INT8, `_fp16` where it is in float16. The
-config says which is there, for where no dtype is given. Embeddings have unit length, where optimum's own exports leave that to the
-caller: cosines are the same.
+The names end in what transformers.js's `dtype` looks for: `_quantized` (q8) where a file is INT8, `_fp16` where it is in
+float16. The config says which is there, for where no dtype is given. Embeddings have unit length, where optimum's own
+exports leave that to the caller: cosines are the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DTYPES = {"fp32": "fp32", "int8": "q8"}
 def write(job: LayoutJob, folder: Path) -> None:
     """Write the export's files under transformers.js's names, and what it needs to feed them."""
     exported = job.exported
-    # Pipelines take sigmoids of a SigLIP, not a softmax. Its processor does not crop, so what is cropped goes out as a CLIP.
+    # Pipelines take sigmoids of a SigLIP, not a softmax. Its processor does not crop: what is cropped goes out as a CLIP.
     is_siglip = exported.logit_bias is not None and exported.preprocess.resize_mode == "squash"
     kind = "Siglip" if is_siglip else "CLIP"
     write_tokenizer(exported, folder)
@@ -74,7 +74,7 @@ def _config(exported: Exported, kind: str, apart: dict[str, int]) -> dict[str, A
 
 
 def _put(source: Path, target: Path, is_joint: bool) -> bool:
-    """Copy a file; return whether its weights lie beside it, where transformers.js looks for them in `<name>.onnx_data`."""
+    """Copy a file; return whether its weights lie beside it, in `<name>.onnx_data`, where transformers.js looks."""
     model, data, beside = onnx_file.read_graph(source), data_path(source), target.with_name(f"{target.name}_data")
     if is_joint:
         _add_logits_per_text(model)

@@ -1,4 +1,4 @@
-"""SiglipModel of Hugging Face transformers, and SigLIP 2 of fixed size, which is stored as one: config and names, both ways."""
+"""SiglipModel of Hugging Face transformers, and SigLIP 2 of fixed size, which is stored as one: both ways."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def architecture(config: Config) -> dict[str, Any]:
 
 
 def config_of(module: nn.Module) -> Config | None:
-    """Return the config of the SiglipModel that computes what a CLIP does; None for a CLIP that is none, such as a cut one."""
+    """Return the config of the SiglipModel that computes what a CLIP does; None if there is none, such as for a cut one."""
     try:
         trunk, text = module.visual.trunk, module.text
         shape = surgery.shapes(module)

@@ -99,6 +99,8 @@ def test_weights_beside_a_graph_have_the_name_that_transformers_js_looks_for(job
     folder = write_layout("transformers.js", large, tmp_path / "t") / "onnx"
     names = ["text_model.onnx", "text_model.onnx_data", "vision_model.onnx", "vision_model.onnx_data"]
     assert sorted(path.name for path in folder.iterdir()) == names
+    told = json.loads((folder.parent / "config.json").read_text())["transformers.js_config"]
+    assert told == {"dtype": "fp32", "use_external_data_format": {names[0]: 1, names[2]: 1}}
     ids = {"input_ids": job.exported.tokenize()(TEXTS)}
     np.testing.assert_allclose(run_from_onnx(folder / names[0])(ids)["text_embeds"], embedded(job), atol=1e-5)
 

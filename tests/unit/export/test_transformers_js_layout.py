@@ -1,4 +1,4 @@
-"""Layouts read by transformers.js in Node: its encoders and its pipeline give what our export does, in every dtype that is there."""
+"""Layouts read by transformers.js in Node: its encoders and pipeline give what our export does, in every dtype there is."""
 
 import json
 import shutil
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from int8_models import quantized
 from layout_jobs import TEXTS, embedded, exported_job, few_scenes, pictures
-from layouts_oracle import CASES
 from layouts_oracle import TEXTS as OTHER_TEXTS
+from layouts_oracle import TOKENIZERS
 
 from clipress.export import onnx_file
 from clipress.export.layouts import write_layout
@@ -51,7 +51,7 @@ pytestmark = [
 
 
 def read(folder, home, texts=TEXTS[:4], padding=True, labels=None, **options):
-    """Return what transformers.js makes of a folder, of these texts and of an image of the model's size, whose resizing is not Pillow's."""
+    """Return what transformers.js makes of texts and of an image of the model's size, since its resizing is not Pillow's."""
     home.mkdir(exist_ok=True)
     (home / "model").symlink_to(folder)
     (home / "node_modules").symlink_to((JS / "node_modules").resolve())
@@ -117,7 +117,7 @@ def test_weights_beside_the_graphs_are_found(tmp_path, monkeypatch):
     assert_as_exported(job, read(folder, tmp_path / "js"))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", TOKENIZERS)
 def test_it_reads_the_tokenizers_of_transformers_and_takes_sigmoids_of_a_siglip(others, tmp_path, case):
     home, texts = others / case, OTHER_TEXTS[:4]  # it cuts the end token off the fifth, which is too long
     found = read(home / "transformers.js", tmp_path / "js", texts, "max_length", labels=texts)
