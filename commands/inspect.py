@@ -78,16 +78,25 @@ def _method_lines(key: str, method: dict[str, Any]) -> Iterator[str]:
     type=click.Choice(["raw", "ema"]),
     help="Raw or averaged weights; default: raw ones if there are any.",
 )
-def import_(checkpoint: Path, out: Path, form: str, model: str | None, which: Literal["raw", "ema"] | None) -> None:
+@click.option("--base", type=FOLDER, help="Of an adapter (PEFT): the folder or artifact it is merged into.")
+def import_(
+    checkpoint: Path,
+    out: Path,
+    form: str,
+    model: str | None,
+    which: Literal["raw", "ema"] | None,
+    base: Path | None,
+) -> None:
     """Import a third-party CLIP checkpoint.
 
     The artifact in OUT can be a recipe's teacher. Nothing is unpickled.
     """
     from clipress.workflow.artifacts import import_checkpoint
 
-    made = import_checkpoint(checkpoint, out, form, model, which)
-    taken = f" ({made.lineage[0]['taken']})" if made.lineage[0]["taken"] else ""
-    click.echo(f"{checkpoint}: {made.lineage[0]['format']}{taken}, {made.counts['params']:,} parameters -> {out}")
+    made = import_checkpoint(checkpoint, out, form, model, which, base)
+    record = made.lineage[-1]
+    taken = f" ({record['taken']})" if record["taken"] else ""
+    click.echo(f"{checkpoint}: {record['format']}{taken}, {made.counts['params']:,} parameters -> {out}")
     for line in _imported(made):
         click.echo(f"  {line}")
 

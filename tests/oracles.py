@@ -1,4 +1,4 @@
-"""transformers, as `make test` installs it, and optimum: not beside open_clip, which would import them in every process."""
+"""Other people's libraries, as `make test` installs them: not beside open_clip, which would import transformers in every process."""
 
 import os
 import subprocess
@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 
 FOLDERS = {"transformers": Path(sys.prefix, "oracles"), "optimum": Path(sys.prefix, "oracles-optimum")}
-PINS = {
-    "transformers": "transformers",
-    # optimum reads ONNX with an older transformers than the other oracles.
-    "optimum": "optimum==2.1.0 optimum-onnx==0.1.0 transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2",
-}
 
 
-def run_oracle(script, folder, *more, library="transformers"):
-    """Run a program of this folder with a library, mostly one that writes into `folder`; skip where it is not installed."""
+def run_oracle(script, folder, *more, library="transformers", beside=()):
+    """Run a program of this folder with a library and those `beside` it, mostly one that writes into `folder`.
+
+    Skips where one is not installed.
+    """
     site = FOLDERS[library]
-    if not (site / library).is_dir():
-        pytest.skip(f"{library} is not installed. Run: pip install --no-deps --target {site} {PINS[library]}")
+    for name in (library, *beside):
+        if not (site / name).is_dir():
+            pytest.skip(f"{name} is not installed in {site}. The Makefile says how it is: make test")
     paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     run = [sys.executable, Path(__file__).with_name(script), folder, *more]

@@ -11,15 +11,20 @@ from clipress.models.weights_file import Which
 
 
 def import_checkpoint(
-    checkpoint: Path, out: Path, form: str = "auto", model: str | None = None, which: Which | None = None
+    checkpoint: Path,
+    out: Path,
+    form: str = "auto",
+    model: str | None = None,
+    which: Which | None = None,
+    base: Path | None = None,
 ) -> Artifact:
     """Convert a checkpoint to an artifact in the folder `out`; an artifact there is replaced.
 
     `model` is an open_clip model name, required where the file does not contain its architecture; `which` chooses raw or
-    averaged weights.
+    averaged weights; `base` is the folder or artifact that an adapter is merged into.
     """
     if out.exists() and not (out / HEADER).is_file():
         raise ArtifactError(f"{out} exists and is not an artifact. Nothing was changed. Choose another folder.")
-    artifact = artifact_from_checkpoint(checkpoint, form, model, which)
+    artifact = artifact_from_checkpoint(checkpoint, form, model, which, base)
     save_artifact(artifact, out)
     return artifact

@@ -5,14 +5,17 @@ To add a format: a file in this package with an `Importer`, registered with `@IM
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from clipress.artifact import Artifact
 from clipress.errors import ArtifactError, RecipeError, nearest
+from clipress.models.importers import lora
 from clipress.models.importers.base import IMPORTERS, Importer
 from clipress.models.load import Model, artifact_from_model, model_from_open_clip
-from clipress.models.weights_file import State, Weights, Which, weights_from_file, weights_from_files
+from clipress.models.weights_file import State, Which, weights_from_file, weights_from_files
 from clipress.recipe import digest
 from clipress.storage import read_json, sha256
 from clipress.version import __version__
@@ -29,24 +32,40 @@ __all__ = [
 
 LOCAL = "local-dir:"  # open_clip's own way to name a folder
 INSIDE = "0_CLIPModel"  # where sentence-transformers keeps a CLIP
-ADAPTER = "adapter_config.json"  # of PEFT
 
 
-def import_checkpoint(path: Path, form: str = "auto", model: str | None = None, which: Which | None = None) -> Model:
+@dataclass(frozen=True)
+class _Imported:
+    """A model and where it comes from."""
+
+    model: Model
+    form: str
+    """The format it was in."""
+    taken: str
+    """What was taken out of the files, if not all."""
+    files: list[Path]
+    lineage: tuple[Mapping[str, Any], ...] = ()
+    """What was done before, if it was an artifact."""
+
+
+def import_checkpoint(
+    path: Path, form: str = "auto", model: str | None = None, which: Which | None = None, base: Path | None = None
+) -> Model:
     """Read a third-party checkpoint into a CLIP in fp32.
 
     Args:
         path: a file (.pt, .pth, .bin, .safetensors, a TorchScript archive), or a folder of open_clip's, of transformers'
-            or of sentence-transformers.
+            or of sentence-transformers, or one with an adapter of PEFT.
         form: a name in `IMPORTERS`; `auto` detects the format from the weights.
         model: an open_clip model name, where the file does not determine its architecture.
         which: raw weights or averaged ones; None: raw ones if the file has any.
+        base: of an adapter, the folder or artifact that it is merged into; None: the folder that the adapter names.
 
     Raises:
         ArtifactError: the file is missing, damaged, without weights, of no known format, or its shapes do not fit.
         RecipeError: `form` or `model` is unknown or out of place.
     """
-    return _imported(Path(path), form, model, which)[0]
+    return _imported(Path(path), form, model, which, base).model
 
 
 def local_folder(name: str | None) -> Path | None:
@@ -66,29 +85,33 @@ def model_named(name: str, checkpoint: str | None, where: str) -> Model:
         raise RecipeError(f"{where}: {name} holds its own weights, found checkpoint '{checkpoint}'. Leave it out.")
     if not folder.is_dir():
         raise ArtifactError(f"{where}: expected a folder at {folder}, found none. Check the path in '{name}'.")
+    if lora.is_adapter(folder):  # A run is known by the files that it starts from, and the base is elsewhere.
+        raise RecipeError(f"{where}: {folder} holds an adapter. Run `clipress import` first, and use that artifact.")
     return import_checkpoint(folder)
 
 
 def artifact_from_checkpoint(
-    path: Path, form: str = "auto", model: str | None = None, which: Which | None = None
+    path: Path, form: str = "auto", model: str | None = None, which: Which | None = None, base: Path | None = None
 ) -> Artifact:
-    """Read a third-party checkpoint, as `import_checkpoint` does, into an artifact whose lineage starts with it."""
-    imported, used, weights, files = _imported(Path(path), form, model, which)
-    names, hashes, taken = [file.name for file in files], [sha256(file) for file in files], weights.described()
+    """Read a third-party checkpoint, as `import_checkpoint` does, into an artifact whose lineage starts with it.
+
+    An adapter's artifact goes on with the lineage of its base, if that is one.
+    """
+    found = _imported(Path(path), form, model, which, base)
+    hashes, architecture = [sha256(file) for file in found.files], found.model.architecture
     record = {
         "stage": "import",
         "kind": "import",
-        "format": used,
+        "format": found.form,
         "model": model,
-        "file": ", ".join(names),
-        "taken": taken,
+        "file": ", ".join(file.name for file in found.files),
+        "taken": found.taken,
     }
     record |= {"sha256": hashes[0] if len(hashes) == 1 else digest(*hashes), "versions": {"clipress": __version__}}
     # With other heads, activation or preprocessing, or averaged, the same file is another model.
-    record["hash"] = digest(
-        "import", record["sha256"], used, taken, imported.architecture, imported.preprocess.model_dump()
-    )
-    return artifact_from_model(imported, (record,), {})
+    preprocess = found.model.preprocess.model_dump()
+    record["hash"] = digest("import", record["sha256"], found.form, found.taken, architecture, preprocess)
+    return artifact_from_model(found.model, (*found.lineage, record), {})
 
 
 def detected(state: State) -> str:
@@ -103,35 +126,52 @@ def detected(state: State) -> str:
     )
 
 
-def _imported(path: Path, form: str, model: str | None, which: Which | None) -> tuple[Model, str, Weights, list[Path]]:
-    """Return the model, the format it was in, what was taken, and of which files."""
+def _imported(path: Path, form: str, model: str | None, which: Which | None, base: Path | None) -> _Imported:
     if form != "auto" and form not in IMPORTERS:
         raise RecipeError(f"unknown checkpoint format '{form}'.{nearest(form, IMPORTERS)}")
     try:
-        if not path.is_dir():
-            weights = weights_from_file(path, which)
-            used = detected(weights.state) if form == "auto" else form
-            return IMPORTERS[used]().model_from_state(weights.state, model), used, weights, [path]
-        if model is not None:
-            raise RecipeError(
-                f"expected no model name, found '{model}': a folder's config tells its architecture. Leave it out."
-            )
-        folder = path / INSIDE if (path / INSIDE).is_dir() else path
-        used = _folder_format(folder, form)
-        files = weight_files(folder, IMPORTERS[used].folder_weights)
-        weights = weights_from_files(files, which)
-        return IMPORTERS[used]().model_from_folder(folder, weights.state), used, weights, files
+        if path.is_dir():
+            if model is not None:
+                raise RecipeError(
+                    f"expected no model name, found '{model}': a folder's config tells its architecture. Leave it out."
+                )
+            if lora.is_adapter(path):
+                return _adapted(lora.read_adapter(path), base, form, which)
+        if base is not None:
+            raise RecipeError(f"expected no base, found {base}: only an adapter (PEFT) has one. Leave it out.")
+        if path.is_dir():
+            return _of_folder(path, form, which)
+        weights = weights_from_file(path, which)
+        used = detected(weights.state) if form == "auto" else form
+        made = IMPORTERS[used]().model_from_state(weights.state, model)
+        return _Imported(made, used, weights.described(), [path])
     except (ArtifactError, RecipeError) as error:
         raise type(error)(f"Checkpoint {path}: {error}") from None
 
 
+def _of_folder(path: Path, form: str, which: Which | None, adapter: lora.Adapter | None = None) -> _Imported:
+    folder = path / INSIDE if (path / INSIDE).is_dir() else path
+    used = _folder_format(folder, form)
+    files = weight_files(folder, IMPORTERS[used].folder_weights)
+    weights = weights_from_files(files, which)
+    state = weights.state if adapter is None else adapter.merged(weights.state)
+    return _Imported(IMPORTERS[used]().model_from_folder(folder, state), used, weights.described(), files)
+
+
+def _adapted(adapter: lora.Adapter, given: Path | None, form: str, which: Which | None) -> _Imported:
+    """Return the base of an adapter, a folder or an artifact, with the adapter merged in."""
+    base = lora.base_of(adapter, given)
+    if lora.is_artifact(base):
+        model, lineage, weights = lora.with_adapter(base, adapter)
+        found = _Imported(model, "lora", "", [weights], lineage)
+    else:
+        found = _of_folder(base, form, which, adapter)
+    taken = ", ".join(part for part in (found.taken, adapter.described(base)) if part)
+    return replace(found, taken=taken, files=[*found.files, *adapter.files])
+
+
 def _folder_format(folder: Path, form: str) -> str:
     """Return the format of a folder, by the config in it. Raises ArtifactError or RecipeError."""
-    if (folder / ADAPTER).is_file():
-        raise ArtifactError(
-            "it holds an adapter (PEFT), not a whole model. Merge it into its base with peft first, "
-            "`PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(FOLDER)`, and import that folder."
-        )
     # The one whose file says whose it is comes first: open_clip's folders may have transformers' config.json too.
     kinds = sorted(IMPORTERS.items(), key=lambda item: -len(item[1].folder_config))
     configs = {name: kind.folder_config for name, kind in kinds if kind.folder_config}

@@ -235,9 +235,3 @@ def test_its_weights_without_their_folder_are_refused_with_what_is_needed(folder
         import_checkpoint(folder, "upop")
     with pytest.raises(RecipeError, match="expected no model name, found 'ViT-B-32'"):
         import_checkpoint(folder, model="ViT-B-32")
-
-
-def test_an_adapter_without_its_base_is_refused_with_the_way_to_merge_it(folder):
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ArtifactError, match=r"an adapter \(PEFT\), not a whole model.*merge_and_unload"):
-        import_checkpoint(folder)
