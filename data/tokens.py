@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from clipress.data import packed_tokenizer
 from clipress.data.bpe import MAX_LETTERS, ClipBpe
 from clipress.data.vocabulary import CLIP_BPE, is_reducible, kept_tokens
 from clipress.errors import ArtifactError, BackendMissing
@@ -59,6 +60,10 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenize:
     length, kept = spec["context_length"], kept_tokens(spec)
     if is_reducible(spec):
         return _clip_bpe(length, kept)
+    if packed_tokenizer.is_packed(spec):
+        return packed_tokenizer.tokenizer_from_file(spec, _cleaned(length, spec.get("kwargs") or {}))
+    if spec["name"] == packed_tokenizer.NAME:
+        raise ArtifactError(f"The tokenizer's mapping lacks its file, {spec['name']}: copy or create the artifact again.")
     tokenizer = open_clip_tokenizer(spec)
     return lambda texts: tokenizer([_cut(text, length * LETTERS) for text in texts], context_length=length).numpy()
 
@@ -90,6 +95,21 @@ def count_tokens(spec: Mapping[str, Any], texts: Iterable[str]) -> Counter[int]:
         tokenize = tokenizer_from_spec(spec)
         rows = (tokenize([text])[0].tolist() for text in texts)
     return Counter(chain.from_iterable(rows))
+
+
+def _cleaned(length: int, kwargs: Mapping[str, Any]) -> Callable[[str], str]:
+    """Return what is done to a text before a packed tokenizer reads it."""
+    if strange := sorted(kwargs.keys() - {"clean"}):
+        raise ArtifactError(f"A packed tokenizer takes the setting clean alone, found {', '.join(strange)}.")
+    if "clean" not in kwargs:
+        return lambda text: _cut(text, length * LETTERS)
+    from open_clip.tokenizer import get_clean_fn
+
+    try:
+        clean = get_clean_fn(kwargs["clean"])
+    except AssertionError as error:
+        raise ArtifactError(f"The tokenizer cannot be built with {dict(kwargs)}: {error}.") from None
+    return lambda text: clean(_cut(text, length * LETTERS))
 
 
 def _cut(text: str, letters: int) -> str:

@@ -10,7 +10,8 @@ They are JSON in `metadata_props`, under the key `clipress`; in ONNX Runtime:
     precision                        fp32 or int8; in a lowered file fp16, bf16, int8-fp16 or the like
     preprocess                       size, mean, std and the rest of what turns an image into pixel_values
     tokenizer                        name, context_length and kwargs: what turns a text into input_ids; kept, the
-                                     tokens of a reduced vocabulary (data/vocabulary.py), only where there is one
+                                     tokens of a reduced vocabulary (data/vocabulary.py), only where there is one;
+                                     file and pad, a packed tokenizer.json (data/packed_tokenizer.py), likewise
     ends                             of a text input, where its texts end: eos, that id, or null for the largest one; or pad,
                                      the id of the padding behind them. They may be given without what comes after. Absent: the input
                                      has one length, since the text tower reads the padding too

@@ -70,8 +70,8 @@ _KEYS = {
     "mt5": ("d_model", "num_layers", "num_heads", "d_ff", "layer_norm_epsilon"),
     "m2m_100": ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", None),
 }
-_KEYS["xlm-roberta"] = _KEYS["roberta"]
-ACTIVATIONS = {"roberta": "gelu", "xlm-roberta": "gelu", "mt5": "gated-gelu", "m2m_100": "relu"}
+_KEYS |= dict.fromkeys(("bert", "xlm-roberta"), _KEYS["roberta"])
+ACTIVATIONS = {"bert": "gelu", "roberta": "gelu", "xlm-roberta": "gelu", "mt5": "gated-gelu", "m2m_100": "relu"}
 
 # Our names in the text tower, and transformers'.
 _PARTS = (("q", "query"), ("k", "key"), ("v", "value"))
@@ -119,7 +119,7 @@ _NAMES: dict[str, list[tuple[str, str]]] = {
         ("ln_final", "transformer.layer_norm"),
     ],
 }
-_NAMES["xlm-roberta"] = _NAMES["roberta"]
+_NAMES |= dict.fromkeys(("bert", "xlm-roberta"), _NAMES["roberta"])
 
 
 def with_config(text_cfg: Mapping[str, Any]) -> dict[str, Any]:

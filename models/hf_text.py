@@ -1,4 +1,4 @@
-"""Text towers that open_clip takes from transformers: RoBERTa and XLM-R, mT5's and NLLB's encoders, built without that library.
+"""Text towers that open_clip takes from transformers: BERT, RoBERTa and XLM-R, mT5's and NLLB's encoders, built without that library.
 
 They are what `HFTextEncoder` in open_clip computes, in blocks with our attention, so that they are cut, rounded and exported like any
 other. The config of the encoder travels in the architecture as `text_cfg.hf_config`.
@@ -19,6 +19,10 @@ from clipress.errors import ArtifactError
 from clipress.models.attention import Attention
 from clipress.models.hf_config import ACTIVATIONS, CONTEXT, Shape, shape_of
 
+MEAN, FIRST, CLS = "mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler"
+"""open_clip's names: the mean of a text, or its first token. `cls_pooler` is BERT's own layer where the encoder has one."""
+NORM_AND_TWO = "norm-linear-linear"
+"""AltCLIP's projection, which open_clip lacks: a norm, a Linear to `project_dim`, and one without bias."""
 HIDDEN = -1e4  # added to the logits of padding; small enough that float16 holds it
 _FUNCTIONS = {"gelu": nn.GELU, "gated-gelu": lambda: nn.GELU("tanh"), "relu": nn.ReLU}
 
@@ -67,7 +71,7 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        is_mt5, self.norm_first = shape.kind == "mt5", shape.kind not in ("roberta", "xlm-roberta")
+        is_mt5, self.norm_first = shape.kind == "mt5", shape.kind not in ("bert", "roberta", "xlm-roberta")
         scale = 1.0 if is_mt5 else shape.head_dim**-0.5
         bias = {"bias": not is_mt5, "out_bias": not is_mt5}
         self.ln_1, self.ln_2 = _norm(shape), _norm(shape)
@@ -105,10 +109,10 @@ class HFText(nn.Module):
 
     def __init__(self, text_cfg: Mapping[str, Any], out: int) -> None:
         super().__init__()
-        config, pooler = text_cfg["hf_config"], text_cfg.get("hf_pooler_type", "mean_pooler")
+        config, pooler = text_cfg["hf_config"], text_cfg.get("hf_pooler_type", MEAN)
         self.shape = shape = shape_of(config)
         self.context_length, self.vocab_size = int(text_cfg.get("context_length", CONTEXT)), shape.vocab
-        if pooler not in ("mean_pooler", "cls_pooler") or (pooler == "cls_pooler" and shape.kind != "m2m_100"):
+        if pooler not in (MEAN, CLS, FIRST) or (pooler == FIRST and shape.kind != "m2m_100"):
             raise ArtifactError(
                 f"its text tower pools by {pooler!r:.50}, which clipress does not know for {shape.kind}."
             )
@@ -125,7 +129,8 @@ class HFText(nn.Module):
             waves = _waves(shape.pad + 1 + self.context_length, shape.width, shape.pad)
             self.register_buffer("waves", waves, persistent=False)
         else:
-            places, needed = int(config["max_position_embeddings"]), self.context_length + shape.pad + 1
+            places = int(config["max_position_embeddings"])
+            needed = self.context_length + (0 if shape.kind == "bert" else shape.pad + 1)
             if places < needed:
                 raise ArtifactError(
                     f"its text tower: expected at least {needed} positions for its texts, found {places}."
@@ -134,9 +139,10 @@ class HFText(nn.Module):
             self.token_type = nn.Embedding(int(config.get("type_vocab_size", 1)), shape.width)
             self.ln_pre = _norm(shape)
         self.transformer = Blocks(shape)
-        if shape.kind in ("mt5", "m2m_100"):
+        kind = text_cfg.get("hf_proj_type", "mlp")
+        if shape.kind in ("mt5", "m2m_100") or kind == NORM_AND_TWO:
             self.ln_final = _norm(shape)
-        self.proj = _projection(text_cfg.get("hf_proj_type", "mlp"), shape.width, out)
+        self.proj = _projection(kind, shape.width, out, config)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -151,7 +157,7 @@ class HFText(nn.Module):
         for block in self.transformer.resblocks:
             x = checkpoint(block, x, mask, use_reentrant=False) if self.grad_checkpointing else block(x, mask)
         x = self.ln_final(x) if hasattr(self, "ln_final") else x
-        if self.pooler == "mean_pooler":
+        if self.pooler == MEAN:
             x = (x * is_text[..., None]).sum(1) / is_text.sum(1, keepdim=True)
         else:
             x = x[:, 0]
@@ -170,14 +176,19 @@ class HFText(nn.Module):
         x = self.token_embedding(ids) * self.embedding_scale
         if self.shape.kind == "mt5":
             return x
+        if self.shape.kind == "bert":
+            return self.ln_pre(x + self.token_type.weight[0] + self.positions.weight[: ids.shape[1]])
         places = ((is_text.cumsum(1) * is_text).long()) + self.shape.pad  # Padding stays at the place `pad`.
         if self.shape.kind == "m2m_100":
             return x + F.embedding(places, self.waves)
         return self.ln_pre(x + self.token_type.weight[0] + self.positions(places))
 
 
-def _projection(kind: str | None, width: int, out: int) -> nn.Module:
-    """Return open_clip's projection: `linear`, `mlp`, or none where the widths are equal."""
+def _projection(kind: str | None, width: int, out: int, config: Mapping[str, Any]) -> nn.Module:
+    """Return open_clip's projection: `linear`, `mlp`, or none where the widths are equal; or AltCLIP's."""
+    if kind == NORM_AND_TWO:
+        inner = int(config["project_dim"])
+        return nn.Sequential(nn.Linear(width, inner), nn.Linear(inner, out, bias=False))
     if kind == "linear":
         return nn.Linear(width, out, bias=False)
     if kind == "mlp":

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from clipress.artifact import Artifact
+from clipress.data import packed_tokenizer
 from clipress.data.cache_files import CacheSettings
 from clipress.data.tokens import check_spec, tokenizer_from_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess, preprocess_from_open_clip
@@ -352,11 +353,13 @@ def artifact_from_model(model: Model, lineage: tuple[dict[str, Any], ...], metri
 def save_for_open_clip(model: Model, folder: Path) -> bool:
     """Write a model so that plain open_clip loads it (`local-dir:FOLDER`).
 
-    Returns False if it is cut, resized or INT8, has a reduced vocabulary, or an image tower that timm has no name for.
+    Returns False if it is cut, resized or INT8, has a reduced vocabulary, a text tower that open_clip cannot name, or an image
+    tower that timm has no name for.
     """
     uncut = surgery.shapes(build_weightless(lambda: build(model.architecture)))
     if (
         model.quantization
+        or model.architecture["text_cfg"].keys() & {"hf_config", "hf_model_name"} == {"hf_config"}
         or siglip_vit.size_in(model.architecture.get("vision_cfg")) is not None
         or model.tokenizer.get("kept") is not None
         or _is_resized(model.module)
@@ -380,4 +383,6 @@ def save_for_open_clip(model: Model, folder: Path) -> bool:
     }
     text = json.dumps({**hub_config(model.architecture), "preprocess_cfg": preprocess}, indent=2)
     (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
+    if packed_tokenizer.is_packed(model.tokenizer):
+        packed_tokenizer.write_files(model.tokenizer, folder)
     return True

@@ -240,7 +240,7 @@ def _of_two_towers(student: Student, teacher: Model | None, seed: int) -> Model:
 def _shared(model: Model, teacher: Model) -> Model:
     """Return the student with the teacher's preprocessing. Raises RecipeError if sizes or tokenizers differ."""
     _refuse_other("image size", model.preprocess.size, teacher.preprocess.size)
-    _refuse_other("tokenizer", model.tokenizer, {k: v for k, v in teacher.tokenizer.items() if k != "kept"})
+    _refuse_other("tokenizer", model.tokenizer, {k: v for k, v in teacher.tokenizer.items() if k in model.tokenizer})
     if "kept" in teacher.tokenizer:
         _refuse_other("number of tokens", int(model.module.vocab_size), int(teacher.module.vocab_size))
     return replace(model, preprocess=teacher.preprocess, tokenizer=teacher.tokenizer)
@@ -248,7 +248,7 @@ def _shared(model: Model, teacher: Model) -> Model:
 
 def _refuse_other(what: str, own: Any, shared: Any) -> None:
     if own != shared:
-        raise RecipeError(f"student: expected the teacher's {what}, {shared}; found {own}.")
+        raise RecipeError(f"student: expected the teacher's {what}, {shared!s:.200}; found {own!s:.200}.")
 
 
 def _tokens(teacher: Model | None) -> dict[str, Any]:

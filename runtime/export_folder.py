@@ -36,6 +36,9 @@ class Tokenizer(BaseModel):
     kwargs: dict[str, Any] = {}
     kept: str | None = None
     """Only of a reduced vocabulary, see data/vocabulary.py."""
+    file: str | None = None
+    """Only of a tokenizer that travels with its model, see data/packed_tokenizer.py; with `pad`."""
+    pad: int | None = None
 
     @model_serializer(mode="wrap")
     def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

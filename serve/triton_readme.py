@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from string import Template
 
+from clipress.data.packed_tokenizer import is_packed
 from clipress.data.vocabulary import is_reducible
 from clipress.runtime.export_folder import Exported, Tokenizer
 from clipress.runtime.graph import Graph
@@ -147,7 +148,7 @@ def readme(served: Served, version: int, with_search: bool, options: Sequence[st
         checked=[*(model_of(graph) for graph in served.graphs), *chains][-1],
         tag=settings.container,
         packages=_packages(exported.tokenizer, with_search),
-        vocabulary="open_clip_torch " if exported.tokenizer else "",
+        vocabulary="open_clip_torch " if exported.tokenizer and not is_packed(exported.tokenizer.model_dump()) else "",
         docker=_docker(served, engines, options),
         note=_about_engines(engines) + _about_int8(served),
         curls="\n".join(_curls(exported, with_search)),
@@ -240,8 +241,12 @@ def _program(exported: Exported) -> str:
 
 def _packages(tokenizer: Tokenizer | None, with_search: bool) -> str:
     """Return the packages to install. CLIP's own tokenizer reads open_clip's vocabulary and needs no torch."""
-    plain = tokenizer is not None and is_reducible(tokenizer.model_dump())
-    words = "" if tokenizer is None else "ftfy regex tokenizers " if plain else "open_clip_torch transformers "
+    words = ""
+    if tokenizer is not None:
+        spec = tokenizer.model_dump()
+        own = "tokenizers open_clip_torch " if tokenizer.kwargs else "tokenizers "
+        other = own if is_packed(spec) else "open_clip_torch transformers "
+        words = "ftfy regex tokenizers " if is_reducible(spec) else other
     return f"{words}pillow pydantic pyyaml{' faiss-cpu' if with_search else ''}"
 
 

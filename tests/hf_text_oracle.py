@@ -16,6 +16,11 @@ _M2M |= {"max_position_embeddings": 100, "scale_embedding": True, "pad_token_id"
 CASES = {  # config of the encoder, projection, pooling
     "roberta": ({"model_type": "roberta", **_BERT}, "mlp", "mean_pooler"),
     "xlm-roberta": ({"model_type": "xlm-roberta", **_BERT}, "linear", "mean_pooler"),
+    "bert": (
+        {"model_type": "bert", **_BERT, "pad_token_id": 0, "type_vocab_size": 2},
+        "linear",
+        "cls_last_hidden_state_pooler",
+    ),
     "mt5": ({"model_type": "mt5", **_MT5}, "mlp", "mean_pooler"),
     "nllb": ({"model_type": "m2m_100", **_M2M}, "linear", "cls_pooler"),
 }

@@ -18,6 +18,10 @@ CASES = {
 }
 
 SIGLIP = "siglip"
+WORDED = ("chinese_clip", "altclip", "siglip with its tokenizer")
+"""Cases with a tokenizer in their folder."""
+TEXTS = ["一只 Cat, sat", "a dog", "", "cats " * 40]
+PIECES = ["cat", "s", "sat", "dog", "a", ",", "##s", "一", "只", "ca", "##t"]
 SIGLIP_VISION = {**VISION, "intermediate_size": 88, "num_attention_heads": 3}
 SIGLIP_TEXT = {**TEXT, "num_attention_heads": 2, "projection_size": 40}
 
@@ -35,6 +39,7 @@ def write(folder):
     """Write every case as a folder, with its inputs and outputs in expected.pt."""
     from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
+    write_worded(folder)
     sides = {"vision_config": SIGLIP_VISION, "text_config": SIGLIP_TEXT}
     torch.manual_seed(0)
     model = disturbed(SiglipModel(SiglipConfig(**sides)).eval())
@@ -48,6 +53,72 @@ def write(folder):
         model = model.half() if options.get("half") else model
         model.save_pretrained(folder / name, max_shard_size=options.get("max_shard_size", "1GB"))
         save_outputs(model.float(), text, folder / name)
+
+
+def write_worded(folder):
+    """Write models whose folders have a tokenizer, with its ids of TEXTS."""
+    from transformers import AltCLIPConfig, AltCLIPModel, ChineseCLIPConfig, ChineseCLIPModel, SiglipConfig, SiglipModel
+
+    encoder = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    encoder |= {"vocab_size": 60, "max_position_embeddings": 30}
+    vision = {**VISION, "num_attention_heads": 3}
+    siglip = {**SIGLIP_TEXT, "vocab_size": 60}
+    tokenizers = bert_pieces, xlm_pieces, siglip_pieces
+    models = (
+        ChineseCLIPModel(ChineseCLIPConfig(projection_dim=24, vision_config=vision, text_config=encoder)),
+        AltCLIPModel(
+            AltCLIPConfig(projection_dim=24, vision_config=vision, text_config={**encoder, "project_dim": 20})
+        ),
+        SiglipModel(SiglipConfig(vision_config=SIGLIP_VISION, text_config=siglip)),
+    )
+    for case, model, write_tokenizer, length in zip(WORDED, models, tokenizers, (30, 28, 24), strict=True):
+        torch.manual_seed(0)
+        disturbed(model.eval()).save_pretrained(folder / case)
+        tokenizer = write_tokenizer(folder / case)
+        words = tokenizer(TEXTS, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        if case.startswith("siglip"):
+            words = {"input_ids": words["input_ids"]}  # It attends to padding.
+        pixels = inputs({})[0]
+        with torch.no_grad():
+            outputs = [model.get_image_features(pixel_values=pixels), model.get_text_features(**words)]
+        rows = [output.pooler_output for output in outputs]
+        torch.save({"inputs": [pixels, words["input_ids"]], "outputs": rows}, folder / case / "expected.pt")
+
+
+def bert_pieces(folder):
+    """Write BERT's vocab.txt, and nothing else, as published Chinese CLIPs have it."""
+    from transformers import BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *PIECES]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    return BertTokenizer.from_pretrained(folder)
+
+
+def xlm_pieces(folder):
+    """Write XLM-R's tokenizer.json."""
+    from transformers import AutoTokenizer, XLMRobertaTokenizer
+
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    words = [(f"▁{piece}", -2.0 - number) for number, piece in enumerate(PIECES[:6])] + [
+        (piece, -9.0) for piece in PIECES
+    ]
+    XLMRobertaTokenizer(vocab=[*special, *words, ("▁", -8.0), ("<mask>", 0.0)]).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def siglip_pieces(folder):
+    """Write a tokenizer.json as published SigLIPs have it: lower case, an end token that is the padding too."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = [("</s>", 0.0), ("<unk>", 0.0), *((f"▁{piece}", -2.0) for piece in PIECES[:5]), ("▁", -8.0), ("s", -9.0)]
+    made = Tokenizer(models.Unigram(words, 1, False))
+    made.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(",", "")])
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="</s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def disturbed(model):

@@ -1,22 +1,23 @@
 """A tokenizer in the files that Hugging Face's libraries read: tokenizer.json, tokenizer_config.json and
 special_tokens_map.json.
 
-CLIP's is written from its merges. Any other is the one that open_clip takes from transformers, with open_clip's cleaning
-in front.
+CLIP's is written from its merges. Any other is the one that travels with its model, or the one that open_clip takes from
+transformers, with open_clip's cleaning in front.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers
 
+from clipress.data import packed_tokenizer
 from clipress.data.bpe import WORDS, ClipBpe
-from clipress.data.tokens import open_clip_tokenizer
+from clipress.data.tokens import open_clip_tokenizer, tokenizer_from_spec
 from clipress.data.vocabulary import CLIP_BPE, is_reducible, kept_tokens
 from clipress.errors import ExportError
 from clipress.export.layouts.hub_files import TEXT, write_json
@@ -50,49 +51,66 @@ def write_tokenizer(exported: Exported, folder: Path) -> None:
     """
     spec = exported.tokenizer.model_dump()
     is_free = exported.graphs[TEXT].inputs[0].end is not None
-    content, config, special = (_clips if is_reducible(spec) else _transformers)(spec, is_free)
+    files = _clips if is_reducible(spec) else _packed if packed_tokenizer.is_packed(spec) else _transformers
+    content, config, special = files(spec, is_free)
     write_json(folder / "tokenizer.json", content)
     write_json(folder / "special_tokens_map.json", special)
     write_json(folder / "tokenizer_config.json", {"model_max_length": spec["context_length"], **config, **special})
 
 
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids"]}
+"""No attention mask: the graphs read ids alone."""
 Files = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 """tokenizer.json, what only tokenizer_config.json says, and the special tokens."""
 
 
 def _transformers(spec: Mapping[str, Any], is_free: bool) -> Files:
     """Return the files of a tokenizer of transformers, after comparing ids."""
-    name, length, kwargs = spec["name"], spec["context_length"], spec.get("kwargs") or {}
+    name, kwargs = spec["name"], spec.get("kwargs") or {}
     if (strange := sorted(kwargs.keys() - {"clean", "language"})) or name == CLIP_BPE:
         raise ExportError(
             f"This layout cannot hold tokenizer '{name}' with the settings {', '.join(strange or kwargs)}. {INSTEAD}"
         )
-    ours = open_clip_tokenizer(spec)
-    theirs = ours.tokenizer
+    theirs = open_clip_tokenizer(spec).tokenizer
     backend = getattr(theirs, "backend_tokenizer", None)
     if backend is None:
         raise ExportError(
             f"This layout needs a tokenizer.json: expected a fast tokenizer '{name}', found {type(theirs).__name__}, which "
             f"has none. {INSTEAD}"
         )
-    made = Tokenizer.from_str(backend.to_str())
-    own = [] if made.normalizer is None else [made.normalizer]
-    made.normalizer = normalizers.Sequence([*CLEANING[kwargs.get("clean", "whitespace")], *own])
-    made.enable_truncation(length)
     padding = {"pad_id": theirs.pad_token_id, "pad_token": theirs.pad_token, "direction": theirs.padding_side}
+    cleaning = CLEANING[kwargs.get("clean", "whitespace")]
+    content = _content(spec, Tokenizer.from_str(backend.to_str()), cleaning, padding, is_free)
+    special = {key: value for key, value in theirs.special_tokens_map.items() if isinstance(value, str)}
+    return content, {**FAST, "padding_side": theirs.padding_side}, special
+
+
+def _packed(spec: Mapping[str, Any], is_free: bool) -> Files:
+    """Return the files of a tokenizer that travels with its model, after comparing ids."""
+    made, clean = Tokenizer.from_str(packed_tokenizer.unpacked(spec)), (spec.get("kwargs") or {}).get("clean")
+    padding = {"pad_id": spec["pad"], "pad_token": made.id_to_token(spec["pad"]), "direction": "right"}
+    content = _content(spec, made, CLEANING[clean] if clean else (), padding, is_free)
+    return content, {**FAST, "padding_side": "right"}, {"pad_token": padding["pad_token"]}
+
+
+def _content(
+    spec: Mapping[str, Any], made: Tokenizer, cleaning: Sequence[Any], padding: Mapping[str, Any], is_free: bool
+) -> dict[str, Any]:
+    """Return tokenizer.json with cleaning in front. Raises ExportError if its ids are not those of the exported tokenizer."""
+    own, length = [] if made.normalizer is None else [made.normalizer], spec["context_length"]
+    if cleaning:
+        made.normalizer = normalizers.Sequence([*cleaning, *own])
+    made.enable_truncation(length)
     made.enable_padding(length=length, **padding)
-    for text, wanted in zip(PROBES, ours(list(PROBES), context_length=length).numpy(), strict=True):
+    for text, wanted in zip(PROBES, tokenizer_from_spec(spec)(list(PROBES)), strict=True):
         if not np.array_equal(made.encode(text).ids, wanted):
             raise ExportError(
-                f"Tokenizer '{name}' gives other ids in the form of tokenizer.json, first for {text[:40]!r}, so no layout was "
-                f"written. {INSTEAD}"
+                f"Tokenizer '{spec['name']}' gives other ids in the form of tokenizer.json, first for {text[:40]!r}, so no "
+                f"layout was written. {INSTEAD}"
             )
     if is_free:
         made.enable_padding(**padding)
-    special = {key: value for key, value in theirs.special_tokens_map.items() if isinstance(value, str)}
-    # No attention mask: the graphs read ids alone.
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids"]}
-    return json.loads(made.to_str()), {**config, "padding_side": theirs.padding_side}, special
+    return json.loads(made.to_str())
 
 
 def _clips(spec: Mapping[str, Any], is_free: bool) -> Files:

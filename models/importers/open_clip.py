@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from clipress.data import packed_tokenizer
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models.importers.base import IMPORTERS, Importer
@@ -56,7 +58,20 @@ class OpenClip(Importer):
         if isinstance(encoder := config.get(ENCODER), dict):
             architecture["text_cfg"]["hf_config"] = encoder
         known = {key: preprocess[key] for key in Preprocess.model_fields.keys() & preprocess.keys() - {"size"}}
-        return _model(architecture, state, known)
+        packed = _packed(folder, architecture["text_cfg"])
+        model = _model(architecture, state, known)
+        return replace(model, tokenizer={**model.tokenizer, **packed})
+
+
+def _packed(folder: Path, text: dict[str, Any]) -> dict[str, Any]:
+    """Return the folder's tokenizer, whose name and cleaning become those of the config; empty for one that is not read."""
+    settings, vocabulary = text.get("tokenizer_kwargs") or {}, text.get("hf_config", text).get("vocab_size")
+    if not text.get("hf_tokenizer_name") or text.get("tokenizer_mode") or settings.keys() - {"clean"}:
+        return {}
+    packed = packed_tokenizer.packed_from_folder(folder, int(vocabulary)) if isinstance(vocabulary, int) else {}
+    if packed:  # whitespace is what open_clip cleans by default
+        text |= {"hf_tokenizer_name": packed_tokenizer.NAME, "tokenizer_kwargs": {"clean": "whitespace", **settings}}
+    return packed
 
 
 def _model(architecture: dict[str, Any], state: State, preprocess: dict[str, Any]) -> Model:

@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
+from clipress.data import packed_tokenizer
 from clipress.errors import ArtifactError
 from clipress.models import surgery
 from clipress.models.load import build
@@ -78,16 +79,21 @@ class Config(BaseModel):
     text_config: _Text = _Text()
 
 
-def architecture(config: Config) -> dict[str, Any]:
-    """Return open_clip's config of the model. Raises ArtifactError for a size or vocabulary that is none of SigLIP's."""
+def architecture(config: Config, has_tokenizer: bool) -> dict[str, Any]:
+    """Return open_clip's config of the model, whose folder may have its tokenizer.
+
+    Raises ArtifactError for a size that is none of SigLIP's, or a vocabulary of no known tokenizer.
+    """
     vision, text = config.vision_config, config.text_config
     for tower in (vision, text):
         if tower.hidden_size % tower.num_attention_heads:
             raise ArtifactError(f"{tower.num_attention_heads} heads do not divide a width of {tower.hidden_size}.")
-    if (tokenizer := TOKENIZERS.get(text.vocab_size)) is None:
+    tokenizer = packed_tokenizer.NAME if has_tokenizer else TOKENIZERS.get(text.vocab_size)
+    if tokenizer is None:
         known = ", ".join(f"{size:,}" for size in TOKENIZERS)
         raise ArtifactError(
-            f"expected a vocabulary that SigLIP was published with ({known}), found {text.vocab_size:,}."
+            f"expected a vocabulary that SigLIP was published with ({known}), found {text.vocab_size:,}, and no "
+            f"{packed_tokenizer.NAME} in the folder."
         )
     size = Size(
         vision.hidden_size,

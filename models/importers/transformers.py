@@ -1,8 +1,12 @@
-"""Hugging Face transformers: folders of a CLIPModel or SiglipModel, alone or inside a sentence-transformers folder; config.json says everything."""
+"""Hugging Face transformers: folders of a CLIPModel, SiglipModel, ChineseCLIPModel or AltCLIPModel; config.json says everything.
+
+They may be inside a sentence-transformers folder.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +14,10 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
+from clipress.data import packed_tokenizer
 from clipress.data.bpe import SPECIAL, ClipBpe
 from clipress.errors import ArtifactError
-from clipress.models.importers import siglip
+from clipress.models.importers import bert_clip, siglip
 from clipress.models.importers.base import IMPORTERS, Importer
 from clipress.models.importers.openai import model_from_weights
 from clipress.models.load import Model
@@ -84,10 +89,26 @@ class _Text(_Tower):
 
 
 class _Config(BaseModel):
-    model_type: Literal["clip"]
     projection_dim: int = Field(512, ge=1)
     vision_config: _Vision = _Vision()
     text_config: _Text = _Text()
+
+
+class _Chinese(BaseModel):
+    projection_dim: int = Field(512, ge=1)
+    vision_config: _Vision = _Vision()
+    text_config: bert_clip.BertText = bert_clip.BertText()
+
+
+class _Alt(BaseModel):
+    projection_dim: int = Field(768, ge=1)
+    vision_config: _Vision = _Vision()
+    text_config: bert_clip.XlmText = bert_clip.XlmText()
+
+
+KINDS = {"clip": _Config, "siglip": siglip.Config, "chinese_clip": _Chinese, "altclip": _Alt}
+"""The settings of each model_type."""
+WORD_TABLES = ("token_embedding", "word_embeddings")
 
 
 @IMPORTERS.register("transformers")
@@ -99,7 +120,8 @@ class Transformers(Importer):
     folder_weights = ("model.safetensors", "pytorch_model.bin")
 
     def recognises(self, state: State) -> bool:
-        return f"{TEXT}embeddings.token_embedding.weight" in state
+        names = (f"{TEXT}{inside}embeddings.{table}.weight" for inside in ("", "roberta.") for table in WORD_TABLES)
+        return any(name in state for name in names)
 
     def model_from_state(self, state: State, model_name: str | None) -> Model:
         """Refuse a file without its folder: raises ArtifactError."""
@@ -109,35 +131,53 @@ class Transformers(Importer):
         )
 
     def model_from_folder(self, folder: Path, state: State) -> Model:
-        """Build the CLIP or SigLIP that config.json describes, with the folder's preprocessing. Raises ArtifactError."""
+        """Build the model that config.json describes, with the folder's preprocessing and tokenizer. Raises ArtifactError."""
         raw = _read(folder / self.folder_config)
         kind = raw.get("model_type")
-        if kind not in ("clip", "siglip"):
+        if kind not in KINDS:
+            naflex = " SigLIP 2 is read at a fixed size, such as google/siglip2-base-patch16-256, not as NaFlex."
             raise ArtifactError(
-                f"expected a CLIPModel or SiglipModel (model_type clip or siglip), found model_type {kind!r}, which is not "
-                f"read yet.{' SigLIP 2 is read at a fixed size, not as NaFlex.' if kind == 'siglip2' else ''}"
+                f"expected a model_type of {', '.join(KINDS)}, found {kind!r:.50}, which is not read yet."
+                f"{naflex if kind == 'siglip2' else ''}"
             )
         try:
-            if kind == "siglip":
-                described = siglip.architecture(siglip.Config.model_validate(raw))
-                return model_from_weights(
-                    described, siglip.renamed(state), siglip.HALF | _preprocess(folder, crops=False)
-                )
-            config = _Config.model_validate(raw)
+            config = KINDS[kind].model_validate(raw)
         except ValidationError as error:
             raise ArtifactError(f"its {self.folder_config}, {first_problem(error)}.") from None
-        vision, text = config.vision_config, config.text_config
-        if vision.hidden_act != text.hidden_act:
-            raise ArtifactError(f"its towers have different activations, {vision.hidden_act} and {text.hidden_act}.")
-        _refuse_other_tokenizer(folder)
-        return model_from_weights(_architecture(config), renamed(state), _preprocess(folder))
+        preprocess, packed = _preprocess(folder, crops=kind != "siglip"), dict[str, Any]()
+        if kind == "siglip":
+            packed = packed_tokenizer.packed_from_folder(folder, config.text_config.vocab_size)
+            described, weights = siglip.architecture(config, bool(packed)), siglip.renamed(state)
+            preprocess = siglip.HALF | preprocess
+        elif kind == "clip":
+            packed = _other_tokenizer(folder, config.text_config.vocab_size)
+            described, weights = _architecture(config), renamed(state)
+            described["text_cfg"] |= {"hf_tokenizer_name": packed_tokenizer.NAME} if packed else {}
+        else:
+            words, packed = bert_clip.text_config(config.text_config, folder)
+            described = {**_image_architecture(config), "text_cfg": words, "custom_text": True}
+            weights = renamed(bert_clip.renamed(kind, state))
+        model = model_from_weights(described, weights, preprocess)
+        return replace(model, tokenizer={**model.tokenizer, **packed})
+
+
+def _image_architecture(config: _Config | _Chinese | _Alt) -> dict[str, Any]:
+    """Return open_clip's config without the text tower."""
+    vision = config.vision_config
+    if vision.hidden_size % vision.num_attention_heads:
+        raise ArtifactError(f"{vision.num_attention_heads} heads do not divide a width of {vision.hidden_size}.")
+    image = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    return {
+        "embed_dim": config.projection_dim,
+        "vision_cfg": {**image, "head_width": vision.hidden_size // vision.num_attention_heads, **vision.shared()},
+        "quick_gelu": vision.hidden_act == "quick_gelu",
+    }
 
 
 def _architecture(config: _Config) -> dict[str, Any]:
     vision, text = config.vision_config, config.text_config
-    if vision.hidden_size % vision.num_attention_heads:
-        raise ArtifactError(f"{vision.num_attention_heads} heads do not divide a width of {vision.hidden_size}.")
-    image = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    if vision.hidden_act != text.hidden_act:
+        raise ArtifactError(f"its towers have different activations, {vision.hidden_act} and {text.hidden_act}.")
     words = {
         "context_length": text.max_position_embeddings,
         "vocab_size": text.vocab_size,
@@ -145,12 +185,7 @@ def _architecture(config: _Config) -> dict[str, Any]:
     }
     if text.eos_token_id not in (ARGMAX, text.vocab_size - 1):
         words |= {"pool_type": "eos", "eos_id": text.eos_token_id}
-    return {
-        "embed_dim": config.projection_dim,
-        "vision_cfg": {**image, "head_width": vision.hidden_size // vision.num_attention_heads, **vision.shared()},
-        "text_cfg": {**words, **text.shared()},
-        "quick_gelu": vision.hidden_act == "quick_gelu",
-    }
+    return {**_image_architecture(config), "text_cfg": {**words, **text.shared()}}
 
 
 def renamed(state: State) -> dict[str, Tensor]:
@@ -221,7 +256,8 @@ def _preprocess(folder: Path, crops: bool = True) -> dict[str, Any]:
         return {}
     if not isinstance(given, Mapping):
         raise ArtifactError(f"its {name}: expected a mapping, found {type(given).__name__}.")
-    crops = given.get("do_center_crop", crops)
+    # A size of both sides is stretched to.
+    crops = given.get("do_center_crop", crops) and "height" not in (given.get("size") or ())
     found = {
         "mean": given.get("image_mean") if given.get("do_normalize", True) else [0.0] * 3,
         "std": given.get("image_std") if given.get("do_normalize", True) else [1.0] * 3,
@@ -231,18 +267,24 @@ def _preprocess(folder: Path, crops: bool = True) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _refuse_other_tokenizer(folder: Path) -> None:
-    """Raise ArtifactError for a folder whose tokenizer is not CLIP's own. One without a tokenizer gets that."""
-    for name in ("vocab.json", "tokenizer.json"):
+def _other_tokenizer(folder: Path, vocabulary: int) -> dict[str, Any]:
+    """Return a folder's tokenizer where it is not CLIP's own, which one without a tokenizer gets.
+
+    Raises ArtifactError for another one that cannot be read.
+    """
+    there = dict(zip(SPECIAL, SPECIAL_THERE, strict=True))
+    own = {there.get(token, token): number for token, number in ClipBpe().token_ids.items()}
+    for name in ("tokenizer.json", "vocab.json"):
         if not (folder / name).is_file():
             continue
         found = _read(folder / name)
         model = found.get("model") if name == "tokenizer.json" else {"vocab": found}
-        vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
-        there = dict(zip(SPECIAL, SPECIAL_THERE, strict=True))
-        own = {there.get(token, token): number for token, number in ClipBpe().token_ids.items()}
-        if vocabulary != own:
-            raise ArtifactError(
-                f"its {name} is not CLIP's vocabulary of {len(own):,} tokens, and no other is read yet."
-            )
-        return
+        if (model.get("vocab") if isinstance(model, Mapping) else None) == own:
+            return {}
+        if name == "tokenizer.json" and (packed := packed_tokenizer.packed_from_folder(folder, vocabulary)):
+            return packed
+        raise ArtifactError(
+            f"its {name} is not CLIP's vocabulary of {len(own):,} tokens. Another tokenizer is read from a tokenizer.json with a "
+            "pad_token beside it in tokenizer_config.json."
+        )
+    return {}

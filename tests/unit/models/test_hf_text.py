@@ -15,6 +15,7 @@ from clipress.export.settings import OnnxSettings
 from clipress.export.torch_export import export_graph
 from clipress.models import surgery
 from clipress.models.hf_config import PUBLISHED, shape_of
+from clipress.models.hf_text import CLS, NORM_AND_TWO
 from clipress.models.importers import import_checkpoint
 from clipress.models.load import artifact_from_model, build, model_from_open_clip, new_model, save_for_open_clip
 from clipress.models.open_clip_config import config_named
@@ -95,6 +96,17 @@ def test_it_is_exported_at_its_context_length(case, exporter, tmp_path):
     found = run_from_onnx(tmp_path / "text.onnx")({"input_ids": ids.numpy()})["text_embeds"]
     wanted = torch.nn.functional.normalize(embedded(model, ids), dim=-1)
     torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_altclips_projection_is_exported_and_given_to_no_open_clip(tmp_path):
+    encoder, config = config_of("xlm-roberta")
+    text = {"hf_pooler_type": CLS, "hf_proj_type": NORM_AND_TWO, "hf_config": {**encoder, "project_dim": 20}}
+    model, ids = new_model({**config, "text_cfg": text}, 0), texts("xlm-roberta")
+    export_graph(model, graphs_of(model)["text"], tmp_path / "text.onnx", OnnxSettings())
+    found = run_from_onnx(tmp_path / "text.onnx")({"input_ids": ids.numpy()})["text_embeds"]
+    wanted = torch.nn.functional.normalize(embedded(model, ids), dim=-1)
+    torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=1e-5)
+    assert not save_for_open_clip(model, tmp_path / "hub")
 
 
 def test_every_encoder_that_open_clip_names_is_known():
