@@ -69,7 +69,7 @@ def _method_lines(key: str, method: dict[str, Any]) -> Iterator[str]:
     "form",
     default="auto",
     show_default=True,
-    help="openai, open_clip, transformers, clip-kd, tinyclip, upop or auto.",
+    help="openai, open_clip, transformers, mobileclip, clip-kd, tinyclip, upop or auto.",
 )
 @click.option("--model", help="An open_clip model name, if the file does not contain its architecture.")
 @click.option(

@@ -21,7 +21,7 @@ from clipress.data.cache_files import CacheSettings
 from clipress.data.tokens import check_spec, tokenizer_from_spec, tokenizer_spec
 from clipress.data.transforms import Preprocess, preprocess_from_open_clip
 from clipress.errors import ArtifactError, RecipeError, first_line, nearest
-from clipress.models import anatomy, quantizers, siglip_vit, surgery
+from clipress.models import anatomy, mobileclip, quantizers, siglip_vit, surgery
 from clipress.models.hf_text import HFText
 from clipress.models.open_clip_config import config_named, embedding_weights, hub_config, is_coca
 from clipress.models.text_length import accept_short_texts
@@ -94,6 +94,9 @@ def build(architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
     custom = config.pop("custom_text", False) or "hf_config" in text
     if "hf_config" in text:
         config["text_cfg"] = STAND_IN
+    own = mobileclip.own_keys(config.get("vision_cfg"))
+    for key in own:
+        del config["vision_cfg"][key]
     try:
         siglip_vit.register(architecture.get("vision_cfg"))
         with torch.random.fork_rng(devices=[]):
@@ -103,6 +106,7 @@ def build(architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
             if "hf_config" in text:
                 model.text = HFText(text, config["embed_dim"])
                 model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size
+        mobileclip.apply(own, model)
         if _is_resized(model):  # open_clip keeps timm towers at their published size.
             model.visual.set_input_size(model.visual.image_size)
     except (TypeError, ValueError, AssertionError, KeyError) as error:
@@ -177,8 +181,10 @@ def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teache
         if pretrained is None:
             model = build(config)
         elif is_file and Path(pretrained).suffix not in BIG_VISION:
+            weights = weights_from_file(Path(pretrained)).state
+            config = mobileclip.with_own_keys(config, weights)
             model = build_weightless(lambda: build(config))
-            _load_weights(model, weights_from_file(Path(pretrained)).state)
+            _load_weights(model, weights)
         else:
             model = _with_published_weights(name, config, pretrained)
     except ArtifactError as error:
@@ -211,11 +217,11 @@ def _with_published_weights(name: str, config: dict[str, Any], tag: str) -> nn.M
 
 def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load weights as open_clip does: Apple's names are converted, position tables resized to the model's sizes."""
-    from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
     weights = embedding_weights(weights)
-    state = convert_state_dict(model, {name: one for name, one in weights.items() if name not in NOTES})
+    state = {name: one for name, one in weights.items() if name not in NOTES}
+    state = mobileclip.renamed(state, model) if mobileclip.is_apples(state) else state
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     for name in ("logit_scale", "logit_bias"):
@@ -360,6 +366,7 @@ def save_for_open_clip(model: Model, folder: Path) -> bool:
     if (
         model.quantization
         or model.architecture["text_cfg"].keys() & {"hf_config", "hf_model_name"} == {"hf_config"}
+        or mobileclip.own_keys(model.architecture["vision_cfg"])
         or siglip_vit.size_in(model.architecture.get("vision_cfg")) is not None
         or model.tokenizer.get("kept") is not None
         or _is_resized(model.module)

@@ -9,6 +9,7 @@ from typing import Any
 from clipress.data import packed_tokenizer
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, RecipeError, nearest
+from clipress.models import mobileclip
 from clipress.models.importers.base import IMPORTERS, Importer
 from clipress.models.importers.openai import model_from_weights, root
 from clipress.models.load import Model, agreed_preprocess, refuse_absurd
@@ -77,7 +78,7 @@ def _packed(folder: Path, text: dict[str, Any]) -> dict[str, Any]:
 def _model(architecture: dict[str, Any], state: State, preprocess: dict[str, Any]) -> Model:
     from open_clip.model import convert_to_custom_text_state_dict
 
-    architecture, state = embedding_config(architecture), embedding_weights(state)
+    architecture, state = mobileclip.with_own_keys(embedding_config(architecture), state), embedding_weights(state)
     refuse_absurd(architecture)
     architecture["vision_cfg"].pop(
         "timm_model_pretrained", None
