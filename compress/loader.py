@@ -34,19 +34,17 @@ SHARED = Path("/dev/shm")  # where torch's workers put them
 class Loader:
     """Batches on a device: arrays of `TrainingSet` as tensors, with pixels float32 [B, 3, S, S], and the list `bad`."""
 
-    def __init__(self, loader: DataLoader, preprocess: Preprocess, device: torch.device) -> None:
-        self.loader, self.preprocess, self.device = loader, preprocess, device
+    def __init__(self, loader: DataLoader, forms: Mapping[str, Preprocess], device: torch.device) -> None:
+        self.loader, self.forms, self.device = loader, forms, device
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        normalise = normaliser(self.preprocess, self.device)
+        normalise = {name: normaliser(form, self.device) for name, form in self.forms.items()}
         for arrays in self.loader:
             batch = {
                 name: to_device(rows, self.device) if isinstance(rows, Tensor) else rows
                 for name, rows in arrays.items()
             }
-            if "pixels" in batch:
-                batch["pixels"] = normalise(batch["pixels"])
-            yield batch
+            yield {name: normalise[name](rows) if name in normalise else rows for name, rows in batch.items()}
 
 
 def batches(
@@ -67,6 +65,7 @@ def batches(
         context.caches,
         context.data.resize,
         needed_ids=ends and partial(without_padding, ends=ends),
+        of_teachers=() if context.caches else [teacher.preprocess for teacher in context.teachers],
     )
     sampler = Batches(
         [len(source) for source in sources],
@@ -79,7 +78,8 @@ def batches(
         context.fabric.world_size,
     )
     device = context.fabric.device
-    batch_bytes = config.batch_size // context.fabric.world_size * model.preprocess.size**2 * 3
+    image_bytes = sum(form.size**2 * 3 for form in dataset.forms.values())
+    batch_bytes = config.batch_size // context.fabric.world_size * image_bytes
     workers = number_of_workers(context.data.workers, device, batch_bytes)
     loader = DataLoader(
         dataset,
@@ -90,7 +90,7 @@ def batches(
         worker_init_fn=ignore_stop_signals,
         pin_memory=device.type == "cuda",
     )
-    return Loader(loader, model.preprocess, device)
+    return Loader(loader, dataset.forms, device)
 
 
 def number_of_workers(wanted: int | str, device: torch.device, batch_bytes: int) -> int:

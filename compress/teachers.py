@@ -12,6 +12,7 @@ from torch import Tensor
 from clipress.compress.context import Context
 from clipress.compress.fabric import compile_in_place
 from clipress.compress.lineage import Lineage
+from clipress.data.dataset import teacher_pixels
 from clipress.models.load import Model
 from clipress.tasks.training import Lesson, Outputs
 
@@ -48,9 +49,15 @@ class Teachers:
             scales = [cache.manifest.logit_scale for cache in self.caches[0]]
             return [self.lesson.cached_outputs(arrays, n, scales[n]) for n in range(self.num_teachers)]
         with self.fabric.autocast():
-            return [module(**self.lesson.teacher_inputs(arrays)) for module in self.modules]
+            return [module(**self.lesson.teacher_inputs(_seen_by(n, arrays))) for n, module in enumerate(self.modules)]
 
     def close(self) -> None:
         """Remove the hooks from the teachers."""
         for module in self.modules:
             module.close()
+
+
+def _seen_by(teacher: int, arrays: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a batch with the images as a teacher sees them."""
+    own = arrays.get(teacher_pixels(teacher))
+    return arrays if own is None else {**arrays, "pixels": own}

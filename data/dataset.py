@@ -12,7 +12,7 @@ from clipress.data.bad_records import Record, read_record
 from clipress.data.sampler import Draw
 from clipress.data.sources import Source
 from clipress.data.tokens import Tokenize
-from clipress.data.transforms import Augment, Library, Preprocess, augmented, viewed
+from clipress.data.transforms import Augment, Library, Preprocess, drawn_view, size_of, viewed
 from clipress.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class Chosen:
     view: int
     caption: int
     pixels: np.ndarray | None  # uint8 [S, S, 3]
+    others: tuple[np.ndarray, ...] = ()
+    """The same view for each of the other preprocessings."""
 
 
 class TrainingSet:
@@ -40,6 +42,9 @@ class TrainingSet:
     With `caches`, one per teacher for each source, images are shown in the views the teachers have embedded, and teacher t
     adds teacher_image_t and teacher_text_t, unit rows float32 [B,D], and their norms teacher_image_norm_t and
     teacher_text_norm_t, float32 [B]. `needed_ids` cuts a batch's ids to what is read of them.
+
+    `of_teachers` are the preprocessings of teachers that run: where teacher t has another one, teacher_pixels_t are the same
+    views in its size.
     """
 
     def __init__(
@@ -52,7 +57,14 @@ class TrainingSet:
         caches: Sequence[Sequence[TeacherCache]] = (),
         library: Library = "pillow",
         needed_ids: Callable[[np.ndarray], np.ndarray] | None = None,
+        of_teachers: Sequence[Preprocess] = (),
     ) -> None:
+        self.others = {t: one for t, one in enumerate(of_teachers) if one != preprocess}
+        if augment.shift and (sizes := [one.size for one in self.others.values() if one.size != preprocess.size]):
+            raise DataError(
+                f"data.augment.shift is in pixels, so the teacher and the student must have one image size; found {sizes[0]} "
+                f"and {preprocess.size}. Use 'augment.crop_scale' instead."
+            )
         self.library, self.needed_ids = library, needed_ids
         self.sources, self.preprocess, self.augment, self.seed = list(sources), preprocess, augment, seed
         self.caches = [list(row) for row in caches]
@@ -74,6 +86,11 @@ class TrainingSet:
         self._first_label = [sum(classes[:place]) if count else None for place, count in enumerate(classes)]
         if self.caches:
             _check_caches(self.sources, self.caches, preprocess, augment)
+
+    @property
+    def forms(self) -> dict[str, Preprocess]:
+        """The preprocessing of all pixels in a batch, by their names."""
+        return {"pixels": self.preprocess, **{teacher_pixels(t): other for t, other in self.others.items()}}
 
     def ids(self, texts: Sequence[str]) -> np.ndarray:
         """Tokenise texts: int64 [N, L]."""
@@ -98,6 +115,8 @@ class TrainingSet:
         }
         if self.has_images:
             arrays["pixels"] = np.stack([row.pixels for row in rows])
+            for place, teacher in enumerate(self.others):
+                arrays[teacher_pixels(teacher)] = np.stack([row.others[place] for row in rows])
         if self.has_texts:
             ids = self.ids([row.record.captions[row.caption] for row in rows])
             arrays["ids"] = ids if self.needed_ids is None else self.needed_ids(ids)
@@ -114,13 +133,14 @@ class TrainingSet:
             while not cache.ok(record.index):  # the teacher could not read this image: another item replaces it
                 record = read_record(source, int(rng.integers(len(source))), key, *sides)
             view = int(rng.integers(cache.manifest.views)) if self.has_images else 0
-        pixels = None
-        if self.has_images and self.caches:
-            pixels = viewed(record.image, self.preprocess, cache.view(record.index, view), self.library)
-        elif self.has_images:
-            pixels = augmented(record.image, self.preprocess, self.augment, rng, self.library)
+        pixels, others = None, ()
+        if self.has_images:
+            drawn = None if self.caches else drawn_view(size_of(record.image), self.augment, rng)
+            shown = cache.view(record.index, view) if drawn is None else drawn
+            forms = (self.preprocess, *self.others.values())
+            pixels, *others = (viewed(record.image, form, shown, self.library) for form in forms)
         caption = int(rng.integers(len(record.captions))) if self.has_texts else 0
-        return Chosen(draw.source, record, view, caption, pixels)
+        return Chosen(draw.source, record, view, caption, pixels, tuple(others))
 
     def _teacher_rows(self, rows: Sequence[Chosen]) -> dict[str, np.ndarray]:
         """Look up every teacher's embeddings of the chosen views and captions."""
@@ -136,6 +156,11 @@ class TrainingSet:
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
+
+
+def teacher_pixels(teacher: int) -> str:
+    """Return the name of a batch's pixels for a teacher whose preprocessing is not the student's."""
+    return f"teacher_pixels_{teacher}"
 
 
 def _look_up(cache: TeacherCache, side: str, rows: Sequence[Chosen]) -> tuple[np.ndarray, np.ndarray]:

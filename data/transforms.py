@@ -179,17 +179,6 @@ def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
     return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
 
 
-def augmented(
-    image: Image.Image | np.ndarray,
-    preprocess: Preprocess,
-    augment: Augment,
-    rng: np.random.Generator,
-    library: Library = "pillow",
-) -> np.ndarray:
-    """Return an image in a random view: uint8 [S, S, 3]."""
-    return viewed(image, preprocess, drawn_view(size_of(image), augment, rng), library)
-
-
 def _random_box(
     size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:

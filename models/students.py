@@ -7,8 +7,8 @@
     student: {inherit: {image: {layers: 6}, text: {ffn: 512}}}  cut out of the teacher (models/weight_inheritance.py)
     student: {embed_dim: 512, vision_cfg: {...}, text_cfg: {...}}  a full open_clip config
 
-With a teacher, the student shares its preprocessing and tokenizer, so that both see the same pixels and ids; its image and
-embedding sizes are the defaults.
+With a teacher, the student shares its tokenizer, and its preprocessing unless it has weights of its own; the teacher's image and
+embedding sizes are the defaults. With another image size, both see the same views, each in its own size.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Student(Section):
     embed_dim: int | None = Field(None, ge=1)
     """Default: the model's own; of two towers the teacher's, or 512 without a teacher."""
     image_size: int | None = Field(None, ge=1)
-    """In pixels. Default: the teacher's; without a teacher the model's own, or 224 of two towers."""
+    """In pixels. Default: the teacher's; without a teacher the model's own, or 224 of two towers. The teacher sees images in its
+    own size."""
     inherit: Inherit | None = None
 
     def model_post_init(self, _: Any) -> None:
@@ -91,8 +92,7 @@ class Student(Section):
             )
         if self.checkpoint is not None and self.model is None:
             raise RecipeError("student.checkpoint: it is used with 'model'. Set model, or leave out checkpoint.")
-        has_weights = (self.checkpoint or "random") != "random" or local_folder(self.model) is not None
-        fixed = self.inherit is not None or has_weights
+        fixed = self.inherit is not None or self.has_weights
         if fixed and (self.embed_dim or self.image_size):
             source = "the teacher" if self.inherit is not None else "the checkpoint"
             raise RecipeError(f"student: embed_dim and image_size are {source}'s. Leave them out.")
@@ -100,6 +100,11 @@ class Student(Section):
             raise RecipeError(
                 "student.inherit: expected sizes of image or text (layers, heads, width, ffn), found none."
             )
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the whole model starts from weights that others trained."""
+        return (self.checkpoint or "random") != "random" or local_folder(self.model) is not None
 
 
 def check(raw: Mapping[str, Any], has_teacher: bool) -> None:
@@ -125,8 +130,6 @@ def student_from(raw: Mapping[str, Any], teacher: Model | None, seed: int) -> Mo
             return model
         return replace(model, preprocess=teacher.preprocess.model_copy(update={"size": model.preprocess.size}))
     student = checked(Student, raw, "student")
-    if teacher is not None and student.image_size is not None:
-        _refuse_other("image size", student.image_size, teacher.preprocess.size)
     if teacher is not None and teacher.quantization and (student.inherit or towers_of_teacher(raw)):
         raise RecipeError(
             "student: the teacher is INT8, and its towers cannot be trained. Use the artifact before quantization."
@@ -134,7 +137,9 @@ def student_from(raw: Mapping[str, Any], teacher: Model | None, seed: int) -> Mo
     if student.inherit is not None:
         return inherited(teacher, student.inherit.sizes())
     model = _of_two_towers(student, teacher, seed) if student.model is None else _named(student, teacher, seed)
-    return model if teacher is None else _shared(model, teacher)
+    if teacher is None:
+        return model
+    return _shared(model, teacher, keeps_preprocess=student.has_weights)
 
 
 def towers_of_teacher(raw: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -180,7 +185,7 @@ def _named(student: Student, teacher: Model | None, seed: int) -> Model:
     """Build a model by its open_clip name."""
     import open_clip
 
-    if local_folder(student.model) is not None or (student.checkpoint or "random") != "random":
+    if student.has_weights:
         return model_named(student.model, student.checkpoint, "student")
     config = config_named(student.model)
     if config is None:
@@ -206,6 +211,8 @@ def _of_two_towers(student: Student, teacher: Model | None, seed: int) -> Model:
     own, taken = _own_towers(student), [t for t in anatomy.TOWERS if getattr(student, t) == TEACHER]
     theirs = teacher.architecture if teacher else {}
     size = student.image_size or (teacher.preprocess.size if teacher else 224)
+    if "image" in taken:
+        _refuse_other("image size, as the image tower is its own", size, teacher.preprocess.size)
     width = student.embed_dim or theirs.get("embed_dim", 512)
     if taken and width != theirs["embed_dim"]:
         raise RecipeError(
@@ -237,13 +244,13 @@ def _of_two_towers(student: Student, teacher: Model | None, seed: int) -> Model:
     return model
 
 
-def _shared(model: Model, teacher: Model) -> Model:
-    """Return the student with the teacher's preprocessing. Raises RecipeError if sizes or tokenizers differ."""
-    _refuse_other("image size", model.preprocess.size, teacher.preprocess.size)
+def _shared(model: Model, teacher: Model, keeps_preprocess: bool) -> Model:
+    """Return the student with the teacher's preprocessing, in its own size. Raises RecipeError if tokenizers differ."""
     _refuse_other("tokenizer", model.tokenizer, {k: v for k, v in teacher.tokenizer.items() if k in model.tokenizer})
     if "kept" in teacher.tokenizer:
         _refuse_other("number of tokens", int(model.module.vocab_size), int(teacher.module.vocab_size))
-    return replace(model, preprocess=teacher.preprocess, tokenizer=teacher.tokenizer)
+    own = teacher.preprocess.model_copy(update={"size": model.preprocess.size})
+    return replace(model, preprocess=model.preprocess if keeps_preprocess else own, tokenizer=teacher.tokenizer)
 
 
 def _refuse_other(what: str, own: Any, shared: Any) -> None:

@@ -32,7 +32,7 @@ from clipress.data.filter import nearest_to_prompts
 from clipress.data.sources import FORMATS
 from clipress.data.spec import SourceSpec
 from clipress.data.teacher_cache import TeacherCache
-from clipress.data.transforms import Augment, Preprocess, augmented, open_image
+from clipress.data.transforms import Augment, Preprocess, View, drawn_view, open_image, viewed
 from clipress.runtime.cpu import processor
 from clipress.serve.index import Encoder, Index, Kind, open_index, write_index
 
@@ -248,11 +248,12 @@ def decode(home: Path) -> dict[str, Any]:
     augment, preprocess = Augment(crop_scale=(0.4, 1.0), flip=True), Preprocess(size=224)
     files, per_second = sorted(home.glob("*.jpg")), {}
     for library in ("pillow", "torch"):
-        augmented(open_image(files[0]), preprocess, augment, np.random.default_rng(0), library)  # imports
+        viewed(open_image(files[0]), preprocess, View(), library)  # imports
         with measured() as figures:
             began = time.process_time()
             for number, file in enumerate(files):
-                augmented(open_image(file), preprocess, augment, np.random.default_rng(number), library)
+                image = open_image(file)
+                viewed(image, preprocess, drawn_view(image.size, augment, np.random.default_rng(number)), library)
             per_second[f"{library}_per_core_s"] = round(len(files) / (time.process_time() - began))
     return {**figures, "records": len(files), **per_second}
 

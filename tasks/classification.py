@@ -122,12 +122,7 @@ class Classification(Task):
         model = self._model(self.build(architecture, seed), architecture)
         if teacher is None:
             return model
-        if teacher.preprocess.size != model.preprocess.size:
-            raise RecipeError(
-                f"student: expected the teacher's image size, {teacher.preprocess.size}, found {model.preprocess.size}. "
-                "Set 'image_size' or choose another model."
-            )
-        return replace(model, preprocess=teacher.preprocess)
+        return replace(model, preprocess=teacher.preprocess.model_copy(update={"size": model.preprocess.size}))
 
     def load_pretrained(self, name: str, checkpoint: str | None, where: str) -> Model:
         import timm

@@ -125,23 +125,18 @@ class TrainingJob:
     """Whether teacher outputs are read from caches."""
 
     def refuse_other_inputs(self, teacher: Model) -> None:
-        """Raise RecipeError if a teacher that runs needs other inputs than the student, or a cache lacks what losses read."""
+        """Raise RecipeError if a teacher that runs needs other ids than the student, or a cache lacks what losses read."""
         if self.cached and "tokens" in self.needs:
             raise RecipeError(
                 f"{self.title}: loss 'tokens' requires a teacher that runs, since its cache has no token features. Remove "
                 "'tokens' or 'teacher.cache'."
             )
-        student = self.student
-        has_ids = self.ids_for(teacher) is not None
-        for what, own, other, translated in (
-            ("preprocessing", student.preprocess.model_dump(), teacher.preprocess.model_dump(), False),
-            ("tokenizer", student.tokenizer, teacher.tokenizer, has_ids),
-        ):
-            if own != other and not translated and not self.cached:
-                raise RecipeError(
-                    f"{self.title}: expected the same {what} for teacher and student, found {other!s:.200} and "
-                    f"{own!s:.200}. Set 'teacher.cache' to use different ones."
-                )
+        own, other = self.student.tokenizer, teacher.tokenizer
+        if own != other and self.ids_for(teacher) is None and not self.cached:
+            raise RecipeError(
+                f"{self.title}: expected the same tokenizer for teacher and student, found {other!s:.200} and "
+                f"{own!s:.200}. Set 'teacher.cache' to use different ones."
+            )
 
     def ids_for(self, teacher: Model) -> Tensor | None:
         """Return the teacher's id of each of the student's tokens, int64 [tokens], if the student's vocabulary is reduced."""

@@ -24,7 +24,7 @@ from clipress.data.sampler import Draw
 from clipress.data.sources import open_source
 from clipress.data.spec import SourceSpec
 from clipress.data.teacher_cache import TeacherCache
-from clipress.data.transforms import Augment, Preprocess, View, augmented, drawn_view, fitted, viewed
+from clipress.data.transforms import Augment, Preprocess, View, drawn_view, fitted, size_of, viewed
 from clipress.errors import ArtifactError, ClipressError, DataError, RecipeError
 from clipress.recipe import checked
 
@@ -74,7 +74,8 @@ def test_a_drawn_view_gives_the_pixels_of_the_reference(augment, size, form):
     for seed in range(20):
         old, new = np.random.default_rng(seed), np.random.default_rng(seed)
         wanted = augmented_in_one_go(image, SIZE, augment, old)
-        np.testing.assert_array_equal(augmented(form(image), SIZE, augment, new), wanted)
+        drawn = drawn_view(size_of(form(image)), augment, new)
+        np.testing.assert_array_equal(viewed(form(image), SIZE, drawn), wanted)
         assert old.bit_generator.state == new.bit_generator.state
         view = drawn_view(size[::-1], augment, np.random.default_rng(seed))
         again = view_from_row(np.asarray(row_from_view(view), np.int32))
