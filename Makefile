@@ -27,15 +27,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-# clip-benchmark is the independent evaluator that metrics are tested against, transformers and peft the libraries whose checkpoints
-# are imported (peft imports accelerate, and that psutil). Their own dependencies are many, and what is compared needs none of them.
-# open_clip would import transformers in every process, so it stays in a folder of its own.
+# clip-benchmark is the independent evaluator that metrics are tested against, transformers, peft and sentence-transformers the
+# libraries whose checkpoints are imported (peft imports accelerate, and that psutil). Their own dependencies are many, and what is
+# compared needs none of them. open_clip would import transformers in every process, so they stay in a folder of their own.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps clip-benchmark==1.6.2
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade \
 	  --target $(VENV)/oracles 'transformers==5.24.0; python_version >= "3.11"' 'peft==0.21.2; python_version >= "3.11"' \
-	  'accelerate==1.15.0; python_version >= "3.11"' 'psutil==7.2.2; python_version >= "3.11"'
+	  'accelerate==1.15.0; python_version >= "3.11"' 'psutil==7.2.2; python_version >= "3.11"' \
+	  'sentence-transformers==6.2.0; python_version >= "3.11"'
 	@# Exports in its layout are read by transformers.js itself, where there is Node.
 	command -v npm >/dev/null && npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(VENV)/js \
 	  @huggingface/transformers@4.3.1 || echo "without Node: the tests of --layout transformers.js are skipped"

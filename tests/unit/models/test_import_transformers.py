@@ -9,11 +9,13 @@ import torch
 from helpers import clipress
 from oracles import run_oracle
 from safetensors.torch import load_file, save_file
+from sentence_oracle import SAVED, SENTENCES, image
 from transformers_layout import exact_layout
 from transformers_oracle import CASES, SIGLIP, TEXTS, WORDED
 
 from clipress.artifact import load_artifact
 from clipress.data.bpe import SPECIAL, ClipBpe
+from clipress.data.transforms import normalised
 from clipress.errors import ArtifactError, RecipeError
 from clipress.models import anatomy, surgery
 from clipress.models.importers import artifact_from_checkpoint, import_checkpoint, siglip
@@ -215,6 +217,21 @@ def test_shards_are_read_together(folder, stock):
     index.write_text(json.dumps({"weight_map": {"a": "../model-0.safetensors"}}))
     with pytest.raises(ArtifactError, match="names files outside the folder"):
         import_checkpoint(folder)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("inside", [".", "0_CLIPModel"])  # where version 6 puts a CLIP, and where versions before did
+def test_a_sentence_transformers_folder_encodes_what_that_library_does(inside, tmp_path):
+    saved = run_oracle("sentence_oracle.py", tmp_path, "sentence_transformers") / SAVED
+    (tmp_path / "home").mkdir()
+    shutil.copytree(saved, tmp_path / "home" / inside, dirs_exist_ok=True)
+    model = import_checkpoint(tmp_path / "home")
+    assert model.preprocess.mean == (0.1, 0.2, 0.3)
+    pixels, ids = normalised(image()[None], model.preprocess), model.tokenize()(SENTENCES)
+    with torch.no_grad():
+        found = model.module.encode_image(torch.from_numpy(pixels)), model.module.encode_text(torch.from_numpy(ids))
+    for rows, wanted in zip(found, torch.load(saved / "expected.pt", weights_only=True), strict=True):
+        torch.testing.assert_close(rows, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_a_sentence_transformers_folder_has_its_clip_inside(folder, stock, tmp_path):
