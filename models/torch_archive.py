@@ -1,8 +1,9 @@
 """Read what torch.save or torch.jit.save wrote, without running anything of it.
 
-Such a file is a zip with a pickle and the bytes of every storage. A pickle may name any function of any module; here only the
-ones that rebuild tensors and plain containers are known. Everything else becomes a `Foreign`, which does nothing: training
-arguments and metrics beside the weights are no obstacle, and a TorchScript module is the tensors in its attributes.
+Such a file is a zip with a pickle and the bytes of every storage; before torch 1.6 it was a row of pickles, and then the bytes. A
+pickle may name any function of any module; here only the ones that rebuild tensors and plain containers are known. Everything else
+becomes a `Foreign`, which does nothing: training arguments and metrics beside the weights are no obstacle, and a TorchScript module
+is the tensors in its attributes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ STORAGES = {
 }
 PART = 1 << 20  # bytes read at once
 HEADER = 30  # bytes of a zip's local header before the file's name
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what a file from before torch 1.6 begins with
 
 
 class Foreign:
@@ -80,16 +82,34 @@ def read_archive(path: Path) -> Any:
         if f"{home}byteorder" in records and archive.read(f"{home}byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
         data = archive.read(place)
-    return _Reader(data, path, home, records).load()
+    return _ArchiveReader(data, path, home, records).load()
+
+
+def read_legacy(path: Path) -> Any:
+    """Return the content of a file that torch before 1.6 wrote, as `read_archive` does. Tensors are read into memory.
+
+    Raises ValueError, or what a reader raises for damaged bytes.
+    """
+    with path.open("rb") as file:
+        if _Reader(file).load() != MAGIC or _Reader(file).load() != PROTOCOL:
+            raise ValueError("it is no file of torch.save")
+        system = _Reader(file).load()
+        if not isinstance(system, dict) or system.get("little_endian") is not True:
+            raise ValueError("its numbers are big-endian")
+        reader = _LegacyReader(file, path.stat().st_size)
+        content, keys = reader.load(), _Reader(file).load()
+        if not isinstance(keys, list) or set(map(str, keys)) != reader.storages.keys():
+            raise ValueError("its list of storages is not that of its tensors")
+        for key in keys:
+            data, dtype = reader.storages[str(key)]
+            size = int.from_bytes(file.read(8), "little")
+            if size * dtype.itemsize != len(data) or file.readinto(data.numpy()) != len(data):
+                raise ValueError(f"storage {key} holds fewer bytes than it claims")
+    return content
 
 
 # The C implementation takes memory for whatever number of a memo entry the file names.
 class _Reader(pickle._Unpickler):
-    def __init__(self, data: bytes, path: Path, home: str, records: dict[str, zipfile.ZipInfo]) -> None:
-        super().__init__(io.BytesIO(data))
-        self._path, self._home, self._records = path, home, records
-        self._bytes: dict[str, Tensor] = {}
-
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in KNOWN:
             return KNOWN[module, name]
@@ -98,6 +118,39 @@ class _Reader(pickle._Unpickler):
         if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
             return found
         return type("Foreign", (Foreign,), {"name": f"{module}.{name}"})
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise ValueError(f"it refers to {pid!r:.100}, which is nowhere")
+
+
+class _LegacyReader(_Reader):
+    """Makes storages of the size that tensors claim; their bytes come behind the pickles."""
+
+    def __init__(self, file: Any, limit: int) -> None:
+        super().__init__(file)
+        self._left = limit
+        self.storages: dict[str, _Storage] = {}
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, *about = pid
+        if kind == "module":  # a class, with its source
+            return about[0]
+        dtype, key, _, size, view = about
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(size, int) or view is not None:
+            raise ValueError(f"it refers to {pid!r:.100}, which is no storage")
+        if str(key) not in self.storages:
+            self._left -= size * dtype.itemsize
+            if size < 0 or self._left < 0:
+                raise ValueError(f"storage {key} claims {size:,} numbers, and the file holds fewer")
+            self.storages[str(key)] = _Storage(torch.empty(size * dtype.itemsize, dtype=torch.uint8), dtype)
+        return self.storages[str(key)]
+
+
+class _ArchiveReader(_Reader):
+    def __init__(self, data: bytes, path: Path, home: str, records: dict[str, zipfile.ZipInfo]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._path, self._home, self._records = path, home, records
+        self._bytes: dict[str, Tensor] = {}
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size = pid

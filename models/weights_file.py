@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
-import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from clipress.artifact import read_tensors
 from clipress.errors import ArtifactError, first_line
-from clipress.models.torch_archive import Foreign, read_archive
+from clipress.models.torch_archive import Foreign, read_archive, read_legacy
 
 NOTES = {"input_resolution", "context_length", "vocab_size"}  # Numbers next to the weights in OpenAI's files.
 RAW = ("state_dict", "model_state_dict", "model", "module")
@@ -167,22 +165,11 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return read_tensors(path)
-        return (
-            read_archive(path) if zipfile.is_zipfile(path) else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        return read_archive(path) if zipfile.is_zipfile(path) else read_legacy(path)
     except Exception as error:  # Arbitrary bytes can fail anywhere in a reader.
-        raise ArtifactError(_explain(error)) from None
-
-
-def _explain(error: Exception) -> str:
-    found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    if found:
-        return (
-            f"the file holds more than weights ({found[1]}) in the format of torch before 1.6, and reading it could run code: "
-            "nothing was loaded. Save the weights alone, with torch.save(model.state_dict(), FILE) or as safetensors."
-        )
-    reason = first_line(error).partition(". In PyTorch")[0]
-    return f"the file cannot be read ({reason}): it is truncated, damaged or no checkpoint. Copy it again."
+        raise ArtifactError(
+            f"the file cannot be read ({first_line(error)}): it is truncated, damaged or no checkpoint. Copy it again."
+        ) from None
 
 
 def _tensor(name: object, value: Any) -> Tensor:
