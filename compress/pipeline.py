@@ -182,7 +182,7 @@ def _finished(folder: Path, stage_hash: str) -> Artifact | None:
 def load_teacher(spec: TeacherSpec, task: str, say: Say) -> Teacher:
     """Load a teacher, or build it from its recipe. `task` decides which library a `model` name refers to."""
     if spec.model is not None:
-        model = task_named(task).load_pretrained(spec.model, spec.checkpoint, "teacher")
+        model = task_named(task).load_pretrained(spec.model, spec.checkpoint, "teacher", spec.weights)
         weights = digest(
             model.architecture,
             model.preprocess.model_dump(),

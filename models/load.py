@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,9 +23,10 @@ from clipress.errors import ArtifactError, RecipeError, first_line, nearest
 from clipress.models import anatomy, mobileclip, quantizers, siglip_vit, surgery
 from clipress.models.hf_text import HFText
 from clipress.models.open_clip_config import config_named, embedding_weights, hub_config, is_coca
+from clipress.models.position_tables import fit_position_tables
 from clipress.models.text_length import accept_short_texts
 from clipress.models.weightless import assign, build_weightless
-from clipress.models.weights_file import NOTES, weights_from_file
+from clipress.models.weights_file import NOTES, Which, weights_from_file
 from clipress.recipe import Section, first_problem
 
 # Upper bounds for a config; larger numbers are refused before modules or position tables are built.
@@ -35,7 +35,6 @@ LIMITS = {
     **dict.fromkeys(("context_length", "image_size", "patch_size"), 1 << 13),
 }
 LIMIT = 1 << 22
-MAX_POSITIONS = 1 << 26  # numbers in a position table that a file may be resized to
 BIG_VISION = (".npz", ".npy")  # SigLIP's own files, which open_clip reads
 STAND_IN = {"context_length": 2, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
 """A text tower in the place of one that open_clip would fetch from the hub."""
@@ -73,6 +72,8 @@ class TeacherSpec(Section):
     """An open_clip model name, or local-dir:FOLDER for a folder that `clipress import` reads, with its weights."""
     checkpoint: str | None = None
     """With `model`: a weights file, or a pretrained tag of open_clip, or `random` for random weights."""
+    weights: Which | None = None
+    """With a file or folder: raw or averaged weights (`ema`). Default: raw ones if there are any."""
     recipe: dict[str, Any] | None = None
     """A recipe that makes the teacher; its last artifact is cached and reused."""
     cache: CacheSettings | None = None
@@ -84,6 +85,8 @@ class TeacherSpec(Section):
             raise RecipeError(
                 f"teacher: expected exactly one of artifact, model, recipe; found {', '.join(given) or 'none'}."
             )
+        if self.weights is not None and self.model is None:
+            raise RecipeError("teacher.weights: it is used with 'model'. Set model, or leave out weights.")
 
 
 def build(architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
@@ -158,8 +161,13 @@ def new_model(architecture: dict[str, Any], seed: int) -> Model:
     return Model(model, architecture, Preprocess(size=height), tokenizer_spec(architecture))
 
 
-def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teacher") -> Model:
-    """Load a model by its open_clip name with weights from a file or a pretrained tag; `where` begins messages."""
+def model_from_open_clip(
+    name: str, checkpoint: str | None, where: str = "teacher", which: Which | None = None
+) -> Model:
+    """Load a model by its open_clip name with weights from a file or a pretrained tag; `where` begins messages.
+
+    `which` chooses raw or averaged weights of a file.
+    """
     import open_clip
     from open_clip.transformer import QuickGELU
     from safetensors import SafetensorError
@@ -177,11 +185,14 @@ def model_from_open_clip(name: str, checkpoint: str | None, where: str = "teache
             f"Tags: {', '.join(tags) or 'none'}."
         )
     is_file = bool(pretrained) and pretrained not in tags
+    has_choice = is_file and Path(pretrained).suffix not in BIG_VISION
+    if which is not None and not has_choice:
+        raise RecipeError(f"{where}.weights: '{checkpoint}' has one kind of weights only. Leave it out.")
     try:
         if pretrained is None:
             model = build(config)
-        elif is_file and Path(pretrained).suffix not in BIG_VISION:
-            weights = weights_from_file(Path(pretrained)).state
+        elif has_choice:
+            weights = weights_from_file(Path(pretrained), which).state
             config = mobileclip.with_own_keys(config, weights)
             model = build_weightless(lambda: build(config))
             _load_weights(model, weights)
@@ -231,34 +242,6 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     own = surgery.own_weights(model, state)
     assign(model, {name: tensor.to(dtypes.get(name, tensor.dtype)).contiguous() for name, tensor in own.items()})
-
-
-def fit_position_tables(state: dict[str, Tensor], model: nn.Module) -> None:
-    """Interpolate the position tables in a state dict to a model's image size and context length, in place, as open_clip does.
-
-    A table of another width stays as it is: it belongs to another model. The model may be on the meta device.
-    """
-    from open_clip.model import resize_pos_embed, resize_text_pos_embed
-
-    own = model.state_dict()
-    for name, resize in (
-        ("visual.positional_embedding", resize_pos_embed),
-        ("positional_embedding", resize_text_pos_embed),
-        ("text.positional_embedding", resize_text_pos_embed),
-    ):
-        found, wanted = state.get(name), own.get(name)
-        if found is not None and wanted is not None and found.shape != wanted.shape and _resizable(name, found, wanted):
-            state[name] = found.float()
-            resize(state, model)
-            log.info("%s: resized from %d positions to %d.", name, len(found), len(wanted))
-
-
-def _resizable(name: str, found: Tensor, wanted: Tensor) -> bool:
-    if found.ndim != 2 or wanted.ndim != 2 or found.shape[1] != wanted.shape[1] or not found.is_floating_point():
-        return False
-    grid = len(found) - 1  # beside the class token
-    square = not name.startswith("visual.") or (grid > 0 and math.isqrt(grid) ** 2 == grid)
-    return square and wanted.numel() <= MAX_POSITIONS
 
 
 def agreed_preprocess(name: str) -> dict[str, Any]:

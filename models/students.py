@@ -32,6 +32,7 @@ from clipress.models.named_towers import IMAGE_TOWERS, TEXT_TOWERS, timm_tower
 from clipress.models.open_clip_config import config_named
 from clipress.models.timm_weights import load_timm_weights
 from clipress.models.weight_inheritance import Size, inherited
+from clipress.models.weights_file import Which
 from clipress.recipe import Section, checked, digest
 from clipress.storage import sha256
 
@@ -61,6 +62,8 @@ class Student(Section):
     """An open_clip model name, or local-dir:FOLDER for a folder that `clipress import` reads, with its weights."""
     checkpoint: str | None = None
     """With `model`: a weights file, or a pretrained tag of open_clip. Default: random weights."""
+    weights: Which | None = None
+    """With a file or folder: raw or averaged weights (`ema`). Default: raw ones if there are any."""
     image: str | dict[str, Any] | None = None
     """A name of `named_towers.IMAGE_TOWERS`; vit-LAYERSxWIDTH-pPATCH; {timm: NAME}, with `pretrained: true` for timm's own weights or
     `checkpoint: FILE` for a timm file; keys of
@@ -92,6 +95,8 @@ class Student(Section):
             )
         if self.checkpoint is not None and self.model is None:
             raise RecipeError("student.checkpoint: it is used with 'model'. Set model, or leave out checkpoint.")
+        if self.weights is not None and not self.has_weights:
+            raise RecipeError("student.weights: it is used with weights of others. Set checkpoint, or leave it out.")
         fixed = self.inherit is not None or self.has_weights
         if fixed and (self.embed_dim or self.image_size):
             source = "the teacher" if self.inherit is not None else "the checkpoint"
@@ -186,7 +191,7 @@ def _named(student: Student, teacher: Model | None, seed: int) -> Model:
     import open_clip
 
     if student.has_weights:
-        return model_named(student.model, student.checkpoint, "student")
+        return model_named(student.model, student.checkpoint, "student", student.weights)
     config = config_named(student.model)
     if config is None:
         raise RecipeError(

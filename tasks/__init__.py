@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from clipress.artifact import Artifact, load_artifact
 from clipress.errors import ArtifactError, ExportError, nearest
 from clipress.models.load import Model, rebuild
+from clipress.models.weights_file import Which
 from clipress.registry import Registry
 from clipress.runtime.graph import Arrays, Graph, Run
 
@@ -64,10 +65,10 @@ class Task(ABC):
         """Build the student of a recipe; random weights depend only on the seed."""
 
     @abstractmethod
-    def load_pretrained(self, name: str, checkpoint: str | None, where: str) -> Model:
+    def load_pretrained(self, name: str, checkpoint: str | None, where: str, which: Which | None = None) -> Model:
         """Load a model by its name in the library, with weights from a file or a pretrained tag.
 
-        `where` is the prefix of error messages.
+        `where` is the prefix of error messages; `which` chooses raw or averaged weights of a file.
         """
 
     def towers_of_teacher(self, section: Mapping[str, Any] | None) -> tuple[str, ...]:

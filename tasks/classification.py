@@ -25,6 +25,7 @@ from clipress.metrics.classify import score_logits
 from clipress.metrics.outcomes import Outcomes
 from clipress.models import anatomy, surgery
 from clipress.models.load import Model
+from clipress.models.weights_file import Which
 from clipress.recipe import Section, checked
 from clipress.runtime.graph import Arrays, Graph, Input, Output, Run
 from clipress.tasks import TASKS, Task, Tokenize, sample_images
@@ -124,10 +125,14 @@ class Classification(Task):
             return model
         return replace(model, preprocess=teacher.preprocess.model_copy(update={"size": model.preprocess.size}))
 
-    def load_pretrained(self, name: str, checkpoint: str | None, where: str) -> Model:
+    def load_pretrained(self, name: str, checkpoint: str | None, where: str, which: Which | None = None) -> Model:
         import timm
 
         _check_name(name, where)
+        if which is not None:
+            raise RecipeError(
+                f"{where}.weights: it is not used with a classifier, whose raw weights are read. Leave it out."
+            )
         if checkpoint is None:
             raise RecipeError(f"{where}: model '{name}' requires 'checkpoint': a file with timm weights, or 'random'.")
         architecture = {"timm_model": name, "sizes": {}, "labels": list(read_classes(Path("imagenet")).names)}

@@ -20,6 +20,7 @@ from clipress.models import anatomy, students
 from clipress.models.importers import model_named
 from clipress.models.load import Model, build, refuse_absurd, save_for_open_clip
 from clipress.models.text_length import text_end
+from clipress.models.weights_file import Which
 from clipress.runtime.graph import Arrays, Graph, Run, clip_graphs
 from clipress.tasks import TASKS, Task, Tokenize, runs_of, sample_images, task_named
 from clipress.tasks.training import Batch, Features, Gather, Lesson, Momentum, Outputs, TrainingJob, TrainingModule
@@ -56,8 +57,8 @@ class Clip(Task):
     def student_from(self, section: Mapping[str, Any], teacher: Model | None, seed: int) -> Model:
         return replace(students.student_from(section, teacher, seed), task=self.name)
 
-    def load_pretrained(self, name: str, checkpoint: str | None, where: str) -> Model:
-        return replace(model_named(name, checkpoint, where), task=self.name)
+    def load_pretrained(self, name: str, checkpoint: str | None, where: str, which: Which | None = None) -> Model:
+        return replace(model_named(name, checkpoint, where, which), task=self.name)
 
     def towers_of_teacher(self, section: Mapping[str, Any] | None) -> tuple[str, ...]:
         return students.towers_of_teacher(section)

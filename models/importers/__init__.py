@@ -73,21 +73,22 @@ def local_folder(name: str | None) -> Path | None:
     return Path(name.removeprefix(LOCAL)) if name is not None and name.startswith(LOCAL) else None
 
 
-def model_named(name: str, checkpoint: str | None, where: str) -> Model:
+def model_named(name: str, checkpoint: str | None, where: str, which: Which | None = None) -> Model:
     """Load the model of a recipe: an open_clip name with a checkpoint, or `local-dir:FOLDER`, which needs none.
 
-    Such a folder may be in any format that `import_checkpoint` reads. `where` begins messages.
+    Such a folder may be in any format that `import_checkpoint` reads. `where` begins messages, `which` chooses raw or averaged
+    weights.
     """
     folder = local_folder(name)
     if folder is None:
-        return model_from_open_clip(name, checkpoint, where)
+        return model_from_open_clip(name, checkpoint, where, which)
     if checkpoint is not None:
         raise RecipeError(f"{where}: {name} holds its own weights, found checkpoint '{checkpoint}'. Leave it out.")
     if not folder.is_dir():
         raise ArtifactError(f"{where}: expected a folder at {folder}, found none. Check the path in '{name}'.")
     if lora.is_adapter(folder):  # A run is known by the files that it starts from, and the base is elsewhere.
         raise RecipeError(f"{where}: {folder} holds an adapter. Run `clipress import` first, and use that artifact.")
-    return import_checkpoint(folder)
+    return import_checkpoint(folder, which=which)
 
 
 def artifact_from_checkpoint(

@@ -17,7 +17,8 @@ from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, ClipressError, RecipeError, first_line
 from clipress.models import anatomy, surgery
 from clipress.models.importers.base import IMPORTERS, Importer
-from clipress.models.load import Model, build, fit_position_tables, refuse_absurd
+from clipress.models.load import Model, build, refuse_absurd
+from clipress.models.position_tables import fit_position_tables
 from clipress.models.weightless import assign, build_weightless
 from clipress.models.weights_file import NOTES, State
 from clipress.recipe import checked

@@ -581,6 +581,22 @@ def test_averaged_and_raw_weights_of_one_file_are_different_models(name, tmp_pat
     assert artifact_from_checkpoint(tmp_path / "both.pt", "open_clip", name).hash == raw.hash
 
 
+def test_a_recipe_chooses_averaged_weights_of_a_teachers_or_a_students_file(name, tmp_path):
+    torch.save(averaged(source().state_dict()), tmp_path / "both.pt")
+    section = {"model": name, "checkpoint": str(tmp_path / "both.pt")}
+    for which, has_values in ((None, False), ("raw", False), ("ema", True)):
+        chosen = section | ({} if which is None else {"weights": which})
+        teacher = load_teacher(TeacherSpec(**chosen), "clip", print)
+        for module in (teacher.model.module, student_from(chosen, None, 0).module):
+            assert bool(module.visual.proj.any()) == has_values
+    with pytest.raises(RecipeError, match=r"teacher\.weights: 'random' has one kind of weights only"):
+        load_teacher(TeacherSpec(model=name, checkpoint="random", weights="ema"), "clip", print)
+    with pytest.raises(RecipeError, match=r"teacher\.weights: it is used with 'model'"):
+        TeacherSpec(artifact=tmp_path, weights="ema")
+    with pytest.raises(RecipeError, match=r"student\.weights: it is used with weights of others"):
+        student_from({"model": name, "weights": "ema"}, None, 0)
+
+
 def test_averaged_weights_that_a_file_lacks_are_refused(name, tmp_path):
     torch.save(source().state_dict(), tmp_path / "raw.pt")
     with pytest.raises(ArtifactError, match=r"expected averaged weights .*Leave out: --weights ema"):
