@@ -109,4 +109,5 @@ def _imported(made: Any) -> Iterator[str]:
     yield f"activation: {activation}"
     yield f"tokenizer: {words['name']}, {words['context_length']} ids"
     mean, std = (", ".join(f"{value:.4g}" for value in p[key]) for key in ("mean", "std"))
-    yield f"preprocessing: {p['size']} pixels, {p['interpolation']}, {p['resize_mode']}; mean {mean}; std {std}"
+    source = made.lineage[-1]["preprocess"]
+    yield f"preprocessing, {source}: {p['size']} pixels, {p['interpolation']}, {p['resize_mode']}; mean {mean}; std {std}"

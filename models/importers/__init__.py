@@ -44,6 +44,8 @@ class _Imported:
     taken: str
     """What was taken out of the files, if not all."""
     files: list[Path]
+    preprocess: str
+    """Where the preprocessing comes from."""
     lineage: tuple[Mapping[str, Any], ...] = ()
     """What was done before, if it was an artifact."""
 
@@ -107,6 +109,7 @@ def artifact_from_checkpoint(
         "model": model,
         "file": ", ".join(file.name for file in found.files),
         "taken": found.taken,
+        "preprocess": found.preprocess,
     }
     record |= {"sha256": hashes[0] if len(hashes) == 1 else digest(*hashes), "versions": {"clipress": __version__}}
     # With other heads, activation or preprocessing, or averaged, the same file is another model.
@@ -144,8 +147,9 @@ def _imported(path: Path, form: str, model: str | None, which: Which | None, bas
             return _of_folder(path, form, which)
         weights = weights_from_file(path, which)
         used = detected(weights.state) if form == "auto" else form
-        made = IMPORTERS[used]().model_from_state(weights.state, model)
-        return _Imported(made, used, weights.described(), [path])
+        importer = IMPORTERS[used]()
+        made = importer.model_from_state(weights.state, model)
+        return _Imported(made, used, weights.described(), [path], importer.preprocess_source(None, model))
     except (ArtifactError, RecipeError) as error:
         raise type(error)(f"Checkpoint {path}: {error}") from None
 
@@ -156,7 +160,9 @@ def _of_folder(path: Path, form: str, which: Which | None, adapter: lora.Adapter
     files = weight_files(folder, IMPORTERS[used].folder_weights)
     weights = weights_from_files(files, which)
     state = weights.state if adapter is None else adapter.merged(weights.state)
-    return _Imported(IMPORTERS[used]().model_from_folder(folder, state), used, weights.described(), files)
+    importer = IMPORTERS[used]()
+    made = importer.model_from_folder(folder, state)
+    return _Imported(made, used, weights.described(), files, importer.preprocess_source(folder, None))
 
 
 def _adapted(adapter: lora.Adapter, given: Path | None, form: str, which: Which | None) -> _Imported:
@@ -164,7 +170,7 @@ def _adapted(adapter: lora.Adapter, given: Path | None, form: str, which: Which 
     base = lora.base_of(adapter, given)
     if lora.is_artifact(base):
         model, lineage, weights = lora.with_adapter(base, adapter)
-        found = _Imported(model, "lora", "", [weights], lineage)
+        found = _Imported(model, "lora", "", [weights], "the base's", lineage)
     else:
         found = _of_folder(base, form, which, adapter)
     taken = ", ".join(part for part in (found.taken, adapter.described(base)) if part)

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from clipress.models.load import Model
 
 
+UNTOLD, PUBLISHED, FROM_FILE = "CLIP's own, since the files do not say", "as published with {}", "from {}"
+"""Where preprocessing comes from."""
+
+
 class Importer:
     """One format of third-party checkpoints."""
 
@@ -30,6 +34,13 @@ class Importer:
     def model_from_state(self, state: State, model_name: str | None) -> Model:
         """Build the model in fp32. Raises ArtifactError for weights that do not fit, RecipeError for a wrong name."""
         raise NotImplementedError
+
+    def preprocess_source(self, folder: Path | None, model_name: str | None) -> str:
+        """Say where the preprocessing of a folder, or of a file and the given model name, comes from, once that was read."""
+        import open_clip
+
+        is_published = model_name is not None and open_clip.list_pretrained_tags_by_model(model_name)
+        return PUBLISHED.format(model_name) if is_published else UNTOLD
 
     def model_from_folder(self, folder: Path, state: State) -> Model:
         """Build the model of a folder of this format from its weights and configs. Raises ArtifactError."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from clipress.errors import RecipeError, nearest
 from clipress.models import mobileclip
-from clipress.models.importers.base import IMPORTERS, Importer
+from clipress.models.importers.base import IMPORTERS, PUBLISHED, Importer
 from clipress.models.importers.openai import model_from_weights
 from clipress.models.load import Model, agreed_preprocess, build
 from clipress.models.open_clip_config import config_named
@@ -21,6 +23,9 @@ class MobileClip(Importer):
 
     def recognises(self, state: State) -> bool:
         return mobileclip.is_apples(state)
+
+    def preprocess_source(self, folder: Path | None, model_name: str | None) -> str:
+        return PUBLISHED.format(model_name or "MobileCLIP")
 
     def model_from_state(self, state: State, model_name: str | None) -> Model:
         """Build the model that the shapes describe, or the named one, with its published preprocessing."""

@@ -10,7 +10,7 @@ from clipress.data import packed_tokenizer
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models import mobileclip
-from clipress.models.importers.base import IMPORTERS, Importer
+from clipress.models.importers.base import FROM_FILE, IMPORTERS, UNTOLD, Importer
 from clipress.models.importers.openai import model_from_weights, root
 from clipress.models.load import Model, agreed_preprocess, refuse_absurd
 from clipress.models.open_clip_config import ENCODER, embedding_config, embedding_weights
@@ -43,6 +43,11 @@ class OpenClip(Importer):
         if model_name not in open_clip.list_models():
             raise RecipeError(f"open_clip has no model '{model_name}'.{nearest(model_name, open_clip.list_models())}")
         return _model(open_clip.get_model_config(model_name), state, agreed_preprocess(model_name))
+
+    def preprocess_source(self, folder: Path | None, model_name: str | None) -> str:
+        if folder is None:
+            return super().preprocess_source(folder, model_name)
+        return FROM_FILE.format(CONFIG) if read_json(folder / CONFIG).get("preprocess_cfg") else UNTOLD
 
     def model_from_folder(self, folder: Path, state: State) -> Model:
         """Build the model of a folder's open_clip_config.json with the folder's weights; nothing is downloaded."""

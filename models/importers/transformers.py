@@ -18,7 +18,7 @@ from clipress.data import packed_tokenizer
 from clipress.data.bpe import SPECIAL, ClipBpe
 from clipress.errors import ArtifactError
 from clipress.models.importers import bert_clip, siglip
-from clipress.models.importers.base import IMPORTERS, Importer
+from clipress.models.importers.base import FROM_FILE, IMPORTERS, Importer
 from clipress.models.importers.openai import model_from_weights
 from clipress.models.load import Model
 from clipress.models.weights_file import State
@@ -48,6 +48,7 @@ BLOCKS = {
     f"{VISION}encoder.layers.": "visual.transformer.resblocks.",
 }
 SPECIAL_THERE = ("<|startoftext|>", "<|endoftext|>")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 ARGMAX = 2  # an eos_token_id that transformers reads as: pool at the largest id
 
@@ -129,6 +130,10 @@ class Transformers(Importer):
             "these are weights of Hugging Face transformers, which do not tell heads and activation. Import the folder that "
             "also holds config.json and preprocessor_config.json."
         )
+
+    def preprocess_source(self, folder: Path | None, model_name: str | None) -> str:
+        found = next((name for name in PROCESSORS if folder is not None and (folder / name).is_file()), None)
+        return FROM_FILE.format(found) if found else "its kind's own, since the folder does not say"
 
     def model_from_folder(self, folder: Path, state: State) -> Model:
         """Build the model that config.json describes, with the folder's preprocessing and tokenizer. Raises ArtifactError."""
@@ -247,7 +252,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _preprocess(folder: Path, crops: bool = True) -> dict[str, Any]:
     """Return the folder's preprocessing in open_clip's words; empty where it has none. `crops`: what its class does by default."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
+    for name in PROCESSORS:
         if (folder / name).is_file():
             given = _read(folder / name)
             given = given.get("image_processor", given)

@@ -196,7 +196,10 @@ def test_weights_in_its_layout_are_the_same_model(folder, stock):
     result = clipress("import", folder, folder / "artifact")
     assert result.exit_code == 0 and ": transformers, " in result.output
     assert "activation: GELU" in result.output and "tokenizer: clip-bpe, 24 ids" in result.output
-    assert "32 pixels, bilinear, shortest; mean 0.1, 0.2, 0.3; std 0.5, 0.6, 0.7" in result.output
+    assert (
+        "preprocessing, from preprocessor_config.json: 32 pixels, bilinear, shortest; mean 0.1, 0.2, 0.3; std 0.5, 0.6, 0.7"
+        in result.output
+    )
     artifact = load_artifact(folder / "artifact")
     assert artifact.preprocess["mean"] == [0.1, 0.2, 0.3] and artifact.preprocess["interpolation"] == "bilinear"
     assert artifact.tokenizer["name"] == "clip-bpe"

@@ -574,6 +574,28 @@ def test_a_damaged_file_in_the_old_format_is_refused(place, tmp_path):
             import_checkpoint(tmp_path / damaged, "openai")
 
 
+@pytest.mark.parametrize(
+    ("tags", "said"), [([], "CLIP's own, since the files do not say"), (["a"], "as published with importers-test")]
+)
+def test_where_the_preprocessing_comes_from_is_printed_and_kept(tags, said, name, tmp_path, monkeypatch):
+    torch.save(source().state_dict(), tmp_path / "weights.pt")
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda _: tags)
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: {"mean": (0.0, 0.0, 0.0)})
+    result = clipress("import", tmp_path / "weights.pt", tmp_path / "artifact", "--model", name)
+    assert f"preprocessing, {said}: 32 pixels" in result.output
+    assert load_artifact(tmp_path / "artifact").lineage[0]["preprocess"] == said
+
+
+@pytest.mark.parametrize(
+    ("config", "said"), [({"mean": [0.1, 0.1, 0.1]}, "from open_clip_config.json"), ({}, "CLIP's own, since")]
+)
+def test_a_folders_config_may_tell_the_preprocessing(config, said, tmp_path):
+    save_for_open_clip(new_model(tiny_architecture(), 0), tmp_path / "hub")
+    path = tmp_path / "hub" / "open_clip_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "preprocess_cfg": config}))
+    assert said in artifact_from_checkpoint(tmp_path / "hub").lineage[0]["preprocess"]
+
+
 def test_averaged_and_raw_weights_of_one_file_are_different_models(name, tmp_path):
     torch.save(averaged(source().state_dict()), tmp_path / "both.pt")
     raw, ema = (artifact_from_checkpoint(tmp_path / "both.pt", "open_clip", name, which) for which in ("raw", "ema"))
