@@ -18,6 +18,7 @@ COMMANDS = {
     "run": "run:run",
     "auto": "auto:auto",
     "compress": "run:compress",
+    "plan": "plan:plan",
     "embed": "run:embed",
     "export": "export:export",
     "bench": "bench:bench",

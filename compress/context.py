@@ -42,11 +42,11 @@ class Context:
         return [open_source(spec) for spec in self.data.train]
 
 
-def steps_of(config: Training, context: Context) -> int:
+def steps_of(config: Training, data: DataSpec) -> int:
     """Return the number of steps of a stage."""
     if config.steps is not None:
         return config.steps
-    first, weights = context.data.train[0], [spec.weight for spec in context.data.train]
+    first, weights = data.train[0], [spec.weight for spec in data.train]
     size = num_captions(first) if config.epoch_counts == "captions" else len(open_source(first))
     per_step = config.batch_size * weights[0] / sum(weights)
     return max(math.ceil(config.epochs * size / per_step), 1)

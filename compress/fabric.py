@@ -25,23 +25,37 @@ def uses_bf16(precision: str, device: str) -> bool:
     return precision == "bf16" or (precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
 
 
+def accelerator_of(runtime: Runtime) -> str:
+    """Return the accelerator that a run would use on this machine: cpu or cuda."""
+    if runtime.accelerator != "auto":
+        return runtime.accelerator
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def precision_of(runtime: Runtime) -> Any:
+    """Return the precision of training in Fabric's words. FSDP2 has weights in bf16, all others only compute in it."""
+    if not uses_bf16(runtime.precision, accelerator_of(runtime)):
+        return "32-true"
+    return "bf16-true" if runtime.strategy == "fsdp2" else "bf16-mixed"
+
+
 def start_fabric(runtime: Runtime) -> Fabric:
     """Start Fabric on the available hardware: one CPU, one GPU, or the processes that torchrun started."""
     from lightning_fabric import Fabric
 
     local, world = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("WORLD_SIZE", 1))
-    accelerator = runtime.accelerator
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = uses_bf16(runtime.precision, accelerator)
+    accelerator = accelerator_of(runtime)
     strategy: Any = runtime.strategy if runtime.strategy != "auto" else ("ddp" if world > 1 else "auto")
     if strategy == "fsdp2":
         from lightning_fabric.strategies import ModelParallelStrategy
 
         strategy = ModelParallelStrategy(_shard, data_parallel_size=world, tensor_parallel_size=1)
-    precision = "bf16-mixed" if bf16 and strategy in ("auto", "ddp") else "bf16-true" if bf16 else "32-true"
     fabric = Fabric(
-        accelerator=accelerator, devices=local, num_nodes=max(world // local, 1), strategy=strategy, precision=precision
+        accelerator=accelerator,
+        devices=local,
+        num_nodes=max(world // local, 1),
+        strategy=strategy,
+        precision=precision_of(runtime),
     )
     fabric.launch()
     return fabric

@@ -33,7 +33,7 @@ class LossPass:
         self.teachers = Teachers(teachers, self.lesson, context)
 
     def _ema_model(self) -> EMAModel:
-        epoch_steps = steps_of(self.config.model_copy(update={"steps": None, "epochs": 1.0}), self.context)
+        epoch_steps = steps_of(self.config.model_copy(update={"steps": None, "epochs": 1.0}), self.context.data)
         queue = Queue(self.config.queue_size, self.config.queue_start, self.context.seed)
         return EMAModel(self.student.module, self.lesson, self.fabric, queue, epoch_steps)
 

@@ -25,6 +25,8 @@ from clipress.compress.stage import stage
 from clipress.compress.train import train
 from clipress.models.load import Model
 
+KINDS = (nn.Linear, nn.Conv2d)
+ROWS, COLUMNS = 8, 16  # Sparse tensor cores require multiples of these.
 PROJECTIONS = ("proj", "text_projection")  # open_clip's transformers store these matrices as bare parameters
 
 
@@ -105,8 +107,7 @@ def zero_two_of_four(model: nn.Module, show: Callable[[nn.Module], None] | None 
 
     from clipress.compress import sparsegpt
 
-    kinds = (nn.Linear, nn.Conv2d)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m.weight.numel()}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, KINDS) and m.weight.numel()}
     held = {name: m.weight.detach().clone() for name, m in layers.items() if not m.weight.requires_grad}
     unseen: list[str] = []
     with redirect_stdout(io.StringIO()):  # modelopt prints every layer
@@ -128,10 +129,20 @@ def zero_two_of_four(model: nn.Module, show: Callable[[nn.Module], None] | None 
             names.append(f"{name}.weight")
         else:
             rows, columns = layer.weight.shape[:2]
-            skipped[name] = f"{rows} x {columns}; 2:4 requires a multiple of 8 x a multiple of 16"
+            skipped[name] = f"{rows} x {columns}; 2:4 requires a multiple of {ROWS} x a multiple of {COLUMNS}"
     bare = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] in PROJECTIONS]
     skipped |= dict.fromkeys(bare, "a bare parameter; only layers become 2:4")
     return SparsityReport(names, skipped, [f"{name}.weight" for name in unseen if f"{name}.weight" in names])
+
+
+def two_of_four_names(model: nn.Module) -> list[str]:
+    """Return the weights that `zero_two_of_four` would make 2:4, by their shapes and by what is trained."""
+    layers = [(name, m.weight) for name, m in model.named_modules() if isinstance(m, KINDS) and m.weight.numel()]
+    return [
+        f"{name}.weight"
+        for name, weight in layers
+        if weight.requires_grad and not weight.shape[0] % ROWS and not weight.shape[1] % COLUMNS
+    ]
 
 
 def is_two_of_four(weight: Tensor) -> bool:

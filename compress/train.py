@@ -96,10 +96,10 @@ def train(
 
     When any process receives SIGTERM or Ctrl-C, finishes the current step, saves a checkpoint and raises Stopped.
     """
-    fabric, steps = context.fabric, steps_of(config, context)
+    fabric, steps = context.fabric, steps_of(config, context.data)
     learner = Learner(model, config, terms_from(losses, context.title), context)
     # The hooks need the final parameters, so they come after Fabric has moved or sharded the model.
-    loop = Loop(learner, [*hooks, *_holds(model)], config, context)
+    loop = Loop(learner, [*hooks, *holds_of(model)], config, context)
     start, every, bad_records = loop.step, loop.checkpoint_every, BadRecords()
     with (
         stop_requests() as requested,
@@ -130,7 +130,7 @@ def train(
     return {"steps": steps, "seconds": seconds, "skipped_steps": loop.skipped, "last": loop.record, **details}
 
 
-def _holds(model: Model) -> list[Hook]:
+def holds_of(model: Model) -> list[Hook]:
     """Return the hooks that keep 2:4 zeros at zero and 7-bit weights in range."""
     holds: list[Hook] = []
     if model.sparsity:

@@ -161,6 +161,17 @@ def start_hash(raw: Mapping[str, Any], seed: int) -> str:
     return digest("start", raw, seed, *(sha256(file) for file in files if file is not None and file.is_file()))
 
 
+def without_weights(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section of the same sizes that reads no weights, to find out what a student would need."""
+    made = copy.deepcopy(dict(raw))
+    if "checkpoint" in made and isinstance(made.get("model"), str) and local_folder(made["model"]) is None:
+        made["checkpoint"] = "random"
+    for tower, keys in (("image", ("pretrained", "checkpoint")), ("vision_cfg", ("timm_model_pretrained",))):
+        if isinstance(made.get(tower), dict):
+            made[tower] = {key: value for key, value in made[tower].items() if key not in keys}
+    return made
+
+
 def freeze(model: nn.Module, towers: Iterable[str]) -> None:
     """Freeze the towers' parameters, in place."""
     for tower in towers:

@@ -159,6 +159,19 @@ def shapes(model: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
+def shape_after(part: Part, mask: Mask) -> dict[str, Any]:
+    """Return the shape that a part would have after `cut`. Its weights may be on the meta device; the mask may not."""
+    if not isinstance(part, Attn):
+        return {"ffn": int(mask.ffn.sum())}
+    attn = part.module
+    heads = torch.ones(attn.heads, dtype=torch.bool) if mask.heads is None else mask.heads
+    qk_dim = attn.qk_dim if mask.qk is None else _dims_per_head(mask.qk[heads], part, "qk")
+    v_dim = attn.v_dim if mask.v is None else _dims_per_head(mask.v[heads], part, "v")
+    if not (qk_dim and v_dim and heads.any()):
+        return part.shape | {"heads": 0, "qk_dim": 0, "v_dim": 0}
+    return part.shape | {"heads": int(heads.sum()), "qk_dim": qk_dim, "v_dim": v_dim}
+
+
 def reshape(model: nn.Module, wanted: Mapping[str, Mapping[str, Any]]) -> nn.Module:
     """Give every part, or convolution, its recorded shape, in place; the weights must be loaded afterwards.
 

@@ -127,7 +127,7 @@ class Prune(Training):
 
     def search_steps(self, context: Context) -> int:
         """Return the number of batches of the search."""
-        return -(-self.calibrate // self.batch_size) if self.steps == 0 else steps_of(self, context)
+        return -(-self.calibrate // self.batch_size) if self.steps == 0 else steps_of(self, context.data)
 
 
 @dataclass(frozen=True)

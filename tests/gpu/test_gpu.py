@@ -26,7 +26,9 @@ from clipress.data.spec import Augment, DataSpec, SourceSpec
 from clipress.models import surgery
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
+from clipress.recipe import Recipe
 from clipress.tasks import model_from_artifact
+from clipress.workflow.forecast import forecast
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 JOB = Path(__file__).parents[1] / "flow" / "distributed_job.py"
@@ -187,3 +189,16 @@ def test_a_compiled_step_is_the_step(fabrics):
         )
         losses[compiled] = details["last"]["loss"]
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_takes_the_memory_that_was_foretold(precision):
+    recipe = {
+        "name": "foretold",
+        "teacher": {"model": "ViT-B-32", "checkpoint": "random"},
+        "data": {"train": [{"format": "digits"}]},
+        "stages": [{"distill": {"losses": ["contrastive", "feature"], "steps": 4, "batch_size": 512}}],
+        "runtime": {"accelerator": "cuda", "precision": precision},
+    }
+    (stage,) = forecast(Recipe.model_validate(recipe)).stages
+    assert stage.measured.peak_bytes == pytest.approx(stage.needs.peak, rel=0.2) and stage.measured.seconds > 0

@@ -65,13 +65,13 @@ def test_norms_biases_and_the_scale_decay_too_as_published_by_upop():
 
 
 def test_epochs_are_passes_over_the_first_source(context):
-    assert steps_of(Training(epochs=2, batch_size=8), context) == 10
+    assert steps_of(Training(epochs=2, batch_size=8), context.data) == 10
 
 
 def test_an_epoch_may_count_captions_as_upop_does(context):
     scenes = replace(context, data=DataSpec(train=(SourceSpec(format="scenes", limit=40),)))  # five captions each
-    assert steps_of(Training(epochs=2, batch_size=8), scenes) == 10
-    assert steps_of(Training(epochs=2, batch_size=8, epoch_counts="captions"), scenes) == 50
+    assert steps_of(Training(epochs=2, batch_size=8), scenes.data) == 10
+    assert steps_of(Training(epochs=2, batch_size=8, epoch_counts="captions"), scenes.data) == 50
 
 
 def test_training_lowers_the_loss_and_logs_every_step(context):
