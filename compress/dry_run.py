@@ -94,14 +94,20 @@ def shapes_only() -> Iterator[None]:
                     owner._parameters[name] = nn.Parameter(one.detach().to(dtype), one.requires_grad)
         return module
 
+    def copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        memo[id(tensor)] = _like(tensor, torch.empty_like(tensor))
+        return memo[id(tensor)]
+
     nn.Module.to = change_type
     FakeTensor.numpy = lambda tensor: np.ones(tensor.shape, np.float32)  # embeddings of class names
+    # torch's own copy takes the whole mode along, and frees what that refers to twice.
+    FakeTensor.__deepcopy__ = copied
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
         nn.Module.to = to
-        del FakeTensor.numpy
+        del FakeTensor.numpy, FakeTensor.__deepcopy__
 
 
 def shapes_of(model: Model) -> Model:
@@ -110,21 +116,21 @@ def shapes_of(model: Model) -> Model:
 
 
 def random_values_of(model: Model) -> Model:
-    """Return a copy of a model on the meta device with small random weights."""
-    return _filled(model, lambda tensor: torch.randn(tensor.shape).mul_(0.02).to(tensor.dtype))
+    """Return a copy of a model on the meta device with small random weights, none of them negative, as scales must be."""
+    return _filled(model, lambda tensor: torch.rand(tensor.shape).mul_(0.02).to(tensor.dtype))
 
 
 def _filled(model: Model, fill: Callable[[Tensor], Tensor]) -> Model:
     module = model.module
     held = [value for inner in module.modules() for value in vars(inner).values() if isinstance(value, Tensor)]
 
-    def filled(tensor: Tensor) -> Tensor:
-        new = fill(tensor)
-        return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-
     # deepcopy takes the copy of a tensor from its memo.
-    memo = {id(tensor): filled(tensor) for tensor in dict.fromkeys((*_held(module), *held))}
+    memo = {id(tensor): _like(tensor, fill(tensor)) for tensor in dict.fromkeys((*_held(module), *held))}
     return replace(model, module=copy.deepcopy(module, memo))
+
+
+def _like(tensor: Tensor, new: Tensor) -> Tensor:
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
 class Ledger:

@@ -202,9 +202,10 @@ def _stage(
             notes.append("exclude: auto may keep layers in full precision")
     steps, needs, measured = _steps(settings, plan), None, None
     try:
-        needs = _needs(stage, model, teachers, plan, processes) if steps else None
+        shown = _with_quantizers(model) if steps and model.quantization else model
+        needs = _needs(stage, shown, teachers, plan, processes) if steps else None
         if steps and accelerator_of(plan.runtime) == "cuda":
-            measured = _time(stage, model, teachers, plan, processes)
+            measured = _time(stage, shown, teachers, plan, processes)
     except torch.cuda.OutOfMemoryError:
         notes.append("a step does not fit into this GPU's memory")
     except RuntimeError as error:  # a library may ask for values, which shapes do not have
@@ -270,21 +271,20 @@ def _rehearsal(
         title=stage.name,
     )
     student = fill(model)
-    if model.quantization:
-        quantizers.restore(student.module, model.quantization, _unit_scales(model))
     arrays = _batch(student, settings, terms, context)
     gates = (CRITERIA[settings.criterion].space, settings.sites) if isinstance(settings, Prune) else None
     return Rehearsal(student, settings, terms, context, arrays, gates)
 
 
-def _unit_scales(model: Model) -> dict[str, Tensor]:
-    """Return scales of all quantizers of a model, as an artifact has them."""
-    scales = {}
+def _with_quantizers(model: Model) -> Model:
+    """Return a copy of a model on the meta device with quantizers on the modules that its `quantization` names."""
+    module, scales = copy.deepcopy(model.module), {}
     for name in model.quantization["modules"]:
-        weight = model.module.get_submodule(name).weight
-        scales[f"{name}.input_quantizer._amax"] = torch.ones(())
-        scales[f"{name}.weight_quantizer._amax"] = torch.ones(len(weight), *[1] * (weight.ndim - 1))
-    return scales
+        weight = module.get_submodule(name).weight
+        scales[f"{name}.input_quantizer._amax"] = weight.new_empty(())
+        scales[f"{name}.weight_quantizer._amax"] = weight.new_empty(len(weight), *[1] * (weight.ndim - 1))
+    quantizers.restore(module, model.quantization, scales)
+    return replace(model, module=module)
 
 
 def _batch(student: Model, config: Training, terms: Mapping[str, Loss.Settings], context: Context) -> dict[str, Tensor]:

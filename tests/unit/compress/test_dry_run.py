@@ -66,14 +66,13 @@ def first_batch(runtime, whole_texts=False):
 
 def counted(losses, runtime, gates=None, processes=1, whole_texts=False, change=lambda model: None):
     """What a step on shapes needs."""
-    arrays = first_batch(runtime, whole_texts)
+    arrays, (student, _) = first_batch(runtime, whole_texts), models()
+    change(student)
     with shapes_only():
         context = context_of(runtime, PlannedFabric(runtime, processes))
         context = replace(context, teachers=tuple(map(shapes_of, context.teachers)))
         shapes = {name: torch.zeros(rows.shape, dtype=rows.dtype) for name, rows in arrays.items()}
-        student = shapes_of(models()[0])
-        change(student)
-        return step_needs(Rehearsal(student, CONFIG, terms_from(losses, "t"), context, shapes, gates))
+        return step_needs(Rehearsal(shapes_of(student), CONFIG, terms_from(losses, "t"), context, shapes, gates))
 
 
 def kept(losses, runtime, gates=None, whole_texts=False, change=lambda model: None):
