@@ -216,7 +216,7 @@ def step_needs(stage: Rehearsal) -> StepNeeds:
         gradients=gradients,
         activations=saved.peak,
         peak=sum(sizes.values()) + made.peak,
-        checkpoint=bytes_of(tensors_in(learner.state())) + scores,
+        checkpoint=bytes_of(tensors_in(learner.state(with_frozen=gates is not None))) + scores,
         trained=sum(p.numel() for one in optimizers for group in one.param_groups for p in group["params"]),
     )
     return _distributed(needs, stage.context, student.module)

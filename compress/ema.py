@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -69,13 +69,14 @@ class EMAModel:
         self.encoder = lesson.module(self.copy).to(fabric.device)
         self.past: dict[str, Tensor] = {}
 
-    def state(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
-        return {"copy": self.copy.state_dict(), "past": self.past}
+    def state(self, left_out: Container[str] = ()) -> dict[str, Any]:
+        """Return the state for a checkpoint, without the named weights: those that are the student's."""
+        weights = {name: weight for name, weight in self.copy.named_parameters() if name not in left_out}
+        return {"copy": weights, "past": self.past}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore the state from a checkpoint."""
-        self.copy.load_state_dict(state["copy"])
+        self.copy.load_state_dict({**self.copy.state_dict(), **state["copy"]})
         self.past = {name: rows.to(self.fabric.device) for name, rows in state["past"].items()}
 
     @torch.no_grad()

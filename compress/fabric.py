@@ -177,8 +177,8 @@ def all_true(value: bool, fabric: Fabric) -> bool:
     )
 
 
-def all_max(value: float, fabric: Fabric) -> float:
-    """Return the maximum over processes."""
+def all_max(values: Sequence[float], fabric: Fabric) -> list[float]:
+    """Return the maximum of each value over processes."""
     if fabric.world_size == 1:
-        return value
-    return fabric.all_reduce(torch.tensor(float(value), device=fabric.device), reduce_op="max").item()
+        return list(values)
+    return fabric.all_reduce(torch.tensor([*map(float, values)], device=fabric.device), reduce_op="max").tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,34 +125,33 @@ class Learner(LossPass):
         self.optimizer.zero_grad()
         self.objective.zero_grad()
 
-    def state(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
+    def state(self, with_frozen: bool = False) -> dict[str, Any]:
+        """Return the state for a checkpoint that all processes have in common: what training changes.
+
+        `with_frozen` adds the weights that it does not change.
+        """
+        named = self.student.module.named_parameters(remove_duplicate=False)
+        left_out = set() if with_frozen else {name for name, p in named if not p.requires_grad}
         state = {
-            "student": self.student.module.state_dict(),
+            "student": _without(self.student.module.state_dict(), left_out),
             "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state_dict(),
-            "rng": torch.get_rng_state(),
         }
         if self.own is not None:
             state["own"] = self.own.state_dict()
         if self.ema is not None:
-            state["ema"] = self.ema.state()
-        if torch.cuda.is_available():
-            state["cuda_rng"] = torch.cuda.get_rng_state()
+            state["ema"] = self.ema.state(left_out)
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore the state from a checkpoint."""
-        self.student.module.load_state_dict(state["student"])
+        self.student.module.load_state_dict({**self.student.module.state_dict(), **state["student"]})
         self.optimizer.load_state_dict(state["optimizer"])
         self.objective.load_state_dict(state["objective"])
         if self.own is not None:
             self.own.load_state_dict(state["own"])
         if self.ema is not None:
             self.ema.load_state(state["ema"])
-        torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda_rng"])
 
     def finish(self) -> None:
         """Return the student to a plain model in evaluation mode, without hooks or parameters frozen for this stage."""
@@ -175,6 +174,10 @@ class Learner(LossPass):
             for parameter in learned:
                 parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")
         return nn.utils.clip_grad_norm_(learned, self.config.grad_clip_norm)
+
+
+def _without(state: Mapping[str, Tensor], left_out: Container[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name not in left_out}
 
 
 def _chosen(finite: Tensor, new: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -63,8 +63,9 @@ class Runtime(Section):
     compile: bool = False
     """Compile student and teachers with torch.compile: a minute or more per stage and length of texts, then faster steps. Needs a
     C++ compiler, and Triton on a GPU. Not supported with fsdp2."""
-    checkpoint_every: int = Field(200, ge=0)
-    """Steps between checkpoints for resuming a stopped stage; 0 writes none. Not supported with fsdp2."""
+    checkpoint_every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Steps between checkpoints for resuming a stopped stage; 0 writes none. `auto`: one a minute, or fewer so that writing
+    takes at most 2 % of the time. Not supported with fsdp2."""
     local_loss: bool = True
     """Each process computes the loss of its own rows against all rows; otherwise every process computes it for all rows.
     The gradients are the same."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
+from clipress.compress.checkpoint import Checkpoints, load_checkpoint, random_state, set_random_state, steps_saved
 from clipress.compress.context import Context, steps_of
 from clipress.compress.fabric import HostCopy, all_max, all_mean, all_true
 from clipress.compress.hook import Hook
@@ -100,9 +100,10 @@ def train(
     learner = Learner(model, config, terms_from(losses, context.title), context)
     # The hooks need the final parameters, so they come after Fabric has moved or sharded the model.
     loop = Loop(learner, [*hooks, *holds_of(model)], config, context)
-    start, every, bad_records = loop.step, loop.checkpoint_every, BadRecords()
+    start, bad_records = loop.step, BadRecords()
     with (
         stop_requests() as requested,
+        loop.checkpoints as checkpoints,
         _log_to(context.log, fabric, start) as log,
         progress_bar(steps, context.title, "step", initial=start, disable=not fabric.is_global_zero) as bar,
     ):
@@ -115,14 +116,16 @@ def train(
             if loop.record:
                 bar.set_postfix(loss=f"{loop.record['loss']:.3f}", refresh=False)
             bar.update()
-            stop = all_max(requested.signal, fabric)
+            due = step + 1 < steps and checkpoints.is_due(step + 1)
+            stop, due = all_max((requested.signal, due), fabric)
             if stop:
                 loop.settle(log)
-            if every and (((step + 1) % every == 0 and step + 1 < steps) or stop):
+            if checkpoints.every and (due or stop):
                 loop.save(step + 1, log)
             if stop:
+                checkpoints.wait()
                 fabric.barrier()  # torchrun kills the other processes as soon as one exits
-                raise _stopped(stop, step + 1, steps, bool(every), context.title)
+                raise _stopped(stop, step + 1, steps, bool(checkpoints.every), context.title)
         loop.settle(log)
     learner.finish()
     details = {"bad_records": bad_records.bad} if bad_records.bad else {}
@@ -167,8 +170,10 @@ class Loop:
         self.began = time.perf_counter() - self.seconds
         self.outcome: Outcome | None = None
         self.bad_in_a_row = 0
-        writes = context.checkpoints and context.runtime.strategy != "fsdp2"
-        self.checkpoint_every = context.runtime.checkpoint_every if writes else 0
+        writes = context.runtime.strategy != "fsdp2"
+        self.checkpoints = Checkpoints(
+            context.checkpoints, context.runtime.checkpoint_every if writes else 0, context.fabric.global_rank
+        )
 
     def take_step(self, step: int, arrays: dict[str, Tensor], rate: float, log: Log) -> None:
         """Take one step, which changes nothing if it is not finite, and log the previous one.
@@ -222,10 +227,19 @@ class Loop:
         if self.bad_in_a_row:
             return
         fabric = self.context.fabric
-        progress = {"step": step, "skipped": self.skipped, "record": self.record, "seconds": self.seconds}
-        state = {"progress": progress, "learner": self.learner.state(), "world": fabric.world_size}
-        state["hooks"] = [hook.state() for hook in self.hooks]
-        save_checkpoint(self.context.checkpoints, step, state, fabric.global_rank)
+        self.checkpoints.wait()
+        fabric.barrier()  # so that the files of two processes are never two checkpoints apart
+        hooks = [hook.state() for hook in self.hooks]
+        state = {
+            "progress": {"step": step, "skipped": self.skipped, "record": self.record, "seconds": self.seconds},
+            "world": fabric.world_size,
+            "hooks": hooks,
+            "random": random_state(),
+        }
+        if fabric.is_global_zero:
+            # A search changes frozen weights too before it starts, and its scores hold for those it then had.
+            state["learner"] = self.learner.state(with_frozen=any(hooks))
+        self.checkpoints.save(step, state)
 
 
 def _stopped(number: float, step: int, steps: int, kept: bool, title: str) -> Stopped:
@@ -240,6 +254,7 @@ def _resume(learner: Learner, hooks: Sequence[Hook], context: Context) -> dict[s
     fabric = context.fabric
     for step in reversed(steps_saved(context.checkpoints, 0) if context.checkpoints else []):
         state = load_checkpoint(context.checkpoints, step, fabric.global_rank)
+        shared = state if fabric.is_global_zero else load_checkpoint(context.checkpoints, step, 0)
         if state is not None and state["world"] != fabric.world_size and any(state["hooks"]):
             logger.warning(
                 "%s: the checkpoint was saved by %d processes, whose pruning scores cannot be redistributed over %d. "
@@ -247,10 +262,11 @@ def _resume(learner: Learner, hooks: Sequence[Hook], context: Context) -> dict[s
                 *(context.title, state["world"], fabric.world_size),
             )
             state = None
-        if all_true(state is not None, fabric):
-            learner.load_state(state["learner"])
+        if all_true(state is not None and shared is not None, fabric):
+            learner.load_state(shared["learner"])
             for hook, kept in zip(hooks, state["hooks"], strict=True):
                 hook.load_state(kept)
+            set_random_state(state["random"])
             return state["progress"]
     return {"step": 0, "skipped": 0, "record": {}, "seconds": 0}
 

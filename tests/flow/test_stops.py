@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import clipress, torchrun, write_recipe
 from PIL import Image
 
@@ -154,10 +155,19 @@ def test_the_same_recipe_gives_bitwise_equal_artifacts_in_every_stage(tiny_run, 
 
 
 @pytest.mark.slow
-def test_all_processes_of_a_training_run_stop_at_the_same_step(tmp_path):
-    done = torchrun(STOPPED_JOB, tmp_path)
+def test_all_processes_of_a_training_run_stop_at_the_same_step_and_resume_to_the_same_weights(tmp_path):
+    done = torchrun(STOPPED_JOB, tmp_path, 2)
     assert done.returncode != 0 and "exitcode  : 75" in done.stderr, done.stderr[-3000:]
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [f"rank{n}-00000003.pt" for n in (0, 1)]
+    first, second = sorted((tmp_path / "kept").iterdir())
+    assert [path.name for path in (first, second)] == [f"rank{n}-00000003.pt" for n in (0, 1)]
+    assert second.stat().st_size < 0.01 * first.stat().st_size  # what all have in common is stored once
+    (tmp_path / "alone").mkdir()
+    for home in (tmp_path, tmp_path / "alone"):
+        done = torchrun(STOPPED_JOB, home)
+        assert done.returncode == 0, done.stderr[-3000:]
+    made, wanted = (torch.load(home / "made.pt") for home in (tmp_path, tmp_path / "alone"))
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 9
+    assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """A stopped run resumes from its last checkpoint and ends bit for bit where an uninterrupted one does."""
 
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
-from clipress.compress.checkpoint import load_checkpoint, save_checkpoint, steps_saved
+from clipress.compress import checkpoint
+from clipress.compress.checkpoint import Checkpoints, load_checkpoint, save_checkpoint, steps_saved
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
 from clipress.compress.hook import Hook
@@ -151,6 +153,107 @@ def test_only_the_last_two_are_kept_and_an_unwritable_folder_is_reported(tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="could not be written"):
         save_checkpoint(tmp_path / "file" / "kept", 1, {})
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(fabric, tmp_path, monkeypatch):
+    """The first file is not begun before the fifth step: nothing would end if training waited for it."""
+    expected = context(fabric, tmp_path / "a", every=3)
+    with pytest.raises(Stopped):
+        trained(expected, [StopAt(4)])
+    own, may_write, running = context(fabric, tmp_path / "b", every=3), threading.Event(), []
+
+    def late(folder, step, state, rank=0):
+        running.append(step)
+        assert may_write.wait(60) and len(running) == 1  # one at a time
+        save_checkpoint(folder, step, state, rank)
+        running.remove(step)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", late)
+
+    class Allow(Hook):
+        def before(self, step, arrays):
+            if step == 5:
+                assert running == [3] and not steps_saved(own.checkpoints)
+                may_write.set()
+
+    trained(own, [Allow()])
+    assert steps_saved(own.checkpoints) == [3, 6]
+    # Steps 3 and 4 had changed the weights before they were written.
+    early, later = (load_checkpoint(one.checkpoints, 3)["learner"] for one in (expected, own))
+    torch.testing.assert_close(later, early, rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_training(fabric, tmp_path, monkeypatch):
+    def full(*_):
+        raise ArtifactError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    with pytest.raises(ArtifactError, match="the disk is full"):
+        trained(context(fabric, tmp_path, every=6))
+
+
+def test_an_error_of_the_training_is_not_hidden_by_one_of_a_checkpoint(fabric, tmp_path, monkeypatch):
+    def full(*_):
+        raise ArtifactError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    with pytest.raises(Stopped):
+        trained(context(fabric, tmp_path, every=3), [StopAt(3)])
+
+
+def test_weights_that_training_does_not_change_are_not_stored(fabric, tmp_path):
+    frozen, own = Training(steps=5, batch_size=8, lr=1e-3, towers="image"), context(fabric, tmp_path / "a")
+    losses = ("contrastive", "momentum-contrastive")
+
+    def train_image_tower(own, hooks=()):
+        torch.manual_seed(0)
+        student = new_model(tiny_architecture(layers=1, embed_dim=16), 0)
+        train(student, frozen, losses, own, hooks)
+        return student.module.state_dict()
+
+    expected = train_image_tower(own)
+    other = context(fabric, tmp_path / "b")
+    with pytest.raises(Stopped):
+        train_image_tower(other, [StopAt(4)])
+    kept = load_checkpoint(other.checkpoints, 4)["learner"]
+    text = {"token_embedding.weight", "text_projection", "positional_embedding", "ln_final.weight"}
+    for names in (kept["student"].keys(), kept["ema"]["copy"].keys()):
+        assert "visual.proj" in names and not names & text
+    found = train_image_tower(other, [StopAt(99)])
+    assert all(torch.equal(expected[name], tensor) for name, tensor in found.items())
+
+
+def test_auto_lets_checkpoints_take_two_percent_of_the_time(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: clock[0])
+
+    def slow(*_):
+        clock[0] += 10
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
+    with Checkpoints(tmp_path, "auto") as own:
+        due = []
+        for step in range(1, 2000):
+            clock[0] += 1
+            if own.is_due(step):
+                due.append(clock[0])
+                own.save(step, {})
+                own.wait()
+    first, *others = due
+    assert 60 < first < 63 and others and all(500 < b - a < 515 for a, b in zip(due, others, strict=False))
+
+
+def test_shared_weights_are_copied_and_stored_once(tmp_path):
+    weight = torch.randn(100_000)
+    with Checkpoints(tmp_path, 1) as own:
+        for step in (1, 2):
+            own.save(step, {"a": weight, "b": weight.detach(), "rows": [weight[:3], torch.tensor(step)]})
+    read = load_checkpoint(tmp_path, 2)
+    assert (tmp_path / "rank0-00000002.pt").stat().st_size < 1.1 * weight.nbytes
+    assert (
+        torch.equal(read["a"], weight) and torch.equal(read["b"], weight) and torch.equal(read["rows"][0], weight[:3])
+    )
+    assert read["rows"][1] == 2 and load_checkpoint(tmp_path, 1)["rows"][1] == 1
 
 
 def test_no_checkpoints_if_they_are_disabled(fabric, tmp_path):
