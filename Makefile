@@ -37,6 +37,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	  --target $(VENV)/oracles 'transformers==5.24.0; python_version >= "3.11"' 'peft==0.21.2; python_version >= "3.11"' \
 	  'accelerate==1.15.0; python_version >= "3.11"' 'psutil==7.2.2; python_version >= "3.11"' \
 	  'sentence-transformers==6.2.0; python_version >= "3.11"'
+	@# optimum reads ONNX with an older transformers than the others, and what that needs.
+	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --requirement tests/optimum.txt \
+	  --target $(VENV)/oracles-optimum
 	@# Exports in its layout are read by transformers.js itself, where there is Node.
 	command -v npm >/dev/null && npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(VENV)/js \
 	  @huggingface/transformers@4.3.1 || echo "without Node: the tests of --layout transformers.js are skipped"

@@ -63,7 +63,9 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenize:
     if packed_tokenizer.is_packed(spec):
         return packed_tokenizer.tokenizer_from_file(spec, _cleaned(length, spec.get("kwargs") or {}))
     if spec["name"] == packed_tokenizer.NAME:
-        raise ArtifactError(f"The tokenizer's mapping lacks its file, {spec['name']}: copy or create the artifact again.")
+        raise ArtifactError(
+            f"The tokenizer's mapping lacks its file, {spec['name']}: copy or create the artifact again."
+        )
     tokenizer = open_clip_tokenizer(spec)
     return lambda texts: tokenizer([_cut(text, length * LETTERS) for text in texts], context_length=length).numpy()
 

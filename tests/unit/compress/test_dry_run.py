@@ -18,10 +18,10 @@ from clipress.compress.dry_run import (
 )
 from clipress.compress.fabric import start_fabric
 from clipress.compress.learner import Learner
+from clipress.compress.loader import batches
 from clipress.compress.losses import LOSSES, terms_from
 from clipress.compress.prune.gates import Gates
 from clipress.compress.settings import Runtime, Training
-from clipress.compress.train import batches
 from clipress.data.spec import DataSpec, SourceSpec
 from clipress.models import quantizers
 from clipress.models.load import new_model

@@ -10,8 +10,9 @@ from clipress.compress.context import Context, steps_of
 from clipress.compress.fabric import start_fabric
 from clipress.compress.hook import Hook
 from clipress.compress.learner import parameter_groups
+from clipress.compress.loader import batches
 from clipress.compress.settings import Runtime, Training
-from clipress.compress.train import MAX_BAD_STEPS, batches, learning_rate, train
+from clipress.compress.train import MAX_BAD_STEPS, learning_rate, train
 from clipress.data.spec import DataSpec, SourceSpec
 from clipress.data.transforms import Augment
 from clipress.errors import ClipressError, DataError, RecipeError
