@@ -206,8 +206,9 @@ class Search(Hook):
         task = task_named(self.model.task)
         outputs = outputs_of(task, self.model.module, task.inputs_of(arrays)).values()
         projected = sum(random_projection(y, generator) for y in outputs)
-        copies = [site.copies[len(arrays["group"])] for site in self.gates.sites]
-        for copy, gradient in zip(copies, torch.autograd.grad(projected, copies), strict=True):
+        rows = len(arrays["group"])  # a tower without samples has no copies
+        copies = [site.copies[rows] for site in self.gates.sites if rows in site.copies]
+        for copy, gradient in zip(copies, torch.autograd.grad(projected, copies, allow_unused=True), strict=True):
             copy.grad = gradient
         self.seen.add()
 
