@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,7 +34,7 @@ from clipress.export.settings import OnnxSettings
 from clipress.metrics.classify import softmax
 from clipress.metrics.zeroshot import embed_labels
 from clipress.runtime.export_folder import Exported, read_export
-from clipress.runtime.graph import Arrays
+from clipress.runtime.graph import Arrays, Run
 from clipress.runtime.onnx_session import run_from_onnx, self_test_of
 from clipress.tasks import task_named
 from clipress.tasks.clip import INPUTS, OUTPUTS, SIDES, Clip, encoder
@@ -148,14 +148,14 @@ def _classifier(
 ) -> ExtraModel:
     def build(samples: Samples) -> tuple[onnx.ModelProto, Check]:
         classes, scale = embeddings(), exported.logit_scale
-        image = run_from_onnx(exported.onnx(IMAGE))
 
-        def from_graphs(case: Arrays) -> dict[str, np.ndarray]:
-            return {merge.PROBABILITIES: softmax(scale * (image(case)[OUTPUTS[IMAGE]] @ classes.T))}
+        def from_graphs() -> Run:
+            image = run_from_onnx(exported.onnx(IMAGE))
+            return lambda case: {merge.PROBABILITIES: softmax(scale * (image(case)[OUTPUTS[IMAGE]] @ classes.T))}
 
         def check(path: Path) -> dict[str, float]:
             cases, limits = _cases(samples, [IMAGE]), _limits("fp32", exported)
-            return parity.compare_outputs(from_graphs, run_from_onnx(path), cases, limits, path.name)
+            return parity.compare_outputs(from_graphs, partial(run_from_onnx, path), cases, limits, path.name)
 
         return merge.classifier(onnx_file.read(exported.onnx(IMAGE)), classes, scale), check
 
@@ -167,16 +167,19 @@ def _joint(exported: Exported) -> ExtraModel:
     scale, bias = exported.logit_scale, exported.logit_bias
 
     def build(samples: Samples) -> tuple[onnx.ModelProto, Check]:
-        runs = {side: run_from_onnx(exported.onnx(side)) for side in SIDES}
+        def from_graphs() -> Run:
+            runs = {side: run_from_onnx(exported.onnx(side)) for side in SIDES}
 
-        def from_graphs(case: Arrays) -> dict[str, np.ndarray]:
-            images, texts = (encoder(runs, side)(case[INPUTS[side]]) for side in SIDES)
-            logits = scale * (images @ texts.T) + (bias or 0.0)
-            return {OUTPUTS[IMAGE]: images, OUTPUTS[TEXT]: texts, merge.LOGITS: logits}
+            def run(case: Arrays) -> dict[str, np.ndarray]:
+                images, texts = (encoder(runs, side)(case[INPUTS[side]]) for side in SIDES)
+                logits = scale * (images @ texts.T) + (bias or 0.0)
+                return {OUTPUTS[IMAGE]: images, OUTPUTS[TEXT]: texts, merge.LOGITS: logits}
+
+            return run
 
         def check(path: Path) -> dict[str, float]:
             cases, limits = _cases(samples, SIDES), _limits("fp32", exported)
-            return parity.compare_outputs(from_graphs, run_from_onnx(path), cases, limits, path.name)
+            return parity.compare_outputs(from_graphs, partial(run_from_onnx, path), cases, limits, path.name)
 
         files = {side: onnx_file.read(exported.onnx(side)) for side in SIDES}
         return merge.joint(files, scale, bias), check
@@ -192,18 +195,18 @@ def _in_float16(exported: Exported, one: ExtraModel) -> ExtraModel:
         full, _ = one.build(samples)
 
         def check(path: Path) -> dict[str, float]:
-            found = run_from_onnx(path, float16=True)
+            found = partial(run_from_onnx, path, float16=True)
             if one.name in exported.graphs:  # One graph is in float16, and ranked with the others as they were.
-                graphs = {name: run_from_onnx(exported.onnx(name)) for name in exported.graphs}
+                graphs = {name: partial(run_from_onnx, exported.onnx(name)) for name in exported.graphs}
                 what = parity.Comparison(exported.graphs, samples, precision, dict.fromkeys(graphs, path.name))
-                return parity.compare(what, graphs, {**graphs, one.name: found})
+                return parity.compare(what, parity.Openers(graphs), parity.Openers({**graphs, one.name: found}))
             source = path.with_name("full.onnx")
             onnx_file.write(onnx_file.copy_of(full), source)
             # The difference of unit vectors whose cosine is at the limit.
             apart = math.sqrt(2 - 2 * parity.limits_of(precision).least_cosine)
             limits = _limits(precision, exported) | dict.fromkeys(OUTPUTS.values(), apart)
             cases = _cases(samples, one.graphs)
-            return parity.compare_outputs(run_from_onnx(source), found, cases, limits, path.name)
+            return parity.compare_outputs(partial(run_from_onnx, source), found, cases, limits, path.name)
 
         return lower(full, "fp16"), check
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,16 +80,18 @@ def check(model: Model, folder: Path, samples: Mapping[str, Arrays], precision: 
     names = {name: f"{name}.onnx" for name in graphs}
     plain = {name: _without_quantizers(model, run) for name, run in runs.items()} if model.quantization else None
     what = Comparison(graphs, samples, precision, names, unquantized=plain)
-    figures = compare(what, runs, _Files({name: folder / file for name, file in names.items()}))
+    figures = compare(
+        what, runs, Openers({name: partial(run_from_onnx, folder / file) for name, file in names.items()})
+    )
     sizes = {name: _count(samples[name]) for name in graphs}
     return {"samples": sizes, "batches": [*BATCHES, "all"], **figures}
 
 
-class _Files(dict[str, Path]):
-    """Graphs' files as functions, each opened when it is asked for: a large one is in memory only while it is compared."""
+class Openers(dict[str, Callable[[], Run]]):
+    """Graphs as functions, each opened when it is asked for: a large one is in memory only while it is compared."""
 
     def __getitem__(self, graph: str) -> Run:
-        return run_from_onnx(super().__getitem__(graph))
+        return super().__getitem__(graph)()
 
 
 def _without_quantizers(model: Model, run: Run) -> Run:
@@ -113,8 +116,9 @@ def compare(what: Comparison, reference: Mapping[str, Run], candidate: Mapping[s
     """
     figures, embeddings = {}, {}
     for name, graph in what.graphs.items():
+        wanted = reference[name](what.samples[name])  # before the candidate is opened
         run = candidate[name]
-        wanted, found = reference[name](what.samples[name]), run(what.samples[name])
+        found = run(what.samples[name])
         figures[f"{name}_min_cosine"] = _least_cosine(what, name, run, wanted, found)
         del run
         first = graph.outputs[0].name
@@ -131,16 +135,19 @@ def compare(what: Comparison, reference: Mapping[str, Run], candidate: Mapping[s
 
 
 def compare_outputs(
-    reference: Run, candidate: Run, cases: Sequence[Arrays], limits: Mapping[str, float], name: str
+    reference: Callable[[], Run],
+    candidate: Callable[[], Run],
+    cases: Sequence[Arrays],
+    limits: Mapping[str, float],
+    name: str,
 ) -> dict[str, float]:
-    """Compare a file with the files it was made from, output by output.
+    """Compare a file with the files it was made from, output by output. Both are given as what opens them, and opened in turn.
 
     `limits` are the largest allowed differences. Returns those found; raises ExportError when one is beyond its limit.
     """
     figures: dict[str, float] = {}
-    for case in cases:
-        found = candidate(case)
-        for output, wanted in reference(case).items():
+    for expected, found in zip(_answers(reference, cases), _answers(candidate, cases), strict=True):
+        for output, wanted in expected.items():
             if wanted.shape != found[output].shape:
                 raise ExportError(
                     f"{name}: expected {output} of shape {wanted.shape}, found {found[output].shape}: its batch is not "
@@ -155,6 +162,11 @@ def compare_outputs(
             key = f"{output}_max_difference"
             figures[key] = max(figures.get(key, 0.0), difference)
     return figures
+
+
+def _answers(open_run: Callable[[], Run], cases: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+    run = open_run()
+    return [run(case) for case in cases]
 
 
 def same_first(wanted: Sequence[np.ndarray], found: Sequence[np.ndarray], equal: float) -> float:
