@@ -154,7 +154,7 @@ def config_of(module: nn.Module) -> Config | None:
                 projection_size=text.text_projection.out_features,
             ),
         )
-        described = architecture(config)
+        described = architecture(config, has_tokenizer=True)
     except (AttributeError, KeyError, IndexError, ValueError, ArtifactError):  # it lacks what a SigLIP has
         return None
     return config if _alike(module, build_weightless(lambda: build(described))) else None

@@ -113,7 +113,8 @@ def test_an_unknown_layout_is_one_message(job, tmp_path):
 
 TINY = tiny_architecture(layers=1)
 HIDDEN = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
-SIGLIP = siglip.architecture(siglip.Config(vision_config={**HIDDEN, "image_size": 32}, text_config=HIDDEN))
+CONFIG = siglip.Config(vision_config={**HIDDEN, "image_size": 32}, text_config=HIDDEN)
+SIGLIP = siglip.architecture(CONFIG, has_tokenizer=False)
 
 
 def cut(model):

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from clipress.data.transforms import Preprocess, fitted, normalised
 from clipress.errors import ArtifactError, BackendMissing, ExportError
-from clipress.export.layouts import LayoutJob, tokenizer_files, write_layout
+from clipress.export.layouts import LayoutJob, write_layout
 from clipress.models.importers import import_checkpoint
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
@@ -90,11 +90,9 @@ def test_a_siglip_model_embeds_as_ours_does_and_comes_back_the_same(others, tmp_
     close(found["images"], wanted["image"])
     close([found["scores"][label] for label in LABELS], wanted["logits"].sigmoid())
     again = import_checkpoint(home / "transformers")
-    assert (again.architecture, again.preprocess, again.tokenizer) == (
-        model.architecture,
-        model.preprocess,
-        model.tokenizer,
-    )
+    assert np.array_equal(again.tokenize()(OTHER_TEXTS), expected["ids"])  # by the folder's own tokenizer.json
+    text = {**model.architecture["text_cfg"], "hf_tokenizer_name": "tokenizer.json"}
+    assert (again.architecture, again.preprocess) == ({**model.architecture, "text_cfg": text}, model.preprocess)
     for name, tensor in model.module.state_dict().items():
         assert torch.equal(again.module.state_dict()[name], tensor), name
 
@@ -192,6 +190,6 @@ def test_a_tokenizer_without_a_tokenizer_json_or_with_other_ids_in_it_is_refused
         (SimpleNamespace(), "expected a fast tokenizer 'a/b', found SimpleNamespace"),
         (fast, "Tokenizer 'a/b' gives other ids .* first for 'a photo of a cat'"),
     ):
-        monkeypatch.setattr(tokenizer_files, "open_clip_tokenizer", lambda spec, inner=inner: Theirs(inner, 7))
+        monkeypatch.setattr("open_clip.tokenizer.HFTokenizer", lambda *_, inner=inner, **__: Theirs(inner, 7))
         with pytest.raises(ExportError, match=message):
             write_layout("transformers.js", with_tokenizer(job, name="a/b"), tmp_path / "t")
