@@ -193,3 +193,24 @@ def test_int8_may_round_apart_by_as_much_as_rounding_changes_at_all(changed, hol
         return
     with pytest.raises(ExportError, match=r"mean cosine 0\.998"):
         parity._least_cosine(what, "image", None, {"y": rows}, {"y": turned(0.998)})
+
+
+@pytest.mark.parametrize(("moved", "holds"), [(0.01, True), (0.001, False)])
+def test_scores_that_rounding_moves_past_each_other_count_as_equal(moved, holds):
+    """Every text has a twin whose scores are 0.006 lower, and the file puts the twin first."""
+    graphs, texts = clip_graphs(2, 3, 8), np.repeat(np.eye(8), 2, axis=0)
+    low = texts * (1 - 0.006 * (np.arange(16) % 2))[:, None]
+    swapped = low.reshape(8, 2, 8)[:, ::-1].reshape(16, 8)
+    samples = {"image": {"pixel_values": np.eye(8)}, "text": {"input_ids": low}}
+    image = lambda inputs: {"image_embeds": inputs["pixel_values"]}  # noqa: E731
+    reference = {"image": image, "text": lambda inputs: {"text_embeds": inputs["input_ids"]}}
+    found = {"image": image, "text": lambda inputs: {"text_embeds": swapped[: len(inputs["input_ids"])]}}
+    # Without rounding a text of the reference has this much more of every image, or less.
+    signs = np.where(np.arange(16) % 2, 1.0, -1.0)[:, None]
+    plain = {"image": image, "text": lambda _: {"text_embeds": low + moved * signs}}
+    what = compared(graphs, samples, "int8", unquantized=plain)
+    if holds:
+        assert parity.compare(what, reference, found)["same_first_place"] == 1
+        return
+    with pytest.raises(ExportError, match="the first place is the same for 66"):
+        parity.compare(what, reference, found)

@@ -96,7 +96,7 @@ HIDDEN = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "n
 def small_siglip(changes=(), **act):
     vision = {**HIDDEN, "image_size": 32, "patch_size": 8, **act}
     text = {**HIDDEN, "max_position_embeddings": 16, **act}
-    described = siglip.architecture(siglip.Config(vision_config=vision, text_config=text))
+    described = siglip.architecture(siglip.Config(vision_config=vision, text_config=text), has_tokenizer=False)
     for part, key, value in changes:
         (described[part] if part else described)[key] = value
     return new_model(described, 0)
@@ -106,7 +106,7 @@ def small_siglip(changes=(), **act):
 def test_a_siglip_under_their_names_is_read_back_as_it_was(act):
     model = small_siglip(hidden_act=act)
     config, stock = siglip.config_of(model.module), surgery.stock_weights(model.module)
-    assert siglip.architecture(config) == model.architecture
+    assert siglip.architecture(config, has_tokenizer=False) == model.architecture
     assert (config.vision_config.hidden_act, config.text_config.hidden_act) == (act, act)
     theirs = siglip.their_names(stock)
     assert all(name.startswith(("text_model.", "vision_model.", "logit_")) for name in theirs)
@@ -124,11 +124,15 @@ def test_a_siglip_under_their_names_is_read_back_as_it_was(act):
         ("text_cfg", "no_causal_mask", False),
         ("text_cfg", "proj_bias", False),
         ("text_cfg", "norm_kwargs", {"eps": 1e-5}),
-        ("text_cfg", "vocab_size", 500),
     ],
 )
 def test_a_clip_that_differs_from_siglip_is_none(change):
     assert siglip.config_of(small_siglip([change]).module) is None
+
+
+def test_a_siglip_may_have_any_vocabulary():
+    """Its folder has its tokenizer; open_clip's are for SigLIP's own vocabularies."""
+    assert siglip.config_of(small_siglip([("text_cfg", "vocab_size", 500)]).module).text_config.vocab_size == 500
 
 
 def test_a_siglip_may_have_the_exact_gelu_in_one_tower_alone():
