@@ -216,9 +216,10 @@ def _in_float16(exported: Exported, one: ExtraModel) -> ExtraModel:
 
 def _cases(samples: Samples, graphs: Sequence[str]) -> list[Arrays]:
     """Return inputs by name in several batch sizes; a second graph has others than the first."""
-    cases: list[dict[str, np.ndarray]] = [{} for _ in (*parity.BATCHES, None)]
+    batches = [*parity.BATCHES, parity.AT_ONCE]
+    cases: list[dict[str, np.ndarray]] = [{} for _ in batches]
     for place, graph in enumerate(graphs):
-        sizes = [*parity.BATCHES, None][:: 1 if place == 0 else -1]
+        sizes = batches[:: 1 if place == 0 else -1]
         for case, size in zip(cases, sizes, strict=True):
             case |= {name: rows[:size] for name, rows in samples[graph].items()}
     return cases

@@ -46,7 +46,8 @@ LIMITS = {
     "bf16 engine": Limits(0.99, 0.95, 2e-2),
     "int8 engine": Limits(0.99, 0.95, 2e-2),
 }
-BATCHES = (1, 3)  # Compared in addition to all samples at once.
+BATCHES = (1, 3)  # Compared in addition to all samples.
+AT_ONCE = 32  # The largest batch: a deep tower's activations for all samples would take more memory than its weights.
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def check(model: Model, folder: Path, samples: Mapping[str, Arrays], precision: 
         what, runs, Openers({name: partial(run_from_onnx, folder / file) for name, file in names.items()})
     )
     sizes = {name: _count(samples[name]) for name in graphs}
-    return {"samples": sizes, "batches": [*BATCHES, "all"], **figures}
+    return {"samples": sizes, "batches": [*BATCHES, AT_ONCE], **figures}
 
 
 class Openers(dict[str, Callable[[], Run]]):
@@ -93,6 +94,13 @@ class Openers(dict[str, Callable[[], Run]]):
 
     def __getitem__(self, graph: str) -> Run:
         return super().__getitem__(graph)()
+
+
+def _rows(run: Run, inputs: Arrays) -> dict[str, np.ndarray]:
+    """Run a graph on all rows, some at a time."""
+    starts = range(0, _count(inputs), AT_ONCE)
+    parts = [run({key: rows[start : start + AT_ONCE] for key, rows in inputs.items()}) for start in starts]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _without_quantizers(model: Model, run: Run) -> Run:
@@ -111,15 +119,15 @@ def _without_quantizers(model: Model, run: Run) -> Run:
 def compare(what: Comparison, reference: Mapping[str, Run], candidate: Mapping[str, Run]) -> dict[str, float]:
     """Compare the rows of every graph, then first places: of logits, and of rankings between two graphs of embeddings.
 
-    Candidates run on all samples at once, which is the largest batch, and on the first ones in `batches`, whose texts
-    lose the padding that is not read.
+    Candidates run on all samples, up to AT_ONCE in a batch, and on the first ones in `batches`, whose texts lose the
+    padding that is not read.
     Returns the figures; raises ExportError when one is beyond the limits of the precision.
     """
     figures, embeddings = {}, {}
     for name, graph in what.graphs.items():
-        wanted = reference[name](what.samples[name])  # before the candidate is opened
+        wanted = _rows(reference[name], what.samples[name])  # before the candidate is opened
         run = candidate[name]
-        found = run(what.samples[name])
+        found = _rows(run, what.samples[name])
         figures[f"{name}_min_cosine"] = _least_cosine(what, name, run, wanted, found)
         del run
         first = graph.outputs[0].name
@@ -214,7 +222,7 @@ def _least_cosine(
     )  # NaN if any is; Python's min would drop one that is not the first.
     mean_limit = limits.mean_cosine
     if mean < mean_limit and what.unquantized is not None:
-        plain = what.unquantized[name](inputs)
+        plain = _rows(what.unquantized[name], inputs)
         changed = 1 - np.mean([_cosines(rows, plain[output]).mean() for output, rows in wanted.items()])
         mean_limit = min(mean_limit, 1 - float(changed))
     for kind, cosine, limit in (("least", least, limits.least_cosine), ("mean", mean, mean_limit)):
@@ -241,7 +249,9 @@ def _enough(what: Comparison, graphs: Sequence[str], same: float) -> float:
 
 def _moved_by_rounding(what: Comparison, embeddings: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> float:
     """Return how far the model's own rounding moves two scores apart: √2 times the root mean square of what it does to one."""
-    plain = [what.unquantized[name](what.samples[name])[what.graphs[name].outputs[0].name] for name in embeddings]
+    plain = [
+        _rows(what.unquantized[name], what.samples[name])[what.graphs[name].outputs[0].name] for name in embeddings
+    ]
     wanted = [rows for rows, _ in embeddings.values()]
     return float(np.sqrt(2 * np.mean((wanted[0] @ wanted[1].T - plain[0] @ plain[1].T) ** 2)))
 

@@ -184,7 +184,7 @@ def test_int8_may_round_apart_by_as_much_as_rounding_changes_at_all(changed, hol
     def turned(cosine):
         return np.tile([cosine, np.sqrt(1 - cosine**2)], (200, 1))
 
-    plain = {"image": lambda _: {"y": turned(changed)}}
+    plain = {"image": lambda inputs: {"y": turned(changed)[: len(inputs["x"])]}}
     what = parity.Comparison(
         {"image": QUESTION}, {"image": {"x": rows}}, "int8", {"image": "image.onnx"}, (), unquantized=plain
     )
@@ -214,3 +214,22 @@ def test_scores_that_rounding_moves_past_each_other_count_as_equal(moved, holds)
         return
     with pytest.raises(ExportError, match="the first place is the same for 66"):
         parity.compare(what, reference, found)
+
+
+def test_no_more_samples_than_fit_in_memory_are_run_at_once():
+    graphs, seen = {"image": clip_graphs(2, 3, 4)["image"]}, []
+    what = compared(graphs, {"image": {"pixel_values": RNG.standard_normal((2 * parity.AT_ONCE + 1, 4))}})
+
+    def encode(inputs):
+        seen.append(len(inputs["pixel_values"]))
+        return {"image_embeds": unit(inputs["pixel_values"])}
+
+    def wrong_at_the_end(inputs):
+        rows = unit(inputs["pixel_values"])
+        return {"image_embeds": -rows if len(rows) == 1 and (rows == last).all() else rows}
+
+    last = unit(what.samples["image"]["pixel_values"])[-1:]
+    parity.compare(what, {"image": encode}, {"image": encode})
+    assert max(seen) == parity.AT_ONCE and sum(seen) == 2 * (2 * parity.AT_ONCE + 1) + 1 + 3
+    with pytest.raises(ExportError, match=r"least cosine -1\.0"):
+        parity.compare(what, {"image": encode}, {"image": wrong_at_the_end})
