@@ -73,7 +73,7 @@ def extra_models_from_export(folder: Path, settings: OnnxSettings, sets: Sequenc
     if missing:
         task = task_named(exported.task)
         samples = task.samples(sets, exported.preprocess, exported.tokenize())
-        described = metadata.read_metadata(onnx_file.read_graph(exported.onnx(task.main_graph))) or {}
+        described = metadata.read_metadata(onnx_file.read(exported.onnx(task.main_graph))) or {}
     for one in missing:
         _write(exported, one, described, samples)
     return {one.name: _path(folder, one) for one in wanted}
@@ -201,7 +201,7 @@ def _in_float16(exported: Exported, one: ExtraModel) -> ExtraModel:
                 what = parity.Comparison(exported.graphs, samples, precision, dict.fromkeys(graphs, path.name))
                 return parity.compare(what, parity.Openers(graphs), parity.Openers({**graphs, one.name: found}))
             source = path.with_name("full.onnx")
-            onnx_file.write(onnx_file.copy_of(full), source)
+            onnx_file.write(full, source)
             # The difference of unit vectors whose cosine is at the limit.
             apart = math.sqrt(2 - 2 * parity.limits_of(precision).least_cosine)
             limits = _limits(precision, exported) | dict.fromkeys(OUTPUTS.values(), apart)
@@ -261,7 +261,7 @@ def _write(exported: Exported, one: ExtraModel, described: Mapping[str, Any], sa
 def _is_made(folder: Path, one: ExtraModel) -> bool:
     """Return whether a file exists that was made from the same graphs with the same settings."""
     try:
-        found = metadata.read_metadata(onnx_file.read_graph(_path(folder, one))) or {}
+        found = metadata.read_metadata(onnx_file.read(_path(folder, one))) or {}
     except Exception:  # It is missing or damaged; protobuf's errors have no common type.
         return False
     return {key: found.get(key) for key in one.about} == one.about

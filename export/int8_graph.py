@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from clipress.export.onnx_file import values
 from clipress.models.quantizers import PORTABLE
 
 
@@ -29,7 +30,7 @@ def is_portable(model: onnx.ModelProto) -> bool:
     """
     stored = {item.name: item for item in model.graph.initializer if item.data_type == onnx.TensorProto.INT8}
     weights = [
-        numpy_helper.to_array(stored[node.input[0]]).astype(np.int16)  # The magnitude of -128 does not fit int8.
+        values(stored[node.input[0]]).astype(np.int16)  # The magnitude of -128 does not fit int8.
         for node in model.graph.node
         if node.op_type == "DequantizeLinear" and node.input[0] in stored
     ]
@@ -39,18 +40,18 @@ def is_portable(model: onnx.ModelProto) -> bool:
 def fold_weight_quantizers(model: onnx.ModelProto) -> None:
     """Store weights as int8 instead of float32 behind a QuantizeLinear, in place: exact, and a quarter of the size."""
     graph = model.graph
-    constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    constants = {item.name: item for item in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant":
             value = next((a.t for a in node.attribute if a.name == "value"), None)
             if value is not None:
-                constants[node.output[0]] = numpy_helper.to_array(value)
+                constants[node.output[0]] = value
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
             users.setdefault(name, []).append(node)
     for node in [n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] in constants]:
-        weight, scale = constants[node.input[0]], constants[node.input[1]]
+        weight, scale = values(constants[node.input[0]]), values(constants[node.input[1]])
         axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
         spread = scale if scale.size == 1 else scale.reshape([-1 if d == axis else 1 for d in range(weight.ndim)])
         rounded = np.clip(np.rint(weight / spread), -128, 127).astype(np.int8)
@@ -78,7 +79,7 @@ def shrink_embedding(model: onnx.ModelProto) -> None:
     for position, node in enumerate(list(graph.node)):
         if node.op_type != "Gather" or node.input[0] not in tables or node.input[1] not in given:
             continue
-        table = numpy_helper.to_array(tables[node.input[0]])
+        table = values(tables[node.input[0]])
         scale = np.maximum(np.abs(table).max(1, keepdims=True), 1e-12).astype(np.float32) / 127
         name, ids, out = node.input[0], node.input[1], node.output[0]
         graph.initializer.remove(tables[name])
@@ -141,7 +142,7 @@ def _replace(
 ) -> None:
     outs, channels, height, width = weight.dims
     rows, columns = image[0] // height, image[1] // width
-    turned = np.ascontiguousarray(numpy_helper.to_array(weight).reshape(outs, -1).T)  # [C k k, O]
+    turned = np.ascontiguousarray(values(weight).reshape(outs, -1).T)  # [C k k, O]
     weight.CopyFrom(numpy_helper.from_array(turned, weight.name))
     for attribute in sides[1].attribute:
         if attribute.name == "axis":  # The scales belong to the output channels.

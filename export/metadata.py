@@ -78,9 +78,9 @@ def stamp(model: onnx.ModelProto, about: Mapping[str, Any]) -> None:
 
 def stamp_file(path: Path, about: Mapping[str, Any]) -> None:
     """Replace the metadata of a file, whose weights stay as they are; the hash of those beside it is added."""
-    model, data = onnx_file.read_graph(path), data_path(path)
+    model, data = onnx_file.read(path), data_path(path)
     stamp(model, {**about, **({"data_sha256": sha256(data)} if data.is_file() else {})})
-    onnx_file.write_graph(model, path)
+    onnx_file.write_again(model, path)
 
 
 def stamp_portable(model: onnx.ModelProto) -> None:

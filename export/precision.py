@@ -50,13 +50,12 @@ def lower(model: ModelProto, precision: str) -> ModelProto:
         floats = _float_tensors(lowered)
         del lowered.graph.value_info[:]
         _lower(lowered.graph, floats, type_, kind)
-    onnx_file.check(lowered)
     return lowered
 
 
 def _as_initializers(graph: onnx.GraphProto) -> None:
     """Turn Constant nodes, and casts of constants such as the quantizers' zero points, into initializers."""
-    known = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    stored, known = {item.name: item for item in graph.initializer}, dict[str, np.ndarray]()
     for node in list(graph.node):
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
             raise ExportError(
@@ -71,9 +70,12 @@ def _as_initializers(graph: onnx.GraphProto) -> None:
                 if attribute.name == "value"
                 else np.asarray(value, kinds.get(attribute.name, np.int64))
             )
-        elif node.op_type == "Cast" and node.input[0] in known:
+        elif node.op_type == "Cast" and (node.input[0] in known or node.input[0] in stored):
             to = next(a.i for a in node.attribute if a.name == "to")
-            value = known[node.input[0]].astype(helper.tensor_dtype_to_np_dtype(to))
+            name = node.input[0]
+            value = (known[name] if name in known else onnx_file.values(stored[name])).astype(
+                helper.tensor_dtype_to_np_dtype(to)
+            )
         else:
             continue
         known[node.output[0]] = value
@@ -90,9 +92,11 @@ def at_least(model: ModelProto, opset: int) -> ModelProto:
     """Return a model, converted if its opset is older."""
     if opset_of(model) >= opset:
         return model
-    with onnx_file.weights_apart(model) as held:
-        converted = version_converter.convert_version(model, opset)
-    onnx_file.put_weights(converted, held)
+    stored = {item.name: item for item in model.graph.initializer}
+    converted = version_converter.convert_version(model, opset)
+    for item in converted.graph.initializer:  # It forgets where weights lie.
+        if item.name in stored and onnx_file.is_apart(stored[item.name]):
+            item.CopyFrom(stored[item.name])
     return converted
 
 
@@ -139,7 +143,7 @@ def _lower(graph: onnx.GraphProto, floats: set[str], type_: int, kind: Any) -> N
     _replace(graph.node, nodes)
     kept = [item for item in graph.initializer if item.name not in weights]
     for name, item in weights.items():
-        values = numpy_helper.to_array(item)
+        values = onnx_file.values(item)
         if name in made:
             kept.append(numpy_helper.from_array(_clipped(values, kind), name))
         if f"{name}_float32" in made:
@@ -163,8 +167,7 @@ def _clipped(values: np.ndarray, kind: Any) -> np.ndarray:
 
 def _float_tensors(model: ModelProto) -> set[str]:
     """Return the names of all float32 tensors, by ONNX's type inference."""
-    with onnx_file.weights_apart(model):
-        inferred = onnx.shape_inference.infer_shapes(model).graph
+    inferred = onnx.shape_inference.infer_shapes(model).graph
     known = {item.name for item in inferred.initializer if item.data_type == TensorProto.FLOAT}
     named = [*inferred.input, *inferred.output, *inferred.value_info]
     return known | {item.name for item in named if item.type.tensor_type.elem_type == TensorProto.FLOAT}

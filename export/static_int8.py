@@ -16,9 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import onnx
 
-from clipress.export import metadata
+from clipress.export import metadata, onnx_file
 from clipress.runtime.graph import Arrays, Graph
 from clipress.runtime.onnx_session import open_session
 
@@ -61,9 +60,9 @@ def static_int8_from_onnx(source: Path, target: Path, batches: Iterable[Arrays],
             weight_type=QuantType.QInt8,
             reduce_range=portable,
         )
-    model = onnx.load(target)
+    model = onnx_file.read(target)
     metadata.stamp_portable(model)
-    onnx.save(model, target)
+    onnx_file.write(model, target)
 
 
 def milliseconds(files: Mapping[str, Path], graph: Graph) -> dict[str, float]:

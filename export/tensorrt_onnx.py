@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from clipress.data.padding import CAPTION
 from clipress.errors import ArtifactError, ExportError
@@ -66,7 +65,7 @@ def prepare(source: Path, folder: Path, settings: TensorRTSettings, foreign: boo
     if about:  # The self-test is the source's; an engine is compared with the source instead.
         kept = {key: value for key, value in about.items() if key != "self_test"}
         metadata.stamp(lowered, kept | {"precision": precision})
-    onnx_file.write_whole(lowered, path)
+    onnx_file.write(lowered, path)
     return Prepared(source, path, name, graph, precision, about, profiles)
 
 
@@ -86,7 +85,7 @@ def _metadata(model: onnx.ModelProto, source: Path, foreign: bool) -> dict[str, 
 def _refuse_nan(model: onnx.ModelProto, source: Path) -> None:
     for item in model.graph.initializer:
         try:
-            values = numpy_helper.to_array(item)
+            values = onnx_file.values(item)
         except Exception as error:  # A tensor's shape, type and bytes can be anything in a damaged file.
             raise ArtifactError(f"{source} is not a readable ONNX file: {item.name}: {error!s:.200}.") from None
         if item.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from clipress.errors import ExportError
 from clipress.export import int8_graph, metadata, onnx_file
 from clipress.export.settings import DYNAMO_OPSET, OnnxSettings
-from clipress.models import anatomy, quantizers
+from clipress.models import quantizers
 from clipress.models.load import Model
-from clipress.runtime.export_folder import data_path
 from clipress.runtime.graph import Graph
 from clipress.tasks import Task, task_named
 
@@ -68,13 +67,6 @@ def export_without_quantizers(model: Model, graph: Graph, path: Path, opset: int
         quantizers.only(model.module, names, names)
 
 
-def _bytes_of(module: GraphModule) -> int:
-    """Return the size of the weights that a graph will have: a CLIP's two graphs have a tower each."""
-    model = module.model
-    own = anatomy.tower_parameters(model, module.graph.name) if anatomy.is_clip(model) else model.parameters()
-    return sum(weight.nbytes for weight in own)
-
-
 def write_onnx(module: GraphModule, path: Path, opset: int, dynamo: bool) -> None:
     """Write one graph with one exporter.
 
@@ -83,7 +75,6 @@ def write_onnx(module: GraphModule, path: Path, opset: int, dynamo: bool) -> Non
     graph = module.graph
     example = tuple(map(torch.from_numpy, graph.example(2).values()))  # A batch of 1 would become a constant.
     takes, gives = ([one.name for one in side] for side in (graph.inputs, graph.outputs))
-    is_large = _bytes_of(module) > onnx_file.LIMIT
     axes = {put.name: {0: "batch"} | ({} if put.end is None else {1: "length"}) for put in graph.inputs}
     shapes: dict[str, Any] = {"dynamic_axes": axes | {name: {0: "batch"} for name in gives}}
     if dynamo:
@@ -92,7 +83,8 @@ def write_onnx(module: GraphModule, path: Path, opset: int, dynamo: bool) -> Non
             {0: batch} | ({} if put.end is None else {1: torch.export.Dim("length", min=1, max=put.shape[0])})
             for put in graph.inputs
         )
-        shapes = {"dynamic_shapes": (free,), "external_data": is_large}
+        # With its weights inside, a file would be held four times while protobuf writes it.
+        shapes = {"dynamic_shapes": (free,), "external_data": True}
     with warnings.catch_warnings(), torch.no_grad(), TemporaryDirectory(dir=path.parent, prefix=".") as aside:
         made = Path(aside) / path.name
         # The older exporter is deprecated, and warns of traced shapes that are constants here.
@@ -108,6 +100,4 @@ def write_onnx(module: GraphModule, path: Path, opset: int, dynamo: bool) -> Non
             verbose=False,
             **shapes,
         )
-        if is_large and (not dynamo or data_path(made).stat().st_size <= onnx_file.LIMIT):
-            onnx_file.write(onnx_file.read(made), made)  # The older one has a file per weight.
-        onnx_file.move(made, path)
+        onnx_file.write(onnx_file.read(made), path)

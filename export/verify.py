@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-
 from clipress.errors import ArtifactError, ExportError
-from clipress.export import metadata
+from clipress.export import metadata, onnx_file
 from clipress.runtime.export_folder import DESCRIPTION, read_export
 from clipress.runtime.onnx_session import check, metadata_of, open_session, runs_exactly
 
@@ -37,7 +35,7 @@ def verify(source: Path) -> Iterator[Verified]:
     """
     for path in _files(source):
         try:
-            about = metadata.read_metadata(onnx.load(path, load_external_data=False)) or {}
+            about = metadata.read_metadata(onnx_file.read(path)) or {}
         except Exception as error:  # Protobuf's errors have no common type.
             raise ArtifactError(f"{path} is not a readable ONNX file: {error}.") from None
         if "self_test" not in about:

@@ -24,8 +24,8 @@ import yaml
 from clipress.storage import write_text_whole
 
 HERE = Path(__file__).parent
-MODELS = {"ViT-L-14-336": True, "ViT-H-14": True, "ViT-g-14": True, "ViT-bigG-14": False}
-"""Models, and whether they are cut: what does not fit 24 GiB is imported and exported only."""
+MODELS = {"ViT-L-14-336": 2, "ViT-H-14": 2, "ViT-g-14": 2, "ViT-bigG-14": 0}
+"""Models, and the batch with which they are cut; 0: what does not fit 24 GiB is imported and exported only."""
 STEPS = ("import", "compress", "export", "classifier", "bench", "serve")
 RECIPE: dict[str, Any] = {
     "name": "sizes",
@@ -41,10 +41,9 @@ RECIPE: dict[str, Any] = {
                 "steps": 0,
                 "calibrate": 8,
                 "refit": {"samples": 8},
-                "batch_size": 4,
             }
         },
-        {"quantize": {"steps": 0, "calibrate": 8, "batch_size": 4}},
+        {"quantize": {"steps": 0, "calibrate": 8}},
     ],
     "bench": {"batch": [1], "duration": 1000},
 }
@@ -98,7 +97,11 @@ def row_of(name: str, step: str, home: Path) -> dict[str, Any]:
     if not checkpoint.is_dir():
         subprocess.run([sys.executable, "-c", CHECKPOINT, name, str(checkpoint)], check=True)
         recipe = {**RECIPE, "teacher": {"artifact": str(home / "imported")}}
-        recipe["stages"] = RECIPE["stages"] if MODELS[name] else []
+        recipe["stages"] = [
+            {kind: {**settings, "batch_size": MODELS[name]} for kind, settings in stage.items()}
+            for stage in RECIPE["stages"]
+            if MODELS[name]
+        ]
         write_text_whole(home / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
     return {"checkpoint_gib": round(size / 2**30, 2), **measure(commands(home)[step])}

@@ -12,7 +12,6 @@ exports leave that to the caller: cosines are the same.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from clipress.export.extra_models import files_of
 from clipress.export.layouts import LAYOUTS, LayoutJob
 from clipress.export.layouts.hub_files import IMAGE, TEXT, image_processor, write_json
 from clipress.export.layouts.tokenizer_files import write_tokenizer
-from clipress.runtime.export_folder import Exported, data_path
+from clipress.runtime.export_folder import Exported
 
 NAMES = {IMAGE: "vision_model", TEXT: "text_model", "joint": "model"}
 ENDINGS = {"fp32": "", "int8": "_quantized", "fp16": "_fp16"}
@@ -75,17 +74,11 @@ def _config(exported: Exported, kind: str, apart: dict[str, int]) -> dict[str, A
 
 def _put(source: Path, target: Path, is_joint: bool) -> bool:
     """Copy a file; return whether its weights lie beside it, in `<name>.onnx_data`, where transformers.js looks."""
-    model, data, beside = onnx_file.read_graph(source), data_path(source), target.with_name(f"{target.name}_data")
+    model = onnx_file.read(source)
     if is_joint:
         _add_logits_per_text(model)
-    if data.is_file():
-        for item in model.graph.initializer:
-            for entry in item.external_data:
-                if entry.key == "location":
-                    entry.value = beside.name
-        shutil.copyfile(data, beside)
-    onnx_file.write_graph(model, target)
-    return data.is_file()
+    onnx_file.write(model, target, data=f"{target.name}_data")
+    return onnx_file.is_large(model)
 
 
 def _add_logits_per_text(model: ModelProto) -> None:

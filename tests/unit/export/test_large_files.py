@@ -61,10 +61,10 @@ def test_an_export_with_weights_beside_it_computes_what_torch_does(beside, model
         )
         for output, wanted in run(inputs).items():
             np.testing.assert_allclose(run_from_onnx(path)(inputs)[output], wanted, atol=1e-5)
-        assert all(len(item.raw_data) <= onnx_file.SMALL for item in onnx_file.read_graph(path).graph.initializer)
+        assert all(len(item.raw_data) <= onnx_file.SMALL for item in onnx_file.read(path).graph.initializer)
         assert data_path(path).stat().st_mode == path.stat().st_mode
         assert made.files[name].bytes == path.stat().st_size + data_path(path).stat().st_size
-        assert metadata.read_metadata(onnx_file.read_graph(path))["data_sha256"] == sha256(data_path(path))
+        assert metadata.read_metadata(onnx_file.read(path))["data_sha256"] == sha256(data_path(path))
     assert [one.path.name for one in verify(tmp_path / "e")] == ["image.onnx", "text.onnx"]
 
 
