@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from clipress.compress.settings import Runtime
 from clipress.models import anatomy
@@ -96,6 +97,28 @@ def full_tensor(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
+def on_one_process(state: Any, keeps: bool) -> Any:
+    """Return nested containers with every shard gathered on the host, one tensor at a time, where `keeps`; all processes must call it."""
+
+    def gather(leaf: Any) -> Any:
+        if not hasattr(leaf, "full_tensor"):
+            return leaf
+        whole = leaf.detach().full_tensor()
+        return whole.cpu() if keeps else None
+
+    return tree_map(gather, state)
+
+
+def as_stored(whole: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor as this run stores it: on the device of `like`, and in shards if that is. All processes must call it."""
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = whole.reshape(like.shape)  # a scalar, or the one row that FSDP2 makes of it
+    if not hasattr(like, "full_tensor"):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+
+
 @torch.no_grad()
 def gather_shards(model: nn.Module) -> None:
     """Convert an FSDP2 model back into plain modules with full parameters, in place."""
@@ -177,8 +200,22 @@ def all_true(value: bool, fabric: Fabric) -> bool:
     )
 
 
-def all_max(values: Sequence[float], fabric: Fabric) -> list[float]:
-    """Return the maximum of each value over processes."""
-    if fabric.world_size == 1:
-        return list(values)
-    return fabric.all_reduce(torch.tensor([*map(float, values)], device=fabric.device), reduce_op="max").tolist()
+class Agreement:
+    """The maximum of values over processes, which all of them act on in the same step.
+
+    Several processes learn it a step later, so that no device waits for the host.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.fabric = fabric
+        self.under_way: HostCopy | None = None
+
+    def on(self, *values: float, now: bool = False) -> list[float]:
+        """Return the maximum of each value in the step before, or with `now` of these."""
+        if self.fabric.world_size == 1:
+            return list(values)
+        before = self.under_way
+        rows = to_device(torch.tensor([*map(float, values)]), self.fabric.device)
+        self.under_way = HostCopy(self.fabric.all_reduce(rows, reduce_op="max"))
+        past = [0.0] * len(values) if before is None else before.read().tolist()
+        return [max(pair) for pair in zip(past, self.under_way.read().tolist(), strict=True)] if now else past

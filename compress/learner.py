@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clipress.compress.context import Context
-from clipress.compress.fabric import all_finite, compile_in_place, gather_shards
+from clipress.compress.fabric import all_finite, as_stored, compile_in_place, gather_shards
 from clipress.compress.grad_cache import backward_in_chunks, batch_norms, encode_in_chunks
 from clipress.compress.hook import Hook
 from clipress.compress.loss_pass import LossPass
@@ -145,8 +145,11 @@ class Learner(LossPass):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore the state from a checkpoint."""
-        self.student.module.load_state_dict({**self.student.module.state_dict(), **state["student"]})
-        self.optimizer.load_state_dict(state["optimizer"])
+        own = self.student.module.state_dict()
+        self.student.module.load_state_dict(
+            {**own, **{name: as_stored(saved, own[name]) for name, saved in state["student"].items()}}
+        )
+        self.optimizer.load_state_dict(_in_shards(state["optimizer"], self.optimizer.param_groups))
         self.objective.load_state_dict(state["objective"])
         if self.own is not None:
             self.own.load_state_dict(state["own"])
@@ -178,6 +181,20 @@ class Learner(LossPass):
 
 def _without(state: Mapping[str, Tensor], left_out: Container[str]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name not in left_out}
+
+
+def _in_shards(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return an optimizer's state with what it keeps of every parameter stored as that is."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+
+    def stored(number: int, kept: Any) -> Any:
+        is_like = isinstance(kept, Tensor) and kept.numel() == parameters[number].numel() and kept.ndim
+        return as_stored(kept, parameters[number]) if is_like else kept
+
+    rows = {
+        number: {name: stored(number, kept) for name, kept in row.items()} for number, row in state["state"].items()
+    }
+    return {**state, "state": rows}
 
 
 def _chosen(finite: Tensor, new: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:

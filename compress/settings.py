@@ -65,7 +65,7 @@ class Runtime(Section):
     C++ compiler, and Triton on a GPU. Not supported with fsdp2."""
     checkpoint_every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Steps between checkpoints for resuming a stopped stage; 0 writes none. `auto`: one a minute, or fewer so that writing
-    takes at most 2 % of the time. Not supported with fsdp2."""
+    takes at most 2 % of the time."""
     local_loss: bool = True
     """Each process computes the loss of its own rows against all rows; otherwise every process computes it for all rows.
     The gradients are the same."""

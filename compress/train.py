@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clipress.compress.checkpoint import Checkpoints, load_checkpoint, random_state, set_random_state, steps_saved
 from clipress.compress.context import Context, steps_of
-from clipress.compress.fabric import HostCopy, all_max, all_mean, all_true
+from clipress.compress.fabric import Agreement, HostCopy, all_mean, all_true, on_one_process
 from clipress.compress.hook import Hook
 from clipress.compress.learner import Learner
 from clipress.compress.loader import batches
@@ -100,7 +100,7 @@ def train(
     learner = Learner(model, config, terms_from(losses, context.title), context)
     # The hooks need the final parameters, so they come after Fabric has moved or sharded the model.
     loop = Loop(learner, [*hooks, *holds_of(model)], config, context)
-    start, bad_records = loop.step, BadRecords()
+    start, bad_records, agreement = loop.step, BadRecords(), Agreement(fabric)
     with (
         stop_requests() as requested,
         loop.checkpoints as checkpoints,
@@ -116,8 +116,11 @@ def train(
             if loop.record:
                 bar.set_postfix(loss=f"{loop.record['loss']:.3f}", refresh=False)
             bar.update()
-            due = step + 1 < steps and checkpoints.is_due(step + 1)
-            stop, due = all_max((requested.signal, due), fabric)
+            is_last, due = step + 1 == steps, checkpoints.is_due(step + 1)
+            stop, any_due = agreement.on(requested.signal, due, now=is_last)
+            due = not is_last and (
+                any_due if checkpoints.every == "auto" else due
+            )  # clocks differ, numbers of steps do not
             if stop:
                 loop.settle(log)
             if checkpoints.every and (due or stop):
@@ -170,9 +173,8 @@ class Loop:
         self.began = time.perf_counter() - self.seconds
         self.outcome: Outcome | None = None
         self.bad_in_a_row = 0
-        writes = context.runtime.strategy != "fsdp2"
         self.checkpoints = Checkpoints(
-            context.checkpoints, context.runtime.checkpoint_every if writes else 0, context.fabric.global_rank
+            context.checkpoints, context.runtime.checkpoint_every, context.fabric.global_rank
         )
 
     def take_step(self, step: int, arrays: dict[str, Tensor], rate: float, log: Log) -> None:
@@ -236,9 +238,10 @@ class Loop:
             "hooks": hooks,
             "random": random_state(),
         }
+        # A search changes frozen weights too before it starts, and its scores hold for those it then had.
+        learner = on_one_process(self.learner.state(with_frozen=any(hooks)), fabric.is_global_zero)
         if fabric.is_global_zero:
-            # A search changes frozen weights too before it starts, and its scores hold for those it then had.
-            state["learner"] = self.learner.state(with_frozen=any(hooks))
+            state["learner"] = learner
         self.checkpoints.save(step, state)
 
 

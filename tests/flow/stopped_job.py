@@ -1,4 +1,4 @@
-"""Training in two processes, started by torchrun: `stopped_job.py HOME [STEP]`.
+"""Training in two processes, started by torchrun: `stopped_job.py HOME STRATEGY [STEP]`.
 
 Only the second process gets SIGTERM, in the given step. A job that ends writes its weights to HOME/made.pt.
 """
@@ -26,10 +26,11 @@ class Stop(Hook):
             signal.raise_signal(signal.SIGTERM)
 
 
-fabric = start_fabric(Runtime(accelerator="cpu"))
+runtime = Runtime(accelerator="cpu", strategy=sys.argv[2])
+fabric = start_fabric(runtime)
 data, home = DataSpec(train=(SourceSpec(format="digits", limit=40),)), Path(sys.argv[1])
-stop = int(sys.argv[2]) if len(sys.argv) > 2 else None
-context = Context(fabric, data, 0, log=home / "log.jsonl", checkpoints=home / "kept", title="job")
+stop = int(sys.argv[3]) if len(sys.argv) > 3 else None
+context = Context(fabric, data, 0, runtime=runtime, log=home / "log.jsonl", checkpoints=home / "kept", title="job")
 try:
     clip = new_model(tiny_architecture(layers=1), 0)
     losses = {"contrastive": 1.0, "momentum-contrastive": 1.0}

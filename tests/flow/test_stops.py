@@ -154,20 +154,34 @@ def test_the_same_recipe_gives_bitwise_equal_artifacts_in_every_stage(tiny_run, 
     assert machine.keys() == {"processor", "cpu", "threads", "device", "processes"}
 
 
-@pytest.mark.slow
-def test_all_processes_of_a_training_run_stop_at_the_same_step_and_resume_to_the_same_weights(tmp_path):
-    done = torchrun(STOPPED_JOB, tmp_path, 2)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_all_processes_of_a_training_run_stop_at_the_same_step_and_resume_to_the_same_weights(tmp_path, strategy):
+    done = torchrun(STOPPED_JOB, tmp_path, strategy, 2)
     assert done.returncode != 0 and "exitcode  : 75" in done.stderr, done.stderr[-3000:]
     first, second = sorted((tmp_path / "kept").iterdir())
-    assert [path.name for path in (first, second)] == [f"rank{n}-00000003.pt" for n in (0, 1)]
+    assert [path.name for path in (first, second)] == [f"rank{n}-00000004.pt" for n in (0, 1)]
     assert second.stat().st_size < 0.01 * first.stat().st_size  # what all have in common is stored once
     (tmp_path / "alone").mkdir()
     for home in (tmp_path, tmp_path / "alone"):
-        done = torchrun(STOPPED_JOB, home)
+        done = torchrun(STOPPED_JOB, home, strategy)
         assert done.returncode == 0, done.stderr[-3000:]
     made, wanted = (torch.load(home / "made.pt") for home in (tmp_path, tmp_path / "alone"))
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 9
     assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_run_in_shards_goes_on_in_one_process(tmp_path):
+    """A checkpoint holds whole tensors, whatever the strategy."""
+    assert torchrun(STOPPED_JOB, tmp_path, "fsdp2", 2).returncode != 0
+    (tmp_path / "whole").mkdir()
+    for home, wanted in ((tmp_path, range(4, 9)), (tmp_path / "whole", range(9))):
+        done = subprocess.run([sys.executable, STOPPED_JOB, home, "auto"], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        steps = [json.loads(line)["step"] for line in (home / "log.jsonl").read_text().splitlines()]
+        assert steps[-len(wanted) :] == [*wanted]
+    made, wanted = (torch.load(home / "made.pt") for home in (tmp_path, tmp_path / "whole"))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(made[name], tensor, rtol=0, atol=1e-3)  # nine steps of Adam move a weight by 5e-3
 
 
 @pytest.fixture
