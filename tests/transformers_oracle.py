@@ -18,6 +18,7 @@ CASES = {
 }
 
 SIGLIP = "siglip"
+NAFLEX = "siglip2, square images"
 WORDED = ("chinese_clip", "altclip", "siglip with its tokenizer")
 """Cases with a tokenizer in their folder."""
 TEXTS = ["一只 Cat, sat", "a dog", "", "cats " * 40]
@@ -45,6 +46,7 @@ def write(folder):
     model = disturbed(SiglipModel(SiglipConfig(**sides)).eval())
     model.save_pretrained(folder / SIGLIP)
     save_outputs(model, {"eos_token_id": 1}, folder / SIGLIP)
+    write_naflex(folder)
     for name, (vision, text, options) in CASES.items():
         torch.manual_seed(0)
         vision, text = {"num_attention_heads": 3, **VISION, **vision}, {"num_attention_heads": 2, **TEXT, **text}
@@ -53,6 +55,32 @@ def write(folder):
         model = model.half() if options.get("half") else model
         model.save_pretrained(folder / name, max_shard_size=options.get("max_shard_size", "1GB"))
         save_outputs(model.float(), text, folder / name)
+
+
+def write_naflex(folder):
+    """Write a Siglip2Model, its processor, and what it makes of a square image that the processor prepares."""
+    import numpy as np
+    from PIL import Image
+    from transformers import Siglip2Config, Siglip2ImageProcessor, Siglip2Model
+
+    vision = {key: value for key, value in SIGLIP_VISION.items() if key != "image_size"}
+    torch.manual_seed(0)
+    config = Siglip2Config(vision_config={**vision, "num_patches": 16}, text_config=SIGLIP_TEXT)
+    model = disturbed(Siglip2Model(config).eval())
+    model.save_pretrained(folder / NAFLEX)
+    processor = Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    processor.save_pretrained(folder / NAFLEX)
+    pixels, ids = inputs({"eos_token_id": 1})
+    bytes_of = pixels.mul(40).add(128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    images = [Image.fromarray(np.ascontiguousarray(rows)) for rows in bytes_of]
+    with torch.no_grad():
+        outputs = [
+            model.get_image_features(**processor(images=images, return_tensors="pt")),
+            model.get_text_features(input_ids=ids),
+        ]
+    normalised = torch.from_numpy(bytes_of).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    rows = [output.pooler_output for output in outputs]
+    torch.save({"inputs": [normalised, ids], "outputs": rows}, folder / NAFLEX / "expected.pt")
 
 
 def write_worded(folder):

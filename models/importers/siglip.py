@@ -1,8 +1,10 @@
-"""SiglipModel of Hugging Face transformers, and SigLIP 2 of fixed size, which is stored as one: both ways."""
+"""SiglipModel of Hugging Face transformers, as which SigLIP 2 of fixed size is stored too: both ways. And SigLIP 2 NaFlex, read."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,7 +25,7 @@ TOKENIZERS = {
     256_000: "timm/ViT-B-16-SigLIP2",
 }
 """open_clip's tokenizer of each vocabulary that SigLIP was published with."""
-HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+HALF: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
 TRUNK = "visual.trunk."
 OUTSIDE = {
     **{name: name for name in ("logit_scale", "logit_bias")},
@@ -131,6 +133,30 @@ def architecture(config: Config, has_tokenizer: bool) -> dict[str, Any]:
             **({"act_kwargs": {"approximate": "tanh"}} if text.hidden_act == TANH else {}),
         },
     }
+
+
+def as_square(raw: Mapping[str, Any], state: State) -> tuple[dict[str, Any], State]:
+    """Return config.json and the weights of a SigLIP 2 NaFlex as a SiglipModel's, for square images with as many patches as it has positions.
+
+    Of such images both compute the same; NaFlex takes others in their own shape. Raises ArtifactError.
+    """
+    vision = raw.get("vision_config") or {}
+    patches, patch = (
+        vision.get(name, usual) if isinstance(vision, Mapping) else None
+        for name, usual in (("num_patches", 256), ("patch_size", 16))
+    )
+    if not (isinstance(patches, int) and isinstance(patch, int) and min(patches, patch) > 0):
+        raise ArtifactError(
+            f"vision_config: expected num_patches and patch_size, found {patches!r:.20} and {patch!r:.20}."
+        )
+    side = math.isqrt(patches)
+    if side**2 != patches:
+        raise ArtifactError(f"vision_config.num_patches: expected a square number, found {patches}.")
+    name = "vision_model.embeddings.patch_embedding.weight"  # of a Linear, whose inputs are rows, columns, channels
+    weight = state.get(name)
+    if weight is not None and weight.ndim == 2 and weight.shape[1] == 3 * patch**2:
+        state = {**state, name: weight.reshape(-1, patch, patch, 3).permute(0, 3, 1, 2).contiguous()}
+    return {**raw, "vision_config": {**vision, "image_size": side * patch}}, state
 
 
 def config_of(module: nn.Module) -> Config | None:

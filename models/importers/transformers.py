@@ -1,4 +1,4 @@
-"""Hugging Face transformers: folders of a CLIPModel, SiglipModel, ChineseCLIPModel or AltCLIPModel; config.json says everything.
+"""Hugging Face transformers: folders of a CLIPModel, SiglipModel, Siglip2Model, ChineseCLIPModel or AltCLIPModel; config.json says everything.
 
 They may be inside a sentence-transformers folder.
 """
@@ -107,7 +107,7 @@ class _Alt(BaseModel):
     text_config: bert_clip.XlmText = bert_clip.XlmText()
 
 
-KINDS = {"clip": _Config, "siglip": siglip.Config, "chinese_clip": _Chinese, "altclip": _Alt}
+KINDS = {"clip": _Config, "siglip": siglip.Config, "siglip2": siglip.Config, "chinese_clip": _Chinese, "altclip": _Alt}
 """The settings of each model_type."""
 WORD_TABLES = ("token_embedding", "word_embeddings")
 
@@ -133,27 +133,31 @@ class Transformers(Importer):
 
     def preprocess_source(self, folder: Path | None, model_name: str | None) -> str:
         found = next((name for name in PROCESSORS if folder is not None and (folder / name).is_file()), None)
-        return FROM_FILE.format(found) if found else "its kind's own, since the folder does not say"
+        source = FROM_FILE.format(found) if found else "its kind's own, since the folder does not say"
+        if folder is not None and _read(folder / self.folder_config).get("model_type") == "siglip2":
+            return f"{source}, but stretched to one square size, where NaFlex keeps an image's shape"
+        return source
 
     def model_from_folder(self, folder: Path, state: State) -> Model:
         """Build the model that config.json describes, with the folder's preprocessing and tokenizer. Raises ArtifactError."""
         raw = _read(folder / self.folder_config)
         kind = raw.get("model_type")
         if kind not in KINDS:
-            naflex = " SigLIP 2 is read at a fixed size, such as google/siglip2-base-patch16-256, not as NaFlex."
             raise ArtifactError(
                 f"expected a model_type of {', '.join(KINDS)}, found {kind!r:.50}, which is not read yet."
-                f"{naflex if kind == 'siglip2' else ''}"
             )
+        is_siglip = kind in ("siglip", "siglip2")
+        if kind == "siglip2":
+            raw, state = siglip.as_square(raw, state)
         try:
             config = KINDS[kind].model_validate(raw)
         except ValidationError as error:
             raise ArtifactError(f"its {self.folder_config}, {first_problem(error)}.") from None
-        preprocess, packed = _preprocess(folder, crops=kind != "siglip"), dict[str, Any]()
-        if kind == "siglip":
+        preprocess, packed = _preprocess(folder, crops=not is_siglip), dict[str, Any]()
+        if is_siglip:
             packed = packed_tokenizer.packed_from_folder(folder, config.text_config.vocab_size)
             described, weights = siglip.architecture(config, bool(packed)), siglip.renamed(state)
-            preprocess = siglip.HALF | preprocess
+            preprocess = siglip.HALF | ({"interpolation": "bilinear"} if kind == "siglip2" else {}) | preprocess
         elif kind == "clip":
             packed = _other_tokenizer(folder, config.text_config.vocab_size)
             described, weights = _architecture(config), renamed(state)

@@ -11,7 +11,7 @@ from oracles import run_oracle
 from safetensors.torch import load_file, save_file
 from sentence_oracle import SAVED, SENTENCES, image
 from transformers_layout import exact_layout
-from transformers_oracle import CASES, SIGLIP, TEXTS, WORDED
+from transformers_oracle import CASES, NAFLEX, SIGLIP, TEXTS, WORDED
 
 from clipress.artifact import load_artifact
 from clipress.data.bpe import SPECIAL, ClipBpe
@@ -33,7 +33,7 @@ def theirs(tmp_path_factory):
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("case", [*CASES, SIGLIP, *WORDED])
+@pytest.mark.parametrize("case", [*CASES, SIGLIP, NAFLEX, *WORDED])
 def test_an_imported_folder_computes_what_transformers_does(theirs, case):
     model = import_checkpoint(theirs / case)
     expected = torch.load(theirs / case / "expected.pt", weights_only=True)
@@ -42,6 +42,15 @@ def test_an_imported_folder_computes_what_transformers_does(theirs, case):
         found = model.module.encode_image(pixels), model.module.encode_text(ids)
     for rows, wanted in zip(found, expected["outputs"], strict=True):
         torch.testing.assert_close(rows, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.oracle
+def test_a_naflex_siglip_is_taken_for_square_images_and_says_so(theirs, tmp_path):
+    done = clipress("import", theirs / NAFLEX, tmp_path / "artifact")
+    assert done.exit_code == 0, done.output
+    assert "stretched to one square size, where NaFlex keeps an image's shape" in " ".join(done.output.split())
+    preprocess = model_from_artifact(tmp_path / "artifact").preprocess
+    assert (preprocess.size, preprocess.interpolation, preprocess.resize_mode) == (32, "bilinear", "squash")
 
 
 @pytest.mark.oracle
@@ -265,10 +274,9 @@ def test_a_tokenizer_that_is_not_clips_is_refused(folder, stock):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"model_type": "siglip2"},
-            "found 'siglip2', which is not read yet.*at a fixed size, such as google/siglip2-.*not as NaFlex",
-        ),
+        ({"model_type": "blip"}, "found 'blip', which is not read yet"),
+        ({"model_type": "siglip2", "vision_config": {"num_patches": 255}}, "expected a square number, found 255"),
+        ({"model_type": "siglip2", "vision_config": {"num_patches": "many"}}, "expected num_patches .*, found 'many'"),
         ({"vision_config": {"num_attention_heads": 7}}, "7 heads do not divide"),
         ({"vision_config": {"hidden_act": "silu"}}, "vision_config.hidden_act"),
         ({"text_config": {"hidden_act": "quick_gelu"}}, "different activations"),
