@@ -110,4 +110,5 @@ def _imported(made: Any) -> Iterator[str]:
     yield f"tokenizer: {words['name']}, {words['context_length']} ids"
     mean, std = (", ".join(f"{value:.4g}" for value in p[key]) for key in ("mean", "std"))
     source = made.lineage[-1]["preprocess"]
-    yield f"preprocessing, {source}: {p['size']} pixels, {p['interpolation']}, {p['resize_mode']}; mean {mean}; std {std}"
+    resize = p["resize_mode"] + (f", crop_pct {p['crop_pct']:.4g}" if p["crop_pct"] < 1 else "")
+    yield f"preprocessing, {source}: {p['size']} pixels, {p['interpolation']}, {resize}; mean {mean}; std {std}"

@@ -7,6 +7,7 @@ such, and are normalised at the end. Nothing here needs torch.
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,6 +42,13 @@ class Preprocess(Section):
     resize_mode: Literal["shortest", "squash", "longest"] = "shortest"
     """shortest: resize the short side and crop the centre; squash: ignore the aspect; longest: fit and pad."""
     fill_color: int = Field(0, ge=0, le=255)
+    crop_pct: Part = 1.0
+    """shortest: the part of the resized short side that the crop keeps, as in timm; 0.875 is 224 of 256 pixels."""
+
+    @property
+    def short_side(self) -> int:
+        """The short side of an image before it is cropped, in pixels; timm rounds it down."""
+        return math.floor(self.size / self.crop_pct + 1e-6)
 
 
 class Augment(Section):
@@ -92,12 +100,12 @@ def resized(image: Image.Image, preprocess: Preprocess, library: Library = "pill
     width, height = image.size
     if preprocess.resize_mode == "squash":
         image = _scaled(image, (size, size), preprocess, library)
-    elif (width, height) != (size, size):
-        fit = min if preprocess.resize_mode == "shortest" else max
-        short = fit(width, height)
+    elif (width, height) != (size, size) or preprocess.crop_pct < 1:
         # torchvision truncates the long side; open_clip rounds when it pads
-        scaled = [size * side / short for side in (width, height)]
-        rounded = int if preprocess.resize_mode == "shortest" else round
+        fit, rounded, wanted = (min, int, preprocess.short_side)
+        if preprocess.resize_mode == "longest":
+            fit, rounded, wanted = max, round, size
+        scaled = [wanted * side / fit(width, height) for side in (width, height)]
         image = _scaled(image, (max(rounded(scaled[0]), 1), max(rounded(scaled[1]), 1)), preprocess, library)
         image = _centred(image, size, preprocess.fill_color)
     return np.asarray(image, np.uint8)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipress.errors import ExportError
+from clipress.memory import release_memory
 from clipress.models import quantizers
 from clipress.models.load import Model
 from clipress.runtime.graph import Arrays, Graph, Run
@@ -130,6 +131,7 @@ def compare(what: Comparison, reference: Mapping[str, Run], candidate: Mapping[s
         found = _rows(run, what.samples[name])
         figures[f"{name}_min_cosine"] = _least_cosine(what, name, run, wanted, found)
         del run
+        release_memory()
         first = graph.outputs[0].name
         if graph.agrees == "logits":
             same = same_class(wanted[first], found[first], what.limits.equal)
@@ -177,7 +179,10 @@ def compare_outputs(
 
 def _answers(open_run: Callable[[], Run], cases: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
     run = open_run()
-    return [run(case) for case in cases]
+    answers = [run(case) for case in cases]
+    del run
+    release_memory()
+    return answers
 
 
 def same_first(wanted: Sequence[np.ndarray], found: Sequence[np.ndarray], equal: float) -> float:

@@ -26,6 +26,7 @@ from clipress.export.int8_form import choose_form, graph_with_two_forms
 from clipress.export.int8_graph import is_portable
 from clipress.export.settings import OnnxSettings
 from clipress.export.torch_export import export_graph
+from clipress.memory import release_memory
 from clipress.models.load import Model
 from clipress.runtime.export_folder import Exported, OnnxFile, describe_file, read_export
 from clipress.runtime.onnx_session import self_test_of
@@ -63,6 +64,7 @@ def onnx_from_artifact(
             if checked["int8"].form == "static":
                 checked["parity"] = parity.check(model, aside, samples, "static int8")
         model.module.to_empty(device="meta")  # A large model need not stay beside the sessions of the self-tests.
+        release_memory()
         exported = _stamped(exported.model_copy(update=checked))
         exported.write()
         made.append(exported.model_copy(update={"folder": target}))
@@ -130,6 +132,7 @@ def _stamped(exported: Exported) -> Exported:
     explicit = {name: path for name in exported.graphs if (path := exported.folder / f"{name}.qdq.onnx").is_file()}
     for name, path in [*((name, exported.onnx(name)) for name in exported.graphs), *explicit.items()]:
         tests[path.name] = self_test_of(path, [exported.graphs[name]])
+        release_memory()
         portable[path.name] = exported.precision == "fp32" or is_portable(onnx_file.read(path))
         about = metadata.of_graph(exported, name)
         metadata.stamp_file(path, {**about, "portable": portable[path.name], "self_test": tests[path.name]})

@@ -342,7 +342,7 @@ def artifact_from_model(model: Model, lineage: tuple[dict[str, Any], ...], metri
 def save_for_open_clip(model: Model, folder: Path) -> bool:
     """Write a model so that plain open_clip loads it (`local-dir:FOLDER`).
 
-    Returns False if it is cut, resized or INT8, has a reduced vocabulary, a text tower that open_clip cannot name, or an image
+    Returns False if it is cut, resized or INT8, crops the margin of its images, has a reduced vocabulary, a text tower that open_clip cannot name, or an image
     tower that timm has no name for.
     """
     uncut = surgery.shapes(build_weightless(lambda: build(model.architecture)))
@@ -352,6 +352,7 @@ def save_for_open_clip(model: Model, folder: Path) -> bool:
         or mobileclip.own_keys(model.architecture["vision_cfg"])
         or siglip_vit.size_in(model.architecture.get("vision_cfg")) is not None
         or model.tokenizer.get("kept") is not None
+        or model.preprocess.crop_pct < 1
         or _is_resized(model.module)
         or surgery.shapes(model.module) != uncut
     ):

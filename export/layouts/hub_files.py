@@ -32,7 +32,7 @@ def image_processor(preprocess: Preprocess) -> dict[str, Any]:
         "image_processor_type": "CLIPImageProcessor" if crops else "SiglipImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": preprocess.size} if crops else side,
+        "size": {"shortest_edge": preprocess.short_side} if crops else side,
         "resample": RESAMPLE[preprocess.interpolation],
         "do_center_crop": crops,
         "crop_size": side,

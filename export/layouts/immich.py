@@ -30,8 +30,10 @@ PLACES = {IMAGE: ("visual", "image"), TEXT: ("textual", "text")}
 def write(job: LayoutJob, folder: Path) -> None:
     """Write both graphs with immich's names of their inputs, and the files that prepare them."""
     exported = job.exported
-    if exported.preprocess.resize_mode == "longest":
-        raise ExportError("--layout immich: it cannot pad images (resize_mode: longest).")
+    if exported.preprocess.resize_mode == "longest" or exported.preprocess.crop_pct < 1:
+        raise ExportError(
+            "--layout immich: it can neither pad images (resize_mode: longest) nor crop their margin (crop_pct)."
+        )
     write_json(folder / "config.json", read_header(job.artifact)["architecture"])
     keys = ("size", "mean", "std", "interpolation", "resize_mode", "fill_color")
     write_json(

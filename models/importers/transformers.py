@@ -267,13 +267,22 @@ def _preprocess(folder: Path, crops: bool = True) -> dict[str, Any]:
         raise ArtifactError(f"its {name}: expected a mapping, found {type(given).__name__}.")
     # A size of both sides is stretched to.
     crops = given.get("do_center_crop", crops) and "height" not in (given.get("size") or ())
+    crop, short = _side(given.get("crop_size")), _side(given.get("size"))
     found = {
+        "crop_pct": crop / short if crops and crop and short and crop <= short else None,
         "mean": given.get("image_mean") if given.get("do_normalize", True) else [0.0] * 3,
         "std": given.get("image_std") if given.get("do_normalize", True) else [1.0] * 3,
         "interpolation": RESAMPLE.get(given.get("resample", 3), given.get("resample")),
         "resize_mode": "shortest" if crops else "squash",
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _side(size: Any) -> int | None:
+    """Return the pixels of a size in preprocessor_config.json: a number, a short side, or a square."""
+    if isinstance(size, Mapping):
+        size = size.get("shortest_edge", size.get("height"))
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def _other_tokenizer(folder: Path, vocabulary: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ ARROWS = {
     "compress": FOUNDATION
     | {"artifact", "data", "metrics", "models", "progress", "registry", "runtime", "tasks", "version"},
     "export": FOUNDATION
-    | {"artifact", "data", "metrics", "models", "progress", "registry", "runtime", "tasks", "version"},
+    | {"artifact", "data", "memory", "metrics", "models", "progress", "registry", "runtime", "tasks", "version"},
     "bench": FOUNDATION
     | {"artifact", "data", "metrics", "models", "progress", "registry", "runtime", "tasks", "version"},
     "serve": FOUNDATION | {"data", "metrics", "progress", "runtime", "version"},
@@ -42,6 +42,7 @@ ARROWS = {
     "recipe_v1": set(),
     "registry": {"errors"},
     "storage": {"errors"},
+    "memory": set(),
     "progress": set(),
     "errors": set(),
     "version": set(),

@@ -24,6 +24,18 @@ def test_torch_resize_is_within_one_level_of_pillow(photo, mode, interpolation):
     assert exact.shape == fast.shape == (96, 96, 3) and abs(exact - fast).max() <= 1 and exact.std() > 10
 
 
+@pytest.mark.parametrize(("size", "crop_pct"), [(224, 0.875), (224, 0.9), (64, 0.95), (384, 1.0)])
+@pytest.mark.parametrize("shape", [(640, 427), (300, 500), (224, 224)])
+def test_the_margin_is_cropped_as_timm_does(photo, size, crop_pct, shape):
+    from timm.data import create_transform
+
+    image = photo.resize(shape)
+    theirs = create_transform(size, interpolation="bicubic", crop_pct=crop_pct, normalize=False)
+    wanted = np.asarray(theirs(image)).transpose(1, 2, 0)
+    found = resized(image, Preprocess(size=size, crop_pct=crop_pct))
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_a_cropped_view_is_the_same_with_either_library(photo):
     view, preprocess = View(box=(100, 50, 400, 300), shift=(2, -1)), Preprocess(size=64)
     exact, fast = (viewed(photo, preprocess, view, library).astype(int) for library in ("pillow", "torch"))

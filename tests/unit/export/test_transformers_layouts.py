@@ -76,6 +76,17 @@ def test_a_clip_model_embeds_as_ours_does_whatever_the_padding(job, tmp_path, qu
 
 
 @pytest.mark.oracle
+def test_the_margin_that_a_model_crops_is_cropped_there_too(job, tmp_path):
+    model = new_model(tiny_architecture(layers=1), 1)
+    model = replace(model, preprocess=Preprocess(size=32, crop_pct=0.8))
+    folder = write_layout("transformers", LayoutJob(job.exported, saved(model, tmp_path / "x")), tmp_path / "hf")
+    found, wanted = read(folder, TEXTS, tmp_path)["pixels"], ours(model, job.exported.tokenize(), TEXTS)["pixels"]
+    level = 1 / 255 / min(model.preprocess.std)  # transformers resizes with torchvision, which rounds some values apart
+    torch.testing.assert_close(torch.as_tensor(found), wanted, rtol=0, atol=1.01 * level)
+    assert import_checkpoint(folder).preprocess == model.preprocess
+
+
+@pytest.mark.oracle
 @pytest.mark.parametrize("case", SIGLIPS)
 def test_a_siglip_model_embeds_as_ours_does_and_comes_back_the_same(others, tmp_path, case):
     home, model = others / case, model_from_artifact(others / case / "x")

@@ -219,6 +219,14 @@ def test_weights_in_its_layout_are_the_same_model(folder, stock):
     assert_same(import_checkpoint(folder), stock)
 
 
+def test_the_margin_that_a_processor_crops_is_cropped(folder):
+    sizes = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **sizes}))
+    result = clipress("import", folder, folder / "artifact")
+    assert "32 pixels, bilinear, shortest, crop_pct 0.8;" in result.output
+    assert model_from_artifact(folder / "artifact").preprocess.short_side == 40
+
+
 def test_shards_are_read_together(folder, stock):
     state = dict(exact_layout(stock.module)[0])
     (folder / "model.safetensors").unlink()
