@@ -69,7 +69,7 @@ def _method_lines(key: str, method: dict[str, Any]) -> Iterator[str]:
     "form",
     default="auto",
     show_default=True,
-    help="openai, open_clip, transformers, mobileclip, clip-kd, tinyclip, upop or auto.",
+    help="openai, open_clip, transformers, mobileclip, clip-kd, tinyclip, upop, deit or auto.",
 )
 @click.option("--model", help="An open_clip model name, if the file does not contain its architecture.")
 @click.option(
@@ -87,7 +87,7 @@ def import_(
     which: Literal["raw", "ema"] | None,
     base: Path | None,
 ) -> None:
-    """Import a third-party CLIP checkpoint.
+    """Import a third-party checkpoint: a CLIP, or a ViT classifier such as DeiT.
 
     The artifact in OUT can be a recipe's teacher. Nothing is unpickled.
     """
@@ -102,12 +102,15 @@ def import_(
 
 
 def _imported(made: Any) -> Iterator[str]:
-    """Say what the weights alone do not show: the activation, the tokenizer and the preprocessing in the artifact."""
+    """Say what the weights alone do not show: activation and tokenizer, or classes, and the preprocessing in the artifact."""
     p, words = made.preprocess, made.tokenizer
-    tanh = (made.architecture["text_cfg"].get("act_kwargs") or {}).get("approximate") == "tanh"
-    activation = "QuickGELU" if made.architecture.get("quick_gelu") else "GELU by tanh" if tanh else "GELU"
-    yield f"activation: {activation}"
-    yield f"tokenizer: {words['name']}, {words['context_length']} ids"
+    if words is not None:
+        tanh = (made.architecture["text_cfg"].get("act_kwargs") or {}).get("approximate") == "tanh"
+        activation = "QuickGELU" if made.architecture.get("quick_gelu") else "GELU by tanh" if tanh else "GELU"
+        yield f"activation: {activation}"
+        yield f"tokenizer: {words['name']}, {words['context_length']} ids"
+    elif labels := made.architecture.get("labels"):
+        yield f"classes: {len(labels):,}, {', '.join(labels[:3])}, ..."
     mean, std = (", ".join(f"{value:.4g}" for value in p[key]) for key in ("mean", "std"))
     source = made.lineage[-1]["preprocess"]
     resize = p["resize_mode"] + (f", crop_pct {p['crop_pct']:.4g}" if p["crop_pct"] < 1 else "")

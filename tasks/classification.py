@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from clipress.data.prompts import check_labels, read_classes
 from clipress.data.transforms import Preprocess, preprocess_from_open_clip
-from clipress.errors import ArtifactError, RecipeError, first_line, nearest
+from clipress.errors import ArtifactError, RecipeError, first_line
 from clipress.metrics.classify import score_logits
 from clipress.metrics.outcomes import Outcomes
-from clipress.models import anatomy, surgery
+from clipress.models import anatomy, surgery, vit
 from clipress.models.load import Model
 from clipress.models.weights_file import Which
 from clipress.recipe import Section, checked
@@ -33,10 +33,6 @@ from clipress.tasks.training import Batch, Features, Gather, Lesson, Outputs, Tr
 
 if TYPE_CHECKING:
     from clipress.data.eval_sets import EvalSet
-
-SIZES = {"img_size": 1 << 13, "patch_size": 1 << 13, "embed_dim": 1 << 14, "depth": 1 << 8, "num_heads": 1 << 10}
-MAX_CLASSES = 1 << 20
-OWN = "vit"  # the architecture's `timm_model` of a ViT that is described by its sizes
 
 
 class Student(Section):
@@ -83,7 +79,7 @@ class Student(Section):
         if self.width is not None:
             sizes = {"img_size": 224, "patch_size": self.patch_size, "embed_dim": self.width, **sizes}
             sizes |= {"depth": self.layers, "num_heads": self.num_heads}
-        return {"timm_model": self.model or OWN, "sizes": sizes, "labels": list(labels)}
+        return {"timm_model": self.model or vit.OWN, "sizes": sizes, "labels": list(labels)}
 
 
 @TASKS.register("classification")
@@ -103,14 +99,14 @@ class Classification(Task):
     }
 
     def build(self, architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
-        return surgery.use_own_attention(_build_stock(architecture, seed))
+        return vit.build(architecture, seed)
 
     def check_student(self, section: Mapping[str, Any], has_teacher: bool) -> None:
         student = checked(Student, section, "student")
         if student.names() is None and not has_teacher:
             raise RecipeError("student: expected class names in labels or labels_file, found neither.")
         if student.model is not None:
-            _check_name(student.model, "student")
+            vit.check_name(student.model, "student")
 
     def student_from(self, section: Mapping[str, Any], teacher: Model | None, seed: int) -> Model:
         self.check_student(section, teacher is not None)
@@ -128,7 +124,7 @@ class Classification(Task):
     def load_pretrained(self, name: str, checkpoint: str | None, where: str, which: Which | None = None) -> Model:
         import timm
 
-        _check_name(name, where)
+        vit.check_name(name, where)
         if which is not None:
             raise RecipeError(
                 f"{where}.weights: it is not used with a classifier, whose raw weights are read. Leave it out."
@@ -136,7 +132,7 @@ class Classification(Task):
         if checkpoint is None:
             raise RecipeError(f"{where}: model '{name}' requires 'checkpoint': a file with timm weights, or 'random'.")
         architecture = {"timm_model": name, "sizes": {}, "labels": list(read_classes(Path("imagenet")).names)}
-        module = _build_stock(architecture, seed=0)
+        module = vit.build_stock(architecture, seed=0)
         if checkpoint != "random":
             try:
                 timm.models.load_checkpoint(module, checkpoint, use_ema=False, weights_only=True)
@@ -152,7 +148,7 @@ class Classification(Task):
 
         height, _ = anatomy.image_size(module)
         preprocess = Preprocess(size=height)
-        if architecture["timm_model"] != OWN:
+        if architecture["timm_model"] != vit.OWN:
             data = timm.data.resolve_data_config({}, model=module)
             preprocess = preprocess_from_open_clip({**data, "size": height})
         return Model(module, architecture, preprocess, None, task=self.name)
@@ -283,51 +279,3 @@ def _refuse_other_classes(job: TrainingJob, labels: list[str]) -> None:
                 f"{source.name}, found {len(classes.names)} ({', '.join(classes.names[:3])}, ...). Use the same names in the "
                 "same order."
             )
-
-
-def _build_stock(architecture: Mapping[str, Any], seed: int | None) -> nn.Module:
-    """Build timm's model of an architecture that anyone may have written, with random weights."""
-    name, sizes, labels = _checked(architecture)
-    import timm
-    from timm.models.vision_transformer import VisionTransformer
-
-    with torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.manual_seed(seed)
-        try:
-            if name == OWN:
-                module = VisionTransformer(num_classes=len(labels), **sizes)
-            else:
-                module = timm.create_model(name, pretrained=False, num_classes=len(labels), **sizes)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise RecipeError(f"timm cannot build {name} with {sizes}: {error}") from None
-    if type(module) is not VisionTransformer:
-        raise RecipeError(
-            f"student.model: expected a plain ViT from timm, found {name}, a {type(module).__name__}. Use a model such as "
-            "deit_tiny_patch16_224."
-        )
-    return module
-
-
-def _check_name(name: str, where: str) -> None:
-    import timm
-
-    known = [one for module in ("vision_transformer", "deit") for one in timm.list_models(module=module)]
-    if name not in known:
-        raise RecipeError(f"{where}: timm has no vision transformer '{name}'.{nearest(name, known)}")
-
-
-def _checked(architecture: Mapping[str, Any]) -> tuple[str, dict[str, int], list[str]]:
-    """Validate an untrusted architecture. Returns timm's name, its sizes and the labels."""
-    name, sizes, labels = (architecture.get(key) for key in ("timm_model", "sizes", "labels"))
-    if not (isinstance(name, str) and isinstance(sizes, dict) and isinstance(labels, list)):
-        raise ArtifactError("architecture: expected timm_model, sizes and labels of a classifier.")
-    if not 1 <= len(labels) <= MAX_CLASSES or not all(isinstance(label, str) for label in labels):
-        raise ArtifactError(f"architecture.labels: expected 1 to {MAX_CLASSES:,} names, found {len(labels):,} entries.")
-    for key, value in sizes.items():
-        if key not in SIZES or not isinstance(value, int) or not 1 <= value <= SIZES[key]:
-            expected = f"1 to {SIZES[key]:,}" if key in SIZES else f"one of {', '.join(SIZES)}"
-            raise ArtifactError(f"architecture.sizes.{key}: expected {expected}, found {value!r:.40}.")
-    if name != OWN:
-        _check_name(name, "architecture")
-    return name, sizes, labels

@@ -6,7 +6,7 @@ Other formats that keep these names use the functions of this file.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -75,8 +75,8 @@ def architecture_from_shapes(state: State, quick_gelu: bool) -> dict[str, Any]:
         "context_length": context,
         "vocab_size": shape(state, "token_embedding.weight", 2)[0],
         "width": width,
-        "heads": _heads("positional_embedding", width),
-        "layers": _count(state, "transformer.resblocks."),
+        "heads": heads_of("positional_embedding", width),
+        "layers": count_of(state, "transformer.resblocks."),
     }
     vision = (_resnet if "visual.layer1.0.conv1.weight" in state else _vit)(state)
     embed_dim = shape(state, "text_projection", 2)[1]
@@ -85,21 +85,22 @@ def architecture_from_shapes(state: State, quick_gelu: bool) -> dict[str, Any]:
 
 def _vit(state: State) -> dict[str, Any]:
     width, _, _, patch = shape(state, "visual.conv1.weight", 4)
-    _heads("visual.conv1.weight", width)
-    grid = _grid(state, "visual.positional_embedding")
-    layers = _count(state, "visual.transformer.resblocks.")
+    heads_of("visual.conv1.weight", width)
+    grid = grid_of(state, "visual.positional_embedding")
+    layers = count_of(state, "visual.transformer.resblocks.")
     return {"image_size": grid * patch, "patch_size": patch, "width": width, "layers": layers, "head_width": HEAD}
 
 
 def _resnet(state: State) -> dict[str, Any]:
     width = shape(state, "visual.layer1.0.conv1.weight", 4)[0]
-    _heads("visual.layer1.0.conv1.weight", 32 * width)  # of the pooling attention
-    grid = _grid(state, "visual.attnpool.positional_embedding")
-    layers = [_count(state, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)]
+    heads_of("visual.layer1.0.conv1.weight", 32 * width)  # of the pooling attention
+    grid = grid_of(state, "visual.attnpool.positional_embedding")
+    layers = [count_of(state, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)]
     return {"image_size": 32 * grid, "width": width, "layers": layers, "head_width": HEAD}
 
 
-def _heads(name: str, width: int) -> int:
+def heads_of(name: str, width: int) -> int:
+    """Return the number of heads of a width, which a tensor `name` has; they are 64 wide."""
     if width % HEAD:
         raise ArtifactError(
             f"tensor {name}: expected a width that is a multiple of {HEAD}, the head width; found {width}."
@@ -107,16 +108,25 @@ def _heads(name: str, width: int) -> int:
     return width // HEAD
 
 
-def _grid(state: State, name: str) -> int:
+def grid_of(state: State, name: str, sides: int = 2) -> int:
     """Return the patches in a row, from the positions of a square of patches and one class token."""
-    positions = shape(state, name, 2)[0]
+    positions = shape(state, name, sides)[-2]
     side = math.isqrt(positions - 1)
     if side < 1 or side * side + 1 != positions:
         raise ArtifactError(f"tensor {name}: expected a square number of positions plus one, found {positions}.")
     return side
 
 
-def _count(state: State, prefix: str) -> int:
+def head_dim_of(state: State, name: str, heads: int) -> int:
+    """Return the dims of every head, from a weight with the rows of q, k and v, each head after head."""
+    rows = shape(state, name, 2)[0]
+    if rows % (3 * heads):
+        raise ArtifactError(f"tensor {name}: expected rows of q, k and v for {heads} equal heads, found {rows} rows.")
+    return rows // (3 * heads)
+
+
+def count_of(state: State, prefix: str) -> int:
+    """Return how many numbers, such as of layers, follow a prefix in tensor names."""
     return len({name[len(prefix) :].partition(".")[0] for name in state if name.startswith(prefix)})
 
 
@@ -138,13 +148,25 @@ def model_from_weights(
         return surgery.reshape(model, shapes) if shapes else model
 
     refuse_absurd(architecture)
+    model = module_from_weights(made, weights, resizes)
+    tokenizer = tokenizer_spec(architecture)
+    check_spec(tokenizer)
+    height, width = anatomy.image_size(model)
+    if height != width:
+        raise ArtifactError(f"expected a model for square images, found {height} x {width} pixels.")
+    known = checked(Preprocess, {"size": height, **(preprocess or {})}, "preprocess")
+    return Model(model, architecture, known, tokenizer)
+
+
+def module_from_weights(made: Callable[[], nn.Module], weights: State, resizes: bool = False) -> nn.Module:
+    """Put weights in stock naming into the module that `made` returns, with our attention; as `model_from_weights` does."""
     try:
         with torch.device("meta"):
             empty = made()
             wanted = surgery.stock_weights(empty)
     except ClipressError:
         raise
-    except Exception as error:  # a config can fail anywhere in open_clip
+    except Exception as error:  # a config can fail anywhere in a library
         reason = first_line(error)
         raise ArtifactError(f"open_clip cannot build its architecture: {reason}.") from None
     scalars = {name for name, tensor in wanted.items() if not tensor.ndim}  # older versions saved them as [1]
@@ -155,16 +177,10 @@ def model_from_weights(
     if resizes:
         fit_position_tables(weights, empty)
     _compare(wanted, weights)
-    tokenizer = tokenizer_spec(architecture)
-    check_spec(tokenizer)
     model = build_weightless(made)
     weights = {name: tensor.to(wanted[name].dtype).contiguous() for name, tensor in weights.items()}
     assign(model, surgery.own_weights(model, weights))
-    height, width = anatomy.image_size(model)
-    if height != width:
-        raise ArtifactError(f"expected a model for square images, found {height} x {width} pixels.")
-    known = checked(Preprocess, {"size": height, **(preprocess or {})}, "preprocess")
-    return Model(model.eval(), architecture, known, tokenizer)
+    return model.eval()
 
 
 def _compare(wanted: State, weights: State) -> None:

@@ -10,12 +10,12 @@ import logging
 import re
 from typing import Any
 
-from clipress.errors import ArtifactError
 from clipress.models.importers.base import IMPORTERS, Importer
 from clipress.models.importers.openai import (
     HEAD,
     ROOTS,
     architecture_from_shapes,
+    head_dim_of,
     model_from_weights,
     refuse_name,
     root,
@@ -62,12 +62,7 @@ def _shapes(weights: State, architecture: dict[str, Any]) -> dict[str, dict[str,
         heads, layers = tower["width"] // HEAD, tower["layers"]
         for number in range(layers if isinstance(layers, int) else 0):  # a ResNet has no blocks
             at = f"{prefix}transformer.resblocks.{number}"
-            rows = shape(weights, f"{at}.attn.in_proj_weight", 2)[0]
-            if rows % (3 * heads):
-                raise ArtifactError(
-                    f"tensor {at}.attn.in_proj_weight: expected rows of q, k and v for {heads} equal heads, found {rows} rows."
-                )
-            dim = rows // (3 * heads)
+            dim = head_dim_of(weights, f"{at}.attn.in_proj_weight", heads)
             ffn = shape(weights, f"{at}.mlp.c_fc.weight", 2)[0]
             shapes[at] = {"heads": heads, "qk_dim": dim, "v_dim": dim, "scale": dim**-0.5, "ffn": ffn}
     return shapes

@@ -160,7 +160,11 @@ WRITERS = {
 
 
 def test_every_importer_is_tested():
-    elsewhere = {"transformers", "mobileclip"}  # test_import_transformers.py, test_mobileclip.py
+    elsewhere = {
+        "transformers",
+        "mobileclip",
+        "deit",
+    }  # test_import_transformers.py, test_mobileclip.py, test_import_deit.py
     assert WRITERS.keys() | elsewhere == set(IMPORTERS)
 
 
@@ -696,7 +700,7 @@ def test_a_missing_file_is_reported(tmp_path):
         (dict.fromkeys(map(str, range(2**16 + 1)), torch.ones(1)), "65,537 entries"),
         (
             {"epoch": torch.ones(1), "fc.weight": torch.ones(2)},
-            "tinyclip, mobileclip, upop, clip-kd, openai, transformers, open_clip.*found none.*epoch, fc.weight",
+            "tinyclip, mobileclip, upop, clip-kd, deit, openai, transformers, open_clip.*found none.*epoch, fc.weight",
         ),
     ],
 )
