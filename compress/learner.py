@@ -16,6 +16,7 @@ from clipress.compress.loss_pass import LossPass
 from clipress.compress.losses import Loss
 from clipress.compress.settings import Training
 from clipress.models import anatomy
+from clipress.models.drop_path import set_drop_path
 from clipress.models.load import Model
 from clipress.models.students import eval_frozen_modules
 from clipress.tasks import task_named
@@ -45,6 +46,8 @@ class Learner(LossPass):
         eval_frozen_modules(student.module)
         if context.runtime.grad_checkpointing:
             student.module.set_grad_checkpointing(True)
+        if config.drop_path:
+            set_drop_path(student.module, config.drop_path)
         self.module, self.uncompiled = self.fabric.setup_module(self.encoder), context.runtime.compile
         groups = parameter_groups(self.module, config)
         self.optimizer = self.fabric.setup_optimizers(
@@ -166,6 +169,8 @@ class Learner(LossPass):
             parameter.requires_grad_(True)
         if self.context.runtime.grad_checkpointing:
             self.student.module.set_grad_checkpointing(False)
+        if self.config.drop_path:
+            set_drop_path(self.student.module, 0.0)
         self.student.module.eval()
 
     def _reduce_own_gradients(self) -> Tensor:

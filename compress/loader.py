@@ -16,15 +16,18 @@ from torch.utils.data import DataLoader
 
 from clipress.compress.context import Context
 from clipress.compress.fabric import to_device
+from clipress.compress.mixing import Mixing
 from clipress.compress.settings import Training
 from clipress.compress.signals import ignore_stop_signals
 from clipress.data.dataset import TrainingSet
 from clipress.data.padding import without_padding
 from clipress.data.sampler import Batches
 from clipress.data.transforms import Preprocess, normalised
+from clipress.errors import RecipeError
 from clipress.models.load import Model
 from clipress.models.text_length import text_ends
 from clipress.runtime.cpu import usable_cores
+from clipress.tasks import task_named
 
 MOST_WORKERS = 16  # per process: each holds a copy of what was read of the sources
 PREFETCH = 2  # batches that each worker has ready
@@ -34,25 +37,40 @@ SHARED = Path("/dev/shm")  # where torch's workers put them
 class Loader:
     """Batches on a device: arrays of `TrainingSet` as tensors, with pixels float32 [B, 3, S, S], and the list `bad`."""
 
-    def __init__(self, loader: DataLoader, forms: Mapping[str, Preprocess], device: torch.device) -> None:
-        self.loader, self.forms, self.device = loader, forms, device
+    def __init__(
+        self,
+        loader: DataLoader,
+        forms: Mapping[str, Preprocess],
+        device: torch.device,
+        mixing: Mixing | None = None,
+        start: int = 0,
+    ) -> None:
+        self.loader, self.forms, self.device, self.mixing, self.start = loader, forms, device, mixing, start
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         normalise = {name: normaliser(form, self.device) for name, form in self.forms.items()}
-        for arrays in self.loader:
+        for step, arrays in enumerate(self.loader, self.start):
             batch = {
                 name: to_device(rows, self.device) if isinstance(rows, Tensor) else rows
                 for name, rows in arrays.items()
             }
-            yield {name: normalise[name](rows) if name in normalise else rows for name, rows in batch.items()}
+            batch = {name: normalise[name](rows) if name in normalise else rows for name, rows in batch.items()}
+            yield batch if self.mixing is None else self.mixing(step, batch)
 
 
 def batches(
-    model: Model, config: Training, context: Context, steps: int, start: int = 0, whole_texts: bool = False
+    model: Model,
+    config: Training,
+    context: Context,
+    steps: int,
+    start: int = 0,
+    whole_texts: bool = False,
+    mixed: bool = False,
 ) -> Loader:
     """Return the batches of a stage, on its device. The batch of step t depends only on the seed and t.
 
-    Texts come without the padding that neither the model nor a running teacher reads, unless `whole_texts`.
+    Texts come without the padding that neither the model nor a running teacher reads, unless `whole_texts`. With `mixed`, images
+    are erased in part and mixed as `data.augment` says, which calibration does without.
     """
     sources = context.sources()
     ends = None if whole_texts else text_ends(model, () if context.caches else context.teachers)
@@ -76,7 +94,9 @@ def batches(
         start,
         context.fabric.global_rank,
         context.fabric.world_size,
+        context.data.repeats,
     )
+    mixing = _mixing(model, context) if mixed else None
     device = context.fabric.device
     image_bytes = sum(form.size**2 * 3 for form in dataset.forms.values())
     batch_bytes = config.batch_size // context.fabric.world_size * image_bytes
@@ -90,7 +110,18 @@ def batches(
         worker_init_fn=ignore_stop_signals,
         pin_memory=device.type == "cuda",
     )
-    return Loader(loader, dataset.forms, device)
+    return Loader(loader, dataset.forms, device, mixing, start)
+
+
+def _mixing(model: Model, context: Context) -> Mixing | None:
+    augment = context.data.augment
+    if augment.mixes and not task_named(model.task).mixes:
+        raise RecipeError(
+            f"data.augment: mixup and cutmix mix the labels of a classifier, which task {model.task} has none of. Leave them out."
+        )
+    if not (augment.mixes or augment.random_erase):
+        return None
+    return Mixing(augment, context.seed, context.fabric.global_rank)
 
 
 def number_of_workers(wanted: int | str, device: torch.device, batch_bytes: int) -> int:

@@ -38,6 +38,9 @@ class Training(Section):
     """Past pairs kept as extra negatives by losses with a momentum model; UPop uses 57,600."""
     queue_start: Literal["empty", "random"] = "empty"
     """What the queue holds at the start: nothing, or random unit rows that match no pair, as in UPop's code."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth: the probability that a residual branch of the last block is left out, rising from 0 in the first. For
+    vision transformers of timm's; DeiT has 0.1."""
     towers: str = "both"
     """Towers to train: `both`, or the name of one. The other is frozen, and skipped if no loss uses it."""
 

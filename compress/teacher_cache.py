@@ -100,6 +100,11 @@ def manifest_of(
     model: Model, source: Source, augment: Augment, views: int, teacher_hash: str, dtype: Dtype, precision: Precision
 ) -> Manifest:
     """Describe a cache before it is built; the folder name is derived from the description."""
+    if not augment.is_view:
+        raise RecipeError(
+            "cache: expected an augmentation that a cache can repeat (shift, crop_scale, flip), found auto_augment, random_erase, "
+            "mixup or cutmix. Leave them out, or leave out 'cache'."
+        )
     if views > 1 and augment == Augment():
         raise RecipeError(
             f"cache: expected an augmentation for {views} views of {source.name}, found an empty 'data.augment', which makes "

@@ -107,7 +107,7 @@ def train(
         _log_to(context.log, fabric, start) as log,
         progress_bar(steps, context.title, "step", initial=start, disable=not fabric.is_global_zero) as bar,
     ):
-        loader = batches(model, config, context, steps, start, whole_texts="tokens" in learner.lesson.needs)
+        loader = batches(model, config, context, steps, start, whole_texts="tokens" in learner.lesson.needs, mixed=True)
         for step, arrays in enumerate(loader, start):
             for item in bad_records.count(len(arrays["group"]), arrays.pop("bad")):
                 log({"step": step, "bad_record": asdict(item)})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clipress.data.auto_augment import auto_augmented
 from clipress.data.bad_records import Record, read_record
 from clipress.data.sampler import Draw
 from clipress.data.sources import Source
@@ -64,6 +65,11 @@ class TrainingSet:
             raise DataError(
                 f"data.augment.shift is in pixels, so the teacher and the student must have one image size; found {sizes[0]} "
                 f"and {preprocess.size}. Use 'augment.crop_scale' instead."
+            )
+        if self.others and not augment.is_view:
+            raise DataError(
+                "data.augment: auto_augment, random_erase, mixup and cutmix change pixels, so teacher and student must have the same "
+                "preprocessing, found others. Leave them out."
             )
         self.library, self.needed_ids = library, needed_ids
         self.sources, self.preprocess, self.augment, self.seed = list(sources), preprocess, augment, seed
@@ -139,6 +145,8 @@ class TrainingSet:
             shown = cache.view(record.index, view) if drawn is None else drawn
             forms = (self.preprocess, *self.others.values())
             pixels, *others = (viewed(record.image, form, shown, self.library) for form in forms)
+            if self.augment.auto_augment is not None:
+                pixels = auto_augmented(pixels, self.augment.auto_augment, self.preprocess, rng)
         caption = int(rng.integers(len(record.captions))) if self.has_texts else 0
         return Chosen(draw.source, record, view, caption, pixels, tuple(others))
 

@@ -13,7 +13,7 @@ from clipress.errors import DataError
 
 @dataclass(frozen=True)
 class Draw:
-    """One item of a batch: which source, which item, which pass over the source."""
+    """One item of a batch: which source, which item, and which time it is shown."""
 
     source: int
     index: int
@@ -25,7 +25,7 @@ class Batches:
 
     A run can therefore stop at any step and resume exactly. Every source fills its share of each batch and walks through
     its own permutations. With several processes each takes every `world`-th item, so the global batch is the same for
-    any number of processes.
+    any number of processes. With `repeats`, every item comes so many times in a row.
     """
 
     def __init__(
@@ -38,13 +38,14 @@ class Batches:
         start: int = 0,
         rank: int = 0,
         world: int = 1,
+        repeats: int = 1,
     ) -> None:
         if batch % world:
             raise DataError(
                 f"batch_size: expected a multiple of the {world} processes, found {batch}. Change one of them."
             )
         self.sizes, self.steps, self.seed, self.start = list(sizes), steps, seed, start
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.repeats = rank, world, repeats
         exact = np.asarray(shares, float) / sum(shares) * batch
         counts = np.floor(exact).astype(int)
         for source in np.argsort(counts - exact, kind="stable")[: batch - counts.sum()]:
@@ -60,8 +61,9 @@ class Batches:
         draws = []
         for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
             for position in range(step * count, (step + 1) * count):
-                epoch, place = divmod(position, size)
-                draws.append(Draw(source, int(self._order(source, epoch)[place]), epoch))
+                shown, copy = divmod(position, self.repeats)
+                epoch, place = divmod(shown, size)
+                draws.append(Draw(source, int(self._order(source, epoch)[place]), epoch * self.repeats + copy))
         return draws
 
     def __iter__(self) -> Iterator[list[Draw]]:

@@ -55,6 +55,9 @@ class DataSpec(Section):
     val: tuple[SourceSpec, ...] = ()
     test: tuple[SourceSpec, ...] = ()
     augment: Augment = Augment()
+    repeats: int = Field(1, ge=1)
+    """Show every image so many times in a row, each time augmented anew (repeated augmentation, Hoffer et al. 2020); DeiT has 3.
+    An epoch remains as long."""
     workers: Annotated[int, Field(ge=0, le=1 << 10)] | Literal["auto"] = "auto"
     """Number of decoding processes for each that trains; 0 decodes in the training process. auto: 0 on a CPU, which training fills;
     on a GPU its share of the cores, as far as shared memory holds what they hand over."""

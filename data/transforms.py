@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
-from clipress.errors import DataError
+from clipress.errors import DataError, RecipeError
 from clipress.recipe import Section
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -28,6 +29,11 @@ Library = Literal["pillow", "torch"]
 """Resizing library: pillow gives open_clip's pixels; torch is nearly twice as fast, within one level."""
 Positive = Annotated[float, Field(gt=0)]
 Part = Annotated[float, Field(gt=0, le=1)]
+NUMBER = r"[0-9]+(\.[0-9]+)?"
+POLICY = re.compile(
+    rf"rand(-(m|n|p|mstd|mmax|inc){NUMBER})*|augmix(-(m|w|d|a|b|mstd){NUMBER})*|(original|originalr|v0|v0r|3a)(-mstd{NUMBER})?"
+)
+"""timm's names of random operations."""
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -60,6 +66,31 @@ class Augment(Section):
     """Crop a random region before resizing: range of its area, as a fraction; its aspect is 3/4 to 4/3."""
     flip: bool = False
     """Mirror half of the images. Unsuitable for captions that mention left and right."""
+    auto_augment: str | None = None
+    """Random operations by one of timm's policies, such as rand-m9-mstd0.5-inc1 (RandAugment)."""
+    random_erase: float = Field(0.0, ge=0, le=1)
+    """Probability that a box of an image becomes noise."""
+    mixup: float = Field(0.0, ge=0)
+    """Classifiers: mix images and labels in pairs; the parameter of the Beta distribution of their shares. 0: never."""
+    cutmix: float = Field(0.0, ge=0)
+    """Classifiers: put a box of one image into another; likewise. With mixup, every batch draws one of the two."""
+
+    def model_post_init(self, _: Any) -> None:
+        if self.auto_augment is not None and not POLICY.fullmatch(self.auto_augment):
+            raise RecipeError(
+                "augment.auto_augment: expected a policy in timm's words, such as rand-m9-mstd0.5-inc1, augmix-m3 or original, found "
+                f"'{self.auto_augment:.60}'."
+            )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def is_view(self) -> bool:
+        """Whether all that is done is a `View`, which a teacher's cache can repeat."""
+        return self.auto_augment is None and not self.random_erase and not self.mixes
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:

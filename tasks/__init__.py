@@ -46,6 +46,8 @@ class Task(ABC):
 
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Default settings by stage kind, if they differ from the stage's own."""
+    mixes: ClassVar[bool] = False
+    """Whether its training images may be mixed with each other (mixup, CutMix)."""
     reads_text: ClassVar[bool] = False
     """Whether its models have a tokenizer."""
 

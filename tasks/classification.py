@@ -91,6 +91,7 @@ class Classification(Task):
     main_graph = "image"
     figures = ("/top1",)
     provides = frozenset({"teacher", "labels", "space", "logits", "tokens"})
+    mixes = True
     stage_defaults = {  # noqa: RUF012
         "distill": {"losses": ["classification"]},
         "prune": {"losses": ["classification"]},
@@ -243,6 +244,11 @@ class ClassifierLesson(Lesson):
     ) -> Batch:
         # All sources have the same classes, but the loader numbers them consecutively across sources.
         labels = torch.where(arrays["label"] < 0, arrays["label"], arrays["label"] % self.num_classes)
+        mixing = {}
+        if "share" in arrays:
+            others = arrays["other_label"]
+            others = torch.where(others < 0, others, others % self.num_classes)
+            mixing = {"other_labels": gather.own(others), "shares": gather.own(arrays["share"])}
         return Batch(
             _features(outputs, gather),
             tuple(_features(one, gather) for one in teachers),
@@ -250,6 +256,7 @@ class ClassifierLesson(Lesson):
             labels=gather.own(labels),
             all_labels=gather.rows(labels),
             sides=self.learning,
+            **mixing,
         )
 
 

@@ -75,6 +75,8 @@ class Batch:
     """Whether a pruning search updates its masks after this step."""
     sides: tuple[str, ...] = ()
     """The trained towers."""
+    other_labels: Tensor | None = None  # [B], of the images that were mixed in
+    shares: Tensor | None = None  # [B], of an image's own pixels in a mixed one
 
     @property
     def teacher(self) -> Features:

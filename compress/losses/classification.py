@@ -2,10 +2,12 @@
 
 L = mean over labeled samples of CE(s v C^T, y);  v unit image embeddings [B, D], C the teacher's text classifier for the
 sources' classes [K, D], y labels [B]. Used alone, it is plain supervised training of the image tower with the teacher's
-head. Samples without a label contribute nothing; a batch without labels has a loss of exactly zero.
+head. Samples without a label contribute nothing; a batch without labels has a loss of exactly zero. Of mixed images (mixup, CutMix),
+each label counts by its share.
 """
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from clipress.compress.losses import LOSSES, Loss
@@ -21,6 +23,8 @@ class Classification(Loss):
 
     class Settings(Loss.Settings):
         scale: float = 100.0
+        smoothing: float = Field(0.0, ge=0, lt=1)
+        """Label smoothing (Szegedy et al. 2016): this part of the target is spread over all classes."""
 
     def __init__(self, settings: Settings, sizes: Sizes) -> None:
         super().__init__(settings, sizes)
@@ -31,6 +35,13 @@ class Classification(Loss):
 
     def forward(self, batch: Batch) -> Tensor:
         logits = batch.class_scores(self.settings.scale)
-        rows = F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="none")
+        rows = self._rows(logits, batch.labels)
+        if batch.shares is not None:
+            rows = batch.shares * rows + (1 - batch.shares) * self._rows(logits, batch.other_labels)
         labeled = (batch.all_labels >= 0).sum().clamp(min=1)
         return rows.mean() * len(batch.all_labels) / labeled  # processes may have different numbers of labels
+
+    def _rows(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(
+            logits, labels, ignore_index=-1, reduction="none", label_smoothing=self.settings.smoothing
+        )
