@@ -2,17 +2,21 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 
 import clipress
-from clipress.artifact import read_header, save_artifact
+from clipress.artifact import load_artifact, read_header, save_artifact
 from clipress.compress.pipeline import compress
 from clipress.compress.plan import compress_plan_from
+from clipress.models.importers import artifact_from_checkpoint
 from clipress.models.load import artifact_from_model, new_model
 from clipress.recipe import Recipe, checked, read_recipe
 
@@ -92,6 +96,47 @@ def test_a_published_recipe_runs_for_two_steps(name, files, teachers, tmp_path):
         losses = settings["losses"] if isinstance(settings["losses"], dict) else dict.fromkeys(settings["losses"])
         assert set(record["details"]["last"]) == {"loss", *losses}
         assert all(np.isfinite(value) for value in record["details"]["last"].values())
+
+
+DEIT = sorted(path.stem for path in CONFIGS.glob("deit-*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def small_deit(tmp_path_factory):
+    """A small DeiT of two classes, imported from a file as they are published."""
+    home = tmp_path_factory.mktemp("deit")
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 16, embed_dim=128, depth=2, num_heads=2, num_classes=2)
+    torch.save({"model": model.state_dict()}, home / "deit.pth")
+    artifact = artifact_from_checkpoint(home / "deit.pth")
+    return save_artifact(
+        replace(artifact, architecture={**artifact.architecture, "labels": ["cat", "dog"]}), home / "deit"
+    )
+
+
+@pytest.mark.parametrize("name", DEIT)
+def test_a_recipe_of_deit_runs_for_two_steps(name, files, small_deit, tmp_path):
+    recipe = read_recipe(CONFIGS / f"{name}.yaml").model_dump(exclude_none=True)
+    train = [{"format": "folder", "images": str(files / "classes")}]
+    recipe["data"] |= {"train": train, "val": train, "test": [], "workers": 0}
+    recipe["teacher"] = {"artifact": str(small_deit)}
+    for stage in recipe["stages"]:
+        (settings,) = stage.values()
+        del settings["epochs"]
+        settings |= {"steps": 2, "batch_size": 4} | ({"calibrate": 4} if "calibrate" in settings else {})
+    recipe["stages"][0]["prune"] |= {"calibrate": 4, "align": {"head_dim": 1, "ffn": 1}}
+    _, pruned, *others = compress(compress_plan_from(checked(Recipe, recipe, "")), tmp_path, lambda _: None)
+    left = 1 - int(name.split("-")[3]) / 100
+    assert read_header(pruned)["lineage"][-1]["details"]["block_params_kept"] == pytest.approx(left, abs=0.03)
+    shapes = load_artifact(pruned).shapes
+    assert {shape["scale"] for shape in shapes.values()} == {64**-0.5}
+    assert all(np.isfinite(read_header(folder)["lineage"][-1]["details"]["last"]["loss"]) for folder in others)
+
+
+def test_every_ratio_of_deit_has_both_recipes():
+    assert DEIT == sorted(
+        f"deit-small-imagenet-{cut}-{side}" for cut in (10, 20, 30, 40, 50) for side in ("ours", "upop")
+    )
 
 
 def test_every_shipped_recipe_with_a_student_is_tested():
