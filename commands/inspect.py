@@ -87,7 +87,7 @@ def import_(
     which: Literal["raw", "ema"] | None,
     base: Path | None,
 ) -> None:
-    """Import a third-party checkpoint: a CLIP, or a ViT classifier such as DeiT.
+    """Import a third-party CLIP or ViT classifier.
 
     The artifact in OUT can be a recipe's teacher. Nothing is unpickled.
     """

@@ -22,15 +22,18 @@ from clipress.models.students import eval_frozen_modules
 from clipress.tasks import task_named
 
 
-def parameter_groups(model: nn.Module, config: Training) -> list[dict[str, Any]]:
-    """Apply weight decay to matrices, and to norms, biases and scales only with `decay_vectors`."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    decay = config.weight_decay
-    return [
-        {"params": matrices, "weight_decay": decay},
-        {"params": vectors, "weight_decay": decay if config.decay_vectors else 0.0},
-    ]
+def parameter_groups(model: nn.Module, config: Training, kept: Container[str] = ()) -> list[dict[str, Any]]:
+    """Apply weight decay to matrices, and to norms, biases and scales only with `decay_vectors`.
+
+    `kept` are last parts of the names of parameters that never decay.
+    """
+    trained = [(name.rpartition(".")[2], p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if p.ndim >= 2 and name not in kept]
+    vectors = [p for name, p in trained if p.ndim < 2 and name not in kept]
+    groups = [(matrices, config.weight_decay), (vectors, config.weight_decay if config.decay_vectors else 0.0)]
+    if still := [p for name, p in trained if name in kept]:
+        groups.append((still, 0.0))
+    return [{"params": params, "weight_decay": decay} for params, decay in groups]
 
 
 class Learner(LossPass):
@@ -49,7 +52,9 @@ class Learner(LossPass):
         if config.drop_path:
             set_drop_path(student.module, config.drop_path)
         self.module, self.uncompiled = self.fabric.setup_module(self.encoder), context.runtime.compile
-        groups = parameter_groups(self.module, config)
+        own = student.module  # timm's classifiers say what must not decay, such as positions
+        kept = () if anatomy.is_clip(own) else own.no_weight_decay()
+        groups = parameter_groups(self.module, config, kept)
         self.optimizer = self.fabric.setup_optimizers(
             torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         )

@@ -18,6 +18,7 @@ from clipress.data.transforms import Augment
 from clipress.errors import ClipressError, DataError, RecipeError
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
+from clipress.tasks import task_named
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,14 @@ def test_norms_biases_and_the_scale_decay_too_as_published_by_upop():
     model = new_model(tiny_architecture(), 0).module
     groups = parameter_groups(model, Training(steps=1, weight_decay=0.2, decay_vectors=True))
     assert [group["weight_decay"] for group in groups] == [0.2, 0.2]
+
+
+def test_a_classifier_s_positions_and_class_token_do_not_decay():
+    student = {"width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 32, "labels": ("a", "b")}
+    module = task_named("classification").student_from(student, None, 0).module
+    _, _, still = parameter_groups(module, Training(steps=1), module.no_weight_decay())
+    assert still["weight_decay"] == 0
+    assert {id(p) for p in still["params"]} == {id(module.pos_embed), id(module.cls_token)}
 
 
 def test_epochs_are_passes_over_the_first_source(context):

@@ -10,11 +10,14 @@ from clipress.artifact import save_artifact
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
 from clipress.compress.plan import compress_plan_from
-from clipress.compress.prune.gates import Gates
+from clipress.compress.prune.budget import Align, MinKeep, keep_masks
+from clipress.compress.prune.costs import cost_model
+from clipress.compress.prune.criterion import CRITERIA
+from clipress.compress.prune.gates import Gates, sites
 from clipress.compress.prune.search import Prune, groups_of, run
 from clipress.compress.settings import Runtime
 from clipress.data.spec import DataSpec, SourceSpec
-from clipress.models import anatomy
+from clipress.models import anatomy, vit
 from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.recipe import read_recipe
@@ -77,3 +80,27 @@ def test_the_presets_run_as_published(path):
     assert search.losses == (("upop-kd",) if "kd" in path.stem else ("momentum-contrastive",))
     assert search.update_every == (50 if "flickr30k" in path.stem else 200)
     assert recovery.losses == ("momentum-contrastive",)
+
+
+@pytest.fixture(scope="module")
+def deit_small():
+    """DeiT-S, without memory for its weights."""
+    sizes = {"img_size": 224, "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
+    with torch.device("meta"):
+        return vit.build({"timm_model": vit.OWN, "sizes": sizes, "labels": [str(number) for number in range(1000)]})
+
+
+@pytest.mark.parametrize(("cut", "millions"), [(10, 19.9), (20, 17.8), (30, 15.7), (40, 13.5), (50, 11.4)])
+def test_a_cut_deit_has_as_many_parameters_as_upop_s(deit_small, cut, millions):
+    """Whatever is kept: an attention gate costs 9,234 parameters and a hidden unit 769, which is the 12 to 1 of the budget."""
+    found = sites(deit_small, CRITERIA["upop"].space, {})
+    assert {(site.kind, site.units, site.params) for site in found} == {("attn", 64, 9234), ("ffn", 1536, 769)}
+    total = sum(parameter.numel() for parameter in deit_small.parameters())
+    assert round(total / 1e6, 2) == 22.05
+    generator = torch.Generator().manual_seed(cut)
+    scores = [torch.rand(site.mask.shape, generator=generator) for site in found]
+    costs = cost_model(deit_small, found, "upop", upop_attention=12)
+    none = {"align": Align(head_dim=1, ffn=1), "min_keep": MinKeep(head_dim=0, ffn=0), "per_cost": False}
+    masks = keep_masks(found, scores, costs, 1 - cut / 100, **none)
+    gone = sum(int((~mask).sum()) * site.params for mask, site in zip(masks, found, strict=True))
+    assert (total - gone) / 1e6 == pytest.approx(millions, abs=0.06)
