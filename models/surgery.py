@@ -81,6 +81,17 @@ def rescale(part: Part) -> None:
         part.module.scale = part.module.qk_dim**-0.5
 
 
+def lose_biases(part: Part, generator: torch.Generator) -> None:
+    """Give q, k and v of an attention the random biases of new Linears, in place: uniform up to 1 / sqrt(inputs)."""
+    if not isinstance(part, Attn):
+        return
+    for linear in (part.module.q, part.module.k, part.module.v):
+        if linear.bias is not None and linear.bias.numel():
+            random = torch.rand(linear.bias.shape, generator=generator) * 2 - 1
+            with torch.no_grad():
+                linear.bias.copy_(random * linear.in_features**-0.5)
+
+
 def _cut_attention(part: Attn, mask: AttnMask) -> None:
     attn = part.module
     heads = _mask_or_all(mask.heads, attn, attn.heads)

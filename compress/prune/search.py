@@ -86,6 +86,8 @@ class Prune(Training):
     softmax_scale: Literal["original", "sqrt_k"] = "original"
     """Divide the logits of a cut attention by the square root of its original width, so that it computes what the masked
     one did, or of its new width, as UPop's code does."""
+    qkv_biases: Literal["kept", "lost"] = "kept"
+    """Biases of q, k and v are cut along, or lost, as in UPop's code for DeiT and BLIP, whose new layers keep their random ones."""
     lr: float = Field(2e-4, ge=0)
 
     @model_validator(mode="before")
@@ -348,10 +350,13 @@ def _search(settings: Prune, model: Model, context: Context, gates: Gates, reduc
 
 def _cut(settings: Prune, model: Model, context: Context, masks: Mapping[str, surgery.Mask], reduce: Reduce) -> Details:
     """Cut every part, and refit what remains if the settings say so."""
+    generator = torch.Generator().manual_seed(context.seed)
 
     def cut(part: Part) -> None:
         if part.name in masks:
             surgery.cut(part, masks[part.name])
+            if settings.qkv_biases == "lost":
+                surgery.lose_biases(part, generator)
             if settings.softmax_scale == "sqrt_k":
                 surgery.rescale(part)
 

@@ -21,7 +21,7 @@ from clipress.models import anatomy, vit
 from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.recipe import read_recipe
-from clipress.tasks import model_from_artifact
+from clipress.tasks import model_from_artifact, task_named
 
 
 def test_upops_cost_of_an_attention_gate_follows_the_recipe():
@@ -80,6 +80,27 @@ def test_the_presets_run_as_published(path):
     assert search.losses == (("upop-kd",) if "kd" in path.stem else ("momentum-contrastive",))
     assert search.update_every == (50 if "flickr30k" in path.stem else 200)
     assert recovery.losses == ("momentum-contrastive",)
+
+
+def test_biases_are_cut_along_or_lost_as_in_upop_s_code():
+    context = Context(
+        start_fabric(Runtime(accelerator="cpu")), DataSpec(train=(SourceSpec(format="digits", limit=40),)), 0, title="t"
+    )
+    student = {"width": 32, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 32, "labels": ("a", "b")}
+    found = {}
+    for biases in ("kept", "lost"):
+        model = task_named("classification").student_from(student, None, 0)
+        for attention in anatomy.attentions(model.module):
+            for linear in (attention.module.q, attention.module.k, attention.module.v):
+                linear.bias.data.fill_(3.0)
+        settings = Prune(
+            budget={"params": 0.5}, criterion="magnitude", steps=0, calibrate=8, batch_size=8, refit=False, rotate=False,
+            align={"head_dim": 1, "ffn": 1}, losses=["classification"], qkv_biases=biases,
+        )  # fmt: skip
+        cut, _ = run(settings, model, context)
+        found[biases] = torch.cat([one.module.q.bias for one in anatomy.attentions(cut.module)])
+    assert bool((found["kept"] == 3).all())
+    assert found["lost"].abs().max() <= 32**-0.5 and found["lost"].std() > 0.05
 
 
 @pytest.fixture(scope="module")
