@@ -16,120 +16,37 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from clipress.compress.calibration import Calibration, StoredSamples, outputs_of, random_projection
-from clipress.compress.context import Context, steps_of
+from clipress.compress.calibration import Calibration, outputs_of, random_projection
+from clipress.compress.context import Context
 from clipress.compress.fabric import Reduce, all_sum
 from clipress.compress.hook import Hook
-from clipress.compress.losses import Losses, terms_from
-from clipress.compress.prune.budget import Align, Budget, MinKeep, check_towers, keep_masks, smallest_fraction, stride
+from clipress.compress.losses import terms_from
+from clipress.compress.prune.budget import Budget, check_towers, keep_masks, smallest_fraction, stride
 from clipress.compress.prune.convnets import ConvPruning
 from clipress.compress.prune.costs import CostModel, cost_model, read_costs
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
-from clipress.compress.prune.gates import DEFAULT_KINDS, Gates, Kind, Site, sites
+from clipress.compress.prune.cutting import cut_parts
+from clipress.compress.prune.gates import DEFAULT_KINDS, Gates, Site, sites
 from clipress.compress.prune.module_error import SAMPLES
-from clipress.compress.prune.refit import Refit, cut_and_refit
 from clipress.compress.prune.rotate import rotate
-from clipress.compress.prune.schedule import SCHEDULES, progress
+from clipress.compress.prune.schedule import progress
 from clipress.compress.prune.scoring import score_units
-from clipress.compress.prune.vocabulary import Vocabulary, shrink
-from clipress.compress.settings import Training
+from clipress.compress.prune.settings import Prune
+from clipress.compress.prune.vocabulary import shrink
 from clipress.compress.stage import Details, stage
 from clipress.compress.train import train
 from clipress.errors import ClipressError, RecipeError
 from clipress.models import anatomy, convnets, surgery
-from clipress.models.anatomy import Attn, Part
+from clipress.models.anatomy import Attn
 from clipress.models.load import Model
 from clipress.tasks import task_named
 
 log = logging.getLogger("clipress.prune")
-
-
-class Prune(Training):
-    """Settings of `prune`."""
-
-    budget: Budget | None = None
-    """What may remain inside blocks. Optional with `vocabulary`, which alone needs no training."""
-    vocabulary: Vocabulary | None = None
-    """Shrink the token embedding first."""
-    sites: dict[str, tuple[Kind, ...]] = Field(default_factory=dict)
-    """What to cut, per tower: any of heads, qk, v, ffn. An empty list leaves a tower uncut. Default: qk, v and ffn."""
-    criterion: Annotated[str, AfterValidator(CRITERIA.check)] = "fisher"
-    losses: Losses = ("contrastive",)
-    """Task losses; scores use their gradients and those of `distill_losses`."""
-    distill_losses: Losses = ()
-    """Distillation losses to add during the search."""
-    steps: int | None = Field(None, ge=0)
-    """0 trains nothing: units are scored on `calibrate` items."""
-    calibrate: int = Field(1024, ge=2)
-    """Number of training items used by `rotate`, and by the scores with `steps: 0`."""
-    rotate: bool
-    """Turn every head's bases to their principal directions before the search. Default: true, except for `criterion: upop`,
-    whose gates are shared by all heads in the basis that the model came with."""
-    refit: Refit | Literal[False]
-    """Refit what remains to the uncut model in closed form. Default: with `steps: 0` only, since weights that were trained have
-    moved away from the uncut model."""
-    schedule: Annotated[str, AfterValidator(SCHEDULES.check)] = "cubic"
-    update_every: int | None = Field(None, ge=1)
-    """Steps between updates of the masks. Default: 10, or a tenth of fewer than 100 steps."""
-    final_fraction: float = Field(0.2, ge=0, lt=1)
-    """Fraction of the steps, at the end of the search, in which the masks no longer change."""
-    align: Align = Align()
-    min_keep: MinKeep = MinKeep()
-    softmax_scale: Literal["original", "sqrt_k"] = "original"
-    """Divide the logits of a cut attention by the square root of its original width, so that it computes what the masked
-    one did, or of its new width, as UPop's code does."""
-    qkv_biases: Literal["kept", "lost"] = "kept"
-    """Biases of q, k and v are cut along, or lost, as in UPop's code for DeiT and BLIP, whose new layers keep their random ones."""
-    lr: float = Field(2e-4, ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, raw: Any) -> Any:
-        """Fill in the defaults that depend on other settings, so that the settings in force are shown."""
-        if not isinstance(raw, Mapping):
-            return raw
-        filled, criterion = dict(raw), raw.get("criterion", "fisher")
-        if filled.get("rotate") is None:
-            filled["rotate"] = criterion not in CRITERIA or CRITERIA[criterion].space == "separate"
-        if filled.get("refit") is None:
-            filled["refit"] = raw.get("steps") == 0
-        if filled["refit"] is True:
-            filled["refit"] = Refit()
-        return filled
-
-    def model_post_init(self, context: Any) -> None:
-        if self.budget is None:
-            if self.vocabulary is None:
-                raise RecipeError("prune: expected a budget, a vocabulary or both, found neither.")
-            if self.steps is not None or self.epochs is not None:
-                raise RecipeError(
-                    "prune: without a budget nothing is trained. Set 'budget', or leave out steps and epochs."
-                )
-            return
-        super().model_post_init(context)
-        terms_from(self.losses, "prune.losses")
-        terms_from(self.distill_losses, "prune.distill_losses")
-        targets = list(self.budget.by_tower.values()) or [self.budget]
-        if self.criterion != "upop" and any(target.unit == "upop" for target in targets):
-            raise RecipeError("prune.budget: 'upop' requires 'criterion: upop'. Use params, macs or latency.")
-        for tower, kinds in self.sites.items():
-            if "heads" in kinds and {"qk", "v"} & set(kinds):
-                raise RecipeError(
-                    f"prune.sites.{tower}: expected either heads, or qk and v, found both. The score and cost of one depend "
-                    "on the other. Prune heads and dims in separate stages."
-                )
-
-    def search_steps(self, context: Context) -> int:
-        """Return the number of batches of the search."""
-        return -(-self.calibrate // self.batch_size) if self.steps == 0 else steps_of(self, context.data)
 
 
 @dataclass(frozen=True)
@@ -310,7 +227,7 @@ def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[st
     details = _search(settings, model, context, gates, reduce)
     masks = {part.name: mask for part, mask in gates.part_masks()}
     gates.remove()
-    details |= _cut(settings, model, context, masks, reduce)
+    details |= cut_parts(settings, model, context, masks, reduce)
     kept = anatomy.counts(model.module)["block_params"] / before
     shapes = surgery.shapes(model.module)
     details |= shrunk
@@ -346,44 +263,6 @@ def _search(settings: Prune, model: Model, context: Context, gates: Gates, reduc
         _check_finished(search, details)
         details |= {"mask_updates": search.updates, "samples_left_out": int(search.seen.left_out)}
     return details | (channels.cut() if channels is not None else {})
-
-
-def _cut(settings: Prune, model: Model, context: Context, masks: Mapping[str, surgery.Mask], reduce: Reduce) -> Details:
-    """Cut every part, and refit what remains if the settings say so."""
-    generator = torch.Generator().manual_seed(context.seed)
-
-    def cut(part: Part) -> None:
-        if part.name in masks:
-            surgery.cut(part, masks[part.name])
-            if settings.qkv_biases == "lost":
-                surgery.lose_biases(part, generator)
-            if settings.softmax_scale == "sqrt_k":
-                surgery.rescale(part)
-
-    refit, blocks = settings.refit, anatomy.blocks(model.module)
-    towers = dict.fromkeys(block.tower for block in blocks if any(part.name in masks for part in block.parts))
-    refitted = []
-    with TemporaryDirectory() as folder:
-        batches = Calibration(model, settings, context, refit.samples) if refit and towers else ()
-        samples = StoredSamples(batches, Path(folder), context.fabric.device)
-        for tower in towers:
-            own = [block for block in blocks if block.tower == tower]
-            if refit and not all(block.is_residual for block in own):
-                context.say(
-                    f"{context.title}: the {tower} tower was not refitted: what its parts write is normalised, or the stream "
-                    "changes its shape, before the next block reads it"
-                )
-            elif refit:
-                if cut_and_refit(own, model, samples, cut, refit, reduce):
-                    refitted.append(tower)
-                    continue
-                context.say(
-                    f"{context.title}: the {tower} tower was not refitted, the training data has no samples for it"
-                )
-            for block in own:
-                for part in block.parts:
-                    cut(part)
-    return {"refitted": refitted} if refit else {}
 
 
 def _conv_pruning(settings: Prune, model: Model, context: Context) -> ConvPruning | None:
