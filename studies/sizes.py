@@ -114,7 +114,7 @@ def markdown(found: dict[str, Any]) -> str:
         "# Large models",
         "",
         f"`{about['command']}`, {about['date']}, {about['processor']}, {about['cores']} cores, torch {about['torch']}, random weights. Seconds, and the peak of "
-        "each command's memory in GiB; half a GiB of it is what the libraries take.",
+        f"each command's memory in GiB; half a GiB of it is what the libraries take.{about.get('note', '')}",
         "",
         "| model | checkpoint, GiB | " + " | ".join(STEPS) + " |",
         "|---|---|" + "---|" * len(STEPS),
