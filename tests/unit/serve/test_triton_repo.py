@@ -195,6 +195,7 @@ def test_the_parameters_hold_all_that_clients_need(export, tmp_path, model):
         "std": [0.5, 0.5, 1.0],
         "interpolation": "bicubic",
         "resize_mode": "shortest",
+        "crop_pct": 1.0,
         "fill_color": 0,
     }
     assert json.loads(parameters["tokenizer"]) == {
