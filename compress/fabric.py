@@ -110,7 +110,7 @@ def on_one_process(state: Any, keeps: bool) -> Any:
 
 
 def as_stored(whole: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor as this run stores it: on the device of `like`, and in shards if that is. All processes must call it."""
+    """Return a whole tensor in the shape of `like`, and in shards on its device if that is. All processes must call it."""
     from torch.distributed.tensor import distribute_tensor
 
     whole = whole.reshape(like.shape)  # a scalar, or the one row that FSDP2 makes of it

@@ -118,12 +118,11 @@ def train(
             bar.update()
             is_last, due = step + 1 == steps, checkpoints.is_due(step + 1)
             stop, any_due = agreement.on(requested.signal, due, now=is_last)
-            due = not is_last and (
-                any_due if checkpoints.every == "auto" else due
-            )  # clocks differ, numbers of steps do not
+            if checkpoints.every == "auto":  # clocks differ, numbers of steps do not
+                due = any_due
             if stop:
                 loop.settle(log)
-            if checkpoints.every and (due or stop):
+            if checkpoints.every and (stop or (due and not is_last)):
                 loop.save(step + 1, log)
             if stop:
                 checkpoints.wait()
@@ -173,9 +172,8 @@ class Loop:
         self.began = time.perf_counter() - self.seconds
         self.outcome: Outcome | None = None
         self.bad_in_a_row = 0
-        self.checkpoints = Checkpoints(
-            context.checkpoints, context.runtime.checkpoint_every, context.fabric.global_rank
-        )
+        every, rank = context.runtime.checkpoint_every, context.fabric.global_rank
+        self.checkpoints = Checkpoints(context.checkpoints, every, rank)
 
     def take_step(self, step: int, arrays: dict[str, Tensor], rate: float, log: Log) -> None:
         """Take one step, which changes nothing if it is not finite, and log the previous one.

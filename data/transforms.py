@@ -133,9 +133,8 @@ def resized(image: Image.Image, preprocess: Preprocess, library: Library = "pill
         image = _scaled(image, (size, size), preprocess, library)
     elif (width, height) != (size, size) or preprocess.crop_pct < 1:
         # torchvision truncates the long side; open_clip rounds when it pads
-        fit, rounded, wanted = (min, int, preprocess.short_side)
-        if preprocess.resize_mode == "longest":
-            fit, rounded, wanted = max, round, size
+        is_padded = preprocess.resize_mode == "longest"
+        fit, rounded, wanted = (max, round, size) if is_padded else (min, int, preprocess.short_side)
         scaled = [wanted * side / fit(width, height) for side in (width, height)]
         image = _scaled(image, (max(rounded(scaled[0]), 1), max(rounded(scaled[1]), 1)), preprocess, library)
         image = _centred(image, size, preprocess.fill_color)

@@ -342,8 +342,8 @@ def artifact_from_model(model: Model, lineage: tuple[dict[str, Any], ...], metri
 def save_for_open_clip(model: Model, folder: Path) -> bool:
     """Write a model so that plain open_clip loads it (`local-dir:FOLDER`).
 
-    Returns False if it is cut, resized or INT8, crops the margin of its images, has a reduced vocabulary, a text tower that open_clip cannot name, or an image
-    tower that timm has no name for.
+    Returns False if it is cut, resized or INT8, crops the margin of its images, has a reduced vocabulary, a text tower that
+    open_clip cannot name, or an image tower that timm has no name for.
     """
     uncut = surgery.shapes(build_weightless(lambda: build(model.architecture)))
     if (
