@@ -11,6 +11,9 @@ from pathlib import Path
 from clipress.errors import DataError
 from clipress.storage import read_json
 
+ADE20K = Path(__file__).with_name(
+    "ade20k.txt"
+)  # the classes of the scene parsing challenge, in the order of their labels
 _PLACEHOLDER = re.compile(r"\{(?:c|label)?\}")
 _WNID_LINE = re.compile(r"(n\d{8})\s+(\S.*)")
 
@@ -24,7 +27,9 @@ class ClassList:
 
 
 def read_classes(source: Path) -> ClassList:
-    """Read a class list: one name per line, or lines `WNID name`; `imagenet` is open_clip's list of 1,000."""
+    """Read a class list: one name per line, or lines `WNID name`; `imagenet` is open_clip's list of 1,000, `ade20k` has 150."""
+    if str(source) == "ade20k":
+        source = ADE20K
     if str(source) == "imagenet":
         from open_clip import IMAGENET_CLASSNAMES
         from timm.data import ImageNetInfo

@@ -1,7 +1,7 @@
 """Find a model's towers, blocks, parts and embeddings; all other code iterates over the results.
 
-Two kinds of model are known: an open_clip model with an image and a text tower, and a plain timm vision transformer,
-such as a DeiT classifier, which is a single image tower. Image towers of timm are vision transformers, plain ones and those of
+Three kinds of model are known: an open_clip model with an image and a text tower; a plain timm vision transformer,
+such as a DeiT classifier, which is a single image tower; and a Segmenter, an image tower and a decoder. Image towers of timm are vision transformers, plain ones and those of
 EVA and PE, whose blocks have rotary positions, gates and norms, and ConvNeXt, whose blocks have a feed-forward only.
 """
 
@@ -20,6 +20,7 @@ from clipress.models.parts import GATED, PLAIN, Attn, Block, Ffn, FfnNames, Part
 
 TOWERS = ("image", "text")  # Towers of a CLIP; `towers` returns those of any model.
 CONFIG_KEYS = {"image": "vision_cfg", "text": "text_cfg"}
+SEGMENTER_TOWERS = ("image", "decoder")
 TEXT_MODULES = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
 
 
@@ -36,15 +37,20 @@ def is_clip(model: nn.Module) -> bool:
     return hasattr(model, "visual")
 
 
+def is_segmenter(model: nn.Module) -> bool:
+    """Return whether this is a Segmenter (segmenter.py)."""
+    return hasattr(model, "encoder") and hasattr(model, "decoder")
+
+
 def towers(model: nn.Module) -> tuple[str, ...]:
     """Return the names of a model's towers."""
-    return TOWERS if is_clip(model) else ("image",)
+    return TOWERS if is_clip(model) else SEGMENTER_TOWERS if is_segmenter(model) else ("image",)
 
 
 def tower_of(model: nn.Module, name: str) -> str | None:
     """Return the tower that a parameter or module belongs to; logit_scale and logit_bias belong to none."""
     if not is_clip(model):
-        return "image"
+        return "decoder" if is_segmenter(model) and name.startswith("decoder.") else "image"
     if name.startswith("logit_"):
         return None
     return "image" if name.startswith("visual.") else "text"
@@ -60,7 +66,7 @@ def blocks(model: nn.Module) -> list[Block]:
 
     Raises ArtifactError if there are none.
     """
-    found = _image_blocks(model) + _text_blocks(model)
+    found = _image_blocks(model) + _text_blocks(model) + _decoder_blocks(model)
     if not found:
         raise ArtifactError(
             f"{type(model).__name__}: expected transformer blocks with plain attention and feed-forwards, found none. "
@@ -134,13 +140,25 @@ def _text_blocks(model: nn.Module) -> list[Block]:
     ]
 
 
+def _decoder_blocks(model: nn.Module) -> list[Block]:
+    if not is_segmenter(model):
+        return []
+    tokens = int(model.encoder.patch_embed.num_patches + model.decoder.cls_emb.shape[1])
+    return [
+        Block("decoder", f"decoder.blocks.{i}", block, tokens, _timm_ffn(block))
+        for i, block in enumerate(model.decoder.blocks)
+    ]
+
+
 def text_root(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the module that holds a CLIP's text tower, and its path as a prefix."""
     return ("text.", model.text) if hasattr(model, "text") else ("", model)
 
 
 def _timm_root(model: nn.Module) -> tuple[str, nn.Module | None]:
-    """Return timm's image tower with its path as a prefix: a CLIP's trunk, or the model itself."""
+    """Return timm's image tower with its path as a prefix: a CLIP's trunk, a Segmenter's encoder, or the model itself."""
+    if is_segmenter(model):
+        return "encoder.", model.encoder
     return ("visual.trunk.", getattr(model.visual, "trunk", None)) if is_clip(model) else ("", model)
 
 
@@ -210,7 +228,7 @@ def context_length(model: nn.Module) -> int:
 
 def image_size(model: nn.Module) -> tuple[int, int]:
     """Return (height, width) in pixels."""
-    size = model.visual.image_size if is_clip(model) else model.patch_embed.img_size
+    size = model.visual.image_size if is_clip(model) else _timm_root(model)[1].patch_embed.img_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

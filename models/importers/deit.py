@@ -55,30 +55,37 @@ class Deit(Importer):
                 "a distilled DeiT, with a second token and head, which clipress does not have. Use the plain one."
             )
         weights = {name: tensor for name, tensor in state.items() if not MASK.search(name)}
-        width, _, patch, _ = shape(weights, "patch_embed.proj.weight", 4)
-        heads, layers = heads_of("patch_embed.proj.weight", width), count_of(weights, BLOCKS)
-        size = grid_of(weights, "pos_embed", 3) * patch
-        classes = shape(weights, "head.weight", 2)[0]
-        architecture = {
-            "timm_model": vit.OWN,
-            "sizes": {"img_size": size, "patch_size": patch, "embed_dim": width, "depth": layers, "num_heads": heads},
-            "labels": _labels(classes),
-        }
-        shapes = {f"{BLOCKS}{number}": _shape_of(weights, f"{BLOCKS}{number}", heads) for number in range(layers)}
+        sizes, labels = sizes_of(weights, ""), labels_for(shape(weights, "head.weight", 2)[0], "imagenet")
+        architecture = {"timm_model": vit.OWN, "sizes": sizes, "labels": labels}
+        blocks = (f"{BLOCKS}{number}" for number in range(sizes["depth"]))
+        shapes = {block: shape_of(weights, block, sizes["num_heads"]) for block in blocks}
 
         def made() -> nn.Module:
             return surgery.reshape(vit.build(architecture), shapes)
 
         module = module_from_weights(made, weights)
-        return Model(module, architecture, Preprocess(size=size, **IMAGENET), None, task="classification")
+        return Model(module, architecture, Preprocess(size=sizes["img_size"], **IMAGENET), None, task="classification")
 
 
-def _labels(classes: int) -> list[str]:
-    """Return ImageNet's names for as many classes as it has, and numbers for others: a file does not name them."""
-    imagenet = list(read_classes(Path("imagenet")).names)
-    return imagenet if classes == len(imagenet) else [str(number) for number in range(classes)]
+def labels_for(classes: int, known: str) -> list[str]:
+    """Return the names of a known list for as many classes as it has, and numbers for others: a file does not name them."""
+    names = list(read_classes(Path(known)).names)
+    return names if classes == len(names) else [str(number) for number in range(classes)]
 
 
-def _shape_of(weights: State, block: str, heads: int) -> dict[str, float]:
+def sizes_of(weights: State, prefix: str) -> dict[str, int]:
+    """Return the sizes of a ViT that is under a prefix, in timm's words; heads are 64 wide."""
+    width, _, patch, _ = shape(weights, f"{prefix}patch_embed.proj.weight", 4)
+    return {
+        "img_size": grid_of(weights, f"{prefix}pos_embed", 3) * patch,
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": count_of(weights, f"{prefix}{BLOCKS}"),
+        "num_heads": heads_of(f"{prefix}patch_embed.proj.weight", width),
+    }
+
+
+def shape_of(weights: State, block: str, heads: int) -> dict[str, float]:
+    """Return the shapes of a block's parts, whose softmax scale is that of 64 dims."""
     dim, ffn = head_dim_of(weights, f"{block}.attn.qkv.weight", heads), shape(weights, f"{block}.mlp.fc1.weight", 2)[0]
     return {"heads": heads, "qk_dim": dim, "v_dim": dim, "scale": HEAD**-0.5, "ffn": ffn}

@@ -700,7 +700,7 @@ def test_a_missing_file_is_reported(tmp_path):
         (dict.fromkeys(map(str, range(2**16 + 1)), torch.ones(1)), "65,537 entries"),
         (
             {"epoch": torch.ones(1), "fc.weight": torch.ones(2)},
-            "tinyclip, mobileclip, upop, clip-kd, deit, openai, transformers, open_clip.*found none.*epoch, fc.weight",
+            "tinyclip, mobileclip, upop, clip-kd, deit, segmenter, openai, transformers, open_clip.*found none.*epoch, fc.weight",
         ),
     ],
 )
