@@ -1,7 +1,7 @@
 """A metric's outcome per item, and what follows from it: its value, standard error, and the difference of two models.
 
-A value combines a few means: one mean (top-1), the average over classes (mean-per-class recall), the harmonic mean of two
-(generalised zero-shot), or a sum (rsum). To first order, each item makes its own contribution to the value (the delta
+A value combines a few means: one mean (top-1), the average over classes (mean-per-class recall; weighted, mean IoU), the harmonic
+mean of two (generalised zero-shot), or a sum (rsum). To first order, each item makes its own contribution to the value (the delta
 method), and both the standard error and the paired bootstrap are computed from these contributions.
 """
 
@@ -34,6 +34,8 @@ class Outcomes:
     """How the means of the strata are combined."""
     tied: int = 0
     """Number of items that tie with a wrong answer, which counts against the model."""
+    weights: np.ndarray | None = None
+    """Weight of each item in its stratum's mean; a stratum without weight is left out. None: all are alike."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,19 @@ class Difference:
 
 
 def _means(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the stratum of every item [n], and the size and mean of every non-empty stratum [S]."""
+    """Return the stratum of every item [n], and the weight and mean of every stratum [S]; the mean of one without weight is NaN."""
     if outcomes.strata is None:
         index = np.zeros(len(outcomes.values), np.int64)
     else:
         _, index = np.unique(outcomes.strata, return_inverse=True)
-    sizes = np.bincount(index)
-    return index, sizes, np.bincount(index, outcomes.values) / sizes
+    weights = np.ones(len(index)) if outcomes.weights is None else outcomes.weights
+    sizes = np.bincount(index, weights)
+    sums = np.bincount(index, outcomes.values * weights)
+    return index, sizes, np.divide(sums, sizes, out=np.full(len(sizes), np.nan), where=sizes > 0)
 
 
 def _combined(means: np.ndarray, combine: str) -> float:
+    means = means[~np.isnan(means)]
     if combine == "harmonic":
         return float(len(means) / (1 / means).sum()) if (means > 0).all() else 0.0
     return float(means.sum() if combine == "sum" else means.mean())
@@ -69,12 +74,16 @@ def percent(outcomes: Outcomes) -> float:
 def contributions(outcomes: Outcomes) -> np.ndarray:
     """Return each unit's contribution to the deviation of the value, in points [units]. They sum to zero."""
     index, sizes, means = _means(outcomes)
+    weighed = int((sizes > 0).sum())
     if outcomes.combine == "harmonic":  # dH/dp = H² / (S p²)
         ratio = np.divide(_combined(means, "harmonic"), means, out=np.zeros_like(means), where=means > 0)
-        slopes = ratio**2 / len(means)
+        slopes = ratio**2 / weighed
     else:
-        slopes = np.full(len(means), 1.0 if outcomes.combine == "sum" else 1 / len(means))
-    parts = 100.0 * (slopes / sizes)[index] * (outcomes.values - means[index])
+        slopes = np.full(len(means), 1.0 if outcomes.combine == "sum" else 1 / weighed)
+    shares = np.divide(slopes, sizes, out=np.zeros(len(sizes)), where=sizes > 0)
+    parts = 100.0 * shares[index] * (outcomes.values - np.nan_to_num(means)[index])
+    if outcomes.weights is not None:
+        parts *= outcomes.weights
     if outcomes.units is None:
         return parts
     return np.bincount(np.unique(outcomes.units, return_inverse=True)[1], parts)
