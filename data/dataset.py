@@ -13,7 +13,7 @@ from clipress.data.bad_records import Record, read_record
 from clipress.data.sampler import Draw
 from clipress.data.sources import Source
 from clipress.data.tokens import Tokenize
-from clipress.data.transforms import Augment, Library, Preprocess, drawn_view, size_of, viewed
+from clipress.data.transforms import Augment, Library, Preprocess, drawn_view, size_of, viewed, viewed_mask
 from clipress.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Chosen:
     pixels: np.ndarray | None  # uint8 [S, S, 3]
     others: tuple[np.ndarray, ...] = ()
     """The same view for each of the other preprocessings."""
+    mask: np.ndarray | None = None  # uint8 [S, S]
 
 
 class TrainingSet:
@@ -38,7 +39,7 @@ class TrainingSet:
 
     Labels number the classes of all labelled sources, one source after the other; they are -1 for a source without
     classes. `pixels` is absent if a source has no images, `ids` if one has no texts. `bad` lists the records that could
-    not be read and were replaced.
+    not be read and were replaced. Where all sources have masks, `mask` has the label of every pixel, uint8 [B,S,S].
 
     With `caches`, one per teacher for each source, images are shown in the views the teachers have embedded, and teacher t
     adds teacher_image_t and teacher_text_t, unit rows float32 [B,D], and their norms teacher_image_norm_t and
@@ -75,6 +76,7 @@ class TrainingSet:
         self.sources, self.preprocess, self.augment, self.seed = list(sources), preprocess, augment, seed
         self.caches = [list(row) for row in caches]
         self.has_images = all(source.has_images for source in self.sources)
+        self.has_masks = self.has_images and all(getattr(source, "has_masks", False) for source in self.sources)
         self.has_texts = tokenize is not None and all(source.has_texts for source in self.sources)
         if tokenize is None and not self.has_images:
             lacking = next(number for number, source in enumerate(self.sources) if not source.has_images)
@@ -121,6 +123,8 @@ class TrainingSet:
         }
         if self.has_images:
             arrays["pixels"] = np.stack([row.pixels for row in rows])
+            if self.has_masks:
+                arrays["mask"] = np.stack([row.mask for row in rows])
             for place, teacher in enumerate(self.others):
                 arrays[teacher_pixels(teacher)] = np.stack([row.others[place] for row in rows])
         if self.has_texts:
@@ -139,16 +143,18 @@ class TrainingSet:
             while not cache.ok(record.index):  # the teacher could not read this image: another item replaces it
                 record = read_record(source, int(rng.integers(len(source))), key, *sides)
             view = int(rng.integers(cache.manifest.views)) if self.has_images else 0
-        pixels, others = None, ()
+        pixels, others, mask = None, (), None
         if self.has_images:
             drawn = None if self.caches else drawn_view(size_of(record.image), self.augment, rng)
             shown = cache.view(record.index, view) if drawn is None else drawn
             forms = (self.preprocess, *self.others.values())
             pixels, *others = (viewed(record.image, form, shown, self.library) for form in forms)
+            if self.has_masks:
+                mask = viewed_mask(source.mask(record.index), self.preprocess, shown)
             if self.augment.auto_augment is not None:
                 pixels = auto_augmented(pixels, self.augment.auto_augment, self.preprocess, rng)
         caption = int(rng.integers(len(record.captions))) if self.has_texts else 0
-        return Chosen(draw.source, record, view, caption, pixels, tuple(others))
+        return Chosen(draw.source, record, view, caption, pixels, tuple(others), mask)
 
     def _teacher_rows(self, rows: Sequence[Chosen]) -> dict[str, np.ndarray]:
         """Look up every teacher's embeddings of the chosen views and captions."""

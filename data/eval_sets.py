@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from clipress.data.sources import Classes, Source, open_source
 from clipress.data.spec import SourceSpec
@@ -36,6 +37,12 @@ class EvalSet:
             yield normalised(
                 np.stack([fitted(self.source.image(i), preprocess) for i in range(start, stop)]), preprocess
             )
+
+    def masks(self) -> Iterator[tuple[Image.Image, np.ndarray]]:
+        """Yield every image at its own size with the labels of its pixels, uint8 [H, W]."""
+        for index in range(len(self.source)):
+            image = self.source.image(index)
+            yield image if isinstance(image, Image.Image) else Image.fromarray(image), self.source.mask(index)
 
     def texts(self) -> tuple[list[str], np.ndarray]:
         """Return every caption and the index of its image, int64 [captions]."""

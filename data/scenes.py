@@ -16,6 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 SIZE = 32  # pixels, both sides
+MASK_CLASSES = ("background", "circle", "square", "triangle", "cross")
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
     "red": (210, 40, 40),
@@ -114,19 +115,36 @@ def _covered(shape: str, centre: tuple[int, int], radius: int) -> np.ndarray:
 
 def draw(scene: Scene, rng: np.random.RandomState) -> np.ndarray:
     """Draw a scene: uint8 [32, 32, 3]."""
+    return draw_both(scene, rng)[0]
+
+
+def draw_both(scene: Scene, rng: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a scene: uint8 [32, 32, 3], and what is where: places in MASK_CLASSES, uint8 [32, 32]."""
     canvas = np.empty((2 * SIZE, 2 * SIZE, 3), np.int64)
     canvas[:] = BACKGROUNDS[scene.background]
+    labels = np.zeros((2 * SIZE, 2 * SIZE), np.uint8)
     for (_, centre), (shape, colour, size) in zip(LAYOUTS[scene.layout], scene.objects, strict=True):
         jitter = rng.randint(-2, 3, size=2)
         covered = _covered(shape, (centre[0] + jitter[0], centre[1] + jitter[1]), SIZES[size] + rng.randint(-1, 2))
         canvas[covered] = np.asarray(COLOURS[colour]) + rng.randint(-18, 19, size=3)
+        labels[covered] = MASK_CLASSES.index(shape)
     pixels = canvas.reshape(SIZE, 2, SIZE, 2, 3).sum((1, 3)) // 4
     pixels += rng.randint(-12, 13) + rng.randint(-10, 11, size=(SIZE, SIZE, 1))
-    return pixels.clip(0, 255).astype(np.uint8)
+    return pixels.clip(0, 255).astype(np.uint8), labels[1::2, 1::2]
+
+
+def images(split: str, seed: int = 0) -> np.ndarray:
+    """Draw all images of a split: uint8 [N, 32, 32, 3]."""
+    return _drawn(split, seed)[0]
+
+
+def masks(split: str, seed: int = 0) -> np.ndarray:
+    """Return what is where in all images of a split: places in MASK_CLASSES, uint8 [N, 32, 32]."""
+    return _drawn(split, seed)[1]
 
 
 @lru_cache(maxsize=6)
-def images(split: str, seed: int = 0) -> np.ndarray:
-    """Draw all images of a split: uint8 [N, 32, 32, 3]."""
+def _drawn(split: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.RandomState(1000 * (seed + 1) + sorted(SPLITS).index(split))
-    return np.stack([draw(scene, rng) for scene in scenes(seed)[split]])
+    pictures, labels = zip(*(draw_both(scene, rng) for scene in scenes(seed)[split]), strict=True)
+    return np.stack(pictures), np.stack(labels)

@@ -20,7 +20,8 @@ class Source(Protocol):
     """Image-text pairs. Items with the same `group` match one another.
 
     A source may hold one side only: without texts `captions` returns an empty sequence, without images `image` raises
-    DataError. Both raise DataError for a record that cannot be read; `bad_records.py` replaces it with another.
+    DataError. One with `has_masks` has the label of every pixel, `mask(index)` uint8 [H, W], of which 255 does not count, and classes.
+    All raise DataError for a record that cannot be read; `bad_records.py` replaces it with another.
     """
 
     name: str

@@ -212,6 +212,25 @@ def viewed(
     return pixels[:, ::-1] if view.flip else pixels
 
 
+def viewed_mask(mask: np.ndarray, preprocess: Preprocess, view: View | None) -> np.ndarray:
+    """Return the labels of an image in a view, uint8 [S, S], or without one in the evaluation crop; 255 outside of the image."""
+    size = preprocess.size
+    shown = Image.fromarray(mask + np.uint8(1))  # so that what is outside, 0, becomes 255
+    nearest, box = Image.Resampling.NEAREST, None if view is None else view.box
+    if box is not None:
+        shown = shown.crop(box).resize((size, size), nearest)
+    elif shown.size != (size, size) or preprocess.crop_pct < 1:
+        scale = preprocess.short_side / min(shown.size)
+        shown = shown.resize(tuple(max(int(side * scale), 1) for side in shown.size), nearest)
+        left, top = (round((side - size) / 2.0) for side in shown.size)
+        shown = shown.crop((left, top, left + size, top + size))
+    labels = np.asarray(shown, np.uint8)
+    if view is not None and (reach := max(map(abs, view.shift))):
+        down, right = (reach + moved for moved in view.shift)
+        labels = np.pad(labels, reach, mode="edge")[down : down + size, right : right + size]
+    return (labels[:, ::-1] if view is not None and view.flip else labels) - np.uint8(1)
+
+
 def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
     """Return (width, height) of an image."""
     return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])

@@ -44,13 +44,13 @@ class MaskDecoder(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Score patches [B, N, W]: [B, N, C]."""
         count = patches.shape[1]
-        x = torch.cat([self.proj_dec(patches), self.cls_emb.expand(len(patches), -1, -1)], 1)
+        x = torch.cat([self.proj_dec(patches), self.cls_emb.expand(patches.shape[0], -1, -1)], 1)
         for block in self.blocks:
             x = block(x)
         x = self.decoder_norm(x)
         patches = F.normalize(x[:, :count] @ self.proj_patch, dim=-1)
         classes = F.normalize(x[:, count:] @ self.proj_classes, dim=-1)
-        return self.mask_norm(patches @ classes.mT)
+        return self.mask_norm(patches @ classes.transpose(1, 2))
 
 
 class Segmenter(nn.Module):
@@ -66,7 +66,7 @@ class Segmenter(nn.Module):
         features = self.encoder.forward_features(pixels)[:, self.encoder.num_prefix_tokens :]
         scores = self.decoder(features)  # [B, N, C]
         rows, columns = self.encoder.patch_embed.grid_size
-        return scores.transpose(1, 2).reshape(len(pixels), -1, rows, columns)
+        return scores.transpose(1, 2).unflatten(2, (rows, columns))
 
     def no_weight_decay(self) -> set[str]:
         """Return the last parts of the names of what does not decay, as timm's models do."""

@@ -81,6 +81,10 @@ class Task(ABC):
     def graphs(self, model: Model) -> dict[str, Graph]:
         """Return the exported functions by name."""
 
+    def graph_of(self, tower: str) -> str:
+        """Return the graph that runs a tower."""
+        return tower
+
     @abstractmethod
     def call(self, module: nn.Module, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the outputs of a graph, as exported."""

@@ -36,7 +36,8 @@ class Features:
     image_tokens: Tensor | None = None  # [B, n, W], the tower's last layer before pooling and projection
     text_tokens: Tensor | None = None  # [B, L, W]
     masked_image: Tensor | None = None  # [B, D], L2-normalized, of images with most patches masked
-    logits: Tensor | None = None  # [B, C], a classifier's scores before softmax
+    logits: Tensor | None = None  # [B, C], a classifier's scores before softmax; of a Segmenter one row per patch
+    scores: Tensor | None = None  # [B, C, h, w], a Segmenter's scores of patches
 
     def similarities(self) -> tuple[Tensor, Tensor]:
         """Return scaled similarities, image -> text and text -> image: [B, N] each."""
@@ -76,6 +77,7 @@ class Batch:
     sides: tuple[str, ...] = ()
     """The trained towers."""
     other_labels: Tensor | None = None  # [B], of the images that were mixed in
+    masks: Tensor | None = None  # [B, S, S], the label of every pixel; 255 does not count
     shares: Tensor | None = None  # [B], of an image's own pixels in a mixed one
 
     @property

@@ -218,8 +218,8 @@ class Projection:
 
     def _features(self, stream: Sequence[BlockInputs]) -> Iterator[Tensor]:
         """Yield the pooled features of every batch: [B, in]. In front of a bare matrix they are normalized, as outputs are."""
-        tower, seen = self.blocks[0].tower, list[Tensor]()
-        batches = (batch[tower] for batch in self.samples if tower in batch)
+        graph, seen = self.task.graph_of(self.blocks[0].tower), list[Tensor]()
+        batches = (batch[graph] for batch in self.samples if graph in batch)
         for inputs, last in zip(batches, stream, strict=True):
             if isinstance(self.found, nn.Linear):
                 with hooks([self.found.register_forward_pre_hook(lambda _, args: seen.append(args[0]))]):
@@ -235,7 +235,7 @@ class Projection:
     def _call(self, inputs: dict[str, Tensor], last: Tensor) -> Tensor:
         """Return the tower's output where `last` leaves its last block."""
         with passed(self.blocks, last.to(next(self.module.parameters()).device)):
-            return next(iter(self.task.call(self.module, self.blocks[0].tower, inputs).values()))
+            return next(iter(self.task.call(self.module, self.task.graph_of(self.blocks[0].tower), inputs).values()))
 
 
 def token_weights(
@@ -247,13 +247,13 @@ def token_weights(
     such as those after the end of a text, or those that are not pooled in the last block.
     """
     found: list[list[Tensor]] = [[] for _ in blocks]
-    generator, tower = torch.Generator().manual_seed(0), blocks[0].tower
+    generator, graph = torch.Generator().manual_seed(0), task.graph_of(blocks[0].tower)
     for batch in samples:
-        if tower not in batch:
+        if graph not in batch:
             continue
         sums = [0.0] * len(blocks)
         for _ in range(probes):
-            for number, gradient in enumerate(_probe(blocks, module, task, batch[tower], generator)):
+            for number, gradient in enumerate(_probe(blocks, module, task, batch[graph], generator)):
                 sums[number] = sums[number] + gradient.square().sum(-1)
         for own, total in zip(found, sums, strict=True):
             own.append(total)
@@ -268,5 +268,5 @@ def _probe(
     outs: list[Tensor] = []
     start = blocks[0].module.register_forward_pre_hook(lambda _, args: (args[0].requires_grad_(), *args[1:]))
     with hooks([start, *(block.module.register_forward_hook(lambda _, __, out: outs.append(out)) for block in blocks)]):
-        y = next(iter(task.call(module, blocks[0].tower, inputs).values()))
+        y = next(iter(task.call(module, task.graph_of(blocks[0].tower), inputs).values()))
     return torch.autograd.grad(random_projection(y, generator), outs)

@@ -137,7 +137,8 @@ class Search(Hook):
         samples = task.inputs_of({name: rows[:SAMPLES] for name, rows in arrays.items()})
 
         def embed(tower: str) -> Tensor:
-            return outputs_of(task, self.model.module, {tower: samples[tower]})[tower]
+            graph = task.graph_of(tower)
+            return outputs_of(task, self.model.module, {graph: samples[graph]})[graph]
 
         errors = self.criterion.measure(sites, [stride(site, self.settings.align) for site in sites], embed)
         self.criterion.measured = {site.name: self.reduce(error) for site, error in zip(sites, errors, strict=True)}

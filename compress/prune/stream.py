@@ -41,7 +41,7 @@ def streams_into(
     block: Block, module: nn.Module, task: Task, samples: Iterable[Samples], folder: Path
 ) -> list[BlockInputs]:
     """Run the samples up to the first block of a tower. Returns one batch per file; empty if no sample reaches it."""
-    found: list[BlockInputs] = []
+    found, graph = list[BlockInputs](), task.graph_of(block.tower)
 
     def keep(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         found.append(BlockInputs(mapped(args[0], folder / f"dense-{len(found)}.npy"), args[1:], named))
@@ -49,9 +49,9 @@ def streams_into(
 
     with hooks([block.module.register_forward_pre_hook(keep, with_kwargs=True)]):
         for batch in samples:
-            if block.tower in batch:
+            if graph in batch:
                 with suppress(Reached):
-                    task.call(module, block.tower, batch[block.tower])
+                    task.call(module, graph, batch[graph])
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -24,8 +24,10 @@ class Arrays:
     texts: tuple[tuple[str, ...], ...]
     groups: np.ndarray
     classes: Classes | None = None
+    masks: np.ndarray | None = None
+    """uint8 [N, S, S], the label of every pixel."""
+    has_texts: bool = True
     has_images: ClassVar[bool] = True
-    has_texts: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.images)
@@ -39,12 +41,32 @@ class Arrays:
     def group(self, index: int) -> int:
         return int(self.groups[index])
 
+    @property
+    def has_masks(self) -> bool:
+        return self.masks is not None
+
+    def mask(self, index: int) -> np.ndarray:
+        return self.masks[index]
+
 
 @FORMATS.register("scenes")
 def read_scenes(spec: SourceSpec) -> Arrays:
     """Return a split of *scenes*: five captions per image, all of them unique."""
     chosen = scenes.scenes(0)[spec.split]
     return _limited(spec, scenes.images(spec.split, 0), tuple(map(scenes.captions, chosen)), np.arange(len(chosen)))
+
+
+@FORMATS.register("shapes")
+def read_shapes(spec: SourceSpec) -> Arrays:
+    """Return a split of *scenes* with the shape at every pixel instead of captions, in five classes."""
+    labels = scenes.masks(spec.split, 0)
+    classes = Classes(scenes.MASK_CLASSES, ("a photo of a {}",))
+    texts, groups = ((),) * len(labels), np.arange(len(labels))
+    return replace(
+        _limited(spec, scenes.images(spec.split, 0), texts, groups, classes),
+        masks=labels[: spec.limit],
+        has_texts=False,
+    )
 
 
 @FORMATS.register("digits")
