@@ -18,6 +18,7 @@ from clipress.runtime.graph import Arrays, Run
 from clipress.tasks import model_from_artifact, task_named
 
 Forward = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+SIMULATED = "int8 simulated"
 
 
 @RUNNERS.register("torch")
@@ -102,7 +103,7 @@ def _check_kernels(device: torch.device, dtype: str, use_sparse_kernels: bool) -
 def use_kernels(module: nn.Module, model: Model, dtype: str, use_sparse_kernels: bool) -> str:
     """Switch 2:4 kernels on where they are wanted. Returns the precision that the model then has, in words."""
     if model.quantization:
-        return "int8 simulated"
+        return SIMULATED
     if use_sparse_kernels and model.sparsity:
         weights = model.sparsity["weights"]
         return f"bf16, 2:4 in {convert_to_sparse_kernels(module, weights)} of {len(weights)}"

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from clipress.bench.runners import RUNNERS
-from clipress.bench.runners.torch import TorchRunner
+from clipress.bench.runners.torch import SIMULATED, TorchRunner
 from clipress.errors import ExportError, RecipeError, first_line
 
 LEAST_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.99}
@@ -17,12 +17,17 @@ LEAST_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.99}
 
 @RUNNERS.register("torch-compiled")
 class TorchCompiledRunner(TorchRunner):
-    """The eager runner, which also measures accuracy; only what is timed is compiled."""
+    """The eager runner, which also measures accuracy; only what is timed is compiled.
+
+    INT8 stays eager: it is simulated by modelopt's modules, which torch.compile cannot trace or breaks into pieces.
+    """
 
     backend = "torch-compiled"
 
     def query(self, graph: str, batch: int, ids: int = 0) -> Callable[[], Any]:
-        """Return one compiled inference on a fixed random batch that is on the device already."""
+        """Return one inference on a fixed random batch that is on the device already, compiled unless INT8 is simulated."""
+        if self.model.precision == SIMULATED:
+            return super().query(graph, batch, ids)
         eager = self.forward(graph)
         # On a GPU as one CUDA graph: at small batches launching the kernels takes longer than running them.
         mode = "reduce-overhead" if self._device.type == "cuda" else None

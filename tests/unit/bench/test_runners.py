@@ -65,6 +65,11 @@ def test_the_compiled_model_is_compared_with_eager_before_timing(tiny_run, monke
         runner.query("image", 2)
 
 
+def test_simulated_int8_is_not_compiled(tiny_run, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    opened(tiny_run[0], "int8", "torch-compiled").query("image", 2)()
+
+
 def test_a_compiler_that_fails_is_one_message(tiny_run, monkeypatch):
     def broken(forward, **_):
         def run(inputs):
