@@ -1,7 +1,7 @@
 """A metric's outcome per item, and what follows from it: its value, standard error, and the difference of two models.
 
 A value combines a few means: one mean (top-1), the average over classes (mean-per-class recall; weighted, mean IoU), the harmonic
-mean of two (generalised zero-shot), or a sum (rsum). To first order, each item makes its own contribution to the value (the delta
+mean of two (generalised zero-shot), a sum (rsum), or a geometric mean with a penalty for the last one (BLEU). To first order, each item makes its own contribution to the value (the delta
 method), and both the standard error and the paired bootstrap are computed from these contributions.
 """
 
@@ -30,8 +30,8 @@ class Outcomes:
     """Stratum of each item, an int: items are averaged within strata, then the means are combined. None: one stratum."""
     units: np.ndarray | None = None
     """Unit of each item, an int: items of one unit are dependent, as captions of one image. None: all are independent."""
-    combine: Literal["mean", "harmonic", "sum"] = "mean"
-    """How the means of the strata are combined."""
+    combine: Literal["mean", "harmonic", "sum", "bleu"] = "mean"
+    """How the means of the strata are combined. bleu: the geometric mean of all but the last, times exp(min(0, 1 - 1 / last))."""
     tied: int = 0
     """Number of items that tie with a wrong answer, which counts against the model."""
     weights: np.ndarray | None = None
@@ -63,6 +63,9 @@ def _combined(means: np.ndarray, combine: str) -> float:
     means = means[~np.isnan(means)]
     if combine == "harmonic":
         return float(len(means) / (1 / means).sum()) if (means > 0).all() else 0.0
+    if combine == "bleu":
+        *precisions, ratio = means
+        return float(np.exp(np.log(precisions).mean() + min(0, 1 - 1 / ratio))) if (means > 0).all() else 0.0
     return float(means.sum() if combine == "sum" else means.mean())
 
 
@@ -78,6 +81,9 @@ def contributions(outcomes: Outcomes) -> np.ndarray:
     if outcomes.combine == "harmonic":  # dH/dp = H² / (S p²)
         ratio = np.divide(_combined(means, "harmonic"), means, out=np.zeros_like(means), where=means > 0)
         slopes = ratio**2 / weighed
+    elif outcomes.combine == "bleu":  # dB/dp = B / (4 p), dB/dr = B / r² where the penalty counts
+        powers = np.append(means[:-1] * (weighed - 1), means[-1] ** 2 if means[-1] < 1 else np.inf)
+        slopes = np.divide(_combined(means, "bleu"), powers, out=np.zeros_like(means), where=powers > 0)
     else:
         slopes = np.full(len(means), 1.0 if outcomes.combine == "sum" else 1 / weighed)
     shares = np.divide(slopes, sizes, out=np.zeros(len(sizes)), where=sizes > 0)
