@@ -6,6 +6,7 @@ captions is among the first K. Names follow UPop: `text_r1` retrieves text for a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +48,28 @@ def ranks(queries: np.ndarray, gallery: np.ndarray, right: np.ndarray, own: np.n
     queries [Q, D], gallery [G, D], finite; query q and item g match if right[q] == own[g].
     Raises DataError for a query without a matching item.
     """
+    products = products_with(gallery)
+    return ranks_by(lambda rows: products(queries[rows]), right, own)
+
+
+def products_with(gallery: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from queries [Q, D] to their inner products [Q, G] with a gallery [G, D]."""
+    copies, originals = _copies(gallery)
+
+    def products(queries: np.ndarray) -> np.ndarray:
+        scores = queries @ gallery.T
+        # a matrix product may round equal columns differently, which would break their tie
+        scores[:, copies] = scores[:, originals]
+        return scores
+
+    return products
+
+
+def ranks_by(score: Callable[[slice], np.ndarray], right: np.ndarray, own: np.ndarray) -> Ranks:
+    """Rank each query's best matching item by scores, a block of queries at a time: `score` returns those of its rows, [q, G].
+
+    Query q and item g match if right[q] == own[g]. Raises DataError for a query without a matching item.
+    """
     order = np.argsort(own, kind="stable")
     first, stop = (np.searchsorted(own[order], right, side) for side in ("left", "right"))
     if (first == stop).any():
@@ -54,14 +77,11 @@ def ranks(queries: np.ndarray, gallery: np.ndarray, right: np.ndarray, own: np.n
         raise DataError(
             f"{len(lacking)} of {len(right)} queries have no matching item; the first is query {lacking[0]}."
         )
-    copies, originals = _copies(gallery)
-    pessimistic, optimistic = np.empty(len(queries), np.int64), np.empty(len(queries), np.int64)
-    step = max(1, SCORES // len(gallery))
-    for start in range(0, len(queries), step):
+    pessimistic, optimistic = np.empty(len(right), np.int64), np.empty(len(right), np.int64)
+    step = max(1, SCORES // len(own))
+    for start in range(0, len(right), step):
         rows = slice(start, start + step)
-        scores = queries[rows] @ gallery.T  # [q, G]
-        # a matrix product may round equal columns differently, which would break their tie
-        scores[:, copies] = scores[:, originals]
+        scores = score(rows)
         counts = stop[rows] - first[rows]
         ends = np.cumsum(counts)
         query = np.repeat(np.arange(len(scores)), counts)
@@ -90,18 +110,30 @@ def retrieval(
     images [N, D] and texts [M, D], L2-normalised; owner [M]: the image each text belongs to. An image and all its
     captions are one unit of the standard error. Raises DataError for an image without a caption.
     """
-    images, texts = finite(images, "image"), finite(texts, "text")
+    images, texts = checked_sides(images, texts, owner)
     index = np.arange(len(images))
+    return recalls(ranks(images, texts, index, owner), ranks(texts, images, owner, index), owner, ks)
+
+
+def checked_sides(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return both sides' embeddings as float32. Raises ArtifactError if one is not finite, DataError for a text of no image."""
     if len(owner) and not 0 <= owner.min() <= owner.max() < len(images):
         raise DataError(f"captions: expected owners 0 to {len(images) - 1}, found {owner.min()} to {owner.max()}.")
-    to_text, to_image = ranks(images, texts, index, owner), ranks(texts, images, owner, index)
+    return finite(images, "image"), finite(texts, "text")
+
+
+def recalls(
+    to_text: Ranks, to_image: Ranks, owner: np.ndarray, ks: tuple[int, ...] = (1, 5, 10)
+) -> dict[str, Outcomes]:
+    """Return R@K of both directions, the mean of both R@1, and rsum, given the ranks of texts for images and of images for texts."""
+    index = np.arange(len(to_text.pessimistic))
     found = {f"text_r{k}": Outcomes(to_text.pessimistic < k, units=index, tied=to_text.tied) for k in ks}
     found |= {f"image_r{k}": Outcomes(to_image.pessimistic < k, units=owner, tied=to_image.tied) for k in ks}
     both = [found[f"{way}_r{ks[0]}"] for way in ("text", "image")]
-    return found | {f"mean_r{ks[0]}": _together(both, "mean"), "rsum": _together(list(found.values()), "sum")}
+    return found | {f"mean_r{ks[0]}": together(both, "mean"), "rsum": together(list(found.values()), "sum")}
 
 
-def _together(parts: list[Outcomes], combine: str) -> Outcomes:
+def together(parts: list[Outcomes], combine: str) -> Outcomes:
     """Combine several metrics into one; each part is a stratum."""
     strata = np.repeat(np.arange(len(parts)), [len(part.values) for part in parts])
     values, units = (np.concatenate([getattr(part, name) for part in parts]) for name in ("values", "units"))
