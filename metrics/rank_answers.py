@@ -1,0 +1,45 @@
+"""Which of many answers a decoder finds likeliest, as BLIP ranks them: the first token chooses some, the whole answer decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from clipress.errors import DataError
+from clipress.metrics.beam import log_softmax
+
+SMOOTHING = 0.1  # as BLIP trains and ranks
+Score = Callable[[int, np.ndarray], np.ndarray]
+"""The place of a question and places of answers [k] -> log-likelihoods of the answers [k]."""
+
+
+def likeliest_answers(first: np.ndarray, answers: np.ndarray, score: Score, k: int = 128) -> np.ndarray:
+    """Return the place of the best answer to every question, int64 [Q].
+
+    Args:
+        first: logits of the token after the start, [Q, V].
+        answers: ids of the candidates, int64 [A, L], whose first column is the start token.
+        score: is called once per question, with the k answers whose first token is likeliest; of equal ones the earlier.
+        k: a k above the number of answers is cut.
+
+    Raises DataError for no candidates or a k below 1.
+    """
+    if not len(answers) or k < 1:
+        raise DataError(f"answers: expected at least 1 candidate and a k of at least 1, found {len(answers)} and {k}.")
+    best = np.empty(len(first), np.int64)
+    for question, row in enumerate(log_softmax(first)[:, answers[:, 1]]):
+        nearest = np.sort(np.argsort(-row, kind="stable")[:k])
+        best[question] = nearest[np.argmax(score(question, nearest))]
+    return best
+
+
+def log_likelihoods(logits: np.ndarray, ids: np.ndarray, pad: int, smoothing: float = SMOOTHING) -> np.ndarray:
+    """Return the log-likelihood of texts, summed over tokens, float64 [N]: minus the loss with label smoothing.
+
+    logits [N, L, V] are those of the next token, ids int64 [N, L] the texts, the start token included; padding does not count.
+    """
+    found = log_softmax(logits[:, :-1])
+    own = np.take_along_axis(found, ids[:, 1:, None], axis=2)[..., 0]
+    smoothed = (1 - smoothing) * own + smoothing * found.mean(-1)
+    return np.where(ids[:, 1:] == pad, 0.0, smoothed).sum(1)
