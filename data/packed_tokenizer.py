@@ -1,6 +1,7 @@
 """Tokenizers that travel with their model: Hugging Face's tokenizer.json, packed into the tokenizer's mapping.
 
-`file` holds it compressed (zlib, base64), `pad` is the id behind a text. Neither transformers nor the hub is needed to read it.
+`file` holds it compressed (zlib, base64), `pad` is the id behind a text. With `plain` special tokens that a text spells out, such as
+[SEP], are letters like others. Neither transformers nor the hub is needed to read it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def packed_from_folder(folder: Path, vocabulary: int, pad: int | None = None) ->
         return {}
     settings = _settings(folder)
     text = _text(folder / NAME) if (folder / NAME).is_file() else _word_pieces(_text(folder / WORDS), settings)
-    tokenizer = _built(text)
+    tokenizer = built(text)
     token = settings.get("pad_token")
     token = token.get("content") if isinstance(token, Mapping) else token
     pad = tokenizer.token_to_id(token) if pad is None and isinstance(token, str) else pad
@@ -51,7 +52,21 @@ def packed_from_folder(folder: Path, vocabulary: int, pad: int | None = None) ->
         return {}
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocabulary:
         raise ArtifactError(f"its tokenizer has ids up to {largest:,}, its text tower knows {vocabulary:,} tokens.")
-    return {"file": base64.b64encode(zlib.compress(text.encode(), 9)).decode(), "pad": pad}
+    return {"file": _packed(text), "pad": pad}
+
+
+def packed_from_words(vocabulary: str, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Return `file`, `pad` and `plain` of BERT's tokenizer in lower case, from its vocab.txt, with `more` special tokens behind it.
+
+    Raises ArtifactError for a vocabulary without BERT's special tokens.
+    """
+    tokenizer = built(_word_pieces(vocabulary, {}))
+    tokenizer.add_special_tokens(list(more))
+    return {"file": _packed(tokenizer.to_str()), "pad": tokenizer.token_to_id("[PAD]"), "plain": True}
+
+
+def _packed(text: str) -> str:
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def unpacked(spec: Mapping[str, Any]) -> str:
@@ -74,7 +89,7 @@ def write_files(spec: Mapping[str, Any], folder: Path) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": spec["context_length"],
-        "pad_token": _built(text).id_to_token(spec["pad"]),
+        "pad_token": built(text).id_to_token(spec["pad"]),
         "padding_side": "right",
     }
     (folder / NAME).write_text(text, encoding="utf-8")
@@ -83,7 +98,8 @@ def write_files(spec: Mapping[str, Any], folder: Path) -> None:
 
 def tokenizer_from_file(spec: Mapping[str, Any], clean: Callable[[str], str]) -> Callable[[Sequence[str]], np.ndarray]:
     """Return the packed tokenizer, texts -> int64 ids [N, context_length]; `clean` is applied to a text first."""
-    tokenizer, length, pad = _built(unpacked(spec)), spec["context_length"], spec.get("pad")
+    tokenizer, length, pad = built(unpacked(spec)), spec["context_length"], spec.get("pad")
+    tokenizer.encode_special_tokens = bool(spec.get("plain"))
     if not isinstance(pad, int) or not 0 <= pad < 1 << 31:
         raise ArtifactError(f"tokenizer.pad: expected the id of padding, found {pad!r:.100}.")
     tokenizer.enable_truncation(length)
@@ -96,7 +112,8 @@ def tokenizer_from_file(spec: Mapping[str, Any], clean: Callable[[str], str]) ->
     return tokenize
 
 
-def _built(text: str) -> Any:
+def built(text: str) -> Any:
+    """Return the tokenizer of a tokenizer.json, without padding and truncation. Raises ArtifactError for a text that is none."""
     from tokenizers import Tokenizer
 
     try:

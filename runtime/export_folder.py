@@ -39,6 +39,7 @@ class Tokenizer(BaseModel):
     file: str | None = None
     """Only of a tokenizer that travels with its model, see data/packed_tokenizer.py; with `pad`."""
     pad: int | None = None
+    plain: bool | None = None
 
     @model_serializer(mode="wrap")
     def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

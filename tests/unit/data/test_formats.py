@@ -13,6 +13,7 @@ from PIL import Image
 from clipress.data.formats import csv as csv_format
 from clipress.data.formats import files
 from clipress.data.formats.files import Strings, images_under
+from clipress.data.formats.text import pre_caption, pre_question
 from clipress.data.sources import open_source
 from clipress.data.spec import SourceSpec
 from clipress.errors import DataError
@@ -166,6 +167,14 @@ def test_captions_can_be_changed_as_blip_does(tmp_path, images, text, wanted):
     spec = {"format": "karpathy", "annotations": path, "images": images}
     assert captions(open_source(SourceSpec(**spec, text_normaliser="blip"))) == [[wanted]]
     assert captions(open_source(SourceSpec(**spec))) == [[text]]
+
+
+def test_statements_and_questions_are_normalised_as_blip_does():
+    text = 'What "colour" is  it: RED (or blue)?  '
+    assert pre_caption(text, 4) == "what colour is it" and pre_caption(text) == "what colour is it red or blue ?"
+    assert pre_question(text) == "what colour is  it red or blue?" and pre_question(text, 3) == "what colour is"
+    many = " ".join(f"w{i}" for i in range(60))
+    assert len(pre_question(many).split()) == 50 and len(pre_caption(many, 40).split()) == 40
 
 
 # karpathy
