@@ -12,6 +12,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from clipress.errors import RecipeError
+
 
 def encode_in_chunks(module: nn.Module, inputs: Mapping[str, Tensor], chunks: int) -> dict[str, Tensor]:
     """Encode a batch in chunks without a graph. Returns leaf tensors [B, ...] that collect the loss's gradients."""
@@ -46,7 +48,12 @@ def backward_in_chunks(
 
 
 def split(rows: Mapping[str, Tensor], chunks: int) -> list[dict[str, Tensor]]:
-    """Split every tensor along its first axis."""
+    """Split every tensor along its first axis. Raises RecipeError if they differ in their rows, as questions and answers do."""
+    if len({len(tensor) for tensor in rows.values()}) > 1:
+        raise RecipeError(
+            "runtime.grad_cache_chunks: a batch whose questions have several answers each cannot be cut. Set it to 1, with a smaller "
+            "batch_size."
+        )
     pieces = {name: tensor.chunk(chunks) for name, tensor in rows.items()}
     count = len(next(iter(pieces.values())))
     return [{name: parts[number] for name, parts in pieces.items()} for number in range(count)]

@@ -48,6 +48,8 @@ class Record:
     captions: Sequence[str]
     """Empty from a source of images."""
     bad: tuple[BadRecord, ...] = ()
+    other_image: Any = None
+    """The second image, from a source of pairs."""
 
 
 def read_record(source: Source, index: int, draw: Sequence[int], images: bool = True, texts: bool = True) -> Record:
@@ -59,8 +61,9 @@ def read_record(source: Source, index: int, draw: Sequence[int], images: bool = 
     while len(bad) < ATTEMPTS:
         try:
             image = source.image(index) if images and source.has_images else None
+            other = source.other_image(index) if images and getattr(source, "has_pairs", False) else None
             captions = source.captions(index) if texts and source.has_texts else ()
-            return Record(index, image, captions, tuple(bad))
+            return Record(index, image, captions, tuple(bad), other)
         except DataError as error:
             bad.append(BadRecord(source.name, index, str(error)))
             index = int(np.random.default_rng([*draw, len(bad)]).integers(len(source)))

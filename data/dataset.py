@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class Chosen:
     others: tuple[np.ndarray, ...] = ()
     """The same view for each of the other preprocessings."""
     mask: np.ndarray | None = None  # uint8 [S, S]
+    other_pixels: np.ndarray | None = None  # uint8 [S, S, 3], the second image of a pair
 
 
 class TrainingSet:
@@ -39,7 +40,10 @@ class TrainingSet:
 
     Labels number the classes of all labelled sources, one source after the other; they are -1 for a source without
     classes. `pixels` is absent if a source has no images, `ids` if one has no texts. `bad` lists the records that could
-    not be read and were replaced. Where all sources have masks, `mask` has the label of every pixel, uint8 [B,S,S].
+    not be read and were replaced. Where all sources have masks, `mask` has the label of every pixel, uint8 [B,S,S]. Where all have
+    pairs, `other_pixels` are the second images, in views of their own, and labels say whether the statements are true. Where all have
+    answers, `ids` are questions, and every answer that differs has a row: `answers` int64 [A,L], `answer_weight` float32 [A], and
+    `owner` int64 [A], the place of its question in the batch.
 
     With `caches`, one per teacher for each source, images are shown in the views the teachers have embedded, and teacher t
     adds teacher_image_t and teacher_text_t, unit rows float32 [B,D], and their norms teacher_image_norm_t and
@@ -77,7 +81,14 @@ class TrainingSet:
         self.caches = [list(row) for row in caches]
         self.has_images = all(source.has_images for source in self.sources)
         self.has_masks = self.has_images and all(getattr(source, "has_masks", False) for source in self.sources)
+        self.has_pairs = self.has_images and all(getattr(source, "has_pairs", False) for source in self.sources)
         self.has_texts = tokenize is not None and all(source.has_texts for source in self.sources)
+        self.has_answers = self.has_texts and all(getattr(source, "has_answers", False) for source in self.sources)
+        if self.has_pairs and (self.caches or self.others):
+            raise DataError(
+                "data.train: pairs of images require a teacher that runs and has the student's preprocessing. Leave 'teacher.cache' "
+                "out, or use another teacher."
+            )
         if tokenize is None and not self.has_images:
             lacking = next(number for number, source in enumerate(self.sources) if not source.has_images)
             raise DataError(
@@ -98,7 +109,9 @@ class TrainingSet:
     @property
     def forms(self) -> dict[str, Preprocess]:
         """The preprocessing of all pixels in a batch, by their names."""
-        return {"pixels": self.preprocess, **{teacher_pixels(t): other for t, other in self.others.items()}}
+        names = ("pixels", "other_pixels") if self.has_pairs else ("pixels",)
+        of_teachers = {teacher_pixels(t): other for t, other in self.others.items()}
+        return {**dict.fromkeys(names, self.preprocess), **of_teachers}
 
     def ids(self, texts: Sequence[str]) -> np.ndarray:
         """Tokenise texts: int64 [N, L]."""
@@ -109,6 +122,23 @@ class TrainingSet:
                 self._ids.clear()
             self._ids.update(zip(new, known, strict=True))
         return np.stack([self._ids[text] for text in texts]).astype(np.int64)
+
+    def _cut_ids(self, texts: Sequence[str]) -> np.ndarray:
+        ids = self.ids(texts)
+        return ids if self.needed_ids is None else self.needed_ids(ids)
+
+    def _answer_rows(self, rows: Sequence[Chosen]) -> dict[str, np.ndarray]:
+        """Return a row for every answer to the questions that differs."""
+        weights = [self.sources[row.source].answer_weights(row.record.index) for row in rows]
+        if not any(weights):
+            raise DataError(
+                "data.train: expected answers to the questions of a batch, found none. Use data with answers."
+            )
+        return {
+            "answers": self._cut_ids([text for one in weights for text in one]),
+            "answer_weight": np.asarray([weight for one in weights for weight in one.values()], np.float32),
+            "owner": np.repeat(np.arange(len(rows)), [len(one) for one in weights]),
+        }
 
     def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
         rows = [self._chosen(draw) for draw in draws]
@@ -125,11 +155,16 @@ class TrainingSet:
             arrays["pixels"] = np.stack([row.pixels for row in rows])
             if self.has_masks:
                 arrays["mask"] = np.stack([row.mask for row in rows])
+            if self.has_pairs:
+                arrays["other_pixels"] = np.stack([row.other_pixels for row in rows])
+                labels = [self.sources[row.source].label(row.record.index) for row in rows]
+                arrays["label"] = np.asarray(labels, np.int64)
             for place, teacher in enumerate(self.others):
                 arrays[teacher_pixels(teacher)] = np.stack([row.others[place] for row in rows])
         if self.has_texts:
-            ids = self.ids([row.record.captions[row.caption] for row in rows])
-            arrays["ids"] = ids if self.needed_ids is None else self.needed_ids(ids)
+            arrays["ids"] = self._cut_ids([row.record.captions[row.caption] for row in rows])
+            if self.has_answers:
+                arrays |= self._answer_rows(rows)
         return arrays | (self._teacher_rows(rows) if self.caches else {})
 
     def _chosen(self, draw: Draw) -> Chosen:
@@ -143,7 +178,9 @@ class TrainingSet:
             while not cache.ok(record.index):  # the teacher could not read this image: another item replaces it
                 record = read_record(source, int(rng.integers(len(source))), key, *sides)
             view = int(rng.integers(cache.manifest.views)) if self.has_images else 0
-        pixels, others, mask = None, (), None
+        if self.has_pairs and self.augment.exchange and rng.integers(2):
+            record = exchanged(record)
+        pixels, others, mask, other_pixels = None, (), None, None
         if self.has_images:
             drawn = None if self.caches else drawn_view(size_of(record.image), self.augment, rng)
             shown = cache.view(record.index, view) if drawn is None else drawn
@@ -153,8 +190,13 @@ class TrainingSet:
                 mask = viewed_mask(source.mask(record.index), self.preprocess, shown)
             if self.augment.auto_augment is not None:
                 pixels = auto_augmented(pixels, self.augment.auto_augment, self.preprocess, rng)
+        if self.has_pairs:
+            shown = drawn_view(size_of(record.other_image), self.augment, rng)
+            other_pixels = viewed(record.other_image, self.preprocess, shown, self.library)
+            if self.augment.auto_augment is not None:
+                other_pixels = auto_augmented(other_pixels, self.augment.auto_augment, self.preprocess, rng)
         caption = int(rng.integers(len(record.captions))) if self.has_texts else 0
-        return Chosen(draw.source, record, view, caption, pixels, tuple(others), mask)
+        return Chosen(draw.source, record, view, caption, pixels, tuple(others), mask, other_pixels)
 
     def _teacher_rows(self, rows: Sequence[Chosen]) -> dict[str, np.ndarray]:
         """Look up every teacher's embeddings of the chosen views and captions."""
@@ -170,6 +212,13 @@ class TrainingSet:
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
+
+
+def exchanged(record: Record) -> Record:
+    """Return a pair with its images exchanged, and with them the words left and right of its statements."""
+    words = {"left": "right", "right": "left"}
+    captions = tuple(" ".join(words.get(word, word) for word in text.split(" ")) for text in record.captions)
+    return replace(record, image=record.other_image, other_image=record.image, captions=captions)
 
 
 def teacher_pixels(teacher: int) -> str:

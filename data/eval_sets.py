@@ -30,13 +30,12 @@ class EvalSet:
     def name(self) -> str:
         return self.source.name
 
-    def pixel_batches(self, preprocess: Preprocess, batch: int = 64) -> Iterator[np.ndarray]:
-        """Yield the images as float32 [<=batch, 3, S, S], in order."""
+    def pixel_batches(self, preprocess: Preprocess, batch: int = 64, others: bool = False) -> Iterator[np.ndarray]:
+        """Yield the images, or the second ones of pairs, as float32 [<=batch, 3, S, S], in order."""
+        image = self.source.other_image if others else self.source.image
         for start in range(0, len(self.source), batch):
             stop = min(start + batch, len(self.source))
-            yield normalised(
-                np.stack([fitted(self.source.image(i), preprocess) for i in range(start, stop)]), preprocess
-            )
+            yield normalised(np.stack([fitted(image(i), preprocess) for i in range(start, stop)]), preprocess)
 
     def masks(self) -> Iterator[tuple[Image.Image, np.ndarray]]:
         """Yield every image at its own size with the labels of its pixels, uint8 [H, W]."""
@@ -54,8 +53,13 @@ class EvalSet:
         return texts, np.asarray(owner, np.int64)
 
     def labels(self) -> np.ndarray:
-        """Return the class of every image, int64 [N]."""
-        return np.asarray([self.source.group(i) for i in range(len(self.source))], np.int64)
+        """Return the class of every image, or whether the statement about every pair is true, int64 [N]."""
+        label = self.source.label if getattr(self.source, "has_pairs", False) else self.source.group
+        return np.asarray([label(i) for i in range(len(self.source))], np.int64)
+
+    def answers(self) -> list[Sequence[str]]:
+        """Return what people answered to every question."""
+        return [self.source.answers(i) for i in range(len(self.source))]
 
 
 def evalsets(specs: Sequence[SourceSpec]) -> list[EvalSet]:

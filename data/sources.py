@@ -20,8 +20,14 @@ class Source(Protocol):
     """Image-text pairs. Items with the same `group` match one another.
 
     A source may hold one side only: without texts `captions` returns an empty sequence, without images `image` raises
-    DataError. One with `has_masks` has the label of every pixel, `mask(index)` uint8 [H, W], of which 255 does not count, and classes.
-    All raise DataError for a record that cannot be read; `bad_records.py` replaces it with another.
+    DataError. All raise DataError for a record that cannot be read; `bad_records.py` replaces it with another.
+
+    Some sources have more, which they say with an attribute that others may lack:
+
+    has_masks: the label of every pixel, `mask(index)` uint8 [H, W], of which 255 does not count, and classes.
+    has_pairs: another image, `other_image(index)`; the caption is a statement about both, and `label(index)` is 1 if it is true, else 0.
+    has_answers: the caption is a question about the image; `answers(index)` are what people said, mostly ten of them,
+      `answer_weights(index)` those that differ with their weights in training, and `candidates` the answers to choose from, or None.
     """
 
     name: str

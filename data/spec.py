@@ -15,7 +15,8 @@ class SourceSpec(Section):
     """One source in a recipe."""
 
     format: str
-    """Pairs: csv, karpathy, coco, webdataset. Labelled: folder. One-sided: images, captions. Embedded: scenes, digits."""
+    """Pairs: csv, karpathy, coco, webdataset. Labelled: folder. One-sided: images, captions. Statements about two images: nlvr2.
+    Questions: vqa. Embedded: scenes, digits, statements, questions."""
     split: Literal["train", "val", "test"] = "train"
     """Split of an embedded set."""
     annotations: Path | None = None
@@ -31,9 +32,11 @@ class SourceSpec(Section):
     caption_key: str = "title"
     """csv: name of the caption column."""
     text_normaliser: Literal["none", "blip"] = "none"
-    """blip: normalise captions as BLIP and UPop do: lower-case, most punctuation removed."""
+    """blip: normalise texts as BLIP and UPop do: lower-case, most punctuation removed, the first words alone."""
     classes: Path | None = None
     """Class list of labelled images: names or `WNID name`, one per line, or `imagenet` for open_clip's names."""
+    answers: Path | None = None
+    """vqa: JSON list of the answers to choose from."""
     templates: str | tuple[str, ...] = ("a photo of a {}",)
     """Prompts of labelled images, with `{}`, `{c}` or `{label}`; `openai` (80) and `simple` (7) are open_clip's."""
     check: bool = False

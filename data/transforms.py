@@ -66,6 +66,8 @@ class Augment(Section):
     """Crop a random region before resizing: range of its area, as a fraction; its aspect is 3/4 to 4/3."""
     flip: bool = False
     """Mirror half of the images. Unsuitable for captions that mention left and right."""
+    exchange: bool = False
+    """Pairs of images: exchange both of half of the statements, and the words left and right in these, as BLIP does."""
     auto_augment: str | None = None
     """Random operations by one of timm's policies, such as rand-m9-mstd0.5-inc1 (RandAugment)."""
     random_erase: float = Field(0.0, ge=0, le=1)

@@ -146,13 +146,19 @@ class Files:
         texts = [self.normalised(text) for text in texts]
         if not all(text and not text.isspace() for text in texts):
             return self.skip(f"{where}: empty caption")
-        if path is not None:
-            if not self._is_inside(path):
-                return self.skip(f"{where}: {path!r} is outside {self.root}")
-            if (self.check or len(self) < FILES_CHECKED) and not exists(self.root / path):
-                self.missing += 1
-                return self.skip(f"{where}: no such file: {path}")
-        self.keep(path, texts, group)
+        if path is None or self.is_usable(path, where):
+            self.keep(path, texts, group)
+
+    def is_usable(self, path: str, where: str) -> bool:
+        """Return whether an image exists and is inside the images folder; otherwise its record is counted as skipped."""
+        if not self._is_inside(path):
+            self.skip(f"{where}: {path!r} is outside {self.root}")
+            return False
+        if (self.check or len(self) < FILES_CHECKED) and not exists(self.root / path):
+            self.missing += 1
+            self.skip(f"{where}: no such file: {path}")
+            return False
+        return True
 
     def keep(self, path: str | None, texts: Sequence[str], group: int | None) -> None:
         """Store a record that was checked."""
@@ -180,10 +186,16 @@ class Files:
         """Report the skipped records and compute the fingerprint. Raises DataError if too many were skipped."""
         self.report()
         content = hashlib.sha256(repr(self.classes).encode())
-        for part in (self.paths.bytes, self.paths.ends, self.texts.bytes, self.texts.ends, self.ends, self.groups):
+        for part in self.content():
             content.update(part)
         self.fingerprint = content.hexdigest()[:16]
         return self
+
+    def content(self) -> Iterator[bytes | bytearray | array]:
+        """Yield everything that the records consist of."""
+        for strings in (self.paths, self.texts):
+            yield from (strings.bytes, strings.ends)
+        yield from (self.ends, self.groups)
 
     def report(self) -> None:
         """Report the skipped records. Raises DataError if they are too many."""

@@ -130,6 +130,22 @@ def write_captions(folder):
     return {"annotations": folder / "captions.tsv"}
 
 
+def write_statements(folder):
+    rows = [("a.png", "b.png", "red", "True"), ("b.png", "a.png", "blue", "False")]
+    named = [{"images": [one, other], "sentence": text, "label": label} for one, other, text, label in rows]
+    (folder / "statements.json").write_text(json.dumps(named))
+    return {"annotations": folder / "statements.json", "images": folder}
+
+
+def write_questions(folder):
+    rows = [
+        {"image": "a.png", "question": "red", "answer": ["yes"] * 10},
+        {"image": "b.png", "question": "blue", "answer": "no"},
+    ]
+    (folder / "questions.json").write_text(json.dumps(rows))
+    return {"annotations": folder / "questions.json", "images": folder}
+
+
 INPUTS = {
     "csv": write_table,
     "karpathy": write_karpathy,
@@ -140,7 +156,12 @@ INPUTS = {
     "captions": write_captions,
     "scenes": lambda folder: {"limit": 2},
     "digits": lambda folder: {"limit": 2},
+    "nlvr2": write_statements,
+    "vqa": write_questions,
+    "statements": lambda folder: {"limit": 2},
+    "questions": lambda folder: {"limit": 2},
 }
+EMBEDDED = ("scenes", "digits", "statements", "questions")
 
 
 def test_every_format_has_an_input_here():
@@ -156,7 +177,7 @@ def test_every_format_reads_images_captions_and_groups(form, tmp_path):
     assert len(source) == 2 and source.fingerprint and (source.has_images or source.has_texts)
     assert source.has_images == (form != "captions") and source.has_texts == (form != "images")
     captions = [source.captions(index) for index in range(2)]
-    if form not in ("scenes", "digits", "images"):
+    if form not in (*EMBEDDED, "images"):
         assert sorted(caption for several in captions for caption in several) == ["blue", "red"]
         assert source.group(0) != source.group(1)
     if source.has_images:
