@@ -1,4 +1,4 @@
-"""timm's policies of random operations on an image, such as RandAugment, drawn from a generator of ours.
+"""Policies of random operations on an image, drawn from a generator of ours: timm's, such as RandAugment, and BLIP's.
 
 Sources: AutoAugment (Cubuk et al. 2019), RandAugment (Cubuk et al. 2020), AugMix (Hendrycks et al. 2020), as timm names them.
 """
@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clipress.data.transforms import Preprocess
+from clipress.data.blip_augment import blip_augmented
+from clipress.data.transforms import BLIP_POLICY, Preprocess
 
 
 def auto_augmented(pixels: np.ndarray, policy: str, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
     """Return pixels uint8 [S, S, 3] after a policy. timm draws from the global generators, which keep their state."""
+    if policy == BLIP_POLICY:
+        return blip_augmented(pixels, rng)
     states = random.getstate(), np.random.get_state()
     seed = int(rng.integers(1 << 32))
     try:

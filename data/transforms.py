@@ -30,6 +30,7 @@ Library = Literal["pillow", "torch"]
 Positive = Annotated[float, Field(gt=0)]
 Part = Annotated[float, Field(gt=0, le=1)]
 NUMBER = r"[0-9]+(\.[0-9]+)?"
+BLIP_POLICY = "blip"
 POLICY = re.compile(
     rf"rand(-(m|n|p|mstd|mmax|inc){NUMBER})*|augmix(-(m|w|d|a|b|mstd){NUMBER})*|(original|originalr|v0|v0r|3a)(-mstd{NUMBER})?"
 )
@@ -69,7 +70,7 @@ class Augment(Section):
     exchange: bool = False
     """Pairs of images: exchange both of half of the statements, and the words left and right in these, as BLIP does."""
     auto_augment: str | None = None
-    """Random operations by one of timm's policies, such as rand-m9-mstd0.5-inc1 (RandAugment)."""
+    """Random operations by one of timm's policies, such as rand-m9-mstd0.5-inc1 (RandAugment), or BLIP's, blip."""
     random_erase: float = Field(0.0, ge=0, le=1)
     """Probability that a box of an image becomes noise."""
     mixup: float = Field(0.0, ge=0)
@@ -78,9 +79,9 @@ class Augment(Section):
     """Classifiers: put a box of one image into another; likewise. With mixup, every batch draws one of the two."""
 
     def model_post_init(self, _: Any) -> None:
-        if self.auto_augment is not None and not POLICY.fullmatch(self.auto_augment):
+        if self.auto_augment not in (None, BLIP_POLICY) and not POLICY.fullmatch(self.auto_augment):
             raise RecipeError(
-                "augment.auto_augment: expected a policy in timm's words, such as rand-m9-mstd0.5-inc1, augmix-m3 or original, found "
+                "augment.auto_augment: expected a policy in timm's words, such as rand-m9-mstd0.5-inc1, augmix-m3 or original, or blip, found "
                 f"'{self.auto_augment:.60}'."
             )
 

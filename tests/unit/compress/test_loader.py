@@ -22,8 +22,8 @@ def fabric():
     return start_fabric(Runtime(accelerator="cpu"))
 
 
-def batch(fabric, workers):
-    train = (SourceSpec(format="digits", limit=40),)
+def batch(fabric, workers, form="digits"):
+    train = (SourceSpec(format=form, limit=40),)
     data = DataSpec(train=train, workers=workers, augment=Augment(shift=2, flip=True))
     context = Context(fabric, data, 0, title="t", checkpoints=None)
     return next(iter(batches(new_model(tiny_architecture(), 0), Training(steps=1, batch_size=8), context, 1)))
@@ -34,6 +34,22 @@ def test_a_batch_is_the_same_from_any_number_of_processes(fabric):
     assert alone["pixels"].shape == (8, 3, 32, 32) and alone["pixels"].dtype == torch.float32
     for name in ("pixels", "ids", "group", "label"):
         assert torch.equal(alone[name], two[name]), name
+
+
+@pytest.mark.parametrize(
+    "form, names", [("statements", {"other_pixels"}), ("questions", {"answers", "answer_weight", "owner"})]
+)
+def test_second_images_and_answers_come_from_any_number_of_processes(fabric, form, names):
+    alone, two = batch(fabric, 0, form), batch(fabric, 2, form)
+    assert names <= alone.keys() == two.keys()
+    for name, rows in alone.items():
+        if name != "bad":
+            assert torch.equal(rows, two[name]), name
+    if form == "statements":
+        assert alone["other_pixels"].dtype == torch.float32 and alone["other_pixels"].shape == (8, 3, 32, 32)
+        assert not torch.equal(alone["other_pixels"], alone["pixels"]) and alone["label"].unique().tolist() == [0, 1]
+    else:
+        assert alone["owner"].tolist() == list(range(8)) and alone["answers"].shape[0] == 8
 
 
 def test_pixels_are_normalised_to_the_bits_of_evaluation(monkeypatch):
