@@ -268,10 +268,17 @@ COCO = {
     "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "a.png"}],
     "annotations": [{"image_id": 1, "caption": "a"}, {"image_id": 2, "caption": "b"}],
 }
+NLVR2 = [{"images": ["a.png", "a.png"], "sentence": "a", "label": label} for label in ("True", "False")]
+VQA = [
+    {"image": "a.png", "question": "a", "answer": ["b", "b", "c"], "dataset": "vqa", "question_id": 1},
+    {"image": "a.png", "question": "b", "answer": "c", "dataset": "vg"},
+]
+EDITED = {"karpathy": KARPATHY, "coco": COCO, "nlvr2": NLVR2, "vqa": VQA}
 
 
 FORMS = (
     "csv", "csv", "karpathy", "coco", "captions", "images", "webdataset", "prompts", "image", "karpathy", "coco",
+    "nlvr2", "vqa",
 )  # fmt: skip
 
 
@@ -302,7 +309,7 @@ def annotations(data: bytes) -> None:
             read_prompts(HOME / "p.json")
             return
         if kind % len(FORMS) > 8:
-            path.write_text(json.dumps(edited(KARPATHY if chosen == "karpathy" else COCO, rest)))
+            path.write_text(json.dumps(edited(EDITED[chosen], rest)))
         spec = SourceSpec(format=chosen, annotations=path, images=HOME, separator="," if kind % len(FORMS) else "\t")
         source = Shards(spec.model_copy(update={"shards": "x"}), [path], None) if chosen == "webdataset" else None
         source = source or FORMATS[chosen](spec)
@@ -316,6 +323,10 @@ def annotations(data: bytes) -> None:
                     tokenize(captions)
                 if source.has_images:
                     fitted(source.image(index), Preprocess(size=8))
+                if chosen == "nlvr2":
+                    assert source.label(index) in (0, 1) and source.other_image(index)
+                if chosen == "vqa":
+                    assert sum(source.answer_weights(index).values()) < 1 + 1e-9
             except ClipressError:
                 pass
     except ClipressError:
