@@ -1,8 +1,9 @@
 """Find a model's towers, blocks, parts and embeddings; all other code iterates over the results.
 
-Three kinds of model are known: an open_clip model with an image and a text tower; a plain timm vision transformer,
-such as a DeiT classifier, which is a single image tower; and a Segmenter, an image tower and a decoder. Image towers of timm are vision transformers, plain ones and those of
-EVA and PE, whose blocks have rotary positions, gates and norms, and ConvNeXt, whose blocks have a feed-forward only.
+Four kinds of model are known: an open_clip model with an image and a text tower; a plain timm vision transformer, such as a
+DeiT classifier, which is a single image tower; a Segmenter, an image tower and a decoder; and a BLIP, an image tower and one or
+two text modules that read its tokens. Image towers of timm are vision transformers, plain ones and those of EVA and PE, whose
+blocks have rotary positions, gates and norms, and ConvNeXt, whose blocks have a feed-forward only.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from clipress.errors import ArtifactError
 from clipress.models.attention import Attention
 from clipress.models.eva_attention import EvaAttention
 from clipress.models.partial_norm import is_known_norm
-from clipress.models.parts import GATED, PLAIN, Attn, Block, Ffn, FfnNames, Part
+from clipress.models.parts import BARE, GATED, PLAIN, Attn, Block, Ffn, FfnNames, Part
 
 TOWERS = ("image", "text")  # Towers of a CLIP; `towers` returns those of any model.
 CONFIG_KEYS = {"image": "vision_cfg", "text": "text_cfg"}
 SEGMENTER_TOWERS = ("image", "decoder")
+BLIP_IMAGE = ("visual_encoder.", "vision_proj.")
 TEXT_MODULES = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
 
 
@@ -42,18 +44,39 @@ def is_segmenter(model: nn.Module) -> bool:
     return hasattr(model, "encoder") and hasattr(model, "decoder")
 
 
+def is_blip(model: nn.Module) -> bool:
+    """Return whether this is a BLIP (blip.py)."""
+    return hasattr(model, "visual_encoder")
+
+
+def text_modules(model: nn.Module) -> dict[str, str]:
+    """Return the text modules of a BLIP by tower: their names. One that writes answers is a tower beside the question's."""
+    names = [name for name in ("text_encoder", "text_decoder") if is_blip(model) and hasattr(model, name)]
+    return dict(zip(("question", "answer") if len(names) > 1 else ("text",), names, strict=False))
+
+
 def towers(model: nn.Module) -> tuple[str, ...]:
     """Return the names of a model's towers."""
+    if is_blip(model):
+        return "image", *text_modules(model)
     return TOWERS if is_clip(model) else SEGMENTER_TOWERS if is_segmenter(model) else ("image",)
 
 
 def tower_of(model: nn.Module, name: str) -> str | None:
-    """Return the tower that a parameter or module belongs to; logit_scale and logit_bias belong to none."""
+    """Return the tower that a parameter or module belongs to; logit_scale and logit_bias, or temp, belong to none."""
+    if is_blip(model):
+        return None if name == "temp" else "image" if name.startswith(BLIP_IMAGE) else _text_tower_of(model, name)
     if not is_clip(model):
         return "decoder" if is_segmenter(model) and name.startswith("decoder.") else "image"
     if name.startswith("logit_"):
         return None
     return "image" if name.startswith("visual.") else "text"
+
+
+def _text_tower_of(model: nn.Module, name: str) -> str:
+    """Return the tower of a BLIP's text module, or of a head that reads one, which the first one does."""
+    found = text_modules(model)
+    return next((tower for tower, module in found.items() if name.startswith(f"{module}.")), next(iter(found)))
 
 
 def tower_parameters(model: nn.Module, tower: str) -> list[nn.Parameter]:
@@ -66,7 +89,7 @@ def blocks(model: nn.Module) -> list[Block]:
 
     Raises ArtifactError if there are none.
     """
-    found = _image_blocks(model) + _text_blocks(model) + _decoder_blocks(model)
+    found = _image_blocks(model) + _text_blocks(model) + _decoder_blocks(model) + _blip_blocks(model)
     if not found:
         raise ArtifactError(
             f"{type(model).__name__}: expected transformer blocks with plain attention and feed-forwards, found none. "
@@ -150,15 +173,32 @@ def _decoder_blocks(model: nn.Module) -> list[Block]:
     ]
 
 
+def _blip_blocks(model: nn.Module) -> list[Block]:
+    found = []
+    for tower, name in text_modules(model).items():
+        if tower == "answer":
+            tokens, memory = model.answer_length, context_length(model)
+        else:
+            vit = model.visual_encoder
+            tokens, memory = context_length(model), int(vit.patch_embed.num_patches + vit.num_prefix_tokens)
+        found += [
+            Block(tower, f"{name}.layers.{i}", layer, tokens, BARE, memory=memory)
+            for i, layer in enumerate(getattr(model, name).layers)
+        ]
+    return found
+
+
 def text_root(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the module that holds a CLIP's text tower, and its path as a prefix."""
     return ("text.", model.text) if hasattr(model, "text") else ("", model)
 
 
 def _timm_root(model: nn.Module) -> tuple[str, nn.Module | None]:
-    """Return timm's image tower with its path as a prefix: a CLIP's trunk, a Segmenter's encoder, or the model itself."""
+    """Return timm's image tower with its path as a prefix: a CLIP's trunk, a Segmenter's or BLIP's encoder, or the model itself."""
     if is_segmenter(model):
         return "encoder.", model.encoder
+    if is_blip(model):
+        return "visual_encoder.", model.visual_encoder
     return ("visual.trunk.", getattr(model.visual, "trunk", None)) if is_clip(model) else ("", model)
 
 
@@ -234,7 +274,9 @@ def image_size(model: nn.Module) -> tuple[int, int]:
 
 def projection(model: nn.Module, tower: str) -> nn.Linear | nn.Parameter | None:
     """Return what maps a tower's pooled features to its output: a Linear, or a bare matrix [in, out]; None for any other."""
-    if not is_clip(model):
+    if is_blip(model):
+        found = getattr(model, "vision_proj" if tower == "image" else "text_proj", None)
+    elif not is_clip(model):
         found = getattr(model, "head", None)
     elif tower == "text":
         _, text = text_root(model)
@@ -276,6 +318,9 @@ def token_table(model: nn.Module) -> nn.Embedding | None:
 def embedding_parameters(model: nn.Module) -> int:
     """Count the parameters of lookup tables: token, position and class embeddings. They cost memory but no multiplications."""
     tables = [getattr(_timm_root(model)[1], name, None) for name in ("pos_embed", "cls_token")]
+    for name in text_modules(model).values():
+        text = getattr(model, name)
+        tables += [text.words.weight, text.places.weight]
     if is_clip(model):
         _, text = text_root(model)
         tables.append(getattr(token_table(model), "weight", None))

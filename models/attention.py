@@ -15,6 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Memory = Tensor | tuple[Tensor, Tensor]
+"""What is attended to: tokens [B, M, memory_width], or what `k` and `v` made of them, [B, M, heads * qk] and [B, M, heads * v]."""
+HIDDEN = -1e4  # added to the logits of padding, whose weight is then exactly 0; small enough that float16 holds it
+
 
 class Attention(nn.Module):
     """Drop-in for `nn.MultiheadAttention(batch_first=True)` as open_clip's blocks call it.
@@ -52,6 +56,7 @@ class Attention(nn.Module):
             self.k = nn.Linear(memory_width, heads * qk_dim, bias=bias)
             self.v = nn.Linear(memory_width, heads * v_dim, bias=bias)
             self.out = nn.Linear(heads * v_dim, width, bias=out_bias)
+        self.dropout = 0.0  # of the attention's weights, in training
 
     @classmethod
     def from_stock(cls, stock: nn.Module) -> Attention:
@@ -98,18 +103,19 @@ class Attention(nn.Module):
         """
         return self.attend(x, attn_mask), None
 
-    def attend(self, x: Tensor, attn_mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
-        """Attend from x [B, N, width] to memory [B, M, memory_width], or to itself: [B, N, width]."""
+    def attend(self, x: Tensor, attn_mask: Tensor | None = None, memory: Memory | None = None) -> Tensor:
+        """Attend from x [B, N, width] to a memory, or to itself: [B, N, width]."""
         if self.heads == 0:  # Every head was cut: only the output bias remains.
             y = torch.zeros_like(x)
             return y if self.out.bias is None else y + self.out.bias
         return self.out(self.mixed(*self.projected(x, x if memory is None else memory), attn_mask))
 
-    def projected(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def projected(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, H, N, qk], keys [B, H, M, qk] and values [B, H, M, v]."""
+        keys, values = memory if isinstance(memory, tuple) else (self.k(memory), self.v(memory))
         q = _reshape(self.q(x), self.heads, self.qk_dim).transpose(1, 2)  # [B, H, N, qk]
-        k = _reshape(self.k(memory), self.heads, self.qk_dim).transpose(1, 2)  # [B, H, M, qk]
-        v = _reshape(self.v(memory), self.heads, self.v_dim).transpose(1, 2)  # [B, H, M, v]
+        k = _reshape(keys, self.heads, self.qk_dim).transpose(1, 2)  # [B, H, M, qk]
+        v = _reshape(values, self.heads, self.v_dim).transpose(1, 2)  # [B, H, M, v]
         return q, k, v
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
@@ -120,7 +126,8 @@ class Attention(nn.Module):
             logits = (q * self.scale) @ k.transpose(2, 3)
             y = (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=self.scale)
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, scale=self.scale)
         return _reshape(y.transpose(1, 2), self.heads * self.v_dim)
 
 
@@ -149,3 +156,13 @@ class TimmAttention(Attention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend from x [B, N, width] to itself: [B, N, width]. Vision towers have no causal mask."""
         return self.attend(x, attn_mask)
+
+
+class SeparateAttention(Attention):
+    """Attention whose stock module has separate Linears too."""
+
+    def stock_state(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(own)
+
+    def own_state(self, stock: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(stock)

@@ -16,25 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipress.errors import ArtifactError
-from clipress.models.attention import Attention
+from clipress.models.attention import HIDDEN, SeparateAttention
 from clipress.models.hf_config import ACTIVATIONS, CONTEXT, Shape, shape_of
 
 MEAN, FIRST, CLS = "mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler"
 """open_clip's names: the mean of a text, or its first token. `cls_pooler` is BERT's own layer where the encoder has one."""
 NORM_AND_TWO = "norm-linear-linear"
 """AltCLIP's projection, which open_clip lacks: a norm, a Linear to `project_dim`, and one without bias."""
-HIDDEN = -1e4  # added to the logits of padding; small enough that float16 holds it
 _FUNCTIONS = {"gelu": nn.GELU, "gated-gelu": lambda: nn.GELU("tanh"), "relu": nn.ReLU}
-
-
-class SeparateAttention(Attention):
-    """Attention whose stock module has separate Linears too."""
-
-    def stock_state(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(own)
-
-    def own_state(self, stock: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(stock)
 
 
 class RMSNorm(nn.Module):

@@ -108,6 +108,7 @@ class Ffn:
 
 Part = Attn | Ffn
 PLAIN = FfnNames(("c_fc",), "c_proj")
+BARE = FfnNames(("fc1",), "fc2")
 GATED = FfnNames(("c_fc", "c_gate"), "c_proj")  # mT5's
 
 
@@ -122,15 +123,26 @@ class Block:
     ffn: FfnNames = PLAIN
     rotary: bool = False
     """Whether its attention is passed rotary positions."""
+    memory: int = 0
+    """How many tokens its cross-attentions read."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The parts of this block that may be cut: attention, unless it has none, and feed-forward."""
-        ffn = Ffn(self.tower, f"{self.name}.mlp", self.name, self.module.mlp, self.ffn, self.tokens)
-        if not self.attends:
-            return (ffn,)
-        attn = Attn(self.tower, f"{self.name}.attn", self.name, self.module.attn, self.tokens, self.tokens)
-        return attn, ffn
+        """The parts of this block that may be cut: attentions, if it has any, and the feed-forward."""
+        attns = {"attn": self.tokens} if self.attends else {}
+        attns |= {f"cross.{number}": self.memory for number in range(len(getattr(self.module, "cross", ())))}
+        found = [
+            Attn(self.tower, f"{self.name}.{path}", self.name, self.module.get_submodule(path), self.tokens, memory)
+            for path, memory in attns.items()
+        ]
+        holder, at = self._ffn_holder
+        return *found, Ffn(self.tower, at, self.name, holder, self.ffn, self.tokens)
+
+    @property
+    def _ffn_holder(self) -> tuple[nn.Module, str]:
+        """The module that holds the Linears of the feed-forward, which may be the block itself, and its path."""
+        mlp = getattr(self.module, "mlp", None)
+        return (self.module, self.name) if mlp is None else (mlp, f"{self.name}.mlp")
 
     @property
     def attends(self) -> bool:
@@ -141,14 +153,14 @@ class Block:
     def is_residual(self) -> bool:
         """Whether its parts write into a stream [B, tokens, width] as they are, scaled at most.
 
-        EVA02-E and BERT have norms behind their parts, and ConvNeXt's stream changes its shape between stages.
+        EVA02-E, BERT and BLIP's text modules have norms behind their parts, and ConvNeXt's stream changes its shape between stages.
         """
         norms_first = getattr(self.module, "norm_first", "PostNorm" not in type(self.module).__name__)
         return self.attends and norms_first
 
     @property
     def width(self) -> int:
-        return getattr(self.module.mlp, self.ffn.ins[0]).in_features
+        return self.parts[-1].width
 
     def gain(self, part: Part) -> nn.Parameter | None:
         """Return the layer scale [width] of a part's branch, or None if it is added to the residual stream as it is."""

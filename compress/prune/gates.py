@@ -4,7 +4,8 @@ There are two spaces of gates. `separate` (ours) has a gate per head and dim on 
 head) on the values, and one per hidden unit after the activation; the output is linear in each gate. `upop` (Shi et al.
 2023) has one gate per head dim, shared by all heads and by q, k and v, and one per hidden unit before the activation.
 
-Every sample of a batch has a copy of the gate, so one backward pass yields per-sample gradients [B, groups, units].
+Every sample of a batch has a copy of the gate, so one backward pass yields per-sample gradients [B, groups, units]. A part may be
+called several times in a step, and on several rows of a sample (models/owners.py); their gradients add up.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clipress.models import anatomy, surgery
+from clipress.models import anatomy, owners, surgery
 from clipress.models.anatomy import Attn, Part
 
 Kind = Literal["heads", "qk", "v", "ffn"]
@@ -71,12 +72,21 @@ class Site:
         return sum(grads) if grads else None
 
     def own(self, x: Tensor) -> Tensor:
-        """Return the copies for the samples of an activation [B, ...]: in float32, since gradients of several calls add up."""
-        if len(x) not in self.copies:
+        """Return the copies for the rows of an activation [rows, ...], those of their samples.
+
+        They are float32, since gradients of several calls add up. Raises ValueError for other rows than those whose owners are known.
+        """
+        found = owners.current()
+        samples = len(x) if found is None else found.samples
+        if samples not in self.copies:
             dtype = torch.promote_types(x.dtype, torch.float32)
-            shape = (len(x), self.groups, self.units)
-            self.copies[len(x)] = torch.zeros(shape, device=x.device, dtype=dtype, requires_grad=True)
-        return self.copies[len(x)]
+            shape = (samples, self.groups, self.units)
+            self.copies[samples] = torch.zeros(shape, device=x.device, dtype=dtype, requires_grad=True)
+        if found is None:
+            return self.copies[samples]
+        if len(x) != len(found.rows):
+            raise ValueError(f"{self.name}: expected {len(found.rows)} rows, whose owners are known, found {len(x)}")
+        return found.expand(self.copies[samples])
 
 
 def sites(model: nn.Module, space: str, kinds: Mapping[str, Sequence[str]] | None = None) -> list[Site]:
@@ -201,7 +211,7 @@ def _gated_linears(site: Site, space: str) -> tuple[nn.Linear, ...]:
 
 
 def _gate(site: Site) -> Callable[[Tensor], Tensor]:
-    def multiply(x: Tensor) -> Tensor:  # [B, N, width], or [B, height, width of the map, width]
+    def multiply(x: Tensor) -> Tensor:  # [rows, N, width], or [rows, height, width of the map, width]
         mask = site.spread(site.mask.to(x.dtype), x.shape[-1])
         if not torch.is_grad_enabled():
             return x * mask
