@@ -41,7 +41,8 @@ def _artifact_lines(header: dict[str, Any]) -> Iterator[str]:
     )
     for name, shape in header["shapes"].items():
         if "heads" in shape:
-            yield f"  {name}: {shape['heads']} heads, qk {shape['qk_dim']}, v {shape['v_dim']}, ffn {shape['ffn']}"
+            ffn = f", ffn {shape['ffn']}" if "ffn" in shape else ""  # cross-attentions have records of their own
+            yield f"  {name}: {shape['heads']} heads, qk {shape['qk_dim']}, v {shape['v_dim']}{ffn}"
         else:
             yield f"  {name}: " + ", ".join(f"{key} {value}" for key, value in shape.items())
     for key in ("sparsity", "quantization"):
@@ -69,9 +70,13 @@ def _method_lines(key: str, method: dict[str, Any]) -> Iterator[str]:
     "form",
     default="auto",
     show_default=True,
-    help="openai, open_clip, transformers, mobileclip, clip-kd, tinyclip, upop, deit or auto.",
+    help="openai, open_clip, transformers, mobileclip, clip-kd, tinyclip, upop, deit, segmenter, blip or auto.",
 )
-@click.option("--model", help="An open_clip model name, if the file does not contain its architecture.")
+@click.option(
+    "--model",
+    help="An open_clip model name, if the file does not contain its architecture; of a pretrained BLIP, the task: "
+    "retrieval, nlvr, caption or vqa.",
+)
 @click.option(
     "--weights",
     "which",
@@ -87,7 +92,7 @@ def import_(
     which: Literal["raw", "ema"] | None,
     base: Path | None,
 ) -> None:
-    """Import a third-party CLIP or ViT classifier.
+    """Import a third-party CLIP, ViT classifier, Segmenter or BLIP.
 
     The artifact in OUT can be a recipe's teacher. Nothing is unpickled.
     """
@@ -105,7 +110,7 @@ def _imported(made: Any) -> Iterator[str]:
     """Say what the weights alone do not show: activation and tokenizer, or classes, and the preprocessing in the artifact."""
     p, words = made.preprocess, made.tokenizer
     if words is not None:
-        tanh = (made.architecture["text_cfg"].get("act_kwargs") or {}).get("approximate") == "tanh"
+        tanh = (made.architecture.get("text_cfg", {}).get("act_kwargs") or {}).get("approximate") == "tanh"
         activation = "QuickGELU" if made.architecture.get("quick_gelu") else "GELU by tanh" if tanh else "GELU"
         yield f"activation: {activation}"
         yield f"tokenizer: {words['name']}, {words['context_length']} ids"

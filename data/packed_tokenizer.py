@@ -30,13 +30,16 @@ def is_packed(spec: Mapping[str, Any]) -> bool:
     return spec.get("file") is not None
 
 
-def packed_from_folder(folder: Path, vocabulary: int, pad: int | None = None) -> dict[str, Any]:
+def packed_from_folder(
+    folder: Path, vocabulary: int, pad: int | None = None, marks: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return `file` and `pad` of the tokenizer in a folder of transformers; empty if it has none that is read.
 
     Args:
         folder: a tokenizer.json in it is read, or BERT's vocab.txt, if it pads on the right with a known token.
         vocabulary: tokens that the text tower knows.
         pad: the id of padding, where the model says it; None: the folder's settings do.
+        marks: special tokens that are appended to the file's, and have to be the last of the vocabulary.
 
     Raises ArtifactError for a file that is no tokenizer or has other tokens than the model.
     """
@@ -50,6 +53,14 @@ def packed_from_folder(folder: Path, vocabulary: int, pad: int | None = None) ->
     pad = tokenizer.token_to_id(token) if pad is None and isinstance(token, str) else pad
     if pad is None or settings.get("padding_side", "right") != "right":
         return {}
+    if marks:
+        tokenizer.add_special_tokens(list(marks))
+        text = tokenizer.to_str()
+        if [tokenizer.token_to_id(mark) for mark in marks] != [*range(vocabulary - len(marks), vocabulary)]:
+            raise ArtifactError(
+                f"its tokenizer: expected {vocabulary - len(marks):,} tokens and {', '.join(marks)} behind them, found "
+                f"{tokenizer.get_vocab_size():,} in all. Use the one that the model was trained with."
+            )
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocabulary:
         raise ArtifactError(f"its tokenizer has ids up to {largest:,}, its text tower knows {vocabulary:,} tokens.")
     return {"file": _packed(text), "pad": pad}

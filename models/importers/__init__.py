@@ -59,7 +59,7 @@ def import_checkpoint(
         path: a file (.pt, .pth, .bin, .safetensors, a TorchScript archive), or a folder of open_clip's, of transformers'
             or of sentence-transformers, or one with an adapter of PEFT.
         form: a name in `IMPORTERS`; `auto` detects the format from the weights.
-        model: an open_clip model name, where the file does not determine its architecture.
+        model: an open_clip model name, where the file does not determine its architecture; of a pretrained BLIP, a task.
         which: raw weights or averaged ones; None: raw ones if the file has any.
         base: of an adapter, the folder or artifact that it is merged into; None: the folder that the adapter names.
 
@@ -112,9 +112,9 @@ def artifact_from_checkpoint(
         "preprocess": found.preprocess,
     }
     record |= {"sha256": hashes[0] if len(hashes) == 1 else digest(*hashes), "versions": {"clipress": __version__}}
-    # With other heads, activation or preprocessing, or averaged, the same file is another model.
-    preprocess = found.model.preprocess.model_dump()
-    record["hash"] = digest("import", record["sha256"], found.form, found.taken, architecture, preprocess)
+    # With other heads, activation, tokenizer or preprocessing, or averaged, the same file is another model.
+    preprocess, tokenizer = found.model.preprocess.model_dump(), found.model.tokenizer
+    record["hash"] = digest("import", record["sha256"], found.form, found.taken, architecture, preprocess, tokenizer)
     return artifact_from_model(found.model, (*found.lineage, record), {})
 
 
@@ -147,7 +147,7 @@ def _imported(path: Path, form: str, model: str | None, which: Which | None, bas
             return _of_folder(path, form, which)
         weights = weights_from_file(path, which)
         used = detected(weights.state) if form == "auto" else form
-        importer = IMPORTERS[used]()
+        importer = IMPORTERS[used](path.parent)
         made = importer.model_from_state(weights.state, model)
         return _Imported(made, used, weights.described(), [path], importer.preprocess_source(None, model))
     except (ArtifactError, RecipeError) as error:

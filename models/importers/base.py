@@ -27,6 +27,10 @@ class Importer:
     folder_weights: ClassVar[tuple[str, ...]] = ()
     """Names of the weights in such a folder, the first one that exists. `NAME.index.json` lists its shards."""
 
+    def __init__(self, beside: Path | None = None) -> None:
+        self.beside = beside
+        """The folder of the file, where some formats keep a tokenizer."""
+
     def recognises(self, state: State) -> bool:
         """Return whether these weights are in this format."""
         raise NotImplementedError
