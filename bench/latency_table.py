@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from clipress.bench.latency import measure_in_turns
+from clipress.errors import RecipeError
 from clipress.models import anatomy, surgery
 from clipress.models.anatomy import Attn, Block, Part
 from clipress.models.load import Model
@@ -40,7 +41,15 @@ class Conditions:
 def cost_table(
     model: Model, batch: int, threads: int, duration_ms: float, done: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measure one block of each tower. `done` is called with each tower and kind that has been measured."""
+    """Measure one block of each tower. `done` is called with each tower and kind that has been measured.
+
+    Raises RecipeError for blocks with cross-attentions, whose costs the table cannot tell from those of their self-attention.
+    """
+    if crossed := next((block for block in anatomy.blocks(model.module) if block.memory), None):
+        raise RecipeError(
+            f"latency-table: expected blocks with one attention, found {crossed.name} with cross-attentions too. Use a budget "
+            "of params or macs."
+        )
     conditions = Conditions(batch, threads, duration_ms)
     firsts: dict[str, Block] = {}
     for block in filter(lambda block: block.attends, anatomy.blocks(model.module)):  # ConvNeXt's are of many shapes

@@ -1,6 +1,7 @@
 """Which sample of a batch each row belongs to, where a module runs on other rows than one per sample.
 
-Gates (compress/prune/gates.py) collect gradients per sample, so they ask here whose rows they see.
+Gates (compress/prune/gates.py) collect gradients per sample, so they ask here whose rows they see. What is recomputed in the backward
+pass (activation checkpointing) runs outside `owned`, which torch refuses: a search on such rows needs the activations kept.
 """
 
 from __future__ import annotations

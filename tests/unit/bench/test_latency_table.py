@@ -6,8 +6,10 @@ import torch
 from clipress.bench.latency_table import cost_table, levels_of, narrow_block, unit_counts
 from clipress.compress.prune.costs import latency_curve
 from clipress.compress.prune.gates import sites
-from clipress.models import anatomy
-from clipress.models.load import new_model
+from clipress.data.transforms import Preprocess
+from clipress.errors import RecipeError
+from clipress.models import anatomy, blip
+from clipress.models.load import Model, new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.tasks import task_named
 
@@ -56,3 +58,14 @@ def test_a_table_covers_every_kind_and_tower_and_prices_every_site(model, towers
     for site in sites(model.module, "separate"):
         curve = latency_curve(site, table)
         assert len(curve) == site.units + 1 and curve[0] == 0 and (curve[1:] >= curve[:-1]).all()
+
+
+def test_blocks_with_cross_attentions_are_refused():
+    image = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    text = {"vocabulary": 60, "width": 32, "layers": 1, "heads": 2, "positions": 8}
+    architecture = {"task": "caption", "image": image, "text": text, "context_length": 8}
+    model = Model(blip.build(architecture, 0), architecture, Preprocess(size=32), None, task="caption")
+    with pytest.raises(
+        RecipeError, match=r"found text_decoder\.layers\.0 with cross-attentions too\. Use a budget of params"
+    ):
+        cost_table(model, batch=1, threads=1, duration_ms=1, done=print)

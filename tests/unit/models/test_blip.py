@@ -130,7 +130,8 @@ def test_a_part_without_units_leaves_its_bias():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_costs_are_the_parameters_that_cutting_saves(task):
+def test_costs_are_what_cutting_saves(task):
+    """Multiply-accumulates of one sample where every tower runs once, which it does for captions and answers."""
     whole = model_of(task)
     for index, site in enumerate(sites(whole, "separate")):
         model = copy.deepcopy(whole)
@@ -142,6 +143,19 @@ def test_costs_are_the_parameters_that_cutting_saves(task):
             surgery.cut(part, mask)
         saved = anatomy.counts(whole)["params"] - anatomy.counts(model)["params"]
         assert saved == 3 * site.params, site.name
+        if task in ("caption", "vqa"):
+            assert macs(whole, task) - macs(model, task) == 3 * site.macs, site.name
+
+
+def macs(model, task):
+    """Count one sample, whose texts are as long as the model's costs assume."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    arrays = [rows[:1] for rows in inputs(task)]
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*arrays)
+    return counter.get_total_flops() // 2
 
 
 @pytest.mark.parametrize("task", TASKS)
