@@ -11,7 +11,7 @@ from PIL import Image
 
 from clipress.data.sources import Classes, Source, open_source
 from clipress.data.spec import SourceSpec
-from clipress.data.transforms import Preprocess, fitted, normalised
+from clipress.data.transforms import Preprocess, as_image, fitted, normalised
 from clipress.errors import DataError, nearest
 
 log = logging.getLogger("clipress.data")
@@ -40,8 +40,7 @@ class EvalSet:
     def masks(self) -> Iterator[tuple[Image.Image, np.ndarray]]:
         """Yield every image at its own size with the labels of its pixels, uint8 [H, W]."""
         for index in range(len(self.source)):
-            image = self.source.image(index)
-            yield image if isinstance(image, Image.Image) else Image.fromarray(image), self.source.mask(index)
+            yield as_image(self.source.image(index)), self.source.mask(index)
 
     def texts(self) -> tuple[list[str], np.ndarray]:
         """Return every caption and the index of its image, int64 [captions]."""

@@ -128,6 +128,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def as_image(image: Image.Image | np.ndarray) -> Image.Image:
+    """Return an image, or pixels uint8 [H, W, 3], as an image."""
+    return image if isinstance(image, Image.Image) else Image.fromarray(image)
+
+
 def resized(image: Image.Image, preprocess: Preprocess, library: Library = "pillow") -> np.ndarray:
     """Resize and crop for evaluation: uint8 [S, S, 3]."""
     size = preprocess.size

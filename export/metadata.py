@@ -6,7 +6,7 @@ They are JSON in `metadata_props`, under the key `clipress`; in ONNX Runtime:
 
     task                             clip, classification, ...
     tower                            the graph's name, such as image or text; classifier or joint
-    agrees                           how the graph is compared with another implementation: embeddings or logits
+    agrees                           how the graph is compared with another implementation: embeddings, logits or masks
     precision                        fp32 or int8; in a lowered file fp16, bf16, int8-fp16 or the like
     preprocess                       size, mean, std and the rest of what turns an image into pixel_values
     tokenizer                        name, context_length and kwargs: what turns a text into input_ids; kept, the

@@ -118,7 +118,7 @@ def _without_quantizers(model: Model, run: Run) -> Run:
 
 
 def compare(what: Comparison, reference: Mapping[str, Run], candidate: Mapping[str, Run]) -> dict[str, float]:
-    """Compare the rows of every graph, then first places: of logits, and of rankings between two graphs of embeddings.
+    """Compare the rows of every graph, then first places: of logits, of every patch, and of rankings between two graphs of embeddings.
 
     Candidates run on all samples, up to AT_ONCE in a batch, and on the first ones in `batches`, whose texts lose the
     padding that is not read.
@@ -135,6 +135,9 @@ def compare(what: Comparison, reference: Mapping[str, Run], candidate: Mapping[s
         first = graph.outputs[0].name
         if graph.agrees == "logits":
             same = same_class(wanted[first], found[first], what.limits.equal)
+            figures[f"{name}_same_first_place"] = _enough(what, [name], same)
+        elif graph.agrees == "masks":  # [N, C, rows, columns]
+            same = same_class(*(np.moveaxis(rows[first], 1, -1) for rows in (wanted, found)), what.limits.equal)
             figures[f"{name}_same_first_place"] = _enough(what, [name], same)
         elif wanted[first].ndim == 2:
             embeddings[name] = (wanted[first], found[first])

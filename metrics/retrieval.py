@@ -33,9 +33,9 @@ class Ranks:
 
 
 def finite(values: np.ndarray, what: str, unit: str = "embeddings") -> np.ndarray:
-    """Return model outputs [N, D] as float32. Raises ArtifactError for NaN, which most evaluators count as a hit."""
+    """Return model outputs [N, ...] as float32. Raises ArtifactError for NaN, which most evaluators count as a hit."""
     if not np.isfinite(values).all():
-        bad = int((~np.isfinite(values)).any(1).sum())
+        bad = int((~np.isfinite(values)).reshape(len(values), -1).any(1).sum())
         raise ArtifactError(
             f"{bad} of {len(values)} {what} {unit} are not finite: the model is broken. Train or export it again."
         )

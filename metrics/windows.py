@@ -14,6 +14,7 @@ from PIL import Image
 
 from clipress.data.transforms import Preprocess, normalised
 from clipress.metrics.classify import softmax
+from clipress.metrics.retrieval import finite
 
 Scores = Callable[[np.ndarray], np.ndarray]
 """Pixels float32 [B, 3, S, S] -> scores of patches [B, C, h, w]."""
@@ -26,7 +27,7 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 def segmented(
     image: Image.Image, run: Scores, preprocess: Preprocess, scales: Sequence[float] = (1.0,), mirror: bool = False
 ) -> np.ndarray:
-    """Return the class of every pixel, int64 [H, W]."""
+    """Return the class of every pixel, int64 [H, W]. Raises ArtifactError for scores that are not finite."""
     total: np.ndarray | None = None
     for scale in scales:
         for flip in (False, True) if mirror else (False,):
@@ -55,7 +56,8 @@ def _scores(image: Image.Image, run: Scores, preprocess: Preprocess) -> np.ndarr
     for first in range(0, len(places), BATCH):
         part = places[first : first + BATCH]
         windows = np.stack([pixels[top : top + size, left : left + size] for top, left in part])
-        for (top, left), scores in zip(part, run(normalised(windows, preprocess)), strict=True):
+        found = finite(run(normalised(windows, preprocess)), "image", "scores")
+        for (top, left), scores in zip(part, found, strict=True):
             if total is None:
                 total = np.zeros((len(scores), height, width), np.float32)
             total[:, top : top + size, left : left + size] += enlarged(scores, (size, size))

@@ -17,8 +17,8 @@ Arrays = Mapping[str, np.ndarray]
 """A graph's inputs, or outputs, by their names; the batch is the first axis of each."""
 Run = Callable[[Arrays], dict[str, np.ndarray]]
 """A graph as a function from inputs to outputs, whatever it runs on."""
-Agreement = Literal["embeddings", "logits"]
-"""How two implementations of a graph are compared: by cosines and rankings, or by cosines and the first place."""
+Agreement = Literal["embeddings", "logits", "masks"]
+"""How two implementations of a graph are compared: by cosines, and by rankings, the first place, or every patch's first class."""
 
 
 class Input(BaseModel):

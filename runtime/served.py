@@ -8,8 +8,8 @@ IMAGE, TEXT = "image", "text"
 """What clients send: image files and UTF-8 texts. CLIP's two graphs have the same names."""
 SENT = {"pixel_values": IMAGE, "input_ids": TEXT}
 """Inputs of graphs that the server makes from what clients send. Other inputs are sent as they are."""
-MODELS = {"embeddings": "{}_encoder", "logits": "{}_classifier"}
-CHAINS = {"embeddings": "embed_{}", "logits": "score_{}"}
+MODELS = {"embeddings": "{}_encoder", "logits": "{}_classifier", "masks": "{}_segmenter"}
+CHAINS = {"embeddings": "embed_{}", "logits": "score_{}", "masks": "score_patches_of_{}"}
 
 
 def model_of(graph: Graph) -> str:

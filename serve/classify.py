@@ -1,4 +1,4 @@
-"""Inference with an export folder and ONNX Runtime alone: embeddings and classification."""
+"""Inference with an export folder and ONNX Runtime alone: embeddings, classification and segmentation."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from clipress.data.prompts import check_labels, prompts_by_class
-from clipress.data.transforms import as_rgb, fitted, normalised, open_image
+from clipress.data.transforms import as_image, as_rgb, fitted, normalised, open_image
 from clipress.errors import DataError, ExportError, nearest
 from clipress.metrics.classify import softmax
 from clipress.metrics.retrieval import finite
+from clipress.metrics.windows import segmented
 from clipress.metrics.zeroshot import embed_labels
 from clipress.runtime.export_folder import read_export
 from clipress.runtime.graph import Graph
 from clipress.runtime.onnx_session import open_session
-from clipress.serve.graphs import IMAGE, TEXT, classifier_graph, embedder, is_zero_shot
+from clipress.serve.graphs import IMAGE, TEXT, classifier_graph, embedder, is_zero_shot, segmenter_graph
 
 TEMPLATES = ("a photo of a {}",)
 BATCH = 32  # items per call of ONNX Runtime; limits memory
@@ -31,19 +32,21 @@ ImageLike = ImageFile | Image.Image | np.ndarray
 class LoadedModel:
     """An exported model; see `clipress.load`. A CLIP embeds, and classifies among any labels; a classifier among its own.
 
+    A Segmenter finds its labels at every pixel.
+
     Args:
         export: an export folder.
         threads: ONNX Runtime threads inside one operator; 0: one per core.
 
-    Raises ArtifactError if the export is missing or damaged, and ExportError for a task that neither embeds nor classifies.
+    Raises ArtifactError if the export is missing or damaged, and ExportError for another task.
     """
 
     def __init__(self, export: str | Path, threads: int = 0) -> None:
         self.exported = exported = read_export(export)
-        self._scores = classifier_graph(exported)
-        if self._scores is None and not is_zero_shot(exported):
+        self._scores, self._masks = classifier_graph(exported), segmenter_graph(exported)
+        if self._scores is None and self._masks is None and not is_zero_shot(exported):
             raise ExportError(
-                f"{export}: expected the export of a CLIP or of a classifier with labels, found a {exported.task} with "
+                f"{export}: expected the export of a CLIP, or of a classifier or Segmenter with labels, found a {exported.task} with "
                 f"{', '.join(exported.graphs)}."
             )
         self.sessions = {graph: open_session(exported.onnx(graph), threads) for graph in exported.graphs}
@@ -52,8 +55,13 @@ class LoadedModel:
 
     @property
     def labels(self) -> tuple[str, ...] | None:
-        """The classes of a classifier; None for a CLIP, which takes any labels."""
+        """The classes of a classifier or a Segmenter; None for a CLIP, which takes any labels."""
         return self.exported.labels
+
+    @property
+    def segments(self) -> bool:
+        """Whether this is a Segmenter."""
+        return self._masks is not None
 
     def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
         """Return unit-length embeddings, float32 [N, D]; a single image gives [1, D].
@@ -94,6 +102,23 @@ class LoadedModel:
             logits = zero_shot_logits(self.exported.logit_scale, self.encode_image(images), classes)
         found = softmax(logits)
         return found[0] if _is_one(images) else found
+
+    def segment(self, images: ImageLike | Sequence[ImageLike]) -> list[np.ndarray]:
+        """Return the place in `labels` of every pixel of every image, int64 [H, W] each, at its own size.
+
+        A large image is seen in windows. Raises DataError for an image that cannot be read, and ExportError for another model.
+        """
+        graph = self._masks
+        if graph is None:
+            raise ExportError(f"{self.exported.folder}: expected a Segmenter, found a {self.exported.task}.")
+
+        session, takes, gives = self.sessions[graph.name], graph.inputs[0].name, graph.outputs[0].name
+
+        def scores(pixels: np.ndarray) -> np.ndarray:
+            return session.run([gives], {takes: pixels})[0]
+
+        opened = (as_image(_opened(image)) for image in _as_list(images))
+        return [segmented(image, scores, self.exported.preprocess) for image in opened]
 
     def label_embeddings(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
         """Return one unit vector per label, float32 [C, D]: the mean over the templates. Raises DataError.

@@ -46,6 +46,12 @@ def classifier_graph(exported: Exported) -> Graph | None:
     return None
 
 
+def segmenter_graph(exported: Exported) -> Graph | None:
+    """Return the graph that scores the patches of an image for the export's own labels; None if it has none."""
+    found = [graph for graph in exported.graphs.values() if graph.agrees == "masks"]
+    return found[0] if found and exported.labels else None
+
+
 def embedder(exported: Exported, side: str) -> Graph:
     """Return the graph that embeds images, or texts. Raises ExportError for an export that has none."""
     graph = exported.graphs.get(side)

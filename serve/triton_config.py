@@ -29,6 +29,7 @@ from clipress.serve.graphs import (
     classifier_graph,
     inputs_for,
     is_zero_shot,
+    segmenter_graph,
     sent_for,
 )
 from clipress.serve.settings import ServeSettings
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-INT32, STRING = "TYPE_INT32", "TYPE_STRING"
+INT32, UINT16, STRING = "TYPE_INT32", "TYPE_UINT16", "TYPE_STRING"
 TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 FP32 = TYPES["float32"]
 SAMPLES = {"float32": {"random_data": True}, "int64": {"zero_data": True}}  # random ids would exceed the vocabulary
@@ -93,6 +94,8 @@ def configs(served: Served, with_search: bool) -> dict[str, ModelConfig]:
         made.append(_classify_zero_shot(served))
     elif (scores := classifier_graph(exported)) is not None:
         made.append(_classify(served, scores))
+    elif (scores := segmenter_graph(exported)) is not None:
+        made.append(_segment(served, scores))
     if with_search:
         made.append(_search(served))
     for config in made:
@@ -284,20 +287,34 @@ def _classify_zero_shot(served: Served) -> ModelConfig:
 
 def _classify(served: Served, graph: Graph) -> ModelConfig:
     """Classify images among a classifier's own labels."""
-    labels = served.exported.labels
     config = _model("classify", "python", 0)
     config.input.add(name=IMAGE, data_type=STRING, dims=[-1])
-    config.output.add(name="probabilities", data_type=FP32, dims=[-1, len(labels)])
-    config.output.add(name="labels", data_type=STRING, dims=[len(labels)])
+    config.output.add(name="probabilities", data_type=FP32, dims=[-1, len(served.exported.labels)])
+    _read_scores(config, served, graph, chain_of(served.exported, graph))
+    return config
+
+
+def _segment(served: Served, graph: Graph) -> ModelConfig:
+    """Give the class of every pixel of an image of any size."""
+    config = _model("segment", "python", 0)
+    config.input.add(name=IMAGE, data_type=STRING, dims=[1])
+    config.output.add(name="mask", data_type=UINT16, dims=[-1, -1])
+    _read_scores(config, served, graph, model_of(graph))
+    _set_parameters(config, preprocess=served.exported.preprocess.model_dump_json())
+    return config
+
+
+def _read_scores(config: ModelConfig, served: Served, graph: Graph, scores_model: str) -> None:
+    """Let a model ask another one for scores, and give their labels too."""
+    config.output.add(name="labels", data_type=STRING, dims=[len(served.exported.labels)])
     _add_instances(config, helpers(served.settings))
     _set_parameters(
         config,
-        labels=json.dumps(labels),
-        scores_model=chain_of(served.exported, graph),
+        labels=json.dumps(served.exported.labels),
+        scores_model=scores_model,
         scores=graph.outputs[0].name,
         image_batch=str(served.largest_batch(graph.name)),
     )
-    return config
 
 
 def _search(served: Served) -> ModelConfig:

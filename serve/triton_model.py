@@ -120,6 +120,14 @@ def respond_together(
     return [error_response(one) if isinstance(one, Exception) else _part(outputs, next(parts)) for one in found]
 
 
+def answered(request: Any, answer: Callable[[Any], Tensors]) -> Any:
+    """Answer one request whose work waits for other models in turn."""
+    try:
+        return _response(answer(request))
+    except Exception as error:
+        return error_response(error)
+
+
 async def respond(request: Any, answer: Callable[[Any], Awaitable[Tensors]]) -> Any:
     """Answer one request that needs other models."""
     try:
@@ -144,12 +152,24 @@ async def infer(model: str, takes: str, items: Sequence[bytes], gives: str, batc
 
 
 async def _infer_batch(model: str, takes: str, items: Sequence[bytes], gives: str) -> np.ndarray:
-    inputs = [pb_utils.Tensor(takes, np.asarray(items, object)[:, None])]  # [B, 1]
+    request = _request_for(model, takes, np.asarray(items, object)[:, None], gives)  # [B, 1]
+    return _output_of(await request.async_exec(), gives)
+
+
+def infer_now(model: str, takes: str, batch: np.ndarray, gives: str) -> np.ndarray:
+    """Return an output of another model for one batch of its own input. Raises ModelError with that model's message."""
+    return _output_of(_request_for(model, takes, batch, gives).exec(), gives)
+
+
+def _request_for(model: str, takes: str, batch: np.ndarray, gives: str) -> Any:
     on_host = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
-    request = pb_utils.InferenceRequest(
+    inputs = [pb_utils.Tensor(takes, batch)]
+    return pb_utils.InferenceRequest(
         model_name=model, requested_output_names=[gives], inputs=inputs, preferred_memory=on_host
     )
-    response = await request.async_exec()
+
+
+def _output_of(response: Any, gives: str) -> np.ndarray:
     if response.has_error():
         raise ModelError(response.error().message())
     return pb_utils.get_output_tensor_by_name(response, gives).as_numpy()

@@ -19,6 +19,7 @@ from clipress.serve.graphs import (
     classifier_graph,
     inputs_for,
     is_zero_shot,
+    segmenter_graph,
     sent_for,
 )
 from clipress.serve.triton_config import Served
@@ -125,6 +126,12 @@ answer = client.infer("classify", [image])
 shares, labels = answer.as_numpy("probabilities")[0], answer.as_numpy("labels")
 for number in np.argsort(-shares)[:5]:
     print(f"{labels[number].decode()} {shares[number]:.1%}")"""
+SEGMENTER = """\
+image = column("image", [pathlib.Path(sys.argv[1]).read_bytes()])
+answer = client.infer("segment", [image])
+mask, labels = answer.as_numpy("mask"), answer.as_numpy("labels")
+for number in np.unique(mask):
+    print(f"{labels[number].decode()} {(mask == number).mean():.1%}")"""
 
 SENDS = {IMAGE: "`image` BYTES [1]: a JPEG, PNG or WebP file", TEXT: "`text` BYTES [1]: UTF-8"}
 TRITON = {"float32": "FP32", "int64": "INT64"}
@@ -182,6 +189,9 @@ def _models(exported: Exported, with_search: bool) -> Iterator[tuple[str, str, s
     elif classifier_graph(exported) is not None:
         count = len(exported.labels)
         yield "`classify`", "`image` BYTES [N]", f"`probabilities` FP32 [N, {count}], `labels` BYTES [{count}]"
+    elif segmenter_graph(exported) is not None:
+        gives = f"`mask` UINT16 [H, W], places in `labels` BYTES [{len(exported.labels)}]"
+        yield "`segment`", "`image` BYTES [1], of any size", gives
     if with_search:
         gives = "`scores` FP32 [N, k], `keys` BYTES [N, k], best first"
         yield "`search`", "`text` BYTES [N], `k` INT32 [1] (optional, 10)", gives
@@ -199,6 +209,7 @@ def _batches(exported: Exported, with_search: bool) -> str:
     """List the models that take lists of any length instead of a batch."""
     has_classify = is_zero_shot(exported) or classifier_graph(exported) is not None
     lists = ["`classify`"] * has_classify + ["`search`"] * with_search
+    lists += ["`segment`"] * (segmenter_graph(exported) is not None)
     return f"All{' but ' + ' and '.join(lists) if lists else ''} take a batch dimension in front."
 
 
@@ -228,7 +239,7 @@ def _curls(exported: Exported, with_search: bool) -> Iterator[str]:
 
 
 def _program(exported: Exported) -> str:
-    """Return a program that classifies an image; empty where the server does not classify."""
+    """Return a program that classifies or segments an image; empty where the server does neither."""
     if is_zero_shot(exported):
         title = "An image among labels, as `python classify.py IMAGE LABEL LABEL ...`"
         return PROGRAM.substitute(title=title, request=ZERO_SHOT)
@@ -236,6 +247,8 @@ def _program(exported: Exported) -> str:
         return PROGRAM.substitute(
             title="The best labels of an image, as `python classify.py IMAGE`", request=CLASSIFIER
         )
+    if segmenter_graph(exported) is not None:
+        return PROGRAM.substitute(title="What is where in an image, as `python segment.py IMAGE`", request=SEGMENTER)
     return ""
 
 

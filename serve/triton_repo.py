@@ -11,6 +11,8 @@
 
     preprocess ─► image_classifier = score_image ─► classify                of a classifier
 
+                  image_segmenter ─► segment                                of a Segmenter
+
 A very small encoder is not chained: embed_* is then one python model that prepares the input and runs the encoder.
 
 A changed export adds a version to every model, under one number, so that the models of a version belong together. A
@@ -47,6 +49,7 @@ from clipress.serve.graphs import (
     embedder,
     inputs_for,
     is_zero_shot,
+    segmenter_graph,
 )
 from clipress.serve.settings import ServeSettings
 from clipress.serve.sizing import sizing
@@ -194,6 +197,8 @@ def _files(exported: Exported, backend: str, settings: ServeSettings) -> tuple[R
             found[chain] = dict(files) if backend == "python" and len(graph.inputs) == 1 else {}
     if is_zero_shot(exported) or classifier_graph(exported) is not None:
         found["classify"] = {}
+    if segmenter_graph(exported) is not None:
+        found["segment"] = {}
     if settings.index is not None:
         found[SEARCH] = _index(settings.index, exported)
     for model, code in _codes(exported, backend).items():
@@ -214,6 +219,8 @@ def _codes(exported: Exported, backend: str) -> dict[str, Path]:
         codes["classify"] = "zero_shot"
     elif classifier_graph(exported) is not None:
         codes["classify"] = "classify"
+    elif segmenter_graph(exported) is not None:
+        codes["segment"] = "segment"
     return {model: Path(__file__).with_name(f"{name}_model.py.txt") for model, name in codes.items()}
 
 

@@ -261,7 +261,7 @@ class ClassifierLesson(Lesson):
 
 
 def _features(outputs: Outputs, gather: Gather) -> Features:
-    return Features(**{name: gather.own(rows) for name, rows in outputs.items()})
+    return Features(logits=gather.own(outputs["logits"]), tokens=gather.own_tokens(outputs))
 
 
 def _refuse_other_labels(job: TrainingJob, teacher: Model, labels: list[str]) -> None:

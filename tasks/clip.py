@@ -279,7 +279,7 @@ def _features(outputs: Outputs, gather: Gather) -> Features:
     unit = {side: F.normalize(outputs[side], dim=-1) if side in outputs else None for side in SIDES}
     everyone = {side: None if rows is None else gather.rows(rows) for side, rows in unit.items()}
     own = unit if gather.local else everyone
-    aside = {name: outputs.get(name) for name in (*SIDES, "masked", "image_tokens", "text_tokens")}
+    aside = {name: outputs.get(name) for name in (*SIDES, "masked")}
     aside = {name: None if rows is None else gather.own(rows) for name, rows in aside.items()}
     return Features(
         own["image"],
@@ -289,8 +289,7 @@ def _features(outputs: Outputs, gather: Gather) -> Features:
         outputs["scale"],
         raw_image=aside["image"],
         raw_text=aside["text"],
-        image_tokens=aside["image_tokens"],
-        text_tokens=aside["text_tokens"],
+        tokens=gather.own_tokens(outputs),
         masked_image=None if aside["masked"] is None else F.normalize(aside["masked"], dim=-1),
     )
 

@@ -111,7 +111,7 @@ class Segmentation(Task):
         size, patch = model.preprocess.size, model.architecture["sizes"]["patch_size"]
         pixels = Input(name="pixel_values", dtype="float32", shape=(3, size, size))
         scores = Output(name="scores", shape=(len(model.architecture["labels"]), size // patch, size // patch))
-        return {"image": Graph(name="image", inputs=(pixels,), outputs=(scores,), agrees="embeddings")}
+        return {"image": Graph(name="image", inputs=(pixels,), outputs=(scores,), agrees="masks")}
 
     def graph_of(self, tower: str) -> str:
         return self.main_graph
@@ -204,12 +204,14 @@ class SegmenterLesson(Lesson):
         )
         if "masks" not in self.needs:
             return found
-        return replace(found, masks=gather.own(arrays["mask"].long()))
+        masks = arrays["mask"].long()
+        return replace(found, masks=gather.own(masks), all_masks=gather.rows(masks))
 
 
 def _features(outputs: Outputs, gather: Gather) -> Features:
-    rows = {name: gather.own(part) for name, part in outputs.items()}
-    return Features(**rows, logits=rows["scores"].flatten(2).transpose(1, 2).flatten(0, 1))
+    scores = gather.own(outputs["scores"])
+    logits = scores.flatten(2).transpose(1, 2).flatten(0, 1)
+    return Features(scores=scores, logits=logits, tokens=gather.own_tokens(outputs))
 
 
 def _refuse_other_masks(job: TrainingJob, labels: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from clipress.errors import RecipeError
 from clipress.models import anatomy
 from clipress.models.load import Model
 
+TOKENS = "_tokens"
 Outputs = Mapping[str, Tensor]
 """What a training module returns: rows [B, ...] by name, and a scalar `scale` if the model has one."""
 
@@ -33,8 +34,9 @@ class Features:
     scale: Tensor | None = None  # (), exp(logit_scale)
     raw_image: Tensor | None = None  # [B, D], before normalization
     raw_text: Tensor | None = None
-    image_tokens: Tensor | None = None  # [B, n, W], the tower's last layer before pooling and projection
-    text_tokens: Tensor | None = None  # [B, L, W]
+    tokens: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # [B, n, W] by tower: its last layer before pooling and projection
     masked_image: Tensor | None = None  # [B, D], L2-normalized, of images with most patches masked
     logits: Tensor | None = None  # [B, C], a classifier's scores before softmax; of a Segmenter one row per patch
     scores: Tensor | None = None  # [B, C, h, w], a Segmenter's scores of patches
@@ -78,6 +80,7 @@ class Batch:
     """The trained towers."""
     other_labels: Tensor | None = None  # [B], of the images that were mixed in
     masks: Tensor | None = None  # [B, S, S], the label of every pixel; 255 does not count
+    all_masks: Tensor | None = None  # [N, S, S]
     shares: Tensor | None = None  # [B], of an image's own pixels in a mixed one
 
     @property
@@ -176,6 +179,10 @@ class Gather:
     rows: Callable[[Tensor], Tensor]
     local: bool
 
+    def own_tokens(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Return the token features among a module's outputs, by tower."""
+        return {name.removesuffix(TOKENS): self.own(rows) for name, rows in outputs.items() if name.endswith(TOKENS)}
+
     def own(self, rows: Tensor) -> Tensor:
         """Return the rows that this process computes the loss for: its own, or all."""
         return rows if self.local else self.rows(rows)
@@ -195,7 +202,7 @@ class TrainingModule(nn.Module):
 
     def take_tokens(self) -> dict[str, Tensor]:
         """Return the token features of the last forward pass, `<tower>_tokens` [B, n, W], and forget them."""
-        tokens = {f"{tower}_tokens": rows.float() for tower, rows in self._tokens.items()}
+        tokens = {f"{tower}{TOKENS}": rows.float() for tower, rows in self._tokens.items()}
         self._tokens.clear()
         return tokens
 

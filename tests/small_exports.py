@@ -17,6 +17,7 @@ MEAN, STD = (0.5, 0.25, 0.75), (0.5, 0.25, 1.0)
 RNG = np.random.default_rng(0)
 IMAGE_WEIGHT = RNG.standard_normal((3 * SIZE * SIZE, DIM)).astype(np.float32)
 TEXT_WEIGHT = RNG.standard_normal((LENGTH, DIM)).astype(np.float32)
+PIXEL_WEIGHT = RNG.standard_normal((4, 3)).astype(np.float32)  # of the Segmenter: scores of a pixel's labels
 LABELS = ("cat", "dog", "red fox", "Käfer")  # Labels of the classifier, which has the image encoder's weights.
 TOKENIZER = {"name": "clip-bpe", "context_length": LENGTH, "kwargs": {}}
 PIXELS = {"name": "pixel_values", "dtype": "float32", "shape": [3, SIZE, SIZE]}
@@ -98,6 +99,19 @@ def write_classifier(folder: Path, labels=LABELS) -> Path:
     outputs = [{"name": "logits", "shape": [DIM]}]
     graph = {"name": "image", "inputs": [PIXELS], "outputs": outputs, "agrees": "logits"}
     describe_graphs(folder, ["image"], task="classification", graphs={"image": graph}, labels=labels)
+    return folder
+
+
+def write_segmenter(folder: Path, labels=LABELS) -> Path:
+    """Write the export folder of a Segmenter whose patches are pixels: their scores are products with PIXEL_WEIGHT."""
+    folder.mkdir(parents=True)
+    nodes = [helper.make_node("Conv", ["pixel_values", "weight"], ["scores"])]
+    shape = [len(labels), SIZE, SIZE]
+    takes, gives = {"pixel_values": (TensorProto.FLOAT, PIXELS["shape"])}, {"scores": (TensorProto.FLOAT, shape)}
+    save(folder / "image.onnx", nodes, takes, gives, weight=PIXEL_WEIGHT[:, :, None, None])
+    outputs = [{"name": "scores", "shape": shape}]
+    graph = {"name": "image", "inputs": [PIXELS], "outputs": outputs, "agrees": "masks"}
+    describe_graphs(folder, ["image"], task="segmentation", graphs={"image": graph}, labels=labels)
     return folder
 
 

@@ -1,16 +1,21 @@
-"""Classify images with a server; see `clipress.load` for classification on this machine."""
+"""Classify images with a server, and draw masks; see `clipress.load` for classification on this machine."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from clipress.data.formats.files import images_under
 from clipress.data.prompts import check_labels
+from clipress.data.transforms import open_image
 from clipress.errors import DataError
-from clipress.serve.classify import label_columns, shares_among
+from clipress.serve.classify import LoadedModel, label_columns, shares_among
 from clipress.serve.client import Answer, Client
+from clipress.serve.segment import drawn_mask, shares_of
+from clipress.storage import write_bytes_whole
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,28 @@ def images_in(paths: Iterable[Path], standard_input: Iterable[str] = ()) -> Iter
             yield from (path / name for name in images_under(path))
         else:
             yield path
+
+
+def pictures_of_masks(
+    model: LoadedModel, images: Iterable[Path], out: Path
+) -> Iterator[tuple[Path, Path, dict[str, float]]]:
+    """Segment images one by one. Yields an image, the PNG written to `out`, and the shares of the labels in it, largest first."""
+    taken: set[str] = set()
+    for path in images:
+        image = open_image(path)
+        (mask,) = model.segment(image)
+        name = next(name for name in _names(path.stem) if name not in taken)
+        taken.add(name)
+        content = io.BytesIO()
+        drawn_mask(image, mask, model.labels).save(content, "PNG")
+        write_bytes_whole(out / name, content.getvalue())
+        yield path, out / name, shares_of(mask, model.labels)
+
+
+def _names(stem: str) -> Iterator[str]:
+    """Yield names for a picture; images of one name may come from several folders."""
+    yield f"{stem}.png"
+    yield from (f"{stem}-{number}.png" for number in count(2))
 
 
 def labels_of_server(server: Server) -> list[str] | None:

@@ -14,7 +14,7 @@ from clipress.tasks.training import Batch
 
 @LOSSES.register("segmentation")
 class Segmentation(Loss):
-    """Cross-entropy against masks, averaged over the labelled pixels of this process."""
+    """Cross-entropy against masks, averaged over the labelled pixels of all processes."""
 
     needs = frozenset({"masks"})
 
@@ -22,4 +22,7 @@ class Segmentation(Loss):
         size = batch.masks.shape[-2:]
         scores = F.interpolate(batch.student.scores, size=size, mode="bilinear", align_corners=False)
         total = F.cross_entropy(scores, batch.masks, ignore_index=IGNORED, reduction="sum")
-        return total / (batch.masks != IGNORED).sum().clamp(min=1)
+        labelled = (batch.all_masks != IGNORED).sum().clamp(min=1)
+        return (
+            total * (len(batch.all_masks) / len(batch.masks)) / labelled
+        )  # processes may have different numbers of labels

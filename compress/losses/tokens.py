@@ -39,7 +39,7 @@ class Tokens(Loss):
     def forward(self, batch: Batch) -> Tensor:
         total = 0.0
         for side in batch.sides:
-            own, target = (getattr(model, f"{side}_tokens") for model in (batch.student, batch.teacher))
+            own, target = (model.tokens[side] for model in (batch.student, batch.teacher))
             pair = (self.maps[side](own) if side in self.maps else own, target)
             total = total + F.mse_loss(*(F.layer_norm(z, z.shape[-1:]) for z in pair) if self.settings.norm else pair)
         return total

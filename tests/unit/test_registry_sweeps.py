@@ -36,9 +36,11 @@ LINEAGE = ({"stage": "start", "hash": "0"},)
 SHORT = {"steps": 1, "batch_size": 8}
 
 
-@pytest.fixture(scope="module")
-def sets():
-    return evalsets([SourceSpec(format="digits", split="test", limit=24)])
+DATA = {"clip": "digits", "classification": "digits", "segmentation": "shapes"}
+
+
+def sets_of(task):
+    return evalsets([SourceSpec(format=DATA[task], split="test", limit=24)])
 
 
 # stages
@@ -146,6 +148,18 @@ def write_questions(folder):
     return {"annotations": folder / "questions.json", "images": folder}
 
 
+def write_masks(folder):
+    for name, color in (("a", "red"), ("b", "blue")):
+        for kind, suffix, content in (
+            ("images", "jpg", Image.new("RGB", (8, 6), color)),
+            ("annotations", "png", Image.new("L", (8, 6), 1)),
+        ):
+            path = folder / kind / "training" / f"{name}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content.save(path)
+    return {"images": folder}
+
+
 INPUTS = {
     "csv": write_table,
     "karpathy": write_karpathy,
@@ -158,10 +172,13 @@ INPUTS = {
     "digits": lambda folder: {"limit": 2},
     "nlvr2": write_statements,
     "vqa": write_questions,
+    "ade20k": write_masks,
+    "shapes": lambda folder: {"limit": 2},
     "statements": lambda folder: {"limit": 2},
     "questions": lambda folder: {"limit": 2},
 }
-EMBEDDED = ("scenes", "digits", "statements", "questions")
+EMBEDDED = ("scenes", "digits", "shapes", "statements", "questions")
+WITHOUT_TEXTS = ("images", "shapes", "ade20k")
 
 
 def test_every_format_has_an_input_here():
@@ -175,9 +192,9 @@ def test_every_format_reads_images_captions_and_groups(form, tmp_path):
     open_source.cache_clear()
     source = open_source(SourceSpec(format=form, **INPUTS[form](tmp_path)))
     assert len(source) == 2 and source.fingerprint and (source.has_images or source.has_texts)
-    assert source.has_images == (form != "captions") and source.has_texts == (form != "images")
+    assert source.has_images == (form != "captions") and source.has_texts == (form not in WITHOUT_TEXTS)
     captions = [source.captions(index) for index in range(2)]
-    if form not in (*EMBEDDED, "images"):
+    if form not in (*EMBEDDED, *WITHOUT_TEXTS):
         assert sorted(caption for several in captions for caption in several) == ["blue", "red"]
         assert source.group(0) != source.group(1)
     if source.has_images:
@@ -196,6 +213,10 @@ STUDENTS = {
         "width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 32,
         "labels": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
     },
+    "segmentation": {
+        "width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 32, "decoder_layers": 1,
+        "labels": ["background", "circle", "square", "triangle", "cross"],
+    },
 }  # fmt: skip
 
 
@@ -204,7 +225,7 @@ def student(task):
 
 
 def test_every_task_has_a_student_here():
-    assert STUDENTS.keys() == TASKS.keys()
+    assert STUDENTS.keys() == DATA.keys() == TASKS.keys()
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -224,8 +245,8 @@ def test_every_task_builds_runs_and_restores_a_model(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_measures_the_metrics_that_decide(name, sets):
-    outcomes = evaluate_model(student(name), sets)
+def test_every_task_measures_the_metrics_that_decide(name):
+    outcomes = evaluate_model(student(name), sets_of(name))
     assert any(metric.endswith(task_named(name).figures) for metric in outcomes)
     assert all(np.isfinite(outcome.values).all() for outcome in outcomes.values())
 
@@ -234,11 +255,13 @@ def test_every_task_measures_the_metrics_that_decide(name, sets):
 
 
 @pytest.fixture(scope="module", params=TASKS)
-def exported(request, sets, tmp_path_factory):
+def exported(request, tmp_path_factory):
     """Every task's student as an artifact and an export."""
     home = tmp_path_factory.mktemp(request.param)
     artifact = save_artifact(artifact_from_model(student(request.param), LINEAGE, {}), home / "dense")
-    onnx_from_artifact(artifact, home / "export" / "dense", OnnxSettings(exporter="torchscript"), sets)
+    onnx_from_artifact(
+        artifact, home / "export" / "dense", OnnxSettings(exporter="torchscript"), sets_of(request.param)
+    )
     return artifact, home / "export" / "dense"
 
 
@@ -257,10 +280,13 @@ def test_every_runner_matches_torch_or_reports_what_is_missing(backend, exported
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_every_export_target_is_made_from_an_export_of_every_task(name, exported, sets, tmp_path, monkeypatch):
+def test_every_export_target_is_made_from_an_export_of_every_task(name, exported, tmp_path, monkeypatch):
     monkeypatch.setattr("clipress.export.tensorrt_target.find_machine", fake_machine)
     home, lines = exported[1].parent, []
     before = {path for path in home.rglob("*") if path.is_file()}
     target = TARGETS[name]
-    target.make(TargetJob({"dense": exported[1]}, home, lambda: sets, lines.append), target.settings())
+    target.make(
+        TargetJob({"dense": exported[1]}, home, lambda: sets_of(model_from_artifact(exported[0]).task), lines.append),
+        target.settings(),
+    )
     assert lines and {path for path in home.rglob("*") if path.is_file()} - before

@@ -15,6 +15,9 @@ from clipress.tasks.training import Batch, Features, Momentum, Sizes
 PAIRS, WIDTH, TOKENS, TOKEN_WIDTH, QUEUE, CLASSES = 6, 4, 3, 3, 2, 3
 GROUPS = torch.tensor([0, 1, 2, 1, 3, 0])  # two groups appear twice, once in each half
 LABELS = torch.tensor([2, -1, -1, 0, 1, 1])  # the halves have different numbers of labels
+PATCHES, PIXELS = 2, 6
+MASKS = torch.randint(0, CLASSES, (PAIRS, PIXELS, PIXELS), generator=torch.Generator().manual_seed(50))
+MASKS[0, :4] = 255  # the halves have different numbers of labelled pixels
 VARIANTS = [
     *((name, {}) for name in LOSSES),
     ("interactive", {"published": True}),
@@ -43,6 +46,7 @@ def leaves(seed, width=WIDTH, token_width=TOKEN_WIDTH):
     """Raw outputs of one model."""
     rows = {side: noise(PAIRS, width, seed=seed + n) for n, side in enumerate((*SIDES, "masked"))}
     rows |= {f"{side}_tokens": noise(PAIRS, TOKENS, token_width, seed=seed + n) for n, side in enumerate(SIDES)}
+    rows["scores"] = noise(PAIRS, CLASSES, PATCHES, PATCHES, seed=seed + 6)
     rows["logits"] = noise(PAIRS, CLASSES, seed=seed + 5)
     return rows | {"scale": torch.tensor(5.0 + seed / 10, dtype=torch.float64)}
 
@@ -74,7 +78,8 @@ def features(model, rows, maps=None, sides=SIDES, logits=False):
     unit = {name: F.normalize(rows_of, dim=-1) for name, rows_of in given.items()}
     seen = {f"raw_{side}": given[side][rows] for side in sides} | {side: unit[side][rows] for side in sides}
     seen |= {f"all_{side}": unit[side] for side in sides}
-    seen |= {f"{side}_tokens": model[f"{side}_tokens"][rows] for side in sides}
+    seen["tokens"] = {side: model[f"{side}_tokens"][rows] for side in sides}
+    seen["scores"] = model["scores"][rows]
     absent = dict.fromkeys(("image", "text", "all_image", "all_text"))
     scores = model["logits"][rows] if logits else None  # only classifiers have logits
     return Features(**absent | seen, scale=model["scale"], masked_image=unit["masked"][rows], logits=scores)
@@ -95,6 +100,8 @@ def batch(of, losses, rows=slice(None), sides=SIDES):
         LABELS,
         of.classes,
         sides=sides,
+        masks=MASKS[rows],
+        all_masks=MASKS,
     )
 
 
@@ -119,7 +126,9 @@ def view(model, maps=None):
         given = {name: linear(rows, maps["text" if name == "text" else "image"]) for name, rows in given.items()}
     seen = {name: unit(rows) for name, rows in given.items()} | {f"raw_{name}": rows for name, rows in given.items()}
     tokens = {f"{side}_tokens": list(model[f"{side}_tokens"].flatten(0, 1)) for side in SIDES}
-    return SimpleNamespace(**seen, **tokens, scale=model["scale"], logits=list(map(list, model["logits"])))
+    return SimpleNamespace(
+        **seen, **tokens, scores=model["scores"], scale=model["scale"], logits=list(map(list, model["logits"]))
+    )
 
 
 def dots(a, b, scale):
@@ -322,6 +331,29 @@ def soft_logits(s, m, t, loss, _):
     return heat**2 * divergence(own, expected)
 
 
+def segmentation(s, m, t, loss, of):
+    """Score every labelled pixel by linear interpolation between the patches around it."""
+
+    def at(scores, row, column):
+        total = 0
+        for r in range(PATCHES):
+            for c in range(PATCHES):
+                total = total + scores[:, r, c] * weight(row, r) * weight(column, c)
+        return total
+
+    def weight(pixel, patch):
+        place = min(max((pixel + 0.5) * PATCHES / PIXELS - 0.5, 0), PATCHES - 1)
+        return max(0, 1 - abs(place - patch))
+
+    losses = []
+    for scores, mask in zip(s.scores, MASKS.tolist(), strict=True):
+        for row, labels in enumerate(mask):
+            for column, label in enumerate(labels):
+                if label != 255:
+                    losses.append(-softmax([list(at(scores, row, column))])[0][label].log())
+    return sum(losses) / len(losses)
+
+
 REFERENCES = {
     "contrastive": contrastive,
     "affinity": against(lambda rows, known: cross_entropy(rows, softmax(known))),
@@ -343,6 +375,7 @@ REFERENCES = {
     "embedding-ce": ce,
     "classification": labels,
     "logits": soft_logits,
+    "segmentation": segmentation,
     "momentum-contrastive": ita,
     "upop-kd": upop_kd,
 }
@@ -380,7 +413,11 @@ def test_the_mean_over_processes_is_the_loss_of_one(name, settings, wide):
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in LOSSES if n not in ("classification", "logits") and "pairs" not in needs_of(terms_from((n,), "x"))],
+    [
+        n
+        for n in LOSSES
+        if n not in ("classification", "logits", "segmentation") and "pairs" not in needs_of(terms_from((n,), "x"))
+    ],
 )
 def test_a_frozen_tower_is_not_used(name):
     of, shares = world(wide=True), []

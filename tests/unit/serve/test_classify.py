@@ -255,7 +255,9 @@ def test_a_clip_needs_labels(classifier):
 
 
 def test_a_task_that_does_not_classify_is_refused(tmp_path):
-    with pytest.raises(ExportError, match=r"expected the export of a CLIP or of a classifier.* found a questions"):
+    with pytest.raises(
+        ExportError, match=r"expected the export of a CLIP, or of a classifier or Segmenter.* found a questions"
+    ):
         LoadedModel(write_questions(tmp_path / "questions"))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
-from small_exports import write_classifier, write_questions
+from small_exports import write_classifier, write_questions, write_segmenter
 from triton_requests import (
     IMAGES,
     MODELS,
@@ -46,6 +46,7 @@ from clipress.serve.classify import LoadedModel
 from clipress.serve.client import Client
 from clipress.serve.index import open_index
 from clipress.serve.indexing import index_images
+from clipress.serve.segment import shares_of
 from clipress.serve.triton_repo import serve_version, triton_repo_from_export
 from clipress.serve.triton_server import TritonServer
 
@@ -381,6 +382,27 @@ def test_a_classifier_gives_the_probabilities_of_local_inference(triton, tmp_pat
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     best = np.argsort(-expected[0])
     assert printed == [f"{local.labels[number]} {expected[0][number]:.1%}" for number in best]
+
+
+def test_a_segmenter_gives_the_mask_of_local_inference(triton, tmp_path):
+    export = write_segmenter(tmp_path / "export")
+    (repository,) = triton_repo_from_export(export, tmp_path / "triton", SETTINGS)
+    local = LoadedModel(export, threads=1)
+    with TritonServer(repository, triton=triton) as server, triton_grpc.InferenceServerClient(server.grpc) as client:
+        for file in IMAGES[:2]:
+            answer = client.infer("segment", [tensor(triton_grpc, "image", np.asarray([file], object))])
+            np.testing.assert_array_equal(answer.as_numpy("mask"), local.segment(file)[0])
+            assert [label.decode() for label in answer.as_numpy("labels")] == list(local.labels)
+        with pytest.raises(InferenceServerException, match="not a readable image"):
+            client.infer("segment", [tensor(triton_grpc, "image", np.asarray([b"no image"], object))])
+        page = (repository / "README.md").read_text(encoding="utf-8")
+        program = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].replace("localhost:8001", server.grpc)
+        (tmp_path / "segment.py").write_text(program, encoding="utf-8")
+        (tmp_path / "image.png").write_bytes(IMAGES[0])
+        command = [sys.executable, tmp_path / "segment.py", tmp_path / "image.png"]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    shares = shares_of(local.segment(IMAGES[0])[0], local.labels)
+    assert sorted(printed) == sorted(f"{label} {share:.1%}" for label, share in shares.items())
 
 
 def test_a_graph_of_several_inputs_is_served_from_files_and_numbers(triton, tmp_path):

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
-from small_exports import write_classifier, write_questions
+from small_exports import write_classifier, write_questions, write_segmenter
 from triton_requests import write_latencies
 from tritonclient.grpc.model_config_pb2 import TYPE_FP32, TYPE_STRING, ModelConfig
 
@@ -797,6 +797,17 @@ def test_a_classifier_has_no_models_for_texts(tmp_path, small):
     assert json.loads(parameters["labels"]) == ["cat", "dog", "red fox", "Käfer"]
     assert config_in(repository, "score_image").backend == ("python" if small else "")
     assert serve_version(repository, 1, settings, bench) == 1
+
+
+def test_a_segmenter_is_served_for_images_of_any_size(tmp_path):
+    settings = ServeSettings(backend="python", max_batch=8)
+    (repository,) = triton_repo_from_export(write_segmenter(tmp_path / "export"), tmp_path / "triton", settings)
+    assert models_of(repository) == {"image_segmenter", "preprocess", "score_patches_of_image", "segment"}
+    config = config_in(repository, "segment")
+    assert [(one.name, list(one.dims)) for one in config.output] == [("mask", [-1, -1]), ("labels", [4])]
+    page = (repository / "README.md").read_text(encoding="utf-8")
+    assert "`mask` UINT16 [H, W], places in `labels` BYTES [4]" in page and "`segment` take a batch" in page
+    compile(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], "README.md", "exec")
 
 
 def test_the_readme_of_a_classifier_covers_only_its_models(tmp_path):
