@@ -36,6 +36,17 @@ def parameter_groups(model: nn.Module, config: Training, kept: Container[str] = 
     return [{"params": params, "weight_decay": decay} for params, decay in groups]
 
 
+def optimizer_for(groups: Sequence[Mapping[str, Any]], config: Training) -> torch.optim.Optimizer:
+    """Return the fused optimizer of a stage."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True, fused=True)
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        # A first step that is skipped would leave what torch itself allocates unset.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 class Learner(LossPass):
     """Everything a training step uses."""
 
@@ -55,13 +66,11 @@ class Learner(LossPass):
         own = student.module  # timm's classifiers say what must not decay, such as positions
         kept = () if anatomy.is_clip(own) else own.no_weight_decay()
         groups = parameter_groups(self.module, config, kept)
-        self.optimizer = self.fabric.setup_optimizers(
-            torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-        )
+        self.optimizer = self.fabric.setup_optimizers(optimizer_for(groups, config))
         self.finite: Tensor | None = None  # whether the gradients are: a bool () on the device
         learned = parameter_groups(self.objective, config)
         learns = any(group["params"] for group in learned)
-        self.own = torch.optim.AdamW(learned, lr=config.lr, betas=config.betas, fused=True) if learns else None
+        self.own = optimizer_for(learned, config) if learns else None
 
     def gradients(
         self, step: int, arrays: dict[str, Tensor], hooks: Sequence[Hook]
@@ -120,7 +129,7 @@ class Learner(LossPass):
             return
         for optimizer in (self.optimizer, self.own):
             if optimizer is not None:
-                if not sharded:  # a fused AdamW skips the update on the device, as torch's GradScaler makes it do
+                if not sharded:  # a fused optimizer skips the update on the device, as torch's GradScaler makes it do
                     getattr(optimizer, "optimizer", optimizer).found_inf = (~self.finite).float()
                 for group in optimizer.param_groups:
                     group["lr"] = rate

@@ -27,11 +27,17 @@ class Training(Section):
     weight_decay: float = Field(0.05, ge=0)
     decay_vectors: bool = False
     """Apply weight decay to norms, biases and scales too, as UPop does."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` has Nesterov momentum; Segmenter is trained with it."""
     betas: tuple[float, float] = (0.9, 0.98)
+    momentum: float = Field(0.9, gt=0, lt=1)
+    """Of `sgd`."""
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Fraction of the steps used for linear warmup."""
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after warmup: cosine decay to zero, or constant."""
+    lr_schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    """Learning rate after warmup: cosine decay, the remaining share of steps to the power of 0.9, or constant."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at which `cosine` and `poly` end."""
     grad_clip_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
     queue_size: int = Field(0, ge=0)

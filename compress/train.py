@@ -75,14 +75,19 @@ class HoldRange(Hook):
             weight.copy_(torch.maximum(torch.minimum(weight, limit), -limit))
 
 
+POLY = 0.9  # as in Segmenter and most of semantic segmentation since DeepLab
+
+
 def learning_rate(step: int, steps: int, config: Training) -> float:
-    """Return the learning rate of a step: linear warmup, then cosine decay to zero, or constant."""
+    """Return the learning rate of a step: linear warmup, then decay to `min_lr`, or constant."""
     warmup = max(round(config.warmup_ratio * steps), 1)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     if config.lr_schedule == "constant":
         return config.lr
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    done = (step - warmup) / max(steps - warmup, 1)
+    share = (1 - done) ** POLY if config.lr_schedule == "poly" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.min_lr + (config.lr - config.min_lr) * share
 
 
 def train(

@@ -1,4 +1,4 @@
-"""Policies of random operations on an image, drawn from a generator of ours: timm's, such as RandAugment, and BLIP's.
+"""Policies of random operations on an image, drawn from a generator of ours: timm's, such as RandAugment, BLIP's, and photometric distortion.
 
 Sources: AutoAugment (Cubuk et al. 2019), RandAugment (Cubuk et al. 2020), AugMix (Hendrycks et al. 2020), as timm names them.
 """
@@ -13,13 +13,16 @@ import numpy as np
 from PIL import Image
 
 from clipress.data.blip_augment import blip_augmented
-from clipress.data.transforms import BLIP_POLICY, Preprocess
+from clipress.data.photometric import distorted
+from clipress.data.transforms import BLIP_POLICY, PHOTOMETRIC, Preprocess
 
 
 def auto_augmented(pixels: np.ndarray, policy: str, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
     """Return pixels uint8 [S, S, 3] after a policy. timm draws from the global generators, which keep their state."""
     if policy == BLIP_POLICY:
         return blip_augmented(pixels, rng)
+    if policy == PHOTOMETRIC:
+        return distorted(pixels, rng)
     states = random.getstate(), np.random.get_state()
     seed = int(rng.integers(1 << 32))
     try:

@@ -13,11 +13,24 @@ from clipress.data.bad_records import Record, read_record
 from clipress.data.sampler import Draw
 from clipress.data.sources import Source
 from clipress.data.tokens import Tokenize
-from clipress.data.transforms import Augment, Library, Preprocess, drawn_view, size_of, viewed, viewed_mask
+from clipress.data.transforms import (
+    IGNORED,
+    Augment,
+    Library,
+    Preprocess,
+    View,
+    drawn_view,
+    size_of,
+    viewed,
+    viewed_mask,
+)
 from clipress.errors import DataError
 
 if TYPE_CHECKING:
     from clipress.data.teacher_cache import TeacherCache
+
+
+MOST, TRIES = 0.75, 10  # the largest share of one class in a window, and how often one is drawn
 
 
 @dataclass(frozen=True)
@@ -182,12 +195,12 @@ class TrainingSet:
             record = exchanged(record)
         pixels, others, mask, other_pixels = None, (), None, None
         if self.has_images:
-            drawn = None if self.caches else drawn_view(size_of(record.image), self.augment, rng)
+            whole = source.mask(record.index) if self.has_masks else None
+            drawn = None if self.caches else self._drawn(size_of(record.image), whole, rng)
             shown = cache.view(record.index, view) if drawn is None else drawn
             forms = (self.preprocess, *self.others.values())
             pixels, *others = (viewed(record.image, form, shown, self.library) for form in forms)
-            if self.has_masks:
-                mask = viewed_mask(source.mask(record.index), self.preprocess, shown)
+            mask = None if whole is None else viewed_mask(whole, self.preprocess, shown)
             if self.augment.auto_augment is not None:
                 pixels = auto_augmented(pixels, self.augment.auto_augment, self.preprocess, rng)
         if self.has_pairs:
@@ -197,6 +210,17 @@ class TrainingSet:
                 other_pixels = auto_augmented(other_pixels, self.augment.auto_augment, self.preprocess, rng)
         caption = int(rng.integers(len(record.captions))) if self.has_texts else 0
         return Chosen(draw.source, record, view, caption, pixels, tuple(others), mask, other_pixels)
+
+    def _drawn(self, size: tuple[int, int], mask: np.ndarray | None, rng: np.random.Generator) -> View:
+        """Draw a view. A window in an image with a mask is drawn again while one class fills most of it, as in mmseg."""
+        view = drawn_view(size, self.augment, rng)
+        for _ in range(TRIES - 1 if self.augment.zoom is not None and mask is not None else 0):
+            labels = viewed_mask(mask, self.preprocess, view)
+            counts = np.bincount(labels[labels != IGNORED], minlength=2)
+            if np.count_nonzero(counts) > 1 and counts.max() < MOST * counts.sum():
+                break
+            view = drawn_view(size, self.augment, rng)
+        return view
 
     def _teacher_rows(self, rows: Sequence[Chosen]) -> dict[str, np.ndarray]:
         """Look up every teacher's embeddings of the chosen views and captions."""

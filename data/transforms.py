@@ -29,8 +29,11 @@ Library = Literal["pillow", "torch"]
 """Resizing library: pillow gives open_clip's pixels; torch is nearly twice as fast, within one level."""
 Positive = Annotated[float, Field(gt=0)]
 Part = Annotated[float, Field(gt=0, le=1)]
+Zoom = Annotated[float, Field(gt=0, le=8)]
+IGNORED = 255  # the label of pixels that do not count
 NUMBER = r"[0-9]+(\.[0-9]+)?"
 BLIP_POLICY = "blip"
+PHOTOMETRIC = "photometric"
 POLICY = re.compile(
     rf"rand(-(m|n|p|mstd|mmax|inc){NUMBER})*|augmix(-(m|w|d|a|b|mstd){NUMBER})*|(original|originalr|v0|v0r|3a)(-mstd{NUMBER})?"
 )
@@ -65,12 +68,16 @@ class Augment(Section):
     """Shift by up to this many pixels each way; the border is repeated."""
     crop_scale: tuple[Part, Part] | None = None
     """Crop a random region before resizing: range of its area, as a fraction; its aspect is 3/4 to 4/3."""
+    zoom: tuple[Zoom, Zoom] | None = None
+    """Scale the short side to this range of the model's size, and show a window of that size anywhere in the image; what is
+    outside has the mean color and no label. As Segmenter is trained, with (0.5, 2.0)."""
     flip: bool = False
     """Mirror half of the images. Unsuitable for captions that mention left and right."""
     exchange: bool = False
     """Pairs of images: exchange both of half of the statements, and the words left and right in these, as BLIP does."""
     auto_augment: str | None = None
-    """Random operations by one of timm's policies, such as rand-m9-mstd0.5-inc1 (RandAugment), or BLIP's, blip."""
+    """Random operations by one of timm's policies, such as rand-m9-mstd0.5-inc1 (RandAugment); BLIP's, blip; or mmseg's distortion of
+    brightness, contrast, saturation and hue, photometric."""
     random_erase: float = Field(0.0, ge=0, le=1)
     """Probability that a box of an image becomes noise."""
     mixup: float = Field(0.0, ge=0)
@@ -79,9 +86,13 @@ class Augment(Section):
     """Classifiers: put a box of one image into another; likewise. With mixup, every batch draws one of the two."""
 
     def model_post_init(self, _: Any) -> None:
-        if self.auto_augment not in (None, BLIP_POLICY) and not POLICY.fullmatch(self.auto_augment):
+        if self.zoom is not None and self.crop_scale is not None:
             raise RecipeError(
-                "augment.auto_augment: expected a policy in timm's words, such as rand-m9-mstd0.5-inc1, augmix-m3 or original, or blip, found "
+                "augment: expected crop_scale or zoom, which both choose a region, found both. Remove one."
+            )
+        if self.auto_augment not in (None, BLIP_POLICY, PHOTOMETRIC) and not POLICY.fullmatch(self.auto_augment):
+            raise RecipeError(
+                "augment.auto_augment: expected a policy in timm's words, such as rand-m9-mstd0.5-inc1, augmix-m3 or original, blip, or photometric, found "
                 f"'{self.auto_augment:.60}'."
             )
 
@@ -157,7 +168,7 @@ def _scaled(
     box: tuple[int, int, int, int] | None = None,
 ) -> Image.Image:
     """Resize an image, or a region of it, to (width, height); pixels outside the region are not used, as in torchvision."""
-    image = image if box is None else image.crop(box)
+    image = image if box is None else _region(image, box, preprocess)
     if library == "pillow":
         return image.resize(size, _FILTERS[preprocess.interpolation])
     import torch
@@ -168,6 +179,16 @@ def _scaled(
     mode = InterpolationMode(preprocess.interpolation)
     done = resize(planes, [size[1], size[0]], interpolation=mode, antialias=True)
     return Image.fromarray(done.permute(1, 2, 0).contiguous().numpy())
+
+
+def _region(image: Image.Image, box: tuple[int, int, int, int], preprocess: Preprocess) -> Image.Image:
+    """Return a region of an image; what is outside of the image has the mean color, which is normalized to 0."""
+    left, top, right, bottom = box
+    if left >= 0 and top >= 0 and right <= image.width and bottom <= image.height:
+        return image.crop(box)
+    page = Image.new("RGB", (right - left, bottom - top), tuple(round(255 * value) for value in preprocess.mean))
+    page.paste(image, (-left, -top))
+    return page
 
 
 def _centred(image: Image.Image, size: int, fill: int) -> Image.Image:
@@ -195,7 +216,10 @@ class View:
 
 def drawn_view(size: tuple[int, int], augment: Augment, rng: np.random.Generator) -> View:
     """Draw a random view for an image of `size` (width, height)."""
-    box = None if augment.crop_scale is None else _random_box(size, augment.crop_scale, rng)
+    if augment.zoom is not None:
+        box = _random_window(size, augment.zoom, rng)
+    else:
+        box = None if augment.crop_scale is None else _random_box(size, augment.crop_scale, rng)
     shift = (0, 0)
     if augment.shift:
         shift = tuple((rng.integers(0, 2 * augment.shift + 1, size=2) - augment.shift).tolist())
@@ -242,6 +266,15 @@ def viewed_mask(mask: np.ndarray, preprocess: Preprocess, view: View | None) -> 
 def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
     """Return (width, height) of an image."""
     return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+
+
+def _random_window(
+    size: tuple[int, int], zoom: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Return a square of the short side over a random zoom, inside of an image as far as it fits."""
+    side = max(round(min(size) / rng.uniform(*zoom)), 1)
+    left, top = (int(rng.integers(max(whole - side, 0) + 1)) for whole in size)
+    return left, top, left + side, top + side
 
 
 def _random_box(

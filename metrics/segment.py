@@ -11,9 +11,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from clipress.data.transforms import IGNORED
 from clipress.metrics.outcomes import Outcomes
-
-IGNORED = 255  # the label of pixels that do not count
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

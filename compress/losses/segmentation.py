@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipress.compress.losses import LOSSES, Loss
-from clipress.metrics.segment import IGNORED
+from clipress.data.transforms import IGNORED
 from clipress.tasks.training import Batch
 
 

@@ -34,6 +34,8 @@ class Criterion:
     """Whether to rank by score per cost; otherwise by score, standardized per kind over all towers."""
     decay: ClassVar[float] = 0.5
     """Factor applied to the sums after each update of the masks."""
+    forgets: ClassVar[bool] = False
+    """Whether the sums begin anew at every step."""
     reversible: ClassVar[bool] = False
     """Whether a later update may restore a masked unit."""
     for_channels: ClassVar[bool] = False
@@ -115,6 +117,16 @@ class Upop(Criterion):
         return -gradient.sum(0)
 
 
+@CRITERIA.register("upop-last")
+class UpopLast(Upop):
+    """UPop's sum over one batch, the last before an update.
+
+    So its code ranks Segmenter's gates: they are in the optimizer by mistake, which clears their gradients at every step.
+    """
+
+    forgets = True
+
+
 @CRITERIA.register("magnitude")
 class Magnitude(Criterion):
     """Product of the norms of a unit's input weights and output weights."""
@@ -160,6 +172,10 @@ class Accumulator:
 
     def _add_to(self, at: int, scores: Tensor) -> None:
         self.watched.append((at, scores))
+
+    def clear(self) -> None:
+        """Begin the sums anew."""
+        self.sums = [torch.zeros_like(total) for total in self.sums]
 
     @torch.no_grad()
     def add(self, finite: Tensor | None = None) -> None:

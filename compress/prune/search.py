@@ -111,6 +111,8 @@ class Search(Hook):
             self._probe(step, arrays)
         if self.criterion.measures and self.moves(step):
             self._measure(arrays)
+        if self.criterion.forgets:
+            self.seen.clear()
         self.gates.clear()
 
     def after_part(self, step: int, finite: Tensor) -> None:

@@ -85,7 +85,7 @@ class Prune(Training):
         terms_from(self.losses, "prune.losses")
         terms_from(self.distill_losses, "prune.distill_losses")
         targets = list(self.budget.by_tower.values()) or [self.budget]
-        if self.criterion != "upop" and any(target.unit == "upop" for target in targets):
+        if CRITERIA[self.criterion].space != "upop" and any(target.unit == "upop" for target in targets):
             raise RecipeError("prune.budget: 'upop' requires 'criterion: upop'. Use params, macs or latency.")
         for tower, kinds in self.sites.items():
             if "heads" in kinds and {"qk", "v"} & set(kinds):

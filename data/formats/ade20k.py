@@ -15,6 +15,7 @@ from clipress.data.formats.files import Files, images_under, needed
 from clipress.data.prompts import read_classes, read_templates
 from clipress.data.sources import FORMATS, Classes
 from clipress.data.spec import SourceSpec
+from clipress.data.transforms import IGNORED
 from clipress.errors import DataError
 
 FOLDERS = {"train": "training", "val": "validation", "test": "validation"}
@@ -45,7 +46,7 @@ class Masks(Files):
                 f"{path}: expected a mask of {size[0]} x {size[1]} pixels, as its picture has, found {values.shape[::-1]}."
             )
         labels = values - 1  # 0 becomes 255
-        if (wrong := labels[(labels != 255) & (labels >= len(self.classes.names))]).size:
+        if (wrong := labels[(labels != IGNORED) & (labels >= len(self.classes.names))]).size:
             raise DataError(f"{path}: expected values up to {len(self.classes.names)}, found {int(wrong[0]) + 1}.")
         return labels
 

@@ -16,6 +16,7 @@ import clipress
 from clipress.artifact import load_artifact, read_header, save_artifact
 from clipress.compress.pipeline import compress
 from clipress.compress.plan import compress_plan_from
+from clipress.models import segmenter, surgery
 from clipress.models.importers import artifact_from_checkpoint
 from clipress.models.load import artifact_from_model, new_model
 from clipress.recipe import Recipe, checked, read_recipe
@@ -98,6 +99,7 @@ def test_a_published_recipe_runs_for_two_steps(name, files, teachers, tmp_path):
         assert all(np.isfinite(value) for value in record["details"]["last"].values())
 
 
+NEAR = {"ours": 0.03, "upop": 0.06}  # 12 to 1 is what an attention gate costs in DeiT-S; in a small model it costs less
 DEIT = sorted(path.stem for path in CONFIGS.glob("deit-*.yaml"))
 
 
@@ -127,10 +129,61 @@ def test_a_recipe_of_deit_runs_for_two_steps(name, files, small_deit, tmp_path):
     recipe["stages"][0]["prune"] |= {"calibrate": 4, "align": {"head_dim": 1, "ffn": 1}}
     _, pruned, *others = compress(compress_plan_from(checked(Recipe, recipe, "")), tmp_path, lambda _: None)
     left = 1 - int(name.split("-")[3]) / 100
-    assert read_header(pruned)["lineage"][-1]["details"]["block_params_kept"] == pytest.approx(left, abs=0.03)
+    assert read_header(pruned)["lineage"][-1]["details"]["block_params_kept"] == pytest.approx(
+        left, abs=NEAR[name.rsplit("-", 1)[1]]
+    )
     shapes = load_artifact(pruned).shapes
     assert {shape["scale"] for shape in shapes.values()} == {64**-0.5}
     assert all(np.isfinite(read_header(folder)["lineage"][-1]["details"]["last"]["loss"]) for folder in others)
+
+
+SEGMENTER = sorted(path.stem for path in CONFIGS.glob("segmenter-*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def small_segmenter(tmp_path_factory):
+    """A small Segmenter of ADE20K's classes, imported from a file as they are published, and four images with masks."""
+    home = tmp_path_factory.mktemp("segmenter")
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 128, "depth": 2, "num_heads": 2}
+    labels = [str(number) for number in range(150)]
+    model = segmenter.build({"sizes": sizes, "labels": labels, segmenter.DECODER: 2}, 0)
+    torch.save({"model": surgery.stock_weights(model), "n_cls": 150}, home / "checkpoint.pth")
+    for number in range(4):
+        rng = np.random.default_rng(number)
+        pixels, values = (
+            rng.integers(0, 256, (50, 70, 3), dtype=np.uint8),
+            rng.integers(0, 151, (50, 70), dtype=np.uint8),
+        )
+        for kind, suffix, image in (("images", "jpg", pixels), ("annotations", "png", values)):
+            path = home / "ade" / kind / "training" / f"{number}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return save_artifact(artifact_from_checkpoint(home / "checkpoint.pth"), home / "dense"), home / "ade"
+
+
+@pytest.mark.parametrize("name", SEGMENTER)
+def test_a_recipe_of_segmenter_runs_for_two_steps(name, small_segmenter, tmp_path):
+    dense, images = small_segmenter
+    recipe = read_recipe(CONFIGS / f"{name}.yaml").model_dump(exclude_none=True)
+    recipe["data"] |= {"train": [{"format": "ade20k", "images": str(images)}], "val": [], "test": [], "workers": 0}
+    recipe["teacher"] = {"artifact": str(dense)}
+    for stage in recipe["stages"]:
+        (settings,) = stage.values()
+        del settings["epochs"]
+        settings |= {"steps": 2, "batch_size": 4} | ({"calibrate": 4} if "calibrate" in settings else {})
+    recipe["stages"][0]["prune"] |= {"calibrate": 4, "align": {"head_dim": 1, "ffn": 1}}
+    _, pruned, *others = compress(compress_plan_from(checked(Recipe, recipe, "")), tmp_path, lambda _: None)
+    left = 1 - int(name.split("-")[3]) / 100
+    assert read_header(pruned)["lineage"][-1]["details"]["block_params_kept"] == pytest.approx(
+        left, abs=NEAR[name.rsplit("-", 1)[1]]
+    )
+    assert all(np.isfinite(read_header(folder)["lineage"][-1]["details"]["last"]["loss"]) for folder in others)
+
+
+def test_every_ratio_of_segmenter_has_both_recipes():
+    assert SEGMENTER == sorted(
+        f"segmenter-small-ade20k-{cut}-{side}" for cut in (10, 15, 20, 30) for side in ("ours", "upop")
+    )
 
 
 def test_every_ratio_of_deit_has_both_recipes():

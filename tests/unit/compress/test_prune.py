@@ -12,7 +12,7 @@ from clipress.compress.prune.costs import cost_model
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates, sites
 from clipress.compress.prune.schedule import SCHEDULES, progress
-from clipress.compress.prune.search import Prune
+from clipress.compress.prune.search import Prune, Search
 from clipress.errors import RecipeError
 from clipress.models import anatomy, surgery
 from clipress.models.load import new_model
@@ -120,6 +120,25 @@ def test_criteria_sum_their_formula():
     assert CRITERIA["fisher"]().summed(gradient).tolist() == [[10.0, 8.0]]
     assert CRITERIA["taylor"]().summed(gradient).tolist() == [[4.0, 4.0]]
     assert CRITERIA["upop"]().summed(gradient).tolist() == [[-4.0, 0.0]]  # the largest positive sum is cut first
+
+
+def test_upop_ranks_by_all_steps_and_upop_last_by_one():
+    found = {}
+    for name in ("upop", "upop-last"):
+        model = new_model(tiny_architecture(), 0)
+        gates = Gates(model.module, CRITERIA[name].space)
+        settings = Prune(budget={"upop": 0.5}, criterion=name, steps=9, align={"head_dim": 1, "ffn": 1}, update_every=5)
+        search = Search(model, gates, settings, 9, 0, lambda total: total)
+        steps = []
+        for step in range(3):
+            search.before(step, {})
+            ((step + 1) * per_sample_losses(model.module).sum()).backward()
+            steps.append(-gates.sites[0].gradient().double().sum(0))
+            search.after_part(step, torch.tensor(True))
+        found[name] = search.seen.sums[0]
+        torch.testing.assert_close(steps[1], 2 * steps[0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found["upop-last"], steps[2])
+    torch.testing.assert_close(found["upop"], sum(steps))
 
 
 def test_a_sample_that_is_not_finite_is_skipped_and_counted():

@@ -3,13 +3,14 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from clipress.compress.context import Context, steps_of
 from clipress.compress.fabric import start_fabric
 from clipress.compress.hook import Hook
-from clipress.compress.learner import parameter_groups
+from clipress.compress.learner import optimizer_for, parameter_groups
 from clipress.compress.loader import batches
 from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import MAX_BAD_STEPS, learning_rate, train
@@ -45,6 +46,30 @@ def test_the_learning_rate_warms_up_then_decays_as_a_cosine_to_zero():
         and rates[100] == pytest.approx(0)
         and rates[20:] == sorted(rates[20:], reverse=True)
     )
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "poly"])
+def test_a_learning_rate_decays_to_its_least(schedule):
+    config = Training(steps=100, lr=1.0, warmup_ratio=0, lr_schedule=schedule, min_lr=0.2)
+    rates = [learning_rate(step, 100, config) for step in range(101)]
+    assert rates[0] == 1 and rates[100] == pytest.approx(0.2) and rates == sorted(rates, reverse=True)
+    if schedule == "poly":
+        assert rates[1:] == pytest.approx([0.2 + 0.8 * (1 - (step - 1) / 99) ** 0.9 for step in range(1, 101)])
+
+
+def test_sgd_takes_the_steps_of_torch_and_leaves_out_those_that_are_not_finite():
+    gradients = [float("nan"), 1.0, 2.0, float("inf"), -1.0]
+    own, other = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    config = Training(steps=5, lr=0.1, optimizer="sgd", momentum=0.8)
+    found = optimizer_for([{"params": [own], "weight_decay": 0.0}], config)
+    plain = torch.optim.SGD([other], lr=0.1, momentum=0.8, nesterov=True)
+    for gradient in gradients:
+        own.grad, other.grad = (torch.full((3,), gradient) for _ in range(2))
+        found.found_inf = torch.tensor(float(not np.isfinite(gradient)))
+        found.step()
+        if np.isfinite(gradient):
+            plain.step()
+    torch.testing.assert_close(own, other)
 
 
 def test_a_constant_learning_rate_stays_after_warmup():

@@ -97,8 +97,11 @@ def test_shapes_are_where_they_were_drawn():
         assert (differs == inside).mean() > 0.9
 
 
-def test_a_mask_is_shown_as_its_image_is():
-    """Images whose pixels say their label stay so in every view, whatever is cropped, moved or mirrored."""
+@pytest.mark.parametrize(
+    "augment", [Augment(crop_scale=(0.3, 1.0), shift=3, flip=True), Augment(zoom=(0.5, 2.0), flip=True)]
+)
+def test_a_mask_is_shown_as_its_image_is(augment):
+    """Images whose pixels say their label stay so in every view, whatever is cropped, moved, mirrored or zoomed."""
 
     class Source:
         name, fingerprint, has_images, has_texts, has_masks, classes = "s", "0", True, False, True, None
@@ -119,10 +122,40 @@ def test_a_mask_is_shown_as_its_image_is():
             return index
 
     preprocess = Preprocess(size=32, interpolation="bilinear")
-    augment = Augment(crop_scale=(0.3, 1.0), shift=3, flip=True)
     found = TrainingSet([Source()], preprocess, None, augment, seed=0)
     arrays = found.__getitems__([Draw(0, step % 4, step) for step in range(24)])
     assert arrays["mask"].shape == (24, 32, 32) and arrays["mask"].dtype == np.uint8
     labelled = arrays["mask"] != 255
     near = np.abs(arrays["pixels"][..., 0].astype(int) - arrays["mask"].astype(int) * 50) < 25
-    assert labelled.mean() > 0.8 and near[labelled].mean() > 0.85
+    assert near[labelled].mean() > 0.85
+    assert labelled.mean() > (0.8 if augment.zoom is None else 0.5)
+    outside = arrays["pixels"][~labelled]
+    assert (augment.zoom is None) == (len(outside) == 0)
+    assert (np.abs(outside - 255 * np.asarray(preprocess.mean)) < 25).sum() >= 0.8 * outside.size  # the mean color
+
+
+def test_a_window_that_one_class_fills_is_drawn_again():
+    class Source:
+        name, fingerprint, has_images, has_texts, has_masks, classes = "s", "0", True, False, True, None
+
+        def __len__(self):
+            return 1
+
+        def image(self, index):
+            return Image.new("RGB", (64, 64))
+
+        def mask(self, index):
+            labels = np.zeros((64, 64), np.uint8)
+            labels[40:, 40:] = 1  # most windows of twice the size have none of it
+            return labels
+
+        def captions(self, index):
+            return ()
+
+        def group(self, index):
+            return index
+
+    found = TrainingSet([Source()], Preprocess(size=32), None, Augment(zoom=(2.0, 2.0)), seed=0)
+    masks = found.__getitems__([Draw(0, 0, step) for step in range(200)])["mask"]
+    varied = [0.25 < (mask == 1).mean() < 0.75 for mask in masks]
+    assert np.mean(varied) > 0.5  # a single draw: a seventh of them
