@@ -129,7 +129,9 @@ def test_probabilities_follow_from_the_embeddings(model, images):
         model.exported.logit_scale * model.encode_image(images) @ (means / np.linalg.norm(means, axis=1)[:, None]).T
     )
     np.testing.assert_allclose(found, np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), atol=1e-5)
-    np.testing.assert_array_equal(model.classify(images[0], labels, templates), found[0])
+    np.testing.assert_allclose(
+        model.classify(images[0], labels, templates), found[0], atol=1e-6
+    )  # another batch rounds otherwise
     np.testing.assert_array_equal(model.classify(images, labels, "the {}"), model.classify(images, labels, ["the {}"]))
 
 
