@@ -72,9 +72,9 @@ def _macs(model: Model, tower: str, layers: dict[str, nn.Module]) -> dict[str, i
 
 
 def _run_one_sample(model: Model, tower: str) -> None:
-    """Run one sample through the graph of a tower, or the main graph where the tower is not a graph of its own."""
-    task, graphs = task_named(model.task), graphs_of(model)
-    graph = graphs.get(tower) or graphs[task.main_graph]
+    """Run one sample through the graph of a tower."""
+    task = task_named(model.task)
+    graph = graphs_of(model)[task.graph_of(tower)]
     inputs = {
         name: torch.zeros_like(torch.from_numpy(rows)) for name, rows in graph.example(1).items()
     }  # id 0 always exists

@@ -196,31 +196,35 @@ class TrainingSet:
         pixels, others, mask, other_pixels = None, (), None, None
         if self.has_images:
             whole = source.mask(record.index) if self.has_masks else None
-            drawn = None if self.caches else self._drawn(size_of(record.image), whole, rng)
-            shown = cache.view(record.index, view) if drawn is None else drawn
+            cached = cache.view(record.index, view) if self.caches else None
+            shown, mask = self._seen(size_of(record.image), whole, cached, rng)
             forms = (self.preprocess, *self.others.values())
             pixels, *others = (viewed(record.image, form, shown, self.library) for form in forms)
-            mask = None if whole is None else viewed_mask(whole, self.preprocess, shown)
-            if self.augment.auto_augment is not None:
-                pixels = auto_augmented(pixels, self.augment.auto_augment, self.preprocess, rng)
+            pixels = self._augmented(pixels, rng)
         if self.has_pairs:
             shown = drawn_view(size_of(record.other_image), self.augment, rng)
-            other_pixels = viewed(record.other_image, self.preprocess, shown, self.library)
-            if self.augment.auto_augment is not None:
-                other_pixels = auto_augmented(other_pixels, self.augment.auto_augment, self.preprocess, rng)
+            other_pixels = self._augmented(viewed(record.other_image, self.preprocess, shown, self.library), rng)
         caption = int(rng.integers(len(record.captions))) if self.has_texts else 0
         return Chosen(draw.source, record, view, caption, pixels, tuple(others), mask, other_pixels)
 
-    def _drawn(self, size: tuple[int, int], mask: np.ndarray | None, rng: np.random.Generator) -> View:
-        """Draw a view. A window in an image with a mask is drawn again while one class fills most of it, as in mmseg."""
-        view = drawn_view(size, self.augment, rng)
-        for _ in range(TRIES - 1 if self.augment.zoom is not None and mask is not None else 0):
-            labels = viewed_mask(mask, self.preprocess, view)
-            counts = np.bincount(labels[labels != IGNORED], minlength=2)
-            if np.count_nonzero(counts) > 1 and counts.max() < MOST * counts.sum():
+    def _augmented(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        policy = self.augment.auto_augment
+        return pixels if policy is None else auto_augmented(pixels, policy, self.preprocess, rng)
+
+    def _seen(
+        self, size: tuple[int, int], whole: np.ndarray | None, cached: View | None, rng: np.random.Generator
+    ) -> tuple[View, np.ndarray | None]:
+        """Return the view of a cache, or one that is drawn, with the labels in it.
+
+        A window in an image with a mask is drawn again while one class fills most of it, as in mmseg.
+        """
+        tries = TRIES if self.augment.zoom is not None and whole is not None and cached is None else 1
+        for _ in range(tries):
+            view = drawn_view(size, self.augment, rng) if cached is None else cached
+            mask = None if whole is None else viewed_mask(whole, self.preprocess, view)
+            if tries > 1 and _is_varied(mask):
                 break
-            view = drawn_view(size, self.augment, rng)
-        return view
+        return view, mask
 
     def _teacher_rows(self, rows: Sequence[Chosen]) -> dict[str, np.ndarray]:
         """Look up every teacher's embeddings of the chosen views and captions."""
@@ -236,6 +240,12 @@ class TrainingSet:
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
+
+
+def _is_varied(mask: np.ndarray) -> bool:
+    """Return whether a mask has several classes, and none that fills most of it."""
+    counts = np.bincount(mask[mask != IGNORED], minlength=2)
+    return np.count_nonzero(counts) > 1 and counts.max() < MOST * counts.sum()
 
 
 def exchanged(record: Record) -> Record:

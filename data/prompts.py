@@ -11,9 +11,8 @@ from pathlib import Path
 from clipress.errors import DataError
 from clipress.storage import read_json
 
-ADE20K = Path(__file__).with_name(
-    "ade20k.txt"
-)  # the classes of the scene parsing challenge, in the order of their labels
+ADE20K = Path(__file__).with_name("ade20k.txt")
+"""The classes of the scene parsing challenge, in the order of their labels."""
 _PLACEHOLDER = re.compile(r"\{(?:c|label)?\}")
 _WNID_LINE = re.compile(r"(n\d{8})\s+(\S.*)")
 

@@ -16,8 +16,8 @@ from functools import lru_cache
 import numpy as np
 
 SIZE = 32  # pixels, both sides
-MASK_CLASSES = ("background", "circle", "square", "triangle", "cross")
 SHAPES = ("circle", "square", "triangle", "cross")
+MASK_CLASSES = ("background", *SHAPES)
 COLOURS = {
     "red": (210, 40, 40),
     "green": (40, 170, 60),
@@ -146,5 +146,5 @@ def masks(split: str, seed: int = 0) -> np.ndarray:
 @lru_cache(maxsize=6)
 def _drawn(split: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.RandomState(1000 * (seed + 1) + sorted(SPLITS).index(split))
-    pictures, labels = zip(*(draw_both(scene, rng) for scene in scenes(seed)[split]), strict=True)
-    return np.stack(pictures), np.stack(labels)
+    drawn, labels = zip(*(draw_both(scene, rng) for scene in scenes(seed)[split]), strict=True)
+    return np.stack(drawn), np.stack(labels)

@@ -10,14 +10,13 @@ Texts come as `[CLS] ... [SEP]` with a mask of their tokens. The first token bec
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipress.errors import ArtifactError, RecipeError
+from clipress.errors import ArtifactError
 from clipress.models import surgery, vit
 from clipress.models.med import DROPOUT, Med, Sizes, Writer
 from clipress.models.owners import owned
@@ -177,17 +176,9 @@ def build(architecture: Mapping[str, Any], seed: int | None = None, dropout: flo
     An architecture has `task`, `image` (the sizes of a ViT, in timm's words), `text` (med.Sizes) and `context_length`, the tokens of a
     text; `embed_dim` for retrieval, `merges_from` for nlvr (see Med), and for vqa `answer_length`.
     """
-    from timm.models.vision_transformer import VisionTransformer
-
     task, sizes, text = _checked(architecture)
-    with torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.manual_seed(seed)
-        try:
-            norm = partial(nn.LayerNorm, eps=VIT_EPS)
-            image = VisionTransformer(num_classes=0, global_pool="", norm_layer=norm, **sizes)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise RecipeError(f"timm cannot build a vision transformer with {sizes}: {error}") from None
+    with vit.seeded(seed):
+        image = vit.bare(sizes, VIT_EPS)
         if task == RETRIEVAL:
             model = Retrieval(image, text, architecture["embed_dim"], dropout)
         elif task == NLVR:
@@ -218,6 +209,4 @@ def _checked(architecture: Mapping[str, Any]) -> tuple[str, dict[str, int], Size
 
 def _check_sizes(where: str, found: Mapping[str, Any], bounds: Mapping[str, int]) -> None:
     for key, most in bounds.items():
-        value, least = found.get(key), 0 if key == "merges_from" else 1
-        if not isinstance(value, int) or not least <= value <= most:
-            raise ArtifactError(f"{where}.{key}: expected {least} to {most:,}, found {value!r:.40}.")
+        vit.check_size(f"{where}.{key}", found.get(key), most, least=0 if key == "merges_from" else 1)

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipress.errors import ArtifactError, RecipeError
+from clipress.errors import ArtifactError
 from clipress.models import surgery, vit
 
 EPS = 1e-5  # of every norm, where timm's plain ViTs have 1e-6
 DECODER = "decoder_layers"
-ENCODER_SIZES = vit.SIZES
 MAX_LAYERS = 1 << 8
+PREPROCESS = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
+"""What images become, beside their size, as published."""
 
 
 class MaskDecoder(nn.Module):
@@ -79,33 +80,21 @@ class Segmenter(nn.Module):
 
 def build(architecture: Mapping[str, Any], seed: int | None = None) -> nn.Module:
     """Build a Segmenter with random weights and our attention. Raises ArtifactError or RecipeError."""
-    from timm.models.vision_transformer import VisionTransformer
-
     sizes, labels, layers = _checked(architecture)
-    with torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.manual_seed(seed)
-        try:
-            norm = partial(nn.LayerNorm, eps=EPS)
-            encoder = VisionTransformer(num_classes=0, global_pool="", norm_layer=norm, **sizes)
-            model = Segmenter(encoder, len(labels), layers, sizes["num_heads"])
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise RecipeError(f"timm cannot build a vision transformer with {sizes}: {error}") from None
+    with vit.seeded(seed):
+        model = Segmenter(vit.bare(sizes, EPS), len(labels), layers, sizes["num_heads"])
     return surgery.use_own_attention(model)
 
 
 def _checked(architecture: Mapping[str, Any]) -> tuple[dict[str, int], list[str], int]:
     """Validate an architecture that anyone may have written. Returns the encoder's sizes, the labels and the decoder's layers."""
     sizes, labels, layers = (architecture.get(key) for key in ("sizes", "labels", DECODER))
-    if not (isinstance(sizes, dict) and isinstance(labels, list)) or sizes.keys() != ENCODER_SIZES.keys():
+    if not (isinstance(sizes, dict) and isinstance(labels, list)) or sizes.keys() != vit.SIZES.keys():
         raise ArtifactError(
-            f"architecture: expected sizes ({', '.join(ENCODER_SIZES)}), labels and {DECODER} of a Segmenter."
+            f"architecture: expected sizes ({', '.join(vit.SIZES)}), labels and {DECODER} of a Segmenter."
         )
-    if not 1 <= len(labels) <= vit.MAX_CLASSES or not all(isinstance(label, str) for label in labels):
-        raise ArtifactError(
-            f"architecture.labels: expected 1 to {vit.MAX_CLASSES:,} names, found {len(labels):,} entries."
-        )
-    for key, value, most in (*((key, sizes[key], ENCODER_SIZES[key]) for key in sizes), (DECODER, layers, MAX_LAYERS)):
-        if not isinstance(value, int) or not 1 <= value <= most:
-            raise ArtifactError(f"architecture.{key}: expected 1 to {most:,}, found {value!r:.40}.")
+    vit.check_labels(labels)
+    for key, value in sizes.items():
+        vit.check_size(f"architecture.{key}", value, vit.SIZES[key])
+    vit.check_size(f"architecture.{DECODER}", layers, MAX_LAYERS)
     return sizes, labels, layers

@@ -1,8 +1,10 @@
-"""A plain vision transformer with a head for classes, by its name in timm or by its sizes."""
+"""timm's plain vision transformers: with a head for classes, by name or by sizes, or bare, as the towers of larger models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,22 +29,54 @@ def build_stock(architecture: Mapping[str, Any], seed: int | None) -> nn.Module:
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
-    with torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.manual_seed(seed)
-        try:
-            if name == OWN:
-                module = VisionTransformer(num_classes=len(labels), **sizes)
-            else:
-                module = timm.create_model(name, pretrained=False, num_classes=len(labels), **sizes)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise RecipeError(f"timm cannot build {name} with {sizes}: {error}") from None
+    with seeded(seed), _building(name, sizes):
+        if name == OWN:
+            module = VisionTransformer(num_classes=len(labels), **sizes)
+        else:
+            module = timm.create_model(name, pretrained=False, num_classes=len(labels), **sizes)
     if type(module) is not VisionTransformer:
         raise RecipeError(
             f"student.model: expected a plain ViT from timm, found {name}, a {type(module).__name__}. Use a model such as "
             "deit_tiny_patch16_224."
         )
     return module
+
+
+def bare(sizes: Mapping[str, int], eps: float) -> nn.Module:
+    """Build a ViT without a head, whose norms have the given epsilon. Raises RecipeError."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    with _building("a vision transformer", sizes):
+        return VisionTransformer(num_classes=0, global_pool="", norm_layer=partial(nn.LayerNorm, eps=eps), **sizes)
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draw random weights from a seed, or without one from the state of the generator, which stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _building(what: str, sizes: Mapping[str, int]) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise RecipeError(f"timm cannot build {what} with {sizes}: {error}") from None
+
+
+def check_size(name: str, value: Any, most: int, least: int = 1) -> None:
+    """Raise ArtifactError for a size that is no integer or out of bounds; `name` says where it is."""
+    if not isinstance(value, int) or not least <= value <= most:
+        raise ArtifactError(f"{name}: expected {least} to {most:,}, found {value!r:.40}.")
+
+
+def check_labels(labels: list[Any]) -> None:
+    """Raise ArtifactError for too many labels, none, or other things than names."""
+    if not 1 <= len(labels) <= MAX_CLASSES or not all(isinstance(label, str) for label in labels):
+        raise ArtifactError(f"architecture.labels: expected 1 to {MAX_CLASSES:,} names, found {len(labels):,} entries.")
 
 
 def check_name(name: str, where: str) -> None:
@@ -59,12 +93,11 @@ def _checked(architecture: Mapping[str, Any]) -> tuple[str, dict[str, int], list
     name, sizes, labels = (architecture.get(key) for key in ("timm_model", "sizes", "labels"))
     if not (isinstance(name, str) and isinstance(sizes, dict) and isinstance(labels, list)):
         raise ArtifactError("architecture: expected timm_model, sizes and labels of a classifier.")
-    if not 1 <= len(labels) <= MAX_CLASSES or not all(isinstance(label, str) for label in labels):
-        raise ArtifactError(f"architecture.labels: expected 1 to {MAX_CLASSES:,} names, found {len(labels):,} entries.")
+    check_labels(labels)
     for key, value in sizes.items():
-        if key not in SIZES or not isinstance(value, int) or not 1 <= value <= SIZES[key]:
-            expected = f"1 to {SIZES[key]:,}" if key in SIZES else f"one of {', '.join(SIZES)}"
-            raise ArtifactError(f"architecture.sizes.{key}: expected {expected}, found {value!r:.40}.")
+        if key not in SIZES:
+            raise ArtifactError(f"architecture.sizes.{key}: expected one of {', '.join(SIZES)}, found {value!r:.40}.")
+        check_size(f"architecture.sizes.{key}", value, SIZES[key])
     if name != OWN:
         check_name(name, "architecture")
     return name, sizes, labels

@@ -211,13 +211,13 @@ class ClassifierLesson(Lesson):
 
     def __init__(self, job: TrainingJob) -> None:
         self.needs, self.learning = job.needs, ("image",)
-        labels = job.student.architecture["labels"]
-        self.tokens, self.num_classes = self.learning if "tokens" in job.needs else (), len(labels)
+        self.tokens = self.learning if "tokens" in job.needs else ()
+        self.num_classes = len(job.student.architecture["labels"])
         for teacher in job.teachers:
             job.refuse_other_inputs(teacher)
-            _refuse_other_labels(job, teacher, labels)
+            job.refuse_other_labels(teacher)
         if "labels" in job.needs:
-            _refuse_other_classes(job, labels)
+            _refuse_unlabelled(job)
         if not job.sources_have("images"):
             raise RecipeError(f"{job.title}: a classifier requires images, but the training data has none.")
         self.sizes = job.sizes(lambda model: len(model.architecture["labels"]), self.learning)
@@ -264,25 +264,11 @@ def _features(outputs: Outputs, gather: Gather) -> Features:
     return Features(logits=gather.own(outputs["logits"]), tokens=gather.own_tokens(outputs))
 
 
-def _refuse_other_labels(job: TrainingJob, teacher: Model, labels: list[str]) -> None:
-    if teacher.architecture["labels"] != labels:
-        raise RecipeError(
-            f"{job.title}: expected the same classes in the same order for teacher and student, found different ones. "
-            "Leave the student's labels out."
-        )
-
-
-def _refuse_other_classes(job: TrainingJob, labels: list[str]) -> None:
+def _refuse_unlabelled(job: TrainingJob) -> None:
     for source in job.sources:
-        classes = getattr(source, "classes", None)
-        if classes is None:
+        if getattr(source, "classes", None) is None:
             raise RecipeError(
                 f"{job.title}: losses on labels require labeled images, but {source.name} has no classes. Use labeled data, "
                 "or losses such as logits."
             )
-        if list(classes.names) != labels:
-            raise RecipeError(
-                f"{job.title}: expected the student's {len(labels)} labels ({', '.join(labels[:3])}, ...) as the classes of "
-                f"{source.name}, found {len(classes.names)} ({', '.join(classes.names[:3])}, ...). Use the same names in the "
-                "same order."
-            )
+        job.refuse_other_classes(source)

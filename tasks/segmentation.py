@@ -33,8 +33,6 @@ from clipress.tasks.training import Batch, Features, Gather, Lesson, Outputs, Tr
 if TYPE_CHECKING:
     from clipress.data.eval_sets import EvalSet
 
-HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
-
 
 class Student(Section):
     """The `student` section of a Segmenter: the sizes of its encoder and its decoder."""
@@ -96,7 +94,7 @@ class Segmentation(Task):
         if teacher is not None and list(labels) != teacher.architecture["labels"]:
             raise RecipeError("student.labels: expected the teacher's labels, found others. Leave labels out.")
         architecture = student.architecture(labels)
-        preprocess = Preprocess(size=student.image_size, **HALF)
+        preprocess = Preprocess(size=student.image_size, **segmenter.PREPROCESS)
         if teacher is not None:
             preprocess = teacher.preprocess.model_copy(update={"size": student.image_size})
         return Model(self.build(architecture, seed), architecture, preprocess, None, task=self.name)
@@ -165,18 +163,13 @@ class SegmenterLesson(Lesson):
     def __init__(self, job: TrainingJob) -> None:
         self.needs, self.learning = job.needs, Segmentation.towers
         self.tokens = self.learning if "tokens" in job.needs else ()
-        labels = job.student.architecture["labels"]
         for teacher in job.teachers:
             job.refuse_other_inputs(teacher)
-            if teacher.architecture["labels"] != labels:
-                raise RecipeError(
-                    f"{job.title}: expected the same classes in the same order for teacher and student, found different ones. "
-                    "Leave the student's labels out."
-                )
+            job.refuse_other_labels(teacher)
         if not job.sources_have("images"):
             raise RecipeError(f"{job.title}: a Segmenter requires images, but the training data has none.")
         if "masks" in job.needs:
-            _refuse_other_masks(job, labels)
+            _refuse_without_masks(job)
         self.sizes = job.sizes(lambda model: len(model.architecture["labels"]), self.learning)
 
     def module(self, module: nn.Module) -> SegmenterModule:
@@ -214,16 +207,11 @@ def _features(outputs: Outputs, gather: Gather) -> Features:
     return Features(scores=scores, logits=logits, tokens=gather.own_tokens(outputs))
 
 
-def _refuse_other_masks(job: TrainingJob, labels: list[str]) -> None:
+def _refuse_without_masks(job: TrainingJob) -> None:
     for source in job.sources:
         if not getattr(source, "has_masks", False):
             raise RecipeError(
                 f"{job.title}: losses on masks require the label of every pixel, but {source.name} has no masks. Use data with masks, or "
                 "losses such as logits."
             )
-        if list(source.classes.names) != labels:
-            raise RecipeError(
-                f"{job.title}: expected the student's {len(labels)} labels ({', '.join(labels[:3])}, ...) as the classes of "
-                f"{source.name}, found {len(source.classes.names)} ({', '.join(source.classes.names[:3])}, ...). Use the same names in "
-                "the same order."
-            )
+        job.refuse_other_classes(source)

@@ -145,6 +145,23 @@ class TrainingJob:
                 f"{own!s:.200}. Set 'teacher.cache' to use different ones."
             )
 
+    def refuse_other_labels(self, teacher: Model) -> None:
+        """Raise RecipeError if a teacher has other classes than the student, or the same in another order."""
+        if teacher.architecture["labels"] != self.student.architecture["labels"]:
+            raise RecipeError(
+                f"{self.title}: expected the same classes in the same order for teacher and student, found different ones. "
+                "Leave the student's labels out."
+            )
+
+    def refuse_other_classes(self, source: Any) -> None:
+        """Raise RecipeError if a labeled source has other classes than the student, or the same in another order."""
+        labels, names = self.student.architecture["labels"], source.classes.names
+        if list(names) != labels:
+            raise RecipeError(
+                f"{self.title}: expected the student's {len(labels)} labels ({', '.join(labels[:3])}, ...) as the classes of "
+                f"{source.name}, found {len(names)} ({', '.join(names[:3])}, ...). Use the same names in the same order."
+            )
+
     def ids_for(self, teacher: Model) -> Tensor | None:
         """Return the teacher's id of each of the student's tokens, int64 [tokens], if the student's vocabulary is reduced."""
         if self.student.tokenizer is None or teacher.tokenizer is None:

@@ -22,7 +22,5 @@ class Segmentation(Loss):
         size = batch.masks.shape[-2:]
         scores = F.interpolate(batch.student.scores, size=size, mode="bilinear", align_corners=False)
         total = F.cross_entropy(scores, batch.masks, ignore_index=IGNORED, reduction="sum")
-        labelled = (batch.all_masks != IGNORED).sum().clamp(min=1)
-        return (
-            total * (len(batch.all_masks) / len(batch.masks)) / labelled
-        )  # processes may have different numbers of labels
+        labelled = (batch.all_masks != IGNORED).sum().clamp(min=1)  # processes may have different numbers of labels
+        return total * (len(batch.all_masks) / len(batch.masks)) / labelled

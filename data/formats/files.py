@@ -66,6 +66,14 @@ def json_of(path: Path) -> Any:
         raise DataError(f"{path} is not readable JSON: {error}.") from None
 
 
+def rows_of(path: Path) -> list[Any]:
+    """Read a JSON list. Raises DataError for anything else."""
+    rows = json_of(path)
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: expected a list of rows, found {type(rows).__name__}.")
+    return rows
+
+
 def images_under(root: Path) -> Iterator[str]:
     """Yield the image files under a folder, except hidden ones, as sorted relative paths."""
     seen = set()  # links may form a cycle

@@ -7,19 +7,16 @@ another.
 
 from __future__ import annotations
 
-from clipress.data.formats.files import Files, json_of, needed
+from clipress.data.formats.files import Files, needed, rows_of
 from clipress.data.sources import FORMATS
 from clipress.data.spec import SourceSpec
-from clipress.errors import DataError
 
 
 @FORMATS.register("karpathy")
 def read(spec: SourceSpec) -> Files:
     """Read a retrieval annotation file; image paths are relative to `images`."""
     path = needed(spec.annotations, "annotations", "karpathy")
-    rows = json_of(path)
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list of rows, found {type(rows).__name__}.")
+    rows = rows_of(path)
     files, texts, group, groups = Files(spec, path), {}, {}, {}
     for number, row in enumerate(rows):
         row = row if isinstance(row, dict) else {}

@@ -13,12 +13,11 @@ from functools import partial
 
 from PIL import Image
 
-from clipress.data.formats.files import Files, Strings, json_of, needed
+from clipress.data.formats.files import Files, Strings, needed, rows_of
 from clipress.data.formats.text import STATEMENT_WORDS, pre_caption
 from clipress.data.sources import FORMATS
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import open_image
-from clipress.errors import DataError
 
 LABELS = {"True": 1, "False": 0}
 
@@ -57,9 +56,7 @@ class Statements(Files):
 def read(spec: SourceSpec) -> Statements:
     """Read an annotation file; image paths are relative to `images`, and `text_normaliser: blip` keeps 40 words."""
     path = needed(spec.annotations, "annotations", "nlvr2")
-    rows = json_of(path)
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list of rows, found {type(rows).__name__}.")
+    rows = rows_of(path)
     found = Statements(spec, path)
     if spec.text_normaliser == "blip":
         found.normalised = partial(pre_caption, words=STATEMENT_WORDS)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipress.data.formats.files import Files, Strings, json_of, needed
+from clipress.data.formats.files import Files, Strings, json_of, needed, rows_of
 from clipress.data.formats.text import pre_question
 from clipress.data.sources import FORMATS
 from clipress.data.spec import SourceSpec
@@ -77,9 +77,7 @@ class Questions(Files):
 def read(spec: SourceSpec) -> Questions:
     """Read an annotation file; image paths are relative to `images`, and `text_normaliser: blip` changes the questions alone."""
     path = needed(spec.annotations, "annotations", "vqa")
-    rows = json_of(path)
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list of rows, found {type(rows).__name__}.")
+    rows = rows_of(path)
     found, groups = Questions(spec, path), {}  # questions about one image are a group
     if spec.text_normaliser == "blip":
         found.normalised = pre_question

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clipress.data import packed_tokenizer
 from clipress.data.transforms import Preprocess
+from clipress.data.word_pieces import DECODE, ENCODE
 from clipress.errors import ArtifactError, RecipeError
 from clipress.models import blip, surgery
 from clipress.models.blip import CAPTION, NLVR, RETRIEVAL, VQA
@@ -69,7 +70,6 @@ TIED = {"cls.predictions.decoder.weight": "words.weight", "cls.predictions.decod
 LENGTHS = {RETRIEVAL: 35, NLVR: 64, CAPTION: 40, VQA: 35}
 """Ids of a text, as published; NLVR2's statements, of 40 words at most, and answers have no limit there."""
 ANSWER = 16
-MARKS = ("[DEC]", "[ENC]")
 
 
 @IMPORTERS.register("blip")
@@ -87,7 +87,7 @@ class Blip(Importer):
     def model_from_state(self, state: State, model_name: str | None) -> Model:
         """Build the model, slim or dense, that computes what the published code computes from this file.
 
-        `model_name` is a task, which a pretrained file has to be told; a retrieval file is also what NLVR2 starts from.
+        `model_name` is a task, which a pretrained file requires; a retrieval file is also what NLVR2 starts from.
         """
         task = _task_of(state, model_name)
         others = set().union(*ROOTS.values()) - ROOTS[task]
@@ -107,7 +107,7 @@ class Blip(Importer):
 
     def _tokenizer(self, architecture: dict[str, Any]) -> dict[str, Any]:
         vocabulary = architecture["text"]["vocabulary"]
-        packed = self.beside and packed_tokenizer.packed_from_folder(self.beside, vocabulary, 0, MARKS)
+        packed = self.beside and packed_tokenizer.packed_from_folder(self.beside, vocabulary, 0, (DECODE, ENCODE))
         if not packed:
             raise ArtifactError(
                 f"its vocabulary is not among the weights: expected {packed_tokenizer.WORDS} of bert-base-uncased beside the file, "

@@ -20,7 +20,6 @@ from clipress.models.weights_file import State
 
 ENCODER, DECODER = "encoder.", "decoder."
 UNUSED = f"{ENCODER}head."
-HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
 
 
 @IMPORTERS.register("segmenter")
@@ -50,4 +49,6 @@ class Segmenter(Importer):
             return surgery.reshape(segmenter.build(architecture), shapes)
 
         module = module_from_weights(made, weights)
-        return Model(module, architecture, Preprocess(size=sizes["img_size"], **HALF), None, task="segmentation")
+        return Model(
+            module, architecture, Preprocess(size=sizes["img_size"], **segmenter.PREPROCESS), None, task="segmentation"
+        )
