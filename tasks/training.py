@@ -38,7 +38,9 @@ class Features:
         default_factory=dict
     )  # [B, n, W] by tower: its last layer before pooling and projection
     masked_image: Tensor | None = None  # [B, D], L2-normalized, of images with most patches masked
-    logits: Tensor | None = None  # [B, C], a classifier's scores before softmax; of a Segmenter one row per patch
+    logits: Tensor | None = (
+        None  # [B, C], a classifier's scores before softmax; of a Segmenter one row per patch, of texts per token
+    )
     scores: Tensor | None = None  # [B, C, h, w], a Segmenter's scores of patches
 
     def similarities(self) -> tuple[Tensor, Tensor]:
@@ -82,6 +84,7 @@ class Batch:
     masks: Tensor | None = None  # [B, S, S], the label of every pixel; 255 does not count
     all_masks: Tensor | None = None  # [N, S, S]
     shares: Tensor | None = None  # [B], of an image's own pixels in a mixed one
+    weights: Tensor | None = None  # [B], of the rows of logits where these are tokens, whose `labels` are the next ones
 
     @property
     def teacher(self) -> Features:

@@ -45,7 +45,8 @@ class Loss(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Requirements of the loss, any of: `pairs` (embeddings of both towers), `teacher`, `space` (embeddings are compared
     with the teacher's, projected if the widths differ), `width` (teacher and student must have the same width), `keys`
-    (both towers of the teacher), `momentum`, `tokens`, `masked`, `labels`, `logits` (scores of a classifier)."""
+    (both towers of the teacher), `momentum`, `tokens`, `masked`, `labels`, `logits` (scores of a classifier, or of next tokens),
+    `words` (next tokens)."""
 
     class Settings(Section):
         """Settings in a recipe; `weight` defaults to the published value."""
@@ -159,6 +160,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * logits.log_softmax(-1)).sum(-1).mean()
 
 
-def kl_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:
-    """Mean over rows of KL(softmax(target_logits) || softmax(logits)); both [B, N]."""
-    return F.kl_div(logits.log_softmax(-1), target_logits.log_softmax(-1), log_target=True, reduction="batchmean")
+def kl_divergence(logits: Tensor, target_logits: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over rows of KL(softmax(target_logits) || softmax(logits)), both [B, N], or their sum with weights [B]."""
+    rows = F.kl_div(logits.log_softmax(-1), target_logits.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    return rows.mean() if weights is None else (weights * rows).sum()

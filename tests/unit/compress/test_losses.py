@@ -18,6 +18,8 @@ LABELS = torch.tensor([2, -1, -1, 0, 1, 1])  # the halves have different numbers
 PATCHES, PIXELS = 2, 6
 MASKS = torch.randint(0, CLASSES, (PAIRS, PIXELS, PIXELS), generator=torch.Generator().manual_seed(50))
 MASKS[0, :4] = 255  # the halves have different numbers of labelled pixels
+WORDS = torch.tensor([2, 0, 1, 0, 1, 1])
+WEIGHTS = torch.tensor([0.1, 0.0, 0.2, 0.4, 0.25, 0.05], dtype=torch.float64)  # the second token is padding
 VARIANTS = [
     *((name, {}) for name in LOSSES),
     ("interactive", {"published": True}),
@@ -29,6 +31,7 @@ VARIANTS = [
     ("embedding-kl", {"temperature": 1.5}),
     ("classification", {"scale": 5.0}),
     ("logits", {"temperature": 1.5}),
+    ("lm", {"smoothing": 0.0}),
 ]
 BOTH_WIDTHS = [
     pytest.param(name, settings, wide, id=f"{name}{settings or ''}{'-wide' * wide}")
@@ -87,21 +90,24 @@ def features(model, rows, maps=None, sides=SIDES, logits=False):
 
 def batch(of, losses, rows=slice(None), sides=SIDES):
     """The batch of a process that holds these rows."""
+    has_words = "words" in losses.needs
+    has_logits = has_words or "logits" in losses.needs
     teacher_sides = SIDES if {"keys", "pairs"} & losses.needs else sides
     slow = replace(of.momentum, **{name: getattr(of.momentum, name)[rows] for name in ("image", "text", "targets")})
     return Batch(
-        features(of.student, rows, sides=sides, logits="logits" in losses.needs),
-        tuple(features(teacher, rows, sides=teacher_sides, logits="logits" in losses.needs) for teacher in of.teachers),
+        features(of.student, rows, sides=sides, logits=has_logits),
+        tuple(features(teacher, rows, sides=teacher_sides, logits=has_logits) for teacher in of.teachers),
         positives(GROUPS, GROUPS)[rows].double(),
         GROUPS,
         slow,
         features(of.student, rows, losses.projections, sides) if losses.projections else None,
-        LABELS[rows],
+        WORDS[rows] if has_words else LABELS[rows],
         LABELS,
         of.classes,
         sides=sides,
         masks=MASKS[rows],
         all_masks=MASKS,
+        weights=WEIGHTS[rows] * PAIRS / len(WEIGHTS[rows]) if has_words else None,
     )
 
 
@@ -354,6 +360,15 @@ def segmentation(s, m, t, loss, of):
     return sum(losses) / len(losses)
 
 
+def language(s, m, t, loss, _):
+    total, spread = 0, loss.settings.smoothing
+    for weight, row, word in zip(WEIGHTS, s.logits, WORDS, strict=True):
+        norm = sum(x.exp() for x in row).log()
+        costs = [norm - x for x in row]
+        total = total + weight * ((1 - spread) * costs[word] + spread * sum(costs) / len(costs))
+    return total
+
+
 REFERENCES = {
     "contrastive": contrastive,
     "affinity": against(lambda rows, known: cross_entropy(rows, softmax(known))),
@@ -376,6 +391,7 @@ REFERENCES = {
     "classification": labels,
     "logits": soft_logits,
     "segmentation": segmentation,
+    "lm": language,
     "momentum-contrastive": ita,
     "upop-kd": upop_kd,
 }
@@ -416,7 +432,8 @@ def test_the_mean_over_processes_is_the_loss_of_one(name, settings, wide):
     [
         n
         for n in LOSSES
-        if n not in ("classification", "logits", "segmentation") and "pairs" not in needs_of(terms_from((n,), "x"))
+        if n not in ("classification", "logits", "lm", "segmentation")
+        and "pairs" not in needs_of(terms_from((n,), "x"))
     ],
 )
 def test_a_frozen_tower_is_not_used(name):
@@ -430,6 +447,19 @@ def test_a_frozen_tower_is_not_used(name):
 
 def test_every_loss_has_a_reference():
     assert REFERENCES.keys() == LOSSES.keys()
+
+
+def test_logits_of_tokens_count_by_the_weights_of_the_words():
+    of, losses = world(), objective(("lm", "logits"))
+    _, parts = losses(batch(of, losses))
+    student, heat = view(of.student), 3.0
+    rows = zip(
+        WEIGHTS,
+        *(softmax([[x / heat for x in row] for row in one.logits]) for one in (view(of.teachers[0]), student)),
+        strict=True,
+    )
+    wanted = sum(w * p * (p.log() - q.log()) for w, truth, found in rows for p, q in zip(truth, found, strict=True))
+    torch.testing.assert_close(parts["logits"], heat**2 * wanted, rtol=1e-10, atol=0)
 
 
 def test_parameters_start_alike_and_scales_stay_in_clips_range():
