@@ -1,7 +1,7 @@
 """Tokenizers that travel with their model: Hugging Face's tokenizer.json, packed into the tokenizer's mapping.
 
-`file` holds it compressed (zlib, base64), `pad` is the id behind a text. With `plain` special tokens that a text spells out, such as
-[SEP], are letters like others. Neither transformers nor the hub is needed to read it.
+`file` holds it compressed (zlib, base64), `pad` is the id behind a text, and `prompt` is put in front of every text. With `plain` special
+tokens that a text spells out, such as [SEP], are letters like others. Neither transformers nor the hub is needed to read it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from clipress.storage import MAX_JSON, read_json
 NAME = "tokenizer.json"
 """The name of a tokenizer that is packed, in its mapping and in an architecture's `hf_tokenizer_name`."""
 WORDS = "vocab.txt"  # BERT's vocabulary, one word piece per line
+MAX_PROMPT = 1 << 10
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -107,20 +108,27 @@ def write_files(spec: Mapping[str, Any], folder: Path) -> None:
     (folder / SETTINGS[0]).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def tokenizer_from_file(spec: Mapping[str, Any], clean: Callable[[str], str]) -> Callable[[Sequence[str]], np.ndarray]:
-    """Return the packed tokenizer, texts -> int64 ids [N, context_length]; `clean` is applied to a text first."""
-    tokenizer, length, pad = built(unpacked(spec)), spec["context_length"], spec.get("pad")
-    tokenizer.encode_special_tokens = bool(spec.get("plain"))
-    if not isinstance(pad, int) or not 0 <= pad < 1 << 31:
-        raise ArtifactError(f"tokenizer.pad: expected the id of padding, found {pad!r:.100}.")
-    tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(pad_id=pad, length=length)
+class PackedTokenizer:
+    """The packed tokenizer of a mapping, texts -> int64 ids [N, context_length]; `clean` is applied to a text first."""
 
-    def tokenize(texts: Sequence[str]) -> np.ndarray:
-        rows = tokenizer.encode_batch([clean(text) for text in texts])
-        return np.asarray([row.ids for row in rows], np.int64).reshape(len(texts), length)
+    def __init__(self, spec: Mapping[str, Any], clean: Callable[[str], str]) -> None:
+        self.spec, self._clean = spec, clean
+        tokenizer, length, pad = built(unpacked(spec)), spec["context_length"], spec.get("pad")
+        tokenizer.encode_special_tokens = bool(spec.get("plain"))
+        if not isinstance(pad, int) or not 0 <= pad < 1 << 31:
+            raise ArtifactError(f"tokenizer.pad: expected the id of padding, found {pad!r:.100}.")
+        if not isinstance(prompt := spec.get("prompt", ""), str) or len(prompt) > MAX_PROMPT:
+            raise ArtifactError(
+                f"tokenizer.prompt: expected a text of at most {MAX_PROMPT} letters, found {prompt!r:.100}."
+            )
+        tokenizer.enable_truncation(length)
+        tokenizer.enable_padding(pad_id=pad, length=length)
+        self._tokenizer, self._prompt = tokenizer, prompt
 
-    return tokenize
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Return ids int64 [N, L]."""
+        rows = self._tokenizer.encode_batch([self._prompt + self._clean(text) for text in texts])
+        return np.asarray([row.ids for row in rows], np.int64).reshape(len(texts), self.spec["context_length"])
 
 
 def built(text: str) -> Any:

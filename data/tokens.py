@@ -61,7 +61,7 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenize:
     if is_reducible(spec):
         return _clip_bpe(length, kept)
     if packed_tokenizer.is_packed(spec):
-        return packed_tokenizer.tokenizer_from_file(spec, _cleaned(length, spec.get("kwargs") or {}))
+        return packed_tokenizer.PackedTokenizer(spec, _cleaned(length, spec.get("kwargs") or {}))
     if spec["name"] == packed_tokenizer.NAME:
         raise ArtifactError(
             f"The tokenizer's mapping lacks its file, {spec['name']}: copy or create the artifact again."

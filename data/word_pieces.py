@@ -24,9 +24,13 @@ _GLUED += tuple((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", 
 """What transformers 4.15 replaces in a decoded text, in this order; later versions leave some of it."""
 
 
-def word_pieces_spec(vocabulary: str, context_length: int) -> dict[str, Any]:
-    """Return the tokenizer description of BERT's vocab.txt, one word piece per line, with BLIP's two tokens behind it."""
-    return {"name": NAME, "context_length": context_length, **packed_from_words(vocabulary, (DECODE, ENCODE))}
+def word_pieces_spec(vocabulary: str, context_length: int, prompt: str = "") -> dict[str, Any]:
+    """Return the tokenizer description of BERT's vocab.txt, one word piece per line, with BLIP's two tokens behind it.
+
+    `prompt` is put in front of every text.
+    """
+    found = {"name": NAME, "context_length": context_length, **packed_from_words(vocabulary, (DECODE, ENCODE))}
+    return {**found, "prompt": prompt} if prompt else found
 
 
 def vocabulary_of(texts: Iterable[str]) -> str:
@@ -41,6 +45,7 @@ class WordPieces:
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         self._tokenizer, self._tokenize, self.pad = built(unpacked(spec)), tokenizer_from_spec(spec), spec["pad"]
+        self.prompt = spec.get("prompt", "")
         special = {name: self._tokenizer.token_to_id(name) for name in (*SPECIAL, DECODE, ENCODE)}
         if missing := [name for name, token in special.items() if token is None]:
             raise ArtifactError(f"The tokenizer lacks {', '.join(missing)}, which BLIP's texts begin or end with.")
@@ -63,6 +68,15 @@ class WordPieces:
         if first is not None:
             ids[:, 0] = first
         return ids
+
+    def begun(self) -> np.ndarray:
+        """Return the ids that every text to be written begins with, int64 [P]: [DEC], and those of the prompt."""
+        (ids,) = self([""], first=self.decode)
+        return ids[:-1]
+
+    def written(self, ids: Iterable[int]) -> str:
+        """Return the text of ids without the prompt that it began with."""
+        return self.text(ids).removeprefix(self.prompt.strip()).strip()
 
     def text(self, ids: Iterable[int]) -> str:
         """Return the text of ids, without special tokens."""

@@ -40,6 +40,7 @@ class Tokenizer(BaseModel):
     """Only of a tokenizer that travels with its model, see data/packed_tokenizer.py; with `pad`."""
     pad: int | None = None
     plain: bool | None = None
+    prompt: str | None = None
 
     @model_serializer(mode="wrap")
     def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

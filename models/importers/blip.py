@@ -70,6 +70,7 @@ TIED = {"cls.predictions.decoder.weight": "words.weight", "cls.predictions.decod
 LENGTHS = {RETRIEVAL: 35, NLVR: 64, CAPTION: 40, VQA: 35}
 """Ids of a text, as published; NLVR2's statements, of 40 words at most, and answers have no limit there."""
 ANSWER = 16
+PROMPT = "a picture of "  # in front of every caption
 
 
 @IMPORTERS.register("blip")
@@ -113,7 +114,13 @@ class Blip(Importer):
                 f"its vocabulary is not among the weights: expected {packed_tokenizer.WORDS} of bert-base-uncased beside the file, "
                 "found none. Put it there."
             )
-        return {"name": packed_tokenizer.NAME, "context_length": architecture["context_length"], "kwargs": {}, **packed}
+        found = {
+            "name": packed_tokenizer.NAME,
+            "context_length": architecture["context_length"],
+            "kwargs": {},
+            **packed,
+        }
+        return {**found, "prompt": PROMPT} if architecture["task"] == CAPTION else found
 
 
 def _task_of(state: State, wanted: str | None) -> str:

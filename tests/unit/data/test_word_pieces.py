@@ -58,6 +58,19 @@ def test_its_description_survives_an_export_and_makes_the_same_ids(pieces):
     assert (whole[:, ids.shape[1] :] == pieces.pad).all()
 
 
+def test_a_prompt_begins_every_text_and_is_left_out_of_what_is_written(pieces):
+    spec = word_pieces_spec(VOCABULARY, 8, prompt="a picture of ")
+    prompted = WordPieces(json.loads(Described.model_validate(spec).model_dump_json()))
+    whole = pieces(["a picture of a dog"])
+    np.testing.assert_array_equal(prompted(["a dog"]), whole)
+    long = prompted(["a " * 50])
+    assert long.shape == (1, 8) and long[0, -1] == pieces.end and long[0, :4].tolist() == whole[0, :4].tolist()
+    assert prompted.begun().tolist() == [pieces.decode, *whole[0, 1:4]] and pieces.begun().tolist() == [pieces.decode]
+    assert prompted.written(whole[0]) == "a dog" == pieces.written(pieces(["a dog"])[0])
+    with pytest.raises(ArtifactError, match="expected a text of at most 1024 letters, found 7"):
+        tokenizer_from_spec({**spec, "prompt": 7})
+
+
 @pytest.mark.parametrize(
     "text", ["a man's dog isn't at home.", "a cat, a dog, a man?", "dogs of a picture!", "a t - shirt"]
 )

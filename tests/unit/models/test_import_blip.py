@@ -64,6 +64,7 @@ def test_the_tokenizer_beside_the_file_travels_with_the_model(tmp_path):
     assert ids.shape == (2, 24) and model.tokenizer["pad"] == 0  # 35 ids as published, but this one has 24 positions
     assert [row[row > 0].tolist() for row in ids] == [[2, 5, 6, 9, 3], [2, 6, 7, 8, 3]]
     assert model.tokenize()(["[DEC] [ENC]"])[0, 1:3].tolist() == [DEC, ENC]
+    assert "prompt" not in model.tokenizer
     torch.testing.assert_close(
         outputs(model, "retrieval"), outputs(import_checkpoint(path), "retrieval"), atol=0, rtol=0
     )
@@ -112,7 +113,9 @@ def test_a_pretrained_file_is_told_its_task(tmp_path):
         import_checkpoint(path)
     for task in ("retrieval", "caption", "vqa"):
         wanted = getattr(Published(pretrained), task)(*inputs(task))
-        torch.testing.assert_close(outputs(import_checkpoint(path, model=task), task), wanted, atol=1e-5, rtol=1e-5)
+        model = import_checkpoint(path, model=task)
+        torch.testing.assert_close(outputs(model, task), wanted, atol=1e-5, rtol=1e-5)
+        assert model.tokenizer.get("prompt") == ("a picture of " if task == "caption" else None)
     assert import_checkpoint(path, model="nlvr").task == "nlvr"
 
 
