@@ -72,10 +72,9 @@ def _macs(model: Model, tower: str, layers: dict[str, nn.Module]) -> dict[str, i
 
 
 def _run_one_sample(model: Model, tower: str) -> None:
-    """Run one sample through the graph of a tower."""
-    task = task_named(model.task)
-    graph = graphs_of(model)[task.graph_of(tower)]
-    inputs = {
-        name: torch.zeros_like(torch.from_numpy(rows)) for name, rows in graph.example(1).items()
-    }  # id 0 always exists
-    task.call(model.module, graph.name, inputs)
+    """Run one sample through every graph of a tower."""
+    task, graphs = task_named(model.task), graphs_of(model)
+    for name in task.graphs_of_tower(tower):
+        example = graphs[name].example(1)
+        inputs = {key: torch.zeros_like(torch.from_numpy(rows)) for key, rows in example.items()}  # id 0 always exists
+        task.call(model.module, name, inputs)

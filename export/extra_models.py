@@ -72,7 +72,7 @@ def extra_models_from_export(folder: Path, settings: OnnxSettings, sets: Sequenc
     missing = [one for one in wanted if not _is_made(folder, one)]
     if missing:
         task = task_named(exported.task)
-        samples = task.samples(sets, exported.preprocess, exported.tokenize())
+        samples = parity.samples_from_export(exported, sets)
         described = metadata.read_metadata(onnx_file.read(exported.onnx(task.main_graph))) or {}
     for one in missing:
         _write(exported, one, described, samples)

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from clipress.data.eval_sets import EvalSet
 from clipress.errors import ExportError
 from clipress.memory import release_memory
 from clipress.models import quantizers
 from clipress.models.load import Model
+from clipress.runtime.export_folder import Exported
 from clipress.runtime.graph import Arrays, Graph, Run
 from clipress.runtime.onnx_session import run_from_onnx
-from clipress.tasks import graphs_of, runs_of
+from clipress.tasks import graphs_of, runs_of, task_named
 
 
 class Limits(NamedTuple):
@@ -88,6 +90,13 @@ def check(model: Model, folder: Path, samples: Mapping[str, Arrays], precision: 
     )
     sizes = {name: _count(samples[name]) for name in graphs}
     return {"samples": sizes, "batches": [*BATCHES, AT_ONCE], **figures}
+
+
+def samples_from_export(exported: Exported, sets: Sequence[EvalSet]) -> dict[str, Arrays]:
+    """Return real inputs of an export's graphs; what its own graphs compute is computed by ONNX Runtime."""
+    task = task_named(exported.task)
+    files = Openers({name: partial(run_from_onnx, exported.onnx(name)) for name in exported.graphs})
+    return task.completed(task.samples(sets, exported.preprocess, exported.tokenize()), files)
 
 
 class Openers(dict[str, Callable[[], Run]]):

@@ -31,7 +31,7 @@ from clipress.models.load import Model
 from clipress.runtime.export_folder import Exported, OnnxFile, describe_file, read_export
 from clipress.runtime.onnx_session import self_test_of
 from clipress.storage import write_whole
-from clipress.tasks import graphs_of, model_from_artifact, task_named
+from clipress.tasks import graphs_of, model_from_artifact, runs_of, task_named
 from clipress.version import __version__
 
 
@@ -56,7 +56,8 @@ def onnx_from_artifact(
             name: export_graph(model, graph, aside / f"{name}.onnx", settings)
             for name, graph in exported.graphs.items()
         }
-        samples = task_named(model.task).samples(sets, model.preprocess, model.tokenize())
+        task = task_named(model.task)
+        samples = task.completed(task.samples(sets, model.preprocess, model.tokenize()), runs_of(model))
         checked = {"exporter": exporters, "parity": parity.check(model, aside, samples, exported.precision)}
         if two_forms := graph_with_two_forms(model, settings):
             images = calibration() if calibration else sets

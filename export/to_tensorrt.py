@@ -25,7 +25,6 @@ from clipress.runtime.graph import Arrays
 from clipress.runtime.onnx_session import run_from_onnx
 from clipress.runtime.tensorrt import Engine, Machine, Sidecar, engine_path, numbers, read_sidecar
 from clipress.storage import sha256, write_bytes_whole, write_text_whole
-from clipress.tasks import task_named
 from clipress.version import __version__
 
 __all__ = ["engine_from_onnx", "engines_from_export", "prepare", "prepare_export"]
@@ -54,8 +53,7 @@ def engines_from_export(
     if all(_is_built(paths[name], one, settings) for name, one in prepared.items()):
         return paths
     built = {name: build_plan(one, paths[name], machine, settings) for name, one in prepared.items()}
-    samples = task_named(exported.task).samples(sets, exported.preprocess, exported.tokenize())
-    figures = _compare(prepared, paths, built, machine, samples)
+    figures = _compare(prepared, paths, built, machine, parity.samples_from_export(exported, sets))
     for name, one in prepared.items():
         _keep(paths[name], built[name], one, machine, settings, figures)
     return paths

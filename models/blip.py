@@ -23,6 +23,7 @@ from clipress.models.owners import owned
 
 RETRIEVAL, NLVR, CAPTION, VQA = "retrieval", "nlvr", "caption", "vqa"
 VIT_EPS = 1e-6
+PAD = 0  # the id of padding, in BERT's vocabulary and every other
 DECODE, ENCODE = -2, -1  # places of [DEC] and [ENC] in the vocabulary
 TEMPERATURE = 0.07
 SMOOTHING = 0.1

@@ -10,6 +10,7 @@ from torch import nn
 from clipress.data.padding import TextEnd
 from clipress.models import anatomy
 from clipress.models.attention import Attention
+from clipress.models.blip import PAD
 from clipress.models.hf_text import HFText
 
 
@@ -34,6 +35,8 @@ class Reader(Protocol):
 
 def text_end(model: nn.Module) -> TextEnd | None:
     """Return where a model's text tower reads to; None for one that reads all ids, padding included."""
+    if anatomy.is_blip(model):
+        return TextEnd(pad=PAD)
     if not anatomy.is_clip(model):
         return None
     _, text = anatomy.text_root(model)

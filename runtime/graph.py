@@ -1,6 +1,7 @@
 """Graphs: the functions of a model that are exported, timed, calibrated and compared, described without the model.
 
-A CLIP has two, `image` and `text`; a classifier has one. Everything after training loops over them.
+A CLIP has two, `image` and `text`; a classifier has one; those of a BLIP read what others compute. Everything after training loops over
+them.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ class Output(BaseModel):
     name: str
     shape: tuple[int, ...]
     """Without the batch."""
+
+    def as_input(self) -> Input:
+        """Return it as an input of another graph."""
+        return Input(name=self.name, dtype="float32", shape=self.shape)
 
 
 class Graph(BaseModel):

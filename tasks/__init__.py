@@ -82,16 +82,23 @@ class Task(ABC):
         """Return the exported functions by name."""
 
     def graph_of(self, tower: str) -> str:
-        """Return the graph that runs a tower."""
+        """Return what runs a tower: a graph, or another name that `inputs_of` and `call` know."""
         return tower
+
+    def graphs_of_tower(self, tower: str) -> tuple[str, ...]:
+        """Return the graphs that make up a tower, whose costs are its own."""
+        return (self.graph_of(tower),)
 
     @abstractmethod
     def call(self, module: nn.Module, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the outputs of a graph, as exported."""
+        """Compute the outputs of a graph, as exported, or of another name in `inputs_of`."""
 
     @abstractmethod
     def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the inputs of every graph that a training batch can feed: graph -> input -> rows."""
+        """Return what a training batch can feed: graph -> input -> rows.
+
+        Where graphs read what others compute, a name of the task's own stands for the whole pass.
+        """
 
     @abstractmethod
     def cached_rows(self, module: nn.Module, name: str, rows: Tensor) -> Tensor:
@@ -100,6 +107,10 @@ class Task(ABC):
     @abstractmethod
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
         """Return real inputs for every graph, at most `SAMPLES` images per set, to compare implementations on."""
+
+    def completed(self, samples: Mapping[str, Arrays], run: Mapping[str, Run]) -> dict[str, Arrays]:
+        """Return samples with the inputs that other graphs compute, which `run` does."""
+        return dict(samples)
 
     @abstractmethod
     def evaluate(
