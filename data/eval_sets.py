@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from clipress.data.sources import Classes, Source, open_source
-from clipress.data.spec import SourceSpec
+from clipress.data.spec import BeamSearch, SourceSpec
 from clipress.data.transforms import Preprocess, as_image, fitted, normalised
 from clipress.errors import DataError, nearest
 
@@ -25,6 +25,9 @@ class EvalSet:
     classes: Classes | None
     seen: frozenset[int] = frozenset()
     """Labels of the classes seen in training, for generalised zero-shot."""
+    beam_search: BeamSearch | None = None
+    candidates: int = 128
+    """Of a list of answers, how many are compared as a whole."""
 
     @property
     def name(self) -> str:
@@ -65,7 +68,13 @@ def evalsets(specs: Sequence[SourceSpec]) -> list[EvalSet]:
     """Open the evaluation sets of a recipe."""
     sources = [open_source(spec) for spec in specs]
     return [
-        EvalSet(source, classes := getattr(source, "classes", None), _seen(spec, classes))
+        EvalSet(
+            source,
+            classes := getattr(source, "classes", None),
+            _seen(spec, classes),
+            spec.beam_search,
+            spec.candidates,
+        )
         for spec, source in zip(specs, sources, strict=True)
     ]
 

@@ -11,6 +11,17 @@ from clipress.data.transforms import Augment, Library
 from clipress.recipe import Section
 
 
+class BeamSearch(Section):
+    """How texts are written, see metrics/beam.py."""
+
+    beams: int = Field(3, ge=1)
+    """Texts that go on per image or question; 1 is greedy."""
+    shortest: int | None = Field(None, ge=1)
+    """Ids below which no text may end, with those of the prompt. Default: 5 of captions, 1 of answers, as published."""
+    longest: int | None = Field(None, ge=2)
+    """Ids of the longest text, with those of the prompt. Default: 20 of captions, 10 of answers, as published."""
+
+
 class SourceSpec(Section):
     """One source in a recipe."""
 
@@ -37,6 +48,10 @@ class SourceSpec(Section):
     """Class list of labelled images: names or `WNID name`, one per line, or `imagenet` for open_clip's names."""
     answers: Path | None = None
     """vqa: JSON list of the answers to choose from."""
+    beam_search: BeamSearch | None = None
+    """How captions are written to evaluate them. Questions: write answers, instead of choosing from a list."""
+    candidates: int = Field(128, ge=1)
+    """Questions: how many answers of the list are compared as a whole, those whose first token is likeliest."""
     templates: str | tuple[str, ...] = ("a photo of a {}",)
     """Prompts of labelled images, with `{}`, `{c}` or `{label}`; `openai` (80) and `simple` (7) are open_clip's."""
     check: bool = False

@@ -51,7 +51,7 @@ class WordPieces:
             raise ArtifactError(f"The tokenizer lacks {', '.join(missing)}, which BLIP's texts begin or end with.")
         self.start, self.end = special["[CLS]"], special["[SEP]"]
         self.decode, self.encode = special[DECODE], special[ENCODE]
-        self._specials = set(special.values())
+        self._specials, self.longest = set(special.values()), int(spec["context_length"])
 
     def __call__(self, texts: Sequence[str], first: int | None = None, length: int | None = None) -> np.ndarray:
         """Return ids int64 [N, L], padded to the longest text; a long one is cut, its end token kept.

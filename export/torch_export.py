@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -100,4 +101,13 @@ def write_onnx(module: GraphModule, path: Path, opset: int, dynamo: bool) -> Non
             verbose=False,
             **shapes,
         )
-        onnx_file.write(onnx_file.read(made), path)
+        written = onnx_file.read(made)
+        _state_shapes(written, graph)
+        onnx_file.write(written, path)
+
+
+def _state_shapes(written: onnx.ModelProto, graph: Graph) -> None:
+    """Write the sizes of the outputs down, which tracing can lose: engines and servers read them in the file."""
+    for put, known in zip(written.graph.output, graph.outputs, strict=True):
+        for side, size in zip(put.type.tensor_type.shape.dim[1:], known.shape, strict=True):
+            side.dim_value = size

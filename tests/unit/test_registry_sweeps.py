@@ -36,7 +36,7 @@ LINEAGE = ({"stage": "start", "hash": "0"},)
 SHORT = {"steps": 1, "batch_size": 8}
 
 
-DATA = {"clip": "digits", "classification": "digits", "segmentation": "shapes"}
+DATA = {"clip": "digits", "classification": "digits", "segmentation": "shapes", "caption": "scenes", "vqa": "questions"}
 
 
 def sets_of(task):
@@ -207,6 +207,9 @@ def test_every_format_reads_images_captions_and_groups(form, tmp_path):
 
 # tasks
 
+BLIP = {
+    "width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 32, "text_width": 32, "text_layers": 1, "text_heads": 2
+}  # fmt: skip
 STUDENTS = {
     "clip": tiny_architecture(layers=1),
     "classification": {
@@ -217,6 +220,8 @@ STUDENTS = {
         "width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 32, "decoder_layers": 1,
         "labels": ["background", "circle", "square", "triangle", "cross"],
     },
+    "caption": {**BLIP, "context_length": 16, "vocabulary": {"format": "scenes", "limit": 20}},
+    "vqa": {**BLIP, "context_length": 16, "answer_length": 4, "vocabulary": {"format": "questions", "limit": 20}},
 }  # fmt: skip
 
 

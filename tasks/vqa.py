@@ -1,0 +1,239 @@
+"""Answers to questions about images, by BLIP: graphs `image` -> states, `question` -> states, `answer` -> scores; VQA accuracy.
+
+task: vqa
+student: {width: 64, layers: 4, heads: 4, patch_size: 8, image_size: 32, text_width: 64, text_layers: 2, text_heads: 4,
+          context_length: 16, answer_length: 4, vocabulary: {format: questions}}
+
+Answers are chosen from the list of the data, or written with `beam_search`. Published models come from `clipress import`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipress.data.transforms import Preprocess
+from clipress.data.word_pieces import WordPieces
+from clipress.errors import RecipeError
+from clipress.metrics.beam import beam_search
+from clipress.metrics.outcomes import Outcomes
+from clipress.metrics.rank_answers import likeliest_answers
+from clipress.metrics.vqa import score_answers
+from clipress.models import blip
+from clipress.models.load import Model
+from clipress.runtime.graph import Arrays, Graph, Input, Output, Run
+from clipress.tasks import TASKS, Tokenize, sample_images
+from clipress.tasks.blip_text import (
+    FORWARD,
+    IMAGE,
+    STATES,
+    TEXT,
+    BlipText,
+    WritingLesson,
+    batches_of,
+    image_inputs,
+    in_batches,
+    next_tokens,
+    pieces_of,
+    text_input,
+)
+from clipress.tasks.training import Gather, TrainingJob, TrainingModule
+
+if TYPE_CHECKING:
+    from clipress.data.eval_sets import EvalSet
+
+QUESTION, MASK = "question_states", "question_mask"
+LOGITS, LIKELIHOODS = "logits", "log_likelihoods"
+SHORTEST, LONGEST = 1, 10  # ids of answers that are written, [DEC] included, as published
+
+
+@TASKS.register("vqa")
+class Vqa(BlipText):
+    """A BLIP that answers questions.
+
+    The states of a question have a row for every id that it may have, zeros at padding, and its mask says which of them count. `answer` gives the scores
+    of the token behind an answer's last id, and the log-likelihood of the whole answer, smoothed as in training.
+    """
+
+    name = "vqa"
+    towers = (IMAGE, "question", "answer")
+    figures = ("/accuracy",)
+
+    def graphs(self, model: Model) -> dict[str, Graph]:
+        pixels, states = image_inputs(model)
+        sizes = model.architecture
+        longest, text = sizes["context_length"], sizes[TEXT]
+        question = Output(name=QUESTION, shape=(longest, text["width"]))
+        mask = Input(name=MASK, dtype="int64", shape=(longest,))
+        scores = Output(name=LOGITS, shape=(text["vocabulary"],)), Output(name=LIKELIHOODS, shape=())
+        ids, answer = text_input(model, longest), text_input(model, sizes["answer_length"])
+        return {
+            IMAGE: Graph(name=IMAGE, inputs=(pixels,), outputs=(states,)),
+            "question": Graph(name="question", inputs=(ids, states.as_input()), outputs=(question,)),
+            "answer": Graph(name="answer", inputs=(answer, question.as_input(), mask), outputs=scores, agrees="logits"),
+        }
+
+    def call(self, module: nn.Module, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if graph == FORWARD:
+            return {LOGITS: _forward(module, **inputs)}
+        if graph == IMAGE:
+            return {STATES: module.image(inputs["pixel_values"])}
+        ids = inputs["input_ids"]
+        mask = (ids != blip.PAD).long()
+        if graph == "question":
+            states = module.question(ids, mask, inputs[STATES]) * mask[..., None]
+            longest = (
+                module.context_length,
+                *module.text_encoder.norm.normalized_shape,
+            )  # numbers, also while it is traced
+            padded = F.pad(states, (0, 0, 0, longest[0] - ids.shape[1]))
+            return {QUESTION: padded.reshape(-1, *longest)}  # which says to a file how long it is
+        logits = module.decode(ids, mask, inputs[QUESTION], inputs[MASK])
+        last = (mask.sum(1) - 1).clamp(min=0)[:, None, None].expand(-1, -1, logits.shape[-1])
+        longer = F.pad(logits, (0, 0, 0, 1)), F.pad(ids, (0, 1)), F.pad(mask, (0, 1))  # one id alone has no next one
+        likelihoods = blip.token_likelihoods(*longer, blip.SMOOTHING).sum(1)
+        return {LOGITS: logits.gather(1, last)[:, 0], LIKELIHOODS: likelihoods}
+
+    def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {FORWARD: _inputs(arrays)} if "answers" in arrays else {}
+
+    def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
+        parts = sample_images(sets, preprocess)
+        places = [(one, place) for one, taken in zip(sets, parts, strict=True) for place in range(len(taken))]
+        for one in sets:
+            _refuse_without_answers(one)
+        ids = tokenize([one.source.captions(place)[0] for one, place in places])
+        answers = pieces_of(tokenize)([one.source.answers(place)[0] for one, place in places])
+        return {
+            IMAGE: {"pixel_values": np.concatenate(parts)},
+            "question": {"input_ids": ids},
+            "answer": {"input_ids": answers, MASK: mask_of(ids)},
+        }
+
+    def completed(self, samples: Mapping[str, Arrays], run: Mapping[str, Run]) -> dict[str, Arrays]:
+        question = {**samples["question"], **in_batches(run[IMAGE], samples[IMAGE])}
+        answer = {**samples["answer"], **in_batches(run["question"], question)}
+        return {**samples, "question": question, "answer": answer}
+
+    def evaluate(
+        self, run: Mapping[str, Run], sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None
+    ) -> dict[str, Outcomes]:
+        results: dict[str, Outcomes] = {}
+        for one in sets:
+            _refuse_without_answers(one)
+            answers = answers_of(run, one, preprocess, tokenize)
+            images = np.asarray([one.source.group(place) for place in range(len(one.source))])
+            found = score_answers(answers, one.answers(), images)
+            results |= {f"{one.name}/{metric}": outcomes for metric, outcomes in found.items()}
+        return results
+
+    def lesson(self, job: TrainingJob) -> VqaLesson:
+        return VqaLesson(job, self.towers)
+
+
+def _refuse_without_answers(one: EvalSet) -> None:
+    if not getattr(one.source, "has_answers", False):
+        raise RecipeError(
+            f"data: {one.name} has no answers. Evaluating answers requires them; use questions with answers."
+        )
+
+
+def mask_of(ids: np.ndarray) -> np.ndarray:
+    """Return which ids of questions [N, L] are no padding, int64."""
+    return (ids != blip.PAD).astype(np.int64)
+
+
+def answers_of(run: Mapping[str, Run], one: EvalSet, preprocess: Preprocess, tokenize: Tokenize) -> list[str]:
+    """Return an answer to every question of a set: the likeliest of its candidates, or one that is written."""
+    pieces, candidates = pieces_of(tokenize), getattr(one.source, "candidates", None)
+    if candidates is None and one.beam_search is None:
+        raise RecipeError(
+            f"data: {one.name} has no list of answers to choose from. Set 'answers' to one, or 'beam_search' to write answers."
+        )
+    ids = tokenize([one.source.captions(place)[0] for place in range(len(one.source))])
+    found = []
+    for places, pixels in batches_of(one, preprocess):
+        states = run[IMAGE]({"pixel_values": pixels})
+        question = run["question"]({"input_ids": ids[places], **states})
+        asked = Questions(run["answer"], {**question, MASK: mask_of(ids[places])}, pieces)
+        if one.beam_search is None:
+            found += [candidates[place] for place in asked.ranked(candidates, one.candidates)]
+        else:
+            search = one.beam_search
+            limits = {"shortest": search.shortest or SHORTEST, "longest": search.longest or LONGEST}
+            found += asked.written(search.beams, **limits)
+    return found
+
+
+class Questions:
+    """Some questions, by their states and masks, and the graph that answers them."""
+
+    def __init__(self, run: Run, inputs: Arrays, pieces: WordPieces) -> None:
+        self.run, self.inputs, self.pieces = run, inputs, pieces
+        self.begun = np.tile(pieces.begun(), (len(inputs[MASK]), 1))
+
+    def _asked(self, ids: np.ndarray, questions: np.ndarray) -> dict[str, np.ndarray]:
+        return self.run({"input_ids": ids, **{name: rows[questions] for name, rows in self.inputs.items()}})
+
+    def ranked(self, candidates: Sequence[str], k: int) -> np.ndarray:
+        """Return the place of the likeliest candidate of every question."""
+        ids = self.pieces(candidates, first=self.pieces.decode)
+        first = self._asked(self.begun, np.arange(len(self.begun)))[LOGITS]
+
+        def score(question: int, places: np.ndarray) -> np.ndarray:
+            return self._asked(ids[places], np.full(len(places), question))[LIKELIHOODS]
+
+        return likeliest_answers(first, ids, score, k)
+
+    def written(self, beams: int, shortest: int, longest: int) -> list[str]:
+        """Write an answer to every question."""
+        texts = beam_search(
+            lambda ids, items: self._asked(ids, items)[LOGITS],
+            self.begun,
+            self.pieces.end,
+            beams,
+            shortest=shortest,
+            longest=longest,
+        )
+        return [self.pieces.written(text.ids) for text in texts]
+
+
+def _inputs(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: arrays[name] for name in ("pixels", "ids", "answers", "owner")}
+
+
+def _forward(model: nn.Module, pixels: Tensor, ids: Tensor, answers: Tensor, owner: Tensor) -> Tensor:
+    return model(pixels, ids, (ids != blip.PAD).long(), answers, (answers != blip.PAD).long(), owner)
+
+
+class VqaModule(TrainingModule):
+    """The forward pass of a training step."""
+
+    def forward(self, pixels: Tensor, ids: Tensor, answers: Tensor, owner: Tensor) -> dict[str, Tensor]:
+        """Return the logits behind every token of answers [A, L, V]; `owner` [A] says whose question each one answers."""
+        return {"logits": _forward(self.model, pixels, ids, answers, owner).float()}
+
+
+class VqaLesson(WritingLesson):
+    """Training on answers: each counts by the share of people who gave it, its tokens added up, per question."""
+
+    def __init__(self, job: TrainingJob, towers: Sequence[str]) -> None:
+        super().__init__(job, towers)
+        if not all(getattr(source, "has_answers", False) for source in job.sources):
+            raise RecipeError(
+                f"{job.title}: expected answers to the questions, found data without. Use data with answers."
+            )
+
+    def module(self, module: nn.Module) -> VqaModule:
+        return VqaModule(module)
+
+    def inputs(self, arrays: Mapping[str, Tensor], mask: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
+        return _inputs(arrays)
+
+    def words(self, arrays: Mapping[str, Tensor], gather: Gather) -> tuple[Tensor, Tensor]:
+        weights = arrays["answer_weight"][:, None] / len(arrays["ids"])
+        return arrays["answers"], next_tokens(arrays["answers"]) * weights
