@@ -10,7 +10,6 @@ import logging
 import pickle
 import re
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -136,19 +135,6 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], rank: int = 
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
-
-
-def random_state() -> dict[str, Tensor]:
-    """Return the state of torch's generators in this process."""
-    gpu = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {"cpu": torch.get_rng_state(), **gpu}
-
-
-def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Restore what `random_state` returned."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def steps_saved(folder: Path, rank: int = 0) -> list[int]:

@@ -5,39 +5,53 @@ Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from clipress.compress.random import RandomState, random_state, set_random_state
 from clipress.errors import RecipeError
 
 
-def encode_in_chunks(module: nn.Module, inputs: Mapping[str, Tensor], chunks: int) -> dict[str, Tensor]:
-    """Encode a batch in chunks without a graph. Returns leaf tensors [B, ...] that collect the loss's gradients."""
+def encode_in_chunks(
+    module: nn.Module, inputs: Mapping[str, Tensor], chunks: int
+) -> tuple[dict[str, Tensor], list[RandomState]]:
+    """Encode a batch in chunks without a graph.
+
+    Returns leaf tensors [B, ...] that collect the loss's gradients, and the state of torch's generators before every chunk.
+    """
+    seen, states = [], []
     with torch.no_grad(), frozen_statistics(module):
-        seen = [module(**chunk) for chunk in split(inputs, chunks)]
+        for chunk in split(inputs, chunks):
+            states.append(random_state())
+            seen.append(module(**chunk))
     outputs = {name: torch.cat([one[name] for one in seen]) for name, rows in seen[0].items() if rows.ndim}
     scalars = {name: value for name, value in seen[0].items() if not value.ndim}
-    return {name: rows.requires_grad_() for name, rows in (outputs | scalars).items()}
+    return {name: rows.requires_grad_() for name, rows in (outputs | scalars).items()}, states
 
 
 def backward_in_chunks(
     module: nn.Module,
     inputs: Mapping[str, Tensor],
     leaves: Mapping[str, Tensor],
-    chunks: int,
+    states: Sequence[RandomState],
     fabric: Fabric,
     after_chunk: Callable[[], None],
 ) -> None:
-    """Encode again in chunks, now with a graph, and backpropagate the gradients collected on the leaves."""
+    """Encode again in chunks, now with a graph, and backpropagate the gradients collected on the leaves.
+
+    Every chunk is encoded with the random numbers of the first time, so that dropout leaves out the same.
+    """
+    chunks = len(states)
     rows = {name: leaf.grad for name, leaf in leaves.items() if leaf.ndim and leaf.grad is not None}
     scalars = {name: leaf.grad for name, leaf in leaves.items() if not leaf.ndim}
     pieces = list(zip(split(inputs, chunks), split(rows, chunks), strict=True))
     for number, (chunk, grads) in enumerate(pieces):
         last = number == len(pieces) - 1
+        set_random_state(states[number])
         with fabric.no_backward_sync(module, enabled=not last):
             outputs = module(**chunk)
             linear = sum((outputs[name] * grad).sum() for name, grad in grads.items() if outputs[name].requires_grad)

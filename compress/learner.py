@@ -101,7 +101,7 @@ class Learner(LossPass):
         inputs = self.inputs(step, arrays)
         moving = any(hook.moves(step) for hook in hooks)
         chunks = self.context.runtime.grad_cache_chunks
-        outputs = self.module(**inputs) if chunks == 1 else encode_in_chunks(self.module, inputs, chunks)
+        outputs, states = (self.module(**inputs), []) if chunks == 1 else encode_in_chunks(self.module, inputs, chunks)
         total, terms = self.loss(outputs, arrays, step, moving)
         finite = all_finite([total], self.fabric)
         if self.fabric.world_size > 1:  # DDP requires a gradient for every parameter, even a zero one
@@ -115,7 +115,7 @@ class Learner(LossPass):
         if chunks == 1:
             after_chunk()
         else:
-            backward_in_chunks(self.module, inputs, outputs, chunks, self.fabric, after_chunk)
+            backward_in_chunks(self.module, inputs, outputs, states, self.fabric, after_chunk)
         own = self._reduce_own_gradients()
         norm = self.fabric.clip_gradients(
             self.module, self.optimizer, max_norm=self.config.grad_clip_norm, error_if_nonfinite=False

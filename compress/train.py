@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clipress.compress.checkpoint import Checkpoints, load_checkpoint, random_state, set_random_state, steps_saved
+from clipress.compress.checkpoint import Checkpoints, load_checkpoint, steps_saved
 from clipress.compress.context import Context, steps_of
 from clipress.compress.fabric import Agreement, HostCopy, all_mean, all_true, on_one_process
 from clipress.compress.hook import Hook
 from clipress.compress.learner import Learner
 from clipress.compress.loader import batches
 from clipress.compress.losses import terms_from
+from clipress.compress.random import random_state, seeded, set_random_state
 from clipress.compress.settings import Training
 from clipress.compress.signals import EXIT_CODES, stop_requests
 from clipress.data.bad_records import BadRecords
@@ -99,8 +100,20 @@ def train(
 ) -> dict[str, Any]:
     """Train `model.module` in place with the weighted loss terms. Returns steps, seconds and the last losses.
 
-    When any process receives SIGTERM or Ctrl-C, finishes the current step, saves a checkpoint and raises Stopped.
+    Dropout and whatever else is drawn follow from the context's seed. When any process receives SIGTERM or Ctrl-C, finishes the
+    current step, saves a checkpoint and raises Stopped.
     """
+    with seeded(context.seed, context.fabric):
+        return _train(model, config, losses, context, hooks)
+
+
+def _train(
+    model: Model,
+    config: Training,
+    losses: Mapping[str, Any] | tuple[str, ...],
+    context: Context,
+    hooks: Sequence[Hook],
+) -> dict[str, Any]:
     fabric, steps = context.fabric, steps_of(config, context.data)
     learner = Learner(model, config, terms_from(losses, context.title), context)
     # The hooks need the final parameters, so they come after Fabric has moved or sharded the model.

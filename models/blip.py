@@ -62,13 +62,21 @@ class Retrieval(Blip):
         self.vision_proj, self.text_proj = (nn.Linear(n, embed_dim) for n in (image.embed_dim, text.width))
         self.itm_head, self.temp = nn.Linear(text.width, 2), nn.Parameter(torch.tensor(TEMPERATURE))
 
+    def image_features(self, states: Tensor) -> Tensor:
+        """Return embeddings [B, D] of images by their states, of any length."""
+        return self.vision_proj(states[:, 0])
+
+    def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return embeddings [B, D] of texts, of any length."""
+        return self.text_proj(self.text_encoder(ids, mask)[:, 0])
+
     def image_embeds(self, states: Tensor) -> Tensor:
         """Return unit embeddings [B, D] of images by their states."""
-        return F.normalize(self.vision_proj(states[:, 0]), dim=-1)
+        return F.normalize(self.image_features(states), dim=-1)
 
     def text_embeds(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return unit embeddings [B, D] of texts."""
-        return F.normalize(self.text_proj(self.text_encoder(ids, mask)[:, 0]), dim=-1)
+        return F.normalize(self.text_features(ids, mask), dim=-1)
 
     def match(self, ids: Tensor, mask: Tensor, states: Tensor) -> Tensor:
         """Return logits [B, 2] of texts and the states of images; class 1: they belong together."""

@@ -1,150 +1,29 @@
-"""What BLIP's tasks that write texts share: sizes, students, and training on next tokens."""
+"""What BLIP's tasks that write texts share: training on next tokens."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from clipress.data.sources import open_source
-from clipress.data.spec import SourceSpec
-from clipress.data.transforms import Preprocess
-from clipress.data.word_pieces import WordPieces, vocabulary_of, word_pieces_spec
-from clipress.errors import RecipeError
 from clipress.models import blip
-from clipress.models.load import Model
-from clipress.models.text_length import text_end
-from clipress.models.weights_file import Which
-from clipress.recipe import Section, checked
-from clipress.runtime.graph import Arrays, Input, Output, Run
-from clipress.tasks import Task, Tokenize
-from clipress.tasks.training import Batch, Features, Gather, Lesson, Outputs, TrainingJob
-
-if TYPE_CHECKING:
-    from clipress.data.eval_sets import EvalSet
-
-FORWARD = "forward"
-"""Instead of a graph, for calibration: the whole pass that training makes, since later graphs read what earlier ones compute."""
-IMAGE, TEXT = "image", "text"
-STATES = "image_states"
-IMAGES_AT_ONCE = 16  # in evaluation: the states of an image are 600 to 900 rows
+from clipress.tasks.blip import FORWARD, BlipLesson, BlipTask, vocabulary_size
+from clipress.tasks.training import Batch, Features, Gather, Outputs, TrainingJob
 
 
-class Student(Section):
-    """The `student` section of a BLIP: the sizes of its towers, and which words it knows."""
-
-    width: int = Field(768, ge=1)
-    layers: int = Field(12, ge=1)
-    heads: int = Field(12, ge=1)
-    patch_size: int = Field(16, ge=1)
-    image_size: int = Field(384, ge=1)
-    """Image size in pixels."""
-    text_width: int = Field(768, ge=1)
-    text_layers: int = Field(12, ge=1)
-    text_heads: int = Field(12, ge=1)
-    context_length: int = Field(40, ge=2)
-    """Ids of the longest text."""
-    answer_length: int = Field(16, ge=2)
-    """vqa: ids of the longest answer."""
-    vocabulary: Path | SourceSpec | None = None
-    """BERT's vocab.txt, or a source of texts, such as {format: scenes}, whose words are the vocabulary. Default: the teacher's."""
-    prompt: str = "a picture of "
-    """caption: what every caption begins with."""
-
-    def model_post_init(self, _: Any) -> None:
-        for name, width, heads in (
-            ("width", self.width, self.heads),
-            ("text_width", self.text_width, self.text_heads),
-        ):
-            if width % heads:
-                raise RecipeError(f"student.{name}: expected a multiple of the heads ({heads}), found {width}.")
-        if self.image_size % self.patch_size:
-            raise RecipeError(
-                f"student.image_size: expected a multiple of patch_size ({self.patch_size}), found {self.image_size}."
-            )
-
-    def words(self) -> str:
-        """Return the vocab.txt. Raises RecipeError for a file that cannot be read."""
-        if isinstance(self.vocabulary, SourceSpec):
-            return vocabulary_of([self.prompt, *_texts_of(self.vocabulary)])
-        try:
-            return self.vocabulary.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(
-                f"student.vocabulary: expected a vocab.txt or a source of texts, found {self.vocabulary}: {error}"
-            ) from None
-
-    def architecture(self, task: str, vocabulary: int) -> dict[str, Any]:
-        """Return what blip.build builds."""
-        image = {"img_size": self.image_size, "patch_size": self.patch_size, "embed_dim": self.width}
-        image |= {"depth": self.layers, "num_heads": self.heads}
-        text = {"vocabulary": vocabulary, "width": self.text_width, "layers": self.text_layers}
-        text |= {"heads": self.text_heads, "positions": max(self.context_length, self.answer_length)}
-        found = {"task": task, IMAGE: image, TEXT: text, "context_length": self.context_length}
-        return {**found, "answer_length": self.answer_length} if task == blip.VQA else found
-
-
-def _texts_of(spec: SourceSpec) -> list[str]:
-    """Return every text of a source: captions or questions, and answers."""
-    source = open_source(spec)
-    places = range(len(source))
-    texts = [text for place in places for text in source.captions(place)]
-    if getattr(source, "has_answers", False):
-        texts += [text for place in places for text in source.answers(place)]
-    return texts + list(getattr(source, "candidates", None) or ())
-
-
-class BlipText(Task):
+class BlipText(BlipTask):
     """A BLIP that writes texts."""
 
-    main_graph = IMAGE
-    reads_text = True
-    provides = frozenset({"teacher", "words", "logits"})
+    provides = frozenset({"teacher", "words", "logits", "tokens"})
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "distill": {"losses": ["lm"]},
         "prune": {"losses": ["lm"]},
         "sparsify": {"losses": ["lm"]},
         "quantize": {"losses": ["logits"]},
     }
-    has_prompt: ClassVar[bool] = False
-
-    def build(self, architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
-        return blip.build({**architecture, "task": self.name}, seed)
-
-    def check_student(self, section: Mapping[str, Any], has_teacher: bool) -> None:
-        student = checked(Student, section, "student")
-        if student.vocabulary is None and not has_teacher:
-            raise RecipeError(
-                "student.vocabulary: expected BERT's vocab.txt or a source of texts such as {format: scenes}, found none."
-            )
-
-    def student_from(self, section: Mapping[str, Any], teacher: Model | None, seed: int) -> Model:
-        self.check_student(section, teacher is not None)
-        student = checked(Student, section, "student")
-        if student.vocabulary is None:
-            tokenizer = {**teacher.tokenizer, "context_length": student.context_length}
-            vocabulary = vocabulary_size(teacher)
-        else:
-            prompt = student.prompt if self.has_prompt else ""
-            tokenizer = word_pieces_spec(student.words(), student.context_length, prompt)
-            vocabulary = WordPieces(tokenizer).encode + 1
-        architecture = student.architecture(self.name, vocabulary)
-        preprocess = Preprocess(size=student.image_size, resize_mode="squash")
-        if teacher is not None:
-            preprocess = teacher.preprocess.model_copy(update={"size": student.image_size})
-        return Model(self.build(architecture, seed), architecture, preprocess, tokenizer, task=self.name)
-
-    def load_pretrained(self, name: str, checkpoint: str | None, where: str, which: Which | None = None) -> Model:
-        raise RecipeError(
-            f"{where}: no library has BLIPs by name, found '{name}'. Import a published file with clipress import, and use its "
-            "artifact."
-        )
 
     def graph_of(self, tower: str) -> str:
         return FORWARD
@@ -152,45 +31,8 @@ class BlipText(Task):
     def graphs_of_tower(self, tower: str) -> tuple[str, ...]:
         return (tower,)
 
-    def cached_rows(self, module: nn.Module, name: str, rows: Tensor) -> Tensor:
-        raise RecipeError("teacher.cache: the scores of every next token are not cached. Leave it out.")
-
     @abstractmethod
     def lesson(self, job: TrainingJob) -> WritingLesson: ...
-
-
-def image_inputs(model: Model) -> tuple[Input, Output]:
-    """Return the pixels and the states of the graph `image`."""
-    size, image = model.preprocess.size, model.module.visual_encoder
-    tokens = int(image.patch_embed.num_patches + image.num_prefix_tokens)
-    pixels = Input(name="pixel_values", dtype="float32", shape=(3, size, size))
-    return pixels, Output(name=STATES, shape=(tokens, image.embed_dim))
-
-
-def vocabulary_size(model: Model) -> int:
-    """Return how many tokens a model knows."""
-    return model.architecture[TEXT]["vocabulary"]
-
-
-def text_input(model: Model, length: int) -> Input:
-    """Return the ids of a graph that takes texts of any length up to `length`."""
-    largest = vocabulary_size(model) - 1
-    return Input(name="input_ids", dtype="int64", shape=(length,), largest=largest, end=text_end(model.module))
-
-
-def in_batches(run: Run, inputs: Arrays) -> dict[str, np.ndarray]:
-    """Run a graph on all rows, some at a time."""
-    count = len(next(iter(inputs.values())))
-    parts = [
-        run({name: rows[start : start + IMAGES_AT_ONCE] for name, rows in inputs.items()})
-        for start in range(0, count, IMAGES_AT_ONCE)
-    ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def pieces_of(tokenize: Tokenize) -> WordPieces:
-    """Return the word pieces behind a model's tokenizer."""
-    return WordPieces(tokenize.spec)
 
 
 def next_tokens(ids: Tensor, first: int = 1) -> Tensor:
@@ -199,24 +41,12 @@ def next_tokens(ids: Tensor, first: int = 1) -> Tensor:
     return (ids[:, 1:] != blip.PAD) & (places >= first)
 
 
-class WritingLesson(Lesson):
+class WritingLesson(BlipLesson):
     """Training on next tokens, and distillation of their scores."""
 
-    def __init__(self, job: TrainingJob, towers: Sequence[str]) -> None:
-        self.job, self.needs, self.learning = job, job.needs, tuple(towers)
-        for teacher in job.teachers:
-            job.refuse_other_inputs(teacher)
-        if not (job.sources_have("images") and job.sources_have("texts")):
-            raise RecipeError(
-                f"{job.title}: a BLIP requires images and texts, but the training data lacks one of them."
-            )
+    def __init__(self, job: TrainingJob) -> None:
+        super().__init__(job)
         self.sizes = job.sizes(vocabulary_size, self.learning)
-
-    def teacher_inputs(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.inputs(arrays, None)
-
-    def cached_outputs(self, arrays: Mapping[str, Tensor], teacher: int, scale: float | None) -> Outputs:
-        raise RecipeError("teacher.cache: the scores of every next token are not cached. Leave it out.")
 
     @abstractmethod
     def words(self, arrays: Mapping[str, Tensor], gather: Gather) -> tuple[Tensor, Tensor]:
@@ -242,12 +72,5 @@ class WritingLesson(Lesson):
 
 
 def _features(outputs: Outputs) -> Features:
-    return Features(logits=outputs["logits"][:, :-1].flatten(0, 1))
-
-
-def batches_of(one: EvalSet, preprocess: Preprocess) -> Any:
-    """Yield (places, pixels) of a set's images, some at a time."""
-    start = 0
-    for pixels in one.pixel_batches(preprocess, IMAGES_AT_ONCE):
-        yield np.arange(start, start + len(pixels)), pixels
-        start += len(pixels)
+    tokens = Gather(lambda rows: rows, local=True).own_tokens(outputs)
+    return Features(logits=outputs["logits"][:, :-1].flatten(0, 1), tokens=tokens)

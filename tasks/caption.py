@@ -27,21 +27,19 @@ from clipress.models import blip
 from clipress.models.load import Model
 from clipress.runtime.graph import Arrays, Graph, Output, Run
 from clipress.tasks import TASKS, Tokenize, sample_images
-from clipress.tasks.blip_text import (
+from clipress.tasks.blip import (
     FORWARD,
     IMAGE,
     STATES,
     TEXT,
-    BlipText,
-    WritingLesson,
     batches_of,
     image_inputs,
     in_batches,
-    next_tokens,
     pieces_of,
     text_input,
     vocabulary_size,
 )
+from clipress.tasks.blip_text import BlipText, WritingLesson, next_tokens
 from clipress.tasks.training import Gather, TrainingJob, TrainingModule
 
 if TYPE_CHECKING:
@@ -113,7 +111,7 @@ class Caption(BlipText):
         return results
 
     def lesson(self, job: TrainingJob) -> CaptionLesson:
-        return CaptionLesson(job, self.towers)
+        return CaptionLesson(job)
 
 
 def captions_of(run: Mapping[str, Run], one: EvalSet, preprocess: Preprocess, pieces: WordPieces) -> list[str]:
@@ -138,18 +136,18 @@ class CaptionModule(TrainingModule):
 
     def forward(self, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Return the logits behind every token of captions [B, L, V]."""
-        return {"logits": self.model(pixels, ids, ids != blip.PAD).float()}
+        return {"logits": self.model(pixels, ids, ids != blip.PAD).float()} | self.take_tokens()
 
 
 class CaptionLesson(WritingLesson):
     """Training on captions: every token but the prompt's counts alike."""
 
-    def __init__(self, job: TrainingJob, towers: Sequence[str]) -> None:
-        super().__init__(job, towers)
+    def __init__(self, job: TrainingJob) -> None:
+        super().__init__(job)
         self.begins = len(WordPieces(job.student.tokenizer).begun())
 
     def module(self, module: nn.Module) -> CaptionModule:
-        return CaptionModule(module)
+        return CaptionModule(module, self.tokens)
 
     def inputs(self, arrays: Mapping[str, Tensor], mask: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
         return {"pixels": arrays["pixels"], "ids": arrays["ids"]}

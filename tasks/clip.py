@@ -163,6 +163,8 @@ class EncoderPair(TrainingModule):
 class ClipLesson(Lesson):
     """Contrastive training and distillation of one or both towers."""
 
+    queues_online = True  # as in UPop's code for CLIP
+
     def __init__(self, job: TrainingJob) -> None:
         for number, teacher in enumerate(job.teachers):
             job.refuse_other_inputs(teacher)
@@ -256,12 +258,9 @@ class ClipLesson(Lesson):
             targets=positives(gather.own(arrays["group"]), seen["group"]),
             alpha=alpha,
         )
-        # As in UPop's code, the queue holds online features.
-        return result, {
-            **new,
-            "image": batch.student.all_image.detach(),
-            "text": batch.student.all_text.detach(),
-        }
+        if self.queues_online:
+            new |= {"image": batch.student.all_image.detach(), "text": batch.student.all_text.detach()}
+        return result, new
 
     @torch.no_grad()
     def keep_in_range(self, module: nn.Module) -> None:

@@ -42,6 +42,8 @@ class Features:
         None  # [B, C], a classifier's scores before softmax; of a Segmenter one row per patch, of texts per token
     )
     scores: Tensor | None = None  # [B, C, h, w], a Segmenter's scores of patches
+    matches: Tensor | None = None  # [B, 3, 2], logits of a right pair and two wrong ones; class 1: it belongs together
+    match_weights: Tensor | None = None  # [B, 3], 0 for what counts as wrong and is not
 
     def similarities(self) -> tuple[Tensor, Tensor]:
         """Return scaled similarities, image -> text and text -> image: [B, N] each."""

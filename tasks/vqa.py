@@ -27,20 +27,18 @@ from clipress.models import blip
 from clipress.models.load import Model
 from clipress.runtime.graph import Arrays, Graph, Input, Output, Run
 from clipress.tasks import TASKS, Tokenize, sample_images
-from clipress.tasks.blip_text import (
+from clipress.tasks.blip import (
     FORWARD,
     IMAGE,
     STATES,
     TEXT,
-    BlipText,
-    WritingLesson,
     batches_of,
     image_inputs,
     in_batches,
-    next_tokens,
     pieces_of,
     text_input,
 )
+from clipress.tasks.blip_text import BlipText, WritingLesson, next_tokens
 from clipress.tasks.training import Gather, TrainingJob, TrainingModule
 
 if TYPE_CHECKING:
@@ -132,7 +130,7 @@ class Vqa(BlipText):
         return results
 
     def lesson(self, job: TrainingJob) -> VqaLesson:
-        return VqaLesson(job, self.towers)
+        return VqaLesson(job)
 
 
 def _refuse_without_answers(one: EvalSet) -> None:
@@ -215,21 +213,21 @@ class VqaModule(TrainingModule):
 
     def forward(self, pixels: Tensor, ids: Tensor, answers: Tensor, owner: Tensor) -> dict[str, Tensor]:
         """Return the logits behind every token of answers [A, L, V]; `owner` [A] says whose question each one answers."""
-        return {"logits": _forward(self.model, pixels, ids, answers, owner).float()}
+        return {"logits": _forward(self.model, pixels, ids, answers, owner).float()} | self.take_tokens()
 
 
 class VqaLesson(WritingLesson):
     """Training on answers: each counts by the share of people who gave it, its tokens added up, per question."""
 
-    def __init__(self, job: TrainingJob, towers: Sequence[str]) -> None:
-        super().__init__(job, towers)
+    def __init__(self, job: TrainingJob) -> None:
+        super().__init__(job)
         if not all(getattr(source, "has_answers", False) for source in job.sources):
             raise RecipeError(
                 f"{job.title}: expected answers to the questions, found data without. Use data with answers."
             )
 
     def module(self, module: nn.Module) -> VqaModule:
-        return VqaModule(module)
+        return VqaModule(module, self.tokens)
 
     def inputs(self, arrays: Mapping[str, Tensor], mask: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
         return _inputs(arrays)

@@ -46,7 +46,7 @@ class Loss(nn.Module):
     """Requirements of the loss, any of: `pairs` (embeddings of both towers), `teacher`, `space` (embeddings are compared
     with the teacher's, projected if the widths differ), `width` (teacher and student must have the same width), `keys`
     (both towers of the teacher), `momentum`, `tokens`, `masked`, `labels`, `logits` (scores of a classifier, or of next tokens),
-    `words` (next tokens)."""
+    `words` (next tokens), `matches` (scores of right and wrong pairs)."""
 
     class Settings(Section):
         """Settings in a recipe; `weight` defaults to the published value."""

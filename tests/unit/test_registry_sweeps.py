@@ -36,7 +36,15 @@ LINEAGE = ({"stage": "start", "hash": "0"},)
 SHORT = {"steps": 1, "batch_size": 8}
 
 
-DATA = {"clip": "digits", "classification": "digits", "segmentation": "shapes", "caption": "scenes", "vqa": "questions"}
+DATA = {
+    "clip": "digits",
+    "classification": "digits",
+    "segmentation": "shapes",
+    "retrieval": "scenes",
+    "nlvr": "statements",
+    "caption": "scenes",
+    "vqa": "questions",
+}
 
 
 def sets_of(task):
@@ -220,6 +228,8 @@ STUDENTS = {
         "width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 32, "decoder_layers": 1,
         "labels": ["background", "circle", "square", "triangle", "cross"],
     },
+    "retrieval": {**BLIP, "embed_dim": 16, "context_length": 16, "vocabulary": {"format": "scenes", "limit": 20}},
+    "nlvr": {**BLIP, "context_length": 16, "vocabulary": {"format": "statements", "limit": 20}},
     "caption": {**BLIP, "context_length": 16, "vocabulary": {"format": "scenes", "limit": 20}},
     "vqa": {**BLIP, "context_length": 16, "answer_length": 4, "vocabulary": {"format": "questions", "limit": 20}},
 }  # fmt: skip

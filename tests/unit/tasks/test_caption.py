@@ -29,7 +29,7 @@ from clipress.models import surgery
 from clipress.models.load import artifact_from_model
 from clipress.runtime.onnx_session import run_from_onnx
 from clipress.tasks import evaluate_model, model_from_artifact, runs_of, task_named
-from clipress.tasks.blip_text import FORWARD, pieces_of
+from clipress.tasks.blip import FORWARD, pieces_of
 from clipress.tasks.caption import captions_of
 from clipress.tasks.training import Gather, TrainingJob
 

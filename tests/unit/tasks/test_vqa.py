@@ -27,7 +27,7 @@ from clipress.metrics.outcomes import percent
 from clipress.models.load import artifact_from_model
 from clipress.runtime.onnx_session import run_from_onnx
 from clipress.tasks import evaluate_model, model_from_artifact, runs_of, task_named
-from clipress.tasks.blip_text import pieces_of
+from clipress.tasks.blip import pieces_of
 from clipress.tasks.training import Gather, TrainingJob
 from clipress.tasks.vqa import answers_of
 

@@ -1,0 +1,27 @@
+"""Image-text matching with hard negatives, as ALBEF (Li et al. 2021) and BLIP (Li et al. 2022) learn to score pairs.
+
+L = mean over pairs of CE(z, y);  z the logits of a pair that is read together, y whether it belongs together. Every image has three
+pairs: with its own text, with a wrong text, and its text with a wrong image. Wrong ones are drawn with probabilities
+softmax(similarity / temperature) from the batch of a process; where all of it is right, they do not count.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipress.compress.losses import LOSSES, Loss
+from clipress.tasks.training import Batch
+
+
+@LOSSES.register("matching")
+class Matching(Loss):
+    """Cross-entropy of whether an image and a text belong together."""
+
+    needs = frozenset({"pairs", "matches"})
+
+    def forward(self, batch: Batch) -> Tensor:
+        logits, weights = batch.student.matches, batch.student.match_weights
+        belongs = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)
+        belongs[:, 0] = 1
+        rows = F.cross_entropy(logits.flatten(0, 1), belongs.flatten(), reduction="none")
+        return (weights.flatten() * rows).sum() / weights.sum()  # a pair that belongs together always counts

@@ -1,0 +1,226 @@
+"""Retrieval by BLIP: graphs `image` -> embeddings and states, `text` -> embeddings, `match` -> logits of a pair; recall with re-ranking.
+
+task: retrieval
+student: {width: 64, layers: 4, heads: 4, patch_size: 8, image_size: 32, text_width: 64, text_layers: 2, text_heads: 4,
+          embed_dim: 64, vocabulary: {format: scenes}}
+
+`image` and `text` search as a CLIP's do; `match` reads the texts and images that are nearest again, together. Published models come
+from `clipress import`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipress.data.transforms import Preprocess
+from clipress.metrics.evaluate import encode_texts, evaluate_items
+from clipress.metrics.outcomes import Outcomes
+from clipress.metrics.rerank import reranked
+from clipress.models import blip
+from clipress.models.load import Model
+from clipress.models.owners import owned
+from clipress.runtime.graph import Arrays, Graph, Output, Run
+from clipress.tasks import TASKS, Tokenize, sample_images
+from clipress.tasks.blip import (
+    FORWARD,
+    IMAGE,
+    STATES,
+    TEXT,
+    BlipTask,
+    batches_of,
+    image_inputs,
+    in_batches,
+    refuse_other_data,
+    text_input,
+)
+from clipress.tasks.clip import OUTPUTS, SIDES, ClipLesson, encoder
+from clipress.tasks.training import Batch, Gather, Outputs, TrainingJob, TrainingModule
+
+if TYPE_CHECKING:
+    from clipress.data.eval_sets import EvalSet
+
+MATCH = "match"
+LOGITS = "logits"
+LEAST, MOST = 0.001, 0.5  # BLIP's clamp of the temperature
+
+
+@TASKS.register("retrieval")
+class Retrieval(BlipTask):
+    """A BLIP that finds texts for images and images for texts."""
+
+    name = "retrieval"
+    towers = SIDES
+    figures = ("/top1", "/text_r1", "/image_r1")
+    provides = frozenset({"pairs", "teacher", "space", "width", "keys", "momentum", "tokens", "matches"})
+    stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "distill": {"losses": ["contrastive", "matching"]},
+        "prune": {"losses": ["contrastive", "matching"]},
+        "sparsify": {"losses": ["contrastive", "matching"]},
+        "quantize": {"losses": ["contrastive", "matching"]},
+    }
+
+    def graphs(self, model: Model) -> dict[str, Graph]:
+        pixels, states = image_inputs(model)
+        ids = text_input(model, model.architecture["context_length"])
+        image, text = (Output(name=OUTPUTS[side], shape=(model.architecture["embed_dim"],)) for side in SIDES)
+        pair = Output(name=LOGITS, shape=(2,))
+        return {
+            IMAGE: Graph(name=IMAGE, inputs=(pixels,), outputs=(image, states)),
+            TEXT: Graph(name=TEXT, inputs=(ids,), outputs=(text,)),
+            MATCH: Graph(name=MATCH, inputs=(ids, states.as_input()), outputs=(pair,), agrees="logits"),
+        }
+
+    def graph_of(self, tower: str) -> str:
+        return FORWARD
+
+    def graphs_of_tower(self, tower: str) -> tuple[str, ...]:
+        return (IMAGE,) if tower == IMAGE else (TEXT, MATCH)
+
+    def call(self, module: nn.Module, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if graph == FORWARD:  # a pair belongs together with a probability, which is as large as embeddings are
+            ids = inputs["input_ids"]
+            *embeds, logits = module(inputs["pixel_values"], ids, ids != blip.PAD)
+            return {"rows": torch.cat([*embeds, logits.softmax(-1)], -1)}
+        if graph == IMAGE:
+            states = module.image(inputs["pixel_values"])
+            return {OUTPUTS[IMAGE]: module.image_embeds(states), STATES: states}
+        ids = inputs["input_ids"]
+        if graph == TEXT:
+            return {OUTPUTS[TEXT]: module.text_embeds(ids, ids != blip.PAD)}
+        return {LOGITS: module.match(ids, ids != blip.PAD, inputs[STATES])}
+
+    def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {FORWARD: {"pixel_values": arrays["pixels"], "input_ids": arrays["ids"]}}
+
+    def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
+        pixels = sample_images(sets, preprocess)
+        texts = [one.source.captions(i)[0] for one, taken in zip(sets, pixels, strict=True) for i in range(len(taken))]
+        ids = {"input_ids": tokenize(texts)}
+        return {IMAGE: {"pixel_values": np.concatenate(pixels)}, TEXT: ids, MATCH: ids}
+
+    def completed(self, samples: Mapping[str, Arrays], run: Mapping[str, Run]) -> dict[str, Arrays]:
+        states = in_batches(run[IMAGE], samples[IMAGE])[STATES]
+        return {**samples, MATCH: {**samples[MATCH], STATES: states}}
+
+    def evaluate(
+        self, run: Mapping[str, Run], sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None
+    ) -> dict[str, Outcomes]:
+        results: dict[str, Outcomes] = {}
+        for one in sets:
+            if one.classes is not None:
+                results |= evaluate_items(*(encoder(run, side) for side in SIDES), [one], preprocess, tokenize)
+            else:
+                found = reranked_recalls(run, one, preprocess, tokenize)
+                results |= {f"{one.name}/{metric}": outcomes for metric, outcomes in found.items()}
+        return results
+
+    def lesson(self, job: TrainingJob) -> RetrievalLesson:
+        return RetrievalLesson(job)
+
+
+def reranked_recalls(
+    run: Mapping[str, Run], one: EvalSet, preprocess: Preprocess, tokenize: Tokenize
+) -> dict[str, Outcomes]:
+    """Return the recalls of a set, whose `candidates` nearest items are scored again as pairs.
+
+    The states of all its images are held in memory: 1.8 MB per image at 384 pixels.
+    """
+    seen = [run[IMAGE]({"pixel_values": pixels}) for _, pixels in batches_of(one, preprocess)]
+    images, states = (np.concatenate([found[name] for found in seen]) for name in (OUTPUTS[IMAGE], STATES))
+    captions, owner = one.texts()
+    texts = encode_texts(encoder(run, TEXT), tokenize, captions)
+    ids = tokenize(captions)
+
+    def match(image: np.ndarray, text: np.ndarray) -> np.ndarray:
+        return in_batches(run[MATCH], {"input_ids": ids[text], STATES: states[image]})[LOGITS][:, 1]
+
+    return reranked(images, texts, owner, match, one.candidates)
+
+
+class RetrievalModule(TrainingModule):
+    """The forward pass of a training step: both embeddings, and the scores of right and wrong pairs."""
+
+    def __init__(self, model: nn.Module, towers: Sequence[str], matches: bool) -> None:
+        super().__init__(model, towers)
+        self.matches = matches
+
+    def forward(self, pixels: Tensor, ids: Tensor, group: Tensor) -> dict[str, Tensor]:
+        """Return raw embeddings [B, D] per side, hooked tokens, `scale`, and with `matches` the logits [B, 3, 2] of three pairs per row.
+
+        `group` [B]: pairs of the same group belong together.
+        """
+        model, mask = self.model, ids != blip.PAD
+        states = model.image(pixels)
+        found = {"scale": (1 / model.temp).reshape(()).float()}
+        found |= {IMAGE: model.image_features(states).float(), TEXT: model.text_features(ids, mask).float()}
+        found |= self.take_tokens()
+        if self.matches:
+            found |= self._matched(states, ids, mask, found, group)
+            self.take_tokens()  # losses compare those of texts that are read alone
+        return found
+
+    def _matched(
+        self, states: Tensor, ids: Tensor, mask: Tensor, found: Mapping[str, Tensor], group: Tensor
+    ) -> dict[str, Tensor]:
+        with torch.no_grad():
+            image, text = (F.normalize(found[side], dim=-1) for side in SIDES)
+            similarities, same = found["scale"] * image @ text.T, group[:, None] == group
+            texts, images = drawn(similarities, same), drawn(similarities.T, same)
+        rows = torch.arange(len(ids), device=ids.device)
+        with owned(rows.repeat(3), len(rows)):
+            read, seen = torch.cat([rows, texts, rows]), torch.cat([rows, rows, images])
+            logits = self.model.match(ids[read], mask[read], states[seen])
+        weights = (~same).any(1).float()
+        return {
+            "matches": logits.float().unflatten(0, (3, -1)).transpose(0, 1),
+            "match_weights": torch.stack([torch.ones_like(weights), weights, weights], 1),
+        }
+
+
+def drawn(similarities: Tensor, same: Tensor) -> Tensor:
+    """Draw one of the columns [B] that are not the same for every row of [B, B], likelier the more similar; any, if all are the same."""
+    hidden = same & (~same).any(1, keepdim=True)
+    return torch.multinomial(similarities.masked_fill(hidden, -torch.inf).softmax(1), 1)[:, 0]
+
+
+class RetrievalLesson(ClipLesson):
+    """Contrastive training and distillation, and matching of pairs."""
+
+    queues_online = False  # BLIP's queue holds the momentum model's features
+
+    def __init__(self, job: TrainingJob) -> None:
+        refuse_other_data(job)
+        super().__init__(job)
+
+    def module(self, module: nn.Module) -> RetrievalModule:
+        matches = module is self.job.student.module and "matches" in self.needs
+        return RetrievalModule(module, self.tokens, matches)
+
+    def inputs(self, arrays: Mapping[str, Tensor], mask: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
+        return {name: arrays[name] for name in ("pixels", "ids", "group")}
+
+    def teacher_inputs(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.inputs(arrays, None)
+
+    def batch(
+        self,
+        outputs: Outputs,
+        teachers: Sequence[Outputs],
+        arrays: Mapping[str, Tensor],
+        projections: Mapping[str, nn.Module],
+        gather: Gather,
+    ) -> Batch:
+        found = super().batch(outputs, teachers, arrays, projections, gather)
+        pairs = {name: gather.own(outputs[name]) for name in ("matches", "match_weights") if name in outputs}
+        return replace(found, student=replace(found.student, **pairs))
+
+    @torch.no_grad()
+    def keep_in_range(self, module: nn.Module) -> None:
+        module.temp.clamp_(LEAST, MOST)
