@@ -179,13 +179,14 @@ MORE = {
 """What an architecture says beside the sizes of its towers, by task, with upper bounds; all have a `context_length` too."""
 
 
-def build(architecture: Mapping[str, Any], seed: int | None = None, dropout: float = DROPOUT) -> nn.Module:
+def build(architecture: Mapping[str, Any], seed: int | None = None) -> nn.Module:
     """Build a BLIP with random weights and our attention. Raises ArtifactError or RecipeError.
 
     An architecture has `task`, `image` (the sizes of a ViT, in timm's words), `text` (med.Sizes) and `context_length`, the tokens of a
-    text; `embed_dim` for retrieval, `merges_from` for nlvr (see Med), and for vqa `answer_length`.
+    text; `embed_dim` for retrieval, `merges_from` for nlvr (see Med), for vqa `answer_length`, and `dropout` if it is not BLIP's.
     """
     task, sizes, text = _checked(architecture)
+    dropout = architecture.get("dropout", DROPOUT)
     with vit.seeded(seed):
         image = vit.bare(sizes, VIT_EPS)
         if task == RETRIEVAL:
@@ -209,6 +210,9 @@ def _checked(architecture: Mapping[str, Any]) -> tuple[str, dict[str, int], Size
         _check_sizes(f"architecture.{name}", sizes, known)
     lengths = {key: text["positions"] for key in ("context_length", *(("answer_length",) if task == VQA else ()))}
     _check_sizes("architecture", architecture, MORE[task] | lengths)
+    dropout = architecture.get("dropout", DROPOUT)
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ArtifactError(f"architecture.dropout: expected 0 to less than 1, found {dropout!r:.40}.")
     if text["width"] % text["heads"] or text["vocabulary"] < 2:
         raise ArtifactError(
             f"architecture.text: expected a width of equal heads and a vocabulary of at least 2, found {text!r:.200}."

@@ -9,6 +9,7 @@ has two cross-attentions with projections of their own: their outputs are averag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,11 @@ class Sizes:
     heads: int
     positions: int
     """The longest text."""
+
+
+def _std(sizes: Sizes) -> float:
+    """Return the deviation of random weights: BERT's 0.02 at its width, and what gives other widths' layers as large outputs."""
+    return 0.02 * math.sqrt(768 / sizes.width)
 
 
 class Layer(nn.Module):
@@ -101,7 +107,7 @@ class Med(nn.Module):
         )
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=_std(sizes))
 
     def forward(
         self,
@@ -155,7 +161,7 @@ class LanguageHead(nn.Module):
         super().__init__()
         self.dense, self.norm = nn.Linear(sizes.width, sizes.width), nn.LayerNorm(sizes.width, EPS)
         self.bias = nn.Parameter(torch.zeros(sizes.vocabulary))
-        nn.init.normal_(self.dense.weight, std=0.02)
+        nn.init.normal_(self.dense.weight, std=_std(sizes))
 
     def forward(self, x: Tensor, words: nn.Embedding) -> Tensor:
         """Map states [..., W] to logits [..., vocabulary]."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from clipress.data.word_pieces import WordPieces, vocabulary_of, word_pieces_spe
 from clipress.errors import RecipeError
 from clipress.models import anatomy, blip
 from clipress.models.load import Model
+from clipress.models.med import DROPOUT
 from clipress.models.text_length import text_end
 from clipress.models.weights_file import Which
 from clipress.recipe import Section, checked
@@ -54,6 +56,11 @@ class Student(Section):
     """retrieval: width of the embeddings."""
     merges_from: int | None = Field(None, ge=0)
     """nlvr: the first text layer that merges what it reads of both images by a Linear; earlier ones average. Default: half of the layers."""
+    dropout: float = Field(DROPOUT, ge=0, lt=1)
+    """In training, of the text modules."""
+    inherit: bool = False
+    """Start from the teacher's weights, which may be a BLIP of another task: modules that both have are copied, and each of nlvr's two
+    cross-attentions starts as the teacher's."""
     vocabulary: Path | SourceSpec | None = None
     """BERT's vocab.txt, or a source of texts, such as {format: scenes}, whose words are the vocabulary. Default: the teacher's."""
     prompt: str = "a picture of "
@@ -91,7 +98,14 @@ class Student(Section):
         if more.get("merges_from", 0) is None:
             more["merges_from"] = self.text_layers // 2
         text |= {"heads": self.text_heads, "positions": max(self.context_length, more.get("answer_length", 0))}
-        return {"task": task, IMAGE: image, TEXT: text, "context_length": self.context_length, **more}
+        return {
+            "task": task,
+            IMAGE: image,
+            TEXT: text,
+            "context_length": self.context_length,
+            "dropout": self.dropout,
+            **more,
+        }
 
 
 def _texts_of(spec: SourceSpec) -> list[str]:
@@ -117,6 +131,8 @@ class BlipTask(Task):
 
     def check_student(self, section: Mapping[str, Any], has_teacher: bool) -> None:
         student = checked(Student, section, "student")
+        if student.inherit and not has_teacher:
+            raise RecipeError("student.inherit: expected a teacher to copy weights from, found none.")
         if student.vocabulary is None and not has_teacher:
             raise RecipeError(
                 "student.vocabulary: expected BERT's vocab.txt or a source of texts such as {format: scenes}, found none."
@@ -136,7 +152,10 @@ class BlipTask(Task):
         preprocess = Preprocess(size=student.image_size, resize_mode="squash")
         if teacher is not None:
             preprocess = teacher.preprocess.model_copy(update={"size": student.image_size})
-        return Model(self.build(architecture, seed), architecture, preprocess, tokenizer, task=self.name)
+        module = self.build(architecture, seed)
+        if student.inherit:
+            inherit(module, teacher)
+        return Model(module, architecture, preprocess, tokenizer, task=self.name)
 
     def load_pretrained(self, name: str, checkpoint: str | None, where: str, which: Which | None = None) -> Model:
         raise RecipeError(
@@ -146,6 +165,26 @@ class BlipTask(Task):
 
     def cached_rows(self, module: nn.Module, name: str, rows: Tensor) -> Tensor:
         raise RecipeError(_NO_CACHE)
+
+
+@torch.no_grad()
+def inherit(module: nn.Module, teacher: Model) -> None:
+    """Copy what a teacher has of a BLIP's weights into it. Raises RecipeError for other sizes, or a teacher that is no BLIP."""
+    theirs = teacher.module.state_dict() if anatomy.is_blip(teacher.module) else {}
+    found = False
+    for name, rows in module.state_dict().items():
+        names = (name, name.replace(".cross.1.", ".cross.0."))
+        source = next((theirs[one] for one in names if one in theirs), None)
+        if source is not None and source.shape != rows.shape:
+            raise RecipeError(
+                f"student.inherit: expected the teacher's sizes, but {name} is {list(rows.shape)}, and {list(source.shape)} in the teacher. "
+                "Use its sizes and words, and a teacher that is not cut."
+            )
+        if source is not None:
+            rows.copy_(source)
+            found = True
+    if not found:
+        raise RecipeError(f"student.inherit: expected a teacher that is a BLIP, found one of task {teacher.task}.")
 
 
 _NO_CACHE = "teacher.cache: what a BLIP makes of an image with a text is not cached. Leave it out."
