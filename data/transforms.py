@@ -9,12 +9,14 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
 from clipress.errors import DataError, RecipeError
@@ -25,6 +27,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 128_000_000  # larger images are refused before decoding
 MAX_ASPECT = 100  # thinner images would become huge when their short side is resized
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none of them starts another program
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 Library = Literal["pillow", "torch"]
 """Resizing library: pillow gives open_clip's pixels; torch is nearly twice as fast, within one level."""
 Positive = Annotated[float, Field(gt=0)]
@@ -109,18 +112,34 @@ class Augment(Section):
 
 def open_image(source: str | Path | bytes) -> Image.Image:
     """Open an image from a path or bytes as upright RGB. Raises DataError if it cannot be decoded."""
+    with _opened(source) as image:
+        return as_rgb(ImageOps.exif_transpose(image))
+
+
+def size_from_header(source: str | Path | bytes) -> tuple[int, int]:
+    """Return (width, height) of the image that `open_image` returns. Raises DataError as it does.
+
+    Pixels are not decoded, except those of a PNG without EXIF data in front of them, which may have some behind.
+    """
+    with _opened(source) as image:
+        return image.size[::-1] if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS else image.size
+
+
+@contextmanager
+def _opened(source: str | Path | bytes) -> Iterator[Image.Image]:
+    """Yield an image of which the header has been read and checked. Raises DataError if that or what the caller does with it fails."""
     name = "the input" if isinstance(source, bytes) else str(source)
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(
-                f"{name}: expected at most {MAX_PIXELS:,} pixels, found {image.width} x {image.height} pixels."
-            )
-        if max(image.size) > MAX_ASPECT * min(image.size):
-            raise DataError(
-                f"{name}: expected an aspect of at most {MAX_ASPECT} to 1, found {image.width} x {image.height} pixels."
-            )
-        return as_rgb(ImageOps.exif_transpose(image))
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(
+                    f"{name}: expected at most {MAX_PIXELS:,} pixels, found {image.width} x {image.height} pixels."
+                )
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise DataError(
+                    f"{name}: expected an aspect of at most {MAX_ASPECT} to 1, found {image.width} x {image.height} pixels."
+                )
+            yield image
     except Image.DecompressionBombError as error:  # Pillow's own limit comes first
         raise DataError(f"{name}: expected at most {MAX_PIXELS:,} pixels. {error}") from None
     except FileNotFoundError:

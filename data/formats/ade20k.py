@@ -15,7 +15,7 @@ from clipress.data.formats.files import Files, images_under, needed
 from clipress.data.prompts import read_classes, read_templates
 from clipress.data.sources import FORMATS, Classes
 from clipress.data.spec import SourceSpec
-from clipress.data.transforms import IGNORED
+from clipress.data.transforms import IGNORED, size_from_header
 from clipress.errors import DataError
 
 FOLDERS = {"train": "training", "val": "validation", "test": "validation"}
@@ -40,7 +40,7 @@ class Masks(Files):
                 values = np.asarray(file if file.mode in ("L", "P") else file.convert("L"), np.uint8)
         except Exception as error:  # arbitrary bytes can fail anywhere in a decoder
             raise DataError(f"{path} is not a readable mask: {error}.") from None
-        size = self.image(index).size
+        size = size_from_header(self.root / self.paths[index])
         if values.shape != size[::-1]:
             raise DataError(
                 f"{path}: expected a mask of {size[0]} x {size[1]} pixels, as its picture has, found {values.shape[::-1]}."

@@ -75,6 +75,25 @@ def test_a_mask_that_does_not_fit_is_named(tmp_path, change, message):
     assert path.name in str(failed.value)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_fits_its_image_upright_and_no_pixel_is_decoded_for_it(tmp_path, orientation):
+    upright, turned = ((2, 3), (3, 2)) if orientation > 4 else ((3, 2), (2, 3))  # (width, height)
+    write(tmp_path, [np.ones(upright[::-1], np.uint8)])
+    path, exif = tmp_path / "images" / "validation" / "ADE_0.jpg", Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (3, 2)).save(path, exif=exif)
+    source = opened(tmp_path)
+    assert source.image(0).size == upright and source.mask(0).shape == upright[::-1]
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"\xff\xda")])  # up to its pixels
+    with pytest.raises(DataError, match="not a readable image"):
+        source.image(0)
+    assert source.mask(0).shape == upright[::-1]
+    Image.new("L", turned, 1).save(tmp_path / "annotations" / "validation" / "ADE_0.png")
+    with pytest.raises(DataError, match=f"expected a mask of {upright[0]} x {upright[1]} pixels"):
+        source.mask(0)
+
+
 def test_a_folder_without_masks_is_refused(tmp_path):
     (tmp_path / "images" / "validation").mkdir(parents=True)
     with pytest.raises(ClipressError, match="annotations"):
