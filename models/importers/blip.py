@@ -119,6 +119,7 @@ class Blip(Importer):
             "context_length": architecture["context_length"],
             "kwargs": {},
             **packed,
+            "plain": True,
         }
         return {**found, "prompt": PROMPT} if architecture["task"] == CAPTION else found
 

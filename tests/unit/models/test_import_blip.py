@@ -63,13 +63,20 @@ def test_the_tokenizer_beside_the_file_travels_with_the_model(tmp_path):
     ids = model.tokenize()(["A dog?", "dogs red"])
     assert ids.shape == (2, 24) and model.tokenizer["pad"] == 0  # 35 ids as published, but this one has 24 positions
     assert [row[row > 0].tolist() for row in ids] == [[2, 5, 6, 9, 3], [2, 6, 7, 8, 3]]
-    assert model.tokenize()(["[DEC] [ENC]"])[0, 1:3].tolist() == [DEC, ENC]
     assert "prompt" not in model.tokenizer
     torch.testing.assert_close(
         outputs(model, "retrieval"), outputs(import_checkpoint(path), "retrieval"), atol=0, rtol=0
     )
     (tmp_path / "vocab.txt").write_text((tmp_path / "vocab.txt").read_text().replace("dog", "cat"))
     assert artifact_from_checkpoint(path).hash != artifact.hash
+
+
+def test_a_special_token_that_a_text_spells_out_is_letters(tmp_path):
+    model = import_checkpoint(save(published("retrieval"), tmp_path))
+    row = model.tokenize()(["a [SEP] dog [PAD] [CLS][MASK] [DEC] [ENC]"])[0]
+    ids = row[row != 0].tolist()
+    assert (ids[0], ids[1], ids[-1]) == (2, 5, 3) and 6 in ids
+    assert not {0, 2, 3, 4, DEC, ENC} & set(ids[1:-1])
 
 
 @pytest.mark.parametrize(
