@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     help="Seconds per request.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON per image, with all probabilities.")
-@click.option("--out", type=FOLDER, help="Where a Segmenter's pictures go.  [default: RUN/predicted]")
+@click.option("--out", type=FOLDER, help="Folder for a Segmenter's overlays.  [default: RUN/predicted]")
 def predict(
     images: tuple[Path, ...],
     labels: str | None,
@@ -57,11 +57,11 @@ def predict(
     """Classify images among labels, or segment them.
 
     A CLIP requires --labels or --labels-file; a classifier and a Segmenter have their own labels. A Segmenter's masks are
-    written as pictures with a legend, and the shares of its labels are printed. Runs the export of RUN in ONNX Runtime, or
+    written as overlays with a legend, and the shares of its labels are printed. Runs the export of RUN in ONNX Runtime, or
     uses the server at --url. IMAGES are files, folders, or - to read paths from standard input. A server's answers are
     printed as they arrive; failed images are counted at the end.
     """
-    from clipress.workflow.predict import Server, images_in, labels_from, pictures_of_masks
+    from clipress.workflow.predict import Server, images_in, labels_from, overlays_of_masks
 
     names = None if labels is None and labels_file is None else labels_from(labels, labels_file)
     if url is not None:
@@ -80,7 +80,7 @@ def predict(
     if model.segments:
         if names is not None:
             raise click.UsageError("A Segmenter has its own labels: leave --labels and --labels-file out.")
-        _print_masks(pictures_of_masks(model, files, out or run / "predicted"), as_json)
+        _print_masks(overlays_of_masks(model, files, out or run / "predicted"), as_json)
         return
     names = names or model.labels or labels_from(None, None)
     for file, row in zip(files, model.classify(files, names, templates), strict=True):
@@ -88,13 +88,13 @@ def predict(
 
 
 def _print_masks(masks: Iterable[tuple[Path, Path, dict[str, float]]], as_json: bool) -> None:
-    for image, picture, shares in masks:
+    for image, overlay, shares in masks:
         if as_json:
             rounded = {name: round(share, 6) for name, share in shares.items()}
-            click.echo(json.dumps({"image": str(image), "picture": str(picture), "shares": rounded}))
+            click.echo(json.dumps({"image": str(image), "overlay": str(overlay), "shares": rounded}))
         else:
             parts = "  ".join(f"{name} {share:.1%}" for name, share in list(shares.items())[:5])
-            click.echo(f"{image}: {parts} -> {picture}")
+            click.echo(f"{image}: {parts} -> {overlay}")
 
 
 def _predict_with_server(

@@ -1,7 +1,7 @@
 """One training step on tensors with shapes and no values: what it would keep in memory, counted before anything runs.
 
 The step itself is the real one, of `learner.py`. torch's FakeTensorMode computes shapes and types of every tensor in it and
-allocates nothing, so a large model is counted within seconds on any machine. What the host asks of values is answered: a step
+allocates nothing, so a large model is counted within seconds on any machine. What the host reads of values is answered: a step
 is finite, and no scale of a quantizer is below zero.
 """
 

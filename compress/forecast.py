@@ -208,7 +208,7 @@ def _stage(
             measured = _time(stage, shown, teachers, plan, processes)
     except torch.cuda.OutOfMemoryError:
         notes.append("a step does not fit into this GPU's memory")
-    except RuntimeError as error:  # a library may ask for values, which shapes do not have
+    except RuntimeError as error:  # a library may require values, which shapes do not have
         notes.append(f"its memory could not be counted: {first_line(error)}")
     after = replace(student, model=model)
     if isinstance(settings, Prune):

@@ -1,4 +1,4 @@
-"""Read and write ONNX files of any size: weights stay in their files until they are asked for.
+"""Read and write ONNX files of any size: weights stay in their files until they are read.
 
 image.onnx        the graph, and its weights up to LIMIT
 image.onnx.data   the weights of a larger one, as ONNX's external data: protobuf ends at 2 GiB

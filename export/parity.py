@@ -100,7 +100,7 @@ def samples_from_export(exported: Exported, sets: Sequence[EvalSet]) -> dict[str
 
 
 class Openers(dict[str, Callable[[], Run]]):
-    """Graphs as functions, each opened when it is asked for: a large one is in memory only while it is compared."""
+    """Graphs as functions, each opened when it is required: a large one is in memory only while it is compared."""
 
     def __getitem__(self, graph: str) -> Run:
         return super().__getitem__(graph)()

@@ -1,6 +1,6 @@
 """Accuracy of answers to questions about images, as VQA's own evaluation counts it (Antol et al. 2015; Goyal et al. 2017).
 
-    accuracy of an answer = mean over the people asked of min(1, others of them who gave it / 3)
+    accuracy of an answer = mean over its annotators of min(1, others of them who gave it / 3)
 
 The answer is cleaned first: punctuation, number words, articles, contractions. What people said is cleaned of punctuation alone, and
 only where they disagree.

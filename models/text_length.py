@@ -27,7 +27,7 @@ def accept_short_texts(model: nn.Module) -> nn.Module:
 
 
 class Reader(Protocol):
-    """What is asked of a model. A `Model` has these attributes."""
+    """What is required of a model. A `Model` has these attributes."""
 
     module: nn.Module
     tokenizer: dict[str, Any] | None

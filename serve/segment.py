@@ -1,4 +1,4 @@
-"""Pictures of masks: every class in a color of its own over the image, with a legend of those that are there."""
+"""Overlays of masks: every class in a color of its own over the image, with a legend of those that are in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST = 12  # classes in the legend
 
 
 def color_of(number: int) -> tuple[int, int, int]:
-    """Return the color of a class, RGB; the same in every picture."""
+    """Return the color of a class, RGB; the same in every image."""
     red, green, blue = colorsys.hsv_to_rgb(number * TURN % 1, 0.85, 0.95 if number % 2 else 0.7)
     return round(red * 255), round(green * 255), round(blue * 255)
 

@@ -3,7 +3,7 @@
 Everything is made up and lies in a temporary folder, of up to 10 GB. Each case runs in a process of its own: seconds by the clock and
 on the CPU, and the memory that it takes beyond its imports and inputs, at its peak; files that are mapped count as far as they were
 read. Vectors are of 20,000 clusters, since embeddings are not spread evenly. Writes data_at_size.json and data_at_size.md beside
-this file; cases that were not asked for keep their rows.
+this file; cases that were not given keep their rows.
 """
 
 from __future__ import annotations

@@ -278,7 +278,7 @@ def measure_training(rows: Rows, wanted: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure the pieces asked for, and write the rows and the table."""
+    """Measure the given pieces, and write the rows and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pieces", nargs="*", choices=[*PIECES, []], help="default: all")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on tiny shapes, also without a GPU")

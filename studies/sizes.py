@@ -136,7 +136,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure the models asked for."""
+    """Measure the given models."""
     from clipress.studies.gpu import Rows
     from clipress.studies.speed import conditions_of
 

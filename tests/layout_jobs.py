@@ -49,7 +49,7 @@ def embedded(job, texts=TEXTS, images=()):
     return text, run_from_onnx(exported.onnx("image"))({"pixel_values": pixels})["image_embeds"]
 
 
-def pictures():
+def two_images():
     """Return an image of the model's size, and one that is neither of its size nor square."""
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, size, np.uint8)) for size in ((32, 32, 3), (40, 60, 3))]

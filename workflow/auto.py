@@ -44,7 +44,7 @@ from clipress.workflow.targets import Pace, Target, at_pace, pace_of, worst
 
 CLOSE = 0.97  # A model that uses this much of what its target allows is close enough.
 SECTIONS = ("task", "data", "runtime", "export", "bench", "serve")
-PRECISION = 0.03  # Budgets that are as near as this are not told apart.
+PRECISION = 0.03  # Budgets that are as near as this count as equal.
 UNCUT = "uncut"  # its name in tables and folders
 RECOVERY = ("contrastive", "affinity", "feature", "interactive")
 

@@ -66,7 +66,7 @@ def images_in(paths: Iterable[Path], standard_input: Iterable[str] = ()) -> Iter
             yield path
 
 
-def pictures_of_masks(
+def overlays_of_masks(
     model: LoadedModel, images: Iterable[Path], out: Path
 ) -> Iterator[tuple[Path, Path, dict[str, float]]]:
     """Segment images one by one. Yields an image, the PNG written to `out`, and the shares of the labels in it, largest first."""
@@ -83,7 +83,7 @@ def pictures_of_masks(
 
 
 def _names(stem: str) -> Iterator[str]:
-    """Yield names for a picture; images of one name may come from several folders."""
+    """Yield names for an overlay; images of one name may come from several folders."""
     yield f"{stem}.png"
     yield from (f"{stem}-{number}.png" for number in count(2))
 

@@ -1,4 +1,4 @@
-"""What `clipress auto` is asked for: `latency<=5ms`, `latency{tower=image}<=5ms`, `size<=40MB`, `params<=20M`, `macs<=1G`."""
+"""Targets of `clipress auto`: `latency<=5ms`, `latency{tower=image}<=5ms`, `size<=40MB`, `params<=20M`, `macs<=1G`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Language modelling: cross-entropy of the next token, as BLIP (Li et al. 2022) learns captions and answers.
 
 L = sum over tokens of w · CE(z, y) with label smoothing;  z the logits behind every token [T, V], y the tokens that follow [T].
-Weights w are the task's: of captions 1 / tokens of the batch, the prompt's and padding left out; of answers their share of the people
-asked / images of the batch, so that an answer's tokens add up.
+Weights w are the task's: of captions 1 / tokens of the batch, the prompt's and padding left out; of answers their share of the
+annotators / images of the batch, so that an answer's tokens add up.
 """
 
 import torch.nn.functional as F

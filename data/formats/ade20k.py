@@ -1,4 +1,4 @@
-"""ADE20K's scene parsing challenge, as it is unpacked: an 8-bit mask for every picture, whose 0 is unlabelled and 1 to 150 are classes.
+"""ADE20K's scene parsing challenge, as it is unpacked: an 8-bit mask for every image, whose 0 is unlabelled and 1 to 150 are classes.
 
 <images>/images/training/ADE_train_00000001.jpg     <images>/annotations/training/ADE_train_00000001.png
 <images>/images/validation/...                      <images>/annotations/validation/...
@@ -43,7 +43,7 @@ class Masks(Files):
         size = size_from_header(self.root / self.paths[index])
         if values.shape != size[::-1]:
             raise DataError(
-                f"{path}: expected a mask of {size[0]} x {size[1]} pixels, as its picture has, found {values.shape[::-1]}."
+                f"{path}: expected a mask of {size[0]} x {size[1]} pixels, as its image has, found {values.shape[::-1]}."
             )
         labels = values - 1  # 0 becomes 255
         if (wrong := labels[(labels != IGNORED) & (labels >= len(self.classes.names))]).size:

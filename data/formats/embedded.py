@@ -108,11 +108,11 @@ def read_statements(spec: SourceSpec) -> Arrays:
 
 @FORMATS.register("questions")
 def read_questions(spec: SourceSpec) -> Arrays:
-    """Return a split of questions about *scenes*; all ten people who were asked agree."""
-    asked = scene_texts.questions(spec.split)[: spec.limit]
-    images = scenes.images(spec.split, 0)[[one.image for one in asked]]
-    source = _limited(spec, images, tuple((one.text,) for one in asked), np.arange(len(asked)))
-    return _with(source, said=tuple((one.answer,) * 10 for one in asked), candidates=scene_texts.ANSWERS)
+    """Return a split of questions about *scenes*; all ten annotators agree."""
+    drawn = scene_texts.questions(spec.split)[: spec.limit]
+    images = scenes.images(spec.split, 0)[[one.image for one in drawn]]
+    source = _limited(spec, images, tuple((one.text,) for one in drawn), np.arange(len(drawn)))
+    return _with(source, said=tuple((one.answer,) * 10 for one in drawn), candidates=scene_texts.ANSWERS)
 
 
 @FORMATS.register("digits")

@@ -199,11 +199,11 @@ def _sizes(shape: dict[str, Any], blocks: nn.Module, act: nn.Module) -> dict[str
 def _alike(module: nn.Module, other: nn.Module) -> bool:
     """Return whether two CLIPs with a text tower apart compute the same function of the same weights."""
 
-    def told(one: nn.Module) -> tuple[Any, ...]:
+    def described(one: nn.Module) -> tuple[Any, ...]:
         sizes = {name: tensor.shape for name, tensor in surgery.stock_weights(one).items()}
         return str(one), sizes, surgery.shapes(one), one.text.pool_type, one.text.attn_mask is None
 
-    return told(module) == told(other)
+    return described(module) == described(other)
 
 
 def renamed(state: State) -> dict[str, Tensor]:

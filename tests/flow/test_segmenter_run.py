@@ -1,4 +1,4 @@
-"""A Segmenter goes through every stage to an export, a table, a Triton repository and pictures of its masks."""
+"""A Segmenter goes through every stage to an export, a table, a Triton repository and overlays of its masks."""
 
 import json
 
@@ -81,7 +81,7 @@ def test_the_export_finds_what_the_artifact_finds_in_torch(run, images):
         assert (mask == wanted).mean() > 0.999
 
 
-def test_predict_writes_a_picture_of_every_image(run, images, tmp_path):
+def test_predict_writes_an_overlay_of_every_image(run, images, tmp_path):
     paths = [tmp_path / "first" / "a.png", tmp_path / "other" / "a.png", tmp_path / "wide.png"]
     for path, image in zip(paths, [*images[:2], np.concatenate(images, 1)], strict=True):
         path.parent.mkdir(exist_ok=True)
@@ -89,14 +89,14 @@ def test_predict_writes_a_picture_of_every_image(run, images, tmp_path):
     found = clipress("predict", run, *paths, "--out", tmp_path / "masks", "--json")
     assert found.exit_code == 0, found.output
     lines = [json.loads(line) for line in found.output.splitlines() if line.startswith("{")]
-    assert [line["picture"] for line in lines] == [
+    assert [line["overlay"] for line in lines] == [
         str(tmp_path / "masks" / name) for name in ("a.png", "a-2.png", "wide.png")
     ]
     masks = api.load(run / "int8").segment([np.asarray(Image.open(path)) for path in paths])
     for line, mask in zip(lines, masks, strict=True):
         assert line["shares"] == pytest.approx(shares_of(mask, MASK_CLASSES), abs=1e-5)
-        with Image.open(line["picture"]) as picture:
-            assert picture.height > mask.shape[0] and picture.width >= mask.shape[1]
+        with Image.open(line["overlay"]) as overlay:
+            assert overlay.height > mask.shape[0] and overlay.width >= mask.shape[1]
     plain = clipress("predict", run, paths[0], "--out", tmp_path / "masks")
     assert "-> " in plain.output and "a.png" in plain.output
 

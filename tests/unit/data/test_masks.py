@@ -57,7 +57,7 @@ def test_other_classes_in_its_layout_are_named_by_a_file(tmp_path):
     [
         (
             lambda path: Image.new("L", (5, 4)).save(path),
-            "expected a mask of 3 x 2 pixels, as its picture has, found \\(5, 4\\)",
+            "expected a mask of 3 x 2 pixels, as its image has, found \\(5, 4\\)",
         ),
         (lambda path: Image.new("L", (3, 2), 151).save(path), "expected values up to 150, found 151"),
         (lambda path: path.write_bytes(b"no image"), "is not a readable mask"),

@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 from helpers import clipress
-from layout_jobs import TEXTS, embedded, exported_job, pictures, saved
+from layout_jobs import TEXTS, embedded, exported_job, saved, two_images
 from tokenizers import Tokenizer
 
 from clipress.artifact import load_artifact, save_artifact
@@ -60,7 +60,7 @@ def test_immich_finds_its_files_and_embeds_as_the_export_does(job, tmp_path):
     pad = json.loads((folder / "textual" / "tokenizer_config.json").read_text())["pad_token"]
     tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
     tokenizer.enable_truncation(max_length=length)
-    images = pictures()
+    images = two_images()
     wanted_texts, wanted_images = embedded(job, images=images)
     texts = onnxruntime.InferenceSession(folder / "textual" / "model.onnx")
     for text, wanted in zip(TEXTS, wanted_texts, strict=True):
@@ -99,8 +99,8 @@ def test_weights_beside_a_graph_have_the_name_that_transformers_js_looks_for(job
     folder = write_layout("transformers.js", large, tmp_path / "t") / "onnx"
     names = ["text_model.onnx", "text_model.onnx_data", "vision_model.onnx", "vision_model.onnx_data"]
     assert sorted(path.name for path in folder.iterdir()) == names
-    told = json.loads((folder.parent / "config.json").read_text())["transformers.js_config"]
-    assert told == {"dtype": "fp32", "use_external_data_format": {names[0]: 1, names[2]: 1}}
+    config = json.loads((folder.parent / "config.json").read_text())["transformers.js_config"]
+    assert config == {"dtype": "fp32", "use_external_data_format": {names[0]: 1, names[2]: 1}}
     ids = {"input_ids": job.exported.tokenize()(TEXTS)}
     np.testing.assert_allclose(run_from_onnx(folder / names[0])(ids)["text_embeds"], embedded(job), atol=1e-5)
 

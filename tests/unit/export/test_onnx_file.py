@@ -56,7 +56,7 @@ def loaded(path):
     return found
 
 
-def test_large_weights_are_read_when_they_are_asked_for(model, saved):
+def test_large_weights_are_read_when_they_are_required(model, saved):
     found = onnx_file.read(saved)
     assert len(found.SerializeToString()) < len(model.SerializeToString()) - 14_000
     items = {item.name: item for item in found.graph.initializer}

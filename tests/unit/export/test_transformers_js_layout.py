@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from int8_models import quantized
-from layout_jobs import TEXTS, embedded, exported_job, few_scenes, pictures
+from layout_jobs import TEXTS, embedded, exported_job, few_scenes, two_images
 from layouts_oracle import TEXTS as OTHER_TEXTS
 from layouts_oracle import TOKENIZERS
 
@@ -56,7 +56,7 @@ def read(folder, home, texts=TEXTS[:4], padding=True, labels=None, **options):
     (home / "model").symlink_to(folder)
     (home / "node_modules").symlink_to((JS / "node_modules").resolve())
     (home / "embed.mjs").write_text(PROGRAM)
-    pictures()[0].save(home / "image.png")
+    two_images()[0].save(home / "image.png")
     given = {"texts": texts, "image": str(home / "image.png"), "padding": padding, "labels": labels, "options": options}
     (home / "given.json").write_text(json.dumps(given))
     run = ["node", "embed.mjs", f"{home}/", "given.json"]
@@ -66,7 +66,7 @@ def read(folder, home, texts=TEXTS[:4], padding=True, labels=None, **options):
 
 
 def assert_as_exported(job, found, padded=1e-5):
-    texts, images = embedded(job, TEXTS[:4], pictures()[:1])
+    texts, images = embedded(job, TEXTS[:4], two_images()[:1])
     np.testing.assert_allclose(found["texts"], texts, atol=padded)
     np.testing.assert_allclose(found["images"], images, atol=max(1e-4, padded))
     return texts, images
@@ -79,7 +79,7 @@ def full(tmp_path_factory):
 
 
 @pytest.mark.parametrize("padding", [True, "max_length"])
-def test_it_embeds_as_the_export_does_without_being_told_the_dtype(full, tmp_path, padding):
+def test_it_embeds_as_the_export_does_without_a_given_dtype(full, tmp_path, padding):
     write_layout("transformers.js", full, tmp_path / "model")
     assert_as_exported(full, read(tmp_path / "model", tmp_path / "js", padding=padding))
 
@@ -95,7 +95,7 @@ def test_float16_files_are_its_dtype_fp16(full, tmp_path):
 def test_the_joint_file_is_what_its_pipeline_runs(full, tmp_path):
     write_layout("transformers.js", full, tmp_path / "model")
     scores = {row["label"]: row["score"] for row in read(tmp_path / "model", tmp_path / "js", labels=LABELS)["scores"]}
-    texts, images = embedded(full, LABELS, pictures()[:1])
+    texts, images = embedded(full, LABELS, two_images()[:1])
     wanted = softmax(full.exported.logit_scale * images @ texts.T)[0]
     np.testing.assert_allclose([scores[label] for label in LABELS], wanted, atol=1e-4)
 

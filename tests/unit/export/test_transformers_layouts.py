@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from layout_jobs import TEXTS, exported_job, pictures, saved
+from layout_jobs import TEXTS, exported_job, saved, two_images
 from layouts_oracle import CASES, TOKENIZERS
 from layouts_oracle import TEXTS as OTHER_TEXTS
 from oracles import run_oracle
@@ -31,8 +31,8 @@ def job(tmp_path_factory):
 
 
 def read(folder, texts, home):
-    """Return what transformers makes of a folder, of these texts and of the first picture."""
-    pictures()[0].save(home / "image.png")
+    """Return what transformers makes of a folder, of these texts and of the first image."""
+    two_images()[0].save(home / "image.png")
     torch.save({"texts": texts, "image": str(home / "image.png"), "labels": LABELS}, home / "given.pt")
     run_oracle("transformers_reads.py", folder, home / "given.pt", home / "found.pt")
     return torch.load(home / "found.pt")
@@ -44,8 +44,8 @@ def close(found, wanted):
 
 @torch.no_grad()
 def ours(model, tokenize, texts):
-    """Return our embeddings of texts and of the first picture, the pixels, and the logits of the labels."""
-    pixels = torch.from_numpy(normalised(fitted(pictures()[0], model.preprocess)[None], model.preprocess))
+    """Return our embeddings of texts and of the first image, the pixels, and the logits of the labels."""
+    pixels = torch.from_numpy(normalised(fitted(two_images()[0], model.preprocess)[None], model.preprocess))
     module, ids = model.module.eval(), torch.from_numpy(tokenize(texts))
     rows, labels = (module.encode_text(one, normalize=True) for one in (ids, torch.from_numpy(tokenize(LABELS))))
     image, bias = module.encode_image(pixels, normalize=True), getattr(module, "logit_bias", None)
@@ -181,7 +181,7 @@ def test_optimum_reads_the_joint_file_and_each_encoder(tmp_path, bias, mode):
     model = replace(model, preprocess=Preprocess(size=32, resize_mode=mode))
     job = exported_job(tmp_path, model, joint=True)
     folder, wanted = write_layout("transformers.js", job, tmp_path / "t"), ours(model, job.exported.tokenize(), LABELS)
-    pictures()[0].save(tmp_path / "image.png")
+    two_images()[0].save(tmp_path / "image.png")
     torch.save({"texts": LABELS, "image": str(tmp_path / "image.png")}, tmp_path / "given.pt")
     run_oracle("optimum_reads.py", folder, tmp_path / "given.pt", tmp_path / "found.pt", library="optimum")
     found = torch.load(tmp_path / "found.pt")

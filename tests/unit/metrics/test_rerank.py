@@ -62,17 +62,17 @@ def test_a_match_that_says_nothing_leaves_retrieval_as_it_is(pairs):
         assert percent(found[name]) == percent(outcomes)
 
 
-def test_only_the_nearest_pairs_are_asked_for(pairs):
+def test_only_the_nearest_pairs_are_scored(pairs):
     images, texts, owner, logits = pairs
-    asked = []
+    scored = []
 
     def match(image, text):
-        asked.append((image, text))
+        scored.append((image, text))
         return logits[image, text]
 
     reranked(images, texts, owner, match, 4)
-    assert len(asked) == 20 + 50 and all(len(image) == len(text) == 4 for image, text in asked)
-    assert all(len(set(image)) == 1 for image, _ in asked[:20]) and all(len(set(text)) == 1 for _, text in asked[20:])
+    assert len(scored) == 20 + 50 and all(len(image) == len(text) == 4 for image, text in scored)
+    assert all(len(set(image)) == 1 for image, _ in scored[:20]) and all(len(set(text)) == 1 for _, text in scored[20:])
 
 
 def test_a_match_that_scores_less_than_minus_a_hundred_still_comes_first(pairs):

@@ -192,7 +192,7 @@ def loss_of(outputs):
 @pytest.mark.parametrize("space", ["separate", "upop"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_gates_gradient_of_a_sample_is_that_of_the_sample_alone(task, space):
-    """Images in pairs, and answers in other numbers than questions; every gate is asked about each sample by itself."""
+    """Images in pairs, and answers in other numbers than questions; every gate sees each sample by itself."""
     model = model_of(task)
     gates = Gates(model, space)
     loss_of(model(*inputs(task))).backward()

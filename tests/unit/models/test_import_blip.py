@@ -112,7 +112,7 @@ def test_two_images_start_from_a_file_for_one(tmp_path):
     assert torch.equal(again, model.module.cls_head[0].weight)
 
 
-def test_a_pretrained_file_is_told_its_task(tmp_path):
+def test_a_pretrained_file_requires_its_task(tmp_path):
     parts = [published(task) for task in ("caption", "vqa", "retrieval")]
     pretrained = parts[0] | parts[1] | parts[2]
     path = save(pretrained, tmp_path)

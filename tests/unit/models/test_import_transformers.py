@@ -74,7 +74,7 @@ def test_the_tokenizer_of_a_folder_travels_with_the_model(theirs, case, tmp_path
     assert clipress("import", theirs / case, tmp_path / "artifact").exit_code == 0
     model = model_from_artifact(tmp_path / "artifact")
     expected = torch.load(theirs / case / "expected.pt", weights_only=True)
-    monkeypatch.setattr("open_clip.tokenizer.HFTokenizer", None)  # Neither transformers nor the hub is asked.
+    monkeypatch.setattr("open_clip.tokenizer.HFTokenizer", None)  # Neither transformers nor the hub is used.
     ids = torch.from_numpy(model.tokenize()(TEXTS))
     assert torch.equal(ids, expected["inputs"][1])
     with torch.no_grad():

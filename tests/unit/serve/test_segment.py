@@ -1,4 +1,4 @@
-"""Segmentation from exported files: the class of every pixel, and pictures of it."""
+"""Segmentation from exported files: the class of every pixel, and overlays of it."""
 
 import io
 
@@ -62,7 +62,7 @@ def test_scores_that_are_not_finite_are_refused(segmenter):
         segmenter.segment(image_of(2, 2))
 
 
-def test_a_picture_has_the_colors_of_its_classes_and_a_legend_of_those_alone():
+def test_an_overlay_has_the_colors_of_its_classes_and_a_legend_of_those_alone():
     mask = np.zeros((40, 60), int)
     mask[:, 30:] = 2
     page = np.asarray(drawn_mask(Image.new("RGB", (60, 40), "white"), mask, LABELS))
