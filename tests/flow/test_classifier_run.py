@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import yaml
 from helpers import clipress
+from small_vit_run import STAGES, recipe_of, run_of
 
 import clipress as api
 from clipress.artifact import read_header
@@ -15,45 +15,15 @@ from clipress.data.sources import open_source
 from clipress.data.spec import SourceSpec
 from clipress.tasks import model_from_artifact
 
-SHORT = {"steps": 4, "batch_size": 16}
-TEACHER = {
-    "name": "dense",
-    "task": "classification",
-    "student": {"width": 32, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 32, "labels": [*CLASSES]},
-    "data": {"train": [{"format": "digits", "limit": 64}]},
-    "stages": [{"distill": {**SHORT, "steps": 30, "lr": 2e-3}}],
-}
-RECIPE = {
-    "name": "small",
-    "task": "classification",
-    "teacher": {"recipe": TEACHER},
-    "data": {
-        "train": [{"format": "digits", "limit": 64}],
-        "val": [{"format": "digits", "split": "val", "limit": 40}],
-        "test": [{"format": "digits", "split": "test", "limit": 40}],
-    },
-    "stages": [
-        {"prune": {"budget": {"params": 0.5}, "align": {"head_dim": 4, "ffn": 16}, **SHORT}},
-        {"distill": {"losses": ["classification", "logits", "tokens"], **SHORT}},
-        {"sparsify": SHORT},
-        {"quantize": {"calibrate": 16, **SHORT}},
-    ],
-    "export": {"onnx": {"exporter": "torchscript"}},
-    "bench": {"batch": [1], "warm_up": 0, "duration": 1, "iterations": 2},
-}
+STUDENT = {"width": 32, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 32, "labels": [*CLASSES]}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("classifier")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CLIPRESS_CACHE", str(folder / "cache"))
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-        result = clipress("run", folder / "recipe.yaml", "--out", folder / "run")
-    assert result.exit_code == 0, result.output
+    run, result = run_of(recipe_of("classification", "digits", STUDENT, 40), tmp_path_factory.mktemp("classifier"))
     (command,) = (line for line in result.output.splitlines() if line.startswith("Try it: "))
     assert "--labels" not in command
-    return folder / "run"
+    return run
 
 
 def test_half_of_the_block_parameters_are_left(run):
@@ -71,7 +41,7 @@ def test_two_of_four_weights_are_zero_after_training(run):
 
 def test_every_artifact_is_a_row_with_its_accuracy(run):
     rows = json.loads((run / "bench" / "results.json").read_text())["rows"]
-    assert [row["stage"] for row in rows] == ["teacher", "pruned", "recovered", "sparse", "int8"]
+    assert [row["stage"] for row in rows] == STAGES
     assert all({"digits/top1", "digits/top5"} <= row["accuracy"].keys() for row in rows)
     assert {timing["tower"] for row in rows for timing in row["latency"]} == {"image"}
 

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import yaml
 from helpers import clipress
 from PIL import Image
+from small_vit_run import STAGES, recipe_of, run_of
 
 import clipress as api
 from clipress.artifact import read_header
@@ -17,44 +17,15 @@ from clipress.metrics.windows import segmented
 from clipress.serve.segment import shares_of
 from clipress.tasks import model_from_artifact, runs_of
 
-SHORT = {"steps": 4, "batch_size": 16}
-STUDENT = {"width": 32, "layers": 2, "heads": 2, "patch_size": 4, "image_size": 32, "decoder_layers": 1}
-TEACHER = {
-    "name": "dense",
-    "task": "segmentation",
-    "student": {**STUDENT, "labels": [*MASK_CLASSES]},
-    "data": {"train": [{"format": "shapes", "limit": 64}]},
-    "stages": [{"distill": {**SHORT, "steps": 30, "lr": 2e-3}}],
-}
-RECIPE = {
-    "name": "small",
-    "task": "segmentation",
-    "teacher": {"recipe": TEACHER},
-    "data": {
-        "train": [{"format": "shapes", "limit": 64}],
-        "val": [{"format": "shapes", "split": "val", "limit": 12}],
-        "test": [{"format": "shapes", "split": "test", "limit": 12}],
-    },
-    "stages": [
-        {"prune": {"budget": {"params": 0.5}, "align": {"head_dim": 4, "ffn": 16}, **SHORT}},
-        {"distill": {"losses": ["segmentation", "logits", "tokens"], **SHORT}},
-        {"sparsify": SHORT},
-        {"quantize": {"calibrate": 16, **SHORT}},
-    ],
-    "export": {"onnx": {"exporter": "torchscript"}},
-    "bench": {"batch": [1], "warm_up": 0, "duration": 1, "iterations": 2},
-}
+STUDENT = {
+    "width": 32, "layers": 2, "heads": 2, "patch_size": 4, "image_size": 32, "decoder_layers": 1,
+    "labels": [*MASK_CLASSES],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("segmenter")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CLIPRESS_CACHE", str(folder / "cache"))
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-        result = clipress("run", folder / "recipe.yaml", "--out", folder / "run")
-    assert result.exit_code == 0, result.output
-    return folder / "run"
+    return run_of(recipe_of("segmentation", "shapes", STUDENT, 12), tmp_path_factory.mktemp("segmenter"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +38,7 @@ def test_both_towers_are_cut_and_measured(run):
     dense, pruned = (read_header(run / stage) for stage in ("teacher", "pruned"))
     assert 0.4 <= pruned["counts"]["block_params"] / dense["counts"]["block_params"] <= 0.5
     rows = json.loads((run / "bench" / "results.json").read_text())["rows"]
-    assert [row["stage"] for row in rows] == ["teacher", "pruned", "recovered", "sparse", "int8"]
+    assert [row["stage"] for row in rows] == STAGES
     assert all({"shapes/miou", "shapes/pixel_accuracy"} <= row["accuracy"].keys() for row in rows)
 
 
