@@ -12,7 +12,7 @@ from PIL import Image
 from clipress.data.sources import Classes, Source, open_source
 from clipress.data.spec import BeamSearch, SourceSpec
 from clipress.data.transforms import Preprocess, as_image, fitted, normalised
-from clipress.errors import DataError, nearest
+from clipress.errors import DataError, RecipeError, nearest
 
 log = logging.getLogger("clipress.data")
 
@@ -45,8 +45,19 @@ class EvalSet:
         for index in range(len(self.source)):
             yield as_image(self.source.image(index)), self.source.mask(index)
 
+    def require_texts(self) -> None:
+        """Raise RecipeError for images alone."""
+        if not self.source.has_texts:
+            raise RecipeError(f"data: {self.name} has no captions to compare with. Use data with texts.")
+
+    def first_texts(self, count: int) -> list[str]:
+        """Return a caption of each of the first images. Raises RecipeError for images alone."""
+        self.require_texts()
+        return [self.source.captions(index)[0] for index in range(count)]
+
     def texts(self) -> tuple[list[str], np.ndarray]:
-        """Return every caption and the index of its image, int64 [captions]."""
+        """Return every caption and the index of its image, int64 [captions]. Raises RecipeError for images alone."""
+        self.require_texts()
         texts, owner = [], []
         for index in range(len(self.source)):
             captions = self.source.captions(index)
@@ -55,7 +66,14 @@ class EvalSet:
         return texts, np.asarray(owner, np.int64)
 
     def labels(self) -> np.ndarray:
-        """Return the class of every image, or whether the statement about every pair is true, int64 [N]."""
+        """Return the class of every image, or whether the statement about every pair is true, int64 [N].
+
+        Raises RecipeError for masks, whose classes are those of pixels.
+        """
+        if getattr(self.source, "has_masks", False):
+            raise RecipeError(
+                f"data: {self.name} has the label of every pixel, expected one of every image. Use other data."
+            )
         label = self.source.label if getattr(self.source, "has_pairs", False) else self.source.group
         return np.asarray([label(i) for i in range(len(self.source))], np.int64)
 

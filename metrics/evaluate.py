@@ -54,17 +54,17 @@ def evaluate_items(
     """Return `{"<set>/<metric>": outcomes}`: zero-shot for sets with classes, retrieval in both directions for others.
 
     Ties with wrong answers count against the model, with a warning. Raises ArtifactError for embeddings that are not
-    finite.
+    finite, RecipeError for images without captions or classes.
     """
     results: dict[str, Outcomes] = {}
     for evalset in sets:
+        captions, owner = evalset.texts() if evalset.classes is None else ([], None)
         images = encode_all(encode_image, evalset.pixel_batches(preprocess))
         if evalset.classes is not None:
             classes = embed_classes(encode_text, tokenize, evalset.classes)
             found = classification(images, classes, evalset.labels(), evalset.seen)
             _warn_of_ties(evalset.name, "top1", found)
         else:
-            captions, owner = evalset.texts()
             found = retrieval(images, encode_texts(encode_text, tokenize, captions), owner)
             _warn_of_ties(evalset.name, "text_r1", found)
             _warn_of_ties(evalset.name, "image_r1", found)

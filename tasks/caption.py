@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from clipress.data.spec import BeamSearch
 from clipress.data.transforms import Preprocess
 from clipress.data.word_pieces import WordPieces
-from clipress.errors import RecipeError
 from clipress.metrics.beam import beam_search
 from clipress.metrics.caption import score_captions
 from clipress.metrics.outcomes import Outcomes
@@ -89,7 +88,7 @@ class Caption(BlipText):
 
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
         parts = sample_images(sets, preprocess)
-        texts = [one.source.captions(i)[0] for one, taken in zip(sets, parts, strict=True) for i in range(len(taken))]
+        texts = [text for one, taken in zip(sets, parts, strict=True) for text in one.first_texts(len(taken))]
         ids = tokenize(texts)
         length = min(SAMPLE_IDS, int((ids != blip.PAD).sum(1).min()))  # of one length, as the texts of a search are
         return {IMAGE: {"pixel_values": np.concatenate(parts)}, "decode": {"input_ids": ids[:, :length]}}
@@ -103,8 +102,7 @@ class Caption(BlipText):
     ) -> dict[str, Outcomes]:
         results: dict[str, Outcomes] = {}
         for one in sets:
-            if not one.source.has_texts:
-                raise RecipeError(f"data: {one.name} has no captions to compare with. Use data with texts.")
+            one.require_texts()
             found = captions_of(run, one, preprocess, pieces_of(tokenize))
             references = [one.source.captions(place) for place in range(len(one.source))]
             results |= {f"{one.name}/{name}": scores for name, scores in score_captions(found, references).items()}

@@ -84,7 +84,7 @@ class Clip(Task):
 
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
         pixels = sample_images(sets, preprocess)
-        texts = [one.source.captions(i)[0] for one, taken in zip(sets, pixels, strict=True) for i in range(len(taken))]
+        texts = [text for one, taken in zip(sets, pixels, strict=True) for text in one.first_texts(len(taken))]
         ids = tokenize(list(dict.fromkeys(texts)))
         return {"image": {INPUTS["image"]: np.concatenate(pixels)}, "text": {INPUTS["text"]: ids}}
 

@@ -101,7 +101,7 @@ class Retrieval(BlipTask):
 
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
         pixels = sample_images(sets, preprocess)
-        texts = [one.source.captions(i)[0] for one, taken in zip(sets, pixels, strict=True) for i in range(len(taken))]
+        texts = [text for one, taken in zip(sets, pixels, strict=True) for text in one.first_texts(len(taken))]
         ids = {"input_ids": tokenize(texts)}
         return {IMAGE: {"pixel_values": np.concatenate(pixels)}, TEXT: ids, MATCH: ids}
 
@@ -132,9 +132,9 @@ def reranked_recalls(
 
     The states of all its images are held in memory: 1.8 MB per image at 384 pixels.
     """
+    captions, owner = one.texts()
     seen = [run[IMAGE]({"pixel_values": pixels}) for _, pixels in batches_of(one, preprocess)]
     images, states = (np.concatenate([found[name] for found in seen]) for name in (OUTPUTS[IMAGE], STATES))
-    captions, owner = one.texts()
     texts = encode_texts(encoder(run, TEXT), tokenize, captions)
     ids = tokenize(captions)
 

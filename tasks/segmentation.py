@@ -21,7 +21,7 @@ from clipress.data.transforms import Preprocess
 from clipress.errors import RecipeError
 from clipress.metrics.outcomes import Outcomes
 from clipress.metrics.segment import confusion, score_masks
-from clipress.metrics.windows import segmented
+from clipress.metrics.windows import Scores, segmented
 from clipress.models import segmenter
 from clipress.models.load import Model
 from clipress.models.weights_file import Which
@@ -135,10 +135,8 @@ class Segmentation(Task):
                 raise RecipeError(
                     f"data: {one.name} has no masks. Evaluating a Segmenter requires the label of every pixel; use data with masks."
                 )
-            counts = []
-            for image, mask in one.masks():
-                found = segmented(image, lambda pixels: run["image"]({"pixel_values": pixels})["scores"], preprocess)
-                counts.append(confusion(mask, found, len(one.classes.names)))
+            scores, classes = _scores_of(run["image"], one), len(one.classes.names)
+            counts = [confusion(mask, segmented(image, scores, preprocess), classes) for image, mask in one.masks()]
             results |= {f"{one.name}/{metric}": outcomes for metric, outcomes in score_masks(counts).items()}
         return results
 
@@ -147,6 +145,18 @@ class Segmentation(Task):
 
     def describe(self, model: Model) -> dict[str, Any]:
         return {"labels": tuple(model.architecture["labels"])}
+
+
+def _scores_of(run: Run, one: EvalSet) -> Scores:
+    """Return the scores of patches by pixels; calling it raises RecipeError for a model of another number of classes than a set."""
+
+    def scores(pixels: np.ndarray) -> np.ndarray:
+        found, classes = run({"pixel_values": pixels})["scores"], len(one.classes.names)
+        if found.shape[1] != classes:
+            raise RecipeError(f"data: expected the model's {found.shape[1]} classes, found {classes} in {one.name}.")
+        return found
+
+    return scores
 
 
 class SegmenterModule(TrainingModule):

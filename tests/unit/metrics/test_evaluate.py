@@ -9,8 +9,9 @@ from PIL import Image
 from clipress.data.eval_sets import evalsets, probe_sets
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Preprocess
-from clipress.errors import ArtifactError, DataError
+from clipress.errors import ArtifactError, DataError, RecipeError
 from clipress.metrics.evaluate import encode_texts, evaluate, evaluate_items
+from clipress.tasks import task_named
 
 PREPROCESS = Preprocess(size=32)
 DIGITS = SourceSpec(format="digits", split="test", limit=30)
@@ -148,3 +149,28 @@ def test_a_probe_is_trained_on_the_source_with_the_same_name_and_classes(tmp_pat
 def test_a_probe_without_a_training_source_is_an_error():
     with pytest.raises(DataError, match="no evaluation set with classes has a training source"):
         probe_sets([DIGITS], [SourceSpec(format="scenes")])
+
+
+def never(batch):
+    raise AssertionError("nothing is encoded")
+
+
+@pytest.mark.parametrize("task", ["clip", "retrieval", "caption"])
+def test_images_alone_are_refused_before_anything_is_encoded(tmp_path, task):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    spec = SourceSpec(format="images", images=tmp_path)
+    run = dict.fromkeys(("image", "text", "match", "memory", "decode"), never)
+    with pytest.raises(RecipeError, match="images has no captions to compare with"):
+        task_named(task).evaluate(run, evalsets([spec]), PREPROCESS, ids_of)
+    with pytest.raises(RecipeError, match="images has no captions to compare with"):
+        task_named(task).samples(evalsets([spec]), PREPROCESS, ids_of)
+
+
+@pytest.mark.parametrize("task", ["clip", "classification"])
+def test_masks_are_refused_where_every_image_has_one_label(task):
+    run = {
+        "image": lambda inputs: dict.fromkeys(("image_embeds", "logits"), np.eye(5)[: len(inputs["pixel_values"])]),
+        "text": lambda inputs: {"text_embeds": np.ones((len(inputs["input_ids"]), 5))},
+    }
+    with pytest.raises(RecipeError, match="shapes has the label of every pixel, expected one of every image"):
+        task_named(task).evaluate(run, evalsets([SourceSpec(format="shapes", limit=3)]), PREPROCESS, ids_of)

@@ -133,6 +133,13 @@ def test_images_without_masks_are_refused(context):
         evaluate_model(model, evalsets([SourceSpec(format="scenes", split="val", limit=4)]))
 
 
+@pytest.mark.parametrize("labels", [("a", "b", "c"), tuple("abcdefg")])
+def test_a_set_of_another_number_of_classes_is_refused(labels):
+    model = task_named("segmentation").student_from({**STUDENT, "labels": labels}, None, 0)
+    with pytest.raises(RecipeError, match=rf"expected the model's {len(labels)} classes, found 5 in shapes"):
+        evaluate_model(model, SETS)
+
+
 def test_masks_of_other_classes_are_refused(context):
     model = task_named("segmentation").student_from({**STUDENT, "labels": ("a", "b", "c", "d", "e")}, None, 0)
     with pytest.raises(RecipeError, match=r"as the classes of shapes, found 5 \(background, circle, square"):
