@@ -9,7 +9,6 @@ import numpy as np
 from clipress.errors import DataError
 from clipress.metrics.beam import log_softmax
 
-SMOOTHING = 0.1  # as BLIP trains and ranks
 Score = Callable[[int, np.ndarray], np.ndarray]
 """The place of a question and places of answers [k] -> log-likelihoods of the answers [k]."""
 
@@ -32,14 +31,3 @@ def likeliest_answers(first: np.ndarray, answers: np.ndarray, score: Score, k: i
         nearest = np.sort(np.argsort(-row, kind="stable")[:k])
         best[question] = nearest[np.argmax(score(question, nearest))]
     return best
-
-
-def log_likelihoods(logits: np.ndarray, ids: np.ndarray, pad: int, smoothing: float = SMOOTHING) -> np.ndarray:
-    """Return the log-likelihood of texts, summed over tokens, float64 [N]: minus the loss with label smoothing.
-
-    logits [N, L, V] are those of the next token, ids int64 [N, L] the texts, the start token included; padding does not count.
-    """
-    found = log_softmax(logits[:, :-1])
-    own = np.take_along_axis(found, ids[:, 1:, None], axis=2)[..., 0]
-    smoothed = (1 - smoothing) * own + smoothing * found.mean(-1)
-    return np.where(ids[:, 1:] == pad, 0.0, smoothed).sum(1)
