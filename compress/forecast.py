@@ -41,6 +41,7 @@ from clipress.compress.settings import Training
 from clipress.compress.sparsify import Sparsify, two_of_four_names
 from clipress.compress.stage import Stage
 from clipress.data.cache_files import CacheSettings
+from clipress.data.dataset import TrainingSet
 from clipress.data.padding import without_padding
 from clipress.data.sampler import Batches
 from clipress.data.sources import num_captions, open_source
@@ -288,26 +289,34 @@ def _with_quantizers(model: Model) -> Model:
 
 
 def _batch(student: Model, config: Training, terms: Mapping[str, Loss.Settings], context: Context) -> dict[str, Tensor]:
-    """Return the shapes of one process's first batch. Texts are as long as the longest of its captions."""
+    """Return the shapes of one process's first batch, see `TrainingSet`. Texts are as long as the longest of its texts."""
     sources, weights = context.sources(), [spec.weight for spec in context.data.train]
     world = context.fabric.world_size
     (draws,) = Batches([len(one) for one in sources], weights, config.batch_size, 1, context.seed, world=world)
+    running = () if context.caches else context.teachers
+    others, tokenize = [teacher.preprocess for teacher in running], student.tokenize()
+    data = TrainingSet(sources, student.preprocess, tokenize, context.data.augment, context.seed, of_teachers=others)
     rows, size = len(draws), student.preprocess.size
     arrays = {name: torch.zeros(rows, dtype=torch.int64) for name in ("group", "label")}
-    sides = []
-    if all(source.has_images for source in sources):
-        arrays["pixels"] = torch.zeros(rows, 3, size, size)
-        sides.append("image")
-    tokenize = student.tokenize()
-    if tokenize is not None and all(source.has_texts for source in sources):
-        texts = [text for draw in draws[:TEXTS] for text in sources[draw.source].captions(draw.index)]
-        ends = text_ends(student, () if context.caches else context.teachers)
+    if data.has_images:
+        arrays |= {name: torch.zeros(rows, 3, form.size, form.size) for name, form in data.forms.items()}
+    if data.has_masks:
+        arrays["mask"] = torch.zeros(rows, size, size, dtype=torch.uint8)
+
+    def ids(count: int, texts: Sequence[str]) -> Tensor:
         whole = tokenize(list(dict.fromkeys(texts)))
-        length = (whole if "tokens" in needs_of(terms) else without_padding(whole, ends)).shape[1]
-        arrays["ids"] = torch.zeros(rows, length, dtype=torch.int64)
-        sides.append("text")
+        known = whole if "tokens" in needs_of(terms) else without_padding(whole, text_ends(student, running))
+        return torch.zeros(count, known.shape[1], dtype=torch.int64)
+
+    if data.has_texts:
+        arrays["ids"] = ids(rows, [text for one in draws[:TEXTS] for text in sources[one.source].captions(one.index)])
+    if data.has_answers:
+        answers = [sources[one.source].answer_weights(one.index) for one in draws]
+        count = sum(map(len, answers))
+        arrays["answers"] = ids(count, [text for one in answers[:TEXTS] for text in one])
+        arrays |= {"answer_weight": torch.zeros(count), "owner": torch.zeros(count, dtype=torch.int64)}
     for number, teacher in enumerate(context.teachers if context.caches else ()):
-        for side in sides:
+        for side in ("image",) * data.has_images + ("text",) * data.has_texts:
             arrays[f"teacher_{side}_{number}"] = torch.zeros(rows, _width(teacher))
             arrays[f"teacher_{side}_norm_{number}"] = torch.zeros(rows)
     return arrays

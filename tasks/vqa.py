@@ -157,13 +157,13 @@ def answers_of(run: Mapping[str, Run], one: EvalSet, preprocess: Preprocess, tok
     for places, pixels in batches_of(one, preprocess):
         states = run[IMAGE]({"pixel_values": pixels})
         question = run["question"]({"input_ids": ids[places], **states})
-        questions = Questions(run["answer"], {**question, MASK: mask_of(ids[places])}, pieces)
+        asked = Questions(run["answer"], {**question, MASK: mask_of(ids[places])}, pieces)
         if one.beam_search is None:
-            found += [candidates[place] for place in questions.ranked(candidates, one.candidates)]
+            found += [candidates[place] for place in asked.ranked(candidates, one.candidates)]
         else:
             search = one.beam_search
             limits = {"shortest": search.shortest or SHORTEST, "longest": search.longest or LONGEST}
-            found += questions.written(search.beams, **limits)
+            found += asked.written(search.beams, **limits)
     return found
 
 
@@ -174,23 +174,23 @@ class Questions:
         self.run, self.inputs, self.pieces = run, inputs, pieces
         self.begun = np.tile(pieces.begun(), (len(inputs[MASK]), 1))
 
-    def _answers(self, ids: np.ndarray, questions: np.ndarray) -> dict[str, np.ndarray]:
+    def _asked(self, ids: np.ndarray, questions: np.ndarray) -> dict[str, np.ndarray]:
         return self.run({"input_ids": ids, **{name: rows[questions] for name, rows in self.inputs.items()}})
 
     def ranked(self, candidates: Sequence[str], k: int) -> np.ndarray:
         """Return the place of the likeliest candidate of every question."""
         ids = self.pieces(candidates, first=self.pieces.decode)
-        first = self._answers(self.begun, np.arange(len(self.begun)))[LOGITS]
+        first = self._asked(self.begun, np.arange(len(self.begun)))[LOGITS]
 
         def score(question: int, places: np.ndarray) -> np.ndarray:
-            return self._answers(ids[places], np.full(len(places), question))[LIKELIHOODS]
+            return self._asked(ids[places], np.full(len(places), question))[LIKELIHOODS]
 
         return likeliest_answers(first, ids, score, k)
 
     def written(self, beams: int, shortest: int, longest: int) -> list[str]:
         """Write an answer to every question."""
         texts = beam_search(
-            lambda ids, items: self._answers(ids, items)[LOGITS],
+            lambda ids, items: self._asked(ids, items)[LOGITS],
             self.begun,
             self.pieces.end,
             beams,

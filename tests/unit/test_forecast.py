@@ -5,11 +5,19 @@ import shutil
 
 import pytest
 import torch
-from helpers import RECIPE, clipress, write_recipe
+from helpers import RECIPE, SHORT, clipress, write_recipe
+from task_students import DATA, STUDENTS
 
 from clipress.artifact import read_header
+from clipress.compress.context import Context
+from clipress.compress.fabric import start_fabric
+from clipress.compress.loader import batches
+from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import Loop
+from clipress.data.spec import DataSpec
+from clipress.models.tiny import tiny_architecture
 from clipress.recipe import Recipe
+from clipress.tasks import TASKS, task_named
 from clipress.workflow.forecast import forecast
 
 RUN = ("pruned", "recovered", "sparse", "int8")
@@ -110,6 +118,51 @@ def test_a_step_that_no_machine_could_take_is_counted_all_the_same(recipe):
     needs = forecast(Recipe.model_validate(recipe)).stages[0].needs
     assert needs.peak > 100e9 and needs.trained == 151_277_313
     assert torch.equal(torch.get_rng_state(), before)
+
+
+LOSSES = {
+    "clip": ["contrastive"],
+    "classification": ["classification", "logits"],
+    "segmentation": ["segmentation", "logits"],
+    "retrieval": ["contrastive", "matching"],
+    "nlvr": ["classification", "logits"],
+    "caption": ["lm", "logits"],
+    "vqa": ["lm", "logits"],
+}
+
+
+def test_every_task_has_losses_here():
+    assert LOSSES.keys() == TASKS.keys()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_counted_with_the_batch_that_it_then_gets(task):
+    data, distill = {"train": [{"format": DATA[task], "limit": 24}]}, {"losses": [*LOSSES[task], "tokens"], **SHORT}
+    first = {"distill": {"losses": LOSSES[task][:1], **SHORT}}
+    teacher = {"name": "dense", "task": task, "student": STUDENTS[task], "data": data, "stages": [first]}
+    prune = {"losses": LOSSES[task], "budget": {"params": 0.7}, "align": {"head_dim": 4, "ffn": 16}, **SHORT}
+    quantize = {"losses": LOSSES[task], "calibrate": 8, **SHORT}
+    stages = [{"prune": prune}, {"distill": distill}, {"quantize": quantize}]
+    recipe = {"name": "small", "task": task, "teacher": {"recipe": teacher}, "data": data, "stages": stages}
+    found = forecast(Recipe.model_validate(recipe))
+    counted = [*found.teachers[0].stages, *found.stages]
+    assert [stage.notes for stage in counted] == [()] * 4
+    assert all(stage.needs.activations > 0 and stage.needs.batch > 0 for stage in counted)
+    student = task_named(task).student_from(STUDENTS[task], None, 0)
+    context = Context(start_fabric(Runtime(accelerator="cpu")), DataSpec.model_validate(data), 0, title="t")
+    arrays = next(iter(batches(student, Training(**SHORT), context, 1, whole_texts=True)))
+    assert found.stages[1].needs.batch == sum(rows.nbytes for rows in arrays.values() if isinstance(rows, torch.Tensor))
+
+
+def test_pixels_for_a_teacher_of_another_image_size_are_counted(recipe):
+    recipe["data"]["augment"] = {}
+    recipe["student"] = tiny_architecture(layers=1)
+    recipe["teacher"]["recipe"]["student"] = tiny_architecture(layers=1, image_size=64)
+    recipe["stages"] = [{"distill": {"losses": losses, **SHORT}} for losses in (["contrastive"], ["feature"])]
+    large, (alone, both) = 32 * 3 * 64**2 * 4, forecast(Recipe.model_validate(recipe)).stages
+    assert alone.needs.batch == both.needs.batch > large + large // 4
+    recipe["teacher"]["recipe"]["student"] = tiny_architecture(layers=1)
+    assert forecast(Recipe.model_validate(recipe)).stages[0].needs.batch == both.needs.batch - large
 
 
 def test_the_command_prints_a_table_or_json(recipe, tmp_path):

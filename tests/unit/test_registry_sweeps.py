@@ -13,6 +13,7 @@ import pytest
 import torch
 from fake_tensorrt import fake_machine
 from PIL import Image
+from task_students import DATA, STUDENTS
 
 from clipress.artifact import save_artifact
 from clipress.bench.runners import RUNNERS, open_runner
@@ -34,17 +35,6 @@ from clipress.tasks import TASKS, evaluate_model, graphs_of, model_from_artifact
 
 LINEAGE = ({"stage": "start", "hash": "0"},)
 SHORT = {"steps": 1, "batch_size": 8}
-
-
-DATA = {
-    "clip": "digits",
-    "classification": "digits",
-    "segmentation": "shapes",
-    "retrieval": "scenes",
-    "nlvr": "statements",
-    "caption": "scenes",
-    "vqa": "questions",
-}
 
 
 def sets_of(task):
@@ -214,25 +204,6 @@ def test_every_format_reads_images_captions_and_groups(form, tmp_path):
 
 
 # tasks
-
-BLIP = {
-    "width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 32, "text_width": 32, "text_layers": 1, "text_heads": 2
-}  # fmt: skip
-STUDENTS = {
-    "clip": tiny_architecture(layers=1),
-    "classification": {
-        "width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 32,
-        "labels": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
-    },
-    "segmentation": {
-        "width": 32, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 32, "decoder_layers": 1,
-        "labels": ["background", "circle", "square", "triangle", "cross"],
-    },
-    "retrieval": {**BLIP, "embed_dim": 16, "context_length": 16, "vocabulary": {"format": "scenes", "limit": 20}},
-    "nlvr": {**BLIP, "context_length": 16, "vocabulary": {"format": "statements", "limit": 20}},
-    "caption": {**BLIP, "context_length": 16, "vocabulary": {"format": "scenes", "limit": 20}},
-    "vqa": {**BLIP, "context_length": 16, "answer_length": 4, "vocabulary": {"format": "questions", "limit": 20}},
-}  # fmt: skip
 
 
 def student(task):
