@@ -109,6 +109,7 @@ def batches(
         prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=ignore_stop_signals,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # a start draws from it instead of torch's own, which a checkpoint has restored
     )
     return Loader(loader, dataset.forms, device, mixing, start)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from task_students import STUDENTS
 
 from clipress.compress import checkpoint
 from clipress.compress.checkpoint import Checkpoints, load_checkpoint, save_checkpoint, steps_saved
@@ -20,6 +21,7 @@ from clipress.data.transforms import Augment
 from clipress.errors import ArtifactError
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
+from clipress.tasks import task_named
 
 LOSSES = {
     "contrastive": 1.0,
@@ -78,6 +80,22 @@ def test_a_stopped_training_ends_where_an_uninterrupted_one_does(fabric, tmp_pat
     found, again = trained(own, [StopAt(99)])
     assert all(torch.equal(expected[name], tensor) for name, tensor in found.items()) and again == last
     assert len(own.log.read_text().splitlines()) == 7
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_stopped_training_leaves_out_the_branches_that_an_uninterrupted_one_does(fabric, tmp_path, stop):
+    def weights(own, hooks=()):
+        student = {**STUDENTS["classification"], "layers": 2}
+        model = task_named("classification").student_from(student, None, 0)
+        config = Training(steps=6, batch_size=8, lr=1e-3, drop_path=0.5)
+        train(model, config, ("classification",), replace(own, teachers=()), hooks)
+        return model.module.state_dict()
+
+    expected, own = weights(context(fabric, tmp_path / "a")), context(fabric, tmp_path / "b")
+    with pytest.raises(Stopped):
+        weights(own, [StopAt(stop)])
+    found = weights(own, [StopAt(99)])
+    assert all(torch.equal(expected[name], tensor) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize("criterion", ["fisher", "upop"])
