@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from task_students import DATA, STUDENTS
 
 from clipress.compress.context import Context, steps_of
 from clipress.compress.fabric import start_fabric
@@ -17,6 +18,7 @@ from clipress.compress.train import MAX_BAD_STEPS, learning_rate, train
 from clipress.data.spec import DataSpec, SourceSpec
 from clipress.data.transforms import Augment
 from clipress.errors import ClipressError, DataError, RecipeError
+from clipress.models.drop_path import set_drop_path
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 from clipress.tasks import task_named
@@ -316,3 +318,73 @@ def test_different_widths_use_trained_projections_outside_the_student(context):
     )
     log = rows(context)
     assert record["last"]["feature"] < 0.5 * log[0]["feature"] and set(student.module.state_dict()) == names
+
+
+def two_layers():
+    return task_named("classification").student_from({**STUDENTS["classification"], "layers": 2}, None, 0)
+
+
+def test_stochastic_depth_follows_from_the_seed_alone(context):
+    """All rows of a batch are one image, so that the seed decides nothing but which branches are left out."""
+    context = replace(context, data=DataSpec(train=(SourceSpec(format="digits", limit=1),)))
+
+    def weights(seed, rate, before):
+        model = two_layers()
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        config = Training(steps=3, batch_size=8, drop_path=rate, lr=1e-2)
+        train(model, config, ("classification",), replace(context, seed=seed))
+        assert torch.equal(torch.get_rng_state(), state)
+        return torch.cat([rows.flatten() for rows in model.module.state_dict().values()])
+
+    found = weights(0, 0.5, 1)
+    assert torch.equal(weights(0, 0.5, 2), found)
+    assert not torch.equal(weights(1, 0.5, 1), found)
+    assert torch.equal(weights(0, 0.0, 1), weights(1, 0.0, 2))
+
+
+class Start(Hook):
+    """Record what a step starts with: its batch and the state of torch's generator."""
+
+    def before(self, step, arrays):
+        self.arrays, self.state = dict(arrays), torch.get_rng_state()
+
+
+def test_the_gradient_of_chunks_with_stochastic_depth_is_that_of_both_at_once(context):
+    model, by_hand, start = two_layers(), two_layers().module, Start()
+    look = Gradients(model.module)
+    config = Training(steps=1, batch_size=16, grad_clip_norm=1e9, drop_path=0.5)
+    chunked = replace(context, runtime=Runtime(grad_cache_chunks=2))
+    train(model, config, ("classification",), chunked, [start, look])
+    set_drop_path(by_hand.train(), 0.5)
+    torch.set_rng_state(start.state)
+    logits = torch.cat([by_hand(chunk) for chunk in start.arrays["pixels"].chunk(2)])
+    torch.nn.functional.cross_entropy(logits, start.arrays["label"]).backward()
+    wanted = {name: p.grad for name, p in by_hand.named_parameters()}
+    assert look.parts == 2 and look.seen.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(look.seen[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("task", "losses", "layer", "drop_path"),
+    [
+        ("classification", ("classification",), "head", 0.5),
+        ("retrieval", ("contrastive", "matching"), "itm_head", 0.0),
+        ("caption", ("lm",), "text_decoder.head", 0.0),
+    ],
+)
+def test_a_chunk_is_encoded_twice_with_the_same_random_numbers(context, task, losses, layer, drop_path):
+    """BLIP's text modules have dropout, and negatives are drawn for the pairs of its retrieval."""
+    student = STUDENTS[task] | ({"layers": 2} if drop_path else {})
+    model, seen = task_named(task).student_from(student, None, 0), []
+    module = model.module.get_submodule(layer)
+    handle = module.register_forward_hook(lambda _, __, outputs: seen.append(outputs.detach().clone()))
+    data = DataSpec(train=(SourceSpec(format=DATA[task], limit=40),))
+    context = replace(context, data=data, runtime=Runtime(grad_cache_chunks=2))
+    config = Training(steps=1, batch_size=16, drop_path=drop_path)
+    train(model, config, losses, context)
+    handle.remove()
+    first, second, *again = seen
+    assert len(again) == 2 and torch.equal(first, again[0]) and torch.equal(second, again[1])
+    assert not torch.equal(first, second)
