@@ -1,0 +1,255 @@
+"""The retrieval task: a BLIP learns to embed and to match, is pruned, quantized, exported, and its files find the same."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from task_students import STUDENTS
+
+from clipress.artifact import save_artifact
+from clipress.bench.layers import layer_costs
+from clipress.compress.context import Context
+from clipress.compress.fabric import start_fabric
+from clipress.compress.losses import Objective, terms_from
+from clipress.compress.prune.gates import Gates
+from clipress.compress.prune.search import Prune
+from clipress.compress.prune.search import run as prune
+from clipress.compress.quantize import Quantize
+from clipress.compress.quantize import run as quantize
+from clipress.compress.settings import Runtime, Training
+from clipress.compress.train import train
+from clipress.data.eval_sets import evalsets
+from clipress.data.spec import DataSpec, SourceSpec
+from clipress.errors import RecipeError
+from clipress.export.settings import OnnxSettings
+from clipress.export.to_onnx import onnx_from_artifact
+from clipress.metrics.outcomes import percent
+from clipress.models import surgery
+from clipress.models.load import artifact_from_model
+from clipress.runtime.onnx_session import run_from_onnx
+from clipress.tasks import evaluate_model, model_from_artifact, runs_of, task_named
+from clipress.tasks.blip import FORWARD
+from clipress.tasks.retrieval import drawn, reranked_recalls
+from clipress.tasks.training import Gather, TrainingJob
+
+STUDENT = {**STUDENTS["retrieval"], "dropout": 0, "vocabulary": {"format": "scenes"}}
+FEW = SourceSpec(format="scenes", limit=32)
+SETS = evalsets([SourceSpec(format="scenes", limit=32, candidates=8)])
+TASK = task_named("retrieval")
+LOSSES = ("contrastive", "matching")
+
+
+@pytest.fixture(scope="module")
+def context():
+    return Context(start_fabric(Runtime(accelerator="cpu")), DataSpec(train=(FEW,)), 0, title="t")
+
+
+@pytest.fixture(scope="module")
+def trained(context):
+    model = TASK.student_from(STUDENT, None, 0)
+    train(model, Training(steps=150, batch_size=16, lr=3e-3, weight_decay=0), LOSSES, context)
+    return model
+
+
+def lesson_of(model, needs=("pairs", "matches")):
+    return TASK.lesson(TrainingJob("t", model, (), frozenset(needs), (), "both", (SETS[0].source,), False))
+
+
+def batch_of(model, rows=6, groups=None):
+    source = SETS[0].source
+    pixels = torch.from_numpy(next(SETS[0].pixel_batches(model.preprocess, rows)))
+    ids = torch.from_numpy(model.tokenize()([source.captions(i)[0] for i in range(rows)]))
+    groups = torch.arange(rows) if groups is None else torch.tensor(groups)
+    return {"pixels": pixels, "ids": ids, "group": groups, "label": torch.full((rows,), -1)}
+
+
+def loss_of(model, arrays, name):
+    lesson = lesson_of(model)
+    outputs = lesson.module(model.module)(**lesson.inputs(arrays, None))
+    batch = lesson.batch(outputs, (), arrays, {}, Gather(lambda rows: rows, local=True))
+    return Objective(terms_from((name,), "t"), lesson.sizes)(batch)[0], batch.student
+
+
+def test_it_learns_to_find_and_to_match(trained):
+    scores = evaluate_model(trained, SETS)
+    untrained = evaluate_model(TASK.student_from(STUDENT, None, 0), SETS)
+    assert {"scenes/text_r1", "scenes/image_r1", "scenes/r_mean"} <= set(scores)
+    assert percent(scores["scenes/r_mean"]) > 60 > percent(untrained["scenes/r_mean"]) + 10
+
+
+def test_matching_tells_pairs_that_belong_together(context):
+    model = TASK.student_from(STUDENT, None, 0)
+    eight = replace(context, data=DataSpec(train=(SourceSpec(format="scenes", limit=8),)))
+    train(model, Training(steps=200, batch_size=8, lr=3e-3, weight_decay=0), ("matching",), eight)
+    arrays = batch_of(model, 8)
+    with torch.no_grad():
+        states = model.module.image(arrays["pixels"])
+        right, wrong = (
+            model.module.match(ids, ids != 0, states).softmax(-1)[:, 1]
+            for ids in (arrays["ids"], arrays["ids"].roll(1, 0))
+        )
+    assert right.mean() > wrong.mean() + 0.3
+
+
+def test_the_temperature_is_the_models_and_stays_in_blips_range(trained):
+    model = trained.copy()
+    _, features = loss_of(model, batch_of(model), "contrastive")
+    torch.testing.assert_close(features.scale, 1 / model.module.temp.detach())
+    lesson = lesson_of(model)
+    for value, kept in ((1e-6, 0.001), (3.0, 0.5), (0.2, 0.2)):
+        model.module.temp.data.fill_(value)
+        lesson.keep_in_range(model.module)
+        assert model.module.temp.item() == pytest.approx(kept)
+
+
+def test_a_matching_loss_is_that_of_one_right_and_two_wrong_pairs(trained):
+    model, arrays = trained.copy(), batch_of(trained, 2)  # of two, the wrong ones are known
+    module, ids, pixels = model.module.eval(), arrays["ids"], arrays["pixels"]
+    with torch.no_grad():
+        loss, features = loss_of(model, arrays, "matching")
+        total = 0
+        for row in range(2):
+            for text, image, label in ((row, row, 1), (1 - row, row, 0), (row, 1 - row, 0)):
+                own = ids[text : text + 1, ids[text] != 0]  # alone, without padding
+                logits = module.match(own, None, module.image(pixels[image : image + 1]))
+                total += F.cross_entropy(logits, torch.tensor([label]))
+    torch.testing.assert_close(loss, total / 6)
+    assert features.matches.shape == (2, 3, 2) and (features.match_weights == 1).all()
+
+
+def test_pairs_of_the_same_image_are_never_wrong_ones(trained):
+    model = trained.copy()
+    similarities, groups = torch.randn(40, 40), torch.arange(40) // 4
+    same = groups[:, None] == groups
+    for _ in range(20):
+        assert not same[torch.arange(40), drawn(30 * similarities, same)].any()
+    with torch.no_grad():  # where all of a batch is one image, only the right pairs count
+        loss, features = loss_of(model, batch_of(model, 4, [7, 7, 7, 7]), "matching")
+    assert features.match_weights.tolist() == [[1, 0, 0]] * 4
+    torch.testing.assert_close(loss, -features.matches[:, 0].log_softmax(-1)[:, 1].mean())
+
+
+def test_wrong_ones_are_drawn_by_their_similarity():
+    torch.manual_seed(0)
+    similarities = torch.tensor([[0.0, 1.0, 2.0]]).repeat(20_000, 1)
+    same = torch.tensor([[True, False, False]]).repeat(20_000, 1)
+    shares = torch.bincount(drawn(similarities, same), minlength=3) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.0, 0.2689, 0.7311]), atol=0.015, rtol=0)
+
+
+def test_gradients_of_a_samples_three_pairs_are_its_own(trained):
+    model = trained.copy()
+    gates = Gates(model.module, "separate")
+    arrays = batch_of(model, 4)
+    torch.manual_seed(0)
+    loss, _ = loss_of(model, arrays, "matching")
+    loss.backward()
+    text = [site for site in gates.sites if site.part.tower == "text"]
+    assert text and all(len(site.gradient()) == 4 for site in gates.sites)
+    gates.remove()
+
+
+def test_a_queue_holds_what_the_momentum_model_says(trained):
+    lesson, arrays = lesson_of(trained, ("pairs", "momentum")), batch_of(trained)
+    gather = Gather(lambda rows: rows, local=True)
+    with torch.no_grad():
+        outputs = lesson.module(trained.module)(**lesson.inputs(arrays, None))
+        batch = lesson.batch(outputs, (), arrays, {}, gather)
+        other = {**outputs, "image": -outputs["image"], "text": -outputs["text"]}
+        found, rows = lesson.momentum(other, batch, arrays, {}, gather, 0.4)
+    torch.testing.assert_close(rows["image"], -batch.student.image)
+    torch.testing.assert_close(rows["text"], -batch.student.text)
+    torch.testing.assert_close(found.all_text, -batch.student.text)
+
+
+def test_the_momentum_models_loss_trains_it(trained, context):
+    settings = Training(steps=2, batch_size=8, queue_size=16, queue_start="random")
+    assert np.isfinite(train(trained.copy(), settings, ("momentum-contrastive", "matching"), context)["last"]["loss"])
+
+
+def test_reranking_the_whole_gallery_is_sorting_by_match_and_cosine(trained):
+    runs = runs_of(trained)
+    one = replace(SETS[0], candidates=32)
+    found = reranked_recalls(runs, one, trained.preprocess, trained.tokenize())
+    captions, owner = one.texts()
+    with torch.no_grad():
+        states = trained.module.image(torch.from_numpy(next(one.pixel_batches(trained.preprocess, 32))))
+        ids = torch.from_numpy(trained.tokenize()(captions))
+        texts, images = trained.module.text_embeds(ids, ids != 0), trained.module.image_embeds(states)
+        match = torch.stack([
+            trained.module.match(ids, ids != 0, row[None].expand(len(ids), -1, -1))[:, 1] for row in states
+        ])  # fmt: skip
+    scores = match + images @ texts.T
+    hits = [int(scores[:, text].argmax()) == owner[text] for text in range(len(captions))]
+    assert percent(found["image_r1"]) == pytest.approx(100 * np.mean(hits))
+
+
+@pytest.mark.parametrize("kinds", [{}, {"criterion": "upop"}])
+def test_what_a_search_masks_is_what_is_cut(trained, kinds):
+    model, arrays = trained.copy(), batch_of(trained, 3)
+    inputs = {"pixel_values": arrays["pixels"], "input_ids": arrays["ids"]}
+    gates = Gates(model.module, "upop" if kinds else "separate")
+    generator = torch.Generator().manual_seed(0)
+    for site in gates.sites:
+        site.mask = (torch.rand(1, site.units, generator=generator) > 0.3).float().expand(site.groups, -1).clone()
+    with torch.no_grad():
+        masked = TASK.call(model.module, FORWARD, inputs)["rows"]
+    masks = gates.part_masks()
+    gates.remove()
+    for part, mask in masks:
+        surgery.cut(part, mask)
+    with torch.no_grad():
+        torch.testing.assert_close(TASK.call(model.module, FORWARD, inputs)["rows"], masked, atol=1e-5, rtol=1e-4)
+
+
+def test_it_is_cut_distilled_and_quantized_and_its_files_find_the_same(trained, context, tmp_path):
+    context = replace(context, teachers=(trained,))
+    settings = Prune(
+        budget={"params": 0.7}, losses=[*LOSSES, "affinity"], steps=10, batch_size=16, lr=1e-3,
+        align={"head_dim": 1, "ffn": 1}, calibrate=32,
+    )  # fmt: skip
+    model, details = prune(settings, trained.copy(), context)
+    assert details["block_params_kept"] == pytest.approx(0.7, abs=0.05)
+    train(model, Training(steps=20, batch_size=16, lr=1e-3), (*LOSSES, "affinity", "feature", "tokens"), context)
+    exported_alike(model, tmp_path / "fp32")
+    model, _ = quantize(Quantize(steps=2, batch_size=16, calibrate=32), model, context)
+    assert any(".cross.0." in name for name in model.quantization["modules"])
+    exported_alike(model, tmp_path / "int8")
+
+
+def exported_alike(model, home):
+    folder = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), home / "x")
+    again = model_from_artifact(folder)
+    exported = onnx_from_artifact(folder, home / "export", OnnxSettings(), SETS)
+    assert set(exported.graphs) == {"image", "text", "match"} and exported.precision == home.name
+    files = {name: run_from_onnx(exported.onnx(name)) for name in exported.graphs}
+    found, wanted = (
+        reranked_recalls(runs, SETS[0], again.preprocess, again.tokenize()) for runs in (files, runs_of(again))
+    )
+    most = 0 if home.name == "fp32" else 12
+    assert abs(percent(found["r_mean"]) - percent(wanted["r_mean"])) <= most
+    macs = {row["tower"]: row["macs"] for row in layer_costs(again) if "norm" not in row["name"]}
+    assert set(macs) == {"image", "text"} and min(macs.values()) > 0
+
+
+def test_upops_search_cuts_it(trained, context):
+    settings = Prune(
+        budget={"upop": 0.5}, criterion="upop", losses=["momentum-contrastive", "matching"], steps=6, batch_size=8, lr=1e-4,
+        update_every=2, align={"head_dim": 1, "ffn": 1}, min_keep={"head_dim": 0, "ffn": 0},
+    )  # fmt: skip
+    _, details = prune(settings, trained.copy(), context)
+    assert 0.35 < details["block_params_kept"] < 0.75
+
+
+def test_labeled_images_are_classified_by_their_prompts(trained):
+    assert set(evaluate_model(trained, evalsets([SourceSpec(format="digits", split="val", limit=8)]))) >= {
+        "digits/top1"
+    }
+
+
+def test_data_without_texts_is_refused(trained, context):
+    data = DataSpec(train=(SourceSpec(format="shapes", limit=16),))
+    with pytest.raises(RecipeError, match="a BLIP requires images and texts"):
+        train(trained.copy(), Training(steps=1, batch_size=4), LOSSES, replace(context, data=data))
