@@ -51,7 +51,8 @@ class SourceSpec(Section):
     beam_search: BeamSearch | None = None
     """How captions are written to evaluate them. Questions: write answers, instead of choosing from a list."""
     candidates: int = Field(128, ge=1)
-    """Questions: how many answers of the list are compared as a whole, those whose first token is likeliest."""
+    """Questions: how many answers of the list are compared as a whole, those whose first token is likeliest. BLIP's retrieval: how
+    many of the nearest texts and images are read together with a query and ranked again; UPop has 256 for COCO, 128 for Flickr30K."""
     templates: str | tuple[str, ...] = ("a photo of a {}",)
     """Prompts of labelled images, with `{}`, `{c}` or `{label}`; `openai` (80) and `simple` (7) are open_clip's."""
     check: bool = False

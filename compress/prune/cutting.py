@@ -28,9 +28,9 @@ def cut_parts(
     def cut(part: Part) -> None:
         if part.name in masks:
             surgery.cut(part, masks[part.name])
-            if settings.qkv_biases == "lost":
+            if settings.in_tower("qkv_biases", part.tower) == "lost":
                 surgery.lose_biases(part, generator)
-            if settings.softmax_scale == "sqrt_k":
+            if settings.in_tower("softmax_scale", part.tower) == "sqrt_k":
                 surgery.rescale(part)
 
     refit, blocks = settings.refit, anatomy.blocks(model.module)

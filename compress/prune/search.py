@@ -26,7 +26,7 @@ from clipress.compress.context import Context
 from clipress.compress.fabric import Reduce, all_sum
 from clipress.compress.hook import Hook
 from clipress.compress.losses import terms_from
-from clipress.compress.prune.budget import Budget, check_towers, keep_masks, smallest_fraction, stride
+from clipress.compress.prune.budget import Budget, keep_masks, smallest_fraction, stride
 from clipress.compress.prune.convnets import ConvPruning
 from clipress.compress.prune.costs import CostModel, cost_model, read_costs
 from clipress.compress.prune.criterion import CRITERIA, Accumulator
@@ -219,7 +219,7 @@ def run(settings: Prune, model: Model, context: Context) -> tuple[Model, dict[st
         model, shrunk = shrink(settings.vocabulary, model, context)
     if settings.budget is None:
         return model, shrunk
-    check_towers(settings.sites, anatomy.towers(model.module), "prune.sites")
+    settings.check_towers(anatomy.towers(model.module))
     fabric = context.fabric
     model.module.to(fabric.device)
     before = anatomy.counts(model.module)["block_params"]

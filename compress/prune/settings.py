@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from clipress.compress.context import Context, steps_of
 from clipress.compress.losses import Losses, terms_from
-from clipress.compress.prune.budget import Align, Budget, MinKeep
+from clipress.compress.prune.budget import Align, Budget, MinKeep, check_towers
 from clipress.compress.prune.criterion import CRITERIA
 from clipress.compress.prune.gates import Kind
 from clipress.compress.prune.refit import Refit
@@ -17,6 +17,9 @@ from clipress.compress.prune.schedule import SCHEDULES
 from clipress.compress.prune.vocabulary import Vocabulary
 from clipress.compress.settings import Training
 from clipress.errors import RecipeError
+
+Scale = Literal["original", "sqrt_k"]
+Biases = Literal["kept", "lost"]
 
 
 class Prune(Training):
@@ -50,11 +53,12 @@ class Prune(Training):
     """Fraction of the steps, at the end of the search, in which the masks no longer change."""
     align: Align = Align()
     min_keep: MinKeep = MinKeep()
-    softmax_scale: Literal["original", "sqrt_k"] = "original"
+    softmax_scale: Scale | dict[str, Scale] = "original"
     """Divide the logits of a cut attention by the square root of its original width, so that it computes what the masked
-    one did, or of its new width, as UPop's code does."""
-    qkv_biases: Literal["kept", "lost"] = "kept"
-    """Biases of q, k and v are cut along, or lost, as in UPop's code for DeiT and BLIP, whose new layers keep their random ones."""
+    one did, or of its new width, as UPop's code does; for all towers or by tower, as in {text: sqrt_k}, which is its code for BLIP."""
+    qkv_biases: Biases | dict[str, Biases] = "kept"
+    """Biases of q, k and v are cut along, or lost, as in UPop's code for DeiT and BLIP's image tower, whose new layers keep their
+    random ones; for all towers or by tower."""
     lr: float = Field(2e-4, ge=0)
 
     @model_validator(mode="before")
@@ -93,6 +97,17 @@ class Prune(Training):
                     f"prune.sites.{tower}: expected either heads, or qk and v, found both. The score and cost of one depend "
                     "on the other. Prune heads and dims in separate stages."
                 )
+
+    def in_tower(self, name: str, tower: str) -> str:
+        """Return a setting that may be given by tower, in one of them: the default in those that are not named."""
+        value = getattr(self, name)
+        return value if isinstance(value, str) else value.get(tower, type(self).model_fields[name].default)
+
+    def check_towers(self, towers: Sequence[str]) -> None:
+        """Raise RecipeError if a setting names a tower that the model does not have."""
+        for name in ("sites", "softmax_scale", "qkv_biases"):
+            if isinstance(named := getattr(self, name), Mapping):
+                check_towers(named, towers, f"prune.{name}")
 
     def search_steps(self, context: Context) -> int:
         """Return the number of batches of the search."""

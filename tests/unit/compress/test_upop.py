@@ -17,6 +17,7 @@ from clipress.compress.prune.gates import Gates, sites
 from clipress.compress.prune.search import Prune, groups_of, run
 from clipress.compress.settings import Runtime
 from clipress.data.spec import DataSpec, SourceSpec
+from clipress.errors import RecipeError
 from clipress.models import anatomy, vit
 from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
@@ -45,7 +46,7 @@ def test_the_softmax_scale_is_kept_or_follows_the_new_width_as_published(tmp_pat
         )  # fmt: skip
         return run(settings, new_model(tiny_architecture(), 0), context)
 
-    (kept, _), (published, _) = searched("original"), searched("sqrt_k")
+    (kept, _), (published, _), (texts, _) = (searched(scale) for scale in ("original", "sqrt_k", {"text": "sqrt_k"}))
     original = new_model(tiny_architecture(), 0).module
     width = anatomy.attentions(original)[0].module.qk_dim
     narrower = 0
@@ -55,6 +56,13 @@ def test_the_softmax_scale_is_kept_or_follows_the_new_width_as_published(tmp_pat
         assert other.module.scale == pytest.approx(other.module.qk_dim**-0.5)
         narrower += one.module.qk_dim < width
     assert narrower
+    for part in anatomy.attentions(texts.module):  # by tower, as published for BLIP
+        dims = part.module.qk_dim if part.tower == "text" else width
+        assert part.module.scale == pytest.approx(dims**-0.5)
+    with pytest.raises(
+        RecipeError, match=r"prune\.softmax_scale: expected a tower of this model \(image, text\), found 'txt'"
+    ):
+        searched({"txt": "sqrt_k"})
     save_artifact(artifact_from_model(published, (), {}), tmp_path / "a")
     again, pixels = model_from_artifact(tmp_path / "a").module, torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -88,7 +96,7 @@ def test_biases_are_cut_along_or_lost_as_in_upop_s_code():
     )
     student = {"width": 32, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 32, "labels": ("a", "b")}
     found = {}
-    for biases in ("kept", "lost"):
+    for biases in ("kept", "lost", {"image": "lost"}):
         model = task_named("classification").student_from(student, None, 0)
         for attention in anatomy.attentions(model.module):
             for linear in (attention.module.q, attention.module.k, attention.module.v):
@@ -98,8 +106,8 @@ def test_biases_are_cut_along_or_lost_as_in_upop_s_code():
             align={"head_dim": 1, "ffn": 1}, losses=["classification"], qkv_biases=biases,
         )  # fmt: skip
         cut, _ = run(settings, model, context)
-        found[biases] = torch.cat([one.module.q.bias for one in anatomy.attentions(cut.module)])
-    assert bool((found["kept"] == 3).all())
+        found[str(biases)] = torch.cat([one.module.q.bias for one in anatomy.attentions(cut.module)])
+    assert bool((found["kept"] == 3).all()) and torch.equal(found["{'image': 'lost'}"], found["lost"])
     assert found["lost"].abs().max() <= 32**-0.5 and found["lost"].std() > 0.05
 
 
