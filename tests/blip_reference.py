@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 SIZE, PATCH, VOCABULARY, POSITIONS, EMBED = 32, 16, 60, 24, 12
 DEC, ENC = VOCABULARY - 2, VOCABULARY - 1
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", "red", "?"]
 TASKS = ("retrieval", "nlvr", "caption", "vqa")
 
 
@@ -90,6 +91,17 @@ def stored_twice(state):
     words = state["text_decoder.bert.embeddings.word_embeddings.weight"]
     at = "text_decoder.cls.predictions."
     return {f"{at}decoder.weight": words.clone(), f"{at}decoder.bias": state[f"{at}bias"].clone()}
+
+
+def save(state, folder, words=VOCABULARY - 2):
+    """Write a file as it is published, and BERT's vocabulary beside it."""
+    torch.save(
+        {"model": {**state, **stored_twice(state)}, "optimizer": {}, "config": {"vit": "base"}}, folder / "blip.pth"
+    )
+    if words:
+        pieces = [*PIECES, *(f"word{number}" for number in range(len(PIECES), words))]
+        (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    return folder / "blip.pth"
 
 
 class Published:

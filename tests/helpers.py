@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -62,6 +63,36 @@ def write_recipe(recipe: dict[str, Any], folder: Path) -> Path:
     path = folder / "recipe-under-test.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
+
+
+def shorten(recipe: dict[str, Any]) -> None:
+    """Make every stage of a recipe in epochs two steps of four items, in place."""
+    for stage in recipe["stages"]:
+        (settings,) = stage.values()
+        del settings["epochs"]
+        settings |= {"steps": 2, "batch_size": 4} | ({"calibrate": 4} if "calibrate" in settings else {})
+
+
+def shipped_in_two_steps(name: str, changed: dict[str, Any], folder: Path) -> list[Path]:
+    """Run a shipped recipe that prunes, two steps per stage, with other sections or parts of its data. Returns the artifacts.
+
+    Every step of every stage has a finite loss.
+    """
+    import clipress
+    from clipress.artifact import read_header
+    from clipress.compress.pipeline import compress
+    from clipress.compress.plan import compress_plan_from
+    from clipress.recipe import Recipe, checked, read_recipe
+
+    recipe = read_recipe(Path(clipress.__file__).parent / "configs" / f"{name}.yaml").model_dump(exclude_none=True)
+    recipe |= {**changed, "data": recipe["data"] | {"workers": 0} | changed.get("data", {})}
+    shorten(recipe)
+    recipe["stages"][0]["prune"] |= {"calibrate": 4, "align": {"head_dim": 1, "ffn": 1}}
+    folders = compress(compress_plan_from(checked(Recipe, recipe, "")), folder, lambda _: None)
+    for made in folders[1:]:
+        details = read_header(made)["lineage"][-1]["details"]
+        assert details["steps"] == 2 and math.isfinite(details["last"]["loss"])
+    return folders
 
 
 def torchrun(*words: object) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import shipped_in_two_steps, shorten
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
@@ -79,10 +80,7 @@ def test_a_published_recipe_runs_for_two_steps(name, files, teachers, tmp_path):
     small = copy.deepcopy(recipe)
     train = [on_small_files(source, files) for source in recipe["data"]["train"]]
     small["data"] |= {"train": train, "val": [], "test": [], "workers": 0}
-    for stage in small["stages"]:
-        (settings,) = stage.values()
-        del settings["epochs"]
-        settings |= {"steps": 2, "batch_size": 4} | ({"calibrate": 4} if "calibrate" in settings else {})
+    shorten(small)
     if "inherit" in recipe["student"]:  # Weights are inherited from the real architecture.
         small["teacher"] = recipe["teacher"] | {"checkpoint": "random"}
     else:
@@ -103,6 +101,12 @@ NEAR = {"ours": 0.03, "upop": 0.06}  # 12 to 1 is what an attention gate costs i
 DEIT = sorted(path.stem for path in CONFIGS.glob("deit-*.yaml"))
 
 
+def assert_is_cut(pruned, name):
+    """The percentage in a recipe's name is what its search cuts."""
+    kept, side = read_header(pruned)["lineage"][-1]["details"]["block_params_kept"], name.rsplit("-", 1)[1]
+    assert kept == pytest.approx(1 - int(name.split("-")[3]) / 100, abs=NEAR[side])
+
+
 @pytest.fixture(scope="module")
 def small_deit(tmp_path_factory):
     """A small DeiT of two classes, imported from a file as they are published."""
@@ -118,23 +122,11 @@ def small_deit(tmp_path_factory):
 
 @pytest.mark.parametrize("name", DEIT)
 def test_a_recipe_of_deit_runs_for_two_steps(name, files, small_deit, tmp_path):
-    recipe = read_recipe(CONFIGS / f"{name}.yaml").model_dump(exclude_none=True)
     train = [{"format": "folder", "images": str(files / "classes")}]
-    recipe["data"] |= {"train": train, "val": train, "test": [], "workers": 0}
-    recipe["teacher"] = {"artifact": str(small_deit)}
-    for stage in recipe["stages"]:
-        (settings,) = stage.values()
-        del settings["epochs"]
-        settings |= {"steps": 2, "batch_size": 4} | ({"calibrate": 4} if "calibrate" in settings else {})
-    recipe["stages"][0]["prune"] |= {"calibrate": 4, "align": {"head_dim": 1, "ffn": 1}}
-    _, pruned, *others = compress(compress_plan_from(checked(Recipe, recipe, "")), tmp_path, lambda _: None)
-    left = 1 - int(name.split("-")[3]) / 100
-    assert read_header(pruned)["lineage"][-1]["details"]["block_params_kept"] == pytest.approx(
-        left, abs=NEAR[name.rsplit("-", 1)[1]]
-    )
-    shapes = load_artifact(pruned).shapes
-    assert {shape["scale"] for shape in shapes.values()} == {64**-0.5}
-    assert all(np.isfinite(read_header(folder)["lineage"][-1]["details"]["last"]["loss"]) for folder in others)
+    changed = {"data": {"train": train, "val": train, "test": []}, "teacher": {"artifact": str(small_deit)}}
+    pruned = shipped_in_two_steps(name, changed, tmp_path)[1]
+    assert_is_cut(pruned, name)
+    assert {shape["scale"] for shape in load_artifact(pruned).shapes.values()} == {64**-0.5}
 
 
 SEGMENTER = sorted(path.stem for path in CONFIGS.glob("segmenter-*.yaml"))
@@ -164,20 +156,9 @@ def small_segmenter(tmp_path_factory):
 @pytest.mark.parametrize("name", SEGMENTER)
 def test_a_recipe_of_segmenter_runs_for_two_steps(name, small_segmenter, tmp_path):
     dense, images = small_segmenter
-    recipe = read_recipe(CONFIGS / f"{name}.yaml").model_dump(exclude_none=True)
-    recipe["data"] |= {"train": [{"format": "ade20k", "images": str(images)}], "val": [], "test": [], "workers": 0}
-    recipe["teacher"] = {"artifact": str(dense)}
-    for stage in recipe["stages"]:
-        (settings,) = stage.values()
-        del settings["epochs"]
-        settings |= {"steps": 2, "batch_size": 4} | ({"calibrate": 4} if "calibrate" in settings else {})
-    recipe["stages"][0]["prune"] |= {"calibrate": 4, "align": {"head_dim": 1, "ffn": 1}}
-    _, pruned, *others = compress(compress_plan_from(checked(Recipe, recipe, "")), tmp_path, lambda _: None)
-    left = 1 - int(name.split("-")[3]) / 100
-    assert read_header(pruned)["lineage"][-1]["details"]["block_params_kept"] == pytest.approx(
-        left, abs=NEAR[name.rsplit("-", 1)[1]]
-    )
-    assert all(np.isfinite(read_header(folder)["lineage"][-1]["details"]["last"]["loss"]) for folder in others)
+    data = {"train": [{"format": "ade20k", "images": str(images)}], "val": [], "test": []}
+    pruned = shipped_in_two_steps(name, {"data": data, "teacher": {"artifact": str(dense)}}, tmp_path)[1]
+    assert_is_cut(pruned, name)
 
 
 def test_every_ratio_of_segmenter_has_both_recipes():

@@ -2,7 +2,20 @@
 
 import pytest
 import torch
-from blip_reference import DEC, EMBED, ENC, TASKS, VOCABULARY, Published, inputs, pixels, published, stored_twice, texts
+from blip_reference import (
+    DEC,
+    EMBED,
+    ENC,
+    TASKS,
+    VOCABULARY,
+    Published,
+    inputs,
+    pixels,
+    published,
+    save,
+    stored_twice,
+    texts,
+)
 from helpers import clipress
 
 from clipress.artifact import load_artifact
@@ -12,7 +25,6 @@ from clipress.models.importers import artifact_from_checkpoint, detected, import
 from clipress.models.load import rebuild
 from clipress.models.weights_file import weights_from_file
 
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", "red", "?"]
 UNUSED = {
     "text_encoder.embeddings.position_ids": torch.arange(24)[None],
     "visual_encoder.blocks.0.attn.alpha": torch.ones(1, 1, 1, 1, 64),
@@ -22,17 +34,6 @@ UNUSED = {
     "text_proj_m.weight": torch.ones(4, 4),
     **{f"{name}_queue": torch.ones(1, 4) for name in ("image", "text", "idx", "ptr")},
 }
-
-
-def save(state, folder, words=VOCABULARY - 2):
-    """Write a file as it is published, and BERT's vocabulary beside it."""
-    torch.save(
-        {"model": {**state, **stored_twice(state)}, "optimizer": {}, "config": {"vit": "base"}}, folder / "blip.pth"
-    )
-    if words:
-        pieces = [*PIECES, *(f"word{number}" for number in range(len(PIECES), words))]
-        (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
-    return folder / "blip.pth"
 
 
 def outputs(model, task):
