@@ -64,6 +64,7 @@ def test_a_recipe_says_what_upop_did(family, ratio):
     task, rate, every, epochs = PUBLISHED[family]
     recipe, (search, recovery) = settings_of(family, ratio, "upop")
     assert recipe.task == task and recipe.teacher["artifact"] == f"runs/teachers/{family}"
+    assert recipe.data == settings_of(family, min(epochs), "upop")[0].data  # which is tested below
     for stage in (search, recovery):
         assert stage.losses == LOSSES[task]
         assert (stage.epochs, stage.batch_size, stage.lr) == (epochs[ratio], 32 * 8, rate)
