@@ -218,8 +218,15 @@ class RetrievalLesson(ClipLesson):
         gather: Gather,
     ) -> Batch:
         found = super().batch(outputs, teachers, arrays, projections, gather)
-        pairs = {name: gather.own(outputs[name]) for name in ("matches", "match_weights") if name in outputs}
-        return replace(found, student=replace(found.student, **pairs))
+        if "matches" not in outputs:
+            return found
+        weights = outputs["match_weights"]
+        return replace(
+            found,
+            student=replace(found.student, matches=gather.own(outputs["matches"])),
+            match_weights=gather.own(weights),
+            all_match_weights=gather.rows(weights),
+        )
 
     @torch.no_grad()
     def keep_in_range(self, module: nn.Module) -> None:

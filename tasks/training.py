@@ -43,7 +43,6 @@ class Features:
     )
     scores: Tensor | None = None  # [B, C, h, w], a Segmenter's scores of patches
     matches: Tensor | None = None  # [B, 3, 2], logits of a right pair and two wrong ones; class 1: it belongs together
-    match_weights: Tensor | None = None  # [B, 3], 0 for what counts as wrong and is not
 
     def similarities(self) -> tuple[Tensor, Tensor]:
         """Return scaled similarities, image -> text and text -> image: [B, N] each."""
@@ -86,6 +85,10 @@ class Batch:
     masks: Tensor | None = None  # [B, S, S], the label of every pixel; 255 does not count
     all_masks: Tensor | None = None  # [N, S, S]
     shares: Tensor | None = None  # [B], of an image's own pixels in a mixed one
+    match_weights: Tensor | None = (
+        None  # [B, 3], of the student's `matches`: 0 for a pair that should be wrong and is right
+    )
+    all_match_weights: Tensor | None = None  # [N, 3]
     weights: Tensor | None = None  # [B], of the rows of logits where these are tokens, whose `labels` are the next ones
 
     @property

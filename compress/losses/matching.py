@@ -20,8 +20,11 @@ class Matching(Loss):
     needs = frozenset({"pairs", "matches"})
 
     def forward(self, batch: Batch) -> Tensor:
-        logits, weights = batch.student.matches, batch.student.match_weights
+        logits, every = batch.student.matches, batch.all_match_weights
         belongs = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)
         belongs[:, 0] = 1
         rows = F.cross_entropy(logits.flatten(0, 1), belongs.flatten(), reduction="none")
-        return (weights.flatten() * rows).sum() / weights.sum()  # a pair that belongs together always counts
+        total = (batch.match_weights.flatten() * rows).sum()
+        return (
+            total * (len(every) / len(logits)) / every.sum()
+        )  # processes may have different numbers of pairs that count

@@ -20,6 +20,8 @@ MASKS = torch.randint(0, CLASSES, (PAIRS, PIXELS, PIXELS), generator=torch.Gener
 MASKS[0, :4] = 255  # the halves have different numbers of labelled pixels
 WORDS = torch.tensor([2, 0, 1, 0, 1, 1])
 WEIGHTS = torch.tensor([0.1, 0.0, 0.2, 0.4, 0.25, 0.05], dtype=torch.float64)  # the second token is padding
+MATCH_WEIGHTS = torch.ones(PAIRS, 3, dtype=torch.float64)
+MATCH_WEIGHTS[4, 1:] = 0  # the halves have different numbers of wrong pairs
 VARIANTS = [
     *((name, {}) for name in LOSSES),
     ("interactive", {"published": True}),
@@ -51,6 +53,7 @@ def leaves(seed, width=WIDTH, token_width=TOKEN_WIDTH):
     rows |= {f"{side}_tokens": noise(PAIRS, TOKENS, token_width, seed=seed + n) for n, side in enumerate(SIDES)}
     rows["scores"] = noise(PAIRS, CLASSES, PATCHES, PATCHES, seed=seed + 6)
     rows["logits"] = noise(PAIRS, CLASSES, seed=seed + 5)
+    rows["matches"] = noise(PAIRS, 3, 2, seed=seed + 7)
     return rows | {"scale": torch.tensor(5.0 + seed / 10, dtype=torch.float64)}
 
 
@@ -82,7 +85,7 @@ def features(model, rows, maps=None, sides=SIDES, logits=False):
     seen = {f"raw_{side}": given[side][rows] for side in sides} | {side: unit[side][rows] for side in sides}
     seen |= {f"all_{side}": unit[side] for side in sides}
     seen["tokens"] = {side: model[f"{side}_tokens"][rows] for side in sides}
-    seen["scores"] = model["scores"][rows]
+    seen |= {name: model[name][rows] for name in ("scores", "matches")}
     absent = dict.fromkeys(("image", "text", "all_image", "all_text"))
     scores = model["logits"][rows] if logits else None  # only classifiers have logits
     return Features(**absent | seen, scale=model["scale"], masked_image=unit["masked"][rows], logits=scores)
@@ -107,6 +110,8 @@ def batch(of, losses, rows=slice(None), sides=SIDES):
         sides=sides,
         masks=MASKS[rows],
         all_masks=MASKS,
+        match_weights=MATCH_WEIGHTS[rows],
+        all_match_weights=MATCH_WEIGHTS,
         weights=WEIGHTS[rows] * PAIRS / len(WEIGHTS[rows]) if has_words else None,
     )
 
@@ -369,6 +374,14 @@ def language(s, m, t, loss, _):
     return total
 
 
+def matching(s, m, t, loss, of):
+    total, count = 0, 0
+    for pairs, weights in zip(of.student["matches"], MATCH_WEIGHTS, strict=True):
+        for place, (row, weight) in enumerate(zip(pairs, weights, strict=True)):
+            total, count = total - weight * softmax([list(row)])[0][place == 0].log(), count + weight
+    return total / count
+
+
 REFERENCES = {
     "contrastive": contrastive,
     "affinity": against(lambda rows, known: cross_entropy(rows, softmax(known))),
@@ -392,6 +405,7 @@ REFERENCES = {
     "logits": soft_logits,
     "segmentation": segmentation,
     "lm": language,
+    "matching": matching,
     "momentum-contrastive": ita,
     "upop-kd": upop_kd,
 }

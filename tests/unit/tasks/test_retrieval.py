@@ -69,7 +69,7 @@ def loss_of(model, arrays, name):
     lesson = lesson_of(model)
     outputs = lesson.module(model.module)(**lesson.inputs(arrays, None))
     batch = lesson.batch(outputs, (), arrays, {}, Gather(lambda rows: rows, local=True))
-    return Objective(terms_from((name,), "t"), lesson.sizes)(batch)[0], batch.student
+    return Objective(terms_from((name,), "t"), lesson.sizes)(batch)[0], batch
 
 
 def test_it_learns_to_find_and_to_match(trained):
@@ -95,8 +95,8 @@ def test_matching_tells_pairs_that_belong_together(context):
 
 def test_the_temperature_is_the_models_and_stays_in_blips_range(trained):
     model = trained.copy()
-    _, features = loss_of(model, batch_of(model), "contrastive")
-    torch.testing.assert_close(features.scale, 1 / model.module.temp.detach())
+    _, batch = loss_of(model, batch_of(model), "contrastive")
+    torch.testing.assert_close(batch.student.scale, 1 / model.module.temp.detach())
     lesson = lesson_of(model)
     for value, kept in ((1e-6, 0.001), (3.0, 0.5), (0.2, 0.2)):
         model.module.temp.data.fill_(value)
@@ -108,7 +108,7 @@ def test_a_matching_loss_is_that_of_one_right_and_two_wrong_pairs(trained):
     model, arrays = trained.copy(), batch_of(trained, 2)  # of two, the wrong ones are known
     module, ids, pixels = model.module.eval(), arrays["ids"], arrays["pixels"]
     with torch.no_grad():
-        loss, features = loss_of(model, arrays, "matching")
+        loss, batch = loss_of(model, arrays, "matching")
         total = 0
         for row in range(2):
             for text, image, label in ((row, row, 1), (1 - row, row, 0), (row, 1 - row, 0)):
@@ -116,7 +116,7 @@ def test_a_matching_loss_is_that_of_one_right_and_two_wrong_pairs(trained):
                 logits = module.match(own, None, module.image(pixels[image : image + 1]))
                 total += F.cross_entropy(logits, torch.tensor([label]))
     torch.testing.assert_close(loss, total / 6)
-    assert features.matches.shape == (2, 3, 2) and (features.match_weights == 1).all()
+    assert batch.student.matches.shape == (2, 3, 2) and (batch.match_weights == 1).all()
 
 
 def test_pairs_of_the_same_image_are_never_wrong_ones(trained):
@@ -126,9 +126,9 @@ def test_pairs_of_the_same_image_are_never_wrong_ones(trained):
     for _ in range(20):
         assert not same[torch.arange(40), drawn(30 * similarities, same)].any()
     with torch.no_grad():  # where all of a batch is one image, only the right pairs count
-        loss, features = loss_of(model, batch_of(model, 4, [7, 7, 7, 7]), "matching")
-    assert features.match_weights.tolist() == [[1, 0, 0]] * 4
-    torch.testing.assert_close(loss, -features.matches[:, 0].log_softmax(-1)[:, 1].mean())
+        loss, batch = loss_of(model, batch_of(model, 4, [7, 7, 7, 7]), "matching")
+    assert batch.match_weights.tolist() == [[1, 0, 0]] * 4
+    torch.testing.assert_close(loss, -batch.student.matches[:, 0].log_softmax(-1)[:, 1].mean())
 
 
 def test_wrong_ones_are_drawn_by_their_similarity():
