@@ -10,10 +10,10 @@ from typing import Any
 
 from clipress.bench.report_rows import (
     DIRECTIONS,
-    HEADS,
     MEAN,
     Rows,
     cases_of,
+    heads_of,
     metric_keys,
     metric_name,
     throughput,
@@ -94,7 +94,7 @@ def model_columns(rows: Rows) -> list[Column]:
         number_column("size", "(MB)", scaled("bytes", 1e-6)),
     ]
     for key in metric_keys(rows):
-        if key == MEAN or key.endswith((*DIRECTIONS, *HEADS)):
+        if key == MEAN or key.endswith((*DIRECTIONS, *heads_of(rows))):
             columns.append(number_column(*metric_name(key), [row.accuracy.get(key) for row in rows], 1, key))
     return columns
 

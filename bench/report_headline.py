@@ -38,7 +38,7 @@ def _gains(rows: Rows, best: Row, main: Case | None, key: str) -> str:
     gains = [_times(first.bytes, best.bytes, "smaller", "larger")]
     tiles = [
         ("size of the files", _pair(first.bytes / 1e6, best.bytes / 1e6), "MB"),
-        (f"accuracy ({' '.join(metric_name(key))})", _pair(before, after, 1), "%"),
+        (f"accuracy ({' '.join(metric_name(key))})", _pair(before, after, 1), "" if key.endswith("/cider") else "%"),
     ]
     slow, fast = (timed(row, main, "median_ms") for row in (first, best))
     if main and slow and fast:

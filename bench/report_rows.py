@@ -11,9 +11,16 @@ from clipress.tasks import task_named
 
 Rows = Sequence[Row]
 
-HEADS = ("/top1", "/mean_r1")  # the one figure of a zero-shot set, and of a retrieval set
-DIRECTIONS = ("/text_r1", "/image_r1")
-MEAN = "mean"  # Mean of HEADS over all sets.
+DIRECTIONS, MEAN_R1 = ("/text_r1", "/image_r1"), "/mean_r1"
+NAMES = {"miou": "mIoU", "cider": "CIDEr", "bleu4": "BLEU-4"}
+"""Metrics whose names in tables are not those of their keys."""
+MEAN = "mean"  # Of every set's head figure.
+
+
+def heads_of(rows: Rows) -> tuple[str, ...]:
+    """Return the endings of the metrics of which every set has one: those that decide for a task, R@1 as the mean of both directions."""
+    every = dict.fromkeys(figure for row in rows for figure in task_named(row.task).figures)
+    return *(figure for figure in every if figure not in DIRECTIONS), MEAN_R1
 
 
 def with_means(rows: Rows) -> list[Row]:
@@ -22,7 +29,7 @@ def with_means(rows: Rows) -> list[Row]:
     A row that lacks a set has no mean, since means over different sets cannot be compared.
     """
     scored = [row.model_copy(update={"accuracy": _with_mean_r1(row.accuracy)}) for row in rows]
-    heads = [key for key in metric_keys(scored) if key.endswith(HEADS)]
+    heads = [key for key in metric_keys(scored) if key.endswith(heads_of(scored))]
     for row in scored:
         found = [row.accuracy.get(key) for key in heads]
         if len(heads) > 1 and None not in found:
@@ -33,7 +40,7 @@ def with_means(rows: Rows) -> list[Row]:
 def _with_mean_r1(accuracy: dict[str, float]) -> dict[str, float]:
     sets = dict.fromkeys(key.rpartition("/")[0] for key in accuracy)
     pairs = {name: [accuracy.get(name + direction) for direction in DIRECTIONS] for name in sets}
-    return accuracy | {f"{name}/mean_r1": fmean(pair) for name, pair in pairs.items() if None not in pair}
+    return accuracy | {name + MEAN_R1: fmean(pair) for name, pair in pairs.items() if None not in pair}
 
 
 def metric_keys(rows: Rows) -> list[str]:
@@ -59,13 +66,13 @@ def metric_name(key: str) -> tuple[str, str]:
     for start, name in (("text_r", "image→text"), ("image_r", "text→image"), ("mean_r", "mean")):
         if metric.startswith(start):
             return f"{group} R@{metric.removeprefix(start)}", name
-    return group, metric.replace("top", "top-")
+    return group, NAMES.get(metric, metric.replace("top", "top-").replace("_", " "))
 
 
 def overall_key(rows: Rows) -> str | None:
     """Return the key of the one figure that a row is judged by: the mean over sets, or the only set's own."""
     keys = metric_keys(rows)
-    return MEAN if MEAN in keys else next((key for key in keys if key.endswith(HEADS)), None)
+    return MEAN if MEAN in keys else next((key for key in keys if key.endswith(heads_of(rows))), None)
 
 
 def cases_of(rows: Rows) -> list[Case]:

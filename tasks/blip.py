@@ -61,8 +61,8 @@ class Student(Section):
     inherit: bool = False
     """Start from the teacher's weights, which may be a BLIP of another task: modules that both have are copied, and each of nlvr's two
     cross-attentions starts as the teacher's."""
-    vocabulary: Path | SourceSpec | None = None
-    """BERT's vocab.txt, or a source of texts, such as {format: scenes}, whose words are the vocabulary. Default: the teacher's."""
+    vocabulary: Path | SourceSpec | tuple[SourceSpec, ...] | None = None
+    """BERT's vocab.txt, or sources of texts, such as {format: scenes}, whose words are the vocabulary. Default: the teacher's."""
     prompt: str = "a picture of "
     """caption: what every caption begins with."""
 
@@ -80,8 +80,9 @@ class Student(Section):
 
     def words(self) -> str:
         """Return the vocab.txt. Raises RecipeError for a file that cannot be read."""
-        if isinstance(self.vocabulary, SourceSpec):
-            return vocabulary_of([self.prompt, *_texts_of(self.vocabulary)])
+        if not isinstance(self.vocabulary, Path):
+            sources = [self.vocabulary] if isinstance(self.vocabulary, SourceSpec) else self.vocabulary
+            return vocabulary_of([self.prompt, *(text for source in sources for text in _texts_of(source))])
         try:
             return self.vocabulary.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -14,6 +14,7 @@ from clipress.bench import report
 from clipress.bench.report_page import pareto
 from clipress.bench.results import Results, read_results, write_results
 from clipress.errors import ArtifactError
+from clipress.tasks import TASKS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = '</script><script>alert(1)</script><!--<b id="in\'">&amp;'
@@ -63,6 +64,31 @@ def row(stage, precision, params, size, top1, text_r1, image_r1, medians):
             {"stage": stage, "kind": "distill", "settings": {"steps": 7, "keep": None}, "seed": 0, "hash": stage * 2},
         ],
     }
+
+
+FIGURES = {
+    "segmentation": ({"shapes/miou": 53.4, "shapes/pixel_accuracy": 91.0}, "mIoU"),
+    "caption": ({"scenes/cider": 326.6, "scenes/bleu4": 63.1}, "CIDEr"),
+    "vqa": ({"questions/accuracy": 58.3}, "accuracy"),
+    "nlvr": ({"statements/accuracy": 71.2}, "accuracy"),
+    "retrieval": ({"scenes/text_r1": 70.0, "scenes/image_r1": 60.0, "scenes/r_mean": 80.0}, "mean"),
+    "classification": ({"digits/top1": 99.0, "digits/top5": 100.0}, "top-1"),
+    "clip": ({"digits/top1": 99.0, "digits/top5": 100.0}, "top-1"),
+}
+
+
+def test_every_task_has_figures_here():
+    assert FIGURES.keys() == TASKS.keys()
+
+
+@pytest.mark.parametrize("task", FIGURES)
+def test_the_table_and_the_page_show_the_figure_that_decides_for_a_task(task, results):
+    accuracy, head = FIGURES[task]
+    for one in results["rows"]:
+        one |= {"task": task, "accuracy": accuracy, "accuracy_se": {}}
+    lines = table(results).splitlines()
+    assert head in lines[1].split() and f"{next(iter(accuracy.values())):.1f}" in lines[2].split()
+    assert head in report_page(results)
 
 
 @pytest.fixture
