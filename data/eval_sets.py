@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from clipress.data.sources import Classes, Source, open_source
-from clipress.data.spec import BeamSearch, SourceSpec
+from clipress.data.spec import CANDIDATES, BeamSearch, SourceSpec
 from clipress.data.transforms import Preprocess, as_image, fitted, normalised
 from clipress.errors import DataError, RecipeError, nearest
 
@@ -26,7 +26,7 @@ class EvalSet:
     seen: frozenset[int] = frozenset()
     """Labels of the classes seen in training, for generalised zero-shot."""
     beam_search: BeamSearch | None = None
-    candidates: int = 128
+    candidates: int = CANDIDATES
     """Of a list of answers, how many are compared as a whole."""
 
     @property

@@ -10,11 +10,13 @@ from pydantic import Field
 from clipress.data.transforms import Augment, Library
 from clipress.recipe import Section
 
+BEAMS, CANDIDATES = 3, 128  # as BLIP publishes them
+
 
 class BeamSearch(Section):
     """How texts are written, see metrics/beam.py."""
 
-    beams: int = Field(3, ge=1)
+    beams: int = Field(BEAMS, ge=1)
     """Texts that go on per image or question; 1 is greedy."""
     shortest: int | None = Field(None, ge=1)
     """Ids below which no text may end, with those of the prompt. Default: 5 of captions, 1 of answers, as published."""
@@ -50,7 +52,7 @@ class SourceSpec(Section):
     """vqa: JSON list of the answers to choose from."""
     beam_search: BeamSearch | None = None
     """How captions are written to evaluate them. Questions: write answers, instead of choosing from a list."""
-    candidates: int = Field(128, ge=1)
+    candidates: int = Field(CANDIDATES, ge=1)
     """Questions: how many answers of the list are compared as a whole, those whose first token is likeliest. BLIP's retrieval: how
     many of the nearest texts and images are read together with a query and ranked again; UPop has 256 for COCO, 128 for Flickr30K."""
     templates: str | tuple[str, ...] = ("a photo of a {}",)

@@ -66,7 +66,7 @@ class WordPieces:
             ids[cut, -1] = self.end
         ids = ids[:, : lengths.max(initial=0)]
         if first is not None:
-            ids[:, 0] = first
+            ids[:, :1] = first  # There may be no text.
         return ids
 
     def begun(self) -> np.ndarray:

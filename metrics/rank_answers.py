@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from clipress.data.spec import CANDIDATES
 from clipress.errors import DataError
 from clipress.metrics.beam import log_softmax
 
@@ -13,7 +14,7 @@ Score = Callable[[int, np.ndarray], np.ndarray]
 """The place of a question and places of answers [k] -> log-likelihoods of the answers [k]."""
 
 
-def likeliest_answers(first: np.ndarray, answers: np.ndarray, score: Score, k: int = 128) -> np.ndarray:
+def likeliest_answers(first: np.ndarray, answers: np.ndarray, score: Score, k: int = CANDIDATES) -> np.ndarray:
     """Return the place of the best answer to every question, int64 [Q].
 
     Args:

@@ -43,11 +43,19 @@ def _ranks(queries: np.ndarray, gallery: np.ndarray, right: np.ndarray, own: np.
     def score(rows: slice) -> np.ndarray:
         cosines = products(queries[rows]).astype(np.float64)
         for row, query in zip(cosines, range(*rows.indices(len(queries))), strict=True):
-            nearest = np.argsort(-row, kind="stable")[:k]
-            logits = match(np.full(len(nearest), query), nearest)
-            scores = row[nearest] + finite(np.asarray(logits)[:, None], "match", "logits")[:, 0]
-            row -= row.max() + 1 - scores.min()  # behind all that are scored again
-            row[nearest] = scores
+            row[:] = rescored(row, lambda nearest, query=query: match(np.full(len(nearest), query), nearest), k)
         return cosines
 
     return ranks_by(score, right, own)
+
+
+def rescored(cosines: np.ndarray, match: Callable[[np.ndarray], np.ndarray], k: int) -> np.ndarray:
+    """Return the scores [M] of a query's items by their cosines, float64, and the match logits of the k nearest.
+
+    `match` takes the places of these.
+    """
+    nearest = np.argsort(-cosines, kind="stable")[:k]
+    again = cosines[nearest] + finite(np.asarray(match(nearest))[:, None], "match", "logits")[:, 0]
+    scores = cosines - (cosines.max() + 1 - again.min())  # behind all that are scored again
+    scores[nearest] = again
+    return scores

@@ -1,4 +1,4 @@
-"""Inference with an export folder and ONNX Runtime alone: embeddings, classification and segmentation."""
+"""Inference with an export folder and ONNX Runtime alone: embeddings, classification, segmentation, and what a BLIP says."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from clipress.data.prompts import check_labels, prompts_by_class
-from clipress.data.transforms import as_image, as_rgb, fitted, normalised, open_image
+from clipress.data.transforms import as_image
 from clipress.errors import DataError, ExportError, nearest
 from clipress.metrics.classify import softmax
 from clipress.metrics.retrieval import finite
@@ -19,20 +18,19 @@ from clipress.metrics.zeroshot import embed_labels
 from clipress.runtime.export_folder import read_export
 from clipress.runtime.graph import Graph
 from clipress.runtime.onnx_session import open_session
+from clipress.serve.blip import Blip
 from clipress.serve.graphs import IMAGE, TEXT, classifier_graph, embedder, is_zero_shot, segmenter_graph
+from clipress.serve.images import ImageLike, as_list, is_one, opened
 
 TEMPLATES = ("a photo of a {}",)
 BATCH = 32  # items per call of ONNX Runtime; limits memory
-ImageFile = str | Path | bytes
-"""A path, or the content of an image file."""
-ImageLike = ImageFile | Image.Image | np.ndarray
-"""A path, the content of an image file, a Pillow image, or uint8 pixels [H, W, 3] in RGB."""
 
 
-class LoadedModel:
+class LoadedModel(Blip):
     """An exported model; see `clipress.load`. A CLIP embeds, and classifies among any labels; a classifier among its own.
 
-    A Segmenter finds its labels at every pixel.
+    A Segmenter finds its labels at every pixel. A BLIP does one of these: it writes captions, answers questions, judges statements
+    about two images, or finds images for texts. A method that a model does not have raises ExportError, which says what it is for.
 
     Args:
         export: an export folder.
@@ -44,10 +42,10 @@ class LoadedModel:
     def __init__(self, export: str | Path, threads: int = 0) -> None:
         self.exported = exported = read_export(export)
         self._scores, self._masks = classifier_graph(exported), segmenter_graph(exported)
-        if self._scores is None and self._masks is None and not is_zero_shot(exported):
+        if self._scores is None and self._masks is None and self.use is None and not is_zero_shot(exported):
             raise ExportError(
-                f"{export}: expected the export of a CLIP, or of a classifier or Segmenter with labels, found a {exported.task} with "
-                f"{', '.join(exported.graphs)}."
+                f"{export}: expected the export of a CLIP, a BLIP, or of a classifier or Segmenter with labels, found a "
+                f"{exported.task} with {', '.join(exported.graphs)}."
             )
         self.sessions = {graph: open_session(exported.onnx(graph), threads) for graph in exported.graphs}
         self._tokenize = exported.tokenize()
@@ -68,7 +66,7 @@ class LoadedModel:
 
         Raises DataError for an image that cannot be read, and ExportError for a model without embeddings.
         """
-        return self._run(embedder(self.exported, IMAGE), _as_list(images), self._pixels)
+        return self._run(embedder(self.exported, IMAGE), as_list(images), self._pixels)
 
     def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """Return unit-length embeddings, float32 [N, D]; a single text gives [1, D].
@@ -95,13 +93,13 @@ class LoadedModel:
         """
         if self._scores is not None:
             columns = label_columns(self.exported.labels, labels)
-            logits = self._run(self._scores, _as_list(images), self._pixels)[:, columns]
+            logits = self._run(self._scores, as_list(images), self._pixels)[:, columns]
         else:
             shapes = (templates,) if isinstance(templates, str) else tuple(templates)
             classes = self.label_embeddings(labels or (), shapes)
             logits = zero_shot_logits(self.exported.logit_scale, self.encode_image(images), classes)
         found = softmax(logits)
-        return found[0] if _is_one(images) else found
+        return found[0] if is_one(images) else found
 
     def segment(self, images: ImageLike | Sequence[ImageLike]) -> list[np.ndarray]:
         """Return the place in `labels` of every pixel of every image, int64 [H, W] each, at its own size.
@@ -110,15 +108,15 @@ class LoadedModel:
         """
         graph = self._masks
         if graph is None:
-            raise ExportError(f"{self.exported.folder}: expected a Segmenter, found a {self.exported.task}.")
+            raise ExportError(f"{self.exported.folder}: expected a Segmenter, found a model that {self.deed}.")
 
         session, takes, gives = self.sessions[graph.name], graph.inputs[0].name, graph.outputs[0].name
 
         def scores(pixels: np.ndarray) -> np.ndarray:
             return session.run([gives], {takes: pixels})[0]
 
-        opened = (as_image(_opened(image)) for image in _as_list(images))
-        return [segmented(image, scores, self.exported.preprocess) for image in opened]
+        at_their_size = (as_image(opened(image)) for image in as_list(images))
+        return [segmented(image, scores, self.exported.preprocess) for image in at_their_size]
 
     def label_embeddings(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
         """Return one unit vector per label, float32 [C, D]: the mean over the templates. Raises DataError.
@@ -132,10 +130,6 @@ class LoadedModel:
             self._embedded = key, embed_labels(self.encode_text, labels, templates)
         return self._embedded[1]
 
-    def _pixels(self, images: Sequence[ImageLike]) -> np.ndarray:
-        preprocess = self.exported.preprocess
-        return normalised(np.stack([fitted(_opened(image), preprocess) for image in images]), preprocess)
-
     def _run(self, graph: Graph, items: Sequence[Any], prepare: Callable[[Any], np.ndarray]) -> np.ndarray:
         """Run a graph of one input on all items, a batch at a time, and return its first output."""
         (takes,), gives = graph.inputs, graph.outputs[0]
@@ -144,28 +138,6 @@ class LoadedModel:
             inputs = {takes.name: prepare(items[start : start + BATCH])}
             rows += self.sessions[graph.name].run([gives.name], inputs)
         return finite(np.concatenate(rows), graph.name, unit=graph.agrees)
-
-
-def _is_one(images: ImageLike | Sequence[ImageLike]) -> bool:
-    if isinstance(images, np.ndarray):
-        return images.ndim != 4
-    return isinstance(images, str | Path | bytes | Image.Image)
-
-
-def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    return [images] if _is_one(images) else list(images)
-
-
-def _opened(image: ImageLike) -> Image.Image | np.ndarray:
-    if isinstance(image, Image.Image):
-        return as_rgb(ImageOps.exif_transpose(image))
-    if not isinstance(image, np.ndarray):
-        return open_image(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise DataError(
-            f"Image array: expected uint8 [H, W, 3] in RGB, found {image.dtype} {list(image.shape)}. Convert it first."
-        )
-    return image
 
 
 def prompts_for(labels: Sequence[str], templates: Sequence[str]) -> list[str]:

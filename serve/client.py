@@ -28,7 +28,7 @@ from clipress.progress import progress_bar
 from clipress.serve.graphs import IMAGE, TEXT
 
 if TYPE_CHECKING:
-    from clipress.serve.classify import ImageFile
+    from clipress.serve.images import ImageFile
 
 Protocol = Literal["auto", "http", "grpc"]
 PORTS = {"http": 8000, "grpc": 8001}

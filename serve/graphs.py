@@ -8,6 +8,14 @@ from clipress.runtime.graph import Graph, Input
 from clipress.runtime.served import IMAGE, SENT, TEXT, chain_name
 
 PREPARED_BY = {IMAGE: "preprocess", TEXT: "tokenize"}
+CAPTION, ANSWER, JUDGE, MATCH = "caption", "answer", "judge", "match"
+USES = {
+    CAPTION: ({IMAGE, "memory", "decode"}, "writes captions of images"),
+    ANSWER: ({IMAGE, "question", "answer"}, "answers questions about images"),
+    JUDGE: ({IMAGE, "reason"}, "judges statements about two images"),
+    MATCH: ({IMAGE, TEXT, "match"}, "finds images for texts and texts for images"),
+}
+"""What a BLIP is for, after the method of a LoadedModel: the graphs that it has, and what it does."""
 
 
 def sent_for(exported: Exported, one: Input) -> str | None:
@@ -27,6 +35,22 @@ def chain_of(exported: Exported, graph: Graph) -> str | None:
     """Return the name of the model that prepares a graph's inputs and runs it; None where nothing is prepared."""
     is_chained = any(sent_for(exported, one) for one in graph.inputs)
     return chain_name(graph) if is_chained else None
+
+
+def use_of(exported: Exported) -> str | None:
+    """Return what a BLIP is for, one of USES; None for other models."""
+    return next((use for use, (graphs, _) in USES.items() if graphs == exported.graphs.keys()), None)
+
+
+def deed_of(exported: Exported) -> str:
+    """Say what a model does, as "writes captions of images"."""
+    if use := use_of(exported):
+        return USES[use][1]
+    if classifier_graph(exported) is not None:
+        return "classifies images among its own labels"
+    if segmenter_graph(exported) is not None:
+        return "finds its labels at every pixel of an image"
+    return "embeds images and texts" if is_zero_shot(exported) else f"has the task {exported.task}"
 
 
 def is_zero_shot(exported: Exported) -> bool:
@@ -55,9 +79,9 @@ def segmenter_graph(exported: Exported) -> Graph | None:
 def embedder(exported: Exported, side: str) -> Graph:
     """Return the graph that embeds images, or texts. Raises ExportError for an export that has none."""
     graph = exported.graphs.get(side)
-    if graph is None or graph.agrees != "embeddings":
+    if graph is None or graph.agrees != "embeddings" or len(graph.outputs[0].shape) != 1:
         raise ExportError(
-            f"{exported.folder}: expected a graph '{side}' that gives embeddings, found a {exported.task} with "
-            f"{', '.join(exported.graphs)}. Use the export of a CLIP."
+            f"{exported.folder}: expected a graph '{side}' that gives embeddings, found a model that {deed_of(exported)}. "
+            "Use the export of a CLIP."
         )
     return graph

@@ -16,13 +16,14 @@ from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Preprocess
 from clipress.data.word_pieces import WordPieces, vocabulary_of, word_pieces_spec
 from clipress.errors import RecipeError
+from clipress.metrics.blip import IMAGE, IMAGES_AT_ONCE, STATES, TEXT
 from clipress.models import anatomy, blip
 from clipress.models.load import Model
 from clipress.models.med import DROPOUT
 from clipress.models.text_length import text_end
 from clipress.models.weights_file import Which
 from clipress.recipe import Section, checked
-from clipress.runtime.graph import Arrays, Input, Output, Run
+from clipress.runtime.graph import Input, Output
 from clipress.tasks import Task, Tokenize
 from clipress.tasks.training import Lesson, Outputs, TrainingJob
 
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
 FORWARD = "forward"
 """Instead of a graph, for calibration: the whole pass that training makes, since later graphs read what earlier ones compute."""
-IMAGE, TEXT = "image", "text"
-STATES = "image_states"
-IMAGES_AT_ONCE = 16  # in evaluation: the states of an image are 600 to 900 rows
 
 
 class Student(Section):
@@ -208,16 +206,6 @@ def text_input(model: Model, length: int) -> Input:
     """Return the ids of a graph that takes texts of any length up to `length`."""
     largest = vocabulary_size(model) - 1
     return Input(name="input_ids", dtype="int64", shape=(length,), largest=largest, end=text_end(model.module))
-
-
-def in_batches(run: Run, inputs: Arrays) -> dict[str, np.ndarray]:
-    """Run a graph on all rows, some at a time."""
-    count = len(next(iter(inputs.values())))
-    parts = [
-        run({name: rows[start : start + IMAGES_AT_ONCE] for name, rows in inputs.items()})
-        for start in range(0, count, IMAGES_AT_ONCE)
-    ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def pieces_of(tokenize: Tokenize) -> WordPieces:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clipress.data.spec import BeamSearch
 from clipress.data.transforms import Preprocess
 from clipress.data.word_pieces import WordPieces
-from clipress.metrics.beam import beam_search
+from clipress.metrics.blip import IMAGE, LOGITS, MEMORY, STATES, TEXT, in_batches, write_captions
 from clipress.metrics.caption import score_captions
 from clipress.metrics.outcomes import Outcomes
 from clipress.models import blip
@@ -28,12 +28,8 @@ from clipress.runtime.graph import Arrays, Graph, Output, Run
 from clipress.tasks import TASKS, Tokenize, sample_images
 from clipress.tasks.blip import (
     FORWARD,
-    IMAGE,
-    STATES,
-    TEXT,
     batches_of,
     image_inputs,
-    in_batches,
     pieces_of,
     text_input,
     vocabulary_size,
@@ -44,8 +40,6 @@ from clipress.tasks.training import Gather, TrainingJob, TrainingModule
 if TYPE_CHECKING:
     from clipress.data.eval_sets import EvalSet
 
-MEMORY = "image_memory"
-SHORTEST, LONGEST = 5, 20  # ids of captions, the prompt's included, as published
 SAMPLE_IDS = 8  # at most, of texts whose next token is compared
 
 
@@ -64,7 +58,7 @@ class Caption(BlipText):
         width = sum(linear.out_features for pair in pairs for linear in pair)
         memory = Output(name=MEMORY, shape=(states.shape[0], width))
         ids = text_input(model, model.architecture["context_length"])
-        logits = Output(name="logits", shape=(vocabulary_size(model),))
+        logits = Output(name=LOGITS, shape=(vocabulary_size(model),))
         return {
             IMAGE: Graph(name=IMAGE, inputs=(pixels,), outputs=(states,)),
             "memory": Graph(name="memory", inputs=(states.as_input(),), outputs=(memory,)),
@@ -76,12 +70,12 @@ class Caption(BlipText):
 
     def call(self, module: nn.Module, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if graph == FORWARD:
-            return {"logits": module(inputs["pixel_values"], inputs["input_ids"], inputs["input_ids"] != blip.PAD)}
+            return {LOGITS: module(inputs["pixel_values"], inputs["input_ids"], inputs["input_ids"] != blip.PAD)}
         if graph == IMAGE:
             return {STATES: module.image(inputs["pixel_values"])}
         if graph == "memory":
             return {MEMORY: module.memory(inputs[STATES])}
-        return {"logits": module.decode(inputs["input_ids"], None, inputs[MEMORY], last=True)[:, 0]}
+        return {LOGITS: module.decode(inputs["input_ids"], None, inputs[MEMORY], last=True)[:, 0]}
 
     def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {FORWARD: {"pixel_values": arrays["pixels"], "input_ids": arrays["ids"]}}
@@ -115,18 +109,8 @@ class Caption(BlipText):
 def captions_of(run: Mapping[str, Run], one: EvalSet, preprocess: Preprocess, pieces: WordPieces) -> list[str]:
     """Write a caption of every image of a set."""
     search = one.beam_search or BeamSearch()
-    limits = {"shortest": search.shortest or SHORTEST, "longest": min(search.longest or LONGEST, pieces.longest)}
-    found = []
-    for _, pixels in batches_of(one, preprocess):
-        memory = run["memory"](run[IMAGE]({"pixel_values": pixels}))[MEMORY]
-
-        def step(ids: np.ndarray, items: np.ndarray, memory: np.ndarray = memory) -> np.ndarray:
-            return run["decode"]({"input_ids": ids, MEMORY: memory[items]})["logits"]
-
-        begun = np.tile(pieces.begun(), (len(pixels), 1))
-        texts = beam_search(step, begun, pieces.end, search.beams, **limits)
-        found += [pieces.written(text.ids) for text in texts]
-    return found
+    limits = search.beams, search.shortest, search.longest
+    return [text for _, pixels in batches_of(one, preprocess) for text in write_captions(run, pixels, pieces, *limits)]
 
 
 class CaptionModule(TrainingModule):

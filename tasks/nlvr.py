@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clipress.data.transforms import Preprocess
 from clipress.errors import RecipeError
+from clipress.metrics.blip import IMAGE, LOGITS, OTHER_STATES, STATES, TEXT, in_batches, judge
 from clipress.metrics.classify import score_logits
 from clipress.metrics.outcomes import Outcomes
 from clipress.models import blip
@@ -26,22 +27,16 @@ from clipress.runtime.graph import Arrays, Graph, Output, Run
 from clipress.tasks import SAMPLES, TASKS, Tokenize, sample_images
 from clipress.tasks.blip import (
     FORWARD,
-    IMAGE,
-    STATES,
-    TEXT,
     BlipLesson,
     BlipTask,
     batches_of,
     image_inputs,
-    in_batches,
     text_input,
 )
 from clipress.tasks.training import Batch, Features, Gather, Outputs, TrainingJob, TrainingModule
 
 if TYPE_CHECKING:
     from clipress.data.eval_sets import EvalSet
-
-OTHER_STATES = "other_states"
 
 
 @TASKS.register("nlvr")
@@ -66,7 +61,7 @@ class Nlvr(BlipTask):
         reads = (ids, states.as_input(), other.as_input())
         return {
             IMAGE: Graph(name=IMAGE, inputs=(pixels,), outputs=(states,)),
-            "reason": Graph(name="reason", inputs=reads, outputs=(Output(name="logits", shape=(2,)),), agrees="logits"),
+            "reason": Graph(name="reason", inputs=reads, outputs=(Output(name=LOGITS, shape=(2,)),), agrees="logits"),
         }
 
     def graph_of(self, tower: str) -> str:
@@ -79,9 +74,9 @@ class Nlvr(BlipTask):
         if graph == IMAGE:
             return {STATES: module.image(inputs["pixel_values"])}
         if graph == FORWARD:
-            return {"logits": _forward(module, **inputs)}
+            return {LOGITS: _forward(module, **inputs)}
         ids = inputs["input_ids"]
-        return {"logits": module.reason(ids, ids != blip.PAD, inputs[STATES], inputs[OTHER_STATES])}
+        return {LOGITS: module.reason(ids, ids != blip.PAD, inputs[STATES], inputs[OTHER_STATES])}
 
     def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {FORWARD: _inputs(arrays)} if "other_pixels" in arrays else {}
@@ -125,11 +120,7 @@ def logits_of(run: Mapping[str, Run], one: EvalSet, preprocess: Preprocess, toke
     """Return the logits [N, 2] of every statement of a set."""
     ids = tokenize([one.source.captions(place)[0] for place in range(len(one.source))])
     pairs = zip(batches_of(one, preprocess), batches_of(one, preprocess, others=True), strict=True)
-    found = []
-    for (places, first), (_, second) in pairs:
-        left, right = (run[IMAGE]({"pixel_values": pixels})[STATES] for pixels in (first, second))
-        found.append(run["reason"]({"input_ids": ids[places], STATES: left, OTHER_STATES: right})["logits"])
-    return np.concatenate(found)
+    return np.concatenate([judge(run, first, second, ids[places]) for (places, first), (_, second) in pairs])
 
 
 def _inputs(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:

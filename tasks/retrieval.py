@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipress.data.transforms import Preprocess
+from clipress.metrics.blip import IMAGE, LOGITS, STATES, TEXT, in_batches
 from clipress.metrics.evaluate import encode_texts, evaluate_items
 from clipress.metrics.outcomes import Outcomes
 from clipress.metrics.rerank import reranked
@@ -30,13 +31,9 @@ from clipress.runtime.graph import Arrays, Graph, Output, Run
 from clipress.tasks import TASKS, Tokenize, sample_images
 from clipress.tasks.blip import (
     FORWARD,
-    IMAGE,
-    STATES,
-    TEXT,
     BlipTask,
     batches_of,
     image_inputs,
-    in_batches,
     refuse_other_data,
     text_input,
 )
@@ -47,7 +44,6 @@ if TYPE_CHECKING:
     from clipress.data.eval_sets import EvalSet
 
 MATCH = "match"
-LOGITS = "logits"
 LEAST, MOST = 0.001, 0.5  # BLIP's clamp of the temperature
 
 
@@ -123,6 +119,10 @@ class Retrieval(BlipTask):
 
     def lesson(self, job: TrainingJob) -> RetrievalLesson:
         return RetrievalLesson(job)
+
+    def describe(self, model: Model) -> dict[str, Any]:
+        scale = 1 / float(model.module.temp.detach())
+        return {"embed_dim": model.architecture["embed_dim"], "logit_scale": scale, "logit_bias": None}
 
 
 def reranked_recalls(

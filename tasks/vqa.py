@@ -17,11 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipress.data.transforms import Preprocess
-from clipress.data.word_pieces import WordPieces
 from clipress.errors import RecipeError
-from clipress.metrics.beam import beam_search
+from clipress.metrics.blip import (
+    IMAGE,
+    LIKELIHOODS,
+    LOGITS,
+    MASK,
+    QUESTION,
+    STATES,
+    TEXT,
+    Questions,
+    in_batches,
+    mask_of,
+)
 from clipress.metrics.outcomes import Outcomes
-from clipress.metrics.rank_answers import likeliest_answers
 from clipress.metrics.vqa import score_answers
 from clipress.models import blip
 from clipress.models.load import Model
@@ -29,12 +38,8 @@ from clipress.runtime.graph import Arrays, Graph, Input, Output, Run
 from clipress.tasks import TASKS, Tokenize, sample_images
 from clipress.tasks.blip import (
     FORWARD,
-    IMAGE,
-    STATES,
-    TEXT,
     batches_of,
     image_inputs,
-    in_batches,
     pieces_of,
     text_input,
 )
@@ -43,10 +48,6 @@ from clipress.tasks.training import Gather, TrainingJob, TrainingModule
 
 if TYPE_CHECKING:
     from clipress.data.eval_sets import EvalSet
-
-QUESTION, MASK = "question_states", "question_mask"
-LOGITS, LIKELIHOODS = "logits", "log_likelihoods"
-SHORTEST, LONGEST = 1, 10  # ids of answers that are written, [DEC] included, as published
 
 
 @TASKS.register("vqa")
@@ -109,7 +110,7 @@ class Vqa(BlipText):
         return {
             IMAGE: {"pixel_values": np.concatenate(parts)},
             "question": {"input_ids": ids},
-            "answer": {"input_ids": answers, MASK: mask_of(ids)},
+            "answer": {"input_ids": answers, MASK: mask_of(ids, blip.PAD)},
         }
 
     def completed(self, samples: Mapping[str, Arrays], run: Mapping[str, Run]) -> dict[str, Arrays]:
@@ -140,11 +141,6 @@ def _refuse_without_answers(one: EvalSet) -> None:
         )
 
 
-def mask_of(ids: np.ndarray) -> np.ndarray:
-    """Return which ids of questions [N, L] are no padding, int64."""
-    return (ids != blip.PAD).astype(np.int64)
-
-
 def answers_of(run: Mapping[str, Run], one: EvalSet, preprocess: Preprocess, tokenize: Tokenize) -> list[str]:
     """Return an answer to every question of a set: the likeliest of its candidates, or one that is written."""
     pieces, candidates = pieces_of(tokenize), getattr(one.source, "candidates", None)
@@ -155,49 +151,13 @@ def answers_of(run: Mapping[str, Run], one: EvalSet, preprocess: Preprocess, tok
     ids = tokenize([one.source.captions(place)[0] for place in range(len(one.source))])
     found = []
     for places, pixels in batches_of(one, preprocess):
-        states = run[IMAGE]({"pixel_values": pixels})
-        question = run["question"]({"input_ids": ids[places], **states})
-        asked = Questions(run["answer"], {**question, MASK: mask_of(ids[places])}, pieces)
-        if one.beam_search is None:
-            found += [candidates[place] for place in asked.ranked(candidates, one.candidates)]
+        asked = Questions(run, pixels, ids[places], pieces)
+        search = one.beam_search
+        if search is None:
+            found += asked.chosen(candidates, one.candidates)
         else:
-            search = one.beam_search
-            limits = {"shortest": search.shortest or SHORTEST, "longest": search.longest or LONGEST}
-            found += asked.written(search.beams, **limits)
+            found += asked.written(search.beams, search.shortest, search.longest)
     return found
-
-
-class Questions:
-    """Some questions, by their states and masks, and the graph that answers them."""
-
-    def __init__(self, run: Run, inputs: Arrays, pieces: WordPieces) -> None:
-        self.run, self.inputs, self.pieces = run, inputs, pieces
-        self.begun = np.tile(pieces.begun(), (len(inputs[MASK]), 1))
-
-    def _asked(self, ids: np.ndarray, questions: np.ndarray) -> dict[str, np.ndarray]:
-        return self.run({"input_ids": ids, **{name: rows[questions] for name, rows in self.inputs.items()}})
-
-    def ranked(self, candidates: Sequence[str], k: int) -> np.ndarray:
-        """Return the place of the likeliest candidate of every question."""
-        ids = self.pieces(candidates, first=self.pieces.decode)
-        first = self._asked(self.begun, np.arange(len(self.begun)))[LOGITS]
-
-        def score(question: int, places: np.ndarray) -> np.ndarray:
-            return self._asked(ids[places], np.full(len(places), question))[LIKELIHOODS]
-
-        return likeliest_answers(first, ids, score, k)
-
-    def written(self, beams: int, shortest: int, longest: int) -> list[str]:
-        """Write an answer to every question."""
-        texts = beam_search(
-            lambda ids, items: self._asked(ids, items)[LOGITS],
-            self.begun,
-            self.pieces.end,
-            beams,
-            shortest=shortest,
-            longest=longest,
-        )
-        return [self.pieces.written(text.ids) for text in texts]
 
 
 def _inputs(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -245,7 +245,9 @@ def test_a_classifier_refuses_labels_that_are_not_its_own(own_labels, labels, me
 
 
 def test_a_classifier_has_no_embeddings(own_labels):
-    with pytest.raises(ExportError, match="expected a graph 'text' that gives embeddings, found a classification"):
+    with pytest.raises(
+        ExportError, match="expected a graph 'text' that gives embeddings, found a model that classifies images"
+    ):
         own_labels.label_embeddings(["cat"])
 
 
@@ -256,7 +258,7 @@ def test_a_clip_needs_labels(classifier):
 
 def test_a_task_that_does_not_classify_is_refused(tmp_path):
     with pytest.raises(
-        ExportError, match=r"expected the export of a CLIP, or of a classifier or Segmenter.* found a questions"
+        ExportError, match=r"expected the export of a CLIP, a BLIP, or of a classifier or Segmenter.* found a questions"
     ):
         LoadedModel(write_questions(tmp_path / "questions"))
 

@@ -121,7 +121,9 @@ def test_a_source_that_is_mostly_broken_stops_the_run(tmp_path, export, monkeypa
 
 
 def test_a_classifier_cannot_fill_an_index(tmp_path, images):
-    with pytest.raises(ExportError, match="expected a graph 'image' that gives embeddings, found a classification"):
+    with pytest.raises(
+        ExportError, match="expected a graph 'image' that gives embeddings, found a model that classifies images"
+    ):
         indexed(images, write_classifier(tmp_path / "classifier"), tmp_path / "index")
 
 

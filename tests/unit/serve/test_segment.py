@@ -44,11 +44,15 @@ def test_a_file_and_its_pixels_have_one_mask(segmenter):
 def test_what_cannot_be_segmented_is_refused(segmenter, tmp_path):
     with pytest.raises(DataError, match="not a readable image"):
         segmenter.segment(b"no image")
-    with pytest.raises(ExportError, match="expected a Segmenter, found a classification"):
+    with pytest.raises(ExportError, match="expected a Segmenter, found a model that classifies images"):
         LoadedModel(write_classifier(tmp_path / "classifier")).segment(image_of(2, 2))
-    with pytest.raises(ExportError, match="expected a graph 'image' that gives embeddings, found a segmentation"):
+    with pytest.raises(
+        ExportError, match="expected a graph 'image' that gives embeddings, found a model that finds its labels"
+    ):
         segmenter.encode_image(image_of(2, 2))
-    with pytest.raises(ExportError, match="expected a graph 'text' that gives embeddings, found a segmentation"):
+    with pytest.raises(
+        ExportError, match="expected a graph 'text' that gives embeddings, found a model that finds its labels"
+    ):
         segmenter.classify(image_of(2, 2), ["cat"])
 
 
