@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, metavar="[RUN] IMAGES...", type=ANY_PATH)
-@click.option("--labels", help="Comma-separated labels to choose from.")
+@click.option("--labels", help="Comma-separated labels, or answers, to choose from.")
 @click.option("--labels-file", type=FILE, help="The same from a text file, one label per line.")
 @click.option(
     "--template",
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="Prompt with {} for the label; repeatable.",
 )
+@click.option("--question", help="Ask a BLIP for questions; it chooses among --labels, or writes the answer.")
+@click.option("--statement", help="Ask a BLIP for statements whether this is true of two images.")
+@click.option("--text", "texts", multiple=True, help="Rank the images by this with a BLIP for retrieval; repeatable.")
 @stage_option
 @click.option("--url", help="Use a server instead of a run: http://host:8000 or grpc://host:8001.")
 @click.option("--in-flight", type=click.IntRange(1), default=16, show_default=True, help="Concurrent requests.")
@@ -47,6 +50,9 @@ def predict(
     labels: str | None,
     labels_file: Path | None,
     templates: tuple[str, ...],
+    question: str | None,
+    statement: str | None,
+    texts: tuple[str, ...],
     stage: str | None,
     url: str | None,
     in_flight: int,
@@ -54,19 +60,24 @@ def predict(
     as_json: bool,
     out: Path | None,
 ) -> None:
-    """Classify images among labels, or segment them.
+    """Classify images, segment them, or ask a BLIP about them.
 
     A CLIP requires --labels or --labels-file; a classifier and a Segmenter have their own labels. A Segmenter's masks are
-    written as overlays with a legend, and the shares of its labels are printed. Runs the export of RUN in ONNX Runtime, or
-    uses the server at --url. IMAGES are files, folders, or - to read paths from standard input. A server's answers are
+    written as overlays with a legend, and the shares of its labels are printed. A BLIP writes captions, answers a question,
+    judges a statement about two images, or ranks images by texts. Runs the export of RUN in ONNX Runtime, or uses the
+    server at --url. IMAGES are files, folders, or - to read paths from standard input. A server's answers are
     printed as they arrive; failed images are counted at the end.
     """
     from clipress.workflow.predict import Server, images_in, labels_from, overlays_of_masks
+    from clipress.workflow.predict_blip import Asked, is_asked, said_of
 
+    asked = Asked(question, statement, texts)
     names = None if labels is None and labels_file is None else labels_from(labels, labels_file)
     if url is not None:
         if stage:
             raise click.UsageError("--stage selects an artifact of a run; it cannot be used with --url.")
+        if asked != Asked():
+            raise click.UsageError("--question, --statement and --text ask the model of a run; leave --url out.")
         _predict_with_server(Server(url, timeout, in_flight), images, names, templates, as_json)
         return
     run, *rest = images
@@ -77,6 +88,10 @@ def predict(
 
     model = clipress.load(run / read_plan(run).artifact(stage))
     files = list(images_in(rest, click.get_text_stream("stdin")))
+    if is_asked(model, asked, names):
+        for record in said_of(model, files, asked, names):
+            click.echo(json.dumps(record) if as_json else _said(record))
+        return
     if model.segments:
         if names is not None:
             raise click.UsageError("A Segmenter has its own labels: leave --labels and --labels-file out.")
@@ -85,6 +100,16 @@ def predict(
     names = names or model.labels or labels_from(None, None)
     for file, row in zip(files, model.classify(files, names, templates), strict=True):
         click.echo(_prediction(file, names, row, as_json))
+
+
+def _said(record: Mapping[str, Any]) -> str:
+    """Return a line for what a BLIP said."""
+    if "text" in record:
+        best = "  ".join(f"{one['image']} {one['score']:.2f}" for one in record["images"][:5])
+        return f"{record['text']}: {best}"
+    if "statement" in record:
+        return f"{', '.join(record['images'])}: {record['probability']:.1%} likely to be true"
+    return f"{record['image']}: {record.get('answer', record.get('caption'))}"
 
 
 def _print_masks(masks: Iterable[tuple[Path, Path, dict[str, float]]], as_json: bool) -> None:

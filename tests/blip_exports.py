@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import yaml
 
 from clipress.artifact import save_artifact
 from clipress.data.eval_sets import EvalSet, evalsets
@@ -42,8 +43,17 @@ def texts_of(task: str) -> list[str]:
 
 
 def write_blip(task: str, home: Path) -> tuple[Path, Model]:
-    """Write an artifact and its export below a folder. Returns the export, and the artifact's model in torch."""
+    """Write a run folder with an artifact and its export. Returns the export, and the artifact's model in torch."""
     section = {**SIZES, **MORE.get(task, {}), "vocabulary": {"format": DATA[task], "limit": 40}}
+    data = {"train": [{"format": DATA[task]}]}
+    recipe = {
+        "name": task,
+        "task": task,
+        "student": section,
+        "data": data,
+        "stages": [{"distill": {"name": "dense", "steps": 1}}],
+    }
+    (home / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     model = task_named(task).student_from(section, None, 0)
     with torch.no_grad():
         for weight in model.module.parameters():

@@ -73,3 +73,11 @@ def tiny_run(tmp_path_factory) -> tuple[Path, Result]:
     if result.exception:
         raise result.exception if not isinstance(result.exception, SystemExit) else AssertionError(result.output)
     return folder / "run", result
+
+
+@pytest.fixture(scope="session")
+def blip_exports(tmp_path_factory) -> dict[str, tuple[Path, Any]]:
+    """A tiny BLIP of every task: its export in a run folder, `<run>/export/dense`, and its model in torch."""
+    from blip_exports import DATA, write_blip
+
+    return {task: write_blip(task, tmp_path_factory.mktemp(task)) for task in DATA}

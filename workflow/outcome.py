@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipress.runtime.export_folder import read_export
+from clipress.serve.graphs import JUDGE, use_of
+from clipress.workflow.predict_blip import OPTIONS
 
 if TYPE_CHECKING:
     from clipress.bench.results import Results
@@ -26,7 +28,11 @@ class Run:
 
     @property
     def predict_command(self) -> str:
-        """A command that classifies an image with the served artifact; a classifier has its own labels."""
-        labels = "" if read_export(self.folder / "export" / self.served).labels else " --labels NAME,NAME"
+        """A command that asks the served artifact about an image; a classifier has its own labels."""
+        exported = read_export(self.folder / "export" / self.served)
+        use, asks = use_of(exported), "" if exported.labels else " --labels NAME,NAME"
+        if use is not None:
+            asks = f" {OPTIONS[use]} TEXT" if use in OPTIONS else ""
+        images = "IMAGE IMAGE" if use == JUDGE else "IMAGE"
         other = "" if self.served == self.artifacts[-1] else f" --stage {self.served}"
-        return f"clipress predict {self.folder} IMAGE{labels}{other}"
+        return f"clipress predict {self.folder} {images}{asks}{other}"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from blip_exports import DATA, images_of, set_of, texts_of, write_blip
+from blip_exports import DATA, images_of, set_of, texts_of
 from PIL import Image
 from small_exports import write_classifier, write_export, write_segmenter
 
@@ -24,10 +24,9 @@ from clipress.tasks.vqa import answers_of
 
 
 @pytest.fixture(scope="module")
-def blip(tmp_path_factory):
-    """Return what loads a task's export, and its model in torch."""
-    made = {task: write_blip(task, tmp_path_factory.mktemp(task)) for task in DATA}
-    return {task: (LoadedModel(export, threads=1), model) for task, (export, model) in made.items()}
+def blip(blip_exports):
+    """Return every task's loaded export and its model in torch."""
+    return {task: (LoadedModel(export, threads=1), model) for task, (export, model) in blip_exports.items()}
 
 
 @pytest.mark.parametrize("beams", [1, 3])
