@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from clipress.runtime.graph import Graph
 
 IMAGE, TEXT = "image", "text"
@@ -10,6 +12,24 @@ SENT = {"pixel_values": IMAGE, "input_ids": TEXT}
 """Inputs of graphs that the server makes from what clients send. Other inputs are sent as they are."""
 MODELS = {"embeddings": "{}_encoder", "logits": "{}_classifier", "masks": "{}_segmenter"}
 CHAINS = {"embeddings": "embed_{}", "logits": "score_{}", "masks": "score_patches_of_{}"}
+CAPTION, ANSWER, JUDGE, MATCH = "caption", "answer", "judge", "match"
+USES = {
+    CAPTION: {IMAGE, "memory", "decode"},
+    ANSWER: {IMAGE, "question", "answer"},
+    JUDGE: {IMAGE, "reason"},
+    MATCH: {IMAGE, TEXT, "match"},
+}
+"""What a BLIP is for, named as its model and as the method of a LoadedModel, by the graphs that it has."""
+
+
+def use_of(graphs: Mapping[str, Graph]) -> str | None:
+    """Return what a BLIP is for, one of USES; None for other models."""
+    return next((use for use, own in USES.items() if own == graphs.keys()), None)
+
+
+def separate(graphs: Mapping[str, Graph]) -> Mapping[str, Graph]:
+    """Return the graphs that have models of their own: all, or none of a BLIP that one model runs as a whole."""
+    return {} if use_of(graphs) in (CAPTION, ANSWER, JUDGE) else graphs
 
 
 def model_of(graph: Graph) -> str:

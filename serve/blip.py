@@ -18,7 +18,8 @@ from clipress.metrics.retrieval import finite
 from clipress.runtime.export_folder import Exported
 from clipress.runtime.graph import Run
 from clipress.runtime.onnx_session import run_of
-from clipress.serve.graphs import ANSWER, CAPTION, IMAGE, JUDGE, MATCH, TEXT, USES, deed_of, use_of
+from clipress.runtime.served import ANSWER, CAPTION, JUDGE, MATCH
+from clipress.serve.graphs import DEEDS, IMAGE, TEXT, deed_of, use_of
 from clipress.serve.images import ImageLike, as_list, pixels_of
 
 BATCH = 4  # images per call of ONNX Runtime: what a caption's beams read of an image may be 40 MB each
@@ -144,7 +145,7 @@ class Blip:
         """Raise ExportError for a model that is not for this."""
         if self.use != use:
             raise ExportError(
-                f"{self.exported.folder}: expected a model that {USES[use][1]}, found one that {self.deed}. Load such an export."
+                f"{self.exported.folder}: expected a model that {DEEDS[use]}, found one that {self.deed}. Load such an export."
             )
 
     def _pixels(self, images: Sequence[ImageLike]) -> np.ndarray:

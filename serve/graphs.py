@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from clipress.errors import ExportError
+from clipress.runtime import served
 from clipress.runtime.export_folder import Exported
 from clipress.runtime.graph import Graph, Input
-from clipress.runtime.served import IMAGE, SENT, TEXT, chain_name
+from clipress.runtime.served import ANSWER, CAPTION, IMAGE, JUDGE, MATCH, SENT, TEXT, chain_name
 
 PREPARED_BY = {IMAGE: "preprocess", TEXT: "tokenize"}
-CAPTION, ANSWER, JUDGE, MATCH = "caption", "answer", "judge", "match"
-USES = {
-    CAPTION: ({IMAGE, "memory", "decode"}, "writes captions of images"),
-    ANSWER: ({IMAGE, "question", "answer"}, "answers questions about images"),
-    JUDGE: ({IMAGE, "reason"}, "judges statements about two images"),
-    MATCH: ({IMAGE, TEXT, "match"}, "finds images for texts and texts for images"),
+DEEDS = {
+    CAPTION: "writes captions of images",
+    ANSWER: "answers questions about images",
+    JUDGE: "judges statements about two images",
+    MATCH: "finds images for texts and texts for images",
 }
-"""What a BLIP is for, after the method of a LoadedModel: the graphs that it has, and what it does."""
 
 
 def sent_for(exported: Exported, one: Input) -> str | None:
@@ -27,7 +28,10 @@ def sent_for(exported: Exported, one: Input) -> str | None:
 def inputs_for(exported: Exported, sent: str) -> dict[str, Input]:
     """Return the inputs that are made from IMAGE or TEXT, by the names of their graphs."""
     return {
-        graph.name: one for graph in exported.graphs.values() for one in graph.inputs if sent_for(exported, one) == sent
+        graph.name: one
+        for graph in own_graphs(exported).values()
+        for one in graph.inputs
+        if sent_for(exported, one) == sent
     }
 
 
@@ -38,14 +42,24 @@ def chain_of(exported: Exported, graph: Graph) -> str | None:
 
 
 def use_of(exported: Exported) -> str | None:
-    """Return what a BLIP is for, one of USES; None for other models."""
-    return next((use for use, (graphs, _) in USES.items() if graphs == exported.graphs.keys()), None)
+    """Return what a BLIP is for, one of DEEDS; None for other models."""
+    return served.use_of(exported.graphs)
+
+
+def own_graphs(exported: Exported) -> Mapping[str, Graph]:
+    """Return the graphs that have models of their own, see runtime/served.py."""
+    return served.separate(exported.graphs)
+
+
+def is_whole(exported: Exported) -> bool:
+    """Return whether one model runs all graphs."""
+    return not own_graphs(exported)
 
 
 def deed_of(exported: Exported) -> str:
     """Say what a model does, as "writes captions of images"."""
     if use := use_of(exported):
-        return USES[use][1]
+        return DEEDS[use]
     if classifier_graph(exported) is not None:
         return "classifies images among its own labels"
     if segmenter_graph(exported) is not None:

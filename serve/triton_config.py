@@ -8,16 +8,16 @@ python models need nothing else.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clipress.data.padding import CAPTION
 from clipress.errors import ExportError
 from clipress.runtime.cpu import processor
 from clipress.runtime.export_folder import Exported
-from clipress.runtime.graph import Graph, Input, Output
+from clipress.runtime.graph import Graph, Input
 from clipress.runtime.onnx_session import EXACT_MODE
 from clipress.runtime.served import model_of
 from clipress.serve.engines import Engines
@@ -33,53 +33,32 @@ from clipress.serve.graphs import (
     sent_for,
 )
 from clipress.serve.settings import ServeSettings
-from clipress.serve.sizing import Sizing, helpers
+from clipress.serve.sizing import helpers
+from clipress.serve.triton_blip import blip_config
+from clipress.serve.triton_parts import (
+    FP32,
+    INT32,
+    STRING,
+    TYPES,
+    UINT16,
+    Served,
+    add_instances,
+    add_outputs,
+    add_warm_up,
+    batch_requests,
+    begin,
+    dims_of,
+    limit_rate,
+    set_parameters,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-INT32, UINT16, STRING = "TYPE_INT32", "TYPE_UINT16", "TYPE_STRING"
-TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
-FP32 = TYPES["float32"]
 SAMPLES = {"float32": {"random_data": True}, "int64": {"zero_data": True}}  # random ids would exceed the vocabulary
-STAND_BY = 1000  # the rate limiter treats an instance of this priority as if each run were a thousand
 CACHE = "text_cache_mb"  # stored in the configuration because the server needs an option for it
-
-
-@dataclass(frozen=True)
-class Served:
-    """Everything that the configurations of one version depend on."""
-
-    exported: Exported
-    backend: str
-    settings: ServeSettings
-    sizes: Mapping[str, Sizing]
-    """Per graph."""
-    engines: Mapping[str, Engines]
-    """Per graph; empty unless the backend is tensorrt."""
-    fused: Set[str] = frozenset()
-    """Graphs that run in the process that prepares their input."""
-
-    @property
-    def graphs(self) -> Collection[Graph]:
-        """The export's graphs."""
-        return self.exported.graphs.values()
-
-    @property
-    def needs_exact_mode(self) -> bool:
-        """Whether a session opened by Triton itself would overflow on x86 CPUs without VNNI instructions."""
-        return self.backend == "onnxruntime" and self.exported.precision == "int8" and not self.exported.portable
-
-    def largest_batch(self, graph: str) -> int:
-        """Return how many rows a graph takes at once."""
-        limit = self.settings.max_batch
-        return min(limit, self.engines[graph].largest_batch) if graph in self.engines else limit
-
-    def largest_batch_of(self, sent: str) -> int:
-        """Return how many images, or texts, are prepared at once."""
-        return max(self.largest_batch(graph) for graph in inputs_for(self.exported, sent))
 
 
 def configs(served: Served, with_search: bool) -> dict[str, ModelConfig]:
@@ -96,6 +75,8 @@ def configs(served: Served, with_search: bool) -> dict[str, ModelConfig]:
         made.append(_classify(served, scores))
     elif (scores := segmenter_graph(exported)) is not None:
         made.append(_segment(served, scores))
+    if (config := blip_config(served)) is not None:
+        made.append(config)
     if with_search:
         made.append(_search(served))
     for config in made:
@@ -149,25 +130,25 @@ def _encoder(served: Served, graph: Graph) -> ModelConfig:
     """Describe the model that runs a graph on its own inputs."""
     exported, settings, size = served.exported, served.settings, served.sizes[graph.name]
     largest = served.largest_batch(graph.name)
-    config = _model(model_of(graph), served.backend, largest)
+    config = begin(model_of(graph), served.backend, largest)
     for one in graph.inputs:
-        config.input.add(name=one.name, data_type=TYPES[one.dtype], dims=_dims(one))
-    _add_outputs(config, graph.outputs)
+        config.input.add(name=one.name, data_type=TYPES[one.dtype], dims=dims_of(one))
+    add_outputs(config, graph.outputs)
     if served.needs_exact_mode:
         _use_exact_mode(config)
     if served.engines:
         _run_on_gpus(config, graph, size.instances, served.engines[graph.name], settings)
     else:
-        _add_instances(config, size.instances)
-    _limit_rate(config, settings)
-    _batch_requests(config, settings)
+        add_instances(config, size.instances)
+    limit_rate(config, settings)
+    batch_requests(config, settings)
     if size.preferred_batch is not None and size.preferred_batch < largest:
         config.dynamic_batching.preferred_batch_size.append(size.preferred_batch)
     _cache_texts(config, served, graph)
     samples = {one.name: {"dims": one.shape, **SAMPLES[one.dtype]} for one in graph.inputs}
     for batch in sorted({1, largest}):  # both ends of memory use, before the first client comes
-        _warm_up(config, f"batch_{batch}", batch, samples)
-    _set_parameters(
+        add_warm_up(config, f"batch_{batch}", batch, samples)
+    set_parameters(
         config,
         logit_scale=None if exported.logit_scale is None else repr(exported.logit_scale),
         precision=exported.precision,
@@ -185,7 +166,7 @@ def _use_exact_mode(config: ModelConfig) -> None:
     Triton's onnxruntime backend passes few options on (as of June 2026 not this one), so on a CPU that overflows its
     optimiser is turned down too: INT8 is then computed in float32, correct and no faster than float32.
     """
-    _set_parameters(config, **{EXACT_MODE: "1"})
+    set_parameters(config, **{EXACT_MODE: "1"})
     if processor().saturates:
         config.optimization.graph.level = -1
 
@@ -213,17 +194,17 @@ def _prepare(served: Served, sent: str) -> ModelConfig:
     """Describe the model that makes a graph's input from images, or from texts."""
     exported, settings = served.exported, served.settings
     graph, gives = next(iter(inputs_for(exported, sent).items()))
-    config = _model(PREPARED_BY[sent], "python", served.largest_batch_of(sent))
+    config = begin(PREPARED_BY[sent], "python", served.largest_batch_of(sent))
     config.input.add(name=sent, data_type=STRING, dims=[1])
-    config.output.add(name=gives.name, data_type=TYPES[gives.dtype], dims=_dims(gives))
-    _add_instances(config, helpers(settings, served.sizes[graph]) if sent == IMAGE else 1)  # tokenizing is cheap
-    _batch_requests(config, settings)
-    _warm_up(config, sent, 1, {sent: {"input_data_file": sent}})  # zeros are no image
+    config.output.add(name=gives.name, data_type=TYPES[gives.dtype], dims=dims_of(gives))
+    add_instances(config, helpers(settings, served.sizes[graph]) if sent == IMAGE else 1)  # tokenizing is cheap
+    batch_requests(config, settings)
+    add_warm_up(config, sent, 1, {sent: {"input_data_file": sent}})  # zeros are no image
     if sent == IMAGE:
-        _set_parameters(config, preprocess=exported.preprocess.model_dump_json())
+        set_parameters(config, preprocess=exported.preprocess.model_dump_json())
     else:
         end = None if gives.end is None else json.dumps(asdict(gives.end))
-        _set_parameters(config, tokenizer=exported.tokenizer.model_dump_json(), text_end=end)
+        set_parameters(config, tokenizer=exported.tokenizer.model_dump_json(), text_end=end)
     return config
 
 
@@ -233,19 +214,19 @@ def _fused(served: Served, graph: Graph, name: str) -> ModelConfig:
     config = _prepare(served, sent_for(served.exported, one))
     config.name = name
     config.ClearField("output")
-    _add_outputs(config, graph.outputs)
+    add_outputs(config, graph.outputs)
     config.ClearField("instance_group")
-    _add_instances(config, helpers(served.settings))
-    _limit_rate(config, served.settings)
+    add_instances(config, helpers(served.settings))
+    limit_rate(config, served.settings)
     _cache_texts(config, served, graph)
-    _set_parameters(config, intra_op_thread_count=str(served.sizes[graph.name].threads))
+    set_parameters(config, intra_op_thread_count=str(served.sizes[graph.name].threads))
     return config
 
 
 def _ensemble(served: Served, graph: Graph, name: str) -> ModelConfig:
     """Chain the models that prepare inputs and the graph's own. Queues and instances are those of the parts."""
     exported = served.exported
-    config = _model(name, "", served.largest_batch(graph.name))
+    config = begin(name, "", served.largest_batch(graph.name))
     config.platform = "ensemble"
     steps = config.ensemble_scheduling.step
     for one in graph.inputs:
@@ -254,8 +235,8 @@ def _ensemble(served: Served, graph: Graph, name: str) -> ModelConfig:
             step = steps.add(model_name=PREPARED_BY[sent], model_version=-1)
             step.input_map[sent], step.output_map[one.name] = sent, one.name
         else:
-            config.input.add(name=one.name, data_type=TYPES[one.dtype], dims=_dims(one))
-    _add_outputs(config, graph.outputs)
+            config.input.add(name=one.name, data_type=TYPES[one.dtype], dims=dims_of(one))
+    add_outputs(config, graph.outputs)
     step = steps.add(model_name=model_of(graph), model_version=-1)
     for one in graph.inputs:
         step.input_map[one.name] = one.name
@@ -269,13 +250,13 @@ def _classify_zero_shot(served: Served) -> ModelConfig:
 
     There is no warm-up, since the models it calls may not be loaded yet. They batch what its instances send.
     """
-    config = _model("classify", "python", 0)
+    config = begin("classify", "python", 0)
     config.input.add(name=IMAGE, data_type=STRING, dims=[-1])
     config.input.add(name="labels", data_type=STRING, dims=[-1])
     config.input.add(name="templates", data_type=STRING, dims=[-1], optional=True)
     config.output.add(name="probabilities", data_type=FP32, dims=[-1, -1])
-    _add_instances(config, helpers(served.settings))
-    _set_parameters(
+    add_instances(config, helpers(served.settings))
+    set_parameters(
         config,
         logit_scale=repr(served.exported.logit_scale),
         label_cache_mb=str(served.settings.label_cache_mb),
@@ -287,7 +268,7 @@ def _classify_zero_shot(served: Served) -> ModelConfig:
 
 def _classify(served: Served, graph: Graph) -> ModelConfig:
     """Classify images among a classifier's own labels."""
-    config = _model("classify", "python", 0)
+    config = begin("classify", "python", 0)
     config.input.add(name=IMAGE, data_type=STRING, dims=[-1])
     config.output.add(name="probabilities", data_type=FP32, dims=[-1, len(served.exported.labels)])
     _read_scores(config, served, graph, chain_of(served.exported, graph))
@@ -296,19 +277,19 @@ def _classify(served: Served, graph: Graph) -> ModelConfig:
 
 def _segment(served: Served, graph: Graph) -> ModelConfig:
     """Give the class of every pixel of an image of any size."""
-    config = _model("segment", "python", 0)
+    config = begin("segment", "python", 0)
     config.input.add(name=IMAGE, data_type=STRING, dims=[1])
     config.output.add(name="mask", data_type=UINT16, dims=[-1, -1])
     _read_scores(config, served, graph, model_of(graph))
-    _set_parameters(config, preprocess=served.exported.preprocess.model_dump_json())
+    set_parameters(config, preprocess=served.exported.preprocess.model_dump_json())
     return config
 
 
 def _read_scores(config: ModelConfig, served: Served, graph: Graph, scores_model: str) -> None:
     """Let a model ask another one for scores, and give their labels too."""
     config.output.add(name="labels", data_type=STRING, dims=[len(served.exported.labels)])
-    _add_instances(config, helpers(served.settings))
-    _set_parameters(
+    add_instances(config, helpers(served.settings))
+    set_parameters(
         config,
         labels=json.dumps(served.exported.labels),
         scores_model=scores_model,
@@ -318,52 +299,14 @@ def _read_scores(config: ModelConfig, served: Served, graph: Graph, scores_model
 
 
 def _search(served: Served) -> ModelConfig:
-    config = _model("search", "python", 0)
+    config = begin("search", "python", 0)
     config.input.add(name=TEXT, data_type=STRING, dims=[-1])
     config.input.add(name="k", data_type=INT32, dims=[1], optional=True)
     config.output.add(name="scores", data_type=FP32, dims=[-1, -1])
     config.output.add(name="keys", data_type=STRING, dims=[-1, -1])
-    _add_instances(config, 1)  # each holds the index
-    _set_parameters(config, text_batch=str(served.largest_batch(TEXT)))
+    add_instances(config, 1)  # each holds the index
+    set_parameters(config, text_batch=str(served.largest_batch(TEXT)))
     return config
-
-
-def _model(name: str, backend: str, max_batch: int) -> ModelConfig:
-    """Begin a configuration. It has no response cache by default, since Triton caches errors too."""
-    from tritonclient.grpc import model_config_pb2 as triton
-
-    config = triton.ModelConfig(name=name, backend=backend, max_batch_size=max_batch)
-    config.version_policy.latest.num_versions = 1
-    return config
-
-
-def _dims(one: Input) -> Sequence[int]:
-    """Return an input's dims. Triton batches requests of the same length, of which there are few (data/padding.py)."""
-    return one.shape if one.end is None else [-1]
-
-
-def _add_outputs(config: ModelConfig, outputs: Iterable[Output]) -> None:
-    for one in outputs:
-        config.output.add(name=one.name, data_type=FP32, dims=one.shape)
-
-
-def _add_instances(config: ModelConfig, count: int) -> None:
-    """Add instances on CPUs. The first one runs whenever it is idle: instances that take turns find their caches cold."""
-    first = config.instance_group.add(count=1)
-    first.kind = first.KIND_CPU
-    if count > 1:
-        others = config.instance_group.add(count=count - 1)
-        others.kind = others.KIND_CPU
-        first.rate_limiter.priority, others.rate_limiter.priority = 1, STAND_BY
-
-
-def _limit_rate(config: ModelConfig, settings: ServeSettings) -> None:
-    if settings.rate_limit is not None:
-        for group in config.instance_group:
-            limiter = group.rate_limiter
-            limiter.priority = settings.rate_limit.priority * max(1, limiter.priority)
-            for name, count in settings.rate_limit.resources.items():
-                limiter.resources.add(name=name, count=count)
 
 
 def _cache_texts(config: ModelConfig, served: Served, graph: Graph) -> None:
@@ -373,28 +316,3 @@ def _cache_texts(config: ModelConfig, served: Served, graph: Graph) -> None:
 
 def _sent(exported: Exported, inputs: Sequence[Input]) -> set[str | None]:
     return {sent_for(exported, one) for one in inputs}
-
-
-def _batch_requests(config: ModelConfig, settings: ServeSettings) -> None:
-    config.dynamic_batching.SetInParent()  # present, even if empty, means switched on
-    config.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
-    if settings.queue_size or settings.queue_timeout_ms:
-        queue = config.dynamic_batching.default_queue_policy
-        queue.max_queue_size = settings.queue_size
-        queue.default_timeout_microseconds = 1000 * settings.queue_timeout_ms
-        queue.allow_timeout_override = True  # clients may set a shorter one
-
-
-def _warm_up(config: ModelConfig, name: str, batch: int, samples: Mapping[str, Mapping[str, Any]]) -> None:
-    from tritonclient.grpc import model_config_pb2 as triton
-
-    warm_up = config.model_warmup.add(name=name, batch_size=batch)
-    for one in config.input:
-        filled = triton.ModelWarmup.Input(**{"data_type": one.data_type, "dims": one.dims, **samples[one.name]})
-        warm_up.inputs[one.name].CopyFrom(filled)
-
-
-def _set_parameters(config: ModelConfig, **parameters: str | None) -> None:
-    for key, value in parameters.items():
-        if value is not None:
-            config.parameters[key].string_value = value

@@ -152,20 +152,24 @@ async def infer(model: str, takes: str, items: Sequence[bytes], gives: str, batc
 
 
 async def _infer_batch(model: str, takes: str, items: Sequence[bytes], gives: str) -> np.ndarray:
-    request = _request_for(model, takes, np.asarray(items, object)[:, None], gives)  # [B, 1]
-    return _output_of(await request.async_exec(), gives)
+    return await infer_all(model, {takes: np.asarray(items, object)[:, None]}, gives)  # [B, 1]
+
+
+async def infer_all(model: str, inputs: Tensors, gives: str) -> np.ndarray:
+    """Return an output of another model for one batch of all its inputs. Raises ModelError with that model's message."""
+    return _output_of(await _request_for(model, inputs, gives).async_exec(), gives)
 
 
 def infer_now(model: str, takes: str, batch: np.ndarray, gives: str) -> np.ndarray:
     """Return an output of another model for one batch of its own input. Raises ModelError with that model's message."""
-    return _output_of(_request_for(model, takes, batch, gives).exec(), gives)
+    return _output_of(_request_for(model, {takes: batch}, gives).exec(), gives)
 
 
-def _request_for(model: str, takes: str, batch: np.ndarray, gives: str) -> Any:
+def _request_for(model: str, inputs: Tensors, gives: str) -> Any:
     on_host = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
-    inputs = [pb_utils.Tensor(takes, batch)]
+    tensors = [pb_utils.Tensor(name, rows) for name, rows in inputs.items()]
     return pb_utils.InferenceRequest(
-        model_name=model, requested_output_names=[gives], inputs=inputs, preferred_memory=on_host
+        model_name=model, requested_output_names=[gives], inputs=tensors, preferred_memory=on_host
     )
 
 

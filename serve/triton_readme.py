@@ -17,18 +17,22 @@ from clipress.serve.graphs import (
     TEXT,
     chain_of,
     classifier_graph,
+    deed_of,
     inputs_for,
+    is_whole,
     is_zero_shot,
+    own_graphs,
     segmenter_graph,
     sent_for,
+    use_of,
 )
-from clipress.serve.triton_config import Served
+from clipress.serve.triton_blip import FORMS, blip_row
+from clipress.serve.triton_parts import Served
 
 README = Template("""\
 # Triton model repository: stage $stage ($precision), $backend backend, version $version
 
-Lineage `$hash`. $about Requests of up to $max_batch rows are
-accepted, and requests that wait at the same time are batched.
+Lineage `$hash`. $about $rows
 
 | model | takes | gives |
 |---|---|---|
@@ -38,7 +42,7 @@ $batches An input that cannot be read is an error of its request alone.
 
 ## Start the server
 
-The models around the encoders are Python and need clipress in the container, and NumPy below 2: with a newer one the
+Models in Python need clipress in the container, and NumPy below 2: with a newer one the
 python backend of this release answers with empty tensors and no error. Build such an image once, in a checkout of clipress:
 
 ```sh
@@ -65,7 +69,7 @@ version that is added: with `--model-control-mode=poll` it loads it by itself, o
 
 ## Send requests
 
-With curl; `Inference-Header-Content-Length: 0` says that the body is the only input:
+$with_curl
 
 ```sh
 $curls
@@ -82,6 +86,7 @@ clipress serve RUN --version $version
 ```
 """)
 
+WITH_CURL = "With curl; `Inference-Header-Content-Length: 0` says that the body is the only input:"
 FILES = Template("""\
 curl -s localhost:8000/v2/models/$model/infer -H 'Inference-Header-Content-Length: 0' \\
   -H 'Content-Type: application/octet-stream' --data-binary @cat.jpg -o answer.bin""")
@@ -110,9 +115,10 @@ def column(name, values):
 client = triton.InferenceServerClient("localhost:8001")
 $request
 ```
-
+$others""")
+OTHERS = """
 The other models take requests in the same way: `client.infer(MODEL, [tensor])` with a tensor of shape [rows, 1].
-""")
+"""
 ZERO_SHOT = """\
 path, *labels = sys.argv[1:]
 image = column("image", [pathlib.Path(path).read_bytes()])
@@ -149,38 +155,46 @@ def readme(served: Served, version: int, with_search: bool, options: Sequence[st
         version=version,
         hash=exported.lineage_hash,
         about=_about(exported),
-        max_batch=min(served.largest_batch(graph.name) for graph in served.graphs),
+        rows=_rows(served),
         models="\n".join(f"| {' | '.join(row)} |" for row in _models(exported, with_search)),
         batches=_batches(exported, with_search),
-        checked=[*(model_of(graph) for graph in served.graphs), *chains][-1],
+        checked=[*(model_of(graph) for graph in served.graphs), *chains, *filter(None, [use_of(exported)])][-1],
         tag=settings.container,
         packages=_packages(exported.tokenizer, with_search),
         vocabulary="open_clip_torch " if exported.tokenizer and not is_packed(exported.tokenizer.model_dump()) else "",
         docker=_docker(served, engines, options),
         note=_about_engines(engines) + _about_int8(served),
+        with_curl="With curl, what the model takes and gives:" if is_whole(exported) else WITH_CURL,
         curls="\n".join(_curls(exported, with_search)),
         program=_program(exported),
     )
+
+
+def _rows(served: Served) -> str:
+    if is_whole(served.exported):
+        return "A request may have several rows, which are answered together."
+    largest = min(served.largest_batch(graph.name) for graph in served.graphs)
+    return f"Requests of up to {largest} rows are\naccepted, and requests that wait at the same time are batched."
 
 
 def _about(exported: Exported) -> str:
     if classifier_graph(exported) is not None:
         return f"The classifier has {len(exported.labels)} labels."
     if exported.logit_scale is None:
-        return f"The model is a {exported.task}."
+        return f"The model {deed_of(exported)}."
     return "Embeddings have unit length; cosine times `logit_scale` is the logit."
 
 
 def _models(exported: Exported, with_search: bool) -> Iterator[tuple[str, str, str]]:
     """Yield the rows of the table: a model, what it takes and what it gives."""
-    for graph in exported.graphs.values():
+    for graph in own_graphs(exported).values():
         takes = [f"`{one.name}` {TRITON[one.dtype]} {list(one.shape)}" for one in graph.inputs]
         gives = [f"`{one.name}` FP32 {list(one.shape)}" for one in graph.outputs]
         yield f"`{model_of(graph)}`", ", ".join(takes), ", ".join(gives)
     for sent, model in PREPARED_BY.items():
         if inputs := inputs_for(exported, sent):
             yield f"`{model}`", SENDS[sent], f"`{next(iter(inputs.values())).name}`"
-    for graph in exported.graphs.values():
+    for graph in own_graphs(exported).values():
         if name := chain_of(exported, graph):
             yield f"`{name}`", _names(sent_for(exported, one) or one.name for one in graph.inputs), _outputs(graph)
     if is_zero_shot(exported):
@@ -192,6 +206,8 @@ def _models(exported: Exported, with_search: bool) -> Iterator[tuple[str, str, s
     elif segmenter_graph(exported) is not None:
         gives = f"`mask` UINT16 [H, W], places in `labels` BYTES [{len(exported.labels)}]"
         yield "`segment`", "`image` BYTES [1], of any size", gives
+    if use_of(exported) is not None:
+        yield blip_row(exported)
     if with_search:
         gives = "`scores` FP32 [N, k], `keys` BYTES [N, k], best first"
         yield "`search`", "`text` BYTES [N], `k` INT32 [1] (optional, 10)", gives
@@ -210,6 +226,10 @@ def _batches(exported: Exported, with_search: bool) -> str:
     has_classify = is_zero_shot(exported) or classifier_graph(exported) is not None
     lists = ["`classify`"] * has_classify + ["`search`"] * with_search
     lists += ["`segment`"] * (segmenter_graph(exported) is not None)
+    if (use := use_of(exported)) is not None:
+        lists.append(f"`{use}`")
+    if is_whole(exported):
+        return f"{lists[0]} takes lists of any length."
     return f"All{' but ' + ' and '.join(lists) if lists else ''} take a batch dimension in front."
 
 
@@ -233,7 +253,7 @@ def _curls(exported: Exported, with_search: bool) -> Iterator[str]:
                 kind=TRITON[one.dtype],
                 data=", ".join(["0"] * one.shape[0]),
             )
-    yield CONFIG.format(model_of(next(iter(exported.graphs.values()))))
+    yield CONFIG.format(use_of(exported) if is_whole(exported) else model_of(next(iter(exported.graphs.values()))))
     if with_search:
         yield DATA.substitute(model="search", name=TEXT, shape="[1]", kind="BYTES", data=cat)
 
@@ -242,13 +262,17 @@ def _program(exported: Exported) -> str:
     """Return a program that classifies or segments an image; empty where the server does neither."""
     if is_zero_shot(exported):
         title = "An image among labels, as `python classify.py IMAGE LABEL LABEL ...`"
-        return PROGRAM.substitute(title=title, request=ZERO_SHOT)
+        return PROGRAM.substitute(title=title, request=ZERO_SHOT, others=OTHERS)
     if classifier_graph(exported) is not None:
         return PROGRAM.substitute(
-            title="The best labels of an image, as `python classify.py IMAGE`", request=CLASSIFIER
+            title="The best labels of an image, as `python classify.py IMAGE`", request=CLASSIFIER, others=OTHERS
         )
     if segmenter_graph(exported) is not None:
-        return PROGRAM.substitute(title="What is where in an image, as `python segment.py IMAGE`", request=SEGMENTER)
+        title = "What is where in an image, as `python segment.py IMAGE`"
+        return PROGRAM.substitute(title=title, request=SEGMENTER, others=OTHERS)
+    if is_whole(exported):
+        title, request = FORMS[use_of(exported)].program
+        return PROGRAM.substitute(title=title, request=request, others="")
     return ""
 
 

@@ -13,6 +13,9 @@
 
                   image_segmenter ─► segment                                of a Segmenter
 
+    caption, answer or judge                                                of a BLIP that writes or judges: the whole export
+    embed_image, match_classifier ─► match                                  of a BLIP for retrieval, beside a CLIP's models
+
 A very small encoder is not chained: embed_* is then one python model that prepares the input and runs the encoder.
 
 A changed export adds a version to every model, under one number, so that the models of a version belong together. A
@@ -22,17 +25,12 @@ The code is not part of a version: it imports the clipress that is installed, so
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
 import shutil
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import AliasChoices, BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from clipress.errors import ArtifactError, ExportError
@@ -41,7 +39,6 @@ from clipress.runtime.export_folder import Exported, read_export
 from clipress.runtime.served import model_of
 from clipress.serve.engines import Engines, engines_from_export
 from clipress.serve.graphs import (
-    IMAGE,
     PREPARED_BY,
     TEXT,
     chain_of,
@@ -49,19 +46,22 @@ from clipress.serve.graphs import (
     embedder,
     inputs_for,
     is_zero_shot,
+    own_graphs,
     segmenter_graph,
+    use_of,
 )
 from clipress.serve.settings import ServeSettings
 from clipress.serve.sizing import sizing
-from clipress.serve.triton_config import Served, config_from, config_text, configs, options_for
+from clipress.serve.triton_blip import blip_code, blip_files
+from clipress.serve.triton_config import config_from, config_text, configs, options_for
+from clipress.serve.triton_files import Files, holds, link, put, warm_up_files
+from clipress.serve.triton_parts import Served
 from clipress.serve.triton_readme import readme
-from clipress.storage import read_json, sha256, write_whole
+from clipress.storage import read_json, write_whole
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-Files = dict[str, bytes | Path]
-"""Names below a folder, and their content or the file it is copied from."""
 RELEASE = "release.json"
 CODE = "model.py"
 SEARCH = "search"  # the one model that a version may lack
@@ -149,7 +149,7 @@ def served_version(repository: Path) -> int:
 
 def has_outdated_code(repository: Path) -> bool:
     """Return whether a version has code of another clipress. Raises ArtifactError for a damaged repository."""
-    return not all(_holds(repository / name, code) for name, code in _code_of_repository(repository).items())
+    return not all(holds(repository / name, code) for name, code in _code_of_repository(repository).items())
 
 
 def update_code(repository: Path) -> None:
@@ -160,9 +160,9 @@ def update_code(repository: Path) -> None:
     codes = _code_of_repository(repository)
 
     def fill(aside: Path) -> None:
-        shutil.copytree(repository, aside, copy_function=_link, dirs_exist_ok=True)
+        shutil.copytree(repository, aside, copy_function=link, dirs_exist_ok=True)
         for name, code in codes.items():
-            _put(aside / name, code, {})
+            put(aside / name, code, {})
 
     write_whole(repository, fill)
 
@@ -183,7 +183,7 @@ def _files(exported: Exported, backend: str, settings: ServeSettings) -> tuple[R
     """Return the release of a version, and its files of every model."""
     found: dict[str, Files] = {model: {} for sent, model in PREPARED_BY.items() if inputs_for(exported, sent)}
     engines: dict[str, Engines] = {}
-    for name, graph in exported.graphs.items():
+    for name, graph in own_graphs(exported).items():
         files: Files = {}
         if backend == "tensorrt":
             engines[name], sources = engines_from_export(exported, name, settings)
@@ -199,6 +199,8 @@ def _files(exported: Exported, backend: str, settings: ServeSettings) -> tuple[R
         found["classify"] = {}
     if segmenter_graph(exported) is not None:
         found["segment"] = {}
+    if (use := use_of(exported)) is not None:
+        found[use] = blip_files(exported, backend)
     if settings.index is not None:
         found[SEARCH] = _index(settings.index, exported)
     for model, code in _codes(exported, backend).items():
@@ -211,7 +213,7 @@ def _files(exported: Exported, backend: str, settings: ServeSettings) -> tuple[R
 def _codes(exported: Exported, backend: str) -> dict[str, Path]:
     """Return the file that becomes model.py, of every model that has one; `search` may be absent from a version."""
     codes = {model: model for sent, model in PREPARED_BY.items() if inputs_for(exported, sent)} | {SEARCH: SEARCH}
-    for graph in exported.graphs.values() if backend == "python" else ():
+    for graph in own_graphs(exported).values() if backend == "python" else ():
         codes[model_of(graph)] = "encoder"
         if (chain := chain_of(exported, graph)) and len(graph.inputs) == 1:
             codes[chain] = "fused"
@@ -221,6 +223,8 @@ def _codes(exported: Exported, backend: str) -> dict[str, Path]:
         codes["classify"] = "classify"
     elif segmenter_graph(exported) is not None:
         codes["segment"] = "segment"
+    if (use := use_of(exported)) is not None:
+        codes[use] = blip_code(exported)
     return {model: Path(__file__).with_name(f"{name}_model.py.txt") for model, name in codes.items()}
 
 
@@ -267,12 +271,12 @@ def _write(repository: Repository, added: Mapping[str, Files], release: Release,
         for config in made.values():
             config.version_policy.specific.versions.append(version)
     around: Files = {f"{model}/config.pbtxt": config_text(config).encode() for model, config in made.items()}
-    around |= _warm_up_files(made, exported.preprocess.size) | {
+    around |= warm_up_files(made, exported.preprocess.size) | {
         "README.md": readme(served, version, release.search, options_for(made.values())).encode(),
     }
     codes = {model: code for model, code in _codes(exported, repository.backend).items() if model in made}
     around |= _code_of_versions(folder, codes)
-    if not added and all(_holds(folder / name, content) for name, content in around.items()):
+    if not added and all(holds(folder / name, content) for name, content in around.items()):
         return  # A server that uses this folder is not disturbed.
 
     def fill(aside: Path) -> None:
@@ -280,11 +284,11 @@ def _write(repository: Repository, added: Mapping[str, Files], release: Release,
         for model in made:
             (aside / model).mkdir()
             for number in _versions(folder, model):
-                shutil.copytree(folder / model / str(number), aside / model / str(number), copy_function=_link)
+                shutil.copytree(folder / model / str(number), aside / model / str(number), copy_function=link)
             for name, content in added.get(model, {}).items():
-                _put(aside / model / str(version) / name, content, copies)
+                put(aside / model / str(version) / name, content, copies)
         for name, content in around.items():
-            _put(aside / name, content, copies)
+            put(aside / name, content, copies)
 
     write_whole(folder, fill)
 
@@ -354,44 +358,4 @@ def _same(files: Files, folder: Path) -> bool:
     """Return whether a version has these files. The code may differ: it is replaced in all versions."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     names = {path.as_posix() for path in found if "__pycache__" not in path.parts}  # servers leave those behind
-    return names == set(files) and all(_holds(folder / name, files[name]) for name in files.keys() - {CODE})
-
-
-def _holds(path: Path, content: bytes | Path) -> bool:
-    wanted = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256(content)
-    return path.is_file() and sha256(path) == wanted
-
-
-def _put(path: Path, content: bytes | Path, copies: dict[Path, Path]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # A linked file is the older repository's too: it must not be written to.
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content in copies:
-        _link(copies[content], path)
-    else:
-        shutil.copyfile(content, path)
-        copies[content] = path
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    """Share a file that is never written again; copy it if the disk has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _warm_up_files(made: Mapping[str, ModelConfig], size: int) -> Files:
-    """Return the real inputs that models are warmed up with, stored as Triton stores strings."""
-    from PIL import Image
-
-    ramp = np.linspace(0, 255, size * size * 3).reshape(size, size, 3).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(ramp).save(file, "JPEG")
-    contents = {IMAGE: file.getvalue(), TEXT: b"a photo of a cat"}
-    return {
-        f"{model}/warmup/{name}": struct.pack("<I", len(contents[name])) + contents[name]
-        for model, config in made.items()
-        for name in {one.input_data_file for warm_up in config.model_warmup for one in warm_up.inputs.values()} - {""}
-    }
+    return names == set(files) and all(holds(folder / name, files[name]) for name in files.keys() - {CODE})

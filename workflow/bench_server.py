@@ -16,6 +16,7 @@ from clipress.errors import RecipeError, nearest
 from clipress.progress import Say
 from clipress.recipe import overridden
 from clipress.runtime.export_folder import read_export
+from clipress.runtime.served import separate
 from clipress.serve.client import address_from
 from clipress.serve.triton_install import find_triton
 from clipress.serve.triton_server import TritonServer
@@ -62,7 +63,7 @@ def bench_run_server(run: Path, request: LoadRequest, say: Say) -> MeasuredLoads
     address = address_from(request.url) if request.url else None
     plan = read_plan(run)
     stage = plan.artifact(request.stage) if request.stage else choose_served(run, plan, say)
-    models = _choose_models(request.models, model_names(graphs_of(model_from_artifact(run / stage)).values()))
+    models = _choose_models(request.models, model_names(separate(graphs_of(model_from_artifact(run / stage))).values()))
     broken_by_load(gates, places_of(models, loads))  # Unknown metrics fail before anything is measured.
     if address is None:
         export_artifacts(run, plan, [stage], say)
@@ -76,6 +77,10 @@ def bench_run_server(run: Path, request: LoadRequest, say: Say) -> MeasuredLoads
 
 
 def _choose_models(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    if not known:
+        raise RecipeError(
+            "Expected a model that takes an image or a text alone; this run's takes images with words, or writes."
+        )
     for name in names:
         if name not in known:
             raise RecipeError(f"--model {name}: expected one of the models that can be loaded.{nearest(name, known)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipress.runtime.export_folder import read_export
-from clipress.serve.graphs import JUDGE, use_of
+from clipress.runtime.served import JUDGE, use_of
 from clipress.workflow.predict_blip import OPTIONS
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Run:
     def predict_command(self) -> str:
         """A command that asks the served artifact about an image; a classifier has its own labels."""
         exported = read_export(self.folder / "export" / self.served)
-        use, asks = use_of(exported), "" if exported.labels else " --labels NAME,NAME"
+        use, asks = use_of(exported.graphs), "" if exported.labels else " --labels NAME,NAME"
         if use is not None:
             asks = f" {OPTIONS[use]} TEXT" if use in OPTIONS else ""
         images = "IMAGE IMAGE" if use == JUDGE else "IMAGE"

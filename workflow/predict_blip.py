@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from clipress.errors import DataError
+from clipress.runtime.served import ANSWER, CAPTION, JUDGE, MATCH
 from clipress.serve.classify import LoadedModel
-from clipress.serve.graphs import ANSWER, CAPTION, JUDGE, MATCH, USES
+from clipress.serve.graphs import DEEDS
 
 OPTIONS = {ANSWER: "--question", JUDGE: "--statement", MATCH: "--text"}
 
@@ -33,7 +34,7 @@ def is_asked(model: LoadedModel, asked: Asked, labels: Sequence[str] | None) -> 
     """Return whether the model is a BLIP that is asked, and not to classify among labels. Raises DataError for what does not fit it."""
     for use, option in OPTIONS.items():
         if asked.of(use) and use != model.use:
-            raise DataError(f"{option}: expected a model that {USES[use][1]}, but this one {model.deed}. Leave it out.")
+            raise DataError(f"{option}: expected a model that {DEEDS[use]}, but this one {model.deed}. Leave it out.")
     if labels is not None and (model.use in (CAPTION, JUDGE) or asked.texts):
         about = "--text" if asked.texts else f"a model that {model.deed}"
         raise DataError(f"--labels and --labels-file cannot be used with {about}. Leave them out.")

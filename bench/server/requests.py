@@ -14,7 +14,7 @@ from clipress.data.eval_sets import EvalSet
 from clipress.data.transforms import Preprocess, fitted, normalised
 from clipress.runtime.export_folder import Exported
 from clipress.runtime.graph import Graph
-from clipress.runtime.served import IMAGE, SENT, TEXT, chain_name, model_of
+from clipress.runtime.served import IMAGE, SENT, TEXT, chain_name, model_of, separate
 
 IMAGES = 64  # that requests take turns with; the server caches no images
 
@@ -37,7 +37,7 @@ def request_templates(exported: Exported, sets: Sequence[EvalSet]) -> dict[str, 
     """Return the requests to each model of an export's repository, by the model's name; see `model_names`."""
     images = [image for one in sets for image in _images(one)][:IMAGES]
     found: list[RequestTemplate] = []
-    for graph in exported.graphs.values():
+    for graph in separate(exported.graphs).values():
         sent = _sent(graph)
         if sent == IMAGE:
             found += [_file_template(graph, images), _pixel_template(graph, _pixels(images, exported.preprocess))]
