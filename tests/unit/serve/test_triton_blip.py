@@ -18,6 +18,7 @@ from clipress.data.transforms import as_image
 from clipress.errors import ExportError, RecipeError
 from clipress.serve.classify import LoadedModel
 from clipress.serve.client import Client
+from clipress.serve.indexing import index_images
 from clipress.serve.settings import ServeSettings
 from clipress.serve.triton_repo import triton_repo_from_export
 from clipress.serve.triton_server import TritonServer
@@ -91,8 +92,8 @@ def printed_by_the_readme(server, folder, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def serving(triton, export, folder):
-    (repository,) = triton_repo_from_export(export, folder / "triton", SETTINGS)
+def serving(triton, export, folder, **more):
+    (repository,) = triton_repo_from_export(export, folder / "triton", SETTINGS.model_copy(update=more))
     return TritonServer(repository, triton=triton)
 
 
@@ -140,11 +141,15 @@ def test_a_server_judges_as_local_inference_does(triton, blip_exports, tmp_path)
         assert printed == [f"{expected[0]:.1%} likely to be true"]
 
 
-def test_a_server_embeds_and_matches_as_local_inference_does(triton, blip_exports, tmp_path):
+def test_a_server_embeds_searches_and_matches_as_local_inference_does(triton, blip_exports, tmp_path):
     export, local = blip_exports["retrieval"][0], LoadedModel(blip_exports["retrieval"][0], threads=1)
     paths, contents = files_of("retrieval", tmp_path, 10)
     texts = texts_of("retrieval")[:10]
-    with serving(triton, export, tmp_path) as server, triton_grpc.InferenceServerClient(server.grpc) as client:
+    index_images(str(tmp_path), export, tmp_path / "index", threads=1)
+    with (
+        serving(triton, export, tmp_path, index=tmp_path / "index") as server,
+        triton_grpc.InferenceServerClient(server.grpc) as client,
+    ):
         images = client.infer("embed_image", [tensor(triton_grpc, "image", column(contents[:8]))])
         np.testing.assert_allclose(images.as_numpy("image_embeds"), local.encode_image(paths[:8]), atol=1e-5)
         found = client.infer("embed_text", [tensor(triton_grpc, "text", column([text.encode() for text in texts[:8]]))])
@@ -154,5 +159,7 @@ def test_a_server_embeds_and_matches_as_local_inference_does(triton, blip_export
         with pytest.raises(InferenceServerException, match="as many images as texts, found 2 and 1"):
             client.infer("match", [strings("image", contents[:2]), strings("text", texts[:1])])
         with Client(f"grpc://{server.grpc}") as own:
-            found = own.classify(contents, ["red", "blue"]).values
+            found, hits = own.classify(contents, ["red", "blue"]).values, own.search(texts[0], 3)
+        nearest = np.argsort(-(local.encode_image(paths) @ local.encode_text(texts[0])[0]))[:3]
+        assert [hit.key for hit in hits] == [str(paths[place]) for place in nearest]
         np.testing.assert_allclose(found, local.classify(paths, ["red", "blue"]), atol=1e-5)
