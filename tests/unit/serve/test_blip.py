@@ -88,8 +88,8 @@ def test_pairs_have_the_probabilities_that_torch_computes(blip):
     loaded, model = blip["retrieval"]
     expected = of_pairs(model)[2].softmax(-1)[:, :, 1].numpy()
     found = loaded.match(images_of("retrieval"), texts_of("retrieval"))
-    np.testing.assert_allclose(found, np.diagonal(expected), atol=1e-5)
-    np.testing.assert_allclose(loaded.match(images_of("retrieval"), texts_of("retrieval")[0]), expected[0], atol=1e-5)
+    np.testing.assert_allclose(found, np.diagonal(expected), atol=1e-4)
+    np.testing.assert_allclose(loaded.match(images_of("retrieval"), texts_of("retrieval")[0]), expected[0], atol=1e-4)
     assert expected.std() > 0.01
 
 
@@ -99,10 +99,11 @@ def test_images_are_ranked_as_the_evaluation_ranks_them(blip, candidates):
     images, texts, logits = of_pairs(model)
     scores = loaded.rank(images_of("retrieval"), texts_of("retrieval"), candidates)
     for text, row in enumerate(texts @ images.T):
-        near = sorted(range(len(row)), key=lambda place: -row[place])
-        head = sorted(near[:candidates], key=lambda place: -(row[place] + logits[text, place, 1]))
-        assert np.argsort(-scores[text]).tolist() == head + near[candidates:]
+        near = np.argsort(-row)
+        head, behind = near[:candidates], near[candidates:]
         np.testing.assert_allclose(scores[text, head], row[head] + logits[text, head, 1].numpy(), atol=1e-4)
+        assert (scores[text, behind] < scores[text, head].min()).all()
+        np.testing.assert_allclose(np.diff(scores[text, behind]), np.diff(row[behind]), atol=1e-5)
     (figure,) = [
         outcomes
         for name, outcomes in evaluate_model(model, [replace(set_of("retrieval"), candidates=candidates)]).items()
