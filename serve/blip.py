@@ -19,7 +19,7 @@ from clipress.runtime.export_folder import Exported
 from clipress.runtime.graph import Run
 from clipress.runtime.onnx_session import run_of
 from clipress.runtime.served import ANSWER, CAPTION, JUDGE, MATCH
-from clipress.serve.graphs import DEEDS, IMAGE, TEXT, deed_of, use_of
+from clipress.serve.graphs import IMAGE, TEXT, USES, use_in_words, use_of
 from clipress.serve.images import ImageLike, as_list, pixels_of
 
 BATCH = 4  # images per call of ONNX Runtime: what a caption's beams read of an image may be 40 MB each
@@ -38,9 +38,9 @@ class Blip:
         return use_of(self.exported)
 
     @property
-    def deed(self) -> str:
+    def use_in_words(self) -> str:
         """What the model does, in words."""
-        return deed_of(self.exported)
+        return use_in_words(self.exported)
 
     def caption(self, images: ImageLike | Sequence[ImageLike], beams: int = BEAMS) -> list[str]:
         """Write a caption of every image by beam search; `beams` of 1 is greedy.
@@ -145,7 +145,7 @@ class Blip:
         """Raise ExportError for a model that is not for this."""
         if self.use != use:
             raise ExportError(
-                f"{self.exported.folder}: expected a model that {DEEDS[use]}, found one that {self.deed}. Load such an export."
+                f"{self.exported.folder}: expected a model that {USES[use]}, found one that {self.use_in_words}. Load such an export."
             )
 
     def _pixels(self, images: Sequence[ImageLike]) -> np.ndarray:

@@ -108,7 +108,7 @@ class LoadedModel(Blip):
         """
         graph = self._masks
         if graph is None:
-            raise ExportError(f"{self.exported.folder}: expected a Segmenter, found a model that {self.deed}.")
+            raise ExportError(f"{self.exported.folder}: expected a Segmenter, found a model that {self.use_in_words}.")
 
         session, takes, gives = self.sessions[graph.name], graph.inputs[0].name, graph.outputs[0].name
 

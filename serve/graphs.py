@@ -11,7 +11,7 @@ from clipress.runtime.graph import Graph, Input
 from clipress.runtime.served import ANSWER, CAPTION, IMAGE, JUDGE, MATCH, SENT, TEXT, chain_name
 
 PREPARED_BY = {IMAGE: "preprocess", TEXT: "tokenize"}
-DEEDS = {
+USES = {
     CAPTION: "writes captions of images",
     ANSWER: "answers questions about images",
     JUDGE: "judges statements about two images",
@@ -42,7 +42,7 @@ def chain_of(exported: Exported, graph: Graph) -> str | None:
 
 
 def use_of(exported: Exported) -> str | None:
-    """Return what a BLIP is for, one of DEEDS; None for other models."""
+    """Return what a BLIP is for, one of USES; None for other models."""
     return served.use_of(exported.graphs)
 
 
@@ -56,10 +56,10 @@ def is_whole(exported: Exported) -> bool:
     return not own_graphs(exported)
 
 
-def deed_of(exported: Exported) -> str:
+def use_in_words(exported: Exported) -> str:
     """Say what a model does, as "writes captions of images"."""
     if use := use_of(exported):
-        return DEEDS[use]
+        return USES[use]
     if classifier_graph(exported) is not None:
         return "classifies images among its own labels"
     if segmenter_graph(exported) is not None:
@@ -95,7 +95,7 @@ def embedder(exported: Exported, side: str) -> Graph:
     graph = exported.graphs.get(side)
     if graph is None or graph.agrees != "embeddings" or len(graph.outputs[0].shape) != 1:
         raise ExportError(
-            f"{exported.folder}: expected a graph '{side}' that gives embeddings, found a model that {deed_of(exported)}. "
+            f"{exported.folder}: expected a graph '{side}' that gives embeddings, found a model that {use_in_words(exported)}. "
             "Use the export of a CLIP."
         )
     return graph

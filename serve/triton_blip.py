@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from clipress.errors import ExportError
 from clipress.runtime.export_folder import DESCRIPTION, Exported
 from clipress.runtime.served import ANSWER, CAPTION, JUDGE, MATCH
-from clipress.serve.graphs import IMAGE, TEXT, deed_of, is_whole, use_of
+from clipress.serve.graphs import IMAGE, TEXT, is_whole, use_in_words, use_of
 from clipress.serve.sizing import helpers
 from clipress.serve.triton_files import Files
 from clipress.serve.triton_parts import FP32, STRING, Served, add_instances, begin, limit_rate, set_parameters
@@ -108,7 +108,7 @@ def blip_files(exported: Exported, backend: str) -> Files:
         return {}
     if backend == "tensorrt":
         raise ExportError(
-            f"{exported.folder}: a model that {deed_of(exported)} is served by ONNX Runtime, found the backend tensorrt. Use the "
+            f"{exported.folder}: a model that {use_in_words(exported)} is served by ONNX Runtime, found the backend tensorrt. Use the "
             "backend python."
         )
     files = [

@@ -17,13 +17,13 @@ from clipress.serve.graphs import (
     TEXT,
     chain_of,
     classifier_graph,
-    deed_of,
     inputs_for,
     is_whole,
     is_zero_shot,
     own_graphs,
     segmenter_graph,
     sent_for,
+    use_in_words,
     use_of,
 )
 from clipress.serve.triton_blip import FORMS, blip_row
@@ -181,7 +181,7 @@ def _about(exported: Exported) -> str:
     if classifier_graph(exported) is not None:
         return f"The classifier has {len(exported.labels)} labels."
     if exported.logit_scale is None:
-        return f"The model {deed_of(exported)}."
+        return f"The model {use_in_words(exported)}."
     return "Embeddings have unit length; cosine times `logit_scale` is the logit."
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from clipress.errors import DataError
 from clipress.runtime.served import ANSWER, CAPTION, JUDGE, MATCH
 from clipress.serve.classify import LoadedModel
-from clipress.serve.graphs import DEEDS
+from clipress.serve.graphs import USES
 
 OPTIONS = {ANSWER: "--question", JUDGE: "--statement", MATCH: "--text"}
 
@@ -34,13 +34,15 @@ def is_asked(model: LoadedModel, asked: Asked, labels: Sequence[str] | None) -> 
     """Return whether the model is a BLIP that is asked, and not to classify among labels. Raises DataError for what does not fit it."""
     for use, option in OPTIONS.items():
         if asked.of(use) and use != model.use:
-            raise DataError(f"{option}: expected a model that {DEEDS[use]}, but this one {model.deed}. Leave it out.")
+            raise DataError(
+                f"{option}: expected a model that {USES[use]}, but this one {model.use_in_words}. Leave it out."
+            )
     if labels is not None and (model.use in (CAPTION, JUDGE) or asked.texts):
-        about = "--text" if asked.texts else f"a model that {model.deed}"
+        about = "--text" if asked.texts else f"a model that {model.use_in_words}"
         raise DataError(f"--labels and --labels-file cannot be used with {about}. Leave them out.")
     if model.use in OPTIONS and not asked.of(model.use) and (model.use != MATCH or labels is None):
         or_labels = ", or --labels to classify images" if model.use == MATCH else ""
-        raise DataError(f"This model {model.deed}: set {OPTIONS[model.use]}{or_labels}.")
+        raise DataError(f"This model {model.use_in_words}: set {OPTIONS[model.use]}{or_labels}.")
     return model.use is not None and (model.use != MATCH or labels is None)
 
 

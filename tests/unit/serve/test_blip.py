@@ -135,7 +135,7 @@ CALLS = {
     "nlvr": lambda model: model.judge(b"", b"", "."),
     "retrieval": lambda model: model.match(b"", "."),
 }
-DEEDS = {
+USES = {
     "caption": "writes captions of images",
     "vqa": "answers questions about images",
     "nlvr": "judges statements about two images",
@@ -147,15 +147,15 @@ DEEDS = {
 def test_a_method_of_another_model_says_what_this_one_is_for(blip, task, tmp_path):
     loaded = blip[task][0]
     for other in DATA.keys() - {task}:
-        with pytest.raises(ExportError, match=f"a model that {DEEDS[other]}, found one that {DEEDS[task]}"):
+        with pytest.raises(ExportError, match=f"a model that {USES[other]}, found one that {USES[task]}"):
             CALLS[other](loaded)
-    with pytest.raises(ExportError, match=f"expected a Segmenter, found a model that {DEEDS[task]}"):
+    with pytest.raises(ExportError, match=f"expected a Segmenter, found a model that {USES[task]}"):
         loaded.segment(b"")
-    with pytest.raises(ExportError, match=f"{DEEDS[task]}, found one that finds its labels at every pixel"):
+    with pytest.raises(ExportError, match=f"{USES[task]}, found one that finds its labels at every pixel"):
         CALLS[task](LoadedModel(write_segmenter(tmp_path / "segmenter")))
-    with pytest.raises(ExportError, match=f"{DEEDS[task]}, found one that classifies images"):
+    with pytest.raises(ExportError, match=f"{USES[task]}, found one that classifies images"):
         CALLS[task](LoadedModel(write_classifier(tmp_path / "classifier")))
-    with pytest.raises(ExportError, match=f"{DEEDS[task]}, found one that embeds images and texts"):
+    with pytest.raises(ExportError, match=f"{USES[task]}, found one that embeds images and texts"):
         CALLS[task](LoadedModel(write_export(tmp_path / "clip")))
     with pytest.raises(DataError, match="not a readable image"):
         CALLS[task](loaded)
@@ -164,7 +164,7 @@ def test_a_method_of_another_model_says_what_this_one_is_for(blip, task, tmp_pat
 @pytest.mark.parametrize("task", ["caption", "vqa", "nlvr"])
 def test_states_are_no_embeddings(blip, task):
     for call in (blip[task][0].encode_image, lambda image: blip[task][0].classify(image, ["cat", "dog"])):
-        with pytest.raises(ExportError, match=f"gives embeddings, found a model that {DEEDS[task]}"):
+        with pytest.raises(ExportError, match=f"gives embeddings, found a model that {USES[task]}"):
             call(b"")
 
 
