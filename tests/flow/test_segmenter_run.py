@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import clipress
 from PIL import Image
-from small_vit_run import STAGES, recipe_of, run_of
+from small_run import STAGES, recipe_of, run_of
 
 import clipress as api
 from clipress.artifact import read_header

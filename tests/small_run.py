@@ -1,8 +1,8 @@
-"""Shared by the runs of tasks with one graph `image`: a short recipe of every stage, and the run that it gives."""
+"""Shared by the runs of tasks other than CLIP's: a short recipe of every stage, and the run that it gives."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,13 @@ STAGES = ["teacher", "pruned", "recovered", "sparse", "int8"]
 SHORT = {"steps": 4, "batch_size": 16}
 
 
-def recipe_of(task: str, source: str, student: Mapping[str, Any], held_out: int) -> dict[str, Any]:
-    """Return a recipe on an embedded set, `held_out` of whose items are evaluated; its teacher is trained for 30 steps."""
+def recipe_of(
+    task: str, source: str, student: Mapping[str, Any], held_out: int, losses: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return a recipe on an embedded set, `held_out` of whose items are evaluated; its teacher is trained for 30 steps.
+
+    The cut model recovers by `losses`; by default by the task's own, by logits and by tokens.
+    """
     train = [{"format": source, "limit": 64}]
     teacher = {
         "name": "dense",
@@ -33,7 +38,7 @@ def recipe_of(task: str, source: str, student: Mapping[str, Any], held_out: int)
         "data": {"train": train, **sets},
         "stages": [
             {"prune": {"budget": {"params": 0.5}, "align": {"head_dim": 4, "ffn": 16}, **SHORT}},
-            {"distill": {"losses": [task, "logits", "tokens"], **SHORT}},
+            {"distill": {"losses": list(losses or (task, "logits", "tokens")), **SHORT}},
             {"sparsify": SHORT},
             {"quantize": {"calibrate": 16, **SHORT}},
         ],
