@@ -111,12 +111,11 @@ def manifest_of(
             "all views identical. Set 'data.augment', or 'views: 1'."
         )
     device, task = next(model.module.parameters()).device, task_named(model.task)
-    scale, bias = (getattr(model.module, name, None) for name in ("logit_scale", "logit_bias"))
-    output = task.graphs(model)[task.main_graph].outputs[0]
+    about, output = task.describe(model), task.graphs(model)[task.main_graph].outputs[0]
     return Manifest(
         teacher=teacher_hash,
-        logit_scale=None if scale is None else float(scale.detach().double().exp()),
-        logit_bias=None if bias is None else float(bias),
+        logit_scale=about.get("logit_scale"),
+        logit_bias=about.get("logit_bias"),
         preprocess=model.preprocess,
         tokenizer=model.tokenizer,
         source=source.name,

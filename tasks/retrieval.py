@@ -37,7 +37,7 @@ from clipress.tasks.blip import (
     refuse_other_data,
     text_input,
 )
-from clipress.tasks.clip import OUTPUTS, SIDES, ClipLesson, encoder
+from clipress.tasks.clip import ARRAYS, OUTPUTS, SIDES, ClipLesson, encoder
 from clipress.tasks.training import Batch, Gather, Outputs, TrainingJob, TrainingModule
 
 if TYPE_CHECKING:
@@ -94,6 +94,11 @@ class Retrieval(BlipTask):
 
     def inputs_of(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {FORWARD: {"pixel_values": arrays["pixels"], "input_ids": arrays["ids"]}}
+
+    def cached_rows(self, module: nn.Module, name: str, rows: Tensor) -> Tensor:
+        if name == ARRAYS[IMAGE]:
+            return module.image_features(module.image(rows))
+        return module.text_features(rows, rows != blip.PAD)
 
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
         pixels = sample_images(sets, preprocess)

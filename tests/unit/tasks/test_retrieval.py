@@ -19,9 +19,13 @@ from clipress.compress.prune.search import run as prune
 from clipress.compress.quantize import Quantize
 from clipress.compress.quantize import run as quantize
 from clipress.compress.settings import Runtime, Training
+from clipress.compress.teacher_cache import build_cache
 from clipress.compress.train import train
+from clipress.data.dataset import TrainingSet
 from clipress.data.eval_sets import evalsets
+from clipress.data.sampler import Draw
 from clipress.data.spec import DataSpec, SourceSpec
+from clipress.data.transforms import Augment, normalised
 from clipress.errors import RecipeError
 from clipress.export.settings import OnnxSettings
 from clipress.export.to_onnx import onnx_from_artifact
@@ -241,6 +245,21 @@ def test_upops_search_cuts_it(trained, context):
     )  # fmt: skip
     _, details = prune(settings, trained.copy(), context)
     assert 0.35 < details["block_params_kept"] < 0.75
+
+
+def test_a_cached_teacher_says_what_one_that_runs_does(trained, context, tmp_path):
+    source = SETS[0].source
+    cache = build_cache(trained, source, Augment(), 1, tmp_path, teacher_hash="hash", say=lambda _: None)
+    rows = TrainingSet([source], trained.preprocess, trained.tokenize(), Augment(), 0, [[cache]])
+    arrays = rows.__getitems__([Draw(0, place, 0) for place in range(6)])
+    lesson = lesson_of(trained, ("pairs", "teacher", "space"))
+    tensors = {name: torch.from_numpy(found) for name, found in arrays.items() if name != "bad"}
+    found = lesson.cached_outputs(tensors, 0, cache.manifest.logit_scale)
+    pixels = torch.from_numpy(normalised(arrays["pixels"], trained.preprocess))
+    with torch.no_grad():
+        wanted = lesson.module(trained.module)(pixels, tensors["ids"], tensors["group"])
+    for name in ("image", "text", "scale"):
+        torch.testing.assert_close(found[name].float(), wanted[name], atol=2e-3, rtol=2e-3)
 
 
 def test_labeled_images_are_classified_by_their_prompts(trained):
