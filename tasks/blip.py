@@ -162,6 +162,9 @@ class BlipTask(Task):
             "artifact."
         )
 
+    def graph_of(self, tower: str) -> str:
+        return FORWARD
+
     def cached_rows(self, module: nn.Module, name: str, rows: Tensor) -> Tensor:
         raise RecipeError(_NO_CACHE)
 

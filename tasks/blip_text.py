@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipress.models import blip
-from clipress.tasks.blip import FORWARD, BlipLesson, BlipTask, vocabulary_size
+from clipress.tasks.blip import BlipLesson, BlipTask, vocabulary_size
 from clipress.tasks.training import Batch, Features, Gather, Outputs, TrainingJob
 
 
@@ -24,9 +24,6 @@ class BlipText(BlipTask):
         "sparsify": {"losses": ["lm"]},
         "quantize": {"losses": ["logits"]},
     }
-
-    def graph_of(self, tower: str) -> str:
-        return FORWARD
 
     def graphs_of_tower(self, tower: str) -> tuple[str, ...]:
         return (tower,)

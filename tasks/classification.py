@@ -29,7 +29,7 @@ from clipress.models.weights_file import Which
 from clipress.recipe import Section, checked
 from clipress.runtime.graph import Arrays, Graph, Input, Output, Run
 from clipress.tasks import TASKS, Task, Tokenize, sample_images
-from clipress.tasks.training import Batch, Features, Gather, Lesson, Outputs, TrainingJob, TrainingModule
+from clipress.tasks.training import Batch, Gather, Lesson, Outputs, TrainingJob, TrainingModule, features_of_logits
 
 if TYPE_CHECKING:
     from clipress.data.eval_sets import EvalSet
@@ -250,18 +250,14 @@ class ClassifierLesson(Lesson):
             others = torch.where(others < 0, others, others % self.num_classes)
             mixing = {"other_labels": gather.own(others), "shares": gather.own(arrays["share"])}
         return Batch(
-            _features(outputs, gather),
-            tuple(_features(one, gather) for one in teachers),
+            features_of_logits(outputs, gather),
+            tuple(features_of_logits(one, gather) for one in teachers),
             groups=gather.rows(arrays["group"]),
             labels=gather.own(labels),
             all_labels=gather.rows(labels),
             sides=self.learning,
             **mixing,
         )
-
-
-def _features(outputs: Outputs, gather: Gather) -> Features:
-    return Features(logits=gather.own(outputs["logits"]), tokens=gather.own_tokens(outputs))
 
 
 def _refuse_unlabelled(job: TrainingJob) -> None:

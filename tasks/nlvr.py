@@ -33,7 +33,7 @@ from clipress.tasks.blip import (
     image_inputs,
     text_input,
 )
-from clipress.tasks.training import Batch, Features, Gather, Outputs, TrainingJob, TrainingModule
+from clipress.tasks.training import Batch, Gather, Outputs, TrainingJob, TrainingModule, features_of_logits
 
 if TYPE_CHECKING:
     from clipress.data.eval_sets import EvalSet
@@ -64,9 +64,6 @@ class Nlvr(BlipTask):
             "reason": Graph(name="reason", inputs=reads, outputs=(Output(name=LOGITS, shape=(2,)),), agrees="logits"),
         }
 
-    def graph_of(self, tower: str) -> str:
-        return FORWARD
-
     def graphs_of_tower(self, tower: str) -> tuple[str, ...]:
         return (IMAGE,) if tower == IMAGE else ("reason",)
 
@@ -86,9 +83,7 @@ class Nlvr(BlipTask):
             _refuse_without_pairs(one)
         first = sample_images(sets, preprocess)
         second = [next(one.pixel_batches(preprocess, SAMPLES, others=True)) for one in sets]
-        texts = [
-            one.source.captions(place)[0] for one, rows in zip(sets, first, strict=True) for place in range(len(rows))
-        ]
+        texts = [text for one, rows in zip(sets, first, strict=True) for text in one.first_texts(len(rows))]
         return {IMAGE: {"pixel_values": np.concatenate(first + second)}, "reason": {"input_ids": tokenize(texts)}}
 
     def completed(self, samples: Mapping[str, Arrays], run: Mapping[str, Run]) -> dict[str, Arrays]:
@@ -118,7 +113,7 @@ def _refuse_without_pairs(one: EvalSet) -> None:
 
 def logits_of(run: Mapping[str, Run], one: EvalSet, preprocess: Preprocess, tokenize: Tokenize) -> np.ndarray:
     """Return the logits [N, 2] of every statement of a set."""
-    ids = tokenize([one.source.captions(place)[0] for place in range(len(one.source))])
+    ids = tokenize(one.first_texts(len(one.source)))
     pairs = zip(batches_of(one, preprocess), batches_of(one, preprocess, others=True), strict=True)
     return np.concatenate([judge(run, first, second, ids[places]) for (places, first), (_, second) in pairs])
 
@@ -166,14 +161,10 @@ class NlvrLesson(BlipLesson):
         gather: Gather,
     ) -> Batch:
         return Batch(
-            _features(outputs, gather),
-            tuple(_features(one, gather) for one in teachers),
+            features_of_logits(outputs, gather),
+            tuple(features_of_logits(one, gather) for one in teachers),
             groups=gather.rows(arrays["group"]),
             labels=gather.own(arrays["label"]),
             all_labels=gather.rows(arrays["label"]),
             sides=self.learning,
         )
-
-
-def _features(outputs: Outputs, gather: Gather) -> Features:
-    return Features(logits=gather.own(outputs["logits"]), tokens=gather.own_tokens(outputs))

@@ -73,9 +73,6 @@ class Retrieval(BlipTask):
             MATCH: Graph(name=MATCH, inputs=(ids, states.as_input()), outputs=(pair,), agrees="logits"),
         }
 
-    def graph_of(self, tower: str) -> str:
-        return FORWARD
-
     def graphs_of_tower(self, tower: str) -> tuple[str, ...]:
         return (IMAGE,) if tower == IMAGE else (TEXT, MATCH)
 

@@ -213,6 +213,11 @@ class Gather:
         return rows if self.local else self.rows(rows)
 
 
+def features_of_logits(outputs: Outputs, gather: Gather) -> Features:
+    """Return the features of a module that gives one row of logits per item, and token features if they are hooked."""
+    return Features(logits=gather.own(outputs["logits"]), tokens=gather.own_tokens(outputs))
+
+
 class TrainingModule(nn.Module):
     """Base class of what a training step calls: a model, with hooks on the towers whose token features losses read."""
 

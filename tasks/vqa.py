@@ -148,7 +148,7 @@ def answers_of(run: Mapping[str, Run], one: EvalSet, preprocess: Preprocess, tok
         raise RecipeError(
             f"data: {one.name} has no list of answers to choose from. Set 'answers' to one, or 'beam_search' to write answers."
         )
-    ids = tokenize([one.source.captions(place)[0] for place in range(len(one.source))])
+    ids = tokenize(one.first_texts(len(one.source)))
     found = []
     for places, pixels in batches_of(one, preprocess):
         asked = Questions(run, pixels, ids[places], pieces)

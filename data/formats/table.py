@@ -1,6 +1,6 @@
 """Tables of pairs that stay in their file: of a row only its place is kept, 8 bytes however long it is.
 
-Opening a table reads it once, since every row is checked. Rows are read again when they are required. What was found in a
+Opening a table reads it once, since every row is checked. Rows are read again when they are needed. What was found in a
 long table is kept in the cache folder, unless images were missing: they may have come by the next time.
 """
 
