@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -36,6 +40,34 @@ COMMANDS = {
 }
 
 
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came outside training, which ends after a step instead (compress/signals.py)."""
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM raise Terminated, so that files and locks are cleaned up; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    process = os.getpid()
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() != process:  # a worker that was forked from this process
+            signal.raise_signal(signal.SIGTERM)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class LazyGroup(click.Group):
     """Imports a command when it is named; a user's mistake is one message and exit code 2."""
 
@@ -50,11 +82,16 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with sigterm_interrupts():
+                return super().invoke(ctx)
         except Stopped as stop:
             if is_first_process():
                 click.echo(stop, err=True)
             ctx.exit(stop.exit_code)
+        except Terminated:
+            if is_first_process():
+                click.echo("Stopped by SIGTERM. Finished work is kept; run the same command again to resume.", err=True)
+            ctx.exit(TERMINATED)
         except KeyboardInterrupt:
             click.echo("Interrupted. Finished work is kept; run the same command again to resume.", err=True)
             ctx.exit(130)

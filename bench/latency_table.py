@@ -1,7 +1,8 @@
 """A latency cost table: what a block costs on the target as its widths shrink. `prune` reads it and never measures.
 
 One block of each tower is cut to a few widths, exported and timed with ONNX Runtime, all variants in turns. Per tower and
-kind of unit, the table has the milliseconds of one block at so many levels, with the other kinds at full width.
+kind of unit, the table has the milliseconds of one block at so many levels, with the other kinds at full width. A block with
+cross-attentions reads memories of their full length, and makes keys and values of them in every pass.
 """
 
 from __future__ import annotations
@@ -9,20 +10,21 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clipress.bench.latency import measure_in_turns
-from clipress.errors import RecipeError
 from clipress.models import anatomy, surgery
 from clipress.models.anatomy import Attn, Block, Part
 from clipress.models.load import Model
+from clipress.models.parts import cost_name
 from clipress.runtime.onnx_session import open_session
 
 SCHEMA_VERSION = 1
@@ -38,31 +40,54 @@ class Conditions:
     duration_ms: float
 
 
+@dataclass(frozen=True)
+class Cuttable:
+    """One kind of unit in a block, which is measured at several widths."""
+
+    block: Block
+    index: int
+    """Which part of the block has these units."""
+    kind: str
+    """`heads`, `qk`, `v` or `ffn`."""
+
+    @property
+    def part(self) -> Part:
+        return self.block.parts[self.index]
+
+    @property
+    def name(self) -> str:
+        """The key in the table."""
+        return cost_name(self.part, self.kind)
+
+    @property
+    def levels(self) -> list[int]:
+        """The widths that are measured."""
+        return levels_of(unit_counts(self.part)[self.kind], self.part.qk_unit if self.kind == "qk" else 1)
+
+
+def cuttables(model: nn.Module) -> list[Cuttable]:
+    """Return what is measured: every kind of unit in the first block of each tower; of equal cross-attentions the first."""
+    found: dict[tuple[str, str], Cuttable] = {}
+    for tower in anatomy.towers(model):
+        # ConvNeXt's blocks are of many shapes, so one cannot stand for all.
+        blocks = (block for block in anatomy.blocks(model) if block.tower == tower and block.attends)
+        for block in islice(blocks, 1):
+            for index, part in enumerate(block.parts):
+                for kind in unit_counts(part):
+                    one = Cuttable(block, index, kind)
+                    found.setdefault((tower, one.name), one)
+    return list(found.values())
+
+
 def cost_table(
     model: Model, batch: int, threads: int, duration_ms: float, done: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measure one block of each tower. `done` is called with each tower and kind that has been measured.
-
-    Raises RecipeError for blocks with cross-attentions, whose costs the table cannot tell from those of their self-attention.
-    """
-    if crossed := next((block for block in anatomy.blocks(model.module) if block.memory), None):
-        raise RecipeError(
-            f"latency-table: expected blocks with one attention, found {crossed.name} with cross-attentions too. Use a budget "
-            "of params or macs."
-        )
+    """Measure one block of each tower. `done` is called with each tower and kind that has been measured."""
     conditions = Conditions(batch, threads, duration_ms)
-    firsts: dict[str, Block] = {}
-    for block in filter(lambda block: block.attends, anatomy.blocks(model.module)):  # ConvNeXt's are of many shapes
-        firsts.setdefault(block.tower, block)
     towers: dict[str, dict[str, Any]] = {}
-    for tower, block in firsts.items():
-        towers[tower] = {}
-        for index, part in enumerate(block.parts):
-            for kind, units in unit_counts(part).items():
-                towers[tower][kind] = _curve(
-                    block, index, kind, levels_of(units, part.qk_unit if kind == "qk" else 1), conditions
-                )
-                done(f"{tower} {kind}")
+    for one in cuttables(model.module):
+        towers.setdefault(one.block.tower, {})[one.name] = _curve(one, conditions)
+        done(f"{one.block.tower} {one.name}")
     return {"schema_version": SCHEMA_VERSION, "batch": batch, "threads": threads, "towers": towers}
 
 
@@ -78,22 +103,42 @@ def levels_of(units: int, step: int = 1) -> list[int]:
     return sorted({step * max(round(units // step * point / POINTS), 1) for point in range(1, POINTS + 1)})
 
 
-def _curve(block: Block, index: int, kind: str, levels: list[int], conditions: Conditions) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    inputs = rng.standard_normal((conditions.batch, block.tokens, block.width), dtype=np.float32)
+def _curve(one: Cuttable, conditions: Conditions) -> dict[str, Any]:
+    inputs, levels = inputs_of(one.block, conditions.batch), one.levels
     with tempfile.TemporaryDirectory() as folder:
         queries = {}
         for level in levels:
             path = Path(folder) / f"{level}.onnx"
-            _export(narrow_block(block, index, kind, level), inputs, path)
+            _export(Alone(narrow_block(one.block, one.index, one.kind, level)), inputs, path)
             session = open_session(path, conditions.threads)
-            queries[str(level)] = lambda session=session: session.run(None, {"x": inputs})
+            queries[str(level)] = lambda session=session: session.run(None, inputs)
         measured = measure_in_turns(queries, warm_up_ms=20, duration_ms=conditions.duration_ms, iterations=10)
     times = [float(np.median(measured[str(level)].latency)) for level in levels]
     # a block without any unit of a kind cannot be measured alone: extend the line through the two narrowest
     slope = (times[1] - times[0]) / (levels[1] - levels[0]) if len(levels) > 1 else times[0] / levels[0]
     at_zero = max(times[0] - max(slope, 0.0) * levels[0], 0.0)
     return {"levels": [0, *levels], "ms": [round(ms, 6) for ms in (at_zero, *times)]}
+
+
+def inputs_of(block: Block, batch: int) -> dict[str, np.ndarray]:
+    """Return random tokens `x` of a block, and `memory_0`, ... that its cross-attentions read."""
+    rng = np.random.default_rng(0)
+    sizes = {"x": (block.tokens, block.width)}
+    crosses = [part for part in block.parts if isinstance(part, Attn) and part.is_cross]
+    sizes |= {f"memory_{number}": (part.memory, part.memory_width) for number, part in enumerate(crosses)}
+    return {name: rng.standard_normal((batch, *size), dtype=np.float32) for name, size in sizes.items()}
+
+
+class Alone(nn.Module):
+    """A block that is called with its tokens and memories, without masks."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, *memories: Tensor) -> Tensor:
+        """Run the block on [B, N, W] and memories [B, M, V]."""
+        return self.block(x, memories=memories) if memories else self.block(x)
 
 
 def narrow_block(block: Block, index: int, kind: str, level: int) -> nn.Module:
@@ -110,9 +155,8 @@ def narrow_block(block: Block, index: int, kind: str, level: int) -> nn.Module:
     return twin.module.eval()
 
 
-def _export(module: nn.Module, inputs: np.ndarray, path: Path) -> None:
+def _export(module: nn.Module, inputs: Mapping[str, np.ndarray], path: Path) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            module, (torch.from_numpy(inputs),), str(path), input_names=["x"], opset_version=18, dynamo=False
-        )
+        tensors = tuple(map(torch.from_numpy, inputs.values()))
+        torch.onnx.export(module, tensors, str(path), input_names=list(inputs), opset_version=18, dynamo=False)

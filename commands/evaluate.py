@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Prompt with {} for the label; repeatable.",
 )
+@click.option("--softmax", is_flag=True, help="Make a SigLIP's probabilities of the labels sum to 1, as a CLIP's do.")
 @click.option("--question", help="Ask a BLIP for questions; it chooses among --labels, or writes the answer.")
 @click.option("--statement", help="Ask a BLIP for statements whether this is true of two images.")
 @click.option("--text", "texts", multiple=True, help="Rank the images by this with a BLIP for retrieval; repeatable.")
@@ -50,6 +51,7 @@ def predict(
     labels: str | None,
     labels_file: Path | None,
     templates: tuple[str, ...],
+    softmax: bool,
     question: str | None,
     statement: str | None,
     texts: tuple[str, ...],
@@ -78,7 +80,7 @@ def predict(
             raise click.UsageError("--stage selects an artifact of a run; it cannot be used with --url.")
         if asked != Asked():
             raise click.UsageError("--question, --statement and --text ask the model of a run; leave --url out.")
-        _predict_with_server(Server(url, timeout, in_flight), images, names, templates, as_json)
+        _predict_with_server(Server(url, timeout, in_flight), images, names, templates, softmax, as_json)
         return
     run, *rest = images
     if not rest:
@@ -98,7 +100,7 @@ def predict(
         _print_masks(overlays_of_masks(model, files, out or run / "predicted"), as_json)
         return
     names = names or model.labels or labels_from(None, None)
-    for file, row in zip(files, model.classify(files, names, templates), strict=True):
+    for file, row in zip(files, model.classify(files, names, templates, softmax), strict=True):
         click.echo(_prediction(file, names, row, as_json))
 
 
@@ -123,7 +125,12 @@ def _print_masks(masks: Iterable[tuple[Path, Path, dict[str, float]]], as_json: 
 
 
 def _predict_with_server(
-    server: Server, images: Sequence[Path], labels: list[str] | None, templates: Sequence[str], as_json: bool
+    server: Server,
+    images: Sequence[Path],
+    labels: list[str] | None,
+    templates: Sequence[str],
+    softmax: bool,
+    as_json: bool,
 ) -> None:
     from clipress.workflow.predict import images_in, labels_from, labels_of_server, predict_with_server
 
@@ -134,7 +141,8 @@ def _predict_with_server(
         files = list(files)  # A list gives the progress bar a total.
     progress = not sys.stdout.isatty()  # On a terminal the printed answers show the progress.
     total, failed = 0, []
-    for total, answer in enumerate(predict_with_server(server, files, names, known, templates, progress), 1):  # noqa: B007
+    answers = predict_with_server(server, files, names, known, templates, softmax, progress)
+    for total, answer in enumerate(answers, 1):  # noqa: B007
         if answer.value is not None:
             click.echo(_prediction(answer.item, names, answer.value, as_json))
             continue

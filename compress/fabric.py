@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -143,6 +143,11 @@ def gathered(local: Tensor, fabric: Fabric) -> Tensor:
     if fabric.world_size == 1:
         return local
     return fabric.all_gather(local, sync_grads=local.requires_grad).flatten(0, 1)
+
+
+def all_reduce(rows: Tensor, how: Literal["max", "sum"], fabric: Fabric) -> Tensor:
+    """Return the maximum or the sum of a tensor over processes."""
+    return rows if fabric.world_size == 1 else fabric.all_reduce(rows, reduce_op=how)
 
 
 def all_sum(total: Tensor, fabric: Fabric) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -88,5 +89,6 @@ def _lesson(
         towers=config.towers,
         sources=tuple(context.sources()),
         cached=bool(context.caches),
+        rows_of_all=partial(gathered, fabric=context.fabric),
     )
     return task.lesson(job), teachers

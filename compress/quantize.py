@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from clipress.compress.bias_correction import correct_biases
 from clipress.compress.calibration import Calibration, layers_reached
 from clipress.compress.context import Context
-from clipress.compress.fabric import all_sum
+from clipress.compress.fabric import all_reduce, all_sum
 from clipress.compress.losses import Losses, terms_from
 from clipress.compress.sensitivity import first_samples, keep_sensitive, sensitivities
 from clipress.compress.settings import Training
@@ -72,7 +72,8 @@ def run(settings: Quantize, model: Model, context: Context) -> tuple[Model, dict
         details["not_reached"] = left
     names = reached
     calibration = Calibration(model, settings, context, settings.calibrate)
-    quantizers.attach(model.module, names, calibration, settings.method, settings.percentile, settings.portable)
+    reduce = partial(all_reduce, fabric=context.fabric)
+    quantizers.attach(model.module, names, calibration, settings.method, settings.percentile, settings.portable, reduce)
     if settings.sensitivity or AUTO in settings.exclude:
         details |= _sensitivity(settings, model, names, calibration, context)
         kept = details.get("kept", [])

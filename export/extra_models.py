@@ -31,8 +31,7 @@ from clipress.export import merge, metadata, onnx_file, parity
 from clipress.export.int8_graph import is_portable
 from clipress.export.precision import lower
 from clipress.export.settings import OnnxSettings
-from clipress.metrics.classify import softmax
-from clipress.metrics.zeroshot import embed_labels
+from clipress.metrics.zeroshot import embed_labels, label_probabilities
 from clipress.runtime.export_folder import Exported, read_export
 from clipress.runtime.graph import Arrays, Run
 from clipress.runtime.onnx_session import run_from_onnx, self_test_of
@@ -113,7 +112,7 @@ def _wanted(exported: Exported, settings: OnnxSettings) -> list[ExtraModel]:
     classes = cache(lambda: label_embeddings(exported, labels, templates))  # Slow for long lists, and used twice.
 
     def merged(source: Exported) -> list[ExtraModel]:
-        made = [_classifier(source, labels, templates, classes)] if labels is not None else []
+        made = [_classifier(source, labels, templates, classes, settings.softmax)] if labels is not None else []
         return [*made, _joint(source)] if settings.joint else made
 
     wanted = merged(exported)
@@ -144,22 +143,33 @@ def _graph(exported: Exported, name: str) -> ExtraModel:
 
 
 def _classifier(
-    exported: Exported, labels: Sequence[str], templates: Sequence[str], embeddings: Callable[[], np.ndarray]
+    exported: Exported,
+    labels: Sequence[str],
+    templates: Sequence[str],
+    embeddings: Callable[[], np.ndarray],
+    softmax: bool,
 ) -> ExtraModel:
+    scale, bias = exported.logit_scale, None if softmax else exported.logit_bias
+
     def build(samples: Samples) -> tuple[onnx.ModelProto, Check]:
-        classes, scale = embeddings(), exported.logit_scale
+        classes = embeddings()
 
         def from_graphs() -> Run:
             image = run_from_onnx(exported.onnx(IMAGE))
-            return lambda case: {merge.PROBABILITIES: softmax(scale * (image(case)[OUTPUTS[IMAGE]] @ classes.T))}
+
+            def run(case: Arrays) -> dict[str, np.ndarray]:
+                return {merge.PROBABILITIES: label_probabilities(image(case)[OUTPUTS[IMAGE]] @ classes.T, scale, bias)}
+
+            return run
 
         def check(path: Path) -> dict[str, float]:
             cases, limits = _cases(samples, [IMAGE]), _limits("fp32", exported)
             return parity.compare_outputs(from_graphs, partial(run_from_onnx, path), cases, limits, path.name)
 
-        return merge.classifier(onnx_file.read(exported.onnx(IMAGE)), classes, scale), check
+        return merge.classifier(onnx_file.read(exported.onnx(IMAGE)), classes, scale, bias), check
 
-    about = {"labels": [*labels], "templates": [*templates], **_made_of(exported)}
+    about = {"labels": [*labels], "templates": [*templates], "probabilities": "softmax" if bias is None else "sigmoid"}
+    about |= _made_of(exported)
     return ExtraModel("classifier", (IMAGE,), about, build)
 
 

@@ -13,23 +13,23 @@ from clipress.export.precision import at_least, opset_of
 PROBABILITIES, LOGITS = "probabilities", "logits_per_image"  # Outputs.
 
 
-def classifier(image: ModelProto, classes: np.ndarray, logit_scale: float) -> ModelProto:
+def classifier(
+    image: ModelProto, classes: np.ndarray, logit_scale: float, logit_bias: float | None = None
+) -> ModelProto:
     """Return images -> probabilities f32 [batch, C] of labels whose unit embeddings [C, D] become a constant.
 
-    There is no logit bias: it shifts all labels alike, which softmax cancels.
+    With a bias, every label has its own (metrics.zeroshot.label_probabilities); without one they are a softmax.
     """
     model = _copy(image)
     graph, embeds = model.graph, image.graph.output[0].name
     batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     graph.initializer.append(numpy_helper.from_array(classes.astype(np.float32), "label_embeds"))
-    graph.node.extend(
-        [
-            helper.make_node(
-                "Gemm", [embeds, "label_embeds"], ["logits"], name="label_logits", alpha=logit_scale, transB=1
-            ),
-            helper.make_node("Softmax", ["logits"], [PROBABILITIES], name="label_probabilities", axis=1),
-        ]
-    )
+    takes, (kind, how) = [embeds, "label_embeds"], ("Softmax", {"axis": 1})
+    if logit_bias is not None:
+        graph.initializer.append(numpy_helper.from_array(np.float32(logit_bias), "logit_bias"))
+        takes, (kind, how) = [*takes, "logit_bias"], ("Sigmoid", {})
+    graph.node.append(helper.make_node("Gemm", takes, ["logits"], name="label_logits", alpha=logit_scale, transB=1))
+    graph.node.append(helper.make_node(kind, ["logits"], [PROBABILITIES], name="label_probabilities", **how))
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(PROBABILITIES, TensorProto.FLOAT, [batch, len(classes)]))
     return model

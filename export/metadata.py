@@ -17,6 +17,7 @@ They are JSON in `metadata_props`, under the key `clipress`; in ONNX Runtime:
                                      has one length, since the text tower reads the padding too
     embed_dim, logit_scale, logit_bias   the scale is exponentiated; the bias is null for a CLIP without one
     labels, templates                of a classifier: the names of its columns, and the prompts of a zero-shot one
+    probabilities                    of a zero-shot classifier: `sigmoid` of every label, or `softmax` over all
     stage, lineage_hash              the artifact it was exported from
     made_of                          of a file made from others: their sha256, by graph
     parity                           the comparison with the model or the files it was made from

@@ -31,6 +31,8 @@ class OnnxSettings(Section):
     """Labels from a text file, one per line, or `imagenet`."""
     templates: str | tuple[str, ...] = ("a photo of a {}",)
     """Prompts of a label, whose embeddings are averaged; `openai` and `simple` are open_clip's lists."""
+    softmax: bool = False
+    """Let classifier.onnx of a SigLIP give probabilities that sum to 1, as a CLIP's do; default: a sigmoid per label."""
     joint: bool = False
     """Also write joint.onnx, which maps images and texts to embeddings and logits. CLIP only."""
     fp16: bool = False

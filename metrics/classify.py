@@ -17,6 +17,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Return the probability of every logit by itself, in the type of the logits."""
+    return 0.5 * (1 + np.tanh(0.5 * logits))
+
+
 def score_logits(
     logits: np.ndarray, labels: np.ndarray, seen: Collection[int] = (), ks: tuple[int, ...] = (1, 5)
 ) -> dict[str, Outcomes]:

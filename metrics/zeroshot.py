@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from clipress.data.prompts import prompts_by_class
+from clipress.metrics import classify
 from clipress.metrics.classify import check_labels_in_range, score_ranks
 from clipress.metrics.outcomes import Outcomes
 from clipress.metrics.retrieval import finite, ranks
@@ -33,6 +34,20 @@ def embed_labels(
     prompts = [text for _, texts in prompts_by_class(labels, templates) for text in texts]
     embeds = finite(np.asarray(encode(prompts)), "text")
     return class_embeddings(embeds.reshape(len(labels), len(templates), -1))
+
+
+def label_probabilities(
+    cosines: np.ndarray, logit_scale: float, logit_bias: float | None, softmax: bool = False
+) -> np.ndarray:
+    """Return the probabilities [N, C] of labels by the cosines [N, C] of images and labels.
+
+    With a bias every label has its own, sigmoid(scale * cosine + bias), as a SigLIP is trained (Zhai et al. 2023). Without one, or with
+    `softmax`, they are a softmax over the labels, and rows sum to 1; a bias would shift all of them alike.
+    """
+    logits = logit_scale * cosines
+    if logit_bias is None or softmax:
+        return classify.softmax(logits)
+    return classify.sigmoid(logits + np.float32(logit_bias))
 
 
 def classification(

@@ -47,7 +47,7 @@ class Blip(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the image tower's activations in the backward pass, or keep them."""
-        self.visual_encoder.set_grad_checkpointing(enable)
+        self.visual_encoder.blocks.recompute = enable
 
     def _marked(self, ids: Tensor, mark: int) -> Tensor:
         return torch.cat([torch.full_like(ids[:, :1], self.vocabulary + mark), ids[:, 1:]], 1)

@@ -10,6 +10,8 @@ from torch import nn
 from clipress.models.attention import Attention
 from clipress.models.partial_norm import Norm, is_known_norm
 
+CROSS = "cross"  # a block's list of cross-attentions
+
 
 @dataclass(frozen=True)
 class Attn:
@@ -23,6 +25,11 @@ class Attn:
     module: Attention
     tokens: int
     memory: int
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether it reads another tower's tokens instead of its own."""
+        return self.name.removeprefix(self.block).startswith(f".{CROSS}.")
 
     @property
     def width(self) -> int:
@@ -107,6 +114,13 @@ class Ffn:
 
 
 Part = Attn | Ffn
+
+
+def cost_name(part: Part, kind: str) -> str:
+    """Return the name that a table of costs has for units of a kind: those of cross-attentions cost other than a tower's own."""
+    return f"{CROSS}_{kind}" if isinstance(part, Attn) and part.is_cross else kind
+
+
 PLAIN = FfnNames(("c_fc",), "c_proj")
 BARE = FfnNames(("fc1",), "fc2")
 GATED = FfnNames(("c_fc", "c_gate"), "c_proj")  # mT5's
@@ -130,7 +144,7 @@ class Block:
     def parts(self) -> tuple[Part, ...]:
         """The parts of this block that may be cut: attentions, if it has any, and the feed-forward."""
         attns = {"attn": self.tokens} if self.attends else {}
-        attns |= {f"cross.{number}": self.memory for number in range(len(getattr(self.module, "cross", ())))}
+        attns |= {f"{CROSS}.{number}": self.memory for number in range(len(getattr(self.module, CROSS, ())))}
         found = [
             Attn(self.tower, f"{self.name}.{path}", self.name, self.module.get_submodule(path), self.tokens, memory)
             for path, memory in attns.items()

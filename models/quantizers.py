@@ -24,6 +24,8 @@ from clipress.errors import ArtifactError, RecipeError
 KINDS = (nn.Linear, nn.Conv2d)
 LEVELS, PORTABLE = 127, 64  # The largest magnitude of a rounded weight: for int8, and such that every CPU is exact.
 Method = Literal["max", "entropy", "percentile"]
+Reduce = Callable[[Tensor, Literal["max", "sum"]], Tensor]
+"""Combines a tensor over processes."""
 
 
 def quantizable(model: nn.Module, exclude: tuple[str, ...] = ()) -> list[str]:
@@ -47,14 +49,15 @@ def attach(
     method: Method = "max",
     percentile: float = 99.9,
     portable: bool = True,
+    reduce: Reduce = lambda rows, how: rows,
 ) -> nn.Module:
     """Put quantizers on the named modules, in place, and calibrate them by running `calibrate(model)`.
 
     The largest weight of each output channel becomes 127, or 64 if the model is to be `portable`, and training must keep
     weights within that range (`train.HoldRange`). `method` sets the scale of activations: `max`, the largest absolute
     value; `percentile`, the value that so many percent of them stay below; `entropy`, the threshold whose 128 levels lose
-    the least information (Migacz, 8-bit inference with TensorRT, GTC 2017). Without `calibrate` the scales are still to be
-    loaded.
+    the least information (Migacz, 8-bit inference with TensorRT, GTC 2017). Every process shows its own samples, and all get the scales
+    of all samples. Without `calibrate` the scales are still to be loaded.
     """
     import modelopt.torch.quantization as mtq
 
@@ -71,7 +74,11 @@ def attach(
         mtq.quantize(model, _rules(names, calibrator, "max" if loop else None), forward_loop=loop)
     modules = dict(model.named_modules())
     if calibrate and method != "max":
-        _calibrate_by_histogram(model, [modules[name] for name in names], calibrate, method, percentile)
+        _calibrate_by_histogram(model, [modules[name] for name in names], calibrate, method, percentile, reduce)
+    elif calibrate:
+        for scale in [modules[name].input_quantizer for name in names]:
+            if scale.amax is not None:
+                scale.amax = reduce(scale.amax, "max")
     if calibrate:
         for problem, affected in _uncalibrated({name: modules[name].input_quantizer for name in names}).items():
             raise RecipeError(
@@ -130,15 +137,27 @@ def _refuse_unknown(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _calibrate_by_histogram(
-    model: nn.Module, layers: list[nn.Module], calibrate: Callable[[nn.Module], None], method: Method, percentile: float
+    model: nn.Module,
+    layers: list[nn.Module],
+    calibrate: Callable[[nn.Module], None],
+    method: Method,
+    percentile: float,
+    reduce: Reduce,
 ) -> None:
+    """Set scales by histograms of all samples, whose bins are known beforehand so that those of several processes add up."""
     from modelopt.torch.quantization.model_calib import enable_stats_collection
 
-    enable_stats_collection(model)
+    largest = _largest_inputs(layers, lambda: calibrate(model), enable=lambda: enable_stats_collection(model))
+    for layer, most in zip(layers, largest, strict=True):
+        seen, most = layer.input_quantizer._calibrator, reduce(most, "max")
+        if most > 0 and most.isfinite():
+            seen._calib_hist = torch.zeros(seen._num_bins, device=most.device)
+            seen._calib_bin_edges = torch.linspace(0, float(most), seen._num_bins + 1)
     calibrate(model)
     for layer in layers:
         seen = layer.input_quantizer._calibrator
         if seen._calib_hist is not None:
+            seen._calib_hist = reduce(seen._calib_hist, "sum")
             # Entropy tries every threshold, in time quadratic in the bins; 256 thresholds are enough.
             how = {"percentile": percentile} if method == "percentile" else {"stride": max(seen._num_bins // 256, 1)}
             layer.input_quantizer.load_calib_amax(method, **how)
@@ -148,6 +167,28 @@ def _calibrate_by_histogram(
             quantizer.disable_calib()
             quantizer.enable_quant()
             quantizer.to(layer.weight.device)
+
+
+@torch.no_grad()
+def _largest_inputs(layers: list[nn.Module], calibrate: Callable[[], None], enable: Callable[[], None]) -> list[Tensor]:
+    """Return the largest absolute input of every layer, float32 (), and leave the quantizers ready to make histograms."""
+    enable()
+    found = [torch.zeros((), device=layer.weight.device) for layer in layers]
+
+    def look(at: int) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[at] = torch.maximum(found[at], args[0].detach().abs().max().float())
+
+        return see
+
+    handles = [layer.input_quantizer.register_forward_pre_hook(look(at)) for at, layer in enumerate(layers)]
+    for layer in layers:
+        layer.input_quantizer.disable_calib()
+    calibrate()
+    for layer, handle in zip(layers, handles, strict=True):
+        handle.remove()
+        layer.input_quantizer.enable_calib()
+    return found
 
 
 def _uncalibrated(quantizers: dict[str, nn.Module]) -> dict[str, list[str]]:

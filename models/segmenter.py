@@ -75,7 +75,7 @@ class Segmenter(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the encoder's activations in the backward pass, or keep them."""
-        self.encoder.set_grad_checkpointing(enable)
+        self.encoder.blocks.recompute = enable
 
 
 def build(architecture: Mapping[str, Any], seed: int | None = None) -> nn.Module:

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clipress.errors import ArtifactError, RecipeError, nearest
-from clipress.models import surgery
+from clipress.models import owners, surgery
 
 SIZES = {"img_size": 1 << 13, "patch_size": 1 << 13, "embed_dim": 1 << 14, "depth": 1 << 8, "num_heads": 1 << 10}
 MAX_CLASSES = 1 << 20
@@ -47,7 +47,23 @@ def bare(sizes: Mapping[str, int], eps: float) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     with _building("a vision transformer", sizes):
-        return VisionTransformer(num_classes=0, global_pool="", norm_layer=partial(nn.LayerNorm, eps=eps), **sizes)
+        model = VisionTransformer(num_classes=0, global_pool="", norm_layer=partial(nn.LayerNorm, eps=eps), **sizes)
+    model.blocks = Blocks(*model.blocks)
+    return model
+
+
+class Blocks(nn.Sequential):
+    """Blocks whose activations are recomputed in the backward pass if `recompute` is set.
+
+    timm's own checkpointing does not know whose rows it recomputes.
+    """
+
+    recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = owners.checkpoint(block, x) if self.recompute else block(x)
+        return x
 
 
 @contextmanager

@@ -11,10 +11,10 @@ import numpy as np
 from clipress.data.prompts import check_labels, prompts_by_class
 from clipress.data.transforms import as_image
 from clipress.errors import DataError, ExportError, nearest
-from clipress.metrics.classify import softmax
+from clipress.metrics.classify import softmax as over_all
 from clipress.metrics.retrieval import finite
 from clipress.metrics.windows import segmented
-from clipress.metrics.zeroshot import embed_labels
+from clipress.metrics.zeroshot import embed_labels, label_probabilities
 from clipress.runtime.export_folder import read_export
 from clipress.runtime.graph import Graph
 from clipress.runtime.onnx_session import open_session
@@ -80,25 +80,28 @@ class LoadedModel(Blip):
         images: ImageLike | Sequence[ImageLike],
         labels: Sequence[str] | None = None,
         templates: str | Sequence[str] = TEMPLATES,
+        softmax: bool = False,
     ) -> np.ndarray:
-        """Return the probability of every label, float32 [N, C]; rows sum to 1. A single image gives [C].
+        """Return the probability of every label, float32 [N, C]. A single image gives [C].
+
+        Rows sum to 1, but for a SigLIP, of which every label has a probability of its own.
 
         Args:
             images: one image or several.
             labels: names to choose from. A classifier chooses among its own labels, or some of them; None means all.
             templates: prompts with {} for the label; embeddings of several are averaged. A classifier has no use for them.
+            softmax: make the rows of a SigLIP sum to 1 too.
 
         Raises DataError for an image that cannot be read, for empty, repeated or malformed labels and templates, and for
         labels that a classifier does not know.
         """
         if self._scores is not None:
             columns = label_columns(self.exported.labels, labels)
-            logits = self._run(self._scores, as_list(images), self._pixels)[:, columns]
+            found = over_all(self._run(self._scores, as_list(images), self._pixels)[:, columns])
         else:
             shapes = (templates,) if isinstance(templates, str) else tuple(templates)
-            classes = self.label_embeddings(labels or (), shapes)
-            logits = zero_shot_logits(self.exported.logit_scale, self.encode_image(images), classes)
-        found = softmax(logits)
+            cosines = self.encode_image(images) @ self.label_embeddings(labels or (), shapes).T
+            found = label_probabilities(cosines, self.exported.logit_scale, self.exported.logit_bias, softmax)
         return found[0] if is_one(images) else found
 
     def segment(self, images: ImageLike | Sequence[ImageLike]) -> list[np.ndarray]:
@@ -145,11 +148,6 @@ def prompts_for(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
     check_labels(labels)
     check_templates(templates)
     return [prompt for _, prompts in prompts_by_class(labels, templates) for prompt in prompts]
-
-
-def zero_shot_logits(logit_scale: float, images: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Return logits [N, C] from unit vectors [N, D] and [C, D]. A logit bias would shift all classes alike."""
-    return logit_scale * (images @ classes.T)
 
 
 def label_columns(known: Sequence[str], labels: Sequence[str] | None) -> list[int]:

@@ -156,24 +156,35 @@ class Client:
         return None if found is None else json.loads(found)
 
     def classify(
-        self, images: Iterable[ImageFile], labels: Sequence[str] | None = None, templates: Sequence[str] | None = None
+        self,
+        images: Iterable[ImageFile],
+        labels: Sequence[str] | None = None,
+        templates: Sequence[str] | None = None,
+        softmax: bool = False,
     ) -> Rows:
-        """Return the probability of every label for every image, [N, C]; rows sum to 1.
+        """Return the probability of every label for every image, [N, C]; rows sum to 1, but for a SigLIP.
 
         Args:
             images: paths, or the bytes of files.
             labels: names to choose from; None for a served classifier, which has its own, see `labels()`.
             templates: prompts with `{}` for the label; default: the server's.
+            softmax: make the rows of a SigLIP sum to 1 too.
 
         Raises ServerError, and DataError for labels that are empty or repeated.
         """
-        return _rows(self.classified(images, labels, templates), len(labels or ()))
+        return _rows(self.classified(images, labels, templates, softmax), len(labels or ()))
 
     def classified(
-        self, images: Iterable[ImageFile], labels: Sequence[str] | None = None, templates: Sequence[str] | None = None
+        self,
+        images: Iterable[ImageFile],
+        labels: Sequence[str] | None = None,
+        templates: Sequence[str] | None = None,
+        softmax: bool = False,
     ) -> Iterator[Answer]:
         """Yield what `classify` returns image by image, as results arrive and in order; `images` may be endless."""
         fixed = {} if templates is None else {"templates": _strings(templates)}
+        if softmax:
+            fixed["softmax"] = np.asarray([True])
         if labels is not None:
             check_labels(labels)
             fixed["labels"] = _strings(labels)
@@ -257,7 +268,7 @@ class Client:
         """Send a request, with retries; return its output, or outputs."""
         tensors = []
         for name, values in inputs.items():
-            kind = "BYTES" if values.dtype == object else "INT32"
+            kind = {"object": "BYTES", "bool": "BOOL"}.get(values.dtype.name, "INT32")
             tensors.append(self._triton.InferInput(name, list(values.shape), kind))
             tensors[-1].set_data_from_numpy(values)
         result = await self._retried(model, lambda: self._server.infer(model, tensors))

@@ -36,6 +36,7 @@ from clipress.serve.settings import ServeSettings
 from clipress.serve.sizing import helpers
 from clipress.serve.triton_blip import blip_config
 from clipress.serve.triton_parts import (
+    BOOL,
     FP32,
     INT32,
     STRING,
@@ -254,11 +255,13 @@ def _classify_zero_shot(served: Served) -> ModelConfig:
     config.input.add(name=IMAGE, data_type=STRING, dims=[-1])
     config.input.add(name="labels", data_type=STRING, dims=[-1])
     config.input.add(name="templates", data_type=STRING, dims=[-1], optional=True)
+    config.input.add(name="softmax", data_type=BOOL, dims=[1], optional=True)
     config.output.add(name="probabilities", data_type=FP32, dims=[-1, -1])
     add_instances(config, helpers(served.settings))
     set_parameters(
         config,
         logit_scale=repr(served.exported.logit_scale),
+        logit_bias=None if served.exported.logit_bias is None else repr(served.exported.logit_bias),
         label_cache_mb=str(served.settings.label_cache_mb),
         image_batch=str(served.largest_batch(IMAGE)),
         text_batch=str(served.largest_batch(TEXT)),

@@ -77,6 +77,12 @@ def numbers(request: Any, name: str, default: Sequence[int]) -> list[int]:
     return found
 
 
+def flag(request: Any, name: str) -> bool:
+    """Return an optional boolean input of one element; absent: false."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return tensor is not None and bool(tensor.as_numpy().any())
+
+
 class Images:
     """Pixel values from requests with `image`: `read` for each request, then `inputs` for all at once."""
 

@@ -16,7 +16,7 @@ from clipress.serve.sizing import Sizing
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-INT32, UINT16, STRING = "TYPE_INT32", "TYPE_UINT16", "TYPE_STRING"
+INT32, UINT16, BOOL, STRING = "TYPE_INT32", "TYPE_UINT16", "TYPE_BOOL", "TYPE_STRING"
 TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 FP32 = TYPES["float32"]
 STAND_BY = 1000  # the rate limiter treats an instance of this priority as if each run were a thousand

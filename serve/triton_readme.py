@@ -198,7 +198,7 @@ def _models(exported: Exported, with_search: bool) -> Iterator[tuple[str, str, s
         if name := chain_of(exported, graph):
             yield f"`{name}`", _names(sent_for(exported, one) or one.name for one in graph.inputs), _outputs(graph)
     if is_zero_shot(exported):
-        takes = "`image` BYTES [N], `labels` BYTES [C], `templates` BYTES [T] (optional; with {} for the label)"
+        takes = "`image` BYTES [N], `labels` BYTES [C], `templates` BYTES [T] (optional; with {} for the label), `softmax` BOOL [1] (optional)"
         yield "`classify`", takes, "`probabilities` FP32 [N, C]"
     elif classifier_graph(exported) is not None:
         count = len(exported.labels)

@@ -314,7 +314,9 @@ def _check_clients(repository: Path, made: Mapping[str, ModelConfig]) -> None:
         if not path.is_file():
             continue
         old = config_from(path.read_text(encoding="utf-8"))
-        if (list(old.input), list(old.output)) != (list(config.input), list(config.output)):
+        known = {one.name for one in old.input}
+        required = [one for one in config.input if one.name in known or not one.optional]
+        if (list(old.input), list(old.output)) != (required, list(config.output)):
             raise ExportError(
                 f"{name} in {repository} takes {_form(old.input)} and gives {_form(old.output)}; the new export takes "
                 f"{_form(config.input)} and gives {_form(config.output)}, which existing clients do not expect. "

@@ -54,7 +54,9 @@ class Retrieval(BlipTask):
     name = "retrieval"
     towers = SIDES
     figures = ("/top1", "/text_r1", "/image_r1")
-    provides = frozenset({"pairs", "teacher", "space", "width", "keys", "momentum", "tokens", "matches"})
+    provides = frozenset(
+        {"pairs", "teacher", "space", "width", "keys", "momentum", "tokens", "matches", "matches_of_all"}
+    )
     stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "distill": {"losses": ["contrastive", "matching"]},
         "prune": {"losses": ["contrastive", "matching"]},
@@ -149,9 +151,11 @@ def reranked_recalls(
 class RetrievalModule(TrainingModule):
     """The forward pass of a training step: both embeddings, and the scores of right and wrong pairs."""
 
-    def __init__(self, model: nn.Module, towers: Sequence[str], matches: bool) -> None:
+    def __init__(
+        self, model: nn.Module, towers: Sequence[str], matches: bool, rows_of_all: Callable[[Tensor], Tensor] | None
+    ) -> None:
         super().__init__(model, towers)
-        self.matches = matches
+        self.matches, self.rows_of_all = matches, rows_of_all
 
     def forward(self, pixels: Tensor, ids: Tensor, group: Tensor) -> dict[str, Tensor]:
         """Return raw embeddings [B, D] per side, hooked tokens, `scale`, and with `matches` the logits [B, 3, 2] of three pairs per row.
@@ -164,21 +168,29 @@ class RetrievalModule(TrainingModule):
         found |= {IMAGE: model.image_features(states).float(), TEXT: model.text_features(ids, mask).float()}
         found |= self.take_tokens()
         if self.matches:
-            found |= self._matched(states, ids, mask, found, group)
+            found |= self._matched(states, ids, found, group)
             self.take_tokens()  # losses compare those of texts that are read alone
         return found
 
-    def _matched(
-        self, states: Tensor, ids: Tensor, mask: Tensor, found: Mapping[str, Tensor], group: Tensor
-    ) -> dict[str, Tensor]:
+    def _matched(self, states: Tensor, ids: Tensor, found: Mapping[str, Tensor], group: Tensor) -> dict[str, Tensor]:
+        gather = self.rows_of_all or (lambda rows: rows)
+        if self.rows_of_all is not None:  # batches of other processes may be padded to other lengths
+            ids = F.pad(ids, (0, self.model.context_length - ids.shape[1]), value=blip.PAD)
         with torch.no_grad():
             image, text = (F.normalize(found[side], dim=-1) for side in SIDES)
-            similarities, same = found["scale"] * image @ text.T, group[:, None] == group
-            texts, images = drawn(similarities, same), drawn(similarities.T, same)
+            all_image, all_text, all_ids, same = (
+                gather(image),
+                gather(text),
+                gather(ids),
+                group[:, None] == gather(group),
+            )
+            texts = drawn(found["scale"] * image @ all_text.T, same)
+            images = drawn(found["scale"] * text @ all_image.T, same)
         rows = torch.arange(len(ids), device=ids.device)
+        read = torch.cat([ids, all_ids[texts], ids])
+        seen = torch.cat([states, states, gather(states)[images]])
         with owned(rows.repeat(3), len(rows)):
-            read, seen = torch.cat([rows, texts, rows]), torch.cat([rows, rows, images])
-            logits = self.model.match(ids[read], mask[read], states[seen])
+            logits = self.model.match(read, read != blip.PAD, seen)
         weights = (~same).any(1).float()
         return {
             "matches": logits.float().unflatten(0, (3, -1)).transpose(0, 1),
@@ -187,7 +199,7 @@ class RetrievalModule(TrainingModule):
 
 
 def drawn(similarities: Tensor, same: Tensor) -> Tensor:
-    """Draw one of the columns [B] that are not the same for every row of [B, B], likelier the more similar; any, if all are the same."""
+    """Draw one of the columns [B] that are not the same for every row of [B, N], likelier the more similar; any, if all are the same."""
     hidden = same & (~same).any(1, keepdim=True)
     return torch.multinomial(similarities.masked_fill(hidden, -torch.inf).softmax(1), 1)[:, 0]
 
@@ -203,7 +215,9 @@ class RetrievalLesson(ClipLesson):
 
     def module(self, module: nn.Module) -> RetrievalModule:
         matches = module is self.job.student.module and "matches" in self.needs
-        return RetrievalModule(module, self.tokens, matches)
+        return RetrievalModule(
+            module, self.tokens, matches, self.job.rows_of_all if "matches_of_all" in self.needs else None
+        )
 
     def inputs(self, arrays: Mapping[str, Tensor], mask: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
         return {name: arrays[name] for name in ("pixels", "ids", "group")}

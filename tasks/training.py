@@ -138,6 +138,8 @@ class TrainingJob:
     """The training sources."""
     cached: bool
     """Whether teacher outputs are read from caches."""
+    rows_of_all: Callable[[Tensor], Tensor] = lambda rows: rows
+    """Gathers rows from all processes, with gradients."""
 
     def refuse_other_inputs(self, teacher: Model) -> None:
         """Raise RecipeError if a teacher that runs needs other ids than the student, or a cache lacks what losses read."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipress.bench.fail_if import broken, check, gate_from
-from clipress.bench.latency_table import cost_table
+from clipress.bench.latency_table import cost_table, cuttables
 from clipress.bench.report import comparison, table, write_report
 from clipress.bench.results import Results, write_results
 from clipress.bench.run import Subject, bench, graph_names
@@ -137,6 +137,6 @@ def measure_latency_table(run: Path, request: LatencyTableRequest, out: Path) ->
     """Measure blocks at smaller widths on this machine and write the table that a latency budget reads."""
     plan = read_plan(run)
     model = model_from_artifact(run / (plan.artifact(request.stage) if request.stage else plan.artifacts[0]))
-    with progress_bar(8, "latency table", "kind") as bar:
+    with progress_bar(len(cuttables(model.module)), "latency table", "kind") as bar:
         measured = cost_table(model, request.batch, request.threads, request.duration, lambda _: bar.update())
     write_text_whole(out, json.dumps(measured | {"conditions": processor().record()}, indent=1) + "\n")

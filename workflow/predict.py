@@ -100,6 +100,7 @@ def predict_with_server(
     labels: Sequence[str],
     known: Sequence[str] | None,
     templates: Sequence[str],
+    softmax: bool,
     progress: bool,
 ) -> Iterator[Answer]:
     """Yield an answer per image, in order, as they arrive; a failed image does not affect the others.
@@ -110,7 +111,7 @@ def predict_with_server(
     columns = None if known is None else label_columns(known, labels)
     with Client(server.url, timeout=server.timeout, in_flight=server.in_flight, progress=progress) as client:
         if columns is None:
-            yield from client.classified(images, labels, templates)
+            yield from client.classified(images, labels, templates, softmax)
             return
         for answer in client.classified(images):
             yield answer if answer.value is None else replace(answer, value=shares_among(answer.value, columns))

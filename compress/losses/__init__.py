@@ -46,7 +46,7 @@ class Loss(nn.Module):
     """Requirements of the loss, any of: `pairs` (embeddings of both towers), `teacher`, `space` (embeddings are compared
     with the teacher's, projected if the widths differ), `width` (teacher and student must have the same width), `keys`
     (both towers of the teacher), `momentum`, `tokens`, `masked`, `labels`, `logits` (scores of a classifier, or of next tokens),
-    `words` (next tokens), `matches` (scores of right and wrong pairs)."""
+    `words` (next tokens), `matches` (scores of right and wrong pairs), `matches_of_all` (wrong ones from all processes)."""
 
     class Settings(Section):
         """Settings in a recipe; `weight` defaults to the published value."""
@@ -56,6 +56,11 @@ class Loss(nn.Module):
     def __init__(self, settings: Settings, sizes: Sizes) -> None:
         super().__init__()
         self.settings = settings
+
+    @classmethod
+    def needs_with(cls, settings: Loss.Settings) -> frozenset[str]:
+        """Return the requirements under these settings, `needs` and maybe more."""
+        return cls.needs
 
     def mask_patches(self, pixels: Tensor, draw: Callable[..., Tensor]) -> Tensor:
         """Mask the images [B, 3, S, S] for a loss that needs `masked`; `draw(*shape)` is uniform noise [B, *shape]."""
@@ -94,7 +99,7 @@ def terms_from(losses: Mapping[str, Any] | tuple[str, ...], where: str) -> dict[
 
 def needs_of(terms: Mapping[str, Loss.Settings]) -> frozenset[str]:
     """Return the combined requirements of the terms."""
-    return frozenset().union(*(loss_type(name, "losses").needs for name in terms))
+    return frozenset().union(*(loss_type(name, "losses").needs_with(settings) for name, settings in terms.items()))
 
 
 def check_losses(terms: Mapping[str, Loss.Settings], task: Task, where: str) -> None:
@@ -125,6 +130,11 @@ class Objective(nn.Module):
             apart = "space" in self.needs and sizes.teachers and sizes.student != sizes.teachers[0]
             maps = {side: nn.Linear(sizes.student, sizes.teachers[0]) for side in SIDES} if apart else {}
             self.projections = nn.ModuleDict(maps)
+
+    @classmethod
+    def needs_with(cls, settings: Loss.Settings) -> frozenset[str]:
+        """Return the requirements under these settings, `needs` and maybe more."""
+        return cls.needs
 
     def mask_patches(self, pixels: Tensor, draw: Callable[..., Tensor]) -> Tensor:
         """Mask the images for the one term that needs `masked`."""

@@ -2,8 +2,11 @@
 
 L = mean over pairs of CE(z, y);  z the logits of a pair that is read together, y whether it belongs together. Every image has three
 pairs: with its own text, with a wrong text, and its text with a wrong image. Wrong ones are drawn with probabilities
-softmax(similarity / temperature) from the batch of a process; where all of it is right, they do not count.
+softmax(similarity / temperature) from the batch of a process, or from those of all (BLIP's `negative_all_rank`); where all of it is
+right, they do not count.
 """
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,14 @@ class Matching(Loss):
     """Cross-entropy of whether an image and a text belong together."""
 
     needs = frozenset({"pairs", "matches"})
+
+    class Settings(Loss.Settings):
+        negatives: Literal["own", "all"] = "own"
+        """Whose pairs wrong ones are drawn from: those of a process, or of all processes."""
+
+    @classmethod
+    def needs_with(cls, settings: Settings) -> frozenset[str]:
+        return cls.needs | ({"matches_of_all"} if settings.negatives == "all" else set())
 
     def forward(self, batch: Batch) -> Tensor:
         logits, every = batch.student.matches, batch.all_match_weights

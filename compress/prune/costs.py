@@ -14,6 +14,7 @@ from clipress.compress.prune.gates import Site, level_costs
 from clipress.errors import RecipeError
 from clipress.models import anatomy
 from clipress.models.anatomy import Attn, Part
+from clipress.models.parts import cost_name
 from clipress.storage import read_json
 
 UPOP_ATTENTION = 36  # as published, for all models, with 1 for a hidden unit; the true ratio is 2 x heads, 16 to 32
@@ -69,7 +70,7 @@ def _upop_curve(site: Site, attention: float) -> np.ndarray:
 
 def latency_curve(site: Site, table: dict[str, Any]) -> np.ndarray:
     """Return the milliseconds for keeping 0, 1, ... levels of a site, from a table read by `read_costs`."""
-    tower, kind = site.part.tower, site.kind
+    tower, kind = site.part.tower, cost_name(site.part, site.kind)
     try:
         points = table["towers"][tower][kind]
         levels, times = np.asarray(points["levels"], float), np.asarray(points["ms"], float)

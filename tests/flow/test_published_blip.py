@@ -36,7 +36,7 @@ LOSSES = {
     "nlvr": ("classification",),
     "caption": ("lm",),
     "vqa": ("lm",),
-    "retrieval": ("momentum-contrastive", "matching"),
+    "retrieval": {"momentum-contrastive": {}, "matching": {"negatives": "all"}},
 }
 # Millions of parameters of the whole model if attention and feed-forward layers are cut alike; for 1 the dense model.
 MILLIONS = {

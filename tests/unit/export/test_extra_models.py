@@ -129,7 +129,7 @@ def test_a_classifier_is_rebuilt_only_if_its_settings_change_or_it_is_damaged(fp
 
 def test_a_file_that_fails_parity_is_not_written(fp32, sets, monkeypatch):
     honest = merge.classifier
-    monkeypatch.setattr(merge, "classifier", lambda image, classes, scale: honest(image, classes[::-1], scale))
+    monkeypatch.setattr(merge, "classifier", lambda image, classes, *more: honest(image, classes[::-1], *more))
     with pytest.raises(
         ExportError, match=r"classifier\.onnx: probabilities differs from the source model by .*Nothing was written"
     ):

@@ -232,12 +232,14 @@ def test_rows_of_a_sample_in_any_order_and_several_calls_add_up():
         model.text_embeds(ids[:3], mask[:3])
 
 
-def test_a_compiled_model_s_gates_know_the_owners_too():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_compiled_model_s_gates_know_the_owners_too(recompute):
     model = model_of("nlvr")
     gates = Gates(model, "separate")
     loss_of(model(*inputs("nlvr"))).backward()
     wanted = [site.gradient() for site in gates.sites]
     gates.clear()
+    model.set_grad_checkpointing(recompute)
     model.compile(dynamic=False, backend="aot_eager", fullgraph=True)
     loss_of(model(*inputs("nlvr"))).backward()
     for site, gradient in zip(gates.sites, wanted, strict=True):
