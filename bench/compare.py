@@ -30,6 +30,11 @@ class Ratio:
     rounds: int
 
 
+def includes_no_difference(low: float | None, high: float | None) -> bool:
+    """Return whether an interval of a ratio includes 1, so that neither model was seen to be faster."""
+    return low is not None and high is not None and low <= 1 <= high
+
+
 def speed_up(reference: Timings, other: Timings) -> Ratio:
     """Return how many times as fast as `reference` the `other` is. Both must come from the same rounds."""
     rounds = len(reference.rounds)

@@ -28,7 +28,7 @@ def conditions(
     return Conditions(
         **about,
         **time_and_machine(),
-        **{name: known for name in ("onnxruntime", "torch", "numpy") if (known := _version(name))},
+        **{name: known for name in ("onnxruntime", "openvino", "torch", "numpy") if (known := _version(name))},
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()}",
         devices=tuple(dict.fromkeys(devices)),

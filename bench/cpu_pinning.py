@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from clipress.errors import RecipeError
+
+THREADS = Path("/proc/self/task")
 
 
 @contextmanager
 def pinned(cpus: Sequence[int] | None, threads: int) -> Iterator[list[int] | None]:
-    """Pin this thread, and those it starts, to `cpus`; None: the last `threads` of those allowed; empty: no pinning.
+    """Pin this process to `cpus`; None: the last `threads` of those allowed; empty: no pinning.
 
-    Yields the CPUs in force, or None where the system cannot tell. Threads that already run stay where they are.
+    Yields the CPUs in force, or None where the system cannot tell. On Linux, threads that already run are moved too: OpenVINO
+    computes with those that it started before.
     """
     if not hasattr(os, "sched_setaffinity"):  # macOS, Windows
         yield None
@@ -25,8 +29,15 @@ def pinned(cpus: Sequence[int] | None, threads: int) -> Iterator[list[int] | Non
             f"bench.cpus: expected CPUs that this process may use ({', '.join(map(str, before))}), found CPU "
             f"{', '.join(map(str, sorted(absent)))}. Choose others with --cpus."
         )
-    os.sched_setaffinity(0, wanted)
+    _move(wanted)
     try:
         yield wanted
     finally:
-        os.sched_setaffinity(0, before)
+        _move(before)
+
+
+def _move(cpus: Sequence[int]) -> None:
+    os.sched_setaffinity(0, cpus)
+    for thread in [int(path.name) for path in THREADS.iterdir()] if THREADS.is_dir() else []:
+        with suppress(ProcessLookupError):  # It has ended since.
+            os.sched_setaffinity(thread, cpus)

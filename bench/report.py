@@ -54,7 +54,10 @@ def comparison(results: Results) -> str:
     """Return every graph and batch of every row against the first row, as plain text."""
     columns = [_for_terminal(column) for column in compared_columns(results.rows)]
     fewest = min(timing.rounds for timing in timings(results.rows))
-    note = f"speed-up: against {results.rows[0].stage}, {fewest} rounds or more; above 1 is faster."
+    note = (
+        f"speed-up: against {results.rows[0].stage}, {fewest} rounds or more; above 1 is faster; no difference seen where "
+        "the interval includes 1."
+    )
     return "\n".join(["", *_lines(columns), "", note])
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from clipress.bench.compare import includes_no_difference
 from clipress.bench.report_columns import number_column, speed_up_column
 from clipress.bench.report_rows import Rows, metric_name, overall_key, timed
 from clipress.bench.results import Case, Row
@@ -44,7 +45,8 @@ def _gains(rows: Rows, best: Row, main: Case | None, key: str) -> str:
     if main and slow and fast:
         # the table's ratio: medians of different rounds say less
         ratio = speed_up_column(rows, main).values[list(rows).index(best)]
-        gains.insert(0, _times(ratio, 1.0, "faster", "slower"))
+        same = includes_no_difference(*_interval(best, main))
+        gains.insert(0, "<strong>no faster or slower</strong>" if same else _times(ratio, 1.0, "faster", "slower"))
         tiles.insert(0, (f"median latency, {main}", _pair(slow, fast), "ms"))
     points = round(after - before, 1)
     change = f"{'loses' if points < 0 else 'gains'} <strong>{abs(points)} points</strong> of accuracy"
@@ -67,12 +69,21 @@ def _fastest(rows: Rows, main: Case) -> str:
     name, first = (f"<b>{escape(rows[i].stage)}</b>" for i in (best, 0))
     if best == 0:
         return f"<p>No other model is faster than {first} ({main}).</p>"
-    low, high = (timed(rows[best], main, f"speed_up_{end}") for end in ("low", "high"))
+    low, high = _interval(rows[best], main)
+    if includes_no_difference(low, high):
+        return (
+            f"<p>No difference seen between {name} and {first} ({ratios[best]:.2f} times as fast, 95 %: {low:.2f} to "
+            f"{high:.2f}), {main}.</p><p>Accuracy was not measured.</p>"
+        )
     sure = f" (95 %: {low:.2f} to {high:.2f})" if low and high else ""
     return (
         f"<p>{name} is <strong>{ratios[best]:.2f} times as fast</strong> as {first}{sure}, {main}.</p>"
         "<p>Accuracy was not measured.</p>"
     )
+
+
+def _interval(row: Row, case: Case) -> tuple[float | None, float | None]:
+    return timed(row, case, "speed_up_low"), timed(row, case, "speed_up_high")
 
 
 def _times(before: float, after: float, less: str, more: str) -> str:

@@ -12,6 +12,7 @@ from clipress.artifact import read_header
 from clipress.errors import ArtifactError
 from clipress.recipe import first_problem
 from clipress.runtime.measured import MeasuredRow, Measurement
+from clipress.runtime.sessions import RUNTIMES
 from clipress.storage import read_json, write_text_whole
 
 SCHEMA_VERSION = 1
@@ -163,14 +164,14 @@ class CaseRatio(Strict):
 
 
 class Verdict(Strict):
-    """Whether INT8 or 2:4 pays off on this machine."""
+    """Whether INT8, 2:4 or another runtime pays off on this machine."""
 
     stage: str
     against: str
-    """The row it was made from."""
+    """The row it was made from, or what the first runtime keeps."""
     method: str
     faster: bool | None
-    """None if the measurement cannot tell."""
+    """None if no difference was seen, or if there were too few rounds."""
     keep: str | None
     """The row to keep; None if the measurement cannot tell."""
     loss: float | None
@@ -188,6 +189,8 @@ class Kept(Strict):
     of: str
     """The last artifact."""
     of_hash: str
+    preferred: bool = True
+    """Whether this is the runtime to use, of several."""
     text: str
 
 
@@ -201,6 +204,7 @@ class Conditions(BaseModel):
     date: str | None = None
     clipress: str | None = None
     onnxruntime: str | None = None
+    openvino: str | None = None
     torch: str | None = None
     numpy: str | None = None
     python: str | None = None
@@ -263,15 +267,19 @@ def read_results(path: Path) -> Results:
         raise ArtifactError(f"{path} cannot be read: {error}. {again}") from None
 
 
-def read_kept(results: Path, run: Path, last: str, backend: str = "onnxruntime") -> str | None:
-    """Return which artifact a run's results.json keeps of its last one on a backend.
+def read_kept(results: Path, run: Path, last: str, runtime: str | None = None) -> Kept | None:
+    """Return what a run's results.json keeps of its last artifact, in a runtime or in the preferred one.
 
     None if nothing was measured, or if the artifacts have been made again since.
     """
     try:
-        kept = next(one for one in read_results(results).kept if (one.backend, one.of) == (backend, last))
+        kept = next(
+            one
+            for one in read_results(results).kept
+            if one.of == last and (one.backend == runtime if runtime else one.preferred and one.backend in RUNTIMES)
+        )
         expected = {kept.of: kept.of_hash, kept.artifact: kept.hash}
         current = {name: read_header(run / name)["lineage"][-1]["hash"] for name in expected}
     except (ArtifactError, LookupError, StopIteration):
         return None
-    return kept.artifact if current == expected else None
+    return kept if current == expected else None

@@ -23,7 +23,7 @@ from clipress.bench.latency import RENEWING, Timings, measure_in_turns, summary,
 from clipress.bench.profile import profile
 from clipress.bench.results import SCHEMA_VERSION, Case, Latency, Profile, Results, Row
 from clipress.bench.runners import Runner, open_runner
-from clipress.bench.selection import choose_kept, interval, verdicts
+from clipress.bench.selection import choose_kept, choose_runtime, interval, verdicts
 from clipress.bench.settings import BenchSettings
 from clipress.data.eval_sets import EvalSet
 from clipress.errors import ArtifactError
@@ -94,12 +94,13 @@ def bench(
         return speed_up(measured[origin], measured[other]) if {origin, other} <= measured.keys() else None
 
     found = verdicts(rows, cases, ratio, settings.max_accuracy_drop, processor())
+    across, kept = choose_runtime(rows, choose_kept(rows, found), cases, ratio, settings.max_accuracy_drop)
     return Results(
         schema_version=SCHEMA_VERSION,
         conditions=conditions(settings, sets, cpus, [row.device for row in rows], about),
         rows=rows,
-        verdicts=found,
-        kept=choose_kept(rows, found),
+        verdicts=[*found, *across],
+        kept=kept,
     )
 
 

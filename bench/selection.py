@@ -1,10 +1,12 @@
-"""Does INT8 or 2:4 pay off on this machine? One line each, with the artifact to keep.
+"""Does INT8 or 2:4 pay off on this machine, and which runtime is faster? One line each, with what to keep.
 
 A row is compared with the one it was made from, in the same rounds. It is faster if the 95 % interval lies above 1 and the
 ratio is at least 1.02: a smaller gain is not worth an artifact, and may be luck where sessions cannot be opened anew
-(latency.py). A faster one is kept if no set loses more than `bench.max_accuracy_drop` points by it.
+(latency.py). A faster one is kept if no set loses more than `bench.max_accuracy_drop` points by it. Where the interval
+includes 1, no difference was seen: the simpler row is kept, or the recipe's choice if the interval is wide.
 
-results.json records what is kept (`results.read_kept`), and `clipress serve` serves it.
+Where several runtimes were measured, what each keeps is compared in the same way with what the first one keeps.
+results.json records all of it, and commands that take a run follow it (`results.read_kept`).
 """
 
 from __future__ import annotations
@@ -12,20 +14,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from clipress.bench.compare import LEAST_ROUNDS, Ratio
+from clipress.bench.compare import LEAST_ROUNDS, Ratio, includes_no_difference
 from clipress.bench.results import Case, CaseRatio, Kept, Row, Verdict
 from clipress.runtime.cpu import Processor
+from clipress.runtime.sessions import RUNTIMES
 from clipress.tasks import task_named
 
 METHODS = {"quantize": "INT8", "sparsify": "2:4"}
+HEADS = {
+    "faster": " is faster here",
+    "slower": " is not faster here",
+    "same": ", no difference seen here",
+    "undecided": ", no difference seen here",
+    "unknown": " may or may not be faster here",
+}
+"""What a verdict says of a method, by judgement."""
 MATTERS, UNDECIDED = 1.02, 1.10
+Compare = Callable[[str, str, Case], Ratio | None]
 SMALLER = 1.1  # times smaller: worth mentioning where a method is not faster
 
 
 def verdicts(
     rows: Sequence[Row],
     cases: Sequence[Case],
-    ratio: Callable[[str, str, Case], Ratio | None],
+    ratio: Compare,
     max_accuracy_drop: float,
     cpu: Processor | None = None,
 ) -> list[Verdict]:
@@ -42,10 +54,15 @@ def verdicts(
         origin = _origin(row, rows)
         if origin is None:
             continue
-        every = ((case, ratio(origin.stage, row.stage, case)) for case in cases)
-        if ratios := {case: one for case, one in every if one is not None}:
-            found.append(_verdict(_Comparison(row, origin, ratios), max_accuracy_drop, cpu))
+        pair = _Comparison(row, origin, METHODS[row.lineage[-1].kind], _ratios(row, origin, cases, ratio))
+        if pair.ratios:
+            found.append(_verdict(pair, max_accuracy_drop, cpu))
     return found
+
+
+def _ratios(row: Row, origin: Row, cases: Sequence[Case], ratio: Compare) -> dict[Case, Ratio]:
+    every = ((case, ratio(origin.stage, row.stage, case)) for case in cases)
+    return {case: one for case, one in every if one is not None}
 
 
 def choose_kept(rows: Sequence[Row], found: Sequence[Verdict]) -> list[Kept]:
@@ -64,17 +81,47 @@ def choose_kept(rows: Sequence[Row], found: Sequence[Verdict]) -> list[Kept]:
             name = verdict_of[name].keep
         keep, of = own[name], own[last]
         instead = "" if name == last else f", not {of.artifact} (to serve that: --stage {of.artifact})"
-        kept.append(
-            Kept(
-                backend=backend,
-                artifact=keep.artifact,
-                hash=keep.hash,
-                of=of.artifact,
-                of_hash=of.hash,
-                text=f"Kept on {backend}: {keep.artifact}{instead}.",
-            )
-        )
+        seen = {True: "", False: "", None: "; no difference seen"}[verdict_of[last].faster]
+        kept.append(_kept(keep, of, f"{instead}{seen}"))
     return kept
+
+
+def _kept(keep: Row, of: Row, more: str = "") -> Kept:
+    return Kept(
+        backend=keep.backend,
+        artifact=keep.artifact,
+        hash=keep.hash,
+        of=of.artifact,
+        of_hash=of.hash,
+        text=f"Kept on {keep.backend}: {keep.artifact}{more}.",
+    )
+
+
+def choose_runtime(
+    rows: Sequence[Row], kept: Sequence[Kept], cases: Sequence[Case], ratio: Compare, max_accuracy_drop: float
+) -> tuple[list[Verdict], list[Kept]]:
+    """Compare what the runtimes keep, if several were measured. Returns verdicts, and what is kept with the runtime to use.
+
+    Arguments as for `verdicts`; `kept` is what `choose_kept` returned. Of runtimes without a difference the first is used.
+    """
+    last = {row.backend: row for row in rows if row.backend in RUNTIMES and row.hash}
+    if len(last) < 2:
+        return [], list(kept)
+    chosen = {one.backend: one for one in kept} | {
+        backend: _kept(row, row) for backend, row in last.items() if backend not in {one.backend for one in kept}
+    }
+    own = {
+        backend: next(row for row in rows if (row.backend, row.hash) == (backend, chosen[backend].hash))
+        for backend in last
+    }
+    best, *others = own.values()
+    found = []
+    for other in others:
+        pair = _Comparison(other, best, other.backend, _ratios(other, best, cases, ratio), "the first one")
+        if pair.ratios:
+            found.append(_verdict(pair, max_accuracy_drop, None))
+            best = other if found[-1].keep == other.stage else best
+    return found, [one.model_copy(update={"preferred": one.backend == best.backend}) for one in chosen.values()]
 
 
 def _origin(row: Row, rows: Sequence[Row]) -> Row | None:
@@ -88,15 +135,15 @@ def _origin(row: Row, rows: Sequence[Row]) -> Row | None:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """One row against the one it was made from."""
+    """One row against the one it was made from, or against the same on the first runtime."""
 
     row: Row
     origin: Row
+    method: str
+    """What the row has and the origin has not, in words."""
     ratios: Mapping[Case, Ratio]
-
-    @property
-    def method(self) -> str:
-        return METHODS[self.row.lineage[-1].kind]
+    rank: str = "the simpler one"
+    """What the origin is of the two."""
 
     @property
     def main(self) -> Case:
@@ -122,18 +169,19 @@ def _verdict(pair: _Comparison, max_accuracy_drop: float, cpu: Processor | None)
         advice = f"Keep {origin.stage}: {row.stage} loses {loss:.1f} points of {metric}, bench.max_accuracy_drop allows {max_accuracy_drop:g}."
     else:
         advice = _advice(pair, judgement)
-    head = {"faster": "is faster here", "slower": "is not faster here"}.get(judgement, "may or may not be faster here")
+    head = HEADS[judgement]
     figure = f"{row.stage} is {in_words(pair.ratios[main])} times as fast as {origin.stage} ({main})"
     faster = {"faster": True, "slower": False}.get(judgement)
     why = _about_cpu(pair, faster, cpu) if cpu is not None else ""
+    keep = None if judgement in ("undecided", "unknown") else row.stage if faster and not costly else origin.stage
     return Verdict(
         stage=row.stage,
         against=origin.stage,
         method=pair.method,
         faster=faster,
-        keep=None if faster is None else row.stage if faster and not costly else origin.stage,
+        keep=keep,
         loss=loss,
-        text=f"{pair.method} {head}: {figure}. {advice}{why}",
+        text=f"{pair.method}{head}: {figure}. {advice}{why}",
         cases=[
             CaseRatio(
                 tower=case.graph, batch=case.batch, ids=case.ids, speed_up=round(ratio.value, 4), **interval(ratio)
@@ -149,12 +197,14 @@ def _advice(pair: _Comparison, judgement: str) -> str:
         rounds = pair.ratios[pair.main].rounds
         return f"{rounds} rounds are too few to tell, {LEAST_ROUNDS} are needed: measure longer."
     if judgement == "undecided":
-        return "The machine was too noisy to tell: measure longer, or when it is quiet."
+        stays = origin if pair.method in RUNTIMES else row
+        return f"The machine was too noisy to see one: measure longer, or when it is quiet. Until then {stays} stays."
     if judgement == "faster":
         others = [f"{case.graph} {case.size}" for case in pair.ratios if case not in pair.faster]
         return f"Keep {row}; at {', '.join(others)} it is not faster." if others else f"Keep {row}."
     others = [f"{case.graph} {case.size}" for case in pair.faster]
-    advice = f"Keep {origin}; {row} is faster at {', '.join(others)}." if others else f"Keep {origin}."
+    keep = f"Keep {origin}, {pair.rank}" if judgement == "same" else f"Keep {origin}"
+    advice = f"{keep}; {row} is faster at {', '.join(others)}." if others else f"{keep}."
     if pair.times_smaller > SMALLER:
         advice += f" {row} is {pair.times_smaller:.1f} times smaller, if size is what counts."
     return advice
@@ -185,12 +235,15 @@ def largest_loss(row: Row, origin: Row) -> tuple[float, str] | None:
 
 
 def judge(ratio: Ratio) -> str:
-    """Return "faster", "slower" (not faster), "undecided" (noise could hide a gain), or "unknown" (too few rounds)."""
+    """Return a key of HEADS.
+
+    "slower" includes gains too small to matter; without a difference it is "same", or "undecided" if noise could hide a gain.
+    """
     if ratio.low is None or ratio.high is None:
         return "unknown"
-    if ratio.low > 1 and ratio.value >= MATTERS:
-        return "faster"
-    return "undecided" if ratio.high > UNDECIDED else "slower"
+    if includes_no_difference(ratio.low, ratio.high):
+        return "undecided" if ratio.high > UNDECIDED else "same"
+    return "faster" if ratio.low > 1 and ratio.value >= MATTERS else "slower"
 
 
 def interval(ratio: Ratio) -> dict[str, float | None]:

@@ -31,7 +31,8 @@ from clipress.errors import RecipeError
     "--backend",
     "backends",
     multiple=True,
-    help="onnxruntime, onnxruntime-cuda, torch, torch-compiled or tensorrt; repeatable.  [default: the recipe's]",
+    help="onnxruntime, onnxruntime-cuda, openvino, torch, torch-compiled or tensorrt; repeatable.  "
+    "[default: the recipe's]",
 )
 @click.option("--batch", type=click.IntRange(1), multiple=True, help="Batch size; repeatable.")
 @click.option("--threads", type=click.IntRange(1), help="Threads inside one operator.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
 @click.option("--statement", help="Ask a BLIP for statements whether this is true of two images.")
 @click.option("--text", "texts", multiple=True, help="Rank the images by this with a BLIP for retrieval; repeatable.")
 @stage_option
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnxruntime", "openvino"]),
+    help="What runs the export.  [default: onnxruntime, or what bench kept]",
+)
 @click.option("--url", help="Use a server instead of a run: http://host:8000 or grpc://host:8001.")
 @click.option("--in-flight", type=click.IntRange(1), default=16, show_default=True, help="Concurrent requests.")
 @click.option(
@@ -56,6 +62,7 @@ def predict(
     statement: str | None,
     texts: tuple[str, ...],
     stage: str | None,
+    runtime: str | None,
     url: str | None,
     in_flight: int,
     timeout: float,
@@ -66,7 +73,7 @@ def predict(
 
     A CLIP requires --labels or --labels-file; a classifier and a Segmenter have their own labels. A Segmenter's masks are
     written as overlays with a legend, and the shares of its labels are printed. A BLIP writes captions, answers a question,
-    judges a statement about two images, or ranks images by texts. Runs the export of RUN in ONNX Runtime, or uses the
+    judges a statement about two images, or ranks images by texts. Runs the export of RUN on this machine, or uses the
     server at --url. IMAGES are files, folders, or - to read paths from standard input. A server's answers are
     printed as they arrive; failed images are counted at the end.
     """
@@ -78,6 +85,8 @@ def predict(
     if url is not None:
         if stage:
             raise click.UsageError("--stage selects an artifact of a run; it cannot be used with --url.")
+        if runtime:
+            raise click.UsageError("--runtime runs the export of a run; it cannot be used with --url.")
         if asked != Asked():
             raise click.UsageError("--question, --statement and --text ask the model of a run; leave --url out.")
         _predict_with_server(Server(url, timeout, in_flight), images, names, templates, softmax, as_json)
@@ -86,9 +95,11 @@ def predict(
     if not rest:
         raise click.UsageError("Missing argument 'IMAGES...': give images after the run, or use --url.")
     import clipress
+    from clipress.workflow.kept import choose_artifact
     from clipress.workflow.plan import read_plan
 
-    model = clipress.load(run / read_plan(run).artifact(stage))
+    chosen = choose_artifact(run, read_plan(run), stage, partial(click.echo, err=True), "Predicting with", runtime)
+    model = clipress.load(run / chosen.stage, runtime=chosen.runtime)
     files = list(images_in(rest, click.get_text_stream("stdin")))
     if is_asked(model, asked, names):
         for record in said_of(model, files, asked, names):
@@ -178,7 +189,7 @@ def eval_(run: Path, stage: str | None, split: str, compare: str | None, linear_
     """
     from clipress.workflow.evaluate import evaluate_run, write_evaluation
 
-    found = evaluate_run(run, stage, compare, split, linear_probe)
+    found = evaluate_run(run, stage, compare, split, linear_probe, click.echo)
     if found.compare:
         click.echo(f"{found.stage} minus {found.compare}, with the 95 % interval of a paired bootstrap, on the right")
     for name, metric in found.metrics.items():

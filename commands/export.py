@@ -12,7 +12,10 @@ from clipress.errors import RecipeError
 
 @click.command()
 @click.argument("run", type=ANY_PATH)
-@click.option("--stage", "stages", multiple=True, help="Artifact to export; repeatable.  [default: all]")
+@click.option(
+    "--stage", "stages", multiple=True, help="Artifact to export; repeatable.  [default: what bench kept, or all]"
+)
+@click.option("--all", "everything", is_flag=True, help="Export all artifacts.")
 @click.option("--tensorrt", is_flag=True, help="Also build TensorRT engines; an error where that is impossible.")
 @click.option(
     "--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Precision of engines.  [default: the recipe's]"
@@ -32,6 +35,7 @@ from clipress.errors import RecipeError
 def export(
     run: Path,
     stages: tuple[str, ...],
+    everything: bool,
     tensorrt: bool,
     precision: str | None,
     foreign: bool,
@@ -57,12 +61,14 @@ def export(
     """
     onnx = labels_given(labels, labels_file, templates)
     if verify:
-        if stages or tensorrt or precision or foreign or onnx or layout:
+        if stages or everything or tensorrt or precision or foreign or onnx or layout:
             raise RecipeError("--verify exports nothing and takes no other option.")
         from clipress.workflow.verify import verify_export
 
         verify_export(run, click.echo)
         return
+    if stages and everything:
+        raise RecipeError("--all and --stage cannot be combined: leave one of them out.")
     if not tensorrt and (precision or foreign):
         raise RecipeError("--precision and --foreign require --tensorrt.")
     if run.suffix == ".onnx":
@@ -73,7 +79,7 @@ def export(
     from clipress.workflow.export import ExportRequest, export_run
 
     engines = given(precision=precision) if tensorrt else None
-    export_run(run, ExportRequest(stages, onnx, engines, layout), click.echo)
+    export_run(run, ExportRequest(stages, everything, onnx, engines, layout), click.echo)
 
 
 def _build_engine(file: Path, tensorrt: bool, precision: str | None, foreign: bool, has_labels: bool) -> None:

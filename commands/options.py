@@ -24,7 +24,7 @@ resume_option = click.option(
     help="Keep finished stages and continue from the last checkpoint, or redo every stage.  [default: --resume]",
 )
 out_option = click.option("--out", type=FOLDER, help="Run folder.  [default: runs/<name of the recipe>]")
-stage_option = click.option("--stage", help="Artifact of the run.  [default: the last one]")
+stage_option = click.option("--stage", help="Artifact of the run.  [default: the last one, or what bench kept instead]")
 served_option = click.option("--stage", help="Artifact to serve.  [default: the last one, or what bench kept instead]")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from clipress.commands.options import FOLDER, PORT, given, run_argument, served_
     help="onnxruntime, python or tensorrt; repeatable.  [default: the recipe's]",
 )
 @click.option("--max-batch", type=click.IntRange(1), help="Maximum batch size.  [default: the recipe's]")
+@click.option(
+    "--keep",
+    type=click.IntRange(1),
+    help="Remove older versions but the newest so many and the served one.  [default: all]",
+)
 @click.option("--version", type=click.IntRange(1), help="Write nothing; serve this version of the models.")
 @click.option("--roll-back", is_flag=True, help="Write nothing; serve the version before the current one.")
 def serve(
@@ -27,6 +33,7 @@ def serve(
     stage: str | None,
     backends: tuple[str, ...],
     max_batch: int | None,
+    keep: int | None,
     version: int | None,
     roll_back: bool,
 ) -> None:
@@ -37,7 +44,7 @@ def serve(
     """
     from clipress.workflow.serve import ServeRequest, serve_run, switch_version
 
-    settings = given(backend=backends, max_batch=max_batch)
+    settings = given(backend=backends, max_batch=max_batch, keep=keep)
     if version or roll_back:
         switch_version(run, version, settings, click.echo)
     else:
@@ -109,9 +116,11 @@ def index(
     if add and kind:
         raise click.UsageError("--kind cannot be changed: --add keeps the kind of the index.")
     if run is not None:
+        from clipress.workflow.kept import choose_artifact
         from clipress.workflow.plan import read_plan  # This imports torch; an export is used without it.
 
-        model = run / read_plan(run).artifact(stage)
+        say = partial(click.echo, err=True)
+        model = run / choose_artifact(run, read_plan(run), stage, say, "Indexing with", "onnxruntime").stage
     request = IndexRequest(images, model, kind, threads, add)
     made = index_images(request, out, lambda line: click.echo(line, err=True))
     click.echo(f"Index of {made.count:,} images, {made.dim} dimensions, {made.kind}: {out}")

@@ -54,7 +54,7 @@ def open_session(
 
     Raises ExportError for a file that cannot be opened or fails its self-test on this machine.
     """
-    file = _identity(path, provider, mode)
+    file = file_identity(path, provider, mode)
     if file not in _opened:
         session, _opened[file] = _open_first(path, threads, provider, float16, mode)
         if profile_to is None:
@@ -142,8 +142,10 @@ def runs_exactly(session: Any) -> bool:
         return False
 
 
-def check(session: Any, path: Path, about: dict[str, Any]) -> float | None:
+def check(session: Any, path: Path, about: dict[str, Any], runtime: str = "") -> float | None:
     """Run a file's self-test in a session. Returns the least cosine; None if the file has no self-test.
+
+    `runtime` is the name and version of one that is not ONNX Runtime.
 
     Raises ExportError when the session does not agree with exact arithmetic.
     """
@@ -158,11 +160,13 @@ def check(session: Any, path: Path, about: dict[str, Any]) -> float | None:
             "export RUN"
         ) from None
     if not found >= required:
-        import onnxruntime
+        if not runtime:
+            import onnxruntime
 
+            runtime = f"onnxruntime {onnxruntime.__version__}"
         raise ExportError(
             f"{path} fails its self-test on this machine: its outputs have a cosine of {found:.4f} with exact "
-            f"arithmetic, at least {required} is required ({processor()}; onnxruntime {onnxruntime.__version__}). "
+            f"arithmetic, at least {required} is required ({processor()}; {runtime}). "
             "8-bit weights overflow on x86 CPUs without VNNI instructions: quantize with portable: true and export "
             "again, or use a CPU with avx512_vnni or avx_vnni."
         )
@@ -174,12 +178,13 @@ def _is_portable(about: dict[str, Any]) -> bool:
     return bool(about.get("portable", about.get("precision") == "fp32"))
 
 
-def _identity(path: Path, provider: str, mode: Mode) -> tuple[Any, ...]:
+def file_identity(path: Path, *how: str) -> tuple[Any, ...]:
+    """Return what tells a file from others and from earlier content, and `how` it is opened."""
     try:
         state = Path(path).stat()
     except OSError:
-        return (str(path), provider, mode, None)
-    return (str(path), provider, mode, state.st_ino, state.st_size, state.st_mtime_ns)
+        return (str(path), *how, None)
+    return (str(path), *how, state.st_ino, state.st_size, state.st_mtime_ns)
 
 
 def _open(path: Path, threads: int, provider: str, float16: bool, exact: bool, profile_to: Path | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""Inference with an export folder and ONNX Runtime alone: embeddings, classification, segmentation, and what a BLIP says."""
+"""Inference with an export folder and ONNX Runtime, or OpenVINO, alone: embeddings, classification, segmentation, and what a BLIP says."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 
 from clipress.data.prompts import check_labels, prompts_by_class
 from clipress.data.transforms import as_image
-from clipress.errors import DataError, ExportError, nearest
+from clipress.errors import DataError, ExportError, RecipeError, nearest
 from clipress.metrics.classify import softmax as over_all
 from clipress.metrics.retrieval import finite
 from clipress.metrics.windows import segmented
 from clipress.metrics.zeroshot import embed_labels, label_probabilities
 from clipress.runtime.export_folder import read_export
 from clipress.runtime.graph import Graph
-from clipress.runtime.onnx_session import open_session
+from clipress.runtime.sessions import ONNX_RUNTIME, RUNTIMES
 from clipress.serve.blip import Blip
 from clipress.serve.graphs import IMAGE, TEXT, classifier_graph, embedder, is_zero_shot, segmenter_graph
 from clipress.serve.images import ImageLike, as_list, is_one, opened
@@ -34,12 +34,15 @@ class LoadedModel(Blip):
 
     Args:
         export: an export folder.
-        threads: ONNX Runtime threads inside one operator; 0: one per core.
+        threads: threads inside one operator; 0: one per core.
+        runtime: "onnxruntime" or "openvino".
 
     Raises ArtifactError if the export is missing or damaged, and ExportError for another task.
     """
 
-    def __init__(self, export: str | Path, threads: int = 0) -> None:
+    def __init__(self, export: str | Path, threads: int = 0, runtime: str = ONNX_RUNTIME) -> None:
+        if (opener := RUNTIMES.get(runtime)) is None:
+            raise RecipeError(f"runtime '{runtime}' does not exist.{nearest(runtime, RUNTIMES)}")
         self.exported = exported = read_export(export)
         self._scores, self._masks = classifier_graph(exported), segmenter_graph(exported)
         if self._scores is None and self._masks is None and self.use is None and not is_zero_shot(exported):
@@ -47,7 +50,7 @@ class LoadedModel(Blip):
                 f"{export}: expected the export of a CLIP, a BLIP, or of a classifier or Segmenter with labels, found a "
                 f"{exported.task} with {', '.join(exported.graphs)}."
             )
-        self.sessions = {graph: open_session(exported.onnx(graph), threads) for graph in exported.graphs}
+        self.sessions = {graph: opener(exported.onnx(graph), threads) for graph in exported.graphs}
         self._tokenize = exported.tokenize()
         self._embedded: tuple[Any, np.ndarray] | None = None  # the last set of labels, and its embeddings
 

@@ -6,6 +6,7 @@
 
 The files of an index are never changed: new ones are written beside them, and index.json is then replaced in one step.
 So a kill at any moment leaves the old index or the new one, and processes that have the old one open can keep using it.
+A process that changes an index locks its folder; a second one is refused.
 
 Kinds: `flat` compares with everything and is exact. `ivf` (inverted lists around k-means centres) and `hnsw` (a graph,
 Malkov & Yashunin 2016, arXiv:1603.09320) look at a part only, and may miss some of the nearest. A graph takes longest to
@@ -26,7 +27,7 @@ from pydantic import Field, ValidationError
 from clipress.errors import ArtifactError, BackendMissing, DataError, nearest
 from clipress.recipe import Section, first_problem
 from clipress.serve.index_files import Blocks, write_filled
-from clipress.storage import flush, sha256, write_bytes_whole, write_text_whole
+from clipress.storage import flush, locked, sha256, write_bytes_whole, write_text_whole
 from clipress.version import __version__
 
 SCHEMA_VERSION = 1
@@ -209,6 +210,8 @@ def write_index(folder: Path, kind: Kind, blocks: Blocks, keys: Sequence[str], e
     Args:
         blocks: yields the vectors, float32 [n, D] each; it may be called more than once.
         keys: names of all vectors, in order.
+
+    The caller holds the folder's lock.
     """
     faiss = need_faiss()
     dim = next(iter(blocks())).shape[1]
@@ -247,8 +250,8 @@ def change_index(
 ) -> Description:
     """Remove entries from an index, then add others. Its kind, and the centres of an `ivf`, do not change.
 
-    A new entry replaces an old one of the same key. All vectors are held in memory meanwhile. Raises DataError for keys to
-    remove that the index does not have, and if nothing would be left.
+    A new entry replaces an old one of the same key. All vectors are held in memory meanwhile. The caller holds the folder's
+    lock. Raises DataError for keys to remove that the index does not have, and if nothing would be left.
     """
     index = open_index(folder)
     old = [index.key(row) for row in range(len(index))]
@@ -266,6 +269,13 @@ def change_index(
         vectors.add(block)
     names = [key for key, one in zip(old, kept, strict=True) if one] + list(keys)
     return _write(folder, index.description.kind, vectors, names, index.description.encoder)
+
+
+def remove_entries(folder: Path, keys: Sequence[str]) -> Description:
+    """Remove entries from an index. Raises what `change_index` does, and ArtifactError if another process writes this index."""
+    read_description(folder)  # A folder without an index is not locked, which would write into it.
+    with locked(folder):
+        return change_index(folder, keys)
 
 
 def _keep_rows(vectors: Any, kept: np.ndarray) -> None:

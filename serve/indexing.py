@@ -45,7 +45,7 @@ from clipress.serve.index import (
     read_description,
     write_index,
 )
-from clipress.storage import write_bytes_whole, write_text_whole
+from clipress.storage import LOCK, locked, write_bytes_whole, write_text_whole
 
 log = logging.getLogger("clipress.serve")
 PART, BATCH = 4096, 32
@@ -100,7 +100,8 @@ def index_images(
         add: keep the entries of the index; images that it already has are embedded again and replaced.
 
     Raises DataError if there are no images or more than a fifth cannot be read, ArtifactError if the index or the export is
-    missing, damaged, or of another encoder, and ExportError if the export has no image encoder.
+    missing, damaged, or of another encoder, or if another process writes this index, and ExportError if the export has no
+    image encoder.
     """
     faiss = need_faiss()
     exported = read_export(export)
@@ -111,12 +112,19 @@ def index_images(
     if threads:
         faiss.omp_set_num_threads(threads)
     images = open_images(where)
-    encoder = ImageEncoder(exported, threads)
-    home = out / PARTS / digest(encoder.description.sha256, exported.preprocess.model_dump(), PART, BATCH)
+    with locked(out):
+        return _embed_and_write(images, ImageEncoder(exported, threads), out, kind, threads, add, say)
+
+
+def _embed_and_write(
+    images: ImageList, encoder: ImageEncoder, out: Path, kind: Kind | None, threads: int, add: bool, say: Say
+) -> Description:
+    """Do what `index_images` does, in a folder that is locked."""
+    home = out / PARTS / digest(encoder.description.sha256, encoder.exported.preprocess.model_dump(), PART, BATCH)
     paths = _embed_parts(images, encoder, home, threads, say)
     names, rows_of_parts, skipped = _choose(images, paths)
     if not names:
-        raise DataError(f"{where}: none of its {len(images)} images can be read (first: {skipped[0][1]}).")
+        raise DataError(f"{images.where}: none of its {len(images)} images can be read (first: {skipped[0][1]}).")
     _report_skipped(out, skipped, len(images), say)
 
     def blocks() -> Iterator[np.ndarray]:
@@ -133,7 +141,7 @@ def index_images(
 
 
 def _check_free(out: Path) -> None:
-    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    found = {path.name for path in out.iterdir()} - {LOCK} if out.is_dir() else set()
     if out.is_file() or (found and not found & {DESCRIPTION, PARTS}):
         raise ArtifactError(f"{out} exists and is not an index. Nothing was changed: choose another folder with --out.")
 

@@ -20,6 +20,7 @@ A very small encoder is not chained: embed_* is then one python model that prepa
 
 A changed export adds a version to every model, under one number, so that the models of a version belong together. A
 repository is written aside, its older versions linked, and renamed into place: a version is either whole or absent.
+With `serve.keep` older versions are dropped at the same moment, never the one that is served before or after it.
 The code is not part of a version: it imports the clipress that is installed, so every version gets today's model.py.
 """
 
@@ -57,7 +58,7 @@ from clipress.serve.triton_config import config_from, config_text, configs, opti
 from clipress.serve.triton_files import Files, holds, link, put, warm_up_files
 from clipress.serve.triton_parts import Served
 from clipress.serve.triton_readme import readme
-from clipress.storage import read_json, write_whole
+from clipress.storage import LOCK, read_json, write_whole
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -123,7 +124,7 @@ def serve_version(repository: Path, version: int | None, settings: ServeSettings
 
     Raises ArtifactError if there is no such version.
     """
-    known = _versions(repository)
+    known = versions_of(repository)
     if version is None:
         now = served_version(repository) if known else 0
         version = max((number for number in known if number < now), default=0)
@@ -132,7 +133,7 @@ def serve_version(repository: Path, version: int | None, settings: ServeSettings
         found = ", ".join(map(str, known)) or "none"
         raise ArtifactError(f"{repository}: expected {wanted}; versions found: {found}. Run: clipress serve RUN")
     release = _read_release(repository, version)
-    if release.search and version not in _versions(repository, SEARCH):
+    if release.search and version not in versions_of(repository, SEARCH):
         raise ArtifactError(
             f"{repository}: version {version} needs search/{version}, which was dropped when a version without an index was "
             "served. Run: clipress serve RUN"
@@ -144,7 +145,7 @@ def serve_version(repository: Path, version: int | None, settings: ServeSettings
 def served_version(repository: Path) -> int:
     """Return the version that a repository serves."""
     config = config_from((repository / _first_model(repository) / "config.pbtxt").read_text(encoding="utf-8"))
-    return max(config.version_policy.specific.versions, default=max(_versions(repository)))
+    return max(config.version_policy.specific.versions, default=max(versions_of(repository)))
 
 
 def has_outdated_code(repository: Path) -> bool:
@@ -171,7 +172,7 @@ def _add(exported: Exported, repository: Repository) -> None:
     """Add a version if the export has changed, else write the configurations of the served one again."""
     folder = repository.folder
     release, added = _files(exported, repository.backend, repository.settings)
-    newest = max(_versions(folder), default=0)
+    newest = max(versions_of(folder), default=0)
     if newest and all(_same(files, folder / model / str(newest)) for model, files in added.items()):
         served = served_version(folder)  # a repository that was rolled back stays so until something new comes
         _write(repository, {}, _read_release(folder, served), served)
@@ -229,11 +230,11 @@ def _codes(exported: Exported, backend: str) -> dict[str, Path]:
 
 
 def _code_of_versions(repository: Path, codes: Mapping[str, Path]) -> Files:
-    """Return today's model.py for each one that the versions of a repository have."""
+    """Return today's model.py for each one that all versions of a repository have."""
     return {
         f"{model}/{number}/{CODE}": code
         for model, code in codes.items()
-        for number in _versions(repository, model)
+        for number in versions_of(repository, model)
         if (repository / model / str(number) / CODE).is_file()
     }
 
@@ -255,19 +256,22 @@ def _index(folder: Path, exported: Exported) -> Files:
             f"{exported.stage} has; found {index.lineage} and {index.dim}. Make the index again with this model."
         )
     return {
-        f"index/{path.relative_to(folder).as_posix()}": path for path in sorted(folder.rglob("*")) if path.is_file()
+        f"index/{path.relative_to(folder).as_posix()}": path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != LOCK
     }
 
 
 def _write(repository: Repository, added: Mapping[str, Files], release: Release, version: int) -> None:
-    """Replace a repository by one that has the added files as `version`, all older versions, and serves `version`."""
+    """Replace a repository by one that has the added files as `version`, older ones that are kept, and serves `version`."""
     folder, exported = repository.folder, release.export
     served = _served(repository, release)
     made = configs(served, release.search)
     if added:
         _check_clients(folder, made)
-    newest = max(_versions(folder), default=0)
-    if version < newest:
+    older = versions_of(folder)
+    kept = _kept_versions(repository, version)
+    if version < max(older, default=0):
         for config in made.values():
             config.version_policy.specific.versions.append(version)
     around: Files = {f"{model}/config.pbtxt": config_text(config).encode() for model, config in made.items()}
@@ -275,15 +279,16 @@ def _write(repository: Repository, added: Mapping[str, Files], release: Release,
         "README.md": readme(served, version, release.search, options_for(made.values())).encode(),
     }
     codes = {model: code for model, code in _codes(exported, repository.backend).items() if model in made}
-    around |= _code_of_versions(folder, codes)
-    if not added and all(holds(folder / name, content) for name, content in around.items()):
+    code = _code_of_versions(folder, codes)
+    around |= {name: source for name, source in code.items() if int(name.split("/")[1]) in kept}
+    if not added and kept.issuperset(older) and all(holds(folder / name, content) for name, content in around.items()):
         return  # A server that uses this folder is not disturbed.
 
     def fill(aside: Path) -> None:
         copies: dict[Path, Path] = {}  # files that two models share are copied once
         for model in made:
             (aside / model).mkdir()
-            for number in _versions(folder, model):
+            for number in kept.intersection(versions_of(folder, model)):
                 shutil.copytree(folder / model / str(number), aside / model / str(number), copy_function=link)
             for name, content in added.get(model, {}).items():
                 put(aside / model / str(version) / name, content, copies)
@@ -291,6 +296,13 @@ def _write(repository: Repository, added: Mapping[str, Files], release: Release,
             put(aside / name, content, copies)
 
     write_whole(folder, fill)
+
+
+def _kept_versions(repository: Repository, version: int) -> set[int]:
+    """Return the versions that stay when `version` is to be served: the newest ones, that one, and the one served so far."""
+    known = versions_of(repository.folder)
+    newest = sorted({*known, version})[-(repository.settings.keep or 0) :]
+    return {*newest, version, *([served_version(repository.folder)] if known else [])}
 
 
 def _served(repository: Repository, release: Release) -> Served:
@@ -334,7 +346,7 @@ def _first_model(repository: Path) -> str:
     return min((model for model in models if model != SEARCH), default="")
 
 
-def _versions(repository: Path, model: str | None = None) -> list[int]:
+def versions_of(repository: Path, model: str | None = None) -> list[int]:
     """Return the versions of a repository, or of one of its models, oldest first."""
     model = model or _first_model(repository)
     folder = repository / model

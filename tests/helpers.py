@@ -6,6 +6,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,26 @@ RECIPE: dict[str, Any] = {
     "bench": {"batch": [1, 2], "warm_up": 0, "duration": 1, "iterations": 3},
     "serve": {"max_batch": 4},
 }
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from clipress.storage import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+"""A program that holds a folder's lock until its input ends or it is killed."""
+
+
+@contextmanager
+def lock_held(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Let another process hold a folder's lock meanwhile."""
+    command = [sys.executable, "-c", HOLDER, folder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
 
 
 def tiny_inputs(batch=3):

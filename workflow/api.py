@@ -43,14 +43,16 @@ def run(
     return run_recipe(opened, None if out is None else Path(out), resume, say)
 
 
-def load(path: str | Path, threads: int = 0) -> LoadedModel:
-    """Load an exported model for inference with ONNX Runtime; torch is not imported.
+def load(path: str | Path, threads: int = 0, runtime: str = "onnxruntime") -> LoadedModel:
+    """Load an exported model for inference with ONNX Runtime or OpenVINO; torch is not imported.
 
     Args:
         path: an export folder, or an artifact of a run: `runs/mine/int8` loads `runs/mine/export/int8`.
-        threads: ONNX Runtime threads inside one operator; 0: one per core.
+        threads: threads inside one operator; 0: one per core.
+        runtime: "onnxruntime" or "openvino", which is an extra.
 
     Raises:
         ArtifactError: there is no export at `path`, or its files are damaged.
+        BackendMissing: OpenVINO is not installed.
     """
-    return LoadedModel(find_export(Path(path)), threads)
+    return LoadedModel(find_export(Path(path)), threads, runtime)

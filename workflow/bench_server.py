@@ -62,7 +62,7 @@ def bench_run_server(run: Path, request: LoadRequest, say: Say) -> MeasuredLoads
     gates = [gate_from(text, PLACES) for text in request.fail_if]
     address = address_from(request.url) if request.url else None
     plan = read_plan(run)
-    stage = plan.artifact(request.stage) if request.stage else choose_served(run, plan, say)
+    stage = choose_served(run, plan, say, request.stage)
     models = _choose_models(request.models, model_names(separate(graphs_of(model_from_artifact(run / stage))).values()))
     broken_by_load(gates, places_of(models, loads))  # Unknown metrics fail before anything is measured.
     if address is None:

@@ -13,10 +13,12 @@ from clipress.errors import RecipeError
 from clipress.metrics.evaluate import encode_all
 from clipress.metrics.outcomes import Outcomes, paired_difference, percent, standard_error
 from clipress.metrics.probe import linear_probe
+from clipress.progress import Say
 from clipress.storage import write_text_whole
 from clipress.tasks import evaluate_model, model_from_artifact
 from clipress.tasks.clip import encoders
 from clipress.version import __version__
+from clipress.workflow.kept import choose_artifact
 from clipress.workflow.plan import read_plan
 
 Split = Literal["val", "test"]
@@ -56,14 +58,19 @@ class Evaluation:
 
 
 def evaluate_run(
-    run: Path, stage: str | None = None, compare: str | None = None, split: Split = "test", linear_probe: bool = False
+    run: Path,
+    stage: str | None = None,
+    compare: str | None = None,
+    split: Split = "test",
+    linear_probe: bool = False,
+    say: Say = lambda line: None,
 ) -> Evaluation:
-    """Evaluate an artifact of a run, by default the last one, and its difference to the artifact `compare`."""
+    """Evaluate an artifact of a run, by default the one that bench kept, and its difference to the artifact `compare`."""
     plan = read_plan(run)
     specs = getattr(plan.data, split)
     if not specs:
         raise RecipeError(f"The recipe of {run} has no '{split}' data to evaluate on.")
-    name = plan.artifact(stage)
+    name = choose_artifact(run, plan, stage, say, "Evaluating").stage
     other = plan.artifact(compare, "--compare") if compare else None
     sets, probes = evalsets(specs), probe_sets(specs, plan.data.train) if linear_probe else []
     found = evaluate_artifact(run / name, sets, probes)

@@ -18,6 +18,7 @@ from clipress.recipe import overridden
 from clipress.runtime.export_folder import Exported, read_export
 from clipress.storage import locked_and_swept
 from clipress.workflow.engines import make_target, make_targets_of_recipe
+from clipress.workflow.kept import choose_exported
 from clipress.workflow.plan import Plan, read_plan
 
 
@@ -26,7 +27,9 @@ class ExportRequest:
     """What an export changes in the run's recipe."""
 
     stages: tuple[str, ...] = ()
-    """Artifacts to export; default: all."""
+    """Artifacts to export; default: the one that bench kept, or all before anything was measured."""
+    everything: bool = False
+    """Export all artifacts."""
     onnx: Mapping[str, Any] = field(default_factory=dict)
     """Settings that replace those of `export.onnx`."""
     tensorrt: Mapping[str, Any] | None = None
@@ -41,7 +44,7 @@ def export_run(run: Path, request: ExportRequest, say: Say) -> None:
     if request.layout is not None:
         LAYOUTS.find(request.layout, "--layout")
     with locked_and_swept(run):
-        stages = [plan.artifact(stage) for stage in request.stages] or plan.artifacts
+        stages = choose_exported(run, plan, request.stages, request.everything, say)
         settings = overridden(plan.export.onnx, request.onnx, "export.onnx")
         if "templates" in request.onnx and settings.labels is None and settings.labels_file is None:
             raise RecipeError("--template sets the prompts of a classifier's labels: add --labels or --labels-file.")

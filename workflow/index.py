@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipress.progress import Say
-from clipress.serve.index import Description, Kind, change_index
+from clipress.serve.index import Description, Kind, remove_entries
 from clipress.serve.indexing import index_images as embed_and_index
 from clipress.workflow.exported import find_export
 
@@ -34,4 +34,4 @@ def index_images(request: IndexRequest, out: Path, say: Say) -> Description:
 
 def remove_from_index(index: Path, keys: Sequence[str]) -> Description:
     """Remove entries from an index by their keys."""
-    return change_index(index, keys)
+    return remove_entries(index, keys)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipress.bench.results import read_kept
 from clipress.progress import Say
 from clipress.recipe import overridden
+from clipress.runtime.sessions import ONNX_RUNTIME
 from clipress.serve.settings import ServeSettings
 from clipress.serve.triton_repo import (
     has_outdated_code,
@@ -17,11 +17,13 @@ from clipress.serve.triton_repo import (
     served_version,
     triton_repo_from_export,
     update_code,
+    versions_of,
 )
 from clipress.serve.triton_server import serve_until_stopped
 from clipress.storage import locked_and_swept
 from clipress.workflow.export import export_artifacts
 from clipress.workflow.exported import export_of
+from clipress.workflow.kept import choose_artifact, results_of
 from clipress.workflow.plan import Plan, read_plan
 
 
@@ -40,7 +42,7 @@ def serve_run(run: Path, request: ServeRequest, say: Say) -> dict[str, Path]:
     plan = read_plan(run)
     with locked_and_swept(run):
         settings = overridden(plan.serve, request.settings, "serve")
-        stage = plan.artifact(request.stage) if request.stage else choose_served(run, plan, say)
+        stage = choose_served(run, plan, say, request.stage)
         export_artifacts(run, plan, [stage], say)
         return write_repositories(run, stage, settings, say)
 
@@ -52,8 +54,10 @@ def switch_version(run: Path, version: int | None, settings: Mapping[str, Any], 
         wanted = overridden(plan.serve, settings, "serve")
         for backend in wanted.backend:
             repository = run / "triton" / backend
-            now = serve_version(repository, version, wanted, _results(run))
+            before = versions_of(repository)
+            now = serve_version(repository, version, wanted, results_of(run))
             say(f"Version {now} is served from {repository}")
+            _say_removed(repository, before, say)
 
 
 def start_triton(run: Path, stage: str | None, listen: Mapping[str, Any], say: Say) -> None:
@@ -72,24 +76,21 @@ def start_triton(run: Path, stage: str | None, listen: Mapping[str, Any], say: S
     serve_until_stopped(repository, say, **listen)
 
 
-def choose_served(run: Path, plan: Plan, say: Say) -> str:
-    """Return the artifact to serve by default: the last one, or the one that bench recommends instead."""
-    last = plan.artifact(None)
-    kept = read_kept(_results(run), run, last) or last
-    if kept != last:
-        say(
-            f"Serving {kept} instead of {last}, as {_results(run)} recommends. Override: clipress serve {run} --stage {last}"
-        )
-    return kept
+def choose_served(run: Path, plan: Plan, say: Say, stage: str | None = None) -> str:
+    """Return the artifact to serve: the one named, or what bench kept in ONNX Runtime, which Triton's backends run."""
+    return choose_artifact(run, plan, stage, say, "Serving", ONNX_RUNTIME).stage
 
 
 def write_repositories(run: Path, stage: str, settings: ServeSettings, say: Say) -> dict[str, Path]:
     """Write the model repositories of an exported artifact; return their folders by backend."""
-    written = triton_repo_from_export(export_of(run, stage), run / "triton", settings, _results(run))
+    before = {backend: versions_of(run / "triton" / backend) for backend in settings.backend}
+    written = triton_repo_from_export(export_of(run, stage), run / "triton", settings, results_of(run))
     for repository in written:
         say(f"Triton model repository of {stage}, version {served_version(repository)}: {repository}")
+        _say_removed(repository, before[repository.name], say)
     return {repository.name: repository for repository in written}
 
 
-def _results(run: Path) -> Path:
-    return run / "bench" / "results.json"
+def _say_removed(repository: Path, before: Sequence[int], say: Say) -> None:
+    if removed := sorted(set(before).difference(versions_of(repository))):
+        say(f"Removed version{'s' * (len(removed) > 1)} {', '.join(map(str, removed))} from {repository}")

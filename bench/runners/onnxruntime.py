@@ -30,14 +30,21 @@ class OnnxRuntimeRunner(Runner):
     def __init__(self, folder: Path, threads: int) -> None:
         self.model: Exported = read_export(folder)
         self._threads = threads
-        self._sessions = {graph: open_session(self.model.onnx(graph), threads) for graph in self.model.graphs}
+        self._sessions = {graph: self._open(graph) for graph in self.model.graphs}
         for graph, session in self._sessions.items():
             check_form(session, graph, self.model)
-        self.exact_mode = any(map(runs_exactly, self._sessions.values()))
 
     @classmethod
     def open(cls, artifact: Path, export: Path, options: Options) -> OnnxRuntimeRunner:
         return cls(export, options.threads)
+
+    @property
+    def exact_mode(self) -> bool:
+        """Whether 8-bit weights overflow on this CPU, so that ONNX Runtime runs in exact mode."""
+        return any(map(runs_exactly, self._sessions.values()))
+
+    def _open(self, graph: str) -> Any:
+        return open_session(self.model.onnx(graph), self._threads)
 
     def run(self, graph: str) -> Run:
         return run_of(self._sessions[graph])
@@ -47,7 +54,7 @@ class OnnxRuntimeRunner(Runner):
 
     def fresh_query(self, graph: str, batch: int, ids: int = 0) -> Callable[[], Any]:
         """Return the same inference in a session of its own, opened now."""
-        return self._query(open_session(self.model.onnx(graph), self._threads), graph, batch, ids)
+        return self._query(self._open(graph), graph, batch, ids)
 
     def _query(self, session: Any, graph: str, batch: int, ids: int) -> Callable[[], Any]:
         inputs = self.model.graphs[graph].example(batch, ids)

@@ -121,7 +121,7 @@ def test_predict_classifies_an_image_with_onnx_runtime(tiny_run, tmp_path):
     Image.fromarray(digits.digits("test")[0][0]).save(tmp_path / "digit.png")
     result = clipress("predict", run, tmp_path / "digit.png", "--labels", "zero,one,two")
     assert result.exit_code == 0, result.output
-    shares = [float(part.split()[-1].rstrip("%")) for part in result.output.split(": ", 1)[1].split("  ")]
+    shares = [float(part.split()[-1].rstrip("%")) for part in result.stdout.split(": ", 1)[1].split("  ")]
     assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2)
 
 
@@ -261,7 +261,7 @@ def test_serve_follows_the_recommendation_of_bench_unless_a_stage_is_named(tiny_
             "sparse",
             (),
             "sparse",
-            f"Serving sparse instead of int8, as {path} recommends. Override: clipress serve {run} --stage",
+            f"Serving sparse instead of int8, as {path} recommends. Override: --stage int8",
         ),
         ("sparse", ("--stage", "int8"), "int8", ""),
         ("int8", (), "int8", ""),
@@ -293,6 +293,9 @@ def test_serving_another_stage_adds_a_version_that_can_be_rolled_back(tiny_run, 
         "2",
         "config.pbtxt",
     ]
+    kept = clipress("serve", run, "--backend", "python", "--stage", "int8", "--keep", "1").output
+    assert f"Removed version 1 from {run}/triton/python" in kept
+    assert not (run / "triton" / "python" / "classify" / "1").exists()
 
 
 def test_a_model_with_parts_that_were_cut_whole_goes_through_every_stage(recipe, tmp_path):

@@ -14,6 +14,7 @@ from clipress.data import digits
 from clipress.data.transforms import fitted, normalised
 from clipress.errors import ArtifactError, DataError, RecipeError
 from clipress.runtime.onnx_session import open_session
+from clipress.runtime.sessions import RUNTIMES
 from clipress.tasks import model_from_artifact
 from clipress.tasks.clip import encoders
 
@@ -166,7 +167,7 @@ def test_loading_something_else_says_what_to_do(tiny_run, tmp_path):
 
 def test_the_number_of_threads_reaches_the_runtime(tiny_run, monkeypatch):
     seen = []
-    monkeypatch.setattr("clipress.serve.classify.open_session", lambda path, n: seen.append(n) or open_session(path, n))
+    monkeypatch.setitem(RUNTIMES, "onnxruntime", lambda path, n: seen.append(n) or open_session(path, n))
     clipress.load(tiny_run[0] / "int8", threads=2)
     assert seen == [2, 2]
 
@@ -193,3 +194,13 @@ def test_importing_clipress_imports_nothing_heavy_and_lists_its_api():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         clipress.lod  # noqa: B018
+
+
+def test_an_unknown_runtime_is_an_error_and_openvino_gives_the_same_probabilities(tiny_run):
+    export = tiny_run[0] / "export" / "pruned"
+    with pytest.raises(RecipeError, match=r"runtime 'openvin' does not exist. Did you mean 'openvino'"):
+        clipress.load(export, runtime="openvin")
+    pytest.importorskip("openvino")
+    models = [clipress.load(export, 1, runtime) for runtime in ("onnxruntime", "openvino")]
+    a, b = (model.encode_text(["a red circle", "two"]) for model in models)
+    np.testing.assert_allclose(a, b, atol=1e-5)

@@ -7,19 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from helpers import HOLDER, lock_held
 
 from clipress import storage
 from clipress.errors import ArtifactError
 from clipress.storage import leftovers, locked, sweep, write_bytes_whole, write_whole
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from clipress.storage import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
 
 def full(*_):
@@ -33,9 +25,7 @@ def names(folder):
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds a lock until its input ends or it is killed."""
-    command = [sys.executable, "-c", HOLDER, tmp_path / "run"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
+    with lock_held(tmp_path / "run") as process:
         yield process
 
 

@@ -53,7 +53,7 @@ def test_the_tested_versions_meet_every_requirement(python):
     pins = [pin for pin in map(Requirement, PINS) if applies(pin, python)]
     versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
     assert len(versions) == len(pins)  # No package has two pins.
-    required = [*PROJECT["project"]["dependencies"], *EXTRAS["test"], *EXTRAS["serve"]]
+    required = [*PROJECT["project"]["dependencies"], *EXTRAS["test"], *EXTRAS["serve"], *EXTRAS["openvino"]]
     for wanted in (Requirement(line) for line in required if not line.startswith("clipress[")):
         found = versions[canonicalize_name(wanted.name)]
         assert wanted.specifier.contains(found), f"expected {wanted}, found {found} in constraints.txt"
@@ -104,7 +104,7 @@ def test_mentioned_extras_exist(tracked):
         if path.suffix in (".py", ".md")
         for extra in re.findall(r"clipress\[(\w+)\]", (ROOT / path).read_text(encoding="utf-8"))
     }
-    assert {"download", "pycuda", "tensorrt"} <= named <= EXTRAS.keys()
+    assert {"download", "openvino", "pycuda", "tensorrt"} <= named <= EXTRAS.keys()
 
 
 @pytest.mark.parametrize("what", FOREIGN)

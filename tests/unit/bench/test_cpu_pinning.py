@@ -1,10 +1,11 @@
 """A measurement is pinned to its CPUs and restores the affinity of the process."""
 
 import os
+import threading
 
 import pytest
 
-from clipress.bench.cpu_pinning import pinned
+from clipress.bench.cpu_pinning import THREADS, pinned
 from clipress.errors import RecipeError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin")
@@ -46,3 +47,17 @@ def test_pinning_is_skipped_silently_where_unsupported(monkeypatch):
     monkeypatch.delattr(os, "sched_setaffinity")
     with pinned(None, 1) as found:
         assert found is None
+
+
+@pytest.mark.skipif(not THREADS.is_dir(), reason="only Linux lists the threads of a process")
+def test_threads_that_already_run_are_pinned_too_and_restored():
+    allowed, done = os.sched_getaffinity(0), threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        with pinned(None, 1) as cpus:
+            assert os.sched_getaffinity(thread.native_id) == set(cpus) and len(cpus) == 1
+        assert os.sched_getaffinity(thread.native_id) == allowed
+    finally:
+        done.set()
+        thread.join()

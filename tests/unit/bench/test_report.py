@@ -418,9 +418,9 @@ def paired(results):
         }
     ]
     results["verdicts"] = [
-        verdict(False, "2:4 is not faster here: sparse is 1.00 [0.99, 1.01] times as fast. Keep pruned."),
+        verdict(False, "2:4, no difference seen here: sparse is 1.00 [0.99, 1.01] times as fast. Keep pruned."),
         verdict(True, "INT8 is faster here: Keep int8."),
-        verdict(None, "INT8 may or may not be faster here."),
+        verdict(None, "INT8, no difference seen here."),
     ]
     return results
 
@@ -430,7 +430,7 @@ def test_the_table_shows_paired_ratios_with_their_uncertainty(results):
     assert shown.splitlines()[5].split()[-1] == "2.60"  # The ratio of medians is 2.50.
     beneath = " ".join(shown.partition("\n\n")[2].split())
     assert "speed-up: against teacher at batch 32, paired by rounds, 95 % intervals of ± 2.0% or less." in beneath
-    assert "2:4 is not faster here: sparse is 1.00 [0.99, 1.01] times as fast. Keep pruned." in beneath
+    assert "2:4, no difference seen here: sparse is 1.00 [0.99, 1.01] times as fast. Keep pruned." in beneath
     assert "Unstable" not in beneath
 
 
@@ -448,7 +448,9 @@ def test_a_comparison_shows_every_tower_and_batch_of_every_row(results):
     assert len([line for line in lines if line.startswith(("image", "text"))]) == 16
     (line,) = [line for line in lines if line.split()[:3] == ["image", "32", "int8"]]
     assert line.split()[3:] == ["4.000", "12.000", "2.0", "2.600", "2.548-2.652"]
-    assert lines[-1] == "speed-up: against teacher, 20 rounds or more; above 1 is faster."
+    assert lines[-1] == (
+        "speed-up: against teacher, 20 rounds or more; above 1 is faster; no difference seen where the interval includes 1."
+    )
 
 
 def test_the_page_shows_speed_ups_with_intervals(results):
@@ -463,7 +465,7 @@ def test_the_headline_has_the_same_speed_up_as_the_table(results):
 
 def test_the_page_shows_the_verdicts(results):
     page = report_page(paired(results))
-    kinds = re.findall(r'<li class="(\w+)">(\S+)', page.partition('id="verdicts"')[2].partition("</ul>")[0])
+    kinds = re.findall(r'<li class="(\w+)">([^\s,]+)', page.partition('id="verdicts"')[2].partition("</ul>")[0])
     assert kinds == [("no", "2:4"), ("yes", "INT8"), ("unsure", "INT8")]
 
 
@@ -495,6 +497,24 @@ def test_without_accuracy_the_headline_names_the_fastest(results):
         given["accuracy"] = given["accuracy_se"] = {}
     said = re.sub("<.*?>", "", re.search('<section id="headline">(.*?)</section>', report_page(results))[1])
     assert said.startswith("int8 is 2.60 times as fast as teacher (95 %: 2.55 to 2.65), image tower, batch 32.")
+
+
+@pytest.mark.parametrize("has_accuracy", [True, False])
+def test_the_headline_names_no_faster_model_where_the_interval_includes_1(results, has_accuracy):
+    for given in paired(results)["rows"]:
+        for one in given["latency"]:
+            one |= {"speed_up": 1.3 if given["stage"] == "int8" else 1.0, "speed_up_low": 0.9, "speed_up_high": 1.6}
+        if not has_accuracy:
+            given["accuracy"] = given["accuracy_se"] = {}
+    said = re.sub("<.*?>", "", re.search('<section id="headline">(.*?)</section>', report_page(results))[1])
+    expected = (
+        "int8 is no faster or slower and 6.4 times smaller than teacher"
+        if has_accuracy
+        else (
+            "No difference seen between int8 and teacher (1.30 times as fast, 95 %: 0.90 to 1.60), image tower, batch 32."
+        )
+    )
+    assert said.startswith(expected)
 
 
 # ---- page in a browser

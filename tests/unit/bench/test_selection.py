@@ -8,7 +8,7 @@ import pytest
 from clipress.bench import selection
 from clipress.bench.compare import Ratio
 from clipress.bench.results import Case, Conditions, Results, Row, read_kept, write_results
-from clipress.bench.selection import choose_kept, judge, verdicts
+from clipress.bench.selection import choose_kept, choose_runtime, judge, verdicts
 from clipress.runtime.cpu import Processor
 
 CASES = [Case("image", 1), Case("image", 8), Case("text", 1), Case("text", 8)]
@@ -76,10 +76,10 @@ def test_the_faster_artifact_is_kept(rows):
 
 
 def test_a_slower_artifact_is_reported_with_ratio_interval_and_what_to_keep(rows):
-    sparse, int8 = verdicts_for(rows, {"sparse": Ratio(1.0, 0.99, 1.01, 20), "int8": SLOWER})
+    sparse, int8 = verdicts_for(rows, {"sparse": Ratio(0.98, 0.97, 0.99, 20), "int8": SLOWER})
     assert (sparse.faster, sparse.keep) == (False, "recovered")
     assert sparse.text == (
-        "2:4 is not faster here: sparse is 1.00 [0.99, 1.01] times as fast as recovered (image tower, batch 8). "
+        "2:4 is not faster here: sparse is 0.98 [0.97, 0.99] times as fast as recovered (image tower, batch 8). "
         "Keep recovered."
     )
     assert int8.text.endswith("Keep sparse. int8 is 4.0 times smaller, if size is what counts.")
@@ -98,7 +98,9 @@ def test_the_largest_image_batch_decides_and_differing_cases_are_named(rows):
     [
         (Ratio(1.01, 1.005, 1.015, 20), "slower"),  # Significant, but too small to matter.
         (Ratio(1.2, 0.9, 1.6, 20), "undecided"),
-        (Ratio(1.03, 0.99, 1.07, 20), "slower"),
+        (Ratio(1.03, 0.99, 1.07, 20), "same"),
+        (Ratio(0.97, 0.94, 1.0, 20), "same"),
+        (Ratio(0.95, 0.92, 0.99, 20), "slower"),
         (Ratio(1.03, 1.01, 1.05, 20), "faster"),
         (Ratio(3.0, None, None, 3), "unknown"),
     ],
@@ -108,6 +110,29 @@ def test_a_gain_must_be_significant_and_large_enough(rows, ratio, word):
     (verdict, _) = verdicts_for(rows, {"sparse": ratio, "int8": FASTER})
     assert verdict.faster == {"slower": False, "faster": True}.get(word)
     assert (verdict.keep is None) == (word in ("undecided", "unknown"))
+
+
+SAME, NOISE = Ratio(1.0, 0.99, 1.01, 20), Ratio(1.2, 0.9, 1.6, 20)
+
+
+def test_an_interval_with_1_in_it_names_no_winner_and_the_simpler_row_is_kept(rows):
+    sparse, int8 = verdicts_for(rows, {"sparse": SAME, "int8": SAME})
+    assert (sparse.faster, sparse.keep) == (None, "recovered")
+    assert sparse.text == (
+        "2:4, no difference seen here: sparse is 1.00 [0.99, 1.01] times as fast as recovered (image tower, batch 8). "
+        "Keep recovered, the simpler one."
+    )
+    assert int8.text.endswith("Keep sparse, the simpler one. int8 is 4.0 times smaller, if size is what counts.")
+    (kept,) = choose_kept(rows, [sparse, int8])
+    assert kept.text == ("Kept on onnxruntime: recovered, not int8 (to serve that: --stage int8); no difference seen.")
+
+
+def test_a_wide_interval_with_1_in_it_leaves_the_recipes_choice_and_says_so(rows):
+    _, verdict = found = verdicts_for(rows, {"sparse": FASTER, "int8": NOISE})
+    assert (verdict.faster, verdict.keep) == (None, None)
+    assert verdict.text.startswith("INT8, no difference seen here: int8 is 1.20 [0.90, 1.60] times as fast as sparse")
+    assert verdict.text.endswith("measure longer, or when it is quiet. Until then int8 stays.")
+    assert choose_kept(rows, found)[0].text == "Kept on onnxruntime: int8; no difference seen."
 
 
 @pytest.mark.parametrize(
@@ -123,9 +148,6 @@ def test_the_faster_artifact_is_kept_only_within_the_allowed_accuracy_drop(top1,
     assert ("Keep sparse: int8 loses 1.1 points of digits/top1, bench.max_accuracy_drop allows 1." in verdict.text) == (
         keep == "sparse"
     )
-
-
-NOISE = Ratio(1.2, 0.9, 1.6, 20)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +174,51 @@ def test_each_backend_has_its_own_choice_and_names_the_artifact_not_the_row():
     assert [(one.backend, one.artifact) for one in found] == [("onnxruntime", "int8"), ("torch", "sparse")]
 
 
+def across(ratio, top1=(90.0, 90.0), kinds=("start",)):
+    """Measure one artifact in two runtimes. Returns the verdicts and what is kept."""
+    backends = ("onnxruntime", "openvino")
+    rows = [
+        row(f"dense ({name})", *kinds, backend=name, top1=one) for name, one in zip(backends, top1, strict=True)
+    ] + [row("dense (torch)", *kinds, backend="torch")]
+    return choose_runtime(rows, choose_kept(rows, []), CASES, lambda *_: ratio, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "preferred", "said"),
+    [
+        (FASTER, "openvino", "openvino is faster here: dense (openvino) is 1.50 [1.40, 1.60] times as fast as "),
+        (SLOWER, "onnxruntime", "openvino is not faster here: "),
+        (SAME, "onnxruntime", "Keep dense (onnxruntime), the first one."),
+        (NOISE, "onnxruntime", "Until then dense (onnxruntime) stays."),
+    ],
+)
+def test_of_two_runtimes_the_faster_one_is_preferred_and_without_a_difference_the_first(ratio, preferred, said):
+    (verdict,), kept = across(ratio)
+    assert verdict.method == "openvino" and said in verdict.text
+    assert {one.backend: one.preferred for one in kept} == {
+        name: name == preferred for name in ("onnxruntime", "openvino")
+    }
+    assert all((one.artifact, one.of) == ("dense", "dense") for one in kept)
+
+
+def test_a_faster_runtime_that_loses_accuracy_is_not_preferred():
+    (verdict,), kept = across(FASTER, top1=(90.0, 88.0))
+    assert verdict.loss == 2.0 and [one.preferred for one in kept] == [True, False]
+
+
+def test_runtimes_are_compared_by_what_each_keeps(rows):
+    rows = [changed(one, stage=f"{one.stage} ({b})", backend=b) for b in ("onnxruntime", "openvino") for one in rows]
+    ratios = {"sparse": FASTER, "int8 (onnxruntime)": SLOWER, "int8 (openvino)": FASTER}
+    kept, asked = choose_kept(rows, verdicts_for(rows, ratios)), []
+    found, chosen = choose_runtime(rows, kept, CASES, lambda *where: asked.append(where[:2]) or FASTER, 1.0)
+    assert set(asked) == {("sparse (onnxruntime)", "int8 (openvino)")} and len(found) == 1
+    assert [(one.artifact, one.preferred) for one in chosen] == [("sparse", False), ("int8", True)]
+
+
+def test_one_runtime_is_compared_with_nothing(rows):
+    assert choose_runtime(rows, [], CASES, lambda *_: FASTER, 1.0) == ([], [])
+
+
 def test_a_dense_float_run_has_no_verdict(rows):
     assert choose_kept(rows[:2], verdicts_for(rows[:2], {})) == []
 
@@ -171,8 +238,10 @@ def run(rows, tmp_path):
 
 
 def test_the_kept_artifact_is_read_back(run):
-    assert read_kept(run / "results.json", run, "int8") == "sparse"
-    assert read_kept(run / "results.json", run, "int8", backend="tensorrt") is None
+    kept = read_kept(run / "results.json", run, "int8")
+    assert (kept.artifact, kept.backend) == ("sparse", "onnxruntime")
+    assert read_kept(run / "results.json", run, "int8", "onnxruntime") == kept
+    assert read_kept(run / "results.json", run, "int8", "tensorrt") is None
     assert read_kept(run / "none.json", run, "int8") is None
 
 

@@ -27,7 +27,9 @@ def test_an_artifact_does_not_differ_from_itself(tiny_run):
 
 def test_two_stages_are_compared_and_the_file_matches_the_output(tiny_run, tmp_path):
     out = tmp_path / "figures.json"
-    printed_lines = lines(clipress("eval", tiny_run[0], "--compare", "teacher", "--linear-probe", "--json", out))
+    printed_lines = lines(
+        clipress("eval", tiny_run[0], "--stage", "int8", "--compare", "teacher", "--linear-probe", "--json", out)
+    )
     written = json.loads(out.read_text())
     assert (written["stage"], written["compare"], written["conditions"]["split"]) == ("int8", "teacher", "test")
     assert {"digits/lp_top1", "digits/lp_mean_per_class_recall"} <= printed_lines.keys() == written["metrics"].keys()

@@ -1,5 +1,6 @@
 """INT8 files agree with exact integer arithmetic on every CPU that this machine has, hides or emulates."""
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,12 @@ def answers(request, home, samples, products, tmp_path_factory):
     }
     cases |= {(name, "auto"): Case(home / file, "auto", feed(samples, towers[name])) for name, file in FILES.items()}
     cases |= {("wide", mode): Case(home / WIDE, mode, feed(samples, "image")) for mode in ("auto", "default")}
+    if importlib.util.find_spec("openvino"):
+        files = {**FILES, "wide": WIDE}
+        cases |= {
+            (name, "openvino"): Case(home / file, "openvino", feed(samples, towers.get(name, "image")))
+            for name, file in files.items()
+        }
     jobs = []
     for number, case in enumerate(cases.values()):
         np.savez(folder / f"{number}.npz", **case.inputs)
@@ -184,6 +191,17 @@ def test_a_session_that_overflows_fails_the_self_test_with_the_cpu_and_what_to_d
         "avx512_vnni or avx_vnni",
     ):
         assert words in opened["error"]
+
+
+def test_openvino_computes_portable_files_on_every_cpu_and_is_refused_those_that_overflow(answers, home, samples):
+    cpu, answer = answers
+    pytest.importorskip("openvino")
+    for name, file in FILES.items():
+        expected = exactly(home / file, feed(samples, "text" if name == "text" else "image"))
+        assert cosines(outputs(answer[name, "openvino"]), expected).min() >= 0.9999
+    wide = answer["wide", "openvino"]
+    assert ("fails its self-test" in wide.get("error", "")) == (cpu in OVERFLOWING)
+    assert "openvino" in wide.get("error", "openvino")
 
 
 def test_metadata_record_whether_a_file_is_portable(home):

@@ -8,7 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from helpers import clipress
+from helpers import clipress, lock_held
 from small_exports import describe, small_image, write_classifier, write_export
 
 pytest.importorskip("faiss", reason="pip install 'clipress[serve]'")
@@ -238,6 +238,36 @@ def test_the_command_makes_adds_and_removes(tmp_path, export, images):
     assert added.exit_code == 0 and "Index of 20 images" in added.output
     removed = clipress("index", "--out", out, "--remove", images / "a" / "00.png")
     assert removed.exit_code == 0 and "Removed 1 entries, 19 left" in removed.output
+
+
+def test_a_second_writer_of_an_index_is_refused_and_readers_are_not(tmp_path, export, images):
+    out = tmp_path / "index"
+    indexed(images / "a", export, out)
+    before = content(out)
+    with lock_held(out) as other:
+        for arguments in (
+            (images / "b", "--model", export),
+            (images / "b", "--model", export, "--add"),
+            ("--remove", images / "a" / "00.png"),
+        ):
+            found = clipress("index", *arguments, "--out", out)
+            assert found.exit_code == 2 and f"{out} is in use by another clipress process" in found.output
+        assert content(out) == before and len(keys_of(out)) == 10
+        other.stdin.close()
+    assert clipress("index", images / "b", "--model", export, "--out", out, "--add").exit_code == 0
+    assert len(keys_of(out)) == 20
+
+
+def test_a_folder_without_an_index_is_not_written_into(tmp_path):
+    found = clipress("index", "--out", tmp_path / "none", "--remove", "key")
+    assert found.exit_code == 2 and "is not an index" in found.output and not (tmp_path / "none").exists()
+
+
+def test_an_index_is_made_where_a_stopped_run_left_only_its_lock(tmp_path, export, images):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / ".lock").touch()
+    indexed(images, export, tmp_path / "index")
+    assert len(keys_of(tmp_path / "index")) == 20
 
 
 @pytest.mark.parametrize(

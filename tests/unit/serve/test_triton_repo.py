@@ -27,6 +27,7 @@ from clipress.serve.triton_repo import (
     served_version,
     triton_repo_from_export,
     update_code,
+    versions_of,
 )
 
 SIZE, LENGTH, DIM, WORDS = 2, 3, 4, 10
@@ -456,6 +457,65 @@ def test_a_repository_stays_rolled_back_until_there_is_something_new(export, tmp
     changed(export)
     repository = python_repository(export, tmp_path)
     assert policies(repository) == {None} and served_version(repository) == 3
+
+
+def repository_of(export, target, versions, **settings):
+    """Write a repository of that many versions."""
+    for number in range(versions):
+        changed(export, lineage_hash=f"of version {number}")
+        repository = python_repository(export, target, **settings)
+    return repository
+
+
+def versions_by_model(repository):
+    return {model: tuple(versions_of(repository, model)) for model in MODELS}
+
+
+def test_older_versions_stay_unless_the_settings_limit_them(export, tmp_path):
+    repository = repository_of(export, tmp_path, 4)
+    assert versions_of(repository) == [1, 2, 3, 4]
+    before = snapshot(repository)
+    python_repository(export, tmp_path, keep=3)  # Nothing new is written, but the limit holds.
+    assert set(versions_by_model(repository).values()) == {(2, 3, 4)}
+    assert snapshot(repository) == {name: content for name, content in before.items() if "/1/" not in name}
+
+
+def test_a_new_version_pushes_the_oldest_one_out(export, tmp_path):
+    repository = repository_of(export, tmp_path, 4, keep=3)
+    assert set(versions_by_model(repository).values()) == {(2, 3, 4)} and served_version(repository) == 4
+    assert serve_version(repository, None, ServeSettings(keep=3)) == 3
+    with pytest.raises(ArtifactError, match="versions found: 2, 3, 4"):
+        serve_version(repository, 1, ServeSettings())
+
+
+def test_the_version_that_is_served_is_never_removed(export, tmp_path):
+    repository = repository_of(export, tmp_path, 4)
+    serve_version(repository, 1, ServeSettings())
+    python_repository(export, tmp_path, keep=1)
+    assert (versions_of(repository), served_version(repository)) == ([1, 4], 1)
+    changed(export, lineage_hash="newer")
+    python_repository(
+        export, tmp_path, keep=1
+    )  # A server may still have version 1 loaded when it is told of version 5.
+    assert (versions_of(repository), served_version(repository)) == ([1, 5], 5)
+    python_repository(export, tmp_path, keep=1)
+    assert versions_of(repository) == [5]
+
+
+def test_a_version_that_is_chosen_stays_while_others_go(export, tmp_path):
+    repository = repository_of(export, tmp_path, 5)
+    assert serve_version(repository, 2, ServeSettings(keep=2)) == 2
+    assert (versions_of(repository), served_version(repository)) == ([2, 4, 5], 2)
+
+
+def test_the_index_of_a_removed_version_goes_with_it(export, index, tmp_path):
+    repository = python_repository(export, tmp_path, index=index)
+    (index / "parts" / "0").write_bytes(b"others")
+    (index / ".lock").touch()
+    python_repository(export, tmp_path, index=index, keep=1)
+    python_repository(export, tmp_path, index=index, keep=1)
+    assert files_in(repository / "search" / "2" / "index") == {"parts/0"}
+    assert versions_of(repository, "search") == [2]
 
 
 @pytest.mark.parametrize("version, message", [(None, "an older version"), (3, "version 3")])
