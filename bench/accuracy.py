@@ -9,14 +9,14 @@ from clipress.bench.runners import Runner
 from clipress.data.eval_sets import EvalSet
 from clipress.metrics.outcomes import Outcomes, write_outcomes
 from clipress.storage import write_whole
-from clipress.tasks import task_named
+from clipress.tasks import evaluated
 
 
 def accuracy(runner: Runner, sets: Sequence[EvalSet]) -> dict[str, Outcomes]:
     """Return `{"<set>/<metric>": outcomes}`, with the model's own preprocessing and tokenizer."""
     model = runner.model
     runs = {graph: runner.run(graph) for graph in model.graphs}
-    return task_named(model.task).evaluate(runs, sets, model.preprocess, model.tokenize())
+    return evaluated(model.task, runs, sets, model.preprocess, model.tokenize())
 
 
 def write_items(stages: Mapping[str, Mapping[str, Outcomes]], folder: Path) -> None:

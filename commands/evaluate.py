@@ -16,7 +16,8 @@ from clipress.errors import DataError
 
 if TYPE_CHECKING:
     from clipress.workflow.evaluate import Metric
-    from clipress.workflow.predict import Server
+    from clipress.workflow.predict import LoadedModel, Server
+    from clipress.workflow.predict_blip import Asked
 
 
 @click.command()
@@ -75,10 +76,10 @@ def predict(
     written as overlays with a legend, and the shares of its labels are printed. A BLIP writes captions, answers a question,
     judges a statement about two images, or ranks images by texts. Runs the export of RUN on this machine, or uses the
     server at --url. IMAGES are files, folders, or - to read paths from standard input. A server's answers are
-    printed as they arrive; failed images are counted at the end.
+    printed as they arrive. Images that cannot be read are named, the others go on, and the exit code is 2.
     """
-    from clipress.workflow.predict import Server, images_in, labels_from, overlays_of_masks
-    from clipress.workflow.predict_blip import Asked, is_asked, said_of
+    from clipress.workflow.predict import Server, images_in, labels_from, readable
+    from clipress.workflow.predict_blip import Asked
 
     asked = Asked(question, statement, texts)
     names = None if labels is None and labels_file is None else labels_from(labels, labels_file)
@@ -100,7 +101,39 @@ def predict(
 
     chosen = choose_artifact(run, read_plan(run), stage, partial(click.echo, err=True), "Predicting with", runtime)
     model = clipress.load(run / chosen.stage, runtime=chosen.runtime)
-    files = list(images_in(rest, click.get_text_stream("stdin")))
+    given = list(images_in(rest, click.get_text_stream("stdin")))
+    files, unread = readable(given)
+    _print_unread(unread, as_json)
+    if files:
+        _predict_with_run(model, run, files, asked, names, templates, softmax, out, as_json)
+    if unread:
+        raise DataError(
+            f"{len(unread)} of {len(given)} images could not be read; the first: {next(iter(unread.values()))}"
+        )
+
+
+def _print_unread(unread: Mapping[Path, str], as_json: bool) -> None:
+    for file, why in unread.items():
+        if as_json:
+            click.echo(json.dumps({"image": str(file), "error": why}))
+        else:
+            click.echo(why, err=True)
+
+
+def _predict_with_run(
+    model: LoadedModel,
+    run: Path,
+    files: Sequence[Path],
+    asked: Asked,
+    names: list[str] | None,
+    templates: Sequence[str],
+    softmax: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    from clipress.workflow.predict import labels_from, overlays_of_masks
+    from clipress.workflow.predict_blip import is_asked, said_of
+
     if is_asked(model, asked, names):
         for record in said_of(model, files, asked, names):
             click.echo(json.dumps(record) if as_json else _said(record))
@@ -184,7 +217,8 @@ def _prediction(image: Path, names: Sequence[str], probabilities: Sequence[float
 def eval_(run: Path, stage: str | None, split: str, compare: str | None, linear_probe: bool, out: Path | None) -> None:
     """Evaluate an artifact in torch.
 
-    Nothing is exported. Every metric has its standard error. A difference has the 95 % interval of a paired bootstrap
+    Nothing is exported. Records that cannot be read are named and left out, and the exit code is 2. Every metric has its
+    standard error. A difference has the 95 % interval of a paired bootstrap
     over the same items.
     """
     from clipress.workflow.evaluate import evaluate_run, write_evaluation
@@ -197,6 +231,9 @@ def eval_(run: Path, stage: str | None, split: str, compare: str | None, linear_
     if out:
         write_evaluation(found, out)
         click.echo(f"Metrics: {out}")
+    if found.unread:
+        records = [record for of_set in found.unread.values() for record in of_set]
+        raise DataError(f"{len(records)} records could not be read and were left out; the first: {records[0]}")
 
 
 def _metric(metric: Metric) -> str:

@@ -118,7 +118,7 @@ def _train(
     learner = Learner(model, config, terms_from(losses, context.title), context)
     # The hooks need the final parameters, so they come after Fabric has moved or sharded the model.
     loop = Loop(learner, [*hooks, *holds_of(model)], config, context)
-    start, bad_records, agreement = loop.step, BadRecords(), Agreement(fabric)
+    start, bad_records, agreement = loop.step, BadRecords(context.data.max_replaced), Agreement(fabric)
     with (
         stop_requests() as requested,
         loop.checkpoints as checkpoints,

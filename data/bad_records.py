@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clipress.data.spec import MAX_REPLACED, MAX_SKIPPED
 from clipress.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("clipress.data")
 ATTEMPTS = 20  # this many bad records in a row are no accident
 FEW = 20  # this many bad records are accepted in a small set, whatever their fraction
-MAX_SKIPPED = 0.2  # fraction of a source that may be left out
-MAX_REPLACED = 0.05  # fraction of the training records that may be replaced
 SHOWN = 5  # this many are shown while running; the log has all of them
 
 
@@ -80,7 +79,7 @@ def refuse_too_many(
     if bad > max(least, limit * total):
         raise DataError(
             f"{where}: {bad} of {total} records cannot be used (for example, {str(example).rstrip('.')}). At most {limit:.0%} may be bad. "
-            "Check the source's paths, or repair or remove these records."
+            "Check the source's paths, repair or remove these records, or raise the source's 'max_skipped'."
         )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from clipress.data.formats.captions import columns
-from clipress.data.formats.files import lines_of
+from clipress.data.formats.table import is_quoted, rows_of
+from clipress.data.spec import SourceSpec
 from clipress.errors import DataError
 
 OWN_FORMATS = (".csv", ".jsonl", ".parquet")  # formats that img2dataset reads itself
@@ -60,13 +62,13 @@ def download(
 
 def _as_jsonl(table: Path, target: Path) -> Path:
     """Rewrite a table of captions and URLs as JSON lines: img2dataset would parse quotation marks in a caption."""
-    header, caption, width = columns(table)
+    rows = partial(rows_of, table, "\t", "utf-8", is_quoted(table, "\t", SourceSpec(format="captions")))
+    header, caption, width = columns(table, next(rows(), (0, 1, [""]))[2])
     if width != 2:
         raise DataError(f"{table}: expected lines with a caption and a URL, separated by a tab.")
     aside = target.with_suffix(".tmp")
     with aside.open("w", encoding="utf-8") as file:  # line by line, since tables can have twelve million rows
-        for number, (_, line) in enumerate(lines_of(table)):
-            cells = line.split("\t")
-            if len(cells) == 2 and not (header and number == 0):
+        for _, number, cells in rows():
+            if len(cells) == 2 and not (header and number == 1):
                 file.write(json.dumps({"caption": cells[caption], "url": cells[1 - caption]}) + "\n")
     return aside.replace(target)

@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from clipress.data.bad_records import FEW, refuse_too_many
 from clipress.data.sources import Classes, Source, open_source
-from clipress.data.spec import CANDIDATES, BeamSearch, SourceSpec
+from clipress.data.spec import CANDIDATES, MAX_SKIPPED, BeamSearch, SourceSpec
 from clipress.data.transforms import Preprocess, as_image, fitted, normalised
 from clipress.errors import DataError, RecipeError, nearest
 
 log = logging.getLogger("clipress.data")
+Found = TypeVar("Found")
 
 
-@dataclass(frozen=True)
+class UnreadableRecord(DataError):
+    """A record of an evaluation set that cannot be read."""
+
+
+class Readable:
+    """A source without the records that cannot be read: `kept` are the indices of the others."""
+
+    BY_INDEX = frozenset({"image", "other_image", "mask", "captions", "group", "label", "answers", "answer_weights"})
+
+    def __init__(self, source: Source, kept: Sequence[int]) -> None:
+        self.source, self.kept = source, kept
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.source, name)
+        return (lambda index: found(self.kept[index])) if name in self.BY_INDEX else found
+
+
+@dataclass
 class EvalSet:
-    """A source and, if its images are labelled, its classes."""
+    """A source and, if its images are labelled, its classes. Reading a bad record raises UnreadableRecord, see `on_readable`."""
 
     source: Source
     classes: Classes | None
@@ -28,6 +52,39 @@ class EvalSet:
     beam_search: BeamSearch | None = None
     candidates: int = CANDIDATES
     """Of a list of answers, how many are compared as a whole."""
+    max_skipped: float = MAX_SKIPPED
+    unread: tuple[str, ...] | None = None
+    """Why records cannot be read; they are left out. None: nothing is known to be unreadable."""
+
+    def read(self, what: str, index: int) -> Any:
+        """Read one side of a record, such as `image`."""
+        try:
+            return getattr(self.source, what)(index)
+        except DataError as error:
+            raise UnreadableRecord(str(error)) from None
+
+    def leave_out_unreadable(self) -> None:
+        """Look for the records that cannot be read, and leave them out from now on. Raises DataError for too many."""
+        kept, unread, total = [], [], len(self.source)
+        sides = ["image"] * self.source.has_images + ["captions"] * self.source.has_texts
+        sides += [
+            what
+            for what, has in (("other_image", "has_pairs"), ("mask", "has_masks"))
+            if getattr(self.source, has, False)
+        ]
+        for index in range(total):
+            try:
+                for side in sides:
+                    self.read(side, index)
+            except UnreadableRecord as error:
+                unread.append(str(error))
+                log.warning("data: %s: left out %s", self.name, error)
+            else:
+                kept.append(index)
+        refuse_too_many(
+            f"data: {self.name}", len(unread), total, (unread or [""])[0], self.max_skipped, FEW * (len(kept) > 0)
+        )
+        self.source, self.unread = Readable(self.source, kept), tuple(unread)
 
     @property
     def name(self) -> str:
@@ -35,7 +92,7 @@ class EvalSet:
 
     def pixel_batches(self, preprocess: Preprocess, batch: int = 64, others: bool = False) -> Iterator[np.ndarray]:
         """Yield the images, or the second ones of pairs, as float32 [<=batch, 3, S, S], in order."""
-        image = self.source.other_image if others else self.source.image
+        image = partial(self.read, "other_image" if others else "image")
         for start in range(0, len(self.source), batch):
             stop = min(start + batch, len(self.source))
             yield normalised(np.stack([fitted(image(i), preprocess) for i in range(start, stop)]), preprocess)
@@ -43,7 +100,7 @@ class EvalSet:
     def masks(self) -> Iterator[tuple[Image.Image, np.ndarray]]:
         """Yield every image at its own size with the labels of its pixels, uint8 [H, W]."""
         for index in range(len(self.source)):
-            yield as_image(self.source.image(index)), self.source.mask(index)
+            yield as_image(self.read("image", index)), self.read("mask", index)
 
     def require_texts(self) -> None:
         """Raise RecipeError for images alone."""
@@ -53,14 +110,14 @@ class EvalSet:
     def first_texts(self, count: int) -> list[str]:
         """Return a caption of each of the first images. Raises RecipeError for images alone."""
         self.require_texts()
-        return [self.source.captions(index)[0] for index in range(count)]
+        return [self.read("captions", index)[0] for index in range(count)]
 
     def texts(self) -> tuple[list[str], np.ndarray]:
         """Return every caption and the index of its image, int64 [captions]. Raises RecipeError for images alone."""
         self.require_texts()
         texts, owner = [], []
         for index in range(len(self.source)):
-            captions = self.source.captions(index)
+            captions = self.read("captions", index)
             texts += captions
             owner += [index] * len(captions)
         return texts, np.asarray(owner, np.int64)
@@ -82,6 +139,17 @@ class EvalSet:
         return [self.source.answers(i) for i in range(len(self.source))]
 
 
+def on_readable(work: Callable[[Sequence[EvalSet]], Found], sets: Sequence[EvalSet]) -> Found:
+    """Return what `work` makes of evaluation sets; if a record cannot be read, again without those that cannot be."""
+    try:
+        return work(sets)
+    except UnreadableRecord:
+        for one in sets:
+            if one.unread is None:
+                one.leave_out_unreadable()
+        return work(sets)
+
+
 def evalsets(specs: Sequence[SourceSpec]) -> list[EvalSet]:
     """Open the evaluation sets of a recipe."""
     sources = [open_source(spec) for spec in specs]
@@ -92,6 +160,7 @@ def evalsets(specs: Sequence[SourceSpec]) -> list[EvalSet]:
             _seen(spec, classes),
             spec.beam_search,
             spec.candidates,
+            spec.max_skipped,
         )
         for spec, source in zip(specs, sources, strict=True)
     ]

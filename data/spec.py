@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from clipress.data.transforms import Augment, Library
+from clipress.errors import RecipeError
 from clipress.recipe import Section
 
 BEAMS, CANDIDATES = 3, 128  # as BLIP publishes them
+MAX_SKIPPED = 0.2  # fraction of a source that may be left out
+MAX_REPLACED = 0.05  # fraction of the training records that may be replaced
 
 
 class BeamSearch(Section):
@@ -39,11 +42,23 @@ class SourceSpec(Section):
     shards: str | None = None
     """webdataset: tar files as `dir/{00000..00003}.tar`, several patterns joined by `::`, or a folder of tar files."""
     separator: str = Field("\t", min_length=1)
-    """csv: the column separator. Cells are quoted where needed if it is a comma, and never quoted otherwise."""
+    """csv: the column separator."""
+    quoted: bool | Literal["auto"] = "auto"
+    """Tables: whether cells are quoted where needed (RFC 4180). auto: separated by commas they are; by anything else they are if every
+    quotation mark is where a writer of quoted tables, such as pandas, would put it. Conceptual Captions' are not."""
+    encoding: str = "utf-8"
+    """Encoding of tables, and of the captions in shards, such as cp1252 or gbk."""
     image_key: str = "filepath"
-    """csv: name of the image column."""
-    caption_key: str = "title"
-    """csv: name of the caption column."""
+    """csv: name of the image column. Rows with the same image are one image with several captions."""
+    caption_key: str | None = None
+    """csv: name of the caption column, by default title. webdataset: the key of the captions in a record's JSON file; default: captions
+    are text files."""
+    image_suffixes: tuple[str, ...] = ("jpg", "png", "jpeg", "webp", "avif")
+    """webdataset: names of image files behind the first dot; of several the first counts."""
+    caption_suffixes: tuple[str, ...] = ()
+    """webdataset: likewise of captions; default: txt, or json with a `caption_key`."""
+    max_skipped: float = Field(MAX_SKIPPED, ge=0, le=1)
+    """Fraction of the records that may be damaged or missing; they are left out. More of them stop the work."""
     text_normaliser: Literal["none", "blip"] = "none"
     """blip: normalise texts as BLIP and UPop do: lower-case, most punctuation removed, the first words alone."""
     classes: Path | None = None
@@ -68,6 +83,17 @@ class SourceSpec(Section):
     seen: tuple[str, ...] = ()
     """Classes seen during training. Accuracy is then also reported for seen and unseen classes."""
 
+    def model_post_init(self, _: Any) -> None:
+        try:
+            is_known = all(mark.encode(self.encoding) == mark.encode("ascii") for mark in ("\n", '"', ",", "\t"))
+        except LookupError:
+            is_known = False
+        if not is_known:
+            raise RecipeError(
+                f"data: encoding: expected an encoding that writes ASCII as it is, such as utf-8, cp1252 or gbk, found "
+                f"'{self.encoding:.40}'. Convert the file to UTF-8 if it has another."
+            )
+
 
 class DataSpec(Section):
     """The `data` section: sources for training, for validation during compression, and for testing in bench."""
@@ -82,5 +108,7 @@ class DataSpec(Section):
     workers: Annotated[int, Field(ge=0, le=1 << 10)] | Literal["auto"] = "auto"
     """Number of decoding processes for each that trains; 0 decodes in the training process. auto: 0 on a CPU, which training fills;
     on a GPU its share of the cores, as far as shared memory holds what they hand over."""
+    max_replaced: float = Field(MAX_REPLACED, ge=0, le=1)
+    """Fraction of the records read during training that may be unreadable; they are replaced by others. More of them stop the run."""
     resize: Library = "pillow"
     """Resizing library for training: pillow gives open_clip's pixels; torch is nearly twice as fast, within one level."""

@@ -6,6 +6,7 @@ such, and are normalised at the end. Nothing here needs torch.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 import re
@@ -27,6 +28,8 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 128_000_000  # larger images are refused before decoding
 MAX_ASPECT = 100  # thinner images would become huge when their short side is resized
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none of them starts another program
+if importlib.util.find_spec("PIL._avif"):  # since Pillow 11.3, where it was built with libavif
+    FORMATS += ("AVIF",)
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 Library = Literal["pillow", "torch"]
 """Resizing library: pillow gives open_clip's pixels; torch is nearly twice as fast, within one level."""
@@ -139,6 +142,7 @@ def _opened(source: str | Path | bytes) -> Iterator[Image.Image]:
                 raise DataError(
                     f"{name}: expected an aspect of at most {MAX_ASPECT} to 1, found {image.width} x {image.height} pixels."
                 )
+            check_range(image, name)
             yield image
     except Image.DecompressionBombError as error:  # Pillow's own limit comes first
         raise DataError(f"{name}: expected at most {MAX_PIXELS:,} pixels. {error}") from None
@@ -149,6 +153,22 @@ def _opened(source: str | Path | bytes) -> Iterator[Image.Image]:
     except Exception as error:  # arbitrary bytes can fail anywhere in a decoder
         why = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{name} is not a readable image: {why}. Use JPEG, PNG or WebP files.") from None
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF data say, and convert it to RGB. Raises DataError as `check_range` does."""
+    check_range(image, "the image")
+    return as_rgb(ImageOps.exif_transpose(image))
+
+
+def check_range(image: Image.Image, name: str) -> None:
+    """Raise DataError for pixels whose range is not known: floating-point ones, and those of a 32-bit TIFF file."""
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        kind = "floating-point" if image.mode == "F" else "32-bit or signed integer"
+        raise DataError(
+            f"{name}: expected pixels of 8 or 16 bits without a sign, found {kind} ones, whose range is not known. "
+            "Convert the image."
+        )
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

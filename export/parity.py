@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipress.data.eval_sets import EvalSet
+from clipress.data.eval_sets import EvalSet, on_readable
 from clipress.errors import ExportError
 from clipress.memory import release_memory
 from clipress.models import quantizers
@@ -96,7 +96,8 @@ def samples_from_export(exported: Exported, sets: Sequence[EvalSet]) -> dict[str
     """Return real inputs of an export's graphs; what its own graphs compute is computed by ONNX Runtime."""
     task = task_named(exported.task)
     files = Openers({name: partial(run_from_onnx, exported.onnx(name)) for name in exported.graphs})
-    return task.completed(task.samples(sets, exported.preprocess, exported.tokenize()), files)
+    samples = on_readable(lambda good: task.samples(good, exported.preprocess, exported.tokenize()), sets)
+    return task.completed(samples, files)
 
 
 class Openers(dict[str, Callable[[], Run]]):

@@ -19,7 +19,7 @@ import onnx
 import torch
 
 from clipress.artifact import Artifact, load_artifact, read_header
-from clipress.data.eval_sets import EvalSet
+from clipress.data.eval_sets import EvalSet, on_readable
 from clipress.errors import ArtifactError, ExportError
 from clipress.export import metadata, onnx_file, parity
 from clipress.export.int8_form import choose_form, graph_with_two_forms
@@ -57,7 +57,8 @@ def onnx_from_artifact(
             for name, graph in exported.graphs.items()
         }
         task = task_named(model.task)
-        samples = task.completed(task.samples(sets, model.preprocess, model.tokenize()), runs_of(model))
+        samples = on_readable(lambda good: task.samples(good, model.preprocess, model.tokenize()), sets)
+        samples = task.completed(samples, runs_of(model))
         checked = {"exporter": exporters, "parity": parity.check(model, aside, samples, exported.precision)}
         if two_forms := graph_with_two_forms(model, settings):
             images = calibration() if calibration else sets

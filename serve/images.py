@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from clipress.data.transforms import Preprocess, as_rgb, fitted, normalised, open_image
+from clipress.data.transforms import Preprocess, fitted, normalised, open_image, upright_rgb
 from clipress.errors import DataError
 
 ImageFile = str | Path | bytes
@@ -32,7 +32,7 @@ def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
 def opened(image: ImageLike) -> Image.Image | np.ndarray:
     """Return an image upright and in RGB. Raises DataError for one that cannot be read."""
     if isinstance(image, Image.Image):
-        return as_rgb(ImageOps.exif_transpose(image))
+        return upright_rgb(image)
     if not isinstance(image, np.ndarray):
         return open_image(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:

@@ -190,4 +190,14 @@ def runs_of(model: Model) -> dict[str, Run]:
 
 def evaluate_model(model: Model, sets: Sequence[EvalSet]) -> dict[str, Outcomes]:
     """Evaluate a model's accuracy in torch: `{"<set>/<metric>": outcomes}`."""
-    return task_named(model.task).evaluate(runs_of(model), sets, model.preprocess, model.tokenize())
+    runs, tokenize = runs_of(model), model.tokenize()
+    return evaluated(model.task, runs, sets, model.preprocess, tokenize)
+
+
+def evaluated(
+    task: str, runs: Mapping[str, Run], sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None
+) -> dict[str, Outcomes]:
+    """Evaluate accuracy as `Task.evaluate` does, without the records that cannot be read."""
+    from clipress.data.eval_sets import on_readable
+
+    return on_readable(lambda readable: task_named(task).evaluate(runs, readable, preprocess, tokenize), sets)

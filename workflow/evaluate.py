@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from clipress.data.eval_sets import EvalSet, evalsets, probe_sets
+from clipress.data.eval_sets import EvalSet, evalsets, on_readable, probe_sets
 from clipress.data.sources import fingerprint
 from clipress.errors import RecipeError
 from clipress.metrics.evaluate import encode_all
@@ -55,6 +55,8 @@ class Evaluation:
     data: str
     """Fingerprint of the evaluation data."""
     metrics: dict[str, Metric]
+    unread: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """By set, why records could not be read; they are left out of the metrics."""
 
 
 def evaluate_run(
@@ -76,7 +78,8 @@ def evaluate_run(
     found = evaluate_artifact(run / name, sets, probes)
     others = evaluate_artifact(run / other, sets, probes) if other else {}
     metrics = {key: _metric(outcomes, others.get(key)) for key, outcomes in found.items()}
-    return Evaluation(name, other, split, fingerprint(specs), metrics)
+    unread = {one.name: one.unread for one in sets if one.unread}
+    return Evaluation(name, other, split, fingerprint(specs), metrics, unread)
 
 
 def evaluate_artifact(
@@ -87,7 +90,10 @@ def evaluate_artifact(
     encode_image = encoders(model, f"Linear probe of {artifact}")[0] if probes else None
     items = evaluate_model(model, sets)
     for train, test in probes:
-        features = [encode_all(encode_image, part.pixel_batches(model.preprocess)) for part in (train, test)]
+        features = on_readable(
+            lambda parts: [encode_all(encode_image, part.pixel_batches(model.preprocess)) for part in parts],
+            (train, test),
+        )
         found = linear_probe(features[0], train.labels(), features[1], test.labels())
         items |= {f"{test.name}/{metric}": outcomes for metric, outcomes in found.items()}
     return items
@@ -109,6 +115,7 @@ def write_evaluation(evaluation: Evaluation, path: Path) -> None:
         "stage": evaluation.stage,
         "compare": evaluation.compare,
         "conditions": conditions,
+        "unread": {name: len(records) for name, records in evaluation.unread.items()},
         "metrics": {key: metric.record() for key, metric in evaluation.metrics.items()},
     }
     write_text_whole(path, json.dumps(content, indent=1) + "\n")

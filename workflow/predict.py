@@ -66,6 +66,19 @@ def images_in(paths: Iterable[Path], standard_input: Iterable[str] = ()) -> Iter
             yield path
 
 
+def readable(images: Iterable[Path]) -> tuple[list[Path], dict[Path, str]]:
+    """Return the images that can be read, and why the others cannot be."""
+    good, unread = [], {}
+    for path in images:
+        try:
+            open_image(path)
+        except DataError as error:
+            unread[path] = str(error)
+        else:
+            good.append(path)
+    return good, unread
+
+
 def overlays_of_masks(
     model: LoadedModel, images: Iterable[Path], out: Path
 ) -> Iterator[tuple[Path, Path, dict[str, float]]]:

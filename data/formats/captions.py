@@ -6,9 +6,10 @@ and a plain list of captions are supported too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from clipress.data.formats.files import Files, lines_of, needed
+from clipress.data.formats.files import Files, needed
 from clipress.data.formats.table import Table
 from clipress.data.sources import FORMATS
 from clipress.data.spec import SourceSpec
@@ -19,8 +20,8 @@ from clipress.errors import DataError
 def read(spec: SourceSpec) -> Files:
     """Read the captions and ignore the URLs."""
     path = needed(spec.annotations, "annotations", "captions")
-    header, caption, width = columns(path)
     files = Table(spec, path, "\t")
+    header, caption, width = columns(path, next(files.rows(), (0, 1, [""]))[2])
     files.columns = (None, caption, width)
     for _, number, cells in () if files.restore() else files.rows():
         if files.full:
@@ -34,10 +35,8 @@ def read(spec: SourceSpec) -> Files:
     return files.done()
 
 
-def columns(path: Path) -> tuple[bool, int, int]:
-    """Return whether a table has a header line, the caption's column, and the number of columns."""
-    _, line = next(lines_of(path), (0, ""))
-    first = line.split("\t")
+def columns(path: Path, first: Sequence[str]) -> tuple[bool, int, int]:
+    """Return whether the first line is a header, the caption's column, and the number of columns."""
     names = [cell.strip().lower() for cell in first]
     if "caption" in names:
         return True, names.index("caption"), len(first)

@@ -1,7 +1,8 @@
 """CLIP CSV/TSV: a header line `title<sep>filepath`, then one pair per line (CLIP-KD's gather_cc, open_clip).
 
-Conceptual Captions' files are tab-separated and unquoted: a caption may begin with a quotation mark or be "NA". Only
-comma-separated files are quoted (RFC 4180), since captions contain commas. Bad rows are skipped and counted.
+Conceptual Captions' files are tab-separated and unquoted: a caption may begin with a quotation mark or be "NA". Tables that
+pandas writes are quoted; `table.py` tells them apart. Rows of one image are merged, so that every caption of an image matches
+it. Bad rows are skipped and counted.
 """
 
 from __future__ import annotations
@@ -12,23 +13,23 @@ from clipress.data.sources import FORMATS
 from clipress.data.spec import SourceSpec
 from clipress.errors import DataError
 
+CAPTION = "title"
+
 
 @FORMATS.register("csv")
 def read(spec: SourceSpec) -> Files:
     """Read a file of pairs; paths are relative to `images` if that is set."""
     path = needed(spec.annotations, "annotations", "csv")
     files = Table(spec, path, spec.separator)
-    rows = files.rows()
+    rows, caption_key = files.rows(), spec.caption_key or CAPTION
     _, _, header = next(rows, (0, 1, []))
-    if not {spec.caption_key, spec.image_key} <= set(header):
+    if not {caption_key, spec.image_key} <= set(header):
         raise DataError(
-            f"{path}: expected a header with '{spec.caption_key}' and '{spec.image_key}', separated by {spec.separator!r}; "
+            f"{path}: expected a header with '{caption_key}' and '{spec.image_key}', separated by {spec.separator!r}; "
             f"found {header}. Set 'caption_key', 'image_key' or 'separator'."
         )
-    file, title, width = files.columns = header.index(spec.image_key), header.index(spec.caption_key), len(header)
+    file, title, width = files.columns = header.index(spec.image_key), header.index(caption_key), len(header)
     for _, number, cells in () if files.restore() else rows:
-        if files.full:
-            break
         if isinstance(cells, str):
             files.skip(f"line {number}: {cells}")
         elif len(cells) == width:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import logging
 import os
@@ -15,7 +16,7 @@ from PIL import Image
 from clipress.data.bad_records import refuse_too_many
 from clipress.data.formats.text import NORMALISERS
 from clipress.data.sources import Classes
-from clipress.data.spec import SourceSpec
+from clipress.data.spec import MAX_SKIPPED, SourceSpec
 from clipress.data.transforms import open_image
 from clipress.errors import DataError
 from clipress.storage import read_json
@@ -36,26 +37,39 @@ def needed(path: Path | None, key: str, form: str, folder: bool = False) -> Path
     return path
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, str]]:
+def lines_of(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     """Yield the place in bytes and the text of a file's lines, without line ends.
 
-    Only a newline ends a line: captions may contain other separators.
+    Only a newline ends a line: captions may contain other separators. Raises DataError for a line in another encoding.
     """
     try:
         with path.open("rb") as file:
-            yield from lines_from(file, 0)
+            yield from lines_from(file, 0, encoding)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}.") from None
 
 
-def lines_from(file: BinaryIO, place: int) -> Iterator[tuple[int, str]]:
+def lines_from(file: BinaryIO, place: int, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     """Yield the lines of an open file from a place on, as `lines_of` does."""
     file.seek(place)
     while line := file.readline(MAX_LINE):
         if len(line) == MAX_LINE:
             raise DataError(f"{file.name}: expected lines of less than {MAX_LINE:,} bytes. This is not a table.")
-        yield place, line.decode("utf-8" if place else "utf-8-sig", "replace").rstrip("\r\n")
+        mark = codecs.BOM_UTF8 if place == 0 else b""
+        yield place, decoded(line.removeprefix(mark), encoding, f"{file.name}, byte {place:,}").rstrip("\r\n")
         place += len(line)
+
+
+def decoded(text: bytes, encoding: str, where: str) -> str:
+    """Decode a text. Raises DataError if it is in another encoding."""
+    try:
+        return text.decode(encoding)
+    except UnicodeDecodeError as error:
+        found = text[max(error.start - 20, 0) : error.end + 20]
+        raise DataError(
+            f"{where}: expected text in {encoding}, found {found!r}. Convert the file to UTF-8, or set the source's 'encoding', "
+            "such as cp1252 or gbk."
+        ) from None
 
 
 def json_of(path: Path) -> Any:
@@ -90,9 +104,9 @@ def images_under(root: Path) -> Iterator[str]:
                 yield str(prefix / name)
 
 
-def report_skipped(origin: object, total: int, skipped: int, first: str) -> None:
-    """Log how many records were skipped. Raises DataError if they are too many."""
-    refuse_too_many(origin, skipped, total, first)
+def report_skipped(origin: object, total: int, skipped: int, first: str, limit: float = MAX_SKIPPED) -> None:
+    """Log how many records were skipped. Raises DataError if they are more than `limit` of all."""
+    refuse_too_many(origin, skipped, total, first, limit)
     if skipped:
         log.warning("%s: skipped %d of %d records; the first: %s", origin, skipped, total, first)
 
@@ -128,6 +142,7 @@ class Files:
         self.root = (spec.images or origin.parent).resolve()
         self._inside = str(self.root).rstrip(os.sep) + os.sep
         self.origin, self.limit, self.check, self.fingerprint = origin, spec.limit, spec.check, ""
+        self.max_skipped = spec.max_skipped
         self.normalised = NORMALISERS[spec.text_normaliser]
         self.paths, self.texts = Strings(), Strings()
         self.ends = array("q", [0])  # item i has the texts from ends[i] to ends[i + 1]
@@ -188,7 +203,7 @@ class Files:
         self.skipped += 1
         self.first_skipped = self.first_skipped or reason
         if (len(self) + self.skipped) % CHECKED_EVERY == 0:
-            refuse_too_many(self.origin, self.skipped, len(self) + self.skipped, self.first_skipped)
+            refuse_too_many(self.origin, self.skipped, len(self) + self.skipped, self.first_skipped, self.max_skipped)
 
     def done(self) -> Files:
         """Report the skipped records and compute the fingerprint. Raises DataError if too many were skipped."""
@@ -207,7 +222,7 @@ class Files:
 
     def report(self) -> None:
         """Report the skipped records. Raises DataError if they are too many."""
-        report_skipped(self.origin, len(self) + self.skipped, self.skipped, self.first_skipped)
+        report_skipped(self.origin, len(self) + self.skipped, self.skipped, self.first_skipped, self.max_skipped)
 
     def __len__(self) -> int:
         return len(self.groups)

@@ -15,7 +15,7 @@ def read(spec: SourceSpec) -> Files:
         files, paths = Files(spec, root), images_under(root)
     else:
         listed = needed(spec.annotations, "annotations", "images")
-        files, paths = Files(spec, listed), (line.split("\t")[0] for _, line in lines_of(listed))
+        files, paths = Files(spec, listed), (line.split("\t")[0] for _, line in lines_of(listed, spec.encoding))
     for number, path in enumerate(paths, 1):
         if files.full:
             break

@@ -1,8 +1,9 @@
 """WebDataset shards by open_clip's conventions (as written by img2dataset), with random access to records.
 
 A shard is a plain tar file. Consecutive members with the same name up to the first dot are one record: an image (the
-first of `jpg`, `png`, `jpeg` and `webp`) with its caption (`txt`) or, if the recipe sets `classes`, with its label
-(`cls`). Suffixes are case-insensitive; other members, such as `json`, are ignored.
+first of `jpg`, `png`, `jpeg`, `webp` and `avif`) with its caption (`txt`, or a key of `json`) or, if the recipe sets `classes`,
+with its label (`cls`). Suffixes are case-insensitive, and can be set; other members are ignored. Records that lack a side are
+left out; those that are cut off are damaged.
 
 The headers of a shard are read once, and the offsets of its records are kept in the cache folder. Records can then be
 read in any order: workers, processes and exact epochs work as they do for files.
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
+import logging
 import math
 import re
 import tarfile
@@ -21,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipress.data.formats.files import report_skipped
+from clipress.data.formats.files import decoded, report_skipped
 from clipress.data.formats.index_files import bytes_at, keep_index, kept_index
 from clipress.data.formats.text import NORMALISERS
 from clipress.data.prompts import read_classes, read_templates
@@ -30,14 +33,16 @@ from clipress.data.spec import SourceSpec
 from clipress.data.transforms import open_image
 from clipress.errors import DataError
 
-IMAGES = ("jpg", "png", "jpeg", "webp")
-VERSION = 2  # Version of cached indices.
+VERSION = 3  # Version of cached indices.
+NOTHING, CUT_OFF = (0, 0), (0, -1)  # instead of a place
+DEFAULT = SourceSpec(format="webdataset")
 MAX_SHARDS, MAX_BRACES = 1_000_000, 100
 MAX_EXTENDED = 1 << 13  # bytes of a long name or pax records; real ones are shorter, and parsing is quadratic
 EXTENDED = {
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 }
+log = logging.getLogger("clipress.data")
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _BRACES, _RANGE = re.compile(r"\{([^{}]*)\}"), re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _META = re.compile(r"__[^/]*__($|/)")
@@ -100,10 +105,11 @@ class Shards:
 
     def __init__(self, spec: SourceSpec, paths: Sequence[Path], classes: Classes | None) -> None:
         self.name, self.classes, self.paths = spec.name or spec.format, classes, list(paths)
-        self._normalised = NORMALISERS[spec.text_normaliser]
-        images, texts, labels, counts, total = [], [], [], [], 0
+        self._normalised, self._encoding = NORMALISERS[spec.text_normaliser], spec.encoding
+        self._caption_key = spec.caption_key
+        images, texts, labels, counts, total, damaged = [], [], [], [], 0, 0
         for path in self.paths:
-            members = index_of(path)
+            members = index_of(path, spec)
             usable = members["image"][:, 1] > 0
             usable &= members["label"] >= 0 if classes else members["text"][:, 1] > 0
             images.append(members["image"][usable])
@@ -111,8 +117,17 @@ class Shards:
             labels.append(members["label"][usable])
             counts.append(int(usable.sum()))
             total += len(usable)
-        sides = "an image or a label (cls)" if classes else "an image or a caption (txt)"
-        report_skipped(spec.shards, total, total - sum(counts), f"a record without {sides}")
+            damaged += int(((members["image"][:, 1] < 0) | (members["text"][:, 1] < 0)).sum())
+        what = "a label (cls)" if classes else f"a caption ({_captions_named(spec)})"
+        report_skipped(spec.shards, total, damaged, "a record that is cut off", spec.max_skipped)
+        incomplete = total - sum(counts) - damaged
+        if total and incomplete == total:
+            raise DataError(
+                f"{spec.shards}: expected an image and {what} in every record; {total} of {total} lack one. Set 'image_suffixes', "
+                "'caption_suffixes' or 'caption_key'."
+            )
+        if incomplete:
+            log.warning("%s: left out %d of %d records without an image or %s", spec.shards, incomplete, total, what)
         self._first = np.cumsum([0, *counts])  # first record of each shard, and the total
         self._images, self._texts = (np.concatenate(parts)[: spec.limit] for parts in (images, texts))
         self._labels = np.concatenate(labels)[: spec.limit] if classes else None
@@ -125,6 +140,8 @@ class Shards:
 
     def _fingerprint(self, spec: SourceSpec) -> str:
         content = hashlib.sha256(repr((self.classes, spec.text_normaliser, [p.name for p in self.paths])).encode())
+        if self._caption_key or spec.encoding != "utf-8":
+            content.update(repr((self._caption_key, spec.encoding)).encode())
         for part in (self._first, self._images, self._texts, self._labels):
             if part is not None:
                 content.update(np.ascontiguousarray(part))
@@ -142,17 +159,24 @@ class Shards:
     def captions(self, index: int) -> Sequence[str]:
         if self.classes is not None:
             return self.classes.prompts(self.group(index))
-        text = self._normalised(self._read(index, self._texts).decode("utf-8", "replace").strip())
-        if not text:
+        found = self._read(index, self._texts)
+        if self._caption_key is None:
+            texts = [decoded(found, self._encoding, self._name_of(index))]
+        else:
+            texts = captions_in(found, self._caption_key)
+        texts = [text for text in (self._normalised(text.strip()) for text in texts) if text]
+        if not texts:
             raise DataError(f"{self._name_of(index)}: empty caption.")
-        return (text,)
+        return tuple(texts)
 
     def group(self, index: int) -> int:
         return index if self._labels is None else int(self._labels[index])
 
     @property
-    def num_captions(self) -> int:
-        """Number of captions of all records."""
+    def num_captions(self) -> int | None:
+        """Number of captions of all records; None if it takes reading them, since a JSON file may have several."""
+        if self._caption_key and not self.classes:
+            return None
         return len(self) * (len(self.classes.templates) if self.classes else 1)
 
     def _shard(self, index: int) -> Path:
@@ -172,16 +196,33 @@ class Shards:
         return f"{shard}, {header.name}"
 
 
-def index_of(path: Path) -> dict[str, np.ndarray]:
+def captions_in(content: bytes, key: str) -> list[str]:
+    """Return the captions under a key of a JSON mapping, a text or a list of texts; none if there are no such."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return []
+    value = found.get(key) if isinstance(found, dict) else None
+    texts = value if isinstance(value, list) else [value]
+    return [text for text in texts if isinstance(text, str) and text.strip()]
+
+
+def _captions_named(spec: SourceSpec) -> str:
+    suffixes = ", ".join(spec.caption_suffixes or (("json",) if spec.caption_key else ("txt",)))
+    return f"'{spec.caption_key}' in {suffixes}" if spec.caption_key else suffixes
+
+
+def index_of(path: Path, spec: SourceSpec = DEFAULT) -> dict[str, np.ndarray]:
     """Return the index of a shard's records, from the cache folder if possible.
 
-    image and text: byte offset and size, int64 [N, 2], zeros if absent; label: int64 [N], -1 if absent; names: as read by
-    `names_of`.
+    image and text: byte offset and size, int64 [N, 2], zeros if absent, a size of -1 if cut off; label: int64 [N], -1 if absent;
+    names: as read by `names_of`.
     """
     known = path.stat()
-    identity = (VERSION, str(path.resolve()), known.st_size, known.st_mtime_ns)
+    settings = (spec.image_suffixes, spec.caption_suffixes, spec.caption_key)
+    identity = (VERSION, str(path.resolve()), known.st_size, known.st_mtime_ns, settings)
     if (arrays := kept_index("shards", identity)) is None:
-        arrays = build_index(path)
+        arrays = build_index(path, spec)
         keep_index("shards", identity, arrays)
     return arrays
 
@@ -197,7 +238,7 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def build_index(path: Path) -> dict[str, np.ndarray]:
+def build_index(path: Path, spec: SourceSpec = DEFAULT) -> dict[str, np.ndarray]:
     """Read a shard's headers and return its index, as `index_of` does."""
     records: list[dict[str, tuple[int, int]]] = []
     names: list[str] = []
@@ -217,17 +258,22 @@ def build_index(path: Path) -> dict[str, np.ndarray]:
                     names.append(key)
                     current = key
                 complete = member.offset_data + member.size <= size
-                records[-1][suffix] = (member.offset_data, member.size) if complete else (0, 0)
+                records[-1][suffix] = (member.offset_data, member.size) if complete else CUT_OFF
     except (tarfile.TarError, OSError, ValueError, ArithmeticError, RecursionError) as error:
         if not records:
             raise DataError(f"{path} is not a readable tar file: {error}. Compressed ones are not supported.") from None
         # truncated: complete records are used, the rest counts as a record without an image
-    nothing = (0, 0)
-    images = [next((row[suffix] for suffix in IMAGES if suffix in row), nothing) for row in records]
+    suffixes = spec.caption_suffixes or (("json",) if spec.caption_key else ("txt",))
+    images, texts = (
+        [next((row[suffix] for suffix in map(str.lower, wanted) if suffix in row), NOTHING) for row in records]
+        for wanted in (spec.image_suffixes, suffixes)
+    )
+    if key := spec.caption_key:
+        texts = [place if place[1] <= 0 or captions_in(bytes_at(path, *place), key) else NOTHING for place in texts]
     return {
         "image": np.asarray(images, np.int64).reshape(-1, 2),
-        "text": np.asarray([row.get("txt", nothing) for row in records], np.int64).reshape(-1, 2),
-        "label": np.asarray([_label(path, row.get("cls", nothing)) for row in records], np.int64),
+        "text": np.asarray(texts, np.int64).reshape(-1, 2),
+        "label": np.asarray([_label(path, row.get("cls", NOTHING)) for row in records], np.int64),
         # one array of bytes: no member's name contains a zero byte
         "names": np.frombuffer("\0".join(names).encode("utf-8", "surrogateescape"), np.uint8),
     }
@@ -239,5 +285,5 @@ def names_of(members: dict[str, np.ndarray]) -> list[str]:
 
 
 def _label(path: Path, place: tuple[int, int]) -> int:
-    text = bytes_at(path, *place)[:20].decode("ascii", "replace").strip() if place[1] else ""
+    text = bytes_at(path, *place)[:20].decode("ascii", "replace").strip() if place[1] > 0 else ""
     return int(text) if text.isdecimal() and len(text) < 10 else -1

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from clipress.models.importers.base import IMPORTERS, Importer
@@ -48,7 +50,11 @@ class Upop(Importer):
             )
         weights = {name: tensor for name, tensor in state.items() if root(name) in ROOTS and "alpha" not in name}
         architecture = architecture_from_shapes(weights, quick_gelu=True)
-        return model_from_weights(architecture, weights, shapes=_shapes(weights, architecture))
+        model = model_from_weights(architecture, weights, shapes=_shapes(weights, architecture))
+        return replace(model, preprocess=model.preprocess.model_copy(update={"resize_mode": "squash"}))
+
+    def preprocess_source(self, folder: Path | None, model_name: str | None) -> str:
+        return "UPop's, which squashes images to a square, since the file does not say"
 
 
 def _is_slim(state: State, name: str) -> bool:

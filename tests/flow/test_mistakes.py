@@ -1,5 +1,6 @@
 """User mistakes on the command line: one message, exit code 2, no traceback, no data lost."""
 
+import json
 import shutil
 
 import pytest
@@ -233,3 +234,16 @@ def test_nan_weights_are_named_before_anything_is_exported(tiny_run, tmp_path, b
     assert_refused(
         clipress(command, run, "--stage", "recovered"), "not numbers (NaN): visual.conv1.weight. Nothing was written"
     )
+
+
+def test_predict_goes_on_without_a_damaged_image(tmp_path, tiny_run):
+    for number in range(3):
+        Image.effect_noise((64, 64), 60 + number).convert("RGB").save(tmp_path / f"{number}.png")
+    whole = clipress("predict", tiny_run[0], tmp_path / "0.png", tmp_path / "2.png", "--labels", "a,b", "--json")
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:500])
+    given = [tmp_path / f"{number}.png" for number in range(3)]
+    found = clipress("predict", tiny_run[0], *given, "--labels", "a,b", "--json")
+    lines = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [line for line in lines if "error" not in line] == [json.loads(line) for line in whole.stdout.splitlines()]
+    assert [line["image"] for line in lines if "error" in line] == [str(tmp_path / "1.png")]
+    assert found.exit_code == 2 and "1 of 3 images could not be read" in found.stderr

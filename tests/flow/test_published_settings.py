@@ -176,3 +176,12 @@ def test_every_ratio_of_deit_has_both_recipes():
 def test_every_shipped_recipe_with_a_student_is_tested():
     shipped = {path.stem for path in CONFIGS.glob("*.yaml") if "student" in yaml.safe_load(path.read_text())}
     assert shipped - {"demo-teacher"} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("vit-l-14-336-*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_clips_that_upop_fine_tuned_prepare_data_as_upop_does(path):
+    """UPop trains with RandomResizedCrop(0.5 to 1), mirror images, BLIP's RandomAugment(2, 5) and BLIP's `pre_caption`."""
+    data = compress_plan_from(read_recipe(path)).data
+    augment = data.augment
+    assert (augment.crop_scale, augment.flip, augment.auto_augment) == ((0.5, 1.0), True, "blip")
+    assert {source.text_normaliser for source in (*data.train, *data.val, *data.test)} == {"blip"}

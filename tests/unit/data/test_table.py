@@ -1,6 +1,7 @@
 """A table that is read from its file when needed holds what the standard library reads from it at once."""
 
 import csv
+import io
 import os
 
 import pytest
@@ -8,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from clipress.data.bad_records import refuse_too_many
 from clipress.data.formats import files
 from clipress.data.formats.table import Table
 from clipress.data.sources import open_source
 from clipress.data.spec import SourceSpec
-from clipress.errors import DataError
+from clipress.errors import DataError, RecipeError
 from clipress.storage import cache_folder
 
 PATHS = [
@@ -49,19 +51,19 @@ def opened(path, images, **more):
     return open_source(SourceSpec(format="csv", annotations=path, images=images, **more))
 
 
-def by_csv(path, images, separator):
-    """Read a table with Python's text files and `csv`: the pairs to use, and the number of records that are skipped."""
-    with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
-        lines = [line.rstrip("\r\n") for line in file]
+def by_csv(path, images, separator, encoding):
+    """Read a table with Python's text files and `csv`: the captions of every image, and the number of records that are skipped."""
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode(encoding)
+    lines = [line.rstrip("\r\n") for line in io.StringIO(content, newline="\n")]
     reader = csv.reader((line + "\n" for line in lines), strict=True)
-    pairs, skipped, header = [], 0, None
+    texts, skipped, header = {}, 0, None
     rows = (line.split(separator) for line in lines) if separator != "," else reader
     while True:
         before = reader.line_num
         try:
             cells = next(rows)
         except StopIteration:
-            return pairs, skipped
+            return texts, skipped
         except csv.Error:
             skipped += reader.line_num - before
             continue
@@ -71,7 +73,8 @@ def by_csv(path, images, separator):
             caption, image = (cells[header.index(key)] for key in ("title", "filepath"))
             inside = os.path.normpath(images / image).startswith(f"{images}/")
             usable = inside and (images / image).is_file() and caption.strip()
-            pairs += [(image, caption)] if usable else []
+            if usable:
+                texts.setdefault(image, []).append(caption)
             skipped += not usable
         else:
             skipped += any(cells)
@@ -91,22 +94,28 @@ line = st.one_of(
 
 
 @pytest.mark.parametrize("separator", [",", "\t", "||"])
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "gbk"])
 @given(rows=st.lists(line, max_size=12), bom=st.booleans(), ends=st.sampled_from(["\n", "\r\n"]), last=st.booleans())
-@settings(deadline=None, max_examples=150)
-def test_any_table_holds_what_csv_reads(tmp_path_factory, images, separator, rows, bom, ends, last):
+@settings(deadline=None, max_examples=60)
+def test_any_table_holds_what_csv_reads(tmp_path_factory, images, separator, encoding, rows, bom, ends, last):
     written = [("title", "filepath"), ("a red one", "red.png"), *rows]
     if separator != ",":
         written = [(row[0].replace("\n", " "), row[1]) if isinstance(row, tuple) else row for row in written]
-    encoded = [
-        separator.join(as_written(cell, separator) for cell in row).encode() if isinstance(row, tuple) else row
+    whole = [
+        separator.join(as_written(cell, separator) for cell in row) if isinstance(row, tuple) else row
         for row in written
     ]
-    encoded = [row.encode() if isinstance(row, str) else row for row in encoded]
+    encoded = [row.encode(encoding, "replace") if isinstance(row, str) else row for row in whole]
+    encoded = [row.decode(encoding, "ignore").encode(encoding) for row in encoded]
     path = tmp_path_factory.mktemp("t") / "pairs.csv"
     path.write_bytes(b"\xef\xbb\xbf" * bom + ends.encode().join(encoded) + ends.encode() * last)
-    source, (pairs, skipped) = opened(path, images, separator=separator), by_csv(path, images, separator)
+    how = {"quoted": "auto" if separator == "," else False, "encoding": encoding}
+    source, (pairs, skipped) = (
+        opened(path, images, separator=separator, **how),
+        by_csv(path, images, separator, encoding),
+    )
     found = [(source.image(index).size, *source.captions(index)) for index in range(len(source))]
-    assert found == [(Image.open(images / path).size, text) for path, text in pairs]
+    assert found == [(Image.open(images / path).size, *texts) for path, texts in pairs.items()]
     assert source.skipped == skipped
 
 
@@ -116,7 +125,8 @@ def long_table(tmp_path, images, monkeypatch):
     monkeypatch.setattr(files, "FILES_CHECKED", 4)
     monkeypatch.setenv("CLIPRESS_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "pairs.csv"
-    path.write_text("title\tfilepath\n\tred.png\n" + "".join(f"{n}\tred.png\n" for n in range(9)), encoding="utf-8")
+    rows = "".join(f"{n}\t{'./' * n}red.png\n" for n in range(9))
+    path.write_text("title\tfilepath\n\tred.png\n" + rows, encoding="utf-8")
     return path
 
 
@@ -136,7 +146,7 @@ def test_a_second_opening_of_a_long_table_does_not_read_it(long_table, images, m
 
 def test_a_table_that_was_edited_is_read_again(long_table, images):
     opened(long_table, images)
-    long_table.write_text(long_table.read_text().replace("8\tred.png", "eight\tred.png"))
+    long_table.write_text(long_table.read_text().replace("8\t", "eight\t"))
     assert opened(long_table, images).captions(8) == ("eight",)
 
 
@@ -163,7 +173,7 @@ def test_images_that_come_and_go_are_noticed(long_table, tmp_path):
 def test_a_table_that_changes_while_it_is_in_use_gives_no_wrong_captions(long_table, images):
     source = opened(long_table, images)
     source.captions(3)
-    long_table.write_text(long_table.read_text().replace("3\tred", "4\tred"))
+    long_table.write_text(long_table.read_text().replace("3\t", "4\t"))
     with pytest.raises(DataError, match=r"pairs\.csv has changed since it was opened"):
         source.captions(3)
 
@@ -173,3 +183,52 @@ def test_a_byte_order_mark_is_no_part_of_the_first_caption(tmp_path):
     path.write_text("\ufeffa dog\thttp://x.org/1.jpg\na cat\thttp://x.org/2.jpg\n", encoding="utf-8")
     source = open_source(SourceSpec(format="captions", annotations=path))
     assert [source.captions(index) for index in range(2)] == [("a dog",), ("a cat",)]
+
+
+@pytest.mark.parametrize("quoted", ["auto", False])
+@pytest.mark.parametrize("odd", ['a 5" nail', '"Stop" is on it', '"', 'x "y" z', '"a ""b"" c'])
+def test_a_table_with_a_quotation_mark_that_quotes_nothing_is_read_as_written(tmp_path, images, quoted, odd):
+    path = tmp_path / "pairs.tsv"
+    path.write_text(f'title\tfilepath\n"a whole one"\tred.png\n{odd}\t./red.png\nred\ta/../red.png\n')
+    source = opened(path, images, quoted=quoted)
+    assert [source.captions(index)[0] for index in range(3)] == ['"a whole one"', odd, "red"]
+
+
+def test_whether_cells_are_quoted_can_be_set(tmp_path, images):
+    path = tmp_path / "pairs.tsv"
+    path.write_text('title\tfilepath\n"a whole one"\tred.png\n')
+    assert opened(path, images).captions(0) == (
+        '"a whole one"',
+    )  # it needs no quotation marks, so they are the caption's
+    assert opened(path, images, quoted=True).captions(0) == ("a whole one",)
+    with pytest.raises(DataError, match=r"separator of one character, found '\|\|'"):
+        opened(path, images, quoted=True, separator="||")
+
+
+def test_rows_of_an_image_are_merged_in_a_long_table_that_is_opened_again(long_table, images, monkeypatch):
+    long_table.write_text("title\tfilepath\n" + "".join(f"{n}\t{'./' * (n % 4)}red.png\n" for n in range(9)))
+    first = opened(long_table, images)
+    monkeypatch.setattr(Table, "add", unread)
+    again = opened(long_table, images)
+    wanted = [("0", "4", "8"), ("1", "5"), ("2", "6"), ("3", "7")]
+    assert [source.captions(n) for source in (first, again) for n in range(4)] == wanted * 2
+    assert first.fingerprint == again.fingerprint and len(again) == 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "no-such", "hex"])
+def test_an_encoding_that_cannot_be_split_into_lines_is_refused_by_name(encoding):
+    with pytest.raises(
+        RecipeError, match=f"encoding: expected an encoding that writes ASCII as it is.*found '{encoding}'"
+    ):
+        SourceSpec(format="csv", encoding=encoding)
+
+
+def test_the_fraction_of_records_that_may_be_left_out_is_a_setting(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(files, "refuse_too_many", refuse_too_many)
+    path = tmp_path / "pairs.csv"
+    path.write_text("title\tfilepath\n" + "red\tred.png\n" * 7 + "gone\tgone.png\n" * 3)
+    with pytest.raises(DataError, match=r"3 of 10 records cannot be used .*At most 20% may be bad"):
+        opened(path, images)
+    assert opened(path, images, max_skipped=0.3).skipped == 3
+    with pytest.raises(DataError, match=r"At most 0% may be bad.*'max_skipped'"):
+        opened(path, images, max_skipped=0)

@@ -7,7 +7,18 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from clipress.data.transforms import Augment, Preprocess, View, drawn_view, normalised, open_image, resized, viewed
+from clipress.data.transforms import (
+    FORMATS,
+    Augment,
+    Preprocess,
+    View,
+    drawn_view,
+    normalised,
+    open_image,
+    resized,
+    size_from_header,
+    viewed,
+)
 from clipress.errors import DataError
 
 
@@ -78,3 +89,27 @@ def test_a_format_that_starts_another_program_is_not_opened():
     Image.new("RGB", (8, 8)).save(script, "EPS")
     with pytest.raises(DataError, match="not a readable image"):
         open_image(script.getvalue())
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_grey_tiff_files_of_8_and_16_bits_have_the_pixels_that_were_written(tmp_path, kind):
+    grey = (np.arange(48).reshape(6, 8) * (5 if kind is np.uint8 else 1300)).astype(kind)
+    Image.fromarray(grey).save(tmp_path / "grey.tiff")
+    wanted = grey if kind is np.uint8 else (grey >> 8).astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "grey.tiff")), np.repeat(wanted[..., None], 3, -1))
+
+
+@pytest.mark.parametrize(("kind", "found"), [(np.int32, "32-bit or signed integer"), (np.float32, "floating-point")])
+def test_pixels_of_unknown_range_are_refused_by_name(tmp_path, kind, found):
+    Image.fromarray(np.linspace(0, 200, 48).reshape(6, 8).astype(kind)).save(tmp_path / "deep.tiff")
+    for read in (open_image, size_from_header):
+        with pytest.raises(DataError, match=rf"deep\.tiff: expected pixels of 8 or 16 bits.*found {found}"):
+            read(tmp_path / "deep.tiff")
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow was built without AVIF")
+def test_an_avif_file_is_read_as_pillow_reads_it(tmp_path):
+    Image.fromarray(load_sample_image("flower.jpg")).resize((64, 48)).save(tmp_path / "flower.avif")
+    wanted = np.asarray(Image.open(tmp_path / "flower.avif").convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "flower.avif")), wanted)
+    assert size_from_header(tmp_path / "flower.avif") == (64, 48)

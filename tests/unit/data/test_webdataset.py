@@ -138,7 +138,7 @@ def test_labels_are_read_where_classes_are_named(tmp_path):
     names.write_text("cat\ndog\n")
     with pytest.raises(DataError, match=r"expected more than 2 class names, since that is a label .*; found 2"):
         opened(path, classes=names)
-    with pytest.raises(DataError, match=r"3 of 3 records.*caption \(txt\)"):
+    with pytest.raises(DataError, match=r"expected an image and a caption \(txt\) in every record; 3 of 3 lack one"):
         opened(path)
 
 
@@ -190,7 +190,7 @@ def test_a_shard_that_is_modified_while_it_is_read_is_reported(tmp_path):
 def test_an_index_is_rebuilt_only_when_its_shard_changes(tmp_path, monkeypatch):
     built = []
     build_index = webdataset.build_index
-    monkeypatch.setattr(webdataset, "build_index", lambda path: built.append(path) or build_index(path))
+    monkeypatch.setattr(webdataset, "build_index", lambda path, spec: built.append(path) or build_index(path, spec))
     path = tar(tmp_path / "s.tar", pairs(0, 3))
     first, second = index_of(path), index_of(path)
     assert len(built) == 1 and all(np.array_equal(first[key], second[key]) for key in first)
@@ -270,3 +270,35 @@ def test_workers_do_not_change_the_batches(tmp_path):
 
     read = [list(DataLoader(Items(), batch_size=3, collate_fn=list, num_workers=workers)) for workers in (0, 2)]
     assert read[0] == read[1] and sum(map(len, read[0])) == 8
+
+
+def with_json(captions, suffix="json", image="jpg"):
+    for number, caption in enumerate(captions):
+        yield f"{number}.{image}", encoded((number * 10, 0, 0), "JPEG")
+        yield f"{number}.{suffix}", json.dumps({"url": "x", **({} if caption is None else {"said": caption})}).encode()
+
+
+@pytest.mark.parametrize(("suffix", "suffixes"), [("json", ()), ("meta.json", ("meta.json",))])
+def test_captions_are_read_from_a_key_of_the_json_files(tmp_path, suffix, suffixes):
+    path = tar(tmp_path / "s.tar", with_json(["one", ["two", "zwei"], None, " ", "grün"], suffix))
+    source = opened(path, caption_key="said", caption_suffixes=suffixes)
+    assert [source.captions(i) for i in range(len(source))] == [("one",), ("two", "zwei"), ("grün",)]
+    spec = SourceSpec(format="webdataset", shards=str(path), caption_key="said", caption_suffixes=suffixes)
+    assert num_captions(spec) == 4
+    with pytest.raises(DataError, match=r"5 of 5 lack one\. Set .*'caption_key'"):
+        opened(path, caption_key="caption", caption_suffixes=suffixes)
+
+
+def test_suffixes_can_be_named(tmp_path):
+    path = tar(tmp_path / "s.tar", [("a.Photo", encoded("red")), ("a.text", "größe".encode("latin-1"))])
+    with pytest.raises(DataError, match=r"1 of 1 lack one\. Set 'image_suffixes', 'caption_suffixes'"):
+        opened(path)
+    named = {"image_suffixes": ("photo",), "caption_suffixes": ("text",)}
+    with pytest.raises(DataError, match=r"a\.Photo: expected text in utf-8"):
+        opened(path, **named).captions(0)
+    assert opened(path, **named, encoding="latin-1").captions(0) == ("größe",)
+
+
+def test_records_without_a_caption_are_left_out_however_many(tmp_path, caplog):
+    path = tar(tmp_path / "s.tar", [*pairs(0, 2), *((f"gap{n}.png", encoded("red")) for n in range(8))])
+    assert len(opened(path)) == 2 and "left out 8 of 10 records without an image or a caption (txt)" in caplog.text

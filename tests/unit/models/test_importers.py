@@ -318,6 +318,10 @@ def slim_file(tmp_path):
     return tmp_path / "model_base_retrieval_coco_clip_4x.pth"
 
 
+def test_images_of_upops_models_are_squashed_as_its_code_does(slim_file):
+    assert import_checkpoint(slim_file).preprocess.resize_mode == "squash"
+
+
 def test_a_slimmed_upop_model_matches_the_published_code(slim_file):
     model = import_checkpoint(slim_file)
     assert_same(model, reference_outputs(source(quick_gelu=True).state_dict()))
