@@ -79,7 +79,7 @@ def predict(
     printed as they arrive. Images that cannot be read are named, the others go on, and the exit code is 2.
     """
     from clipress.workflow.predict import Server, images_in, labels_from, readable
-    from clipress.workflow.predict_blip import Asked
+    from clipress.workflow.predict_blip import Asked, is_asked, said_by_server, use_of_server
 
     asked = Asked(question, statement, texts)
     names = None if labels is None and labels_file is None else labels_from(labels, labels_file)
@@ -88,9 +88,14 @@ def predict(
             raise click.UsageError("--stage selects an artifact of a run; it cannot be used with --url.")
         if runtime:
             raise click.UsageError("--runtime runs the export of a run; it cannot be used with --url.")
-        if asked != Asked():
-            raise click.UsageError("--question, --statement and --text ask the model of a run; leave --url out.")
-        _predict_with_server(Server(url, timeout, in_flight), images, names, templates, softmax, as_json)
+        server, files = Server(url, timeout, in_flight), images_in(images, click.get_text_stream("stdin"))
+        if Path("-") not in images:
+            files = list(files)  # A list gives the progress bar a total.
+        model = use_of_server(server)
+        if is_asked(model, asked, names):
+            _print_said(said_by_server(server, model.use, files, asked, names, _has_bar()), as_json)
+        else:
+            _predict_with_server(server, files, names, templates, softmax, as_json)
         return
     run, *rest = images
     if not rest:
@@ -135,8 +140,7 @@ def _predict_with_run(
     from clipress.workflow.predict_blip import is_asked, said_of
 
     if is_asked(model, asked, names):
-        for record in said_of(model, files, asked, names):
-            click.echo(json.dumps(record) if as_json else _said(record))
+        _print_said(said_of(model, files, asked, names), as_json)
         return
     if model.segments:
         if names is not None:
@@ -146,6 +150,25 @@ def _predict_with_run(
     names = names or model.labels or labels_from(None, None)
     for file, row in zip(files, model.classify(files, names, templates, softmax), strict=True):
         click.echo(_prediction(file, names, row, as_json))
+
+
+def _has_bar() -> bool:
+    """Return whether a progress bar is shown: on a terminal the printed answers show the progress."""
+    return not sys.stdout.isatty()
+
+
+def _print_said(records: Iterable[Mapping[str, Any]], as_json: bool) -> None:
+    """Print what a BLIP said. Raises DataError at the end if images failed."""
+    total, failed = 0, []
+    for total, record in enumerate(records, 1):  # noqa: B007
+        if "error" in record:
+            failed.append(f"{record['image']}: {record['error']}")
+        if as_json:
+            click.echo(json.dumps(record))
+        else:
+            click.echo(failed[-1] if "error" in record else _said(record), err="error" in record)
+    if failed:
+        raise DataError(f"{len(failed)} of {total} images failed; the first: {failed[0]}")
 
 
 def _said(record: Mapping[str, Any]) -> str:
@@ -170,22 +193,18 @@ def _print_masks(masks: Iterable[tuple[Path, Path, dict[str, float]]], as_json: 
 
 def _predict_with_server(
     server: Server,
-    images: Sequence[Path],
+    files: Iterable[Path],
     labels: list[str] | None,
     templates: Sequence[str],
     softmax: bool,
     as_json: bool,
 ) -> None:
-    from clipress.workflow.predict import images_in, labels_from, labels_of_server, predict_with_server
+    from clipress.workflow.predict import labels_from, labels_of_server, predict_with_server
 
     known = labels_of_server(server)
     names = labels or known or labels_from(None, None)
-    files = images_in(images, click.get_text_stream("stdin"))
-    if Path("-") not in images:
-        files = list(files)  # A list gives the progress bar a total.
-    progress = not sys.stdout.isatty()  # On a terminal the printed answers show the progress.
     total, failed = 0, []
-    answers = predict_with_server(server, files, names, known, templates, softmax, progress)
+    answers = predict_with_server(server, files, names, known, templates, softmax, _has_bar())
     for total, answer in enumerate(answers, 1):  # noqa: B007
         if answer.value is not None:
             click.echo(_prediction(answer.item, names, answer.value, as_json))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -115,23 +115,13 @@ class Blip:
         ids = self._tokenize(_texts(texts))
         image, text = (self.exported.graphs[side].outputs[0].name for side in (IMAGE, TEXT))
         queries = finite(in_batches(self._runs[TEXT], {"input_ids": ids})[text], TEXT)
-        states: dict[int, np.ndarray] = {}
-        cosines = np.empty((len(ids), 0))
-        for (batch,) in _parts(as_list(images)):
-            found = self._runs[IMAGE]({"pixel_values": self._pixels(batch)})
-            states |= {cosines.shape[1] + number: rows.copy() for number, rows in enumerate(found[STATES])}
-            cosines = np.concatenate([cosines, queries @ finite(found[image], IMAGE).T], 1)
-            nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :candidates]
-            states = {place: states[place] for place in np.unique(nearest).tolist()}
+        found = (self._runs[IMAGE]({"pixel_values": self._pixels(batch)}) for (batch,) in _parts(as_list(images)))
+        encoded = ((finite(outputs[image], IMAGE), outputs[STATES]) for outputs in found)
 
-        for row, read in zip(cosines, ids, strict=True) if states else ():
+        def match(place: int, states: np.ndarray) -> np.ndarray:
+            return self._matched(np.tile(ids[place], (len(states), 1)), states)[:, 1]
 
-            def match(places: np.ndarray, read: np.ndarray = read) -> np.ndarray:
-                chosen = np.stack([states[place] for place in places.tolist()])
-                return self._matched(np.tile(read, (len(places), 1)), chosen)[:, 1]
-
-            row[:] = rescored(row, match, candidates)
-        return cosines
+        return rank_images(queries, encoded, match, candidates)
 
     @cached_property
     def _runs(self) -> dict[str, Run]:
@@ -153,6 +143,37 @@ class Blip:
 
     def _matched(self, ids: np.ndarray, states: np.ndarray) -> np.ndarray:
         return in_batches(self._runs[MATCH], {"input_ids": ids, STATES: states})[LOGITS]
+
+
+def rank_images(
+    queries: np.ndarray,
+    images: Iterable[tuple[np.ndarray, np.ndarray]],
+    match: Callable[[int, np.ndarray], np.ndarray],
+    candidates: int,
+) -> np.ndarray:
+    """Return the score of every image for every text, float64 [T, N]; the states of the nearest are held, and of no others.
+
+    Args:
+        queries: embeddings of the texts [T, D].
+        images: embeddings [B, D] and states [B, ...] of images, some at a time.
+        match: place of a text, and states [K, ...] -> match logits [K].
+        candidates: how many images are read together with each text.
+    """
+    states: dict[int, np.ndarray] = {}
+    cosines = np.empty((len(queries), 0))
+    for embeddings, rows in images:
+        states |= {cosines.shape[1] + number: row.copy() for number, row in enumerate(rows)}
+        cosines = np.concatenate([cosines, queries @ embeddings.T], 1)
+        nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :candidates]
+        states = {place: states[place] for place in np.unique(nearest).tolist()}
+
+    for place, row in enumerate(cosines) if states else ():
+
+        def matched(places: np.ndarray, place: int = place) -> np.ndarray:
+            return match(place, np.stack([states[one] for one in places.tolist()]))
+
+        row[:] = rescored(row, matched, candidates)
+    return cosines
 
 
 def _texts(texts: str | Sequence[str]) -> list[str]:

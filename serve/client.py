@@ -35,6 +35,7 @@ PORTS = {"http": 8000, "grpc": 8001}
 SCHEMES = {"http": ("http", False), "https": ("http", True), "grpc": ("grpc", False), "grpcs": ("grpc", True)}
 BUSY = {"429", "502", "503", "504", "StatusCode.UNAVAILABLE"}  # worth a retry
 UNKNOWN = {"404", "StatusCode.NOT_FOUND"}
+TYPES = {"O": "BYTES", "b": "BOOL", "i": "INT32", "f": "FP32"}  # of arrays that are sent, by NumPy's letters
 LONGEST_DELAY = 10.0  # seconds
 GROUP = 16  # images per request to `classify`: labels are embedded once for all of them
 
@@ -44,8 +45,8 @@ class Answer:
     """The result for one item."""
 
     item: Any
-    value: np.ndarray | None
-    """float32 [D] or [C]; None if there is an error."""
+    value: Any
+    """float32 [D] or [C], or a text; None if there is an error."""
     error: str | None = None
 
 
@@ -182,22 +183,22 @@ class Client:
         softmax: bool = False,
     ) -> Iterator[Answer]:
         """Yield what `classify` returns image by image, as results arrive and in order; `images` may be endless."""
-        fixed = {} if templates is None else {"templates": _strings(templates)}
+        fixed = {} if templates is None else {"templates": strings(templates)}
         if softmax:
             fixed["softmax"] = np.asarray([True])
         if labels is not None:
             check_labels(labels)
-            fixed["labels"] = _strings(labels)
+            fixed["labels"] = strings(labels)
 
         async def send(files: Sequence[bytes]) -> np.ndarray:
-            found = await self._infer("classify", {IMAGE: _strings(files), **fixed}, "probabilities")
+            found = await self._infer("classify", {IMAGE: strings(files), **fixed}, "probabilities")
             return _of_shape(found, (len(files), len(labels) if labels else found.shape[-1]), "classify")
 
         return self._answers(images, send, GROUP, IMAGE)
 
     def search(self, text: str, k: int = 10) -> list[Hit]:
         """Return the entries of the server's index that are nearest to a text, nearest first. Raises ServerError."""
-        inputs = {TEXT: _strings([text]), "k": np.asarray([k], np.int32)}
+        inputs = {TEXT: strings([text]), "k": np.asarray([k], np.int32)}
         scores, keys = self._result("search", self._infer("search", inputs, "scores", "keys"))
         found = zip(keys.ravel(), scores.ravel(), strict=True)  # [1, k]: the server takes several texts
         return [Hit(key.decode("utf-8", "surrogateescape"), float(score)) for key, score in found]
@@ -206,7 +207,7 @@ class Client:
         model = f"embed_{side}"
 
         async def send(items: Sequence[bytes | str]) -> np.ndarray:
-            found = await self._infer(model, {side: _strings(items)[:, None]}, f"{side}_embeds")
+            found = await self._infer(model, {side: strings(items)[:, None]}, f"{side}_embeds")
             return _of_shape(found, (len(items), found.shape[-1]), model)
 
         return send
@@ -268,8 +269,7 @@ class Client:
         """Send a request, with retries; return its output, or outputs."""
         tensors = []
         for name, values in inputs.items():
-            kind = {"object": "BYTES", "bool": "BOOL"}.get(values.dtype.name, "INT32")
-            tensors.append(self._triton.InferInput(name, list(values.shape), kind))
+            tensors.append(self._triton.InferInput(name, list(values.shape), TYPES[values.dtype.kind]))
             tensors[-1].set_data_from_numpy(values)
         result = await self._retried(model, lambda: self._server.infer(model, tensors))
         found = [result.as_numpy(name) for name in outputs]
@@ -281,6 +281,9 @@ class Client:
         options = {"as_json": True} if self.protocol == "grpc" else {}
         found = await self._retried(model, lambda: self._server.get_model_config(model, **options))
         return found["config"] if self.protocol == "grpc" else found
+
+    async def _is_ready(self, model: str) -> bool:
+        return await self._retried(model, lambda: self._server.is_model_ready(model))
 
     async def _retried(self, model: str, attempt: Callable[[], Awaitable[Any]]) -> Any:
         """Try a request until it succeeds. Raises _Unavailable after the last attempt, and _Rejected or ServerError."""
@@ -350,17 +353,20 @@ def _packages(protocol: str) -> tuple[ModuleType, ModuleType]:
 
 def _content(items: Sequence[Any], unit: str) -> list[Any]:
     """Return what is sent for items: texts as they are, images' bytes, or the error of reading them."""
-    return list(items) if unit == TEXT else [item if isinstance(item, bytes) else _read(item) for item in items]
+    return list(items) if unit == TEXT else [bytes_of(item) for item in items]
 
 
-def _read(path: str | Path) -> bytes | DataError:
+def bytes_of(image: ImageFile) -> bytes | DataError:
+    """Return an image file's content, or the error of reading it."""
+    if isinstance(image, bytes):
+        return image
     try:
-        return Path(path).read_bytes()
+        return Path(image).read_bytes()
     except (OSError, ValueError) as error:
-        return DataError(f"{path} cannot be read: {error}.")
+        return DataError(f"{image} cannot be read: {error}.")
 
 
-def _strings(items: Sequence[bytes | str]) -> np.ndarray:
+def strings(items: Sequence[bytes | str]) -> np.ndarray:
     """Return an array of bytes objects [N]; numpy's own bytes type would drop trailing zeros."""
     array = np.empty(len(items), object)
     array[:] = [item if isinstance(item, bytes) else item.encode("utf-8", "surrogateescape") for item in items]

@@ -1,18 +1,21 @@
-"""Ask a BLIP about images on this machine: captions, answers, judgements, rankings."""
+"""Ask a BLIP about images, on this machine or on a server: captions, answers, judgements, rankings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from clipress.errors import DataError
 from clipress.runtime.served import ANSWER, CAPTION, JUDGE, MATCH
+from clipress.serve.blip_client import BlipClient
 from clipress.serve.classify import LoadedModel
+from clipress.serve.client import Answer
 from clipress.serve.graphs import USES
+from clipress.workflow.predict import Server
 
 OPTIONS = {ANSWER: "--question", JUDGE: "--statement", MATCH: "--text"}
 
@@ -30,7 +33,33 @@ class Asked:
         return {ANSWER: self.question, JUDGE: self.statement, MATCH: self.texts}.get(use)
 
 
-def is_asked(model: LoadedModel, asked: Asked, labels: Sequence[str] | None) -> bool:
+class Use(Protocol):
+    """What a model is for."""
+
+    use: str | None
+    """caption, answer, judge or match, for a BLIP."""
+    use_in_words: str
+
+
+@dataclass(frozen=True)
+class ServerUse:
+    """What a server's model is for."""
+
+    use: str | None
+
+    @property
+    def use_in_words(self) -> str:
+        """The same in words."""
+        return USES.get(self.use, "is no BLIP")
+
+
+def use_of_server(server: Server) -> ServerUse:
+    """Return what a server's BLIP is for. Raises ServerError for one that does not answer."""
+    with BlipClient(server.url, timeout=server.timeout) as client:
+        return ServerUse(client.use())
+
+
+def is_asked(model: Use, asked: Asked, labels: Sequence[str] | None) -> bool:
     """Return whether the model is a BLIP that is asked, and not to classify among labels. Raises DataError for what does not fit it."""
     for use, option in OPTIONS.items():
         if asked.of(use) and use != model.use:
@@ -58,12 +87,53 @@ def said_of(
             (answer,) = model.answer(image, asked.question, answers)
             yield {"image": str(image), "question": asked.question, "answer": answer}
     elif model.use == JUDGE:
-        if len(images) != 2:
-            raise DataError(f"--statement: expected two images, which the statement is about, found {len(images)}.")
+        _require_two(images)
         (probability,) = model.judge(*images, asked.statement)
-        yield {"images": [*map(str, images)], "statement": asked.statement, "probability": round(float(probability), 6)}
+        yield _judged(images, asked.statement, probability)
     else:
-        for text, scores in zip(asked.texts, model.rank(images, asked.texts), strict=True):
-            best = np.argsort(-scores, kind="stable")
-            ranked = [{"image": str(images[place]), "score": round(float(scores[place]), 6)} for place in best]
-            yield {"text": text, "images": ranked}
+        yield from _ranked(images, asked.texts, model.rank(images, asked.texts))
+
+
+def said_by_server(
+    server: Server, use: str, images: Iterable[Path], asked: Asked, answers: Sequence[str] | None, progress: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield what a server's BLIP says, as `said_of` does, captions and answers as they arrive.
+
+    A failed image has a record with its `error`, and does not affect the others' captions or answers.
+    """
+    with BlipClient(server.url, timeout=server.timeout, in_flight=server.in_flight, progress=progress) as client:
+        if use == CAPTION:
+            for answer in client.captioned(images):
+                yield _record(answer, {}, "caption")
+        elif use == ANSWER:
+            for answer in client.answered(images, asked.question, answers):
+                yield _record(answer, {"question": asked.question}, "answer")
+        elif use == JUDGE:
+            _require_two(images := list(images))
+            yield _judged(images, asked.statement, client.judge(*images, asked.statement))
+        else:
+            images = list(images)
+            yield from _ranked(images, asked.texts, client.rank(images, asked.texts))
+
+
+def _require_two(images: Sequence[Path]) -> None:
+    if len(images) != 2:
+        raise DataError(f"--statement: expected two images, which the statement is about, found {len(images)}.")
+
+
+def _record(answer: Answer, about: dict[str, Any], key: str) -> dict[str, Any]:
+    found = {"error": answer.error} if answer.value is None else {key: answer.value}
+    return {"image": str(answer.item), **about, **found}
+
+
+def _judged(images: Sequence[Path], statement: str, probability: float) -> dict[str, Any]:
+    return {"images": [*map(str, images)], "statement": statement, "probability": round(float(probability), 6)}
+
+
+def _ranked(images: Sequence[Path], texts: Sequence[str], scores: np.ndarray) -> Iterator[dict[str, Any]]:
+    for text, row in zip(texts, scores, strict=True):
+        best = np.argsort(-row, kind="stable")
+        yield {
+            "text": text,
+            "images": [{"image": str(images[place]), "score": round(float(row[place]), 6)} for place in best],
+        }

@@ -5,6 +5,7 @@ import json
 import pytest
 from blip_exports import DATA, images_of, set_of, texts_of
 from helpers import clipress
+from kserve import Server
 from PIL import Image
 
 from clipress.serve.classify import LoadedModel
@@ -117,11 +118,22 @@ def test_an_option_that_does_not_fit_the_model_is_one_message(runs, files, task,
     assert message in " ".join(result.output.split()), result.output
 
 
-def test_a_clip_is_not_asked_and_a_server_neither(tiny_run, files):
+def test_a_clip_is_not_asked_and_its_server_neither(tiny_run, files):
     result = clipress("predict", tiny_run[0], files["vqa"][0], *QUESTION, "--labels", "a,b")
     assert result.exit_code == 2 and "but this one embeds images and texts" in result.output
+    server = Server(classify=lambda inputs: {})
+    for options, message in (
+        (QUESTION, "--question: expected a model that answers"),
+        (TEXT, "--text: expected a model"),
+    ):
+        result = clipress("predict", "--url", server.url, files["vqa"][0], *options)
+        assert result.exit_code == 2 and message in result.output and "but this one is no BLIP" in result.output
+    server.close()
+
+
+def test_a_server_that_does_not_answer_is_one_message(files):
     result = clipress("predict", "--url", "http://127.0.0.1:9", files["vqa"][0], *QUESTION)
-    assert result.exit_code == 2 and "leave --url out" in result.output
+    assert result.exit_code == 2 and result.output.startswith("Error: http://127.0.0.1:9")
 
 
 def test_the_command_to_try_fits_the_model(runs):

@@ -1,5 +1,6 @@
 """BLIPs on a server: what a repository has, and that a real Triton says what a loaded export says."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,12 +11,14 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from blip_exports import images_of, set_of, texts_of
 from google.protobuf import text_format
+from helpers import clipress
 from triton_requests import SETTINGS, column, tensor
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException
 
 from clipress.data.transforms import as_image
 from clipress.errors import ExportError, RecipeError
+from clipress.serve.blip_client import BlipClient
 from clipress.serve.classify import LoadedModel
 from clipress.serve.client import Client
 from clipress.serve.indexing import index_images
@@ -92,6 +95,24 @@ def printed_by_the_readme(server, folder, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+def predicted(*arguments):
+    """Return what `clipress predict` prints, as records."""
+    result = clipress("predict", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def refusal(*arguments):
+    """Return the message of `clipress predict` with a mistake."""
+    result = clipress("predict", *arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+    return " ".join(result.output.split())
+
+
+def urls_of(server):
+    return f"http://{server.http}", f"grpc://{server.grpc}"
+
+
 def serving(triton, export, folder, **more):
     (repository,) = triton_repo_from_export(export, folder / "triton", SETTINGS.model_copy(update=more))
     return TritonServer(repository, triton=triton)
@@ -110,6 +131,13 @@ def test_a_server_writes_the_captions_of_local_inference(triton, blip_exports, t
             client.infer("caption", [strings("image", [contents[0], b"no image"])])
         assert told(client.infer("caption", [strings("image", contents[:1])]), "caption") == expected[:1]
         assert printed_by_the_readme(server, tmp_path, *paths) == expected
+        (tmp_path / "no.png").write_bytes(b"no image")
+        for url in urls_of(server):
+            assert predicted("--url", url, *paths) == predicted(export.parents[1], *paths)
+            found = clipress("predict", "--url", url, tmp_path / "no.png", tmp_path / "none.png", paths[0])
+            assert found.exit_code == 2 and found.stdout == f"{paths[0]}: {expected[0]}\n"
+            assert "2 of 3 images failed" in found.output and "not a readable image" in found.output
+            assert "but this one writes captions of images" in refusal("--url", url, paths[0], "--question", "red?")
 
 
 def test_a_server_gives_the_answers_of_local_inference(triton, blip_exports, tmp_path):
@@ -126,6 +154,10 @@ def test_a_server_gives_the_answers_of_local_inference(triton, blip_exports, tmp
         for answers in ((), candidates):
             (line,) = printed_by_the_readme(server, tmp_path, paths[0], questions[0], *answers)
             assert [line] == local.answer(paths[0], questions[0], answers or None)
+            asked = [*paths, "--question", questions[0], *(["--labels", ",".join(answers)] if answers else [])]
+            for url in urls_of(server):
+                assert predicted("--url", url, *asked) == predicted(export.parents[1], *asked)
+        assert "set --question" in refusal("--url", url, paths[0])
 
 
 def test_a_server_judges_as_local_inference_does(triton, blip_exports, tmp_path):
@@ -139,6 +171,12 @@ def test_a_server_judges_as_local_inference_does(triton, blip_exports, tmp_path)
         np.testing.assert_allclose(found, expected, atol=1e-6)
         printed = printed_by_the_readme(server, tmp_path, paths[0], paths[-1], statements[0])
         assert printed == [f"{expected[0]:.1%} likely to be true"]
+        for url in urls_of(server):
+            (record,) = predicted("--url", url, paths[0], paths[-1], "--statement", statements[0])
+            assert record["images"] == [str(paths[0]), str(paths[-1])]
+            assert record["probability"] == pytest.approx(expected[0], abs=1e-5)
+        assert "expected two images" in refusal("--url", url, *paths[:3], "--statement", "red")
+        assert "none.png cannot be read" in refusal("--url", url, paths[0], tmp_path / "none.png", "--statement", "red")
 
 
 def test_a_server_embeds_searches_and_matches_as_local_inference_does(triton, blip_exports, tmp_path):
@@ -158,6 +196,20 @@ def test_a_server_embeds_searches_and_matches_as_local_inference_does(triton, bl
         np.testing.assert_allclose(matched, local.match(paths, texts), atol=1e-5)  # more than a batch
         with pytest.raises(InferenceServerException, match="as many images as texts, found 2 and 1"):
             client.infer("match", [strings("image", contents[:2]), strings("text", texts[:1])])
+        asked = [word for text in texts[:2] for word in ("--text", text)]
+        expected = local.rank(paths, texts[:2])
+        for url in urls_of(server):
+            for record, text, row in zip(predicted("--url", url, *paths, *asked), texts, expected, strict=False):
+                assert record["text"] == text
+                assert [one["image"] for one in record["images"]] == [str(paths[place]) for place in np.argsort(-row)]
+                assert [one["score"] for one in record["images"]] == pytest.approx(np.sort(row)[::-1], abs=1e-4)
+            with BlipClient(url) as own:  # the others are behind them
+                np.testing.assert_allclose(own.rank(paths, texts, 3), local.rank(paths, texts, 3), atol=1e-4)
+            (record,) = predicted("--url", url, paths[0], "--labels", "red,blue")
+            assert [*record["probabilities"].values()] == pytest.approx(
+                local.classify(paths[0], ["red", "blue"]), abs=1e-5
+            )
+        assert "none.png cannot be read" in refusal("--url", url, paths[0], tmp_path / "none.png", "--text", "red")
         with Client(f"grpc://{server.grpc}") as own:
             found, hits = own.classify(contents, ["red", "blue"]).values, own.search(texts[0], 3)
         nearest = np.argsort(-(local.encode_image(paths) @ local.encode_text(texts[0])[0]))[:3]
