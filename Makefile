@@ -6,7 +6,7 @@ VENV ?= .venv
 TOOLS ?= .venv-tools
 CLEAN ?= .venv-release
 
-.PHONY: demo test test-long constraints audit release clean
+.PHONY: demo web test test-long constraints audit release clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/clipress run configs/demo.yaml --out runs/demo
@@ -18,6 +18,21 @@ test: $(VENV)/.installed-test
 test-long: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -q -m "slow or not slow"
+
+# What the page of `clipress demo` and `--layout web` runs models with, from npm: into export/layouts/web/vendor, and the wheel.
+WEB := export/layouts/web/vendor
+web: $(WEB)/.fetched
+$(WEB)/.fetched:
+	@command -v npm >/dev/null || { echo "make web: needs npm, to fetch onnxruntime-web; found none. Install Node.js."; exit 1; }
+	npm install --silent --no-audit --no-fund --ignore-scripts --prefix build/web \
+	  onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0
+	mkdir -p $(WEB)
+	cd build/web/node_modules/onnxruntime-web/dist && cp ort.wasm.min.mjs ort.webgpu.min.mjs ort-wasm-simd-threaded.mjs \
+	  ort-wasm-simd-threaded.wasm ort-wasm-simd-threaded.asyncify.mjs ort-wasm-simd-threaded.asyncify.wasm \
+	  $(CURDIR)/$(WEB)
+	cp build/web/node_modules/@huggingface/tokenizers/dist/tokenizers.min.mjs $(WEB)
+	cp build/web/node_modules/@huggingface/tokenizers/LICENSE $(WEB)/LICENSE.tokenizers
+	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
@@ -43,6 +58,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@# Exports in its layout are read by transformers.js itself, where there is Node.
 	command -v npm >/dev/null && npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(VENV)/js \
 	  @huggingface/transformers@4.3.1 || echo "without Node: the tests of --layout transformers.js are skipped"
+	@# The page of `clipress demo` is tested in Chromium, where both are there.
+	$(MAKE) --silent web || echo "without Node: the tests of the demo page are skipped"
 	touch $@
 
 # Newest versions that fit pyproject.toml, for every supported Python. Run the tests before you commit what comes out.
@@ -55,7 +72,7 @@ audit: $(TOOLS)/.installed
 	$(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 # Into dist/: sdist, the wheel built from it, and a CycloneDX list of what the wheel alone brings into an empty environment.
-release: $(TOOLS)/.installed
+release: $(TOOLS)/.installed $(WEB)/.fetched
 	rm -rf dist build $(CLEAN)
 	$(TOOLS)/bin/python -m build
 	$(TOOLS)/bin/twine check --strict dist/*

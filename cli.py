@@ -30,6 +30,7 @@ COMMANDS = {
     "latency-table": "bench:latency_table",
     "serve": "serve:serve",
     "triton": "serve:triton",
+    "demo": "demo:demo",
     "index": "serve:index",
     "predict": "evaluate:predict",
     "eval": "evaluate:eval_",

@@ -78,7 +78,7 @@ def predict(
     server at --url. IMAGES are files, folders, or - to read paths from standard input. A server's answers are
     printed as they arrive. Images that cannot be read are named, the others go on, and the exit code is 2.
     """
-    from clipress.workflow.predict import Server, images_in, labels_from, readable
+    from clipress.workflow.predict import Server, images_in, labels_from
     from clipress.workflow.predict_blip import Asked, is_asked, said_by_server, use_of_server
 
     asked = Asked(question, statement, texts)
@@ -100,17 +100,33 @@ def predict(
     run, *rest = images
     if not rest:
         raise click.UsageError("Missing argument 'IMAGES...': give images after the run, or use --url.")
+    _predict_with_run(run, rest, stage, runtime, asked, names, templates, softmax, out, as_json)
+
+
+def _predict_with_run(
+    run: Path,
+    images: Sequence[Path],
+    stage: str | None,
+    runtime: str | None,
+    asked: Asked,
+    names: list[str] | None,
+    templates: Sequence[str],
+    softmax: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     import clipress
     from clipress.workflow.kept import choose_artifact
     from clipress.workflow.plan import read_plan
+    from clipress.workflow.predict import images_in, readable
 
     chosen = choose_artifact(run, read_plan(run), stage, partial(click.echo, err=True), "Predicting with", runtime)
     model = clipress.load(run / chosen.stage, runtime=chosen.runtime)
-    given = list(images_in(rest, click.get_text_stream("stdin")))
+    given = list(images_in(images, click.get_text_stream("stdin")))
     files, unread = readable(given)
     _print_unread(unread, as_json)
     if files:
-        _predict_with_run(model, run, files, asked, names, templates, softmax, out, as_json)
+        _predict_with_model(model, run, files, asked, names, templates, softmax, out, as_json)
     if unread:
         raise DataError(
             f"{len(unread)} of {len(given)} images could not be read; the first: {next(iter(unread.values()))}"
@@ -125,7 +141,7 @@ def _print_unread(unread: Mapping[Path, str], as_json: bool) -> None:
             click.echo(why, err=True)
 
 
-def _predict_with_run(
+def _predict_with_model(
     model: LoadedModel,
     run: Path,
     files: Sequence[Path],

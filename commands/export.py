@@ -25,7 +25,8 @@ from clipress.errors import RecipeError
 @click.option("--labels-file", type=FILE, help="The same from a text file, one label per line, or `imagenet`.")
 @template_option(note="  [default: the recipe's]")
 @click.option(
-    "--layout", help="Also write a folder as another program has it: immich, open_clip, transformers, transformers.js."
+    "--layout",
+    help="Also write a folder as another program has it: immich, open_clip, transformers, transformers.js, web.",
 )
 @click.option(
     "--verify",

@@ -9,9 +9,8 @@ from pathlib import Path
 from clipress.errors import ExportError
 from clipress.registry import Registry
 from clipress.runtime.export_folder import Exported
+from clipress.runtime.served import IMAGE, TEXT
 from clipress.storage import write_whole
-from clipress.tasks import task_named
-from clipress.tasks.clip import SIDES, Clip
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,12 @@ class LayoutJob:
     exported: Exported
     artifact: Path
     """The folder of the artifact that was exported."""
+
+    def clip(self, layout: str) -> Exported:
+        """Return the export, for a layout that holds a CLIP. Raises ExportError for another model."""
+        if self.exported.graphs.keys() != {IMAGE, TEXT}:
+            raise ExportError(f"--layout {layout}: expected a CLIP, found a model for '{self.exported.task}'.")
+        return self.exported
 
 
 LAYOUTS: Registry[Callable[[LayoutJob, Path], None]] = Registry("layout", "clipress.export.layouts")
@@ -33,7 +38,5 @@ def write_layout(name: str, job: LayoutJob, target: Path) -> Path:
     Raises ExportError for a model that the layout cannot hold.
     """
     fill = LAYOUTS.find(name, "--layout")
-    if not isinstance(task_named(job.exported.task), Clip) or not set(SIDES) <= job.exported.graphs.keys():
-        raise ExportError(f"--layout {name}: expected a CLIP, found a model for '{job.exported.task}'.")
     write_whole(target, lambda aside: fill(job, aside))
     return target

@@ -8,9 +8,7 @@ from typing import Any
 
 from clipress.data.transforms import Preprocess
 from clipress.errors import ExportError
-from clipress.tasks.clip import SIDES
 
-IMAGE, TEXT = SIDES
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 

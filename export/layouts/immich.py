@@ -19,8 +19,9 @@ from clipress.artifact import read_header
 from clipress.errors import ExportError
 from clipress.export import metadata, onnx_file
 from clipress.export.layouts import LAYOUTS, LayoutJob
-from clipress.export.layouts.hub_files import IMAGE, TEXT, write_json
+from clipress.export.layouts.hub_files import write_json
 from clipress.export.layouts.tokenizer_files import write_tokenizer
+from clipress.runtime.served import IMAGE, TEXT
 
 PLACES = {IMAGE: ("visual", "image"), TEXT: ("textual", "text")}
 """Folder and input of each graph."""
@@ -29,7 +30,7 @@ PLACES = {IMAGE: ("visual", "image"), TEXT: ("textual", "text")}
 @LAYOUTS.register("immich")
 def write(job: LayoutJob, folder: Path) -> None:
     """Write both graphs with immich's names of their inputs, and the files that prepare them."""
-    exported = job.exported
+    exported = job.clip("immich")
     if exported.preprocess.resize_mode == "longest" or exported.preprocess.crop_pct < 1:
         raise ExportError(
             "--layout immich: it can neither pad images (resize_mode: longest) nor crop their margin (crop_pct)."

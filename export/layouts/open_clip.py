@@ -13,6 +13,7 @@ from clipress.tasks import model_from_artifact
 @LAYOUTS.register("open_clip")
 def write(job: LayoutJob, folder: Path) -> None:
     """Write the artifact under open_clip's names, if nothing was cut."""
+    job.clip("open_clip")
     if not save_for_open_clip(model_from_artifact(job.artifact), folder):
         raise ExportError(
             f"--layout open_clip: {job.artifact.name} is cut, INT8, resized or has a reduced vocabulary, which open_clip's own "

@@ -20,8 +20,9 @@ from clipress.data.bpe import WORDS, ClipBpe
 from clipress.data.tokens import open_clip_tokenizer, tokenizer_from_spec
 from clipress.data.vocabulary import CLIP_BPE, is_reducible, kept_tokens
 from clipress.errors import ExportError
-from clipress.export.layouts.hub_files import TEXT, write_json
+from clipress.export.layouts.hub_files import write_json
 from clipress.runtime.export_folder import Exported
+from clipress.runtime.served import TEXT
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 """CLIP's special tokens by their names on the hub. Texts were padded with id 0 in training, the token "!"."""

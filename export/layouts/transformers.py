@@ -42,7 +42,7 @@ def write(job: LayoutJob, folder: Path) -> None:
     """Write the artifact as a CLIPModel or SiglipModel, or as ONNX files if it is neither."""
     from safetensors.torch import save_file
 
-    model = model_from_artifact(job.artifact)
+    exported, model = job.clip("transformers"), model_from_artifact(job.artifact)
     known = None if model.quantization else siglip.config_of(model.module)
     if known is None and (reason := _why_not(model)):
         log.warning(
@@ -55,7 +55,7 @@ def write(job: LayoutJob, folder: Path) -> None:
         config, weights = _config(model.architecture), their_names(stock)
     else:
         config, weights = _siglip_config(known), siglip.their_names(stock)
-    write_tokenizer(job.exported, folder)
+    write_tokenizer(exported, folder)
     write_json(folder / "preprocessor_config.json", image_processor(model.preprocess))
     write_json(folder / "config.json", config)
     save_file(

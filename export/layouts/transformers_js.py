@@ -20,9 +20,10 @@ from onnx import ModelProto, TensorProto, helper
 from clipress.export import merge, onnx_file
 from clipress.export.extra_models import files_of
 from clipress.export.layouts import LAYOUTS, LayoutJob
-from clipress.export.layouts.hub_files import IMAGE, TEXT, image_processor, write_json
+from clipress.export.layouts.hub_files import image_processor, write_json
 from clipress.export.layouts.tokenizer_files import write_tokenizer
 from clipress.runtime.export_folder import Exported
+from clipress.runtime.served import IMAGE, TEXT
 
 NAMES = {IMAGE: "vision_model", TEXT: "text_model", "joint": "model"}
 ENDINGS = {"fp32": "", "int8": "_quantized", "fp16": "_fp16"}
@@ -32,7 +33,7 @@ DTYPES = {"fp32": "fp32", "int8": "q8"}
 @LAYOUTS.register("transformers.js")
 def write(job: LayoutJob, folder: Path) -> None:
     """Write the export's files under transformers.js's names, and what it needs to feed them."""
-    exported = job.exported
+    exported = job.clip("transformers.js")
     # Pipelines take sigmoids of a SigLIP, not a softmax. Its processor does not crop: what is cropped goes out as a CLIP.
     is_siglip = exported.logit_bias is not None and exported.preprocess.resize_mode == "squash"
     kind = "Siglip" if is_siglip else "CLIP"

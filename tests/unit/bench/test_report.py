@@ -4,11 +4,11 @@ import copy
 import html
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from browser import CHROMIUM
 
 from clipress.bench import report
 from clipress.bench.report_page import pareto
@@ -16,7 +16,6 @@ from clipress.bench.results import Results, read_results, write_results
 from clipress.errors import ArtifactError
 from clipress.tasks import TASKS
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = '</script><script>alert(1)</script><!--<b id="in\'">&amp;'
 
 

@@ -108,7 +108,7 @@ def test_weights_beside_a_graph_have_the_name_that_transformers_js_looks_for(job
 def test_an_unknown_layout_is_one_message(job, tmp_path):
     with pytest.raises(RecipeError, match=r"transformers\.js"):
         write_layout("transformer.js", job, tmp_path / "t")
-    assert sorted(LAYOUTS) == ["immich", "open_clip", "transformers", "transformers.js"]
+    assert sorted(LAYOUTS) == ["immich", "open_clip", "transformers", "transformers.js", "web"]
 
 
 TINY = tiny_architecture(layers=1)
