@@ -12,7 +12,7 @@ from clipress.tasks import task_named
 Rows = Sequence[Row]
 
 DIRECTIONS, MEAN_R1 = ("/text_r1", "/image_r1"), "/mean_r1"
-NAMES = {"miou": "mIoU", "cider": "CIDEr", "bleu4": "BLEU-4"}
+NAMES = {"miou": "mIoU", "cider": "CIDEr", "bleu4": "BLEU-4", "meteor": "METEOR", "spice": "SPICE"}
 """Metrics whose names in tables are not those of their keys."""
 MEAN = "mean"  # Of every set's head figure.
 

@@ -1,5 +1,7 @@
 """Captions against references: CIDEr-D (Vedantam et al. 2015, as pycocoevalcap computes it) and BLEU-4 (Papineni et al. 2002).
 
+METEOR and SPICE come from Java programs, where they are installed (caption_java.py).
+
     CIDEr  = 10 / 4 · sum over n of mean over references r of  exp(-(l - l_r)² / 72) · min(g, g_r)·g_r / (|g| |g_r|)
     BLEU-4 = (p_1 p_2 p_3 p_4)^(1/4) · exp(min(0, 1 - 1 / ratio)),  ratio = words generated / words of the closest references
 
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from clipress.errors import DataError
+from clipress.metrics.caption_java import scores_by_java
 from clipress.metrics.outcomes import Outcomes
 
 ORDERS, SPREAD = 4, 6.0  # longest n-grams; CIDEr-D's tolerance for another length
@@ -43,7 +46,9 @@ def ptb_like_words(text: str) -> list[str]:
 
 
 def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Outcomes]:
-    """Return `cider` and `bleu4` of a caption per image; images are the units of their errors, document frequencies are fixed.
+    """Return `cider` and `bleu4` of a caption per image, and `meteor` and `spice` where their programs are installed.
+
+    Images are the units of their errors, document frequencies are fixed.
 
     Raises DataError for an image without references.
     """
@@ -52,9 +57,13 @@ def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]])
         raise DataError(
             f"captions: expected references for each of {len(captions)} images, found {len(references) - lacking}."
         )
-    found = [_counts(ptb_like_words(text)) for text in captions]
-    known = [[_counts(ptb_like_words(text)) for text in texts] for texts in references]
-    return {"cider": Outcomes(cider(found, known)), "bleu4": _bleu(found, known)}
+    words = [ptb_like_words(text) for text in captions]
+    known_words = [[ptb_like_words(text) for text in texts] for texts in references]
+    found, known = [_counts(one) for one in words], [[_counts(one) for one in texts] for texts in known_words]
+    ours = {"cider": Outcomes(cider(found, known)), "bleu4": _bleu(found, known)}
+    return ours | scores_by_java(
+        [" ".join(one) for one in words], [[" ".join(one) for one in texts] for texts in known_words]
+    )
 
 
 def _counts(words: Sequence[str]) -> Counts:

@@ -35,7 +35,7 @@ ARROWS = {
     "tasks": {"artifact", "data", "errors", "metrics", "models", "recipe", "registry", "runtime"},
     "models": FOUNDATION | {"artifact", "data", "registry", "version"},
     "runtime": FOUNDATION | {"data"},
-    "metrics": {"data", "errors"},
+    "metrics": {"data", "errors", "storage"},
     "data": FOUNDATION | {"registry"},
     "artifact": FOUNDATION,
     "recipe": {"errors", "recipe_v1"},
