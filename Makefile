@@ -32,14 +32,15 @@ $(WEB)/.fetched:
 	  $(CURDIR)/$(WEB)
 	cp build/web/node_modules/@huggingface/tokenizers/dist/tokenizers.min.mjs $(WEB)
 	cp build/web/node_modules/@huggingface/tokenizers/LICENSE $(WEB)/LICENSE.tokenizers
+	gzip --best --force --no-name $(WEB)/*.wasm
 	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
-	  "clipress needs Python 3.10 to 3.12, found %d.%d. Choose one: make PYTHON=python3.12 ..." % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else \
+	  "clipress needs Python 3.10 to 3.13, found %d.%d. Choose one: make PYTHON=python3.12 ..." % v)'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): PyTorch and what comes with it is about 6 GB, some minutes."
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[compress]'
 	touch $@
 
 # clip-benchmark is the independent evaluator that metrics are tested against, transformers, peft and sentence-transformers the
@@ -66,21 +67,25 @@ $(VENV)/.installed-test: $(VENV)/.installed
 constraints: $(TOOLS)/.installed
 	$(TOOLS)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --no-header --no-annotate \
 	  --extra test pyproject.toml --output-file constraints.txt
-	sed -i '1i # Made by `make constraints`, used by `make demo` and `make test`, and for the tested versions elsewhere:\n# pip install --constraint constraints.txt clipress' constraints.txt
+	sed -i '1i # Made by `make constraints`, used by `make demo` and `make test`, and for the tested versions elsewhere:\n# pip install --constraint constraints.txt "clipress[serve]"' constraints.txt
 
 audit: $(TOOLS)/.installed
 	$(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
-# Into dist/: sdist, the wheel built from it, and a CycloneDX list of what the wheel alone brings into an empty environment.
+# Into dist/: sdist, the wheel built from it, and CycloneDX lists of what it brings into an empty environment: alone, and with
+# the extras serve and compress, each of which holds the one before.
 release: $(TOOLS)/.installed $(WEB)/.fetched
 	rm -rf dist build $(CLEAN)
 	$(TOOLS)/bin/python -m build
 	$(TOOLS)/bin/twine check --strict dist/*
 	$(PYTHON) -m venv --without-pip $(CLEAN)
-	$(TOOLS)/bin/python -m pip --python $(CLEAN)/bin/python install --quiet --constraint constraints.txt dist/*.whl
-	cd $(CLEAN) && bin/clipress --version
-	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible $(CLEAN)/bin/python \
-	  | $(TOOLS)/bin/python .ci/sbom.py > dist/clipress.cdx.json
+	set -e; wheel=$$(ls dist/*.whl); for extra in '' serve compress; do \
+	  $(TOOLS)/bin/python -m pip --python $(CLEAN)/bin/python install --quiet --constraint constraints.txt \
+	    "$$wheel$${extra:+[$$extra]}"; \
+	  (cd $(CLEAN) && bin/clipress --version); \
+	  $(TOOLS)/bin/cyclonedx-py environment --output-reproducible $(CLEAN)/bin/python \
+	    | $(TOOLS)/bin/python .ci/sbom.py > "dist/clipress$${extra:+-$$extra}.cdx.json"; \
+	done
 
 $(TOOLS)/.installed:
 	$(PYTHON) -m venv $(TOOLS)

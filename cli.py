@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from clipress.errors import ClipressError, Stopped
+from clipress.errors import ClipressError, Stopped, missing_extras_named
 from clipress.storage import is_first_process
 from clipress.version import __version__
 
@@ -83,7 +83,7 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with sigterm_interrupts():
+            with sigterm_interrupts(), missing_extras_named():
                 return super().invoke(ctx)
         except Stopped as stop:
             if is_first_process():

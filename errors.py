@@ -6,7 +6,25 @@ The command line reports them as one message with exit code 2. Any other excepti
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import importlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import NoReturn
+
+EXTRAS = {
+    "compress": (
+        "lightning_fabric", "modelopt", "onnx", "onnxscript", "open_clip", "requests", "safetensors", "sklearn", "timm",
+        "torch", "torch_pruning", "torchvision",
+    ),
+    "serve": (
+        "aiohttp", "faiss", "ftfy", "geventhttpclient", "google", "grpc", "onnxruntime", "regex", "tokenizers", "tritonclient",
+    ),
+    "download": ("img2dataset",),
+    "tensorrt": ("tensorrt",),
+    "pycuda": ("pycuda",),
+}  # fmt: skip
+"""The extras in pyproject.toml, each with the modules that come with it and not with a bare `pip install clipress`."""
 
 
 class ClipressError(Exception):
@@ -45,6 +63,34 @@ class Stopped(ClipressError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def how_to_install(extra: str) -> str:
+    """Return the command that installs an extra."""
+    return f"pip install 'clipress[{extra}]'"
+
+
+def import_extra(name: str) -> ModuleType:
+    """Import a module that an extra brings. Raises BackendMissing, which names the extra, where it is not installed."""
+    with missing_extras_named():
+        return importlib.import_module(name)
+
+
+@contextmanager
+def missing_extras_named() -> Iterator[None]:
+    """Inside, a missing module that an extra brings is a BackendMissing that names the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        _raise_named(error)
+
+
+def _raise_named(error: ModuleNotFoundError) -> NoReturn:
+    module = (error.name or "").partition(".")[0]
+    for extra, modules in EXTRAS.items():
+        if module in modules:
+            raise BackendMissing(f"This needs {module}, which is not installed. Run: {how_to_install(extra)}") from None
+    raise error
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from clipress.errors import RecipeError, nearest
 from clipress.recipe_v1 import upgrade, upgraded_path
 
+RECIPE = "recipe.yaml"  # in a run folder: the recipe that ran
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1_000_000, 100_000, 64  # Limits of a recipe with its aliases expanded.
 MAX_PROBLEMS, MAX_SHOWN = 20, 200  # problems in one message, characters of a value in it
 

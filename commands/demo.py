@@ -30,10 +30,11 @@ def demo(
     port: int,
     opens: bool,
 ) -> None:
-    """Show a run's models on a page: with a camera, on a folder of images, side by side.
+    """Show a run's models on a page in the browser.
 
-    The page runs them in the browser, and listens on this machine only; images and video stay there. RUN is a run with
-    exports, or an export folder. To put the page on a web server: clipress export RUN --layout web
+    It classifies what a camera sees, searches a folder of images by words, and compares two models. The models run in the
+    browser; the page listens on this machine only, and images and video stay there. RUN is a run with exports, or an export
+    folder. To put the page on a web server: clipress export RUN --layout web
     """
     from clipress.workflow.demo import DemoRequest, serve_page
 

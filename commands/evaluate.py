@@ -117,11 +117,13 @@ def _predict_with_run(
 ) -> None:
     import clipress
     from clipress.workflow.kept import choose_artifact
-    from clipress.workflow.plan import read_plan
+    from clipress.workflow.outline import read_outline
     from clipress.workflow.predict import images_in, readable
 
-    chosen = choose_artifact(run, read_plan(run), stage, partial(click.echo, err=True), "Predicting with", runtime)
+    chosen = choose_artifact(run, read_outline(run), stage, partial(click.echo, err=True), "Predicting with", runtime)
     model = clipress.load(run / chosen.stage, runtime=chosen.runtime)
+    if model.segments and names is not None:
+        raise click.UsageError("A Segmenter has its own labels: leave --labels and --labels-file out.")
     given = list(images_in(images, click.get_text_stream("stdin")))
     files, unread = readable(given)
     _print_unread(unread, as_json)
@@ -159,8 +161,6 @@ def _predict_with_model(
         _print_said(said_of(model, files, asked, names), as_json)
         return
     if model.segments:
-        if names is not None:
-            raise click.UsageError("A Segmenter has its own labels: leave --labels and --labels-file out.")
         _print_masks(overlays_of_masks(model, files, out or run / "predicted"), as_json)
         return
     names = names or model.labels or labels_from(None, None)

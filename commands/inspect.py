@@ -24,9 +24,9 @@ def show(artifact: Path) -> None:
 
 def _run_lines(run: Path) -> Iterator[str]:
     from clipress.artifact import HEADER, read_header
-    from clipress.workflow.plan import read_plan
+    from clipress.workflow.outline import read_outline
 
-    for name in read_plan(run).artifacts:
+    for name in read_outline(run).artifacts:
         if (run / name / HEADER).is_file():
             yield f"{name:<12} {read_header(run / name)['counts']['params']:>12,} parameters"
         else:

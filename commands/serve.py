@@ -117,10 +117,10 @@ def index(
         raise click.UsageError("--kind cannot be changed: --add keeps the kind of the index.")
     if run is not None:
         from clipress.workflow.kept import choose_artifact
-        from clipress.workflow.plan import read_plan  # This imports torch; an export is used without it.
+        from clipress.workflow.outline import read_outline
 
         say = partial(click.echo, err=True)
-        model = run / choose_artifact(run, read_plan(run), stage, say, "Indexing with", "onnxruntime").stage
+        model = run / choose_artifact(run, read_outline(run), stage, say, "Indexing with", "onnxruntime").stage
     request = IndexRequest(images, model, kind, threads, add)
     made = index_images(request, out, lambda line: click.echo(line, err=True))
     click.echo(f"Index of {made.count:,} images, {made.dim} dimensions, {made.kind}: {out}")

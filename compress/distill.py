@@ -9,6 +9,7 @@ from typing import Any
 
 from clipress.compress.context import Context
 from clipress.compress.losses import Losses, terms_from
+from clipress.compress.names import MAKES
 from clipress.compress.settings import Training
 from clipress.compress.stage import stage
 from clipress.compress.train import train
@@ -29,7 +30,7 @@ class Distill(Training):
 @stage(
     "distill",
     Distill,
-    makes="distilled",
+    makes=MAKES["distill"],
     never_after={
         "quantize": "further training would invalidate the INT8 scales. The quantize stage does its own training"
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clipress.compress.losses import check_losses, terms_from
+from clipress.compress.names import TEACHER
 from clipress.compress.settings import Runtime
 from clipress.compress.stage import Stage, stages_from
 from clipress.data.spec import DataSpec
@@ -27,7 +28,7 @@ class CompressPlan:
     @property
     def artifacts(self) -> list[str]:
         """Names of the artifacts that the run produces, in order."""
-        return (["teacher"] if self.teachers else []) + [stage.name for stage in self.stages]
+        return ([TEACHER] if self.teachers else []) + [stage.name for stage in self.stages]
 
 
 def compress_plan_from(recipe: Recipe) -> CompressPlan:
@@ -44,7 +45,7 @@ def compress_plan_from(recipe: Recipe) -> CompressPlan:
         raise RecipeError(
             "teacher: expected a 'cache' for every teacher or for none, found both. Set it for all teachers, or remove it."
         )
-    if teachers and any(stage.name == "teacher" for stage in stages):
+    if teachers and any(stage.name == TEACHER for stage in stages):
         raise RecipeError("stages: the name 'teacher' is reserved for the teacher's artifact. Rename the stage.")
     if recipe.student is not None:
         task.check_student(recipe.student, bool(teachers))

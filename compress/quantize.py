@@ -16,6 +16,7 @@ from clipress.compress.calibration import Calibration, layers_reached
 from clipress.compress.context import Context
 from clipress.compress.fabric import all_reduce, all_sum
 from clipress.compress.losses import Losses, terms_from
+from clipress.compress.names import MAKES
 from clipress.compress.sensitivity import first_samples, keep_sensitive, sensitivities
 from clipress.compress.settings import Training
 from clipress.compress.stage import stage
@@ -60,7 +61,7 @@ class Quantize(Training):
         terms_from(self.losses, "quantize.losses")
 
 
-@stage("quantize", Quantize, makes="int8", never_after={"quantize": "the model is already INT8"})
+@stage("quantize", Quantize, makes=MAKES["quantize"], never_after={"quantize": "the model is already INT8"})
 def run(settings: Quantize, model: Model, context: Context) -> tuple[Model, dict[str, Any]]:
     """Calibrate, exclude sensitive layers if the settings say so, then train with rounding in the forward pass."""
     model.module.to(context.fabric.device)

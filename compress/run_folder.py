@@ -15,10 +15,9 @@ from clipress.artifact import HEADER
 from clipress.compress.plan import CompressPlan, compress_plan_from
 from clipress.errors import ArtifactError
 from clipress.progress import Say
-from clipress.recipe import Recipe, read_recipe, recipe_text
+from clipress.recipe import RECIPE, Recipe, read_recipe, recipe_text
 from clipress.storage import LOCK, leftovers, locked, sweep, write_text_whole
 
-RECIPE = "recipe.yaml"
 INPUTS = ("seed", "teacher", "student", "data", "runtime")
 
 

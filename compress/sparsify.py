@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from clipress.compress.calibration import Calibration
 from clipress.compress.context import Context
 from clipress.compress.losses import Losses, terms_from
+from clipress.compress.names import MAKES
 from clipress.compress.settings import Training
 from clipress.compress.stage import stage
 from clipress.compress.train import train
@@ -53,7 +54,7 @@ class Sparsify(Training):
 @stage(
     "sparsify",
     Sparsify,
-    makes="sparse",
+    makes=MAKES["sparsify"],
     never_after={
         "quantize": "the INT8 scales were calibrated for the dense weights",
         "sparsify": "the weights already have the pattern",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipress.compress.context import Context
+from clipress.compress.names import artifact_name, only_stage
 from clipress.errors import RecipeError
 from clipress.models.load import Model
 from clipress.recipe import Section, checked
@@ -67,9 +68,7 @@ def stages_from(
     stages: list[Stage] = []
     for number, entry in enumerate(raw):
         where = f"stages.{number}"
-        if len(entry) != 1:
-            raise RecipeError(f"{where}: expected one stage kind with its settings, found {sorted(entry)}.")
-        name, settings = next(iter(entry.items()))
+        name, settings = only_stage(entry, where)
         kind = STAGES.find(name, where)
         for earlier in stages:
             if reason := kind.never_after.get(earlier.kind):
@@ -79,21 +78,7 @@ def stages_from(
         own = (defaults or {}).get(name, {})
         given = {**own, **settings} if isinstance(settings, Mapping) else settings or own
         config = checked(kind.settings, given, f"{where}.{name}")
-        stages.append(Stage(name, _artifact_name(kind, config, stages), config))
+        kinds, taken = [stage.kind for stage in stages], [stage.name for stage in stages]
+        made = artifact_name(name, kind.makes, getattr(config, "name", None), kinds, taken)
+        stages.append(Stage(name, made, config))
     return stages
-
-
-def _artifact_name(kind: StageKind, config: Section, earlier: Sequence[Stage]) -> str:
-    after_pruning = kind.name == "distill" and any(stage.kind == "prune" for stage in earlier)
-    given = getattr(config, "name", None)
-    name = given or ("recovered" if after_pruning else kind.makes)
-    taken = {stage.name for stage in earlier}
-    if given and name in taken:
-        raise RecipeError(f"stages: expected unique names, found two stages named '{name}'. Rename one.")
-    if not name.replace("-", "").replace("_", "").isalnum():
-        raise RecipeError(
-            f"stages: expected a name of letters, digits, '-' and '_', found '{name}'. It names a folder."
-        )
-    if name not in taken:
-        return name
-    return next(f"{name}-{n}" for n in range(2, 99) if f"{name}-{n}" not in taken)

@@ -1,7 +1,7 @@
 """CLIP's byte-pair encoding (Radford et al. 2021), with all of its tokens or some of them.
 
-It is built from open_clip's vocabulary and Hugging Face's `tokenizers`: open_clip's own implementation imports torch, caches
-every word it has seen, and takes time quadratic in the length of a word.
+It is built from CLIP's merges, in clip_merges.txt.gz, and Hugging Face's `tokenizers`: open_clip's implementation imports torch,
+caches every word it has seen, and takes time quadratic in the length of a word.
 
 A word is split into bytes, and pairs of neighbours are merged in the order of the vocabulary. Every token but the bytes is
 the product of exactly one merge, so a token can be removed together with its merge, and a word whose tokens are all kept,
@@ -12,15 +12,15 @@ into smaller pieces, down to the bytes, which are never removed.
 from __future__ import annotations
 
 import gzip
-import html
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
+from clipress.data.cleaning import repaired
+
 MAX_LETTERS = 1 << 17  # per text; the rest is ignored
-MERGES = 49_152 - 256 - 2  # used from the vocabulary file, which has more
+MERGES = 49_152 - 256 - 2
 BYTES = 2 * 256  # inside a word and at its end
 SIZE = BYTES + MERGES + 2
 SPECIAL = ("<start_of_text>", "<end_of_text>")
@@ -33,7 +33,6 @@ class ClipBpe:
     """The encoding with the tokens `kept` of the whole vocabulary, renumbered in their order; None keeps all."""
 
     def __init__(self, kept: Sequence[int] | None = None) -> None:
-        import ftfy
         import regex
         from tokenizers.models import BPE
 
@@ -44,13 +43,11 @@ class ClipBpe:
         inside = [merges[old - BYTES] for old in kept if BYTES <= old < SIZE - 2]
         self.merges = inside
         self._bpe = BPE(self.token_ids, inside, end_of_word_suffix="</w>")
-        self._fixed = ftfy.fix_text
         self._words = regex.compile("|".join((*SPECIAL, WORDS)), regex.IGNORECASE)
 
     def ids(self, text: str) -> Iterator[int]:
         """Yield the ids of a text, without those of its start and end."""
-        cleaned = " ".join(html.unescape(html.unescape(self._fixed(text))).split()).lower()
-        for word in self._words.findall(cleaned):
+        for word in self._words.findall(repaired(text).lower()):
             if word in SPECIAL:
                 yield self.token_ids[word]
             else:
@@ -94,8 +91,7 @@ def symbols_of_bytes() -> dict[int, str]:
 @lru_cache(maxsize=1)
 def _vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
     """Return all tokens by their ids, and the merges that make them, those of the first token after the bytes first."""
-    package = find_spec("open_clip")  # found without importing it, which would import torch
-    text = gzip.decompress(Path(package.origin).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
-    merges = [tuple(line.split()) for line in text.split("\n", MERGES + 1)[1 : 1 + MERGES]]
+    text = gzip.decompress(Path(__file__).with_name("clip_merges.txt.gz").read_bytes()).decode()
+    merges = [tuple(line.split(" ")) for line in text.splitlines()]
     symbols = symbols_of_bytes().values()
     return [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges), *SPECIAL], merges

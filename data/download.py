@@ -9,7 +9,7 @@ from pathlib import Path
 from clipress.data.formats.captions import columns
 from clipress.data.formats.table import is_quoted, rows_of
 from clipress.data.spec import SourceSpec
-from clipress.errors import DataError
+from clipress.errors import DataError, import_extra
 
 OWN_FORMATS = (".csv", ".jsonl", ".parquet")  # formats that img2dataset reads itself
 
@@ -29,14 +29,9 @@ def download(
     """Download the images in a table: Conceptual Captions' TSV files, or csv, jsonl or parquet with named columns.
 
     Images whose shorter side exceeds `size` are shrunk to it. A second run continues with the missing shards. Raises
-    DataError when img2dataset or the table is missing.
+    DataError when the table is missing, and BackendMissing without img2dataset.
     """
-    try:
-        import img2dataset
-    except ImportError:
-        raise DataError(
-            "Downloading requires img2dataset, which is not installed. Run: pip install 'clipress[download]'"
-        ) from None
+    img2dataset = import_extra("img2dataset")
     if not urls.is_file():
         raise DataError(f"{urls}: no such file.")
     out.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,9 @@ import numpy as np
 
 from clipress.data import packed_tokenizer
 from clipress.data.bpe import MAX_LETTERS, ClipBpe
+from clipress.data.cleaning import CLEANERS
 from clipress.data.vocabulary import CLIP_BPE, is_reducible, kept_tokens
-from clipress.errors import ArtifactError, BackendMissing
+from clipress.errors import ArtifactError, BackendMissing, nearest
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 MAX_LENGTH = 1 << 13  # ids per text
@@ -105,12 +106,9 @@ def _cleaned(length: int, kwargs: Mapping[str, Any]) -> Callable[[str], str]:
         raise ArtifactError(f"A packed tokenizer takes the setting clean alone, found {', '.join(strange)}.")
     if "clean" not in kwargs:
         return lambda text: _cut(text, length * LETTERS)
-    from open_clip.tokenizer import get_clean_fn
-
-    try:
-        clean = get_clean_fn(kwargs["clean"])
-    except AssertionError as error:
-        raise ArtifactError(f"The tokenizer cannot be built with {dict(kwargs)}: {error}.") from None
+    clean = CLEANERS.get(str(kwargs["clean"]))
+    if clean is None:
+        raise ArtifactError(f"tokenizer: clean is {kwargs['clean']!r:.100}.{nearest(str(kwargs['clean']), CLEANERS)}")
     return lambda text: clean(_cut(text, length * LETTERS))
 
 

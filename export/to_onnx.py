@@ -18,9 +18,9 @@ from pathlib import Path
 import onnx
 import torch
 
-from clipress.artifact import Artifact, load_artifact, read_header
+from clipress.artifact import Artifact, load_artifact
 from clipress.data.eval_sets import EvalSet, on_readable
-from clipress.errors import ArtifactError, ExportError
+from clipress.errors import ExportError
 from clipress.export import metadata, onnx_file, parity
 from clipress.export.int8_form import choose_form, graph_with_two_forms
 from clipress.export.int8_graph import is_portable
@@ -28,7 +28,7 @@ from clipress.export.settings import OnnxSettings
 from clipress.export.torch_export import export_graph
 from clipress.memory import release_memory
 from clipress.models.load import Model
-from clipress.runtime.export_folder import Exported, OnnxFile, describe_file, read_export
+from clipress.runtime.export_folder import Exported, OnnxFile, describe_file
 from clipress.runtime.onnx_session import self_test_of
 from clipress.storage import write_whole
 from clipress.tasks import graphs_of, model_from_artifact, runs_of, task_named
@@ -73,16 +73,6 @@ def onnx_from_artifact(
 
     write_whole(target, fill)
     return made[-1]
-
-
-def is_exported(folder: Path, target: Path, settings: OnnxSettings) -> bool:
-    """Return whether `target` holds a whole export of this artifact with these settings."""
-    try:
-        exported, wanted = read_export(target), read_header(folder)["lineage"][-1]["hash"]
-    except (OSError, ValueError, LookupError, TypeError, ArtifactError):
-        return False
-    found = (exported.lineage_hash, exported.settings)
-    return found == (wanted, settings.of_graphs()) and exported.self_test is not None
 
 
 def _loaded(folder: Path) -> tuple[Model, str]:

@@ -22,14 +22,14 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from clipress.errors import ArtifactError, BackendMissing, ExportError
+from clipress.errors import ArtifactError, BackendMissing, ExportError, how_to_install
 from clipress.recipe import first_problem
 from clipress.runtime.cuda import Cuda, open_cuda
 from clipress.runtime.graph import Arrays
 from clipress.storage import read_json
 
 OLDEST = (10, 12)
-INSTALL = "pip install 'clipress[tensorrt]'"
+INSTALL = how_to_install("tensorrt")
 Shape = tuple[int, ...]
 
 

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from clipress.data.prompts import check_labels
-from clipress.errors import BackendMissing, DataError, ServerError
+from clipress.errors import DataError, ServerError, import_extra
 from clipress.progress import progress_bar
 from clipress.serve.graphs import IMAGE, TEXT
 
@@ -341,14 +341,7 @@ def address_from(url: str, protocol: Protocol = "auto") -> tuple[Literal["http",
 
 
 def _packages(protocol: str) -> tuple[ModuleType, ModuleType]:
-    from importlib import import_module
-
-    try:
-        return import_module(f"tritonclient.{protocol}"), import_module(f"tritonclient.{protocol}.aio")
-    except ImportError as error:
-        raise BackendMissing(
-            f"The {protocol} client needs a package that is not installed ({error}). Do: pip install 'clipress[serve]'"
-        ) from None
+    return import_extra(f"tritonclient.{protocol}"), import_extra(f"tritonclient.{protocol}.aio")
 
 
 def _content(items: Sequence[Any], unit: str) -> list[Any]:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
-from clipress.errors import ArtifactError, BackendMissing, DataError, nearest
+from clipress.errors import ArtifactError, DataError, import_extra, nearest
 from clipress.recipe import Section, first_problem
 from clipress.serve.index_files import Blocks, write_filled
 from clipress.storage import flush, locked, sha256, write_bytes_whole, write_text_whole
@@ -137,7 +137,7 @@ def open_index(folder: str | Path, lineage: str | None = None, verify: bool = Tr
 
     Raises ArtifactError if the index is damaged or of another encoder, and BackendMissing without faiss.
     """
-    faiss = need_faiss()
+    faiss = import_extra("faiss")
     folder = Path(folder)
     description = read_description(folder)
     if damage := _find_damage(folder, description, verify):
@@ -191,7 +191,7 @@ def _find_damage(folder: Path, description: Description, verify: bool) -> str | 
 
 
 def _read(path: Path, flags: int) -> Any:
-    faiss = need_faiss()
+    faiss = import_extra("faiss")
     try:
         return faiss.read_index(str(path), flags)
     except RuntimeError as error:  # faiss's own
@@ -213,7 +213,7 @@ def write_index(folder: Path, kind: Kind, blocks: Blocks, keys: Sequence[str], e
 
     The caller holds the folder's lock.
     """
-    faiss = need_faiss()
+    faiss = import_extra("faiss")
     dim = next(iter(blocks())).shape[1]
     if kind == "hnsw":
         vectors = faiss.IndexHNSWFlat(dim, LINKS, faiss.METRIC_INNER_PRODUCT)
@@ -298,7 +298,7 @@ def _write(
 
     Without `blocks`, faiss's index `vectors` holds the vectors already.
     """
-    faiss = need_faiss()
+    faiss = import_extra("faiss")
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".vectors.{os.getpid()}.tmp"
     try:
@@ -336,14 +336,3 @@ def _write(
             if path.name not in (vectors_file.file, keys_file.file):
                 path.unlink(missing_ok=True)
     return description
-
-
-def need_faiss() -> Any:
-    """Import faiss. Raises BackendMissing, which says how to install it."""
-    try:
-        import faiss
-    except ImportError:
-        raise BackendMissing(
-            "An index needs faiss, which is not installed. Do: pip install 'clipress[serve]'"
-        ) from None
-    return faiss

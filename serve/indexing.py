@@ -26,7 +26,7 @@ from clipress.data.bad_records import FEW, SHOWN, refuse_too_many
 from clipress.data.image_list import ImageList, open_images
 from clipress.data.prefetch import map_ahead
 from clipress.data.transforms import fitted, normalised
-from clipress.errors import ArtifactError, DataError
+from clipress.errors import ArtifactError, DataError, import_extra
 from clipress.metrics.retrieval import finite
 from clipress.progress import Say, progress_bar
 from clipress.recipe import digest
@@ -41,7 +41,6 @@ from clipress.serve.index import (
     change_index,
     check_encoder,
     kind_for,
-    need_faiss,
     read_description,
     write_index,
 )
@@ -103,7 +102,7 @@ def index_images(
     missing, damaged, or of another encoder, or if another process writes this index, and ExportError if the export has no
     image encoder.
     """
-    faiss = need_faiss()
+    faiss = import_extra("faiss")
     exported = read_export(export)
     if add:
         check_encoder(out, read_description(out), exported.lineage_hash)

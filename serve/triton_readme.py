@@ -50,7 +50,7 @@ docker build -t clipress-triton:$tag -f - . <<'END'
 FROM nvcr.io/nvidia/tritonserver:$tag-py3
 RUN pip install 'numpy<2' onnxruntime $packages
 COPY . /opt/clipress
-RUN pip install --no-deps $vocabulary/opt/clipress
+RUN pip install --no-deps /opt/clipress
 END
 ```
 
@@ -161,7 +161,6 @@ def readme(served: Served, version: int, with_search: bool, options: Sequence[st
         checked=[*(model_of(graph) for graph in served.graphs), *chains, *filter(None, [use_of(exported)])][-1],
         tag=settings.container,
         packages=_packages(exported.tokenizer, with_search),
-        vocabulary="open_clip_torch " if exported.tokenizer and not is_packed(exported.tokenizer.model_dump()) else "",
         docker=_docker(served, engines, options),
         note=_about_engines(engines) + _about_int8(served),
         with_curl="With curl, what the model takes and gives:" if is_whole(exported) else WITH_CURL,
@@ -277,11 +276,11 @@ def _program(exported: Exported) -> str:
 
 
 def _packages(tokenizer: Tokenizer | None, with_search: bool) -> str:
-    """Return the packages to install. CLIP's own tokenizer reads open_clip's vocabulary and needs no torch."""
+    """Return the packages to install. CLIP's own tokenizer, and one that travels with its model, need no torch."""
     words = ""
     if tokenizer is not None:
         spec = tokenizer.model_dump()
-        own = "tokenizers open_clip_torch " if tokenizer.kwargs else "tokenizers "
+        own = "ftfy tokenizers " if tokenizer.kwargs else "tokenizers "
         other = own if is_packed(spec) else "open_clip_torch transformers "
         words = "ftfy regex tokenizers " if is_reducible(spec) else other
     return f"{words}pillow pydantic pyyaml{' faiss-cpu' if with_search else ''}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clipress.errors import missing_extras_named
 from clipress.progress import Say
 from clipress.serve.classify import LoadedModel
 from clipress.workflow.exported import find_export
@@ -33,18 +34,18 @@ def run(
 
     Raises:
         RecipeError: the recipe is missing or invalid. Nothing has been written.
+        BackendMissing: the extra clipress[compress] is not installed.
         ClipressError: the base class of all errors caused by the input.
     """
     opened = open_recipe(recipe, overrides)
-    from clipress.workflow.run import (
-        run_recipe,  # This imports torch, which takes seconds: an invalid recipe fails before.
-    )
+    with missing_extras_named():  # This imports torch, which takes seconds: an invalid recipe fails before.
+        from clipress.workflow.run import run_recipe
 
     return run_recipe(opened, None if out is None else Path(out), resume, say)
 
 
 def load(path: str | Path, threads: int = 0, runtime: str = "onnxruntime") -> LoadedModel:
-    """Load an exported model for inference with ONNX Runtime or OpenVINO; torch is not imported.
+    """Load an exported model for inference with ONNX Runtime, for which the extra clipress[serve] is enough, or OpenVINO.
 
     Args:
         path: an export folder, or an artifact of a run: `runs/mine/int8` loads `runs/mine/export/int8`.
@@ -53,6 +54,7 @@ def load(path: str | Path, threads: int = 0, runtime: str = "onnxruntime") -> Lo
 
     Raises:
         ArtifactError: there is no export at `path`, or its files are damaged.
-        BackendMissing: OpenVINO is not installed.
+        BackendMissing: the extra clipress[serve] or clipress[openvino] is not installed.
     """
-    return LoadedModel(find_export(Path(path)), threads, runtime)
+    with missing_extras_named():
+        return LoadedModel(find_export(Path(path)), threads, runtime)

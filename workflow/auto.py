@@ -26,14 +26,13 @@ from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
 from clipress.compress.pipeline import load_teacher
 from clipress.compress.prune import search
-from clipress.compress.run_folder import RECIPE
 from clipress.data.eval_sets import EvalSet, evalsets
 from clipress.errors import ArtifactError, RecipeError
 from clipress.export.to_onnx import onnx_from_artifact
 from clipress.metrics.outcomes import Outcomes, paired_error, percent, read_outcomes
 from clipress.models.load import Model, artifact_from_model
 from clipress.progress import Say
-from clipress.recipe import Recipe, checked, mapping_from
+from clipress.recipe import RECIPE, Recipe, checked, mapping_from
 from clipress.tasks import task_named
 from clipress.workflow.outcome import Run
 from clipress.workflow.plan import Plan, plan_from

@@ -10,13 +10,13 @@ from clipress.data.prompts import check_labels
 from clipress.errors import ArtifactError, DataError, RecipeError, nearest
 from clipress.export.layouts.web import LABELS, TEMPLATE, Page, reason_against, site_of
 from clipress.progress import Say
+from clipress.recipe import RECIPE
 from clipress.runtime.export_folder import Exported, read_export
 from clipress.runtime.sessions import ONNX_RUNTIME
 from clipress.serve.page_server import PageServer, runs_of
 from clipress.workflow.exported import DESCRIPTION
 from clipress.workflow.kept import choose_artifact
-
-RECIPE = "recipe.yaml"
+from clipress.workflow.outline import read_outline
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,7 @@ def _chosen(run: Path, names: Sequence[str], say: Say) -> str:
     """Return the model that bench kept, or the last one."""
     if not (run / RECIPE).is_file():  # an export folder
         return names[-1]
-    from clipress.workflow.plan import read_plan  # This imports torch; an export folder is shown without it.
-
-    stage = choose_artifact(run, read_plan(run), None, say, "Showing", ONNX_RUNTIME).stage
+    stage = choose_artifact(run, read_outline(run), None, say, "Showing", ONNX_RUNTIME).stage
     return stage if stage in names else names[-1]
 
 

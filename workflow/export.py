@@ -9,10 +9,11 @@ from typing import Any
 
 from clipress.data.eval_sets import evalsets
 from clipress.errors import RecipeError
+from clipress.export.exported import is_exported
 from clipress.export.extra_models import extra_models_from_export
 from clipress.export.layouts import LAYOUTS, LayoutJob, write_layout
 from clipress.export.settings import OnnxSettings, TensorRTSettings
-from clipress.export.to_onnx import is_exported, onnx_from_artifact
+from clipress.export.to_onnx import onnx_from_artifact
 from clipress.progress import Say
 from clipress.recipe import overridden
 from clipress.runtime.export_folder import Exported, read_export

@@ -7,11 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from clipress.bench.results import read_kept
 from clipress.progress import Say
 from clipress.runtime.sessions import ONNX_RUNTIME
-from clipress.workflow.plan import Plan
+
+
+class Artifacts(Protocol):
+    """What is asked of a run: its plan, or its outline."""
+
+    artifacts: list[str]
+
+    def artifact(self, name: str | None) -> str:
+        """Return an artifact's name, by default the last one. Raises RecipeError for an unknown name."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ def results_of(run: Path) -> Path:
 
 
 def choose_artifact(
-    run: Path, plan: Plan, stage: str | None, say: Say, doing: str, runtime: str | None = None
+    run: Path, plan: Artifacts, stage: str | None, say: Say, doing: str, runtime: str | None = None
 ) -> Choice:
     """Return the named artifact; by default the one that bench kept, else the last one.
 
@@ -56,7 +65,7 @@ def choose_artifact(
     return chosen
 
 
-def choose_exported(run: Path, plan: Plan, stages: tuple[str, ...], everything: bool, say: Say) -> list[str]:
+def choose_exported(run: Path, plan: Artifacts, stages: tuple[str, ...], everything: bool, say: Say) -> list[str]:
     """Return the artifacts to export: those named, else the one that bench kept, or all where it kept none."""
     if stages:
         return [plan.artifact(stage) for stage in stages]

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from clipress.bench.settings import BenchSettings
 from clipress.compress.plan import CompressPlan, compress_plan_from
-from clipress.compress.run_folder import RECIPE
 from clipress.data.eval_sets import EvalSet, evalsets
-from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.export.settings import ExportSettings
-from clipress.recipe import Recipe, checked, read_recipe
+from clipress.recipe import Recipe, checked
 from clipress.serve.settings import ServeSettings
+from clipress.workflow.outline import choose_artifact, recipe_of
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,7 @@ class Plan(CompressPlan):
 
     def artifact(self, name: str | None, option: str = "--stage") -> str:
         """Return the name of an artifact, by default the last one. Raises RecipeError for an unknown name."""
-        if name is not None and name not in self.artifacts:
-            raise RecipeError(f"{option} {name}: the run has no such artifact.{nearest(name, self.artifacts)}")
-        return name or self.artifacts[-1]
+        return choose_artifact(self.artifacts, name, option)
 
     def test_sets(self) -> list[EvalSet]:
         """Open the test data; where the recipe has none, the validation or training data."""
@@ -47,8 +44,4 @@ def plan_from(recipe: Recipe) -> Plan:
 
 def read_plan(run: Path) -> Plan:
     """Read the recipe of a run folder. Raises ArtifactError if the folder has none."""
-    path = run / RECIPE
-    if not path.is_file():
-        found = f"it has no {RECIPE}" if run.is_dir() else "it is a file" if run.exists() else "no such folder"
-        raise ArtifactError(f"{run} is not a run folder: {found}. Make one with: clipress compress RECIPE")
-    return plan_from(read_recipe(path))
+    return plan_from(recipe_of(run))

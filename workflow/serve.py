@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clipress.export.exported import is_exported
+from clipress.export.settings import OnnxSettings
 from clipress.progress import Say
-from clipress.recipe import overridden
+from clipress.recipe import checked, overridden
 from clipress.runtime.sessions import ONNX_RUNTIME
 from clipress.serve.settings import ServeSettings
 from clipress.serve.triton_repo import (
@@ -21,10 +23,9 @@ from clipress.serve.triton_repo import (
 )
 from clipress.serve.triton_server import serve_until_stopped
 from clipress.storage import locked_and_swept
-from clipress.workflow.export import export_artifacts
 from clipress.workflow.exported import export_of
-from clipress.workflow.kept import choose_artifact, results_of
-from clipress.workflow.plan import Plan, read_plan
+from clipress.workflow.kept import Artifacts, choose_artifact, results_of
+from clipress.workflow.outline import Outline, read_outline
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,19 @@ class ServeRequest:
 
 def serve_run(run: Path, request: ServeRequest, say: Say) -> dict[str, Path]:
     """Write a run's model repositories, exporting first if needed; return their folders by backend."""
-    plan = read_plan(run)
+    outline = read_outline(run)
     with locked_and_swept(run):
-        settings = overridden(plan.serve, request.settings, "serve")
-        stage = choose_served(run, plan, say, request.stage)
-        export_artifacts(run, plan, [stage], say)
+        settings = _settings(outline, request.settings)
+        stage = choose_served(run, outline, say, request.stage)
+        _export_if_needed(run, stage, outline, say)
         return write_repositories(run, stage, settings, say)
 
 
 def switch_version(run: Path, version: int | None, settings: Mapping[str, Any], say: Say) -> None:
     """Serve another version of a run's models from its repositories; None: the version before the current one."""
-    plan = read_plan(run)
+    outline = read_outline(run)
     with locked_and_swept(run):
-        wanted = overridden(plan.serve, settings, "serve")
+        wanted = _settings(outline, settings)
         for backend in wanted.backend:
             repository = run / "triton" / backend
             before = versions_of(repository)
@@ -66,7 +67,7 @@ def start_triton(run: Path, stage: str | None, listen: Mapping[str, Any], say: S
     The repository is served as it is, with the code of the installed clipress; it is written first if it is missing or if
     a stage is named. `listen` may hold `host`, `http_port`, `grpc_port` and `metrics_port`.
     """
-    read_plan(run)  # The folder must be a run.
+    read_outline(run)  # The folder must be a run.
     repository = run / "triton" / "python"
     if stage is not None or not repository.is_dir():
         serve_run(run, ServeRequest(stage, {"backend": "python"}), say)
@@ -76,9 +77,9 @@ def start_triton(run: Path, stage: str | None, listen: Mapping[str, Any], say: S
     serve_until_stopped(repository, say, **listen)
 
 
-def choose_served(run: Path, plan: Plan, say: Say, stage: str | None = None) -> str:
+def choose_served(run: Path, outline: Artifacts, say: Say, stage: str | None = None) -> str:
     """Return the artifact to serve: the one named, or what bench kept in ONNX Runtime, which Triton's backends run."""
-    return choose_artifact(run, plan, stage, say, "Serving", ONNX_RUNTIME).stage
+    return choose_artifact(run, outline, stage, say, "Serving", ONNX_RUNTIME).stage
 
 
 def write_repositories(run: Path, stage: str, settings: ServeSettings, say: Say) -> dict[str, Path]:
@@ -94,3 +95,19 @@ def write_repositories(run: Path, stage: str, settings: ServeSettings, say: Say)
 def _say_removed(repository: Path, before: Sequence[int], say: Say) -> None:
     if removed := sorted(set(before).difference(versions_of(repository))):
         say(f"Removed version{'s' * (len(removed) > 1)} {', '.join(map(str, removed))} from {repository}")
+
+
+def _settings(outline: Outline, replaced: Mapping[str, Any]) -> ServeSettings:
+    return overridden(checked(ServeSettings, outline.recipe.serve, "serve"), replaced, "serve")
+
+
+def _export_if_needed(run: Path, stage: str, outline: Outline, say: Say) -> None:
+    """Export an artifact unless that has been done: a machine that serves exports has no torch."""
+    if is_exported(
+        run / stage, run / "export" / stage, checked(OnnxSettings, outline.recipe.export.get("onnx"), "export.onnx")
+    ):
+        return
+    from clipress.workflow.export import export_artifacts
+    from clipress.workflow.plan import read_plan
+
+    export_artifacts(run, read_plan(run), [stage], say)

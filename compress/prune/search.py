@@ -26,6 +26,7 @@ from clipress.compress.context import Context
 from clipress.compress.fabric import Reduce, all_sum
 from clipress.compress.hook import Hook
 from clipress.compress.losses import terms_from
+from clipress.compress.names import MAKES
 from clipress.compress.prune.budget import Budget, keep_masks, smallest_fraction, stride
 from clipress.compress.prune.convnets import ConvPruning
 from clipress.compress.prune.costs import CostModel, cost_model, read_costs
@@ -206,7 +207,7 @@ class Search(Hook):
 @stage(
     "prune",
     Prune,
-    makes="pruned",
+    makes=MAKES["prune"],
     never_after={
         "sparsify": "cutting units would break the 2:4 pattern",
         "quantize": "the INT8 scales were calibrated for the uncut layers",

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Sequence
@@ -68,11 +69,7 @@ def site_of(models: Sequence[Exported], page: Page) -> dict[str, Path | bytes]:
             "The page needs onnxruntime-web: expected it in clipress/export/layouts/web/vendor, which the wheel has, found "
             "nothing. In a checkout: make web (needs npm)."
         )
-    site: dict[str, Path | bytes] = {
-        path.relative_to(PAGE).as_posix(): path
-        for path in sorted(PAGE.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
-    }
+    site = _page()
     for exported in models:
         site |= {f"models/{exported.stage}/{name}": content for name, content in _files(exported).items()}
     offered = {
@@ -89,6 +86,18 @@ def reason_against(exported: Exported) -> str | None:
     if classifies or graphs.keys() == {IMAGE, TEXT}:
         return None
     return f"the page shows CLIPs and classifiers with labels, and this is a model for '{exported.task}'"
+
+
+def _page() -> dict[str, Path | bytes]:
+    """Return the files that do not depend on models; those that are packed in the package are unpacked."""
+    found: dict[str, Path | bytes] = {}
+    for path in sorted(PAGE.rglob("*")):
+        name = path.relative_to(PAGE).as_posix()
+        if path.suffix == ".gz":
+            found[name.removesuffix(".gz")] = gzip.decompress(path.read_bytes())
+        elif path.is_file() and not path.name.startswith("."):
+            found[name] = path
+    return found
 
 
 def _about(exported: Exported) -> dict[str, Any]:

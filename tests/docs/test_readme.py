@@ -225,6 +225,25 @@ def test_python_blocks_run(workplace):
     assert run_python(short.text) == [probabilities]
 
 
+def test_the_service_classifies_and_reports_what_is_wrong(workplace):
+    """The page's service, called by FastAPI's own client; its answers are those of the loaded model."""
+    invoke("data", "images", "images", "--format", "scenes", "--count", 1)
+    (service,) = blocks("python", "serve")
+    calls = """
+from pathlib import Path
+from fastapi.testclient import TestClient
+client, image = TestClient(app), Path("images/scenes-000.png").read_bytes()
+assert len(client.get("/health").json()["lineage"]) == 16
+answer = client.post("/classify", params={"labels": "cat,dog"}, content=image).json()
+assert list(answer.values()) == model.classify(image, ["cat", "dog"]).tolist() and list(answer) == ["cat", "dog"]
+for labels, content in (("cat,dog", b"no image"), ("cat,cat", image)):
+    refused = client.post("/classify", params={"labels": labels}, content=content)
+    assert refused.status_code == 422 and refused.json()["detail"]
+print("done")
+"""
+    assert run_python(service.text + calls) == ["done"]
+
+
 def run_python(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ ROOT = Path(clipress.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 PINS = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
-PYTHONS = ("3.10", "3.11", "3.12")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 HERE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
 REGISTRIES = [
     name[::-1] for name in ("ipyp", "detsohnohtyp", "sjmpn")
@@ -53,7 +53,10 @@ def test_the_tested_versions_meet_every_requirement(python):
     pins = [pin for pin in map(Requirement, PINS) if applies(pin, python)]
     versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
     assert len(versions) == len(pins)  # No package has two pins.
-    required = [*PROJECT["project"]["dependencies"], *EXTRAS["test"], *EXTRAS["serve"], *EXTRAS["openvino"]]
+    required = [
+        *PROJECT["project"]["dependencies"],
+        *(line for extra in ("test", "compress", "serve", "openvino") for line in EXTRAS[extra]),
+    ]
     for wanted in (Requirement(line) for line in required if not line.startswith("clipress[")):
         found = versions[canonicalize_name(wanted.name)]
         assert wanted.specifier.contains(found), f"expected {wanted}, found {found} in constraints.txt"

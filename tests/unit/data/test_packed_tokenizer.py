@@ -95,7 +95,7 @@ BOMB = base64.b64encode(zlib.compress(b" " * 70_000_000)).decode()
         ({"file": None}, "lacks its file"),
         ({"pad": -1}, "expected the id of padding, found -1"),
         ({"kwargs": {"strip_sep_token": True}}, "takes the setting clean alone"),
-        ({"kwargs": {"clean": "well"}}, "cannot be built"),
+        ({"kwargs": {"clean": "well"}}, "clean is .well.\\. Known: canonicalize"),
     ],
 )
 def test_a_damaged_mapping_is_one_message(folder, change, message):

@@ -13,9 +13,10 @@ from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
 from clipress.errors import ExportError
 from clipress.export import parity
+from clipress.export.exported import is_exported
 from clipress.export.extra_models import extra_models_from_export
 from clipress.export.settings import OnnxSettings, TensorRTSettings
-from clipress.export.to_onnx import is_exported, onnx_from_artifact
+from clipress.export.to_onnx import onnx_from_artifact
 from clipress.export.to_tensorrt import engines_from_export, prepare_export
 from clipress.export.verify import verify
 from clipress.models import quantizers

@@ -14,8 +14,9 @@ from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
 from clipress.errors import ExportError, RecipeError
 from clipress.export import parity, torch_export
+from clipress.export.exported import is_exported
 from clipress.export.settings import OnnxSettings
-from clipress.export.to_onnx import is_exported, onnx_from_artifact
+from clipress.export.to_onnx import onnx_from_artifact
 from clipress.models import anatomy, surgery
 from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture

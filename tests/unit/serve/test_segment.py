@@ -51,7 +51,7 @@ def test_what_cannot_be_segmented_is_refused(segmenter, tmp_path):
     ):
         segmenter.encode_image(image_of(2, 2))
     with pytest.raises(
-        ExportError, match="expected a graph 'text' that gives embeddings, found a model that finds its labels"
+        ExportError, match="expected a graph 'image' that gives embeddings, found a model that finds its labels"
     ):
         segmenter.classify(image_of(2, 2), ["cat"])
 
