@@ -16,7 +16,7 @@ from clipress.errors import DataError
 
 if TYPE_CHECKING:
     from clipress.workflow.evaluate import Metric
-    from clipress.workflow.predict import LoadedModel, Server
+    from clipress.workflow.predict import Server
     from clipress.workflow.predict_blip import Asked
 
 
@@ -118,7 +118,8 @@ def _predict_with_run(
     import clipress
     from clipress.workflow.kept import choose_artifact
     from clipress.workflow.outline import read_outline
-    from clipress.workflow.predict import images_in, readable
+    from clipress.workflow.predict import images_in, labels_from, overlays_of_masks, readable
+    from clipress.workflow.predict_blip import is_asked, said_of
 
     chosen = choose_artifact(run, read_outline(run), stage, partial(click.echo, err=True), "Predicting with", runtime)
     model = clipress.load(run / chosen.stage, runtime=chosen.runtime)
@@ -127,8 +128,14 @@ def _predict_with_run(
     given = list(images_in(images, click.get_text_stream("stdin")))
     files, unread = readable(given)
     _print_unread(unread, as_json)
-    if files:
-        _predict_with_model(model, run, files, asked, names, templates, softmax, out, as_json)
+    if files and is_asked(model, asked, names):
+        _print_said(said_of(model, files, asked, names), as_json)
+    elif files and model.segments:
+        _print_masks(overlays_of_masks(model, files, out or run / "predicted"), as_json)
+    elif files:
+        names = names or model.labels or labels_from(None, None)
+        for file, row in zip(files, model.classify(files, names, templates, softmax), strict=True):
+            click.echo(_prediction(file, names, row, as_json))
     if unread:
         raise DataError(
             f"{len(unread)} of {len(given)} images could not be read; the first: {next(iter(unread.values()))}"
@@ -141,31 +148,6 @@ def _print_unread(unread: Mapping[Path, str], as_json: bool) -> None:
             click.echo(json.dumps({"image": str(file), "error": why}))
         else:
             click.echo(why, err=True)
-
-
-def _predict_with_model(
-    model: LoadedModel,
-    run: Path,
-    files: Sequence[Path],
-    asked: Asked,
-    names: list[str] | None,
-    templates: Sequence[str],
-    softmax: bool,
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    from clipress.workflow.predict import labels_from, overlays_of_masks
-    from clipress.workflow.predict_blip import is_asked, said_of
-
-    if is_asked(model, asked, names):
-        _print_said(said_of(model, files, asked, names), as_json)
-        return
-    if model.segments:
-        _print_masks(overlays_of_masks(model, files, out or run / "predicted"), as_json)
-        return
-    names = names or model.labels or labels_from(None, None)
-    for file, row in zip(files, model.classify(files, names, templates, softmax), strict=True):
-        click.echo(_prediction(file, names, row, as_json))
 
 
 def _has_bar() -> bool:

@@ -14,15 +14,6 @@ from clipress.errors import DataError
 pandas = pytest.importorskip("pandas")
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    for size, name in enumerate(("red.png", "a/blue.png", "a..b.png"), 4):
-        (root / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (4, size)).save(root / name)
-    return root
-
-
 def opened(path, images, **more):
     open_source.cache_clear()
     return open_source(SourceSpec(format="csv", annotations=path, images=images, **more))

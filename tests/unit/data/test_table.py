@@ -31,15 +31,6 @@ PATHS = [
 TEXTS = ["red", ' "quoted" ', "", "\xa0", "größe", "...", "a\rb", "x" * 40, '"', "a\u2028b"]
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    for size, name in enumerate(("red.png", "a/blue.png", "a..b.png"), 4):
-        (root / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (4, size)).save(root / name)
-    return root
-
-
 @pytest.fixture(autouse=True)
 def lenient(monkeypatch):
     """Most of these rows are broken on purpose."""
