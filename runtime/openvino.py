@@ -5,9 +5,12 @@ A session has the methods of ONNX Runtime's that clipress calls, so that a runne
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +55,8 @@ class OpenVinoSession:
         core = find_openvino().Core()
         try:
             model = core.read_model(str(path))
-            self._compiled = core.compile_model(model, "CPU", {**SETTINGS, "INFERENCE_NUM_THREADS": threads})
+            with _signal_stack_kept():
+                self._compiled = core.compile_model(model, "CPU", {**SETTINGS, "INFERENCE_NUM_THREADS": threads})
         except RuntimeError as error:
             raise ExportError(
                 f"{path} cannot be opened by OpenVINO {version()}: {first_line(error)} Leave --runner openvino out, or "
@@ -77,6 +81,28 @@ class OpenVinoSession:
         with self._lock:
             found = self._request.infer(dict(inputs), share_inputs=True)
         return list(found.values()) if names is None else [found[name] for name in names]
+
+
+class _SignalStack(ctypes.Structure):
+    _fields_ = (("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def _signal_stack_kept() -> Iterator[None]:
+    """Leave the thread with the stack that its signal handlers had before.
+
+    With every model OpenVINO gives the thread another one, and takes it back with the model, so that models that end in another
+    order than they began leave one that has been freed: the next signal, such as Ctrl-C, is then a segmentation fault.
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    before, system = _SignalStack(), ctypes.CDLL(None)
+    system.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        system.sigaltstack(ctypes.byref(before), None)
 
 
 def _put(put: Any) -> Put:

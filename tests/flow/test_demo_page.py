@@ -73,6 +73,14 @@ def folder(tmp_path):
     return home
 
 
+def visited(context, server):
+    """Open the page, and wait until its program runs."""
+    page = context.new_page()
+    page.goto(server.url)
+    sync_api.expect(page.locator("#title")).not_to_be_empty()
+    return page
+
+
 def shown(page, card=0):
     """Return the probabilities that an answer shows, by label."""
     rows = page.locator("article").nth(card).locator("li")
@@ -124,8 +132,7 @@ def assert_classified(found, model, image, labels=WORDS):
 @pytest.mark.parametrize("stage", ["recovered", "int8"])
 def test_it_classifies_what_the_camera_sees_as_onnx_runtime_does(run, camera, picture, stage, python):
     with served(run, stage=stage, python=python) as server, opened_browser(camera) as (context, said):
-        page = context.new_page()
-        page.goto(server.url)
+        page = visited(context, server)
         model = package.load(run / stage)
         found = seen(page)
         frame = frame_of(page)
@@ -153,8 +160,7 @@ def test_an_image_of_any_size_is_prepared_as_pillow_does_and_a_long_text_keeps_i
     labels = ["word " * 60, "naïve café, Straße", "猫", "It's 42 o'clock"]
     stage, model = "int8", package.load(run / "int8")
     with served(run, stage=stage) as server, opened_browser() as (context, said):
-        page = context.new_page()
-        page.goto(server.url)
+        page = visited(context, server)
         page.get_by_label("Labels, one per line").fill("\n".join(label.replace(",", "") for label in labels))
         labels = [label.replace(",", "").strip() for label in labels]
         for name in ("wide.png", "high.png", "small.png", "same.png", "grey.png"):
@@ -179,8 +185,7 @@ def test_every_way_of_resizing_gives_the_models_input_exactly(run, folder, how):
 
     preprocess = Preprocess(**{"size": 24, **how})
     with served(run) as server, opened_browser() as (context, _):
-        page = context.new_page()
-        page.goto(server.url)
+        page = visited(context, server)
         for path in sorted(folder.glob("*.png")):
             image = open_image(path)
             pixels = np.dstack([np.asarray(image), np.full(image.size[::-1], 255)])
@@ -203,8 +208,7 @@ def test_it_searches_a_folder_by_words_and_names_what_it_cannot_read(run, folder
     model = package.load(run / "int8")
     names = sorted(path.name for path in folder.glob("*.png"))
     with served(run, stage="int8") as server, opened_browser() as (context, said):
-        page = context.new_page()
-        page.goto(server.url)
+        page = visited(context, server)
         page.get_by_role("tab", name="Search").click()
         page.locator("#folder").set_input_files(folder)
         sync_api.expect(page.locator("#progress span")).to_have_text("5 images")
@@ -225,8 +229,7 @@ def test_it_searches_a_folder_by_words_and_names_what_it_cannot_read(run, folder
 @needs_page
 def test_it_compares_two_models_on_the_same_frame(run, camera):
     with served(run, stage="int8", compare="recovered") as server, opened_browser(camera) as (context, said):
-        page = context.new_page()
-        page.goto(server.url)
+        page = visited(context, server)
         page.get_by_role("tab", name="Compare").click()
         for card, stage in enumerate(("recovered", "int8")):
             assert_classified(seen(page, card), package.load(run / stage), frame_of(page))
@@ -240,8 +243,7 @@ def test_it_compares_two_models_on_the_same_frame(run, camera):
 @pytest.mark.parametrize("width", [375, 1280])
 def test_it_fits_a_phone_works_by_keyboard_and_every_control_has_a_name(run, camera, folder, width):
     with served(run) as server, opened_browser(camera, width) as (context, said):
-        page = context.new_page()
-        page.goto(server.url)
+        page = visited(context, server)
         page.get_by_role("tab", name="Classify").focus()
         for view in ("Search", "Compare", "Classify", "Compare"):
             page.keyboard.press("ArrowRight" if view != "Compare" or page.locator("#search").is_visible() else "End")
@@ -262,8 +264,7 @@ def test_it_fits_a_phone_works_by_keyboard_and_every_control_has_a_name(run, cam
 @needs_page
 def test_a_refused_camera_is_one_sentence_that_says_what_to_do(run):
     with served(run) as server, opened_browser() as (context, said):
-        page = context.new_page()
-        page.goto(server.url)
+        page = visited(context, server)
         sync_api.expect(page.locator("#status")).to_contain_text("ready")
         for name, words in {
             "NotAllowedError": "was refused. Allow it",
@@ -283,8 +284,7 @@ def test_a_refused_camera_is_one_sentence_that_says_what_to_do(run):
 def test_a_classifier_shows_its_own_labels_and_has_nothing_to_search(tmp_path, folder):
     export = write_classifier(tmp_path / "e")
     with served(export) as server, opened_browser() as (context, said):
-        page = context.new_page()
-        page.goto(server.url)
+        page = visited(context, server)
         page.locator("#file").set_input_files(folder / "wide.png")
         expected = package.load(export).classify(folder / "wide.png")
         sync_api.expect(page.locator("article li")).to_have_count(4)
@@ -305,8 +305,7 @@ def test_the_web_layout_is_a_folder_that_any_static_host_serves_one_thread_inclu
     host = PlainHost(files)
     threading.Thread(target=host.serve_forever, daemon=True).start()
     with opened_browser() as (context, said):
-        page = context.new_page()
-        page.goto(host.url)
+        page = visited(context, host)
         assert not page.evaluate("crossOriginIsolated")
         page.get_by_label("Labels, one per line").fill("\n".join(WORDS))
         page.locator("#file").set_input_files(folder / "wide.png")

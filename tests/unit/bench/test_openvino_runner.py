@@ -1,6 +1,7 @@
 """OpenVINO computes what ONNX Runtime computes, or says why it does not run."""
 
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -99,3 +100,22 @@ def test_a_file_that_is_no_onnx_is_one_message(export):
     exported.model_copy(update={"files": exported.files | {"image": describe_file(export / "image.onnx")}}).write()
     with pytest.raises(ExportError, match=r"image\.onnx cannot be opened by OpenVINO \d"):
         opened(export)
+
+
+SIGNALLED = """
+import signal, sys
+from pathlib import Path
+from clipress.runtime.openvino import OpenVinoSession
+first, second = (OpenVinoSession(Path(sys.argv[1])) for _ in range(2))
+del first
+third = OpenVinoSession(Path(sys.argv[1]))
+del second, third
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_signal_is_handled_after_models_have_ended_in_any_order(export):
+    file = read_export(export).onnx("image")
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, file], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
