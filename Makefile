@@ -73,13 +73,13 @@ audit: $(TOOLS)/.installed
 	$(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 # Into dist/: sdist, the wheel built from it, and CycloneDX lists of what it brings into an empty environment: alone, and with
-# the extras serve and compress, each of which holds the one before.
+# the extras serve, index and compress, each of which holds the one before.
 release: $(TOOLS)/.installed $(WEB)/.fetched
 	rm -rf dist build $(CLEAN)
 	$(TOOLS)/bin/python -m build
 	$(TOOLS)/bin/twine check --strict dist/*
 	$(PYTHON) -m venv --without-pip $(CLEAN)
-	set -e; wheel=$$(ls dist/*.whl); for extra in '' serve compress; do \
+	set -e; wheel=$$(ls dist/*.whl); for extra in '' serve index compress; do \
 	  $(TOOLS)/bin/python -m pip --python $(CLEAN)/bin/python install --quiet --constraint constraints.txt \
 	    "$$wheel$${extra:+[$$extra]}"; \
 	  (cd $(CLEAN) && bin/clipress --version); \

@@ -18,8 +18,9 @@ EXTRAS = {
         "torch", "torch_pruning", "torchvision",
     ),
     "serve": (
-        "aiohttp", "faiss", "ftfy", "geventhttpclient", "google", "grpc", "onnxruntime", "regex", "tokenizers", "tritonclient",
+        "aiohttp", "ftfy", "geventhttpclient", "google", "grpc", "onnxruntime", "regex", "tokenizers", "tritonclient",
     ),
+    "index": ("faiss",),
     "download": ("img2dataset",),
     "tensorrt": ("tensorrt",),
     "pycuda": ("pycuda",),

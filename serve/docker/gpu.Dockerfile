@@ -5,5 +5,5 @@
 FROM nvcr.io/nvidia/tritonserver:24.10-py3
 COPY . /opt/clipress
 RUN grep -v '^numpy==' /opt/clipress/constraints.txt > /tmp/constraints.txt \
-    && pip install --no-cache-dir --constraint /tmp/constraints.txt numpy==1.26.4 '/opt/clipress[serve]' \
+    && pip install --no-cache-dir --constraint /tmp/constraints.txt numpy==1.26.4 '/opt/clipress[index]' \
     && rm /tmp/constraints.txt

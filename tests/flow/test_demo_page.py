@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, opened_browser, write_video
 from helpers import clipress
 from PIL import Image
 from small_exports import LABELS, write_classifier, write_segmenter
@@ -18,6 +17,7 @@ from clipress.errors import ArtifactError, BackendMissing, DataError, RecipeErro
 from clipress.export.layouts import web
 from clipress.runtime.export_folder import read_export
 from clipress.serve.page_server import PageServer
+from clipress.studies.browser import CHROMIUM, opened_browser, write_video
 from clipress.workflow.demo import DemoRequest, page_of
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")

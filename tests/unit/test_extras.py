@@ -35,8 +35,8 @@ def without(extras, *words):
     return done.returncode, done.stdout, done.stderr
 
 
-def served_without_torch(*words):
-    code, printed, said = without("compress", "clipress", *words)
+def served_without_torch(*words, extras="compress,index"):
+    code, printed, said = without(extras, "clipress", *words)
     assert code == 0, said
     return printed
 
@@ -105,7 +105,11 @@ print(*sorted(serve_run(run, ServeRequest("recovered"), lambda line: None)))
 
 
 def test_an_index_is_built_and_searched_without_torch(run, images, tmp_path):
-    assert "Index of 3 images" in served_without_torch("index", images, "--run", run, "--out", tmp_path / "index")
+    words = ["index", images, "--run", run, "--out", tmp_path / "index"]
+    assert without("compress,index", "clipress", *words)[::2] == (
+        2, "Error: This needs faiss, which is not installed. Run: pip install 'clipress[index]'\n",
+    )  # fmt: skip
+    assert "Index of 3 images" in served_without_torch(*words, extras="compress")
     code = f"""
 import clipress
 from clipress.serve.index import open_index
@@ -177,8 +181,10 @@ def test_an_artifact_without_an_export_says_that_exporting_needs_an_extra(run, t
 )
 def test_without_any_extra_prediction_says_which_one_it_needs(run, images, tmp_path, words):
     words = filled(words, RUN=run, IMAGES=images, OUT=tmp_path / "index")
-    code, _, said = without("compress,serve", "clipress", *words)
-    assert code == 2 and re.fullmatch(r"Error: This needs \w+, which .* Run: pip install 'clipress\[serve\]'\n", said)
+    code, _, said = without("compress,index,serve", "clipress", *words)
+    assert code == 2 and re.fullmatch(
+        r"Error: This needs \w+, which .* Run: pip install 'clipress\[(serve|index)\]'\n", said
+    )
 
 
 def test_the_python_api_names_the_extra(tmp_path):

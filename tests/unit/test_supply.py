@@ -55,7 +55,7 @@ def test_the_tested_versions_meet_every_requirement(python):
     assert len(versions) == len(pins)  # No package has two pins.
     required = [
         *PROJECT["project"]["dependencies"],
-        *(line for extra in ("test", "compress", "serve", "openvino") for line in EXTRAS[extra]),
+        *(line for extra in ("test", "compress", "index", "serve", "openvino") for line in EXTRAS[extra]),
     ]
     for wanted in (Requirement(line) for line in required if not line.startswith("clipress[")):
         found = versions[canonicalize_name(wanted.name)]

@@ -8,12 +8,12 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from browser import CHROMIUM
 
 from clipress.bench import report
 from clipress.bench.report_page import pareto
 from clipress.bench.results import Results, read_results, write_results
 from clipress.errors import ArtifactError
+from clipress.studies.browser import CHROMIUM
 from clipress.tasks import TASKS
 
 HOSTILE = '</script><script>alert(1)</script><!--<b id="in\'">&amp;'

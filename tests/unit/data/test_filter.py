@@ -83,7 +83,7 @@ def test_the_list_is_read_by_the_images_format(tmp_path):
 
 
 def test_near_duplicates_among_many_images_are_found_by_faiss(monkeypatch):
-    pytest.importorskip("faiss", reason="pip install 'clipress[serve]'")
+    pytest.importorskip("faiss", reason="pip install 'clipress[index]'")
     rng = np.random.default_rng(0)
     originals, prompts = units(rng, 300, 16), units(rng, 4, 16)
     copies = originals[rng.integers(0, 300, 600)] + 0.01 * units(rng, 600, 16)

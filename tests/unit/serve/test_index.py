@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("faiss", reason="pip install 'clipress[serve]'")
+pytest.importorskip("faiss", reason="pip install 'clipress[index]'")
 
 import faiss
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import clipress, lock_held
 from small_exports import describe, small_image, write_classifier, write_export
 
-pytest.importorskip("faiss", reason="pip install 'clipress[serve]'")
+pytest.importorskip("faiss", reason="pip install 'clipress[index]'")
 
 from clipress.errors import ArtifactError, DataError, ExportError
 from clipress.serve import indexing

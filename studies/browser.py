@@ -1,4 +1,4 @@
-"""A real Chromium for tests of pages, without a screen; its camera shows a file."""
+"""A real Chromium without a screen; its camera shows a file. For tests of pages, and for page.py."""
 
 import shutil
 from contextlib import contextmanager
