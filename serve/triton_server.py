@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipress.errors import ServerError
 from clipress.progress import Say
+from clipress.serve.signals import ended_by_signals
 from clipress.serve.triton_config import server_options
 from clipress.serve.triton_install import Triton, find_triton
 
@@ -306,7 +307,7 @@ def serve_until_stopped(
     The log is server.log beside the repository. Must be called from the main thread. Raises what `find_triton`,
     `TritonServer.start` and `TritonServer.wait` raise.
     """
-    with suppress(KeyboardInterrupt), _both_interrupt():
+    with ended_by_signals():
         server = TritonServer(
             repository,
             host=host,
@@ -324,14 +325,3 @@ def serve_until_stopped(
             say(f"What a model takes: curl -s http://{server.http}/v2/models/{models[0] if models else 'NAME'}/config")
             say(f"How to send requests: {repository / 'README.md'}. Log: {server.log}. Ready; Ctrl-C stops it.")
             server.wait(say)
-
-
-@contextmanager
-def _both_interrupt() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C, and enable Ctrl-C in background jobs, which a shell starts without it."""
-    known = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in known.items():
-            signal.signal(number, handler)

@@ -14,6 +14,7 @@ from clipress.recipe import RECIPE
 from clipress.runtime.export_folder import Exported, read_export
 from clipress.runtime.sessions import ONNX_RUNTIME
 from clipress.serve.page_server import PageServer, runs_of
+from clipress.serve.signals import ended_by_signals
 from clipress.workflow.exported import DESCRIPTION
 from clipress.workflow.kept import choose_artifact
 from clipress.workflow.outline import read_outline
@@ -36,8 +37,8 @@ class DemoRequest:
 
 
 def serve_page(run: Path, request: DemoRequest, say: Say, opened: Callable[[str], None] = lambda url: None) -> None:
-    """Serve the page of a run until Ctrl-C. `opened` is called with its address."""
-    with page_of(run, request, say) as server:
+    """Serve the page of a run until Ctrl-C or SIGTERM. `opened` is called with its address. For the main thread."""
+    with ended_by_signals(), page_of(run, request, say) as server:
         say(f"{server.url} shows {', '.join(_names(server))}. Ctrl-C ends it.")
         opened(server.url)
         server.serve_forever()

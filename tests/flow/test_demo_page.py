@@ -3,6 +3,9 @@
 import base64
 import http.client
 import io
+import signal
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -376,6 +379,18 @@ def test_what_cannot_be_shown_is_left_out_and_said_and_mistakes_are_one_message(
     with served(run) as server:
         result = clipress("demo", run, "--no-open", "--port", server.server_address[1])
     assert result.exit_code == 2 and "Choose another one: --port" in result.output
+
+
+@pytest.mark.skipif(not web.VENDOR.is_dir(), reason="needs `make web`")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_without_an_error(run, number):
+    command = [sys.executable, "-m", "clipress", "demo", run, "--no-open"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        while not (line := job.stdout.readline()).startswith("http://"):
+            assert line, job.stderr.read()
+        job.send_signal(number)
+        assert job.communicate(timeout=60) == ("", "")
+    assert job.returncode == 0
 
 
 def test_without_what_npm_brings_it_names_the_command(run, monkeypatch, tmp_path):
