@@ -55,6 +55,9 @@ class ServeSettings(Section):
     too and returns them as empty answers until they are evicted: use it only where texts are few and clients retry."""
     label_cache_mb: int = Field(64, ge=0, le=65_536)
     """Memory for embeddings of label sets, per instance of `classify`. The least recently used set is dropped first."""
+    checksums: bool = False
+    """Let the server refuse a model whose files are not as they were written. It needs Triton's repository agent `checksum`,
+    which NVIDIA's containers have; the server that `clipress triton` downloads has none."""
     keep: int | None = Field(None, ge=1)
     """How many versions of the models a repository keeps, the newest ones and the served one. Default: all."""
     index: Path | None = None

@@ -86,6 +86,11 @@ clipress serve RUN --version $version
 ```
 """)
 
+CHECKSUMS = """
+The server compares the files of every model that it loads with their MD5, by the container's repository agent `checksum`: a
+model with a changed or missing file is not served. To compare the files of all versions without a server, in this folder:
+`md5sum --check --quiet MD5SUMS`.
+"""
 WITH_CURL = "With curl; `Inference-Header-Content-Length: 0` says that the body is the only input:"
 FILES = Template("""\
 curl -s localhost:8000/v2/models/$model/infer -H 'Inference-Header-Content-Length: 0' \\
@@ -162,7 +167,7 @@ def readme(served: Served, version: int, with_search: bool, options: Sequence[st
         tag=settings.container,
         packages=_packages(exported.tokenizer, with_search),
         docker=_docker(served, engines, options),
-        note=_about_engines(engines) + _about_int8(served),
+        note=_about_engines(engines) + _about_int8(served) + (CHECKSUMS if settings.checksums else ""),
         with_curl="With curl, what the model takes and gives:" if is_whole(exported) else WITH_CURL,
         curls="\n".join(_curls(exported, with_search)),
         program=_program(exported),

@@ -1,6 +1,7 @@
 """Write Triton model repositories from an export folder, one per backend, with every model that clients need.
 
     <target>/<backend>/README.md                          how to start the server and send requests
+    <target>/<backend>/MD5SUMS                            checksums of all other files, with serve.checksums
     <target>/<backend>/<model>/config.pbtxt               of the version that is served
     <target>/<backend>/<model>/<version>/release.json     which export this version is; the same for all models
     <target>/<backend>/image_encoder/1/model.onnx         or model.plan; and model.py, where Python runs it
@@ -27,7 +28,7 @@ The code is not part of a version: it imports the clipress that is installed, so
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ from clipress.errors import ArtifactError, ExportError
 from clipress.recipe import first_problem
 from clipress.runtime.export_folder import Exported, read_export
 from clipress.runtime.served import model_of
+from clipress.serve.checksums import SUMS, list_checksums, sums_of, sums_text, update_checksums
 from clipress.serve.engines import Engines, engines_from_export
 from clipress.serve.graphs import (
     PREPARED_BY,
@@ -154,16 +156,17 @@ def has_outdated_code(repository: Path) -> bool:
 
 
 def update_code(repository: Path) -> None:
-    """Make all versions of a repository run with the installed clipress; their configurations stay as they are.
+    """Make all versions of a repository run with the installed clipress; but for checksums, configurations stay as they are.
 
     Raises ArtifactError for a damaged repository, or if it cannot be written.
     """
     codes = _code_of_repository(repository)
+    changed = codes | update_checksums(repository, codes)
 
     def fill(aside: Path) -> None:
         shutil.copytree(repository, aside, copy_function=link, dirs_exist_ok=True)
-        for name, code in codes.items():
-            put(aside / name, code, {})
+        for name, content in changed.items():
+            put(aside / name, content, {})
 
     write_whole(repository, fill)
 
@@ -274,13 +277,18 @@ def _write(repository: Repository, added: Mapping[str, Files], release: Release,
     if version < max(older, default=0):
         for config in made.values():
             config.version_policy.specific.versions.append(version)
-    around: Files = {f"{model}/config.pbtxt": config_text(config).encode() for model, config in made.items()}
-    around |= warm_up_files(made, exported.preprocess.size) | {
-        "README.md": readme(served, version, release.search, options_for(made.values())).encode(),
-    }
     codes = {model: code for model, code in _codes(exported, repository.backend).items() if model in made}
     code = _code_of_versions(folder, codes)
+    around = warm_up_files(made, exported.preprocess.size)
     around |= {name: source for name, source in code.items() if int(name.split("/")[1]) in kept}
+    if repository.settings.checksums:
+        new = {f"{model}/{version}/{name}": content for model in made for name, content in added.get(model, {}).items()}
+        sums = sums_of(folder, _files_of_versions(folder, made, kept), around | new)
+        for config in made.values():
+            list_checksums(config, sums, version)
+        around[SUMS] = sums_text(sums)
+    around |= {f"{model}/config.pbtxt": config_text(config).encode() for model, config in made.items()}
+    around["README.md"] = readme(served, version, release.search, options_for(made.values())).encode()
     if not added and kept.issuperset(older) and all(holds(folder / name, content) for name, content in around.items()):
         return  # A server that uses this folder is not disturbed.
 
@@ -296,6 +304,15 @@ def _write(repository: Repository, added: Mapping[str, Files], release: Release,
             put(aside / name, content, copies)
 
     write_whole(folder, fill)
+
+
+def _files_of_versions(repository: Path, models: Iterable[str], versions: Collection[int]) -> Iterator[str]:
+    """Yield the files that a repository has of some versions of its models."""
+    for model in models:
+        for number in versions_of(repository, model):
+            if number in versions:
+                folder = repository / model / str(number)
+                yield from (f"{model}/{number}/{name}" for name in _names_in(folder))
 
 
 def _kept_versions(repository: Repository, version: int) -> set[int]:
@@ -370,6 +387,9 @@ def _read_release(repository: Path, version: int) -> Release:
 
 def _same(files: Files, folder: Path) -> bool:
     """Return whether a version has these files. The code may differ: it is replaced in all versions."""
+    return _names_in(folder) == set(files) and all(holds(folder / name, files[name]) for name in files.keys() - {CODE})
+
+
+def _names_in(folder: Path) -> set[str]:
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    names = {path.as_posix() for path in found if "__pycache__" not in path.parts}  # servers leave those behind
-    return names == set(files) and all(holds(folder / name, files[name]) for name in files.keys() - {CODE})
+    return {path.as_posix() for path in found if "__pycache__" not in path.parts}  # servers leave those behind

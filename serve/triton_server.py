@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipress.errors import ServerError
 from clipress.progress import Say
+from clipress.serve.checksums import AGENT, LIBRARY
 from clipress.serve.signals import ended_by_signals
 from clipress.serve.triton_config import server_options
 from clipress.serve.triton_install import Triton, find_triton
@@ -33,6 +34,10 @@ WATCH_SECONDS = 1
 STUB = "triton_python_backend_stub"
 # Through these a client could make the server run a file of its choice, or read this machine's memory.
 CLOSED = "model-repository,shared-memory,trace,logging"
+NO_AGENT = (
+    f"Expected the repository agent '{AGENT}' ({LIBRARY}), which NVIDIA's containers have and the downloaded server has not. "
+    "Start the repository in the container, as its README.md says, or set serve.checksums to false and run: clipress serve RUN"
+)
 # This program becomes the server, which gets SIGTERM when clipress has died, however that happened.
 TIED = """
 import ctypes, os, signal, sys
@@ -156,7 +161,10 @@ class TritonServer:
         return _answers(self.http, "/v2/health/ready") and _answers(self.metrics, "/metrics")
 
     def _failure(self, found: str) -> ServerError:
-        return ServerError(f"Triton cannot serve {self.repository}: {found}. {_errors_in(self.log)}")
+        errors = _errors_in(self.log)
+        if f"unable to find '{LIBRARY}'" in errors:  # said of every model
+            found, errors = "its models' files have checksums, and this server cannot compare them", NO_AGENT
+        return ServerError(f"Triton cannot serve {self.repository}: {found}. {errors}")
 
     def wait(self, say: Say = lambda _: None) -> None:
         """Wait as long as the server runs, and reload models whose processes have died; `say` reports that.
@@ -199,8 +207,12 @@ class TritonServer:
 
         A loaded model keeps answering until the new one is ready. Raises ServerError if it cannot be loaded.
         """
-        with self._control(f"load {model}") as client:
-            client.load_model(model, headers=self._headers)
+        try:
+            with self._control(f"load {model}") as client:
+                client.load_model(model, headers=self._headers)
+        except ServerError as error:
+            reason = _refusal_in(self.log, model) if "failed to poll" in str(error) else ""
+            raise ServerError(f"{error}{reason}") from None
 
     def unload(self, model: str) -> None:
         """Unload a model, and wait until it is gone. A model that is not loaded is no error. Raises ServerError."""
@@ -287,6 +299,13 @@ def _errors_in(log: Path) -> str:
     if errors:
         return "Its log says: " + " ".join(dict.fromkeys(map(_short, errors)))
     return "Its log ends: " + "\n".join(["", *lines[-15:]])
+
+
+def _refusal_in(log: Path, model: str) -> str:
+    """Return why Triton last refused a model's folder, such as the agent's reason: clients only learn that it was refused."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    reasons = re.findall(rf"Poll failed for model directory '{re.escape(model)}': (.*)", text)
+    return f" Its log says: {_short(reasons[-1])}" if reasons else ""
 
 
 def _short(text: str) -> str:
