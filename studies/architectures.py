@@ -12,7 +12,8 @@ import argparse
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -256,6 +257,18 @@ def conditions(narrow: bool) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out log lines meanwhile, up to warnings."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@quiet()
 def main(arguments: list[str] | None = None) -> None:
     """Compute the rows that are not there yet, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -265,7 +278,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args(arguments)
     narrow = not options.width
-    logging.disable(logging.WARNING)
     path = options.out / f"architectures{'-width' if options.width else ''}.json"
     try:
         rows = Rows(path, conditions(narrow), markdown)

@@ -1,6 +1,7 @@
 """Every kind of architecture that open_clip lists goes through the whole of clipress; the committed table says which do."""
 
 import json
+import logging
 import re
 
 import open_clip
@@ -86,3 +87,14 @@ def test_a_row_that_is_there_is_not_computed_again(tmp_path, monkeypatch):
     table = (tmp_path / "architectures.md").read_text()
     assert "| all | 2 | 0 |" in table and "| RN50 | [1] | [2] |" in table
     assert "1. it has no weights." in table and "2. not reached" in table
+
+
+def test_log_lines_are_left_out_while_it_runs_and_no_longer(tmp_path, monkeypatch, caplog):
+    def row_that_warns(name, narrow):
+        logging.getLogger("timm").warning("a tower of another size")
+        return {"load": DONE}
+
+    monkeypatch.setattr(architectures, "row_of", row_that_warns)
+    architectures.main(["--out", str(tmp_path), "--only", "RN50"])
+    logging.getLogger("clipress").warning("of the next program")
+    assert caplog.messages == ["of the next program"]
