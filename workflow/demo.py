@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipress.data.prompts import check_labels
-from clipress.errors import ArtifactError, DataError, RecipeError, nearest
+from clipress.data.prompts import check_labels, read_templates
+from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.export.layouts.web import LABELS, TEMPLATE, Page, reason_against, site_of
 from clipress.progress import Say
 from clipress.recipe import RECIPE
@@ -45,17 +45,23 @@ def serve_page(run: Path, request: DemoRequest, say: Say, opened: Callable[[str]
 
 
 def page_of(run: Path, request: DemoRequest, say: Say) -> PageServer:
-    """Return the server of a run's page, which listens already. Raises ArtifactError for a run without exports to show."""
+    """Return the server of a run's page, which listens already.
+
+    Raises ArtifactError for a run without exports to show, DataError and RecipeError for what cannot be asked for.
+    """
     check_labels(request.labels)
-    if request.template.count("{}") != 1:
-        raise DataError(f"Template '{request.template}': expected one {{}} for the label, as in 'a photo of {{}}'.")
+    template, *more = read_templates(request.template)
+    if more:
+        raise RecipeError(
+            f"--template {request.template}: expected one template, found {1 + len(more)}. Give one, as in '{TEMPLATE}'."
+        )
     models = _shown(run, say)
     names = [model.stage for model in models]
     for option, name in (("--stage", request.stage), ("--compare", request.compare)):
         if name is not None and name not in names:
             raise RecipeError(f"{option} {name}: the page has no such model.{nearest(name, names)}")
     chosen = request.stage or _chosen(run, names, say)
-    page = Page(run.name, chosen, request.compare or names[0], request.labels, request.template, request.python)
+    page = Page(run.name, chosen, request.compare or names[0], request.labels, template, request.python)
     return PageServer(site_of(models, page), runs_of(models) if request.python else {}, request.port)
 
 

@@ -69,7 +69,7 @@ def site_of(models: Sequence[Exported], page: Page) -> dict[str, Path | bytes]:
             "The page needs onnxruntime-web: expected it in clipress/export/layouts/web/vendor, which the wheel has, found "
             "nothing. In a checkout: make web (needs npm)."
         )
-    site = _page()
+    site = _page(unpacked=not page.python)
     for exported in models:
         site |= {f"models/{exported.stage}/{name}": content for name, content in _files(exported).items()}
     offered = {
@@ -88,13 +88,14 @@ def reason_against(exported: Exported) -> str | None:
     return f"the page shows CLIPs and classifiers with labels, and this is a model for '{exported.task}'"
 
 
-def _page() -> dict[str, Path | bytes]:
-    """Return the files that do not depend on models; those that are packed in the package are unpacked."""
+def _page(unpacked: bool) -> dict[str, Path | bytes]:
+    """Return the files that do not depend on models; packed ones run graphs in the browser, and come `unpacked` or not at all."""
     found: dict[str, Path | bytes] = {}
     for path in sorted(PAGE.rglob("*")):
         name = path.relative_to(PAGE).as_posix()
         if path.suffix == ".gz":
-            found[name.removesuffix(".gz")] = gzip.decompress(path.read_bytes())
+            if unpacked:  # It takes a while.
+                found[name.removesuffix(".gz")] = gzip.decompress(path.read_bytes())
         elif path.is_file() and not path.name.startswith("."):
             found[name] = path
     return found

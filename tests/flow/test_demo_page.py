@@ -1,8 +1,10 @@
 """The demo page in a real Chromium: what it shows is what ONNX Runtime computes for the same images on this machine."""
 
 import base64
+import gzip
 import http.client
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -374,8 +376,10 @@ def test_what_cannot_be_shown_is_left_out_and_said_and_mistakes_are_one_message(
         page_of(tmp_path, DemoRequest(), print)
     with pytest.raises(RecipeError, match=r"--compare int9: the page has no such model\. Did you mean 'int8'"):
         page_of(run, DemoRequest(compare="int9"), print)
-    with pytest.raises(DataError, match=r"expected one \{\} for the label"):
+    with pytest.raises(DataError, match=r"'a photo': expected one placeholder for the class name"):
         page_of(run, DemoRequest(template="a photo"), print)
+    with pytest.raises(RecipeError, match=r"--template simple: expected one template, found 7\."):
+        page_of(run, DemoRequest(template="simple"), print)
     with served(run) as server:
         result = clipress("demo", run, "--no-open", "--port", server.server_address[1])
     assert result.exit_code == 2 and "Choose another one: --port" in result.output
@@ -391,6 +395,22 @@ def test_a_signal_ends_the_command_without_an_error(run, number):
         job.send_signal(number)
         assert job.communicate(timeout=60) == ("", "")
     assert job.returncode == 0
+
+
+def test_a_template_may_be_spelt_as_for_other_commands(run, site):
+    with served(run, template="a drawing of {label}") as server:
+        assert json.loads(asked(server, "GET", "/site.json")[1])["template"] == "a drawing of {}"
+
+
+def test_what_runs_graphs_in_the_browser_is_not_unpacked_where_python_runs_them(monkeypatch, tmp_path):
+    (tmp_path / "vendor").mkdir()
+    (tmp_path / "index.html").write_text("page")
+    (tmp_path / "vendor" / "ort.wasm.gz").write_bytes(gzip.compress(b"code"))
+    monkeypatch.setattr(web, "PAGE", tmp_path)
+    monkeypatch.setattr(web, "VENDOR", tmp_path / "vendor")
+    in_browser, in_python = (web.site_of([], web.Page("t", "a", "a", python=python)) for python in (False, True))
+    assert in_browser["vendor/ort.wasm"] == b"code"
+    assert in_browser.keys() - in_python.keys() == {"vendor/ort.wasm"}
 
 
 def test_without_what_npm_brings_it_names_the_command(run, monkeypatch, tmp_path):
