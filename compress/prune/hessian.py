@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from clipress.compress.prune.criterion import CRITERIA, Criterion
 from clipress.compress.prune.gates import Site
+from clipress.models import owners
 from clipress.models.anatomy import Attn
 
 
@@ -17,6 +18,7 @@ from clipress.models.anatomy import Attn
 class Hessian(Criterion):
     """Sum of g^2 w^2 over a unit's weights and over samples, with g the gradient of a sample's loss by the weight w.
 
+    Calls of a Linear in one step count apart, as those of a BLIP that reads texts alone and beside images.
     `fisher` sums g w over the unit's weights before it squares, which counts how they act together.
     """
 
@@ -43,20 +45,30 @@ def _on_backward(add: Callable[[Tensor], None], site: Site, side: str) -> Callab
 
     def hook(linear: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
         if torch.is_grad_enabled():
-            x = args[0].detach()
+            x, known = args[0].detach(), owners.current()
+            owner = torch.arange(len(x), device=x.device) if known is None else known.rows
             if not output.requires_grad:  # nothing before it is trained
                 output.requires_grad_()
-            output.register_hook(lambda gradient: add(_scores(linear.weight.detach(), x, gradient, site, side)))
+            output.register_hook(lambda gradient: add(_scores(linear.weight.detach(), x, gradient, owner, site, side)))
 
     return hook
 
 
 @torch.no_grad()
-def _scores(weight: Tensor, x: Tensor, gradient: Tensor, site: Site, side: str) -> Tensor:
-    """Return the summed squares of g w: [groups, units]. x: [B, N, in], gradient: [B, N, out]."""
-    x, gradient = x.reshape(len(x), -1, x.shape[-1]), gradient.reshape(len(x), -1, gradient.shape[-1])
+def _scores(weight: Tensor, x: Tensor, gradient: Tensor, owner: Tensor, site: Site, side: str) -> Tensor:
+    """Return the summed squares of g w: [groups, units].
+
+    x: [rows, N, in], gradient: [rows, N, out], owner: [rows], the sample of every row.
+    """
+    owner, order = owner.sort()
+    x, gradient = (rows[order].reshape(len(rows), -1, rows.shape[-1]).float() for rows in (x, gradient))
+    is_first = torch.ones_like(owner, dtype=torch.bool)  # of its sample's rows
+    is_first[1:] = owner[1:] != owner[:-1]
+    product = torch.zeros_like(weight, dtype=torch.float32)
     total = torch.zeros(weight.shape[0 if side == "rows" else 1], dtype=torch.float64, device=weight.device)
-    for inputs, slopes in zip(x.float(), gradient.float(), strict=True):  # one sample at a time, to save memory
-        squares = (slopes.T @ inputs * weight.float()).square().sum(1 if side == "rows" else 0, dtype=torch.float64)
-        total += torch.where(squares.isfinite().all(), squares, 0.0)
+    # One row at a time, to save memory: at a sample's last row the product is that of all its rows. Nothing waits for the device.
+    for inputs, slopes, first, last in zip(x, gradient, is_first, is_first.roll(-1), strict=True):
+        product = product.where(~first, 0.0) + slopes.T @ inputs
+        squares = (product * weight.float()).square().sum(1 if side == "rows" else 0, dtype=torch.float64)
+        total += squares.where(last & squares.isfinite().all(), 0.0)
     return total.reshape(site.groups, site.units, -1).sum(2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from blip_reference import EMBED, PATCH, POSITIONS, SIZE, TASKS, VOCABULARY, inputs, pixels, texts
 
+from clipress.compress.prune.criterion import CRITERIA, Accumulator
 from clipress.compress.prune.gates import Gates, sites
 from clipress.compress.prune.rotate import rotate
 from clipress.errors import ArtifactError
@@ -206,6 +207,26 @@ def test_a_gates_gradient_of_a_sample_is_that_of_the_sample_alone(task, space):
             assert scale > 0
             torch.testing.assert_close(found[site.name][number], site.gradient()[0], atol=1e-4 * scale, rtol=1e-4)
         gates.clear()
+
+
+@pytest.mark.parametrize("task", ["nlvr", "caption", "vqa"])
+def test_squared_gradients_of_weights_are_those_of_samples_whose_rows_add_up(task):
+    model = model_of(task)
+    squares = copy.deepcopy(model)
+    for parameter in squares.parameters():
+        parameter.data.zero_()
+    for number in range(2):
+        model.zero_grad()
+        loss_of(model(*sample(task, number))).backward()
+        for total, weight in zip(squares.parameters(), model.parameters(), strict=True):
+            total.data += 0 if weight.grad is None else (weight.grad * weight.data).square()
+    gates = Gates(model, "separate")
+    seen = Accumulator(CRITERIA["hessian"](), gates.sites)
+    loss_of(model(*inputs(task))).backward()
+    seen.add()
+    for site, score in zip(sites(squares, "separate"), seen.scores(lambda total: total), strict=True):
+        wanted = sum(rows.sum(2) for rows in site.sides()).detach().double()
+        torch.testing.assert_close(score, wanted, rtol=1e-3, atol=1e-5 * float(wanted.max()))
 
 
 def test_rows_of_a_sample_in_any_order_and_several_calls_add_up():
