@@ -10,6 +10,7 @@ from clipress.bench.compare import includes_no_difference
 from clipress.bench.report_columns import number_column, speed_up_column
 from clipress.bench.report_rows import Rows, metric_name, overall_key, timed
 from clipress.bench.results import Case, Row
+from clipress.tasks import task_named
 
 KEPT = 0.97  # Fraction of the first row's accuracy that a model in the headline must keep.
 
@@ -39,7 +40,7 @@ def _gains(rows: Rows, best: Row, main: Case | None, key: str) -> str:
     gains = [_times(first.bytes, best.bytes, "smaller", "larger")]
     tiles = [
         ("size of the files", _pair(first.bytes / 1e6, best.bytes / 1e6), "MB"),
-        (f"accuracy ({' '.join(metric_name(key))})", _pair(before, after, 1), "" if key.endswith("/cider") else "%"),
+        (f"accuracy ({' '.join(metric_name(key))})", _pair(before, after, 1), task_named(first.task).figures_unit),
     ]
     slow, fast = (timed(row, main, "median_ms") for row in (first, best))
     if main and slow and fast:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("clipress.metrics")
 
 Encoder = Callable[[np.ndarray], np.ndarray]
+TEXTS_AT_ONCE = 256
 
 
 def encode_all(encode: Encoder, batches: Iterable[np.ndarray]) -> np.ndarray:
@@ -33,12 +34,21 @@ def embed_classes(encode_text: Encoder, tokenize: Callable, classes: Classes) ->
     return embed_labels(partial(encode_texts, encode_text, tokenize), classes.names, classes.templates)
 
 
-def encode_texts(encode: Encoder, tokenize: Callable, texts: Sequence[str], batch: int = 256) -> np.ndarray:
+def encode_texts(encode: Encoder, tokenize: Callable, texts: Sequence[str], batch: int = TEXTS_AT_ONCE) -> np.ndarray:
     """Tokenise and encode texts: float32 [N, D]. Repeated texts are encoded once, so that their embeddings are equal."""
-    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-    ids = tokenize(list(places))
-    encoded = encode_all(encode, (ids[start : start + batch] for start in range(0, len(ids), batch)))
-    return encoded[[places[text] for text in texts]]
+    ids, rows = ids_of(tokenize, texts)
+    return encode_ids(encode, ids, batch)[rows]
+
+
+def ids_of(tokenize: Callable, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of every distinct text, and which of their rows each text has, int64 [N]."""
+    rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    return tokenize(list(rows)), np.asarray([rows[text] for text in texts], np.int64)
+
+
+def encode_ids(encode: Encoder, ids: np.ndarray, batch: int = TEXTS_AT_ONCE) -> np.ndarray:
+    """Encode tokenised texts, some at a time: unit embeddings, float32 [N, D]."""
+    return encode_all(encode, (ids[start : start + batch] for start in range(0, len(ids), batch)))
 
 
 def evaluate(

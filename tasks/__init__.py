@@ -40,6 +40,8 @@ class Task(ABC):
     """The graph whose latency decides which artifact is selected."""
     figures: ClassVar[tuple[str, ...]]
     """Suffixes of the metrics that `bench.max_accuracy_drop` checks."""
+    figures_unit: ClassVar[str] = "%"
+    """The unit of those figures; empty for one that has none."""
 
     provides: ClassVar[frozenset[str]]
     """The requirements in `losses.Loss.needs` that this task can satisfy."""
@@ -135,6 +137,13 @@ class Task(ABC):
         return False
 
 
+def default_losses(training: Sequence[str], quantize: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return `stage_defaults` for a task: the losses of stages that train, and those of quantization."""
+    return {kind: {"losses": [*training]} for kind in ("distill", "prune", "sparsify")} | {
+        "quantize": {"losses": [*quantize]}
+    }
+
+
 TASKS: Registry[type[Task]] = Registry("task", "clipress.tasks")
 SAMPLES = 128  # images per evaluation set, with their captions
 
@@ -144,6 +153,11 @@ def sample_images(sets: Sequence[EvalSet], preprocess: Preprocess) -> list[np.nd
     if not sets:
         raise ExportError("Parity checks require real samples. Add 'test', 'val' or 'train' data to the recipe.")
     return [next(one.pixel_batches(preprocess, SAMPLES)) for one in sets]
+
+
+def sample_texts(sets: Sequence[EvalSet], images: Sequence[np.ndarray]) -> list[str]:
+    """Return a text of each of `sample_images`. Raises RecipeError for a set without texts."""
+    return [text for one, taken in zip(sets, images, strict=True) for text in one.first_texts(len(taken))]
 
 
 def task_named(name: str) -> Task:

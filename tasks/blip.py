@@ -225,7 +225,7 @@ def batches_of(one: EvalSet, preprocess: Preprocess, others: bool = False) -> It
 
 
 class BlipLesson(Lesson):
-    """Base class of lessons about images with texts, in which teachers get what the student gets."""
+    """Base class of lessons about images with texts."""
 
     def __init__(self, job: TrainingJob) -> None:
         self.job, self.needs = job, job.needs
@@ -234,9 +234,6 @@ class BlipLesson(Lesson):
         for teacher in job.teachers:
             job.refuse_other_inputs(teacher)
         refuse_other_data(job)
-
-    def teacher_inputs(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.inputs(arrays, None)
 
     def cached_outputs(self, arrays: Mapping[str, Tensor], teacher: int, scale: float | None) -> Outputs:
         raise RecipeError(_NO_CACHE)

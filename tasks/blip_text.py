@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from clipress.models import blip
+from clipress.tasks import default_losses
 from clipress.tasks.blip import BlipLesson, BlipTask, vocabulary_size
 from clipress.tasks.training import Batch, Features, Gather, Outputs, TrainingJob
 
@@ -18,12 +18,7 @@ class BlipText(BlipTask):
     """A BLIP that writes texts."""
 
     provides = frozenset({"teacher", "words", "logits", "tokens"})
-    stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "distill": {"losses": ["lm"]},
-        "prune": {"losses": ["lm"]},
-        "sparsify": {"losses": ["lm"]},
-        "quantize": {"losses": ["logits"]},
-    }
+    stage_defaults = default_losses(["lm"], quantize=["logits"])
 
     def graphs_of_tower(self, tower: str) -> tuple[str, ...]:
         return (tower,)

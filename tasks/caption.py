@@ -25,7 +25,7 @@ from clipress.metrics.outcomes import Outcomes
 from clipress.models import blip
 from clipress.models.load import Model
 from clipress.runtime.graph import Arrays, Graph, Output, Run
-from clipress.tasks import TASKS, Tokenize, sample_images
+from clipress.tasks import TASKS, Tokenize, sample_images, sample_texts
 from clipress.tasks.blip import (
     FORWARD,
     batches_of,
@@ -50,6 +50,7 @@ class Caption(BlipText):
     name = "caption"
     towers = (IMAGE, TEXT)
     figures = ("/cider",)
+    figures_unit = ""
     has_prompt = True
 
     def graphs(self, model: Model) -> dict[str, Graph]:
@@ -82,8 +83,7 @@ class Caption(BlipText):
 
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
         parts = sample_images(sets, preprocess)
-        texts = [text for one, taken in zip(sets, parts, strict=True) for text in one.first_texts(len(taken))]
-        ids = tokenize(texts)
+        ids = tokenize(sample_texts(sets, parts))
         length = min(SAMPLE_IDS, int((ids != blip.PAD).sum(1).min()))  # of one length, as the texts of a search are
         return {IMAGE: {"pixel_values": np.concatenate(parts)}, "decode": {"input_ids": ids[:, :length]}}
 

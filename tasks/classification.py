@@ -28,7 +28,7 @@ from clipress.models.load import Model
 from clipress.models.weights_file import Which
 from clipress.recipe import Section, checked
 from clipress.runtime.graph import Arrays, Graph, Input, Output, Run
-from clipress.tasks import TASKS, Task, Tokenize, sample_images
+from clipress.tasks import TASKS, Task, Tokenize, default_losses, sample_images
 from clipress.tasks.training import Batch, Gather, Lesson, Outputs, TrainingJob, TrainingModule, features_of_logits
 
 if TYPE_CHECKING:
@@ -92,12 +92,7 @@ class Classification(Task):
     figures = ("/top1",)
     provides = frozenset({"teacher", "labels", "space", "logits", "tokens"})
     mixes = True
-    stage_defaults = {  # noqa: RUF012
-        "distill": {"losses": ["classification"]},
-        "prune": {"losses": ["classification"]},
-        "sparsify": {"losses": ["classification"]},
-        "quantize": {"losses": ["logits"]},
-    }
+    stage_defaults = default_losses(["classification"], quantize=["logits"])
 
     def build(self, architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
         return vit.build(architecture, seed)
@@ -226,9 +221,6 @@ class ClassifierLesson(Lesson):
         return Classifier(module, self.tokens)
 
     def inputs(self, arrays: Mapping[str, Tensor], mask: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
-        return {"pixels": arrays["pixels"]}
-
-    def teacher_inputs(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"pixels": arrays["pixels"]}
 
     def cached_outputs(self, arrays: Mapping[str, Tensor], teacher: int, scale: float | None) -> Outputs:

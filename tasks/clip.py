@@ -22,7 +22,7 @@ from clipress.models.load import Model, build, refuse_absurd, save_for_open_clip
 from clipress.models.text_length import text_end
 from clipress.models.weights_file import Which
 from clipress.runtime.graph import Arrays, Graph, Run, clip_graphs
-from clipress.tasks import TASKS, Task, Tokenize, runs_of, sample_images, task_named
+from clipress.tasks import TASKS, Task, Tokenize, runs_of, sample_images, sample_texts, task_named
 from clipress.tasks.training import Batch, Features, Gather, Lesson, Momentum, Outputs, TrainingJob, TrainingModule
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ class Clip(Task):
 
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
         pixels = sample_images(sets, preprocess)
-        texts = [text for one, taken in zip(sets, pixels, strict=True) for text in one.first_texts(len(taken))]
-        ids = tokenize(list(dict.fromkeys(texts)))
+        ids = tokenize(list(dict.fromkeys(sample_texts(sets, pixels))))
         return {"image": {INPUTS["image"]: np.concatenate(pixels)}, "text": {INPUTS["text"]: ids}}
 
     def evaluate(

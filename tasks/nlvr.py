@@ -10,7 +10,7 @@ Class 1 means true. Images are evaluated in the order of the file. Published mod
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from clipress.metrics.outcomes import Outcomes
 from clipress.models import blip
 from clipress.models.load import Model
 from clipress.runtime.graph import Arrays, Graph, Output, Run
-from clipress.tasks import SAMPLES, TASKS, Tokenize, sample_images
+from clipress.tasks import SAMPLES, TASKS, Tokenize, default_losses, sample_images, sample_texts
 from clipress.tasks.blip import (
     FORWARD,
     BlipLesson,
@@ -47,12 +47,7 @@ class Nlvr(BlipTask):
     towers = (IMAGE, TEXT)
     figures = ("/accuracy",)
     provides = frozenset({"teacher", "labels", "space", "logits", "tokens"})
-    stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "distill": {"losses": ["classification"]},
-        "prune": {"losses": ["classification"]},
-        "sparsify": {"losses": ["classification"]},
-        "quantize": {"losses": ["logits"]},
-    }
+    stage_defaults = default_losses(["classification"], quantize=["logits"])
 
     def graphs(self, model: Model) -> dict[str, Graph]:
         pixels, states = image_inputs(model)
@@ -83,8 +78,8 @@ class Nlvr(BlipTask):
             _refuse_without_pairs(one)
         first = sample_images(sets, preprocess)
         second = [next(one.pixel_batches(preprocess, SAMPLES, others=True)) for one in sets]
-        texts = [text for one, rows in zip(sets, first, strict=True) for text in one.first_texts(len(rows))]
-        return {IMAGE: {"pixel_values": np.concatenate(first + second)}, "reason": {"input_ids": tokenize(texts)}}
+        ids = tokenize(sample_texts(sets, first))
+        return {IMAGE: {"pixel_values": np.concatenate(first + second)}, "reason": {"input_ids": ids}}
 
     def completed(self, samples: Mapping[str, Arrays], run: Mapping[str, Run]) -> dict[str, Arrays]:
         first, second = np.split(in_batches(run[IMAGE], samples[IMAGE])[STATES], 2)

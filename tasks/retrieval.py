@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from clipress.data.transforms import Preprocess
 from clipress.metrics.blip import IMAGE, LOGITS, STATES, TEXT, in_batches
-from clipress.metrics.evaluate import encode_texts, evaluate_items
+from clipress.metrics.evaluate import encode_ids, evaluate_items, ids_of
 from clipress.metrics.outcomes import Outcomes
 from clipress.metrics.rerank import reranked
 from clipress.models import blip
 from clipress.models.load import Model
 from clipress.models.owners import owned
 from clipress.runtime.graph import Arrays, Graph, Output, Run
-from clipress.tasks import TASKS, Tokenize, sample_images
+from clipress.tasks import TASKS, Tokenize, default_losses, sample_images, sample_texts
 from clipress.tasks.blip import (
     FORWARD,
     BlipTask,
@@ -57,12 +57,7 @@ class Retrieval(BlipTask):
     provides = frozenset(
         {"pairs", "teacher", "space", "width", "keys", "momentum", "tokens", "matches", "matches_of_all"}
     )
-    stage_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "distill": {"losses": ["contrastive", "matching"]},
-        "prune": {"losses": ["contrastive", "matching"]},
-        "sparsify": {"losses": ["contrastive", "matching"]},
-        "quantize": {"losses": ["contrastive", "matching"]},
-    }
+    stage_defaults = default_losses(["contrastive", "matching"], quantize=["contrastive", "matching"])
 
     def graphs(self, model: Model) -> dict[str, Graph]:
         pixels, states = image_inputs(model)
@@ -101,8 +96,7 @@ class Retrieval(BlipTask):
 
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
         pixels = sample_images(sets, preprocess)
-        texts = [text for one, taken in zip(sets, pixels, strict=True) for text in one.first_texts(len(taken))]
-        ids = {"input_ids": tokenize(texts)}
+        ids = {"input_ids": tokenize(sample_texts(sets, pixels))}
         return {IMAGE: {"pixel_values": np.concatenate(pixels)}, TEXT: ids, MATCH: ids}
 
     def completed(self, samples: Mapping[str, Arrays], run: Mapping[str, Run]) -> dict[str, Arrays]:
@@ -139,11 +133,11 @@ def reranked_recalls(
     captions, owner = one.texts()
     seen = [run[IMAGE]({"pixel_values": pixels}) for _, pixels in batches_of(one, preprocess)]
     images, states = (np.concatenate([found[name] for found in seen]) for name in (OUTPUTS[IMAGE], STATES))
-    texts = encode_texts(encoder(run, TEXT), tokenize, captions)
-    ids = tokenize(captions)
+    ids, rows = ids_of(tokenize, captions)
+    texts = encode_ids(encoder(run, TEXT), ids)[rows]
 
     def match(image: np.ndarray, text: np.ndarray) -> np.ndarray:
-        return in_batches(run[MATCH], {"input_ids": ids[text], STATES: states[image]})[LOGITS][:, 1]
+        return in_batches(run[MATCH], {"input_ids": ids[rows[text]], STATES: states[image]})[LOGITS][:, 1]
 
     return reranked(images, texts, owner, match, one.candidates)
 

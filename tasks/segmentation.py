@@ -27,7 +27,7 @@ from clipress.models.load import Model
 from clipress.models.weights_file import Which
 from clipress.recipe import Section, checked
 from clipress.runtime.graph import Arrays, Graph, Input, Output, Run
-from clipress.tasks import TASKS, Task, Tokenize, sample_images
+from clipress.tasks import TASKS, Task, Tokenize, default_losses, sample_images
 from clipress.tasks.training import Batch, Features, Gather, Lesson, Outputs, TrainingJob, TrainingModule
 
 if TYPE_CHECKING:
@@ -73,12 +73,7 @@ class Segmentation(Task):
     main_graph = "image"
     figures = ("/miou",)
     provides = frozenset({"teacher", "masks", "logits", "tokens"})
-    stage_defaults = {  # noqa: RUF012
-        "distill": {"losses": ["segmentation"]},
-        "prune": {"losses": ["segmentation"]},
-        "sparsify": {"losses": ["segmentation"]},
-        "quantize": {"losses": ["logits"]},
-    }
+    stage_defaults = default_losses(["segmentation"], quantize=["logits"])
 
     def build(self, architecture: dict[str, Any], seed: int | None = None) -> nn.Module:
         return segmenter.build(architecture, seed)
@@ -186,9 +181,6 @@ class SegmenterLesson(Lesson):
         return SegmenterModule(module, self.tokens)
 
     def inputs(self, arrays: Mapping[str, Tensor], mask: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
-        return {"pixels": arrays["pixels"]}
-
-    def teacher_inputs(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"pixels": arrays["pixels"]}
 
     def cached_outputs(self, arrays: Mapping[str, Tensor], teacher: int, scale: float | None) -> Outputs:

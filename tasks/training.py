@@ -261,9 +261,9 @@ class Lesson(ABC):
     def inputs(self, arrays: Mapping[str, Tensor], mask: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
         """Return the student's inputs; `mask` masks patches for losses that need it."""
 
-    @abstractmethod
     def teacher_inputs(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inputs of a teacher that is not cached."""
+        """Return the inputs of a teacher that is not cached: those of the student, unmasked."""
+        return self.inputs(arrays, None)
 
     @abstractmethod
     def batch(

@@ -35,7 +35,7 @@ from clipress.metrics.vqa import score_answers
 from clipress.models import blip
 from clipress.models.load import Model
 from clipress.runtime.graph import Arrays, Graph, Input, Output, Run
-from clipress.tasks import TASKS, Tokenize, sample_images
+from clipress.tasks import TASKS, Tokenize, sample_images, sample_texts
 from clipress.tasks.blip import (
     FORWARD,
     batches_of,
@@ -101,16 +101,15 @@ class Vqa(BlipText):
         return {FORWARD: _inputs(arrays)} if "answers" in arrays else {}
 
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
-        parts = sample_images(sets, preprocess)
-        places = [(one, place) for one, taken in zip(sets, parts, strict=True) for place in range(len(taken))]
         for one in sets:
             _refuse_without_answers(one)
-        ids = tokenize([one.source.captions(place)[0] for one, place in places])
-        answers = pieces_of(tokenize)([one.source.answers(place)[0] for one, place in places])
+        parts = sample_images(sets, preprocess)
+        ids = tokenize(sample_texts(sets, parts))
+        answers = [one.source.answers(i)[0] for one, taken in zip(sets, parts, strict=True) for i in range(len(taken))]
         return {
             IMAGE: {"pixel_values": np.concatenate(parts)},
             "question": {"input_ids": ids},
-            "answer": {"input_ids": answers, MASK: mask_of(ids, blip.PAD)},
+            "answer": {"input_ids": pieces_of(tokenize)(answers), MASK: mask_of(ids, blip.PAD)},
         }
 
     def completed(self, samples: Mapping[str, Arrays], run: Mapping[str, Run]) -> dict[str, Arrays]:

@@ -254,6 +254,21 @@ def test_the_page_has_a_headline_with_the_gain(results):
     assert "90.0 → 88.5 %" in said
 
 
+@pytest.mark.parametrize("task", ["caption", "segmentation"])
+def test_the_headline_has_the_figures_unit_which_cider_has_none_of(task, results):
+    accuracy, _ = FIGURES[task]
+    value = next(iter(accuracy.values()))
+    for sets in (
+        accuracy,
+        accuracy | {f"other-{key}": one for key, one in accuracy.items()},
+    ):  # one set, and the mean of two
+        for one in results["rows"]:
+            one |= {"task": task, "accuracy": sets, "accuracy_se": {}}
+        said = re.sub("<.*?>", "", re.search('<section id="headline">(.*?)</section>', report_page(results))[1])
+        assert f"{value} → {value}" in said
+        assert (f"{value} → {value} %" in said) is (task != "caption")
+
+
 def test_the_headline_skips_models_that_lost_more_than_three_percent(results):
     results["rows"][3]["accuracy"]["digits/top1"] = 50.0
     assert "<b>sparse</b> is" in report_page(results)

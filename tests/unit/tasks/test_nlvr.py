@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from blip_stages import CUT, CUT_BY_UPOP, exported
 from task_students import STUDENTS
 
-from clipress.artifact import save_artifact
-from clipress.bench.layers import layer_costs
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
 from clipress.compress.losses import Objective, terms_from
@@ -24,12 +23,8 @@ from clipress.data.dataset import exchanged
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import DataSpec, SourceSpec
 from clipress.errors import RecipeError
-from clipress.export.settings import OnnxSettings
-from clipress.export.to_onnx import onnx_from_artifact
 from clipress.metrics.outcomes import percent
-from clipress.models.load import artifact_from_model
-from clipress.runtime.onnx_session import run_from_onnx
-from clipress.tasks import evaluate_model, model_from_artifact, runs_of, task_named
+from clipress.tasks import evaluate_model, runs_of, task_named
 from clipress.tasks.nlvr import logits_of
 from clipress.tasks.training import Gather, TrainingJob
 
@@ -106,39 +101,26 @@ def test_exchanged_images_have_their_words_exchanged():
 
 def test_it_is_cut_distilled_and_quantized_and_its_files_judge_the_same(trained, context, tmp_path):
     context = replace(context, teachers=(trained,))
-    settings = Prune(
-        budget={"params": 0.7}, losses=["classification", "logits"], steps=10, batch_size=16, lr=1e-3,
-        align={"head_dim": 1, "ffn": 1}, calibrate=32,
-    )  # fmt: skip
+    settings = Prune(**CUT, losses=["classification", "logits"], steps=10)
     model, details = prune(settings, trained.copy(), context)
     assert details["block_params_kept"] == pytest.approx(0.7, abs=0.05)
     train(model, Training(steps=40, batch_size=16, lr=1e-3), ("classification", "logits", "tokens"), context)
-    exported_alike(model, tmp_path / "fp32")
+    np.testing.assert_allclose(*judged_twice(model, tmp_path / "fp32"), atol=1e-3)
     model, _ = quantize(Quantize(steps=2, batch_size=16, calibrate=32, losses=["logits"]), model, context)
     assert any(".cross.1." in name for name in model.quantization["modules"])
-    exported_alike(model, tmp_path / "int8")
-
-
-def exported_alike(model, home):
-    folder = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), home / "x")
-    again = model_from_artifact(folder)
-    exported = onnx_from_artifact(folder, home / "export", OnnxSettings(), SETS)
-    assert set(exported.graphs) == {"image", "reason"} and exported.precision == home.name
-    files = {name: run_from_onnx(exported.onnx(name)) for name in exported.graphs}
-    found, wanted = judged(files, again), judged(runs_of(again), again)
-    if home.name == "fp32":
-        np.testing.assert_allclose(found, wanted, atol=1e-3)
+    found, wanted = judged_twice(model, tmp_path / "int8")
     assert np.mean(found.argmax(1) == wanted.argmax(1)) > 0.9
-    macs = {row["tower"]: row["macs"] for row in layer_costs(again) if "norm" not in row["name"]}
-    assert set(macs) == {"image", "text"} and min(macs.values()) > 0
+
+
+def judged_twice(model, home):
+    """Return the logits of every statement, by the files and in torch."""
+    again, files = exported(model, SETS, home)
+    assert set(files) == {"image", "reason"}
+    return judged(files, again), judged(runs_of(again), again)
 
 
 def test_upops_search_cuts_it(trained, context):
-    settings = Prune(
-        budget={"upop": 0.5}, criterion="upop", losses=["classification"], steps=6, batch_size=8, lr=1e-4, update_every=2,
-        align={"head_dim": 1, "ffn": 1}, min_keep={"head_dim": 0, "ffn": 0},
-    )  # fmt: skip
-    model, details = prune(settings, trained.copy(), context)
+    model, details = prune(Prune(**CUT_BY_UPOP, losses=["classification"], steps=6), trained.copy(), context)
     assert 0.35 < details["block_params_kept"] < 0.75
     assert set(evaluate_model(model, SETS)) == {"statements/accuracy"}
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from blip_stages import CUT, CUT_BY_UPOP, exported
 
-from clipress.artifact import save_artifact
-from clipress.bench.layers import layer_costs
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
 from clipress.compress.losses import Objective, terms_from
@@ -21,12 +20,8 @@ from clipress.compress.train import train
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import BeamSearch, DataSpec, SourceSpec
 from clipress.errors import RecipeError
-from clipress.export.settings import OnnxSettings
-from clipress.export.to_onnx import onnx_from_artifact
 from clipress.metrics.outcomes import percent
-from clipress.models.load import artifact_from_model
-from clipress.runtime.onnx_session import run_from_onnx
-from clipress.tasks import evaluate_model, model_from_artifact, runs_of, task_named
+from clipress.tasks import evaluate_model, runs_of, task_named
 from clipress.tasks.blip import pieces_of
 from clipress.tasks.training import Gather, TrainingJob
 from clipress.tasks.vqa import answers_of
@@ -131,42 +126,25 @@ def test_the_graph_of_answers_gives_the_smoothed_likelihood_of_a_whole_answer(tr
 
 def test_it_is_cut_distilled_and_quantized_and_its_files_answer_the_same(trained, context, tmp_path):
     context = replace(context, teachers=(trained,))
-    settings = Prune(
-        budget={"params": 0.7}, losses=["lm", "logits"], steps=20, batch_size=16, lr=1e-3, align={"head_dim": 1, "ffn": 1},
-        calibrate=32,
-    )  # fmt: skip
-    model, details = prune(settings, trained.copy(), context)
+    model, details = prune(Prune(**CUT, losses=["lm", "logits"], steps=20), trained.copy(), context)
     assert details["block_params_kept"] == pytest.approx(0.7, abs=0.05)
     train(model, Training(steps=40, batch_size=16, lr=1e-3), ("lm", "logits"), context)
-    exported_alike(model, tmp_path / "fp32")
+    assert answered_alike(model, tmp_path / "fp32").all()
     model, _ = quantize(Quantize(steps=2, batch_size=16, calibrate=32, losses=["logits"]), model, context)
     names = {name.split(".")[0] for name in model.quantization["modules"]}
     assert names == {"visual_encoder", "text_encoder", "text_decoder"}
-    exported_alike(model, tmp_path / "int8")
+    assert answered_alike(model, tmp_path / "int8").mean() > 0.9
 
 
-def exported_alike(model, home):
-    folder = save_artifact(artifact_from_model(model, ({"stage": "x", "hash": "abc"},), {}), home / "x")
-    again = model_from_artifact(folder)
-    exported = onnx_from_artifact(folder, home / "export", OnnxSettings(), SETS)
-    assert set(exported.graphs) == {"image", "question", "answer"} and exported.precision == home.name
-    files = {name: run_from_onnx(exported.onnx(name)) for name in exported.graphs}
-    same = [a == b for a, b in zip(answered(files, again), answered(runs_of(again), again), strict=True)]
-    assert all(same) if home.name == "fp32" else np.mean(same) > 0.9
-    macs = {
-        row["tower"]: row["macs"]
-        for row in layer_costs(again)
-        if ".layers." in row["name"] or ".blocks." in row["name"]
-    }
-    assert set(macs) == {"image", "question", "answer"} and min(macs.values()) > 0
+def answered_alike(model, home):
+    """Return which questions have the same answer by the files as in torch."""
+    again, files = exported(model, SETS, home)
+    assert set(files) == {"image", "question", "answer"}
+    return np.asarray(answered(files, again)) == np.asarray(answered(runs_of(again), again))
 
 
 def test_upops_search_cuts_it(trained, context):
-    settings = Prune(
-        budget={"upop": 0.5}, criterion="upop", losses=["lm"], steps=8, batch_size=8, lr=1e-4, update_every=2,
-        align={"head_dim": 1, "ffn": 1}, min_keep={"head_dim": 0, "ffn": 0},
-    )  # fmt: skip
-    model, details = prune(settings, trained.copy(), context)
+    model, details = prune(Prune(**CUT_BY_UPOP, losses=["lm"], steps=8), trained.copy(), context)
     assert (
         0.4 < details["block_params_kept"] < 0.75
     )  # 36 hidden units cost as much as a head dim there, which is not so here
