@@ -31,6 +31,7 @@ from clipress.export import merge, metadata, onnx_file, parity
 from clipress.export.int8_graph import is_portable
 from clipress.export.precision import lower
 from clipress.export.settings import OnnxSettings
+from clipress.metrics.evaluate import encode_texts
 from clipress.metrics.zeroshot import embed_labels, label_probabilities
 from clipress.runtime.export_folder import Exported, read_export
 from clipress.runtime.graph import Arrays, Run
@@ -91,13 +92,8 @@ def files_of(exported: Exported) -> dict[tuple[str, str], Path]:
 
 def label_embeddings(exported: Exported, labels: Sequence[str], templates: Sequence[str]) -> np.ndarray:
     """Return one unit vector per label, float32 [C, D], from the text graph: the mean over the templates."""
-    encode, tokenize = encoder({TEXT: run_from_onnx(exported.onnx(TEXT))}, TEXT), exported.tokenize()
-
-    def encode_all(prompts: Sequence[str]) -> np.ndarray:
-        parts = (prompts[start : start + PROMPTS] for start in range(0, len(prompts), PROMPTS))
-        return np.concatenate([encode(tokenize(part)) for part in parts])
-
-    return embed_labels(encode_all, labels, templates)
+    encode = encoder({TEXT: run_from_onnx(exported.onnx(TEXT))}, TEXT)
+    return embed_labels(partial(encode_texts, encode, exported.tokenize(), batch=PROMPTS), labels, templates)
 
 
 def _wanted(exported: Exported, settings: OnnxSettings) -> list[ExtraModel]:

@@ -44,6 +44,7 @@ MODULES = {
     "vision_model.head.mlp.fc1": f"{TRUNK}attn_pool.mlp.fc1",
     "vision_model.head.mlp.fc2": f"{TRUNK}attn_pool.mlp.fc2",
 }
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 POOL = "vision_model.head.attention.in_proj_"
 BLOCK = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 TEXT = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2"} | {
@@ -214,7 +215,7 @@ def renamed(state: State) -> dict[str, Tensor]:
         if block := BLOCK.fullmatch(name):
             side, number, inside, kind = block.groups()
             own = f"text.transformer.resblocks.{number}." if side == "text" else f"{TRUNK}blocks.{number}."
-            if inside in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            if inside in QKV:
                 joined = f"attn.in_proj_{kind}" if side == "text" else f"attn.qkv.{kind}"
                 parts.setdefault(own + joined, {})[inside] = tensor
             else:
@@ -230,11 +231,15 @@ def renamed(state: State) -> dict[str, Tensor]:
     positions = f"{TRUNK}pos_embed"
     if positions in found and found[positions].ndim == 2:
         found[positions] = found[positions][None]
+    return found | joined_qkv(parts)
+
+
+def joined_qkv(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return q, k and v of every attention as one tensor, by its name. Raises ArtifactError where one of them is missing."""
     for name, own in parts.items():
-        if len(own) < 3:
+        if len(own) < len(QKV):
             raise ArtifactError(f"tensors of q, k and v for {name}: found {', '.join(own)} only.")
-        found[name] = torch.cat([own[f"self_attn.{letter}_proj"] for letter in "qkv"])
-    return found
+    return {name: torch.cat([own[module] for module in QKV]) for name, own in parts.items()}
 
 
 def their_names(weights: State) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
@@ -209,15 +208,11 @@ def renamed(state: State) -> dict[str, Tensor]:
         else:
             number, _, inside = name.removeprefix(block).partition(".")
             at, (module, _, kind) = f"{BLOCKS[block]}{number}.", inside.rpartition(".")
-            if module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            if module in siglip.QKV:
                 parts.setdefault(f"{at}attn.in_proj_{kind}", {})[module] = tensor
             else:
                 found[f"{at}{INSIDE.get(module, module)}.{kind}"] = tensor
-    for name, own in parts.items():
-        if len(own) < 3:
-            raise ArtifactError(f"tensors of q, k and v for {name}: found {', '.join(own)} only.")
-        found[name] = torch.cat([own[f"self_attn.{letter}_proj"] for letter in "qkv"])
-    return found
+    return found | siglip.joined_qkv(parts)
 
 
 def their_names(weights: State) -> dict[str, Tensor]:
