@@ -16,8 +16,9 @@ from typing import Annotated, Any, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from clipress.errors import RecipeError, nearest
+from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.recipe_v1 import upgrade, upgraded_path
+from clipress.storage import read_json
 
 RECIPE = "recipe.yaml"  # in a run folder: the recipe that ran
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1_000_000, 100_000, 64  # Limits of a recipe with its aliases expanded.
@@ -40,7 +41,7 @@ FolderName = Annotated[str, AfterValidator(_plain_name)]
 """A name that cannot point outside its parent folder."""
 
 
-S = TypeVar("S", bound=Section)
+S, M = TypeVar("S", bound=Section), TypeVar("M", bound=BaseModel)
 
 
 class Recipe(Section):
@@ -104,6 +105,22 @@ def first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     place, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
     return f"{place}: {message}" if place else message
+
+
+def read_typed(cls: type[M], path: Path, again: str, **more: Any) -> M:
+    """Read a JSON file that clipress wrote, as its type; `more` are fields that are not in the file.
+
+    Raises FileNotFoundError, and for a damaged file ArtifactError, which ends with `again`, what to do.
+    """
+    try:
+        found = read_json(path)
+        return cls.model_validate(found | more if isinstance(found, dict) else found)
+    except FileNotFoundError:
+        raise
+    except ValidationError as error:
+        raise ArtifactError(f"{path}, {first_problem(error)}. {again}") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}. {again}") from None
 
 
 def _section_in(annotation: Any) -> type[BaseModel]:

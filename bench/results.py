@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from clipress.artifact import read_header
 from clipress.errors import ArtifactError
-from clipress.recipe import first_problem
-from clipress.runtime.measured import MeasuredRow, Measurement
+from clipress.recipe import read_typed
+from clipress.runtime.measured import AGAIN, MeasuredRow, Measurement
 from clipress.runtime.sessions import RUNTIMES
-from clipress.storage import read_json, write_text_whole
+from clipress.storage import write_text_whole
 
 SCHEMA_VERSION = 1
 
@@ -256,15 +256,10 @@ def write_results(results: Results, folder: Path) -> Path:
 
 def read_results(path: Path) -> Results:
     """Read a results.json. Raises ArtifactError if it is missing or damaged."""
-    again = "Measure again: clipress bench RUN"
     try:
-        return Results.model_validate(read_json(path))
+        return read_typed(Results, path, AGAIN)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file. Measure first: clipress bench RUN") from None
-    except ValidationError as error:
-        raise ArtifactError(f"{path}, {first_problem(error)}. {again}") from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}. {again}") from None
 
 
 def read_kept(results: Path, run: Path, last: str, runtime: str | None = None) -> Kept | None:

@@ -12,7 +12,6 @@ from pydantic import (
     Field,
     FiniteFloat,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_serializer,
     model_validator,
 )
@@ -20,9 +19,9 @@ from pydantic import (
 from clipress.data.tokens import tokenizer_from_spec
 from clipress.data.transforms import Preprocess
 from clipress.errors import ArtifactError
-from clipress.recipe import first_problem
+from clipress.recipe import read_typed
 from clipress.runtime.graph import Graph, clip_graphs
-from clipress.storage import read_json, sha256
+from clipress.storage import sha256
 
 DESCRIPTION = "export.json"
 SCHEMA_VERSION = 1
@@ -179,15 +178,11 @@ def read_export(folder: str | Path) -> Exported:
     """Read an export folder and check the hashes of its ONNX files. Raises ArtifactError."""
     path, again = Path(folder) / DESCRIPTION, "Export it again: clipress export RUN"
     try:
-        exported = Exported.model_validate({**read_json(path), "folder": folder})
+        exported = read_typed(Exported, path, again, folder=folder)
     except FileNotFoundError:
         raise ArtifactError(
             f"{folder} is not an export folder: it has no {DESCRIPTION}. Create it with: clipress export RUN"
         ) from None
-    except ValidationError as error:
-        raise ArtifactError(f"{path}, {first_problem(error)}. {again}") from None
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}). {again}") from None
     described = [*exported.files.values(), *exported.explicit.values()]
     for file in (*described, *(file.data for file in described if file.data is not None)):
         onnx = exported.folder / file.file

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from clipress.errors import ArtifactError
-from clipress.recipe import first_problem
-from clipress.storage import read_json
+from clipress.recipe import read_typed
+
+AGAIN = "Measure again: clipress bench RUN"
 
 
 class Measurement(BaseModel):
@@ -68,14 +68,9 @@ def read_measurements(path: Path, stage: str, lineage_hash: str, backend: str) -
 
     Raises ArtifactError for a damaged file.
     """
-    again = "Measure again: clipress bench RUN"
     try:
-        rows = _File.model_validate(read_json(path)).rows
+        rows = read_typed(_File, path, AGAIN).rows
     except FileNotFoundError:
         return []
-    except ValidationError as error:
-        raise ArtifactError(f"{path}, {first_problem(error)}. {again}") from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}. {again}") from None
     wanted = (stage, backend, lineage_hash)
     return [one for row in rows if (row.stage, row.backend, row.hash) == wanted for one in row.latency]

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from clipress.errors import ArtifactError, BackendMissing, ExportError, how_to_install
-from clipress.recipe import first_problem
+from clipress.recipe import read_typed
 from clipress.runtime.cuda import Cuda, open_cuda
 from clipress.runtime.graph import Arrays
-from clipress.storage import read_json
 
 OLDEST = (10, 12)
 INSTALL = how_to_install("tensorrt")
@@ -198,17 +197,12 @@ def read_sidecar(plan: Path) -> Sidecar:
         others = ", ".join(sorted(file.name for file in plan.parent.glob("*.engine"))) or "none"
         raise ArtifactError(f"Engine {plan} does not exist; found in its folder: {others}. {again}")
     try:
-        sidecar = Sidecar.model_validate(read_json(path))
+        return read_typed(Sidecar, path, f"The engine is not loaded. {again}")
     except FileNotFoundError:
         raise ArtifactError(
             f"Engine {plan} has no {path.name} beside it. A plan is executable code and is not loaded without one. "
             f"{again}"
         ) from None
-    except ValidationError as error:
-        raise ArtifactError(f"{path}, {first_problem(error)}. The engine is not loaded. {again}") from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}). The engine is not loaded. {again}") from None
-    return sidecar
 
 
 def read_plan(plan: Path) -> tuple[bytes, Sidecar]:

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from clipress.errors import ArtifactError, DataError, import_extra, nearest
-from clipress.recipe import Section, first_problem
+from clipress.recipe import Section, read_typed
 from clipress.serve.index_files import Blocks, write_filled
 from clipress.storage import flush, locked, sha256, write_bytes_whole, write_text_whole
 from clipress.version import __version__
@@ -159,15 +159,11 @@ def read_description(folder: Path) -> Description:
     """Read an index's description. Raises ArtifactError."""
     path = folder / DESCRIPTION
     try:
-        return Description.model_validate_json(path.read_bytes())
+        return read_typed(Description, path, "Make the index again.")
     except FileNotFoundError:
         raise ArtifactError(
             f"{folder} is not an index: it has no {DESCRIPTION}. Run: clipress index IMAGES --run RUN --out {folder}"
         ) from None
-    except ValidationError as error:
-        raise ArtifactError(f"{path} is damaged: {first_problem(error)}. Make the index again.") from None
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error}.") from None
 
 
 def check_encoder(folder: Path, description: Description, lineage: str | None) -> None:

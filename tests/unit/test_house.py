@@ -38,7 +38,7 @@ ARROWS = {
     "metrics": {"data", "errors", "storage"},
     "data": FOUNDATION | {"registry"},
     "artifact": FOUNDATION,
-    "recipe": {"errors", "recipe_v1"},
+    "recipe": {"errors", "recipe_v1", "storage"},
     "recipe_v1": set(),
     "registry": {"errors"},
     "storage": {"errors"},

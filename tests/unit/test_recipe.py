@@ -5,8 +5,8 @@ import yaml
 
 from clipress.compress.plan import compress_plan_from
 from clipress.compress.stage import stages_from
-from clipress.errors import RecipeError
-from clipress.recipe import Recipe, checked, overrides_from, read_recipe, recipe_text
+from clipress.errors import ArtifactError, RecipeError
+from clipress.recipe import Recipe, Section, checked, overrides_from, read_recipe, read_typed, recipe_text
 
 TRAIN = {"steps": 1}
 
@@ -100,3 +100,20 @@ def test_artifacts_are_named_after_their_kind():
 def test_a_name_that_is_not_a_folder_name_is_refused():
     with pytest.raises(RecipeError, match="names a folder"):
         stages_from([{"distill": {"name": "../up", **TRAIN}}])
+
+
+class Described(Section):
+    count: int
+    where: str = ""
+
+
+def test_a_file_of_ours_is_read_as_its_type_with_what_it_does_not_say(tmp_path):
+    assert read_typed(Described, write(tmp_path, '{"count": 3}'), "", where="here") == Described(count=3, where="here")
+    with pytest.raises(FileNotFoundError):
+        read_typed(Described, tmp_path / "none.json", "")
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"count": "many"}', '{"count": 1, "other": 1}', "[" * 100_000])
+def test_a_damaged_file_of_ours_is_one_message_that_ends_with_what_to_do(tmp_path, content):
+    with pytest.raises(ArtifactError, match=r"^\S*r\.yaml\b.*\. Make it again\.$"):
+        read_typed(Described, write(tmp_path, content), "Make it again.")

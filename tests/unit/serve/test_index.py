@@ -201,7 +201,7 @@ def test_a_damaged_file_is_refused(tmp_path, which, harm, message):
 def test_a_damaged_description_is_refused(tmp_path, content):
     made(tmp_path / "index", vectors(20))
     (tmp_path / "index" / "index.json").write_text(content)
-    with pytest.raises(ArtifactError, match=r"index\.json is damaged"):
+    with pytest.raises(ArtifactError, match=r"index\.json.*Make the index again"):
         open_index(tmp_path / "index")
 
 
@@ -211,7 +211,7 @@ def test_a_description_that_names_files_elsewhere_is_refused(tmp_path):
     described = json.loads(path.read_text())
     described["keys"]["file"] = "../keys.jsonl"
     path.write_text(json.dumps(described))
-    with pytest.raises(ArtifactError, match="damaged"):
+    with pytest.raises(ArtifactError, match=r"index\.json, keys\.file: .*Make the index again"):
         open_index(tmp_path / "index")
 
 
