@@ -1,8 +1,9 @@
-"""The names that a server's models have, shared by those who write repositories and those who send requests."""
+"""The names of a server's models and their tensors, shared by those who write repositories and those who send requests."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
 
 from clipress.runtime.graph import Graph
 
@@ -13,18 +14,32 @@ SENT = {"pixel_values": IMAGE, "input_ids": TEXT}
 MODELS = {"embeddings": "{}_encoder", "logits": "{}_classifier", "masks": "{}_segmenter"}
 CHAINS = {"embeddings": "embed_{}", "logits": "score_{}", "masks": "score_patches_of_{}"}
 CAPTION, ANSWER, JUDGE, MATCH = "caption", "answer", "judge", "match"
+OTHER_IMAGE, QUESTION, ANSWERS, STATEMENT = "other_image", "question", "answers", "statement"
+PROBABILITY = "probability"
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a BLIP is for: the graphs that it has, and what its model takes and gives."""
+
+    graphs: Set[str]
+    takes: tuple[str, ...]
+    """Lists, with one of each per row; only `ANSWERS` is for all rows, and optional."""
+    gives: str
+
+
 USES = {
-    CAPTION: {IMAGE, "memory", "decode"},
-    ANSWER: {IMAGE, "question", "answer"},
-    JUDGE: {IMAGE, "reason"},
-    MATCH: {IMAGE, TEXT, "match"},
+    CAPTION: Use({IMAGE, "memory", "decode"}, (IMAGE,), "caption"),
+    ANSWER: Use({IMAGE, "question", "answer"}, (IMAGE, QUESTION, ANSWERS), "answer"),
+    JUDGE: Use({IMAGE, "reason"}, (IMAGE, OTHER_IMAGE, STATEMENT), PROBABILITY),
+    MATCH: Use({IMAGE, TEXT, "match"}, (IMAGE, TEXT), PROBABILITY),
 }
-"""What a BLIP is for, named as its model and as the method of a LoadedModel, by the graphs that it has."""
+"""Named as the BLIP's model and as the method of a LoadedModel."""
 
 
 def use_of(graphs: Mapping[str, Graph]) -> str | None:
     """Return what a BLIP is for, one of USES; None for other models."""
-    return next((use for use, own in USES.items() if own == graphs.keys()), None)
+    return next((name for name, use in USES.items() if use.graphs == graphs.keys()), None)
 
 
 def separate(graphs: Mapping[str, Graph]) -> Mapping[str, Graph]:

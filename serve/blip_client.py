@@ -12,10 +12,22 @@ from clipress.data.spec import CANDIDATES
 from clipress.errors import DataError
 from clipress.metrics.blip import LOGITS, STATES
 from clipress.metrics.retrieval import finite
-from clipress.runtime.served import ANSWER, CAPTION, IMAGE, JUDGE, MATCH, TEXT, USES
+from clipress.runtime.served import (
+    ANSWER,
+    ANSWERS,
+    CAPTION,
+    IMAGE,
+    JUDGE,
+    MATCH,
+    OTHER_IMAGE,
+    PROBABILITY,
+    QUESTION,
+    STATEMENT,
+    TEXT,
+    USES,
+)
 from clipress.serve.blip import rank_images
 from clipress.serve.client import Answer, Client, bytes_of, strings
-from clipress.serve.triton_blip import ANSWERS, FORMS, OTHER_IMAGE, PROBABILITY, QUESTION, STATEMENT
 
 if TYPE_CHECKING:
     from clipress.serve.images import ImageFile
@@ -70,7 +82,7 @@ class BlipClient(Client):
 
     def _written(self, model: str, images: Iterable[ImageFile], fixed: dict[str, np.ndarray]) -> Iterator[Answer]:
         async def send(files: Sequence[bytes]) -> list[str]:
-            found = await self._infer(model, {IMAGE: strings(files), **fixed}, FORMS[model].gives)
+            found = await self._infer(model, {IMAGE: strings(files), **fixed}, USES[model].gives)
             return [text.decode() for text in found]
 
         return self._answers(images, send, 1, IMAGE)

@@ -8,13 +8,12 @@ match     image, text -> probability that they belong together; of a BLIP for re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from clipress.errors import ExportError
 from clipress.runtime.export_folder import DESCRIPTION, Exported
-from clipress.runtime.served import ANSWER, CAPTION, JUDGE, MATCH
-from clipress.serve.graphs import IMAGE, TEXT, is_whole, use_in_words, use_of
+from clipress.runtime.served import ANSWER, ANSWERS, CAPTION, JUDGE, MATCH, PROBABILITY, USES
+from clipress.serve.graphs import IMAGE, is_whole, use_in_words, use_of
 from clipress.serve.sizing import helpers
 from clipress.serve.triton_files import Files
 from clipress.serve.triton_parts import FP32, STRING, Served, add_instances, begin, limit_rate, set_parameters
@@ -22,64 +21,33 @@ from clipress.serve.triton_parts import FP32, STRING, Served, add_instances, beg
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-OTHER_IMAGE, QUESTION, ANSWERS, STATEMENT, PROBABILITY = (
-    "other_image",
-    "question",
-    "answers",
-    "statement",
-    "probability",
-)
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a model takes and gives: one of each per row; only `ANSWERS` is for all rows."""
-
-    takes: tuple[str, ...]
-    gives: str
-    program: tuple[str, str] = ("", "")
-    """Of the README: what it does, and the requests of a program that does it."""
-
-
-FORMS = {
-    CAPTION: Form(
-        (IMAGE,),
-        "caption",
-        (
-            "Captions of images, as `python caption.py IMAGE IMAGE ...`",
-            """\
+PROGRAMS = {
+    CAPTION: (
+        "Captions of images, as `python caption.py IMAGE IMAGE ...`",
+        """\
 images = column("image", [pathlib.Path(path).read_bytes() for path in sys.argv[1:]])
 for text in client.infer("caption", [images]).as_numpy("caption"):
     print(text.decode())""",
-        ),
     ),
-    ANSWER: Form(
-        (IMAGE, QUESTION, ANSWERS),
-        "answer",
-        (
-            "The answer to a question about an image, as `python answer.py IMAGE QUESTION [ANSWER ANSWER ...]`",
-            """\
+    ANSWER: (
+        "The answer to a question about an image, as `python answer.py IMAGE QUESTION [ANSWER ANSWER ...]`",
+        """\
 path, question, *answers = sys.argv[1:]
 asked = [column("image", [pathlib.Path(path).read_bytes()]), column("question", [question.encode()])]
 if answers:  # to choose from; without them it is written
     asked.append(column("answers", [answer.encode() for answer in answers]))
 print(client.infer("answer", asked).as_numpy("answer")[0].decode())""",
-        ),
     ),
-    JUDGE: Form(
-        (IMAGE, OTHER_IMAGE, STATEMENT),
-        PROBABILITY,
-        (
-            "Whether a statement about two images is true, as `python judge.py IMAGE IMAGE STATEMENT`",
-            """\
+    JUDGE: (
+        "Whether a statement about two images is true, as `python judge.py IMAGE IMAGE STATEMENT`",
+        """\
 first, second, statement = sys.argv[1:]
 images = [column(name, [pathlib.Path(path).read_bytes()]) for name, path in (("image", first), ("other_image", second))]
 answer = client.infer("judge", [*images, column("statement", [statement.encode()])])
 print(f"{answer.as_numpy('probability')[0]:.1%} likely to be true")""",
-        ),
     ),
-    MATCH: Form((IMAGE, TEXT), PROBABILITY),
 }
+"""Of the README: what a program does, and its requests."""
 
 
 def blip_config(served: Served) -> ModelConfig | None:
@@ -88,9 +56,9 @@ def blip_config(served: Served) -> ModelConfig | None:
     if use is None:
         return None
     config = begin(use, "python", 0)
-    for name in FORMS[use].takes:
+    for name in USES[use].takes:
         config.input.add(name=name, data_type=STRING, dims=[-1], optional=name == ANSWERS)
-    gives = FORMS[use].gives
+    gives = USES[use].gives
     config.output.add(name=gives, data_type=FP32 if gives == PROBABILITY else STRING, dims=[-1])
     if is_whole(exported):
         add_instances(config, served.sizes[IMAGE].instances)
@@ -128,7 +96,7 @@ def blip_row(exported: Exported) -> tuple[str, str, str]:
     use = use_of(exported)
     takes = [
         f"`{name}` BYTES [A] (optional, to choose from)" if name == ANSWERS else f"`{name}` BYTES [N]"
-        for name in FORMS[use].takes
+        for name in USES[use].takes
     ]
-    kind = "FP32" if FORMS[use].gives == PROBABILITY else "BYTES"
-    return f"`{use}`", ", ".join(takes), f"`{FORMS[use].gives}` {kind} [N]"
+    kind = "FP32" if USES[use].gives == PROBABILITY else "BYTES"
+    return f"`{use}`", ", ".join(takes), f"`{USES[use].gives}` {kind} [N]"

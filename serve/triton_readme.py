@@ -26,7 +26,7 @@ from clipress.serve.graphs import (
     use_in_words,
     use_of,
 )
-from clipress.serve.triton_blip import FORMS, blip_row
+from clipress.serve.triton_blip import PROGRAMS, blip_row
 from clipress.serve.triton_parts import Served
 
 README = Template("""\
@@ -275,7 +275,7 @@ def _program(exported: Exported) -> str:
         title = "What is where in an image, as `python segment.py IMAGE`"
         return PROGRAM.substitute(title=title, request=SEGMENTER, others=OTHERS)
     if is_whole(exported):
-        title, request = FORMS[use_of(exported)].program
+        title, request = PROGRAMS[use_of(exported)]
         return PROGRAM.substitute(title=title, request=request, others="")
     return ""
 
