@@ -95,7 +95,7 @@ def _cpus(text: str | None) -> list[int] | None:
     "--model",
     "models",
     multiple=True,
-    help="embed_image, image_encoder or embed_text; repeatable.  [default: all]",
+    help="A model, such as embed_image, image_encoder, embed_text or caption; repeatable.  [default: all]",
 )
 @click.option("--concurrency", help="Concurrent requests, such as 1,8,32 or 1:32, which doubles.  [default: 1,8,32]")
 @click.option("--request-rate", help="Requests per second, open loop, such as 100,200 or 100:500:100.")
@@ -127,7 +127,7 @@ def bench_server(
     """Measure a Triton server under load.
 
     Without --url, a server is started for RUN's repository and stopped afterwards. Requests contain RUN's test images
-    and texts that are all different.
+    and texts that are all different; those of a BLIP's models contain test images with their own texts.
     """
     from clipress.workflow.bench_server import LoadRequest, Windows, bench_run_server
 

@@ -107,6 +107,13 @@ class EvalSet:
         if not self.source.has_texts:
             raise RecipeError(f"data: {self.name} has no captions to compare with. Use data with texts.")
 
+    def require_pairs(self) -> None:
+        """Raise RecipeError for data without pairs of images."""
+        if not getattr(self.source, "has_pairs", False):
+            raise RecipeError(
+                f"data: {self.name} has no pairs of images, which statements are about. Use data of the format nlvr2."
+            )
+
     def first_texts(self, count: int) -> list[str]:
         """Return a caption of each of the first images. Raises RecipeError for images alone."""
         self.require_texts()

@@ -36,7 +36,7 @@ import numpy as np
 
 from clipress.bench.server.load import Measured, Windows, latency_figures, measure, numbered, run
 from clipress.bench.server.protocols import RequestTemplate, checked_sender, open_wire
-from clipress.bench.server.requests import IMAGES, request_templates
+from clipress.bench.server.requests import RECORDS, request_templates
 from clipress.bench.server.results import Load
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
@@ -123,7 +123,8 @@ async def loaded(address: str, template: RequestTemplate, load: Load, windows: W
 def bare(export: Path, template: RequestTemplate) -> float:
     """Return the median in ms of bare ONNX Runtime on the same rows."""
     session = open_session(read_export(export).onnx(IMAGE), 1)
-    rows = [np.frombuffer(template.content(n), np.float32).reshape(template.shape) for n in range(8)]
+    pixels = template.inputs[INPUTS[IMAGE]]
+    rows = [np.frombuffer(pixels.content(n), np.float32).reshape(pixels.shape) for n in range(8)]
     times = []
     for number in range(2000):
         start = time.perf_counter()
@@ -344,7 +345,8 @@ def main(folder: str, rounds: str = "7", seconds: str = "300") -> None:
             triton = json.load(metadata)["version"]
         rows = turns(served, made, export, int(rounds))
         most = middle_of(rows, "generated", SOAKED, max(CONCURRENCY), "infer_per_s")
-        expected = answers(exported, [made[SOAKED].content(number)[4:] for number in range(IMAGES)])
+        files = made[SOAKED].inputs[IMAGE]
+        expected = answers(exported, [files.content(number)[4:] for number in range(RECORDS)])
         figures, seconds_rows = soak(
             served["generated"], made[SOAKED], SHARE * most, float(seconds), expected, servers["generated"][1]
         )

@@ -75,7 +75,7 @@ class Nlvr(BlipTask):
 
     def samples(self, sets: Sequence[EvalSet], preprocess: Preprocess, tokenize: Tokenize | None) -> dict[str, Arrays]:
         for one in sets:
-            _refuse_without_pairs(one)
+            one.require_pairs()
         first = sample_images(sets, preprocess)
         second = [next(one.pixel_batches(preprocess, SAMPLES, others=True)) for one in sets]
         ids = tokenize(sample_texts(sets, first))
@@ -90,20 +90,13 @@ class Nlvr(BlipTask):
     ) -> dict[str, Outcomes]:
         results: dict[str, Outcomes] = {}
         for one in sets:
-            _refuse_without_pairs(one)
+            one.require_pairs()
             logits = logits_of(run, one, preprocess, tokenize)
             results[f"{one.name}/accuracy"] = score_logits(logits, one.labels())["top1"]
         return results
 
     def lesson(self, job: TrainingJob) -> NlvrLesson:
         return NlvrLesson(job)
-
-
-def _refuse_without_pairs(one: EvalSet) -> None:
-    if not getattr(one.source, "has_pairs", False):
-        raise RecipeError(
-            f"data: {one.name} has no pairs of images. Evaluating statements requires them; use data of the format nlvr2."
-        )
 
 
 def logits_of(run: Mapping[str, Run], one: EvalSet, preprocess: Preprocess, tokenize: Tokenize) -> np.ndarray:

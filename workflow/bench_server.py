@@ -16,7 +16,6 @@ from clipress.errors import RecipeError, nearest
 from clipress.progress import Say
 from clipress.recipe import overridden
 from clipress.runtime.export_folder import read_export
-from clipress.runtime.served import separate
 from clipress.serve.client import address_from
 from clipress.serve.triton_install import find_triton
 from clipress.serve.triton_server import TritonServer
@@ -63,7 +62,7 @@ def bench_run_server(run: Path, request: LoadRequest, say: Say) -> MeasuredLoads
     address = address_from(request.url) if request.url else None
     plan = read_plan(run)
     stage = choose_served(run, plan, say, request.stage)
-    models = _choose_models(request.models, model_names(separate(graphs_of(model_from_artifact(run / stage))).values()))
+    models = _choose_models(request.models, model_names(graphs_of(model_from_artifact(run / stage))))
     broken_by_load(gates, places_of(models, loads))  # Unknown metrics fail before anything is measured.
     if address is None:
         export_artifacts(run, plan, [stage], say)
@@ -79,7 +78,7 @@ def bench_run_server(run: Path, request: LoadRequest, say: Say) -> MeasuredLoads
 def _choose_models(names: Sequence[str], known: Sequence[str]) -> list[str]:
     if not known:
         raise RecipeError(
-            "Expected a model that takes an image or a text alone; this run's takes images with words, or writes."
+            "Expected graphs that take images or texts, or a BLIP's; this run's have other inputs, for which there are no requests."
         )
     for name in names:
         if name not in known:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -24,18 +24,28 @@ STATISTICS = "/inference.GRPCInferenceService/ModelStatistics"
 
 
 @dataclass(frozen=True)
-class RequestTemplate:
-    """A request to a model: one input tensor of one row, with different content for every number."""
+class InputTemplate:
+    """An input tensor of one row, with different content for every number."""
 
-    model: str
-    input: str
-    """Name of the input tensor."""
-    output: str
-    """Name of the output tensor."""
     datatype: str
     shape: tuple[int, ...]
     content: Callable[[int], bytes]
     """The tensor of request n, in Triton's wire format."""
+
+
+@dataclass(frozen=True)
+class RequestTemplate:
+    """A request to a model, of one row."""
+
+    model: str
+    inputs: Mapping[str, InputTemplate]
+    """By the names of the input tensors."""
+    output: str
+    """Name of the output tensor."""
+
+    def contents(self, number: int) -> list[bytes]:
+        """Return the input tensors of a request, in their order."""
+        return [one.content(number) for one in self.inputs.values()]
 
 
 class Refused(Exception):
@@ -87,20 +97,24 @@ class Http:
         self._limit = asyncio.Semaphore(CONNECTIONS)
 
     def sender(self, template: RequestTemplate) -> Send:
+        tensors = [
+            {"name": name, "shape": one.shape, "datatype": one.datatype} for name, one in template.inputs.items()
+        ]
+
         @lru_cache
-        def head(size: int) -> bytes:
-            tensor = {"name": template.input, "shape": template.shape, "datatype": template.datatype}
+        def head(*sizes: int) -> bytes:
+            inputs = zip(tensors, sizes, strict=True)
             request = {
-                "inputs": [{**tensor, "parameters": {"binary_data_size": size}}],
+                "inputs": [{**tensor, "parameters": {"binary_data_size": size}} for tensor, size in inputs],
                 "outputs": [{"name": template.output, "parameters": {"binary_data": True}}],
             }
             text = json.dumps(request).encode()
             length = f"Inference-Header-Content-Length: {len(text)}\r\n"
-            return self._head("POST", f"models/{template.model}/infer", len(text) + size, length) + text
+            return self._head("POST", f"models/{template.model}/infer", len(text) + sum(sizes), length) + text
 
         async def send(number: int) -> bytes:
-            content = template.content(number)
-            return await self._answer(head(len(content)) + content)
+            contents = template.contents(number)
+            return await self._answer(b"".join([head(*map(len, contents)), *contents]))
 
         return send
 
@@ -200,12 +214,12 @@ class Grpc:
         from tritonclient.grpc.service_pb2 import ModelInferRequest
 
         request = ModelInferRequest(model_name=template.model)
-        request.inputs.add(name=template.input, datatype=template.datatype, shape=template.shape)
+        for name, one in template.inputs.items():
+            request.inputs.add(name=name, datatype=one.datatype, shape=one.shape)
         request.outputs.add(name=template.output)
-        request.raw_input_contents.append(b"")
 
         async def send(number: int) -> bytes:
-            request.raw_input_contents[0] = template.content(number)
+            request.raw_input_contents[:] = template.contents(number)
             try:
                 return await self._infer(request.SerializeToString())
             except AioRpcError as error:  # The error's own text is a page long.

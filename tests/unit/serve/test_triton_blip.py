@@ -17,7 +17,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException
 
 from clipress.data.transforms import as_image
-from clipress.errors import ExportError, RecipeError
+from clipress.errors import ExportError
 from clipress.serve.blip_client import BlipClient
 from clipress.serve.classify import LoadedModel
 from clipress.serve.client import Client
@@ -25,7 +25,6 @@ from clipress.serve.indexing import index_images
 from clipress.serve.settings import ServeSettings
 from clipress.serve.triton_repo import triton_repo_from_export
 from clipress.serve.triton_server import TritonServer
-from clipress.workflow.bench_server import LoadRequest, Windows, bench_run_server
 
 WHOLE = {"caption": "caption", "vqa": "answer", "nlvr": "judge"}
 
@@ -78,12 +77,6 @@ def test_a_blip_for_retrieval_has_the_models_of_a_clip_and_one_that_matches(blip
 def test_engines_of_it_are_refused(blip_exports, tmp_path):
     with pytest.raises(ExportError, match="a model that writes captions of images is served by ONNX Runtime"):
         triton_repo_from_export(blip_exports["caption"][0], tmp_path, ServeSettings(backend="tensorrt"))
-
-
-def test_a_load_needs_a_model_of_one_input(blip_exports, tmp_path):
-    run = blip_exports["caption"][0].parents[1]
-    with pytest.raises(RecipeError, match="Expected a model that takes an image or a text alone"):
-        bench_run_server(run, LoadRequest(Windows(), stage="dense"), print)
 
 
 def printed_by_the_readme(server, folder, *arguments):

@@ -22,13 +22,17 @@ from clipress.bench.server.load import (
     run,
     server_figures,
 )
-from clipress.bench.server.protocols import Refused, RequestTemplate, checked_sender, open_wire, read_statistics
-from clipress.bench.server.requests import model_names, request_templates
+from clipress.bench.server.protocols import (
+    InputTemplate,
+    Refused,
+    RequestTemplate,
+    checked_sender,
+    open_wire,
+    read_statistics,
+)
 from clipress.bench.server.results import Load, LoadResults, LoadRow, load_table, write_load
 from clipress.bench.server.run import FIGURES, PLACES, broken_by_load, loads_from, places_of
 from clipress.errors import RecipeError, ServerError
-from clipress.runtime.export_folder import read_export
-from clipress.runtime.graph import Input, Output
 
 MODELS = ["embed_image", "image_encoder", "embed_text"]
 
@@ -316,28 +320,6 @@ def test_missing_latencies_are_null_in_the_file_and_read_back(tmp_path):
         LoadRow.model_validate({**written["rows"][0], "p99": 1.0})
 
 
-def test_each_graph_of_images_or_texts_has_its_own_requests(tiny_run):
-    from clipress.data.eval_sets import evalsets
-    from clipress.data.spec import SourceSpec
-
-    exported, sets = read_export(tiny_run[0] / "export" / "int8"), evalsets([SourceSpec(format="digits", limit=3)])
-    found = request_templates(exported, sets)
-    assert found.keys() == set(MODELS)
-    assert found["embed_image"].content(0)[4:6] == b"\xff\xd8"  # This is a JPEG.
-    assert found["embed_text"].content(1) != found["embed_text"].content(2)
-    pixels = np.frombuffer(found["image_encoder"].content(0), "f").reshape(found["image_encoder"].shape)
-    # Three images alternate.
-    assert pixels.shape == (1, 3, 32, 32) and (found["image_encoder"].content(3) == pixels.tobytes())
-    assert list(found) == model_names(exported.graphs.values())
-    outputs = (Output(name="logits", shape=(10,)),)
-    scores = exported.graphs["image"].model_copy(update={"name": "photo", "outputs": outputs, "agrees": "logits"})
-    (files, rows) = request_templates(exported.model_copy(update={"graphs": {"photo": scores}}), sets).values()
-    assert (files.model, files.input, files.output) == ("score_photo", "image", "logits")
-    assert (rows.model, rows.input, rows.output) == ("photo_classifier", "pixel_values", "logits")
-    several = scores.model_copy(update={"inputs": (*scores.inputs, Input(name="ids", dtype="int64", shape=(5,)))})
-    assert model_names([several]) == []
-
-
 @pytest.fixture(scope="module")
 def server(triton, tiny_run):
     from clipress.serve.triton_server import TritonServer
@@ -346,10 +328,14 @@ def server(triton, tiny_run):
         yield server
 
 
+def template(model, takes, gives, content):
+    return RequestTemplate(model, {takes: InputTemplate("BYTES", (1, 1), content)}, gives)
+
+
 TEMPLATES = {
-    "good": RequestTemplate("tokenize", "text", "input_ids", "BYTES", (1, 1), lambda n: b"\x08\0\0\0%08d" % n),
-    "bad": RequestTemplate("embed_image", "image", "image_embeds", "BYTES", (1, 1), lambda n: b"\x02\0\0\0no"),
-    "unknown": RequestTemplate("nobody", "text", "input_ids", "BYTES", (1, 1), lambda n: b"\x01\0\0\0a"),
+    "good": template("tokenize", "text", "input_ids", lambda n: b"\x08\0\0\0%08d" % n),
+    "bad": template("embed_image", "image", "image_embeds", lambda n: b"\x02\0\0\0no"),
+    "unknown": template("nobody", "text", "input_ids", lambda n: b"\x01\0\0\0a"),
 }
 
 
