@@ -38,6 +38,7 @@ LIMIT = 1 << 22
 BIG_VISION = (".npz", ".npy")  # SigLIP's own files, which open_clip reads
 STAND_IN = {"context_length": 2, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
 """A text tower in the place of one that open_clip would fetch from the hub."""
+UNPUBLISHED = "no weights of this model are published whose preprocessing is known"
 log = logging.getLogger("clipress.models")
 
 
@@ -194,6 +195,8 @@ def model_from_open_clip(
         elif has_choice:
             weights = weights_from_file(Path(pretrained), which).state
             config = mobileclip.with_own_keys(config, weights)
+            if not NOTES.isdisjoint(weights):  # OpenAI's own file, whatever the name says of its activation
+                config["quick_gelu"] = True
             model = build_weightless(lambda: build(config))
             _load_weights(model, weights)
         else:
@@ -247,7 +250,7 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def agreed_preprocess(name: str) -> dict[str, Any]:
     """Return the preprocessing that all published weights of an open_clip model share.
 
-    Where they differ, open_clip's default is the best guess, and that is said.
+    Where they differ, or there are none, open_clip's default is the best guess, and that is said.
     """
     import open_clip
 
@@ -255,11 +258,11 @@ def agreed_preprocess(name: str) -> dict[str, Any]:
     first, *others = configs or [{}]
     keys = sorted(Preprocess.model_fields.keys() & first.keys() - {"size"})
     agreed = {key: first[key] for key in keys if all(other.get(key) == first[key] for other in others)}
-    if guessed := [key for key in keys if key not in agreed]:
+    guessed = ", ".join(key for key in keys if key not in agreed)
+    if guessed or not configs:
         log.warning(
-            "%s: published weights of this model differ in %s; open_clip's default is used. If yours differ, say so: import "
-            "a folder with open_clip_config.json.",
-            *(name, ", ".join(guessed)),
+            "%s: %s; open_clip's default is used. If yours differ, say so: import a folder with open_clip_config.json.",
+            *(name, f"published weights of this model differ in {guessed}" if guessed else UNPUBLISHED),
         )
     return agreed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ TRAINERS = ("model.", "clip.")  # attributes that hold the CLIP in a larger modu
 LEFT_OVERS = {"attn_mask", "position_ids"}  # buffers of older versions, which every model makes for itself
 MAX_SIDE, MAX_TENSORS, MAX_BYTES, MAX_DEPTH = 1 << 20, 1 << 16, 32_000_000_000, 64
 
+log = logging.getLogger("clipress.models")
 State = Mapping[str, Tensor]
 Which = Literal["raw", "ema"]
 
@@ -83,6 +85,11 @@ def weights_from_files(paths: Sequence[Path], which: Which | None = None) -> Wei
     for name, tensor in weights.items():
         if tensor.is_floating_point() and tensor.element_size() < 4:  # one by one, each in place of the file's own
             weights[name] = tensor.float()
+    if others and which is None:
+        log.warning(
+            "%s: raw weights are used (entry %s); it has averaged ones too (%s). Choose with --weights, or 'weights' in a recipe.",
+            *(paths[0], ".".join(entries), ", ".join(others)),
+        )
     state, prefix, left_out = without_prefixes(weights)
     return Weights(state, entries, others, prefix, left_out)
 

@@ -5,6 +5,7 @@ To add a format: a file in this package with an `Importer`, registered with `@IM
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from clipress.artifact import Artifact
 from clipress.errors import ArtifactError, RecipeError, nearest
 from clipress.models.importers import lora
-from clipress.models.importers.base import IMPORTERS, Importer
+from clipress.models.importers.base import IMPORTERS, UNTOLD, UNTOLD_BY_FOLDER, Importer
 from clipress.models.load import Model, artifact_from_model, model_from_open_clip
 from clipress.models.weights_file import State, Which, weights_from_file, weights_from_files
 from clipress.recipe import digest
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 LOCAL = "local-dir:"  # open_clip's own way to name a folder
+log = logging.getLogger("clipress.models")
 INSIDE = "0_CLIPModel"  # where sentence-transformers keeps a CLIP
 
 
@@ -57,7 +59,8 @@ def import_checkpoint(
 
     Args:
         path: a file (.pt, .pth, .bin, .safetensors, a TorchScript archive), or a folder of open_clip's, of transformers'
-            or of sentence-transformers, or one with an adapter of PEFT.
+            or of sentence-transformers, or one with an adapter of PEFT. Weights named as in such a folder are read
+            with the config beside them.
         form: a name in `IMPORTERS`; `auto` detects the format from the weights.
         model: an open_clip model name, where the file does not determine its architecture; of a pretrained BLIP, a task.
         which: raw weights or averaged ones; None: raw ones if the file has any.
@@ -90,7 +93,12 @@ def model_named(name: str, checkpoint: str | None, where: str, which: Which | No
         raise ArtifactError(f"{where}: expected a folder at {folder}, found none. Check the path in '{name}'.")
     if lora.is_adapter(folder):  # A run is known by the files that it starts from, and the base is elsewhere.
         raise RecipeError(f"{where}: {folder} holds an adapter. Run `clipress import` first, and use that artifact.")
-    return import_checkpoint(folder, which=which)
+    found = _imported(folder, "auto", None, which, None)
+    if found.preprocess.startswith((UNTOLD, UNTOLD_BY_FOLDER)):
+        log.warning(
+            "%s: preprocessing is %s. If yours differs, add it to the folder's config.", where, found.preprocess
+        )
+    return found.model
 
 
 def artifact_from_checkpoint(
@@ -147,9 +155,13 @@ def _imported(path: Path, form: str, model: str | None, which: Which | None, bas
             return _of_folder(path, form, which)
         weights = weights_from_file(path, which)
         used = detected(weights.state) if form == "auto" else form
-        importer = IMPORTERS[used](path.parent)
-        made = importer.model_from_state(weights.state, model)
-        return _Imported(made, used, weights.described(), [path], importer.preprocess_source(None, model))
+        importer, folder = IMPORTERS[used](path.parent), None
+        if model is None and path.name in importer.folder_weights and path.with_name(importer.folder_config).is_file():
+            folder = path.parent  # whose config tells what the file does not
+            made = importer.model_from_folder(folder, weights.state)
+        else:
+            made = importer.model_from_state(weights.state, model)
+        return _Imported(made, used, weights.described(), [path], importer.preprocess_source(folder, model))
     except (ArtifactError, RecipeError) as error:
         raise type(error)(f"Checkpoint {path}: {error}") from None
 

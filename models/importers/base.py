@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from clipress.models.load import Model
 
 
-UNTOLD, PUBLISHED, FROM_FILE = "CLIP's own, since the files do not say", "as published with {}", "from {}"
+PUBLISHED, FROM_FILE = "as published with {}", "from {}"
+UNTOLD, UNTOLD_BY_FOLDER = "CLIP's own, since the files do not say", "its kind's own, since the folder does not say"
 """Where preprocessing comes from."""
 
 

@@ -17,7 +17,7 @@ from clipress.data import packed_tokenizer
 from clipress.data.bpe import SPECIAL, ClipBpe
 from clipress.errors import ArtifactError
 from clipress.models.importers import bert_clip, siglip
-from clipress.models.importers.base import FROM_FILE, IMPORTERS, Importer
+from clipress.models.importers.base import FROM_FILE, IMPORTERS, UNTOLD_BY_FOLDER, Importer
 from clipress.models.importers.openai import model_from_weights
 from clipress.models.load import Model
 from clipress.models.weights_file import State
@@ -132,7 +132,7 @@ class Transformers(Importer):
 
     def preprocess_source(self, folder: Path | None, model_name: str | None) -> str:
         found = next((name for name in PROCESSORS if folder is not None and (folder / name).is_file()), None)
-        source = FROM_FILE.format(found) if found else "its kind's own, since the folder does not say"
+        source = FROM_FILE.format(found) if found else UNTOLD_BY_FOLDER
         if folder is not None and _read(folder / self.folder_config).get("model_type") == "siglip2":
             return f"{source}, but stretched to one square size, where NaFlex keeps an image's shape"
         return source

@@ -300,9 +300,21 @@ def test_a_folder_of_another_model_is_refused(folder, change, message):
         import_checkpoint(folder)
 
 
+@pytest.mark.parametrize("form", ["auto", "transformers"])
+def test_its_weights_are_read_with_the_config_beside_them(folder, stock, form):
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    model = import_checkpoint(folder / "model.safetensors", form)
+    assert_same(model, stock)
+    assert model.preprocess.mean == (0.1, 0.2, 0.3)
+    made = artifact_from_checkpoint(folder / "model.safetensors")
+    assert made.lineage[0]["preprocess"] == "from preprocessor_config.json"
+    assert made.hash == artifact_from_checkpoint(folder).hash
+
+
 def test_its_weights_without_their_folder_are_refused_with_what_is_needed(folder):
+    shutil.copy(folder / "model.safetensors", folder / "alone.safetensors")
     with pytest.raises(ArtifactError, match=r"Import the folder that also holds config\.json"):
-        import_checkpoint(folder / "model.safetensors")
+        import_checkpoint(folder / "alone.safetensors")
     with pytest.raises(RecipeError, match="format 'upop' has no folders"):
         import_checkpoint(folder, "upop")
     with pytest.raises(RecipeError, match="expected no model name, found 'ViT-B-32'"):

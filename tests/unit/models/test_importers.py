@@ -394,6 +394,14 @@ def folder(tmp_path):
     return tmp_path / "hub"
 
 
+def test_a_hub_folders_file_is_read_with_the_config_beside_it(folder):
+    made, whole = (artifact_from_checkpoint(path) for path in (folder / "open_clip_model.safetensors", folder))
+    assert made.hash == whole.hash and made.lineage[0]["preprocess"] == "from open_clip_config.json"
+    (folder / "open_clip_config.json").unlink()
+    with pytest.raises(ArtifactError, match="Pass the open_clip model name"):
+        artifact_from_checkpoint(folder / "open_clip_model.safetensors")
+
+
 def test_a_hub_folder_with_a_tower_of_timm_is_read(tmp_path):
     vision = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 160}
     config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": dict(TEXT), "custom_text": True}
@@ -480,6 +488,24 @@ def test_a_teachers_weights_file_gets_the_preprocessing_of_its_models_published_
     assert published.items() <= model.preprocess.model_dump().items() and model.preprocess.size == 32
 
 
+def test_a_teachers_preprocessing_that_nobody_knows_is_said(name, tmp_path, caplog):
+    torch.save(source().state_dict(), tmp_path / "own.pt")
+    model_from_open_clip(name, str(tmp_path / "own.pt"))
+    assert (
+        f"{name}: no weights of this model are published whose preprocessing is known; open_clip's default"
+        in caplog.text
+    )
+    caplog.clear()
+    save_for_open_clip(new_model(tiny_architecture(), 0), tmp_path / "hub")
+    teacher = TeacherSpec(model=f"local-dir:{tmp_path / 'hub'}")
+    load_teacher(teacher, "clip", print)
+    assert "preprocessing" not in caplog.text
+    path = tmp_path / "hub" / "open_clip_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "preprocess_cfg": {}}))
+    load_teacher(teacher, "clip", print)
+    assert "teacher: preprocessing is CLIP's own, since the files do not say." in caplog.text
+
+
 # files that are not weights
 
 
@@ -541,6 +567,11 @@ WRAPPED = {
         "entry model.ema_state_dict",
     ),
     "compiled, within DDP, and blocks compiled": (compiled, None, "entry model_state_dict"),
+    "DDP within torch.compile": (
+        lambda state: {"model": {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}},
+        None,
+        "entry model",
+    ),
     "Lightning, in an attribute of an attribute": (
         lightning,
         None,
@@ -605,6 +636,18 @@ def test_averaged_and_raw_weights_of_one_file_are_different_models(name, tmp_pat
     raw, ema = (artifact_from_checkpoint(tmp_path / "both.pt", "open_clip", name, which) for which in ("raw", "ema"))
     assert not raw.weights["visual.proj"].any() and ema.weights["visual.proj"].any() and raw.hash != ema.hash
     assert artifact_from_checkpoint(tmp_path / "both.pt", "open_clip", name).hash == raw.hash
+
+
+def test_raw_weights_beside_averaged_ones_are_chosen_with_a_word(name, tmp_path, caplog):
+    torch.save(averaged(source().state_dict()), tmp_path / "both.pt")
+    load_teacher(TeacherSpec(model=name, checkpoint=str(tmp_path / "both.pt")), "clip", print)
+    assert (
+        "both.pt: raw weights are used (entry model); it has averaged ones too (model_ema). Choose with" in caplog.text
+    )
+    caplog.clear()
+    for which in ("raw", "ema"):
+        load_teacher(TeacherSpec(model=name, checkpoint=str(tmp_path / "both.pt"), weights=which), "clip", print)
+    assert "averaged" not in caplog.text
 
 
 def test_a_recipe_chooses_averaged_weights_of_a_teachers_or_a_students_file(name, tmp_path):
@@ -829,11 +872,19 @@ def test_a_model_name_is_refused_where_shapes_define_the_model(form, name, tmp_p
         import_checkpoint(tmp_path / "a.pt", form, name)
 
 
-@pytest.mark.parametrize(("write", "which", "taken"), [*WRAPPED.values(), (lambda s: {**s, **NOTES}, None, "")])
+@pytest.mark.parametrize(("write", "which", "taken"), WRAPPED.values())
 def test_a_teachers_weights_file_is_read_as_an_import_is(write, which, taken, name, tmp_path):
     torch.save(write(source().state_dict()), tmp_path / "teacher.pt")
     if which != "ema":
         assert_same(model_from_open_clip(name, str(tmp_path / "teacher.pt")), outputs(source()))
+
+
+def test_a_teacher_from_openais_own_file_has_its_activation_whatever_the_name_says(name, tmp_path):
+    stock = source(quick_gelu=True)
+    torch.save({**stock.state_dict(), **NOTES}, tmp_path / "ViT-B-32.pt")
+    model = model_from_open_clip(name, str(tmp_path / "ViT-B-32.pt"))
+    assert_same(model, outputs(stock))
+    assert model.architecture["quick_gelu"] is True
 
 
 def test_a_teachers_position_table_is_resized_to_its_models_image_size(name, tmp_path):
