@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from clipress.bench.latency import RENEWING, turn_ms
-from clipress.bench.results import Conditions
+from clipress.bench.results import UNREAD, Conditions
 from clipress.bench.settings import BenchSettings
-from clipress.data.eval_sets import EvalSet
+from clipress.data.eval_sets import EvalSet, unread_in
 from clipress.runtime.cpu import processor
 from clipress.version import __version__
 
@@ -25,6 +25,7 @@ def conditions(
     about: Mapping[str, Any],
 ) -> Conditions:
     """Record the conditions. `cpus` are those the measurement was pinned to; `about` has what the caller knows."""
+    unread = unread_in(sets)
     return Conditions(
         **about,
         **time_and_machine(),
@@ -47,7 +48,7 @@ def conditions(
         clock="host, from the call to the result (perf_counter)",
         transfers="none: inputs and outputs stay where the model runs",
         ratios="Hodges-Lehmann over rounds of the log ratio of medians, 95 % interval of Wilcoxon's signed ranks",
-        data={s.name: {"items": len(s.source), "fingerprint": s.source.fingerprint} for s in sets},
+        data={s.name: _described(s, unread.get(s.name)) for s in sets},
         protocol="text_rK: text for an image, any own caption counts; image_rK: image for a text; ties count as wrong; "
         "standard errors count an image and its captions as one",
     )
@@ -61,6 +62,11 @@ def time_and_machine() -> dict[str, Any]:
         **processor().record(),
         "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
     }
+
+
+def _described(one: EvalSet, unread: int | None) -> dict[str, Any]:
+    left_out = {} if unread is None else {UNREAD: unread}
+    return {"items": len(one.source), **left_out, "fingerprint": one.source.fingerprint}
 
 
 def _version(package: str) -> str | None:

@@ -17,7 +17,17 @@ from clipress.bench.report_columns import (
     speed_up_column,
 )
 from clipress.bench.report_page import render_page
-from clipress.bench.report_rows import DIRECTIONS, MEAN, Rows, cases_of, main_case, timed, timings, with_means
+from clipress.bench.report_rows import (
+    DIRECTIONS,
+    MEAN,
+    Rows,
+    cases_of,
+    main_case,
+    timed,
+    timings,
+    unread_line,
+    with_means,
+)
 from clipress.bench.results import Case, Results
 from clipress.storage import write_text_whole
 
@@ -46,7 +56,8 @@ def table(results: Results) -> str:
     about = [describe_conditions(results)]
     if any(column.head == "i->t" for column in columns):
         about.append("R@1 (%): i->t a text found for an image, t->i an image found for a text.")
-    notes = [*about, *notes, *(one.text for one in (*results.verdicts, *results.kept))]
+    unread = unread_line(results)
+    notes = [*about, *([unread] if unread else []), *notes, *(one.text for one in (*results.verdicts, *results.kept))]
     return "\n".join([*_lines(columns), "", *(line for note in notes for line in textwrap.wrap(note, WIDTH))])
 
 

@@ -23,7 +23,7 @@ from clipress.bench.report_columns import (
 )
 from clipress.bench.report_headline import headline
 from clipress.bench.report_layers import layer_columns, profile_tables
-from clipress.bench.report_rows import Rows, cases_of, main_case, overall_key, timed, with_means
+from clipress.bench.report_rows import Rows, cases_of, main_case, overall_key, timed, unread_line, with_means
 from clipress.bench.results import Case, Conditions, Results, Verdict
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -55,6 +55,7 @@ def render_page(results: Results, subtitle: str) -> str:
         "subtitle": escape(subtitle),
         "headline": headline(rows, main),
         "verdicts": _verdicts(results.verdicts),
+        "unread": f'<p class="note" id="unread">{escape(unread)}</p>' if (unread := unread_line(results)) else "",
         "data": _script_json(view),
         "table": html_table([*model_columns(rows), *timing_columns(rows, main)], "main", front),
         "latency": html_table(latency_columns(rows), "latency"),

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from statistics import fmean
 
-from clipress.bench.results import Case, Latency, Row
+from clipress.bench.results import UNREAD, Case, Latency, Results, Row
+from clipress.data.bad_records import RECORDED
 from clipress.tasks import task_named
 
 Rows = Sequence[Row]
@@ -73,6 +74,17 @@ def overall_key(rows: Rows) -> str | None:
     """Return the key of the one figure that a row is judged by: the mean over sets, or the only set's own."""
     keys = metric_keys(rows)
     return MEAN if MEAN in keys else next((key for key in keys if key.endswith(heads_of(rows))), None)
+
+
+def unread_line(results: Results) -> str | None:
+    """Return how many records of evaluation sets and of stages could not be read, in a line; None if all could."""
+    records = {
+        (one.stage, one.hash): one.model_dump().get("details") or {} for row in results.rows for one in row.lineage
+    }
+    sets = {f"{name} (left out)": about.get(UNREAD) for name, about in results.conditions.data.items()}
+    stages = {f"{stage} (replaced)": details.get(RECORDED) for (stage, _), details in records.items()}
+    found = [f"{count} in {where}" for where, count in (sets | stages).items() if count]
+    return f"Records that could not be read: {', '.join(found)}." if found else None
 
 
 def cases_of(rows: Rows) -> list[Case]:

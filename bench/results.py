@@ -16,6 +16,7 @@ from clipress.runtime.sessions import RUNTIMES
 from clipress.storage import write_text_whole
 
 SCHEMA_VERSION = 1
+UNREAD = "unread"  # of an evaluation set, how many records could not be read and were left out
 
 
 class Case(NamedTuple):
@@ -230,6 +231,7 @@ class Conditions(BaseModel):
     transfers: str | None = None
     ratios: str | None = None
     data: dict[str, Any] = Field(default_factory=dict)
+    """By evaluation set: its items, how many records were left out as `unread`, its fingerprint."""
     protocol: str | None = None
 
     def known(self) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _predict_with_run(
     import clipress
     from clipress.workflow.kept import choose_artifact
     from clipress.workflow.outline import read_outline
-    from clipress.workflow.predict import images_in, labels_from, overlays_of_masks, readable
+    from clipress.workflow.predict import classified, images_in, labels_from, overlays_of_masks, read_images
     from clipress.workflow.predict_blip import is_asked, said_of
 
     chosen = choose_artifact(run, read_outline(run), stage, partial(click.echo, err=True), "Predicting with", runtime)
@@ -126,28 +126,23 @@ def _predict_with_run(
     if model.segments and names is not None:
         raise click.UsageError("A Segmenter has its own labels: leave --labels and --labels-file out.")
     given = list(images_in(images, click.get_text_stream("stdin")))
-    files, unread = readable(given)
-    _print_unread(unread, as_json)
-    if files and is_asked(model, asked, names):
-        _print_said(said_of(model, files, asked, names), as_json)
-    elif files and model.segments:
-        _print_masks(overlays_of_masks(model, files, out or run / "predicted"), as_json)
-    elif files:
+    unread: list[str] = []
+
+    def refused(image: Path, why: str) -> None:
+        unread.append(why)
+        click.echo(json.dumps({"image": str(image), "error": why}) if as_json else why, err=not as_json)
+
+    read = read_images(given, model, refused)
+    if is_asked(model, asked, names):
+        _print_said(said_of(model, read, asked, names), as_json)
+    elif model.segments:
+        _print_masks(overlays_of_masks(model, read, out or run / "predicted"), as_json)
+    else:
         names = names or model.labels or labels_from(None, None)
-        for file, row in zip(files, model.classify(files, names, templates, softmax), strict=True):
-            click.echo(_prediction(file, names, row, as_json))
+        for image, row in classified(model, read, names, templates, softmax):
+            click.echo(_prediction(image, names, row, as_json))
     if unread:
-        raise DataError(
-            f"{len(unread)} of {len(given)} images could not be read; the first: {next(iter(unread.values()))}"
-        )
-
-
-def _print_unread(unread: Mapping[Path, str], as_json: bool) -> None:
-    for file, why in unread.items():
-        if as_json:
-            click.echo(json.dumps({"image": str(file), "error": why}))
-        else:
-            click.echo(why, err=True)
+        raise DataError(f"{len(unread)} of {len(given)} images could not be read; the first: {unread[0]}")
 
 
 def _has_bar() -> bool:
@@ -250,7 +245,8 @@ def eval_(run: Path, stage: str | None, split: str, compare: str | None, linear_
         click.echo(f"Metrics: {out}")
     if found.unread:
         records = [record for of_set in found.unread.values() for record in of_set]
-        raise DataError(f"{len(records)} records could not be read and were left out; the first: {records[0]}")
+        counted = f"{len(records)} unreadable record{'s' * (len(records) != 1)}"
+        raise DataError(f"Left out {counted}; the first: {records[0]}")
 
 
 def _metric(metric: Metric) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipress.compress.settings import Runtime, Training
+from clipress.data.bad_records import BadRecords
 from clipress.data.sources import num_captions, open_source
 from clipress.data.spec import DataSpec
 from clipress.data.teacher_cache import TeacherCache
@@ -36,6 +38,11 @@ class Context:
     title: str = ""
     say: Say = lambda _: None
     """Receives lines for the user."""
+
+    @cached_property
+    def bad_records(self) -> BadRecords:
+        """Counts the training records of this stage that cannot be read, in this process."""
+        return BadRecords(self.data.max_replaced, setting="'data.max_replaced'")
 
     def sources(self) -> list[Any]:
         """Open the training sources."""

@@ -44,7 +44,7 @@ from clipress.data.cache_files import CacheSettings
 from clipress.data.dataset import TrainingSet
 from clipress.data.padding import without_padding
 from clipress.data.sampler import Batches
-from clipress.data.sources import num_captions, open_source
+from clipress.data.sources import num_captions, open_source, readable_captions
 from clipress.data.transforms import Preprocess
 from clipress.errors import first_line
 from clipress.models import anatomy, convnets, quantizers, students, surgery
@@ -309,7 +309,8 @@ def _batch(student: Model, config: Training, terms: Mapping[str, Loss.Settings],
         return torch.zeros(count, known.shape[1], dtype=torch.int64)
 
     if data.has_texts:
-        arrays["ids"] = ids(rows, [text for one in draws[:TEXTS] for text in sources[one.source].captions(one.index)])
+        read = [readable_captions(sources[one.source], one.index) for one in draws[:TEXTS]]
+        arrays["ids"] = ids(rows, [text for texts in read for text in texts])
     if data.has_answers:
         answers = [sources[one.source].answer_weights(one.index) for one in draws]
         count = sum(map(len, answers))

@@ -19,6 +19,7 @@ from clipress.compress.fabric import to_device
 from clipress.compress.mixing import Mixing
 from clipress.compress.settings import Training
 from clipress.compress.signals import ignore_stop_signals
+from clipress.data.bad_records import BadRecords
 from clipress.data.dataset import TrainingSet
 from clipress.data.padding import without_padding
 from clipress.data.sampler import Batches
@@ -35,21 +36,28 @@ SHARED = Path("/dev/shm")  # where torch's workers put them
 
 
 class Loader:
-    """Batches on a device: arrays of `TrainingSet` as tensors, with pixels float32 [B, 3, S, S], and the list `bad`."""
+    """Batches on a device: arrays of `TrainingSet` as tensors, with pixels float32 [B, 3, S, S].
+
+    Records that could not be read are counted; the list `bad` has those that are met for the first time. Raises DataError for too
+    many.
+    """
 
     def __init__(
         self,
         loader: DataLoader,
         forms: Mapping[str, Preprocess],
         device: torch.device,
+        bad_records: BadRecords,
         mixing: Mixing | None = None,
         start: int = 0,
     ) -> None:
         self.loader, self.forms, self.device, self.mixing, self.start = loader, forms, device, mixing, start
+        self.bad_records = bad_records
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         normalise = {name: normaliser(form, self.device) for name, form in self.forms.items()}
         for step, arrays in enumerate(self.loader, self.start):
+            arrays["bad"] = self.bad_records.count(len(arrays["group"]), arrays["bad"])
             batch = {
                 name: to_device(rows, self.device) if isinstance(rows, Tensor) else rows
                 for name, rows in arrays.items()
@@ -111,7 +119,7 @@ def batches(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # a start draws from it instead of torch's own, which a checkpoint has restored
     )
-    return Loader(loader, dataset.forms, device, mixing, start)
+    return Loader(loader, dataset.forms, device, context.bad_records, mixing, start)
 
 
 def _mixing(model: Model, context: Context) -> Mixing | None:

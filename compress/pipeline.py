@@ -18,7 +18,8 @@ from clipress.compress.run_folder import lock_run_folder
 from clipress.compress.stage import Stage
 from clipress.compress.teacher_cache import caches_of
 from clipress.compress.teachers import Teacher
-from clipress.data.eval_sets import evalsets
+from clipress.data.bad_records import RECORDED
+from clipress.data.eval_sets import evalsets, unread_in
 from clipress.data.sources import fingerprint
 from clipress.data.teacher_cache import TeacherCache
 from clipress.errors import ArtifactError
@@ -107,6 +108,8 @@ class _Pipeline:
         # Loading and cutting make every parameter trainable again.
         freeze(student.model.module, self.task.towers_of_teacher(self.recipe.student))
         model, details = stage.run(student.model, context)
+        if bad := context.bad_records.different:
+            details = {**details, RECORDED: bad}
         record |= {
             "details": details,
             "seconds": round(time.perf_counter() - began, 1),
@@ -140,11 +143,14 @@ class _Pipeline:
         self.say(f"{folder.name}: {total:,} parameters, {in_blocks:,} of them in blocks -> {folder}")
 
     def _measure(self, model: Model) -> dict[str, Any]:
-        sets = self.plan.data.val
-        if not sets:
+        specs = self.plan.data.val
+        if not specs:
             return {}
-        accuracy = percents(evaluate_model(model, evalsets(sets)))
-        conditions = {"split": "val", "backend": "torch", "precision": "fp32", "data": fingerprint(sets)}
+        sets = evalsets(specs)
+        accuracy = percents(evaluate_model(model, sets))
+        conditions = {"split": "val", "backend": "torch", "precision": "fp32", "data": fingerprint(specs)}
+        if unread := unread_in(sets):
+            conditions["unread"] = unread
         return {"accuracy": {key: round(value, 3) for key, value in accuracy.items()}, "conditions": conditions}
 
     def _caches(self) -> tuple[tuple[TeacherCache, ...], ...]:

@@ -39,7 +39,7 @@ from clipress.data.cache_files import (
 )
 from clipress.data.padding import without_padding
 from clipress.data.prefetch import prefetched
-from clipress.data.sources import Source, open_source
+from clipress.data.sources import Source, open_source, readable_captions
 from clipress.data.teacher_cache import TeacherCache
 from clipress.data.transforms import Augment, View, drawn_view, normalised, size_of, viewed
 from clipress.errors import ArtifactError, DataError, RecipeError
@@ -232,7 +232,7 @@ def _captions(
     rows: dict[str, int] = {}
     captions, offsets = [], [0]
     for item in items:
-        texts = source.captions(item) if manifest.tokenizer is not None else ()
+        texts = readable_captions(source, item) if manifest.tokenizer is not None else ()
         captions += [rows.setdefault(text, len(rows)) for text in texts]
         offsets.append(len(captions))
     return rows, np.asarray(captions, np.int64), np.asarray(offsets, np.int64)
@@ -326,8 +326,9 @@ def check_cache(cache: TeacherCache, model: Model, source: Source, count: int = 
         pixels = torch.from_numpy(normalised(np.stack(images), model.preprocess))
         rows.append(("pixels", pixels, cache.images([cache.image_row(item) for item in items])))
     if source.has_texts and model.tokenizer is not None:
-        ids = without_padding(model.tokenize()([source.captions(item)[0] for item in items]), text_ends(model))
-        rows.append(("ids", torch.from_numpy(ids), cache.texts([cache.text_row(item) for item in items])))
+        first = {item: texts[0] for item in items if (texts := readable_captions(source, item))}
+        ids = without_padding(model.tokenize()(list(first.values())), text_ends(model))
+        rows.append(("ids", torch.from_numpy(ids), cache.texts([cache.text_row(item) for item in first])))
     model.module.eval()
     for name, batch, kept in rows:
         found = _raw(model, name, batch, manifest.precision).cpu().numpy()

@@ -28,7 +28,6 @@ from clipress.compress.losses import terms_from
 from clipress.compress.random import random_state, seeded, set_random_state
 from clipress.compress.settings import Training
 from clipress.compress.signals import EXIT_CODES, stop_requests
-from clipress.data.bad_records import BadRecords
 from clipress.errors import ClipressError, Stopped
 from clipress.models.load import Model
 from clipress.progress import progress_bar
@@ -118,16 +117,18 @@ def _train(
     learner = Learner(model, config, terms_from(losses, context.title), context)
     # The hooks need the final parameters, so they come after Fabric has moved or sharded the model.
     loop = Loop(learner, [*hooks, *holds_of(model)], config, context)
-    start, bad_records, agreement = loop.step, BadRecords(context.data.max_replaced), Agreement(fabric)
+    start, agreement = loop.step, Agreement(fabric)
     with (
         stop_requests() as requested,
         loop.checkpoints as checkpoints,
         _log_to(context.log, fabric, start) as log,
         progress_bar(steps, context.title, "step", initial=start, disable=not fabric.is_global_zero) as bar,
     ):
+        if loop.saved_by != fabric.world_size:
+            _report_other_processes(start, loop.saved_by, context, log)
         loader = batches(model, config, context, steps, start, whole_texts="tokens" in learner.lesson.needs, mixed=True)
         for step, arrays in enumerate(loader, start):
-            for item in bad_records.count(len(arrays["group"]), arrays.pop("bad")):
+            for item in arrays.pop("bad"):
                 log({"step": step, "bad_record": asdict(item)})
             rate = learning_rate(step, steps, config)
             loop.take_step(step, arrays, rate, log)
@@ -148,9 +149,8 @@ def _train(
                 raise _stopped(stop, step + 1, steps, bool(checkpoints.every), context.title)
         loop.settle(log)
     learner.finish()
-    details = {"bad_records": bad_records.bad} if bad_records.bad else {}
     seconds = round(time.perf_counter() - loop.began, 2)
-    return {"steps": steps, "seconds": seconds, "skipped_steps": loop.skipped, "last": loop.record, **details}
+    return {"steps": steps, "seconds": seconds, "skipped_steps": loop.skipped, "last": loop.record}
 
 
 def holds_of(model: Model) -> list[Hook]:
@@ -184,6 +184,7 @@ class Loop:
         self.learner, self.hooks, self.config, self.context = learner, hooks, config, context
         progress = _resume(learner, hooks, context)
         self.step: int = progress["step"]
+        self.saved_by: int = progress["processes"]
         self.skipped: int = progress["skipped"]
         self.record: dict[str, Any] = progress["record"]
         self.seconds: float = progress["seconds"]
@@ -272,8 +273,10 @@ def _resume(learner: Learner, hooks: Sequence[Hook], context: Context) -> dict[s
     """Restore the newest checkpoint that every process can read. Returns the progress it holds."""
     fabric = context.fabric
     for step in reversed(steps_saved(context.checkpoints, 0) if context.checkpoints else []):
-        state = load_checkpoint(context.checkpoints, step, fabric.global_rank)
-        shared = state if fabric.is_global_zero else load_checkpoint(context.checkpoints, step, 0)
+        shared = load_checkpoint(context.checkpoints, step, 0)
+        is_new = shared is not None and fabric.global_rank >= shared["world"]  # this process did not exist then
+        is_own = not (fabric.is_global_zero or is_new)
+        state = load_checkpoint(context.checkpoints, step, fabric.global_rank) if is_own else shared
         if state is not None and state["world"] != fabric.world_size and any(state["hooks"]):
             logger.warning(
                 "%s: the checkpoint was saved by %d processes, whose pruning scores cannot be redistributed over %d. "
@@ -285,9 +288,21 @@ def _resume(learner: Learner, hooks: Sequence[Hook], context: Context) -> dict[s
             learner.load_state(shared["learner"])
             for hook, kept in zip(hooks, state["hooks"], strict=True):
                 hook.load_state(kept)
-            set_random_state(state["random"])
-            return state["progress"]
-    return {"step": 0, "skipped": 0, "record": {}, "seconds": 0}
+            if not is_new:
+                set_random_state(state["random"])
+            return {**state["progress"], "processes": state["world"]}
+    return {"step": 0, "skipped": 0, "record": {}, "seconds": 0, "processes": fabric.world_size}
+
+
+def _report_other_processes(step: int, before: int, context: Context, log: Log) -> None:
+    """Report that the processes are not as many as those that saved the checkpoint."""
+    if context.fabric.is_global_zero:
+        logger.warning(
+            "%s: resumed at step %d on another number of processes (%d, before: %d). Sums are rounded in another order, so the weights "
+            "will differ slightly from those of a run on the same number.",
+            *(context.title, step, context.fabric.world_size, before),
+        )
+    log({"step": step, "processes": context.fabric.world_size, "processes_before": before})
 
 
 @contextmanager

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("clipress.data")
 ATTEMPTS = 20  # this many bad records in a row are no accident
 FEW = 20  # this many bad records are accepted in a small set, whatever their fraction
+MAX_SKIPPED_OF = "the source's 'max_skipped'"  # what sets the limit of a source
+RECORDED = "bad_records"  # the key of their number in what a stage records
 SHOWN = 5  # this many are shown while running; the log has all of them
 
 
@@ -73,21 +75,34 @@ def read_record(source: Source, index: int, draw: Sequence[int], images: bool = 
 
 
 def refuse_too_many(
-    where: object, bad: int, total: int, example: object, limit: float = MAX_SKIPPED, least: int = 0
+    where: object,
+    bad: int,
+    total: int,
+    example: object,
+    limit: float = MAX_SKIPPED,
+    least: int = 0,
+    setting: str | None = None,
 ) -> None:
-    """Raise DataError when more than `limit` of the records, and more than `least`, are bad."""
-    if bad > max(least, limit * total):
+    """Raise DataError when more than `limit` of the records, and more than `least`, are bad; a limit of 0 allows none.
+
+    `setting` is what the user may raise, such as the source's 'max_skipped'.
+    """
+    if bad > max(least if limit else 0, limit * total):
+        remedy = f"repair or remove these records, or raise {setting}" if setting else "or repair these records"
         raise DataError(
             f"{where}: {bad} of {total} records cannot be used (for example, {str(example).rstrip('.')}). At most {limit:.0%} may be bad. "
-            "Check the source's paths, repair or remove these records, or raise the source's 'max_skipped'."
+            f"Check the source's paths, {remedy}."
         )
 
 
 class BadRecords:
-    """Counts bad records during training. At most `limit` of the records read may be bad, or `least` of them."""
+    """Counts bad records as they are met. At most `limit` of the records read may be bad, or `least` of them.
 
-    def __init__(self, limit: float = MAX_REPLACED, least: int = FEW) -> None:
-        self.limit, self.least = limit, least
+    `setting` is what sets the limit.
+    """
+
+    def __init__(self, limit: float = MAX_REPLACED, least: int = FEW, setting: str | None = None) -> None:
+        self.limit, self.least, self.setting = limit, least, setting
         self.total = self.bad = 0
         self._seen: set[tuple[str, int]] = set()
 
@@ -106,5 +121,10 @@ class BadRecords:
                 if len(self._seen) <= SHOWN:
                     log.warning("data: replaced %s", record)
         if bad:
-            refuse_too_many("data", self.bad, self.total, bad[-1], self.limit, self.least)
+            refuse_too_many("data", self.bad, self.total, bad[-1], self.limit, self.least, self.setting)
         return new
+
+    @property
+    def different(self) -> int:
+        """How many records are bad; one that was read several times counts once."""
+        return len(self._seen)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from clipress.data.bad_records import FEW, refuse_too_many
+from clipress.data.bad_records import FEW, MAX_SKIPPED_OF, refuse_too_many
 from clipress.data.sources import Classes, Source, open_source
 from clipress.data.spec import CANDIDATES, MAX_SKIPPED, BeamSearch, SourceSpec
 from clipress.data.transforms import Preprocess, as_image, fitted, normalised
@@ -69,7 +69,7 @@ class EvalSet:
         sides = ["image"] * self.source.has_images + ["captions"] * self.source.has_texts
         sides += [
             what
-            for what, has in (("other_image", "has_pairs"), ("mask", "has_masks"))
+            for what, has in (("other_image", "has_pairs"), ("mask", "has_masks"), ("answers", "has_answers"))
             if getattr(self.source, has, False)
         ]
         for index in range(total):
@@ -81,9 +81,8 @@ class EvalSet:
                 log.warning("data: %s: left out %s", self.name, error)
             else:
                 kept.append(index)
-        refuse_too_many(
-            f"data: {self.name}", len(unread), total, (unread or [""])[0], self.max_skipped, FEW * (len(kept) > 0)
-        )
+        least, example = FEW if kept else 0, unread[0] if unread else ""
+        refuse_too_many(f"data: {self.name}", len(unread), total, example, self.max_skipped, least, MAX_SKIPPED_OF)
         self.source, self.unread = Readable(self.source, kept), tuple(unread)
 
     @property
@@ -119,15 +118,16 @@ class EvalSet:
         self.require_texts()
         return [self.read("captions", index)[0] for index in range(count)]
 
+    def captions(self) -> list[Sequence[str]]:
+        """Return the captions of every image. Raises RecipeError for images alone."""
+        self.require_texts()
+        return [self.read("captions", index) for index in range(len(self.source))]
+
     def texts(self) -> tuple[list[str], np.ndarray]:
         """Return every caption and the index of its image, int64 [captions]. Raises RecipeError for images alone."""
-        self.require_texts()
-        texts, owner = [], []
-        for index in range(len(self.source)):
-            captions = self.read("captions", index)
-            texts += captions
-            owner += [index] * len(captions)
-        return texts, np.asarray(owner, np.int64)
+        captions = self.captions()
+        owner = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
+        return [text for texts in captions for text in texts], owner
 
     def labels(self) -> np.ndarray:
         """Return the class of every image, or whether the statement about every pair is true, int64 [N].
@@ -138,12 +138,22 @@ class EvalSet:
             raise RecipeError(
                 f"data: {self.name} has the label of every pixel, expected one of every image. Use other data."
             )
-        label = self.source.label if getattr(self.source, "has_pairs", False) else self.source.group
-        return np.asarray([label(i) for i in range(len(self.source))], np.int64)
+        if not getattr(self.source, "has_pairs", False):
+            return self.groups()
+        return np.asarray([self.source.label(index) for index in range(len(self.source))], np.int64)
 
-    def answers(self) -> list[Sequence[str]]:
-        """Return what people answered to every question."""
-        return [self.source.answers(i) for i in range(len(self.source))]
+    def answers(self, count: int | None = None) -> list[Sequence[str]]:
+        """Return what people answered to every question, or to the first ones."""
+        return [self.read("answers", index) for index in range(len(self.source) if count is None else count)]
+
+    def groups(self) -> np.ndarray:
+        """Return the group of every record, such as the image that a question is about, int64 [N]."""
+        return np.asarray([self.source.group(index) for index in range(len(self.source))], np.int64)
+
+
+def unread_in(sets: Sequence[EvalSet]) -> dict[str, int]:
+    """Return how many records were left out of each set, by name; sets without any are not named."""
+    return {one.name: len(one.unread) for one in sets if one.unread}
 
 
 def on_readable(work: Callable[[Sequence[EvalSet]], Found], sets: Sequence[EvalSet]) -> Found:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from clipress.data.formats import images
-from clipress.data.formats.files import Files, Strings, images_under, report_skipped
+from clipress.data.formats.files import SUFFIXES, Files, Strings, images_under, report_skipped
 from clipress.data.formats.index_files import bytes_at, state_of
 from clipress.data.formats.webdataset import index_of, names_of, shard_paths
 from clipress.data.spec import SourceSpec
@@ -72,7 +72,7 @@ class _Folder:
 def _in_folder(folder: Path) -> _Folder:
     files = images.read(SourceSpec(format="images", images=folder))
     if len(files) == 0:
-        raise DataError(f"{folder}: expected images (.jpg, .png, .webp, .bmp) or shards (.tar), found none.")
+        raise DataError(f"{folder}: expected images ({', '.join(sorted(SUFFIXES))}) or shards (.tar), found none.")
     return _Folder(str(folder), files)
 
 

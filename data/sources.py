@@ -71,7 +71,15 @@ def num_captions(spec: SourceSpec) -> int:
     source = open_source(spec)
     if (known := getattr(source, "num_captions", None)) is not None:  # without reading them
         return known
-    return sum(max(len(source.captions(index)), 1) for index in range(len(source)))
+    return sum(max(len(readable_captions(source, index)), 1) for index in range(len(source)))
+
+
+def readable_captions(source: Source, index: int) -> Sequence[str]:
+    """Return the captions of an item; none if they cannot be read, since training then replaces the item."""
+    try:
+        return source.captions(index)
+    except DataError:
+        return ()
 
 
 def fingerprint(specs: Sequence[SourceSpec]) -> str:

@@ -58,7 +58,7 @@ class SourceSpec(Section):
     caption_suffixes: tuple[str, ...] = ()
     """webdataset: likewise of captions; default: txt, or json with a `caption_key`."""
     max_skipped: float = Field(MAX_SKIPPED, ge=0, le=1)
-    """Fraction of the records that may be damaged or missing; they are left out. More of them stop the work."""
+    """Fraction of the records that may be damaged or missing; they are left out. More of them stop the work; 0 allows none."""
     text_normaliser: Literal["none", "blip"] = "none"
     """blip: normalise texts as BLIP and UPop do: lower-case, most punctuation removed, the first words alone."""
     classes: Path | None = None
@@ -109,6 +109,7 @@ class DataSpec(Section):
     """Number of decoding processes for each that trains; 0 decodes in the training process. auto: 0 on a CPU, which training fills;
     on a GPU its share of the cores, as far as shared memory holds what they hand over."""
     max_replaced: float = Field(MAX_REPLACED, ge=0, le=1)
-    """Fraction of the records read during training that may be unreadable; they are replaced by others. More of them stop the run."""
+    """Fraction of the records read by a stage that may be unreadable; they are replaced by others. More of them, and more than 20,
+    stop the run; 0 allows none."""
     resize: Library = "pillow"
     """Resizing library for training: pillow gives open_clip's pixels; torch is nearly twice as fast, within one level."""

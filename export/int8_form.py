@@ -9,7 +9,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from clipress.data.bad_records import BadRecords, read_record
 from clipress.data.eval_sets import EvalSet
+from clipress.data.transforms import fitted, normalised
 from clipress.errors import ExportError
 from clipress.export.settings import OnnxSettings
 from clipress.export.static_int8 import milliseconds, static_int8_from_onnx
@@ -72,8 +74,15 @@ def _float_layers(model: Model) -> list[str]:
 
 
 def _calibration_batches(model: Model, graph: Graph, sets: Sequence[EvalSet]) -> Iterator[Arrays]:
-    """Yield as many images as the artifact was calibrated on, float32 [<=16, 3, S, S]."""
-    (images,) = graph.inputs
-    batches: Iterator[np.ndarray] = (batch for one in sets for batch in one.pixel_batches(model.preprocess, BATCH))
-    for batch in islice(batches, -(-model.quantization.get("calibrated_on", 512) // BATCH)):
-        yield {images.name: batch}
+    """Yield as many images as the artifact was calibrated on, float32 [<=16, 3, S, S]. Others replace those that cannot be read."""
+    (images,), bad = graph.inputs, BadRecords(limit=1)  # training has refused too many
+    places = (
+        (one.source, range(start, min(start + BATCH, len(one.source))))
+        for one in sets
+        for start in range(0, len(one.source), BATCH)
+    )
+    for source, indices in islice(places, -(-model.quantization.get("calibrated_on", 512) // BATCH)):
+        records = [read_record(source, index, [index], texts=False) for index in indices]
+        bad.count(len(records), [one for record in records for one in record.bad])
+        pixels = np.stack([fitted(record.image, model.preprocess) for record in records])
+        yield {images.name: normalised(pixels, model.preprocess)}

@@ -82,10 +82,13 @@ def milliseconds(files: Mapping[str, Path], graph: Graph) -> dict[str, float]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the root logger, on which the quantizer recommends what is already done."""
-    before = logging.root.level
+    """Silence the root logger, on which the quantizer recommends what is already done, but not our own below it."""
+    own = logging.getLogger("clipress")
+    before, own_before = logging.root.level, own.level
+    own.setLevel(own.getEffectiveLevel())
     logging.root.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logging.root.setLevel(before)
+        own.setLevel(own_before)

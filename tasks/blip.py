@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from clipress.data.sources import open_source
+from clipress.data.sources import open_source, readable_captions
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Preprocess
 from clipress.data.word_pieces import WordPieces, vocabulary_of, word_pieces_spec
@@ -111,7 +111,7 @@ def _texts_of(spec: SourceSpec) -> list[str]:
     """Return every text of a source: captions or questions, and answers."""
     source = open_source(spec)
     places = range(len(source))
-    texts = [text for place in places for text in source.captions(place)]
+    texts = [text for place in places for text in readable_captions(source, place)]
     if getattr(source, "has_answers", False):
         texts += [text for place in places for text in source.answers(place)]
     return texts + list(getattr(source, "candidates", None) or ())

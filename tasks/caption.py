@@ -96,9 +96,8 @@ class Caption(BlipText):
     ) -> dict[str, Outcomes]:
         results: dict[str, Outcomes] = {}
         for one in sets:
-            one.require_texts()
+            references = one.captions()
             found = captions_of(run, one, preprocess, pieces_of(tokenize))
-            references = [one.source.captions(place) for place in range(len(one.source))]
             results |= {f"{one.name}/{name}": scores for name, scores in score_captions(found, references).items()}
         return results
 

@@ -105,7 +105,7 @@ class Vqa(BlipText):
             _refuse_without_answers(one)
         parts = sample_images(sets, preprocess)
         ids = tokenize(sample_texts(sets, parts))
-        answers = [one.source.answers(i)[0] for one, taken in zip(sets, parts, strict=True) for i in range(len(taken))]
+        answers = [given[0] for one, taken in zip(sets, parts, strict=True) for given in one.answers(len(taken))]
         return {
             IMAGE: {"pixel_values": np.concatenate(parts)},
             "question": {"input_ids": ids},
@@ -124,8 +124,7 @@ class Vqa(BlipText):
         for one in sets:
             _refuse_without_answers(one)
             answers = answers_of(run, one, preprocess, tokenize)
-            images = np.asarray([one.source.group(place) for place in range(len(one.source))])
-            found = score_answers(answers, one.answers(), images)
+            found = score_answers(answers, one.answers(), one.groups())
             results |= {f"{one.name}/{metric}": outcomes for metric, outcomes in found.items()}
         return results
 

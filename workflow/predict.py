@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from clipress.data.formats.files import images_under
 from clipress.data.prompts import check_labels
-from clipress.data.transforms import open_image
+from clipress.data.transforms import fitted, open_image
 from clipress.errors import DataError
-from clipress.serve.classify import LoadedModel, label_columns, shares_among
+from clipress.serve.classify import BATCH, LoadedModel, label_columns, shares_among
 from clipress.serve.client import Answer, Client
 from clipress.serve.segment import drawn_mask, shares_of
 from clipress.storage import write_bytes_whole
+
+Read = tuple[Path, Any]
+"""An image's path, and the image."""
 
 
 @dataclass(frozen=True)
@@ -66,26 +72,36 @@ def images_in(paths: Iterable[Path], standard_input: Iterable[str] = ()) -> Iter
             yield path
 
 
-def readable(images: Iterable[Path]) -> tuple[list[Path], dict[Path, str]]:
-    """Return the images that can be read, and why the others cannot be."""
-    good, unread = [], {}
+def read_images(images: Iterable[Path], model: LoadedModel, refused: Callable[[Path, str], None]) -> Iterator[Read]:
+    """Yield the images that can be read, as the model sees them: of a Segmenter at their own size, of others uint8 [S, S, 3].
+
+    Calls `refused` with each other one and why.
+    """
     for path in images:
         try:
-            open_image(path)
+            image = open_image(path)
         except DataError as error:
-            unread[path] = str(error)
+            refused(path, str(error))
         else:
-            good.append(path)
-    return good, unread
+            yield path, image if model.segments else fitted(image, model.exported.preprocess)
+
+
+def classified(
+    model: LoadedModel, images: Iterable[Read], labels: Sequence[str], templates: Sequence[str], softmax: bool
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """Yield every image with the probabilities [C] of the labels, a batch at a time."""
+    images = iter(images)
+    while batch := list(islice(images, BATCH)):
+        paths, pixels = zip(*batch, strict=True)
+        yield from zip(paths, model.classify(pixels, labels, templates, softmax), strict=True)
 
 
 def overlays_of_masks(
-    model: LoadedModel, images: Iterable[Path], out: Path
+    model: LoadedModel, images: Iterable[Read], out: Path
 ) -> Iterator[tuple[Path, Path, dict[str, float]]]:
     """Segment images one by one. Yields an image, the PNG written to `out`, and the shares of the labels in it, largest first."""
     taken: set[str] = set()
-    for path in images:
-        image = open_image(path)
+    for path, image in images:
         (mask,) = model.segment(image)
         name = next(name for name in _names(path.stem) if name not in taken)
         taken.add(name)

@@ -15,7 +15,7 @@ from clipress.serve.blip_client import BlipClient
 from clipress.serve.classify import LoadedModel
 from clipress.serve.client import Answer
 from clipress.serve.graphs import USES
-from clipress.workflow.predict import Server
+from clipress.workflow.predict import Read, Server
 
 OPTIONS = {ANSWER: "--question", JUDGE: "--statement", MATCH: "--text"}
 
@@ -76,22 +76,29 @@ def is_asked(model: Use, asked: Asked, labels: Sequence[str] | None) -> bool:
 
 
 def said_of(
-    model: LoadedModel, images: Sequence[Path], asked: Asked, answers: Sequence[str] | None
+    model: LoadedModel, images: Iterable[Read], asked: Asked, answers: Sequence[str] | None
 ) -> Iterator[dict[str, Any]]:
     """Yield what a BLIP says: a record per image, per pair of images or per text. Raises DataError for other than two images to judge."""
     if model.use == CAPTION:
-        for image in images:
-            yield {"image": str(image), "caption": model.caption(image)[0]}
+        for path, image in images:
+            yield {"image": str(path), "caption": model.caption(image)[0]}
     elif model.use == ANSWER:
-        for image in images:
+        for path, image in images:
             (answer,) = model.answer(image, asked.question, answers)
-            yield {"image": str(image), "question": asked.question, "answer": answer}
-    elif model.use == JUDGE:
-        _require_two(images)
+            yield {"image": str(path), "question": asked.question, "answer": answer}
+    elif together := list(images):
+        yield from _said_of_all(model, *zip(*together, strict=True), asked)
+
+
+def _said_of_all(
+    model: LoadedModel, paths: Sequence[Path], images: Sequence[Any], asked: Asked
+) -> Iterator[dict[str, Any]]:
+    if model.use == JUDGE:
+        _require_two(paths)
         (probability,) = model.judge(*images, asked.statement)
-        yield _judged(images, asked.statement, probability)
+        yield _judged(paths, asked.statement, probability)
     else:
-        yield from _ranked(images, asked.texts, model.rank(images, asked.texts))
+        yield from _ranked(paths, asked.texts, model.rank(images, asked.texts))
 
 
 def said_by_server(

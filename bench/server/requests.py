@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from clipress.bench.server.protocols import InputTemplate, RequestTemplate
-from clipress.data.eval_sets import EvalSet
+from clipress.data.eval_sets import EvalSet, on_readable
 from clipress.data.transforms import Preprocess, fitted, normalised
 from clipress.runtime.export_folder import Exported
 from clipress.runtime.graph import Graph
@@ -50,8 +50,12 @@ def model_names(graphs: Mapping[str, Graph]) -> list[str]:
 def request_templates(exported: Exported, sets: Sequence[EvalSet]) -> dict[str, RequestTemplate]:
     """Return the requests to each model of an export's repository, by the model's name; see `model_names`.
 
-    Raises RecipeError for sets without the texts or pairs that a model takes, DataError for a record that cannot be read.
+    Records that cannot be read are left out. Raises RecipeError for sets without the texts or pairs that a model takes.
     """
+    return on_readable(lambda readable: _templates(exported, readable), sets)
+
+
+def _templates(exported: Exported, sets: Sequence[EvalSet]) -> dict[str, RequestTemplate]:
     records = [(one, index) for one in sets for index in range(min(RECORDS, len(one.source)))][:RECORDS]
     images = [_image(IMAGE, record) for record in records]
     found: list[RequestTemplate] = []

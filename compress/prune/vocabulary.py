@@ -24,9 +24,10 @@ from pydantic import Field, PlainSerializer
 from clipress.compress.context import Context
 from clipress.data.bpe import SIZE, needed_tokens
 from clipress.data.formats.files import lines_of
+from clipress.data.sources import readable_captions
 from clipress.data.tokens import count_tokens
 from clipress.data.vocabulary import is_reducible, kept_tokens, reduced
-from clipress.errors import DataError, RecipeError
+from clipress.errors import RecipeError
 from clipress.models import anatomy, token_table
 from clipress.models.load import Model
 from clipress.recipe import Section
@@ -135,10 +136,7 @@ def _texts(settings: Vocabulary, context: Context) -> Iterator[str]:
                 yield from classes.prompts(label)
             continue
         for item in range(len(source)) if source.has_texts else ():
-            try:
-                yield from source.captions(item)
-            except DataError:
-                continue
+            yield from readable_captions(source, item)
 
 
 def _remove_tokens(model: Model, counts: Counter[int], min_count: int) -> tuple[Model, Counter[int]]:

@@ -13,11 +13,11 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from clipress.data.bad_records import refuse_too_many
+from clipress.data.bad_records import MAX_SKIPPED_OF, refuse_too_many
 from clipress.data.formats.text import NORMALISERS
 from clipress.data.sources import Classes
 from clipress.data.spec import MAX_SKIPPED, SourceSpec
-from clipress.data.transforms import open_image
+from clipress.data.transforms import FORMATS, open_image
 from clipress.errors import DataError
 from clipress.storage import read_json
 
@@ -25,7 +25,7 @@ log = logging.getLogger("clipress.data")
 MAX_LINE, MAX_JSON = 1 << 24, 1 << 32  # bytes
 CHECKED_EVERY = 10_000  # records, so that a wrong folder is reported early
 FILES_CHECKED = 50_000  # files whose existence is checked on opening; others are found missing when they are read
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", *((".avif",) if "AVIF" in FORMATS else ())}
 
 
 def needed(path: Path | None, key: str, form: str, folder: bool = False) -> Path:
@@ -106,7 +106,7 @@ def images_under(root: Path) -> Iterator[str]:
 
 def report_skipped(origin: object, total: int, skipped: int, first: str, limit: float = MAX_SKIPPED) -> None:
     """Log how many records were skipped. Raises DataError if they are more than `limit` of all."""
-    refuse_too_many(origin, skipped, total, first, limit)
+    refuse_too_many(origin, skipped, total, first, limit, setting=MAX_SKIPPED_OF)
     if skipped:
         log.warning("%s: skipped %d of %d records; the first: %s", origin, skipped, total, first)
 
@@ -203,7 +203,10 @@ class Files:
         self.skipped += 1
         self.first_skipped = self.first_skipped or reason
         if (len(self) + self.skipped) % CHECKED_EVERY == 0:
-            refuse_too_many(self.origin, self.skipped, len(self) + self.skipped, self.first_skipped, self.max_skipped)
+            total = len(self) + self.skipped
+            refuse_too_many(
+                self.origin, self.skipped, total, self.first_skipped, self.max_skipped, setting=MAX_SKIPPED_OF
+            )
 
     def done(self) -> Files:
         """Report the skipped records and compute the fingerprint. Raises DataError if too many were skipped."""

@@ -1,6 +1,6 @@
-"""Training in two processes, started by torchrun: `stopped_job.py HOME STRATEGY [STEP]`.
+"""Training, in two processes if torchrun starts it: `stopped_job.py HOME STRATEGY [STEP]`.
 
-Only the second process gets SIGTERM, in the given step. A job that ends writes its weights to HOME/made.pt.
+Only the last process gets SIGTERM, in the given step. A job that ends writes its weights to HOME/made.pt.
 """
 
 import signal
@@ -22,7 +22,7 @@ from clipress.models.tiny import tiny_architecture
 
 class Stop(Hook):
     def before(self, step, arrays):
-        if step == stop and fabric.global_rank == 1:
+        if step == stop and fabric.global_rank == fabric.world_size - 1:
             signal.raise_signal(signal.SIGTERM)
 
 

@@ -7,6 +7,8 @@ import pytest
 from helpers import clipress, write_recipe
 from PIL import Image
 
+from clipress.models.tiny import tiny_architecture
+
 
 def assert_refused(result, *words):
     assert result.exit_code == 2, (result.output, result.exception)
@@ -247,3 +249,26 @@ def test_predict_goes_on_without_a_damaged_image(tmp_path, tiny_run):
     assert [line for line in lines if "error" not in line] == [json.loads(line) for line in whole.stdout.splitlines()]
     assert [line["image"] for line in lines if "error" in line] == [str(tmp_path / "1.png")]
     assert found.exit_code == 2 and "1 of 3 images could not be read" in found.stderr
+
+
+def test_predict_decodes_every_image_once(tmp_path, tiny_run, monkeypatch):
+    for number in range(40):  # more than a batch
+        Image.effect_noise((64, 64), 10 + number).convert("RGB").save(tmp_path / f"{number:02}.png")
+    opened, open_file = [], Image.open
+    monkeypatch.setattr(
+        Image, "open", lambda file, *args, **more: opened.append(str(file)) or open_file(file, *args, **more)
+    )
+    found = clipress("predict", tiny_run[0], tmp_path, "--labels", "a,b", "--json")
+    assert found.exit_code == 0, found.output
+    named = [json.loads(line)["image"] for line in found.stdout.splitlines()]
+    assert opened == named == [str(tmp_path / f"{number:02}.png") for number in range(40)]
+
+
+def test_a_learning_rate_that_is_far_too_high_is_one_message(recipe, tmp_path):
+    recipe |= {"student": tiny_architecture(layers=1), "runtime": {"precision": "bf16"}}
+    recipe["stages"] = [{"distill": {"losses": ["contrastive"], "lr": 1e30, "steps": 60, "batch_size": 2}}]
+    del recipe["teacher"]
+    assert_refused(
+        clipress("compress", write_recipe(recipe, tmp_path), "--out", tmp_path / "run"),
+        "distilled: contrastive was not finite for 20 steps in a row", "Lower 'lr' (now 1e+30)",
+    )  # fmt: skip

@@ -170,15 +170,28 @@ def test_all_processes_of_a_training_run_stop_at_the_same_step_and_resume_to_the
     assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
 
 
-def test_a_run_in_shards_goes_on_in_one_process(tmp_path):
+def in_one_process(home, *stop):
+    command = [sys.executable, STOPPED_JOB, home, "auto", *map(str, stop)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("before", ["fsdp2", "one process"])
+def test_a_run_goes_on_with_more_or_fewer_processes_and_says_so(tmp_path, before):
     """A checkpoint holds whole tensors, whatever the strategy."""
-    assert torchrun(STOPPED_JOB, tmp_path, "fsdp2", 2).returncode != 0
+    fewer = before == "fsdp2"
+    stopped = torchrun(STOPPED_JOB, tmp_path, "fsdp2", 2) if fewer else in_one_process(tmp_path, 2)
+    assert stopped.returncode != 0 and [path.name for path in (tmp_path / "kept").glob("rank0-*")]
+    done = in_one_process(tmp_path) if fewer else torchrun(STOPPED_JOB, tmp_path, "ddp")
     (tmp_path / "whole").mkdir()
-    for home, wanted in ((tmp_path, range(4, 9)), (tmp_path / "whole", range(9))):
-        done = subprocess.run([sys.executable, STOPPED_JOB, home, "auto"], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        steps = [json.loads(line)["step"] for line in (home / "log.jsonl").read_text().splitlines()]
-        assert steps[-len(wanted) :] == [*wanted]
+    for one in (done, in_one_process(tmp_path / "whole")):
+        assert one.returncode == 0, one.stderr[-3000:]
+    counts = (1, 2) if fewer else (2, 1)
+    assert done.stderr.count(f"on another number of processes ({counts[0]}, before: {counts[1]})") == 1
+    logs = [(home / "log.jsonl").read_text().splitlines() for home in (tmp_path, tmp_path / "whole")]
+    found, alone = ([json.loads(line) for line in log] for log in logs)
+    assert [row["step"] for row in found if "loss" in row] == [row["step"] for row in alone] == [*range(9)]
+    (said,) = [row for row in found if "loss" not in row]
+    assert (said["processes"], said["processes_before"]) == counts and said["step"] in (3, 4)
     made, wanted = (torch.load(home / "made.pt") for home in (tmp_path, tmp_path / "whole"))
     for name, tensor in wanted.items():
         torch.testing.assert_close(made[name], tensor, rtol=0, atol=1e-3)  # nine steps of Adam move a weight by 5e-3

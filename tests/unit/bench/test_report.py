@@ -117,6 +117,15 @@ def results():
     }
 
 
+def test_the_table_and_the_page_say_in_one_line_what_could_not_be_read(results):
+    assert "not be read" not in table(results) + report_page(results)
+    results["conditions"]["data"]["digits"]["unread"] = 2
+    for one in results["rows"]:
+        one["lineage"][1]["details"] = {"bad_records": 3 if one["stage"] == "int8" else 0}
+    line = "Records that could not be read: 2 in digits (left out), 3 in int8 (replaced)."
+    assert line in table(results).splitlines() and report_page(results).count(line) == 1
+
+
 def verdict(faster, text):
     judged = {"stage": "int8", "against": "sparse", "method": "INT8", "keep": None, "loss": None, "cases": []}
     return judged | {"faster": faster, "text": text}

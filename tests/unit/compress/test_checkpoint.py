@@ -1,5 +1,6 @@
 """A stopped run resumes from its last checkpoint and ends bit for bit where an uninterrupted one does."""
 
+import json
 import threading
 from dataclasses import replace
 
@@ -138,6 +139,19 @@ def test_a_checkpoint_of_more_processes_is_not_used_for_scores(fabric, tmp_path,
     found, _ = trained(own, [Scores(99)])
     assert "saved by 2 processes" in caplog.text and len(own.log.read_text().splitlines()) == 7
     assert all(torch.equal(expected[name], tensor) for name, tensor in found.items())
+
+
+def test_another_number_of_processes_goes_on_and_says_so(fabric, tmp_path, caplog):
+    own = context(fabric, tmp_path)
+    with pytest.raises(Stopped):
+        trained(own, [StopAt(5)])
+    for path in own.checkpoints.iterdir():
+        torch.save(torch.load(path) | {"world": 2}, path)
+    trained(own, [StopAt(99)])
+    assert "resumed at step 4 on another number of processes (1, before: 2)" in caplog.text
+    rows = [json.loads(line) for line in own.log.read_text().splitlines()]
+    assert [row for row in rows if "loss" not in row] == [{"step": 4, "processes": 1, "processes_before": 2}]
+    assert [row["step"] for row in rows if "loss" in row] == [*range(7)]
 
 
 def test_a_checkpoint_that_cannot_be_read_is_skipped(fabric, tmp_path, caplog):

@@ -1,10 +1,12 @@
 """Batches come as bytes from the processes that decode them and are normalised where the model is, to the same bits."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from clipress.compress import loader
 from clipress.compress.context import Context
@@ -13,6 +15,7 @@ from clipress.compress.loader import batches, normaliser, number_of_workers
 from clipress.compress.settings import Runtime, Training
 from clipress.data.spec import DataSpec, SourceSpec
 from clipress.data.transforms import Augment, Preprocess, normalised
+from clipress.errors import DataError
 from clipress.models.load import new_model
 from clipress.models.tiny import tiny_architecture
 
@@ -87,3 +90,29 @@ def test_a_gpu_has_its_share_of_the_cores_as_far_as_shared_memory_goes(
     monkeypatch.setattr(loader.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert number_of_workers(wanted, torch.device(device), batch_bytes=10 << 20) == found
+
+
+@pytest.fixture
+def torn(tmp_path):
+    """Sixty images, every second one damaged."""
+    rows = []
+    for number in range(60):
+        path = tmp_path / f"{number}.png"
+        Image.effect_noise((32, 32), 50 + number).convert("RGB").save(path)
+        if number % 2:
+            path.write_bytes(path.read_bytes()[:100])
+        rows.append({"image": path.name, "caption": f"image {number}"})
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    return SourceSpec(format="karpathy", annotations=tmp_path / "all.json", max_skipped=1)
+
+
+@pytest.mark.parametrize("limit, is_enough", [(0.0, False), (0.05, False), (0.9, True)])
+def test_as_many_records_are_replaced_as_the_data_section_allows(fabric, torn, limit, is_enough):
+    context = Context(fabric, DataSpec(train=(torn,), max_replaced=limit, workers=0), 0, title="t")
+    read = batches(new_model(tiny_architecture(), 0), Training(steps=6, batch_size=10), context, 6)
+    if not is_enough:
+        with pytest.raises(DataError, match=rf"At most {limit:.0%} may be bad.*or raise 'data\.max_replaced'"):
+            list(read)
+    else:
+        met = [one for batch in read for one in batch["bad"]]
+        assert len({one.index for one in met}) == len(met) == context.bad_records.different == 30

@@ -229,6 +229,23 @@ def test_an_unreadable_image_is_counted_and_the_other_rows_do_not_shift(model, i
     np.testing.assert_allclose(arrays["teacher_image_0"], expected, atol=5e-4)
 
 
+def test_an_item_whose_captions_cannot_be_read_has_no_texts_and_is_replaced_in_training(model, digits, tmp_path):
+    class Torn(Counted):
+        def captions(self, index):
+            if index == 3:
+                raise DataError("caption 3 is not in UTF-8")
+            return self.source.captions(index)
+
+    source = Torn(digits)
+    cache = build_cache(model, source, BOTH, 1, tmp_path, teacher_hash="hash", say=say)
+    check_cache(cache, model, source, 40)
+    data = TrainingSet([source], model.preprocess, model.tokenize(), BOTH, 0, [[cache]])
+    arrays = data.__getitems__([Draw(0, item, 0) for item in range(5)])
+    assert [bad.reason for bad in arrays["bad"]] == ["caption 3 is not in UTF-8"]
+    expected = encoders(model, "Test")[1](arrays["ids"])
+    np.testing.assert_allclose(arrays["teacher_text_0"], expected, atol=5e-4)
+
+
 def test_too_many_unreadable_images_stop_the_build(model, images, tmp_path):
     for number in (1, 2):
         (tmp_path / "images" / str(number) / "a.png").unlink()

@@ -111,9 +111,22 @@ def test_five_percent_bad_records_are_accepted_in_a_long_run():
         counter.count(0, records(1))
 
 
-def test_the_limit_can_be_chosen():
-    with pytest.raises(DataError, match="At most 0%"):
-        BadRecords(limit=0, least=0).count(99, records(1))
+def test_the_limit_can_be_chosen_and_zero_allows_none():
+    with pytest.raises(DataError, match=r"1 of 100 records .*At most 0%.* or raise 'data\.max_replaced'\."):
+        BadRecords(limit=0, setting="'data.max_replaced'").count(99, records(1))
+    counter = BadRecords(limit=0.5)
+    counter.count(30, records(*range(30)))
+    with pytest.raises(
+        DataError, match=r"31 of 61 records .*At most 50%.*Check the source's paths, or repair these records\."
+    ):
+        counter.count(0, records(30))
+
+
+def test_a_bad_record_that_is_read_again_is_not_a_different_one():
+    counter = BadRecords()
+    counter.count(10, records(3, 4, 3))
+    counter.count(10, records(4, 5))
+    assert (counter.bad, counter.different) == (5, 3)
 
 
 def test_too_many_bad_records_are_an_error_that_names_one():

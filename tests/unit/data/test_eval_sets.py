@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipress.data.eval_sets import evalsets, on_readable
+from clipress.data.eval_sets import EvalSet, evalsets, on_readable, unread_in
 from clipress.data.sources import open_source
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import Preprocess
@@ -69,3 +69,32 @@ def test_a_set_without_any_readable_image_is_an_error(pairs):
         (pairs / f"{number}.png").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"10 of 10 records cannot be used"):
         on_readable(evaluated, opened(pairs / "all.json"))
+
+
+def test_a_limit_of_zero_allows_no_damaged_image(pairs):
+    with pytest.raises(DataError, match=r"2 of 10 records .*At most 0% may be bad.*raise the source's 'max_skipped'"):
+        on_readable(evaluated, opened(pairs / "all.json", max_skipped=0))
+
+
+@pytest.mark.parametrize("side", ["captions", "answers"])
+def test_a_record_whose_texts_cannot_be_read_is_left_out_too(side):
+    class Torn:
+        """Five questions, of which the third has texts that cannot be read."""
+
+        name, has_images, has_texts, has_answers, has_pairs, has_masks = "torn", False, True, True, False, False
+
+        def __len__(self):
+            return 5
+
+        def __getattr__(self, what):
+            def read(index):
+                if index == 2 and what == side:
+                    raise DataError(f"record {index}: not in UTF-8")
+                return (f"{what} {index}",)
+
+            return read
+
+    one = EvalSet(Torn(), None)
+    found = on_readable(lambda sets: getattr(sets[0], side)(), [one])
+    assert found == [(f"{side} {index}",) for index in (0, 1, 3, 4)] and one.unread == ("record 2: not in UTF-8",)
+    assert unread_in([one]) == {"torn": 1}

@@ -16,6 +16,7 @@ from clipress.data.formats.files import Strings, images_under
 from clipress.data.formats.text import pre_caption, pre_question
 from clipress.data.sources import open_source
 from clipress.data.spec import SourceSpec
+from clipress.data.transforms import FORMATS
 from clipress.errors import DataError
 
 
@@ -300,6 +301,15 @@ def test_a_folder_of_images_has_no_texts(tmp_path, images):
     source = open_source(SourceSpec(format="images", images=images))
     assert [source.paths[i] for i in range(len(source))] == ["blue.png", "green.png", "red.png", "deep/er/one.JPEG"]
     assert source.captions(0) == () and source.has_images and not source.has_texts
+
+
+def test_a_folder_has_images_of_every_format_that_is_read(tmp_path):
+    kinds = [*(["avif"] if "AVIF" in FORMATS else []), "bmp", "jpeg", "jpg", "png", "tif", "tiff", "webp"]
+    for kind in kinds:
+        Image.new("RGB", (16, 16)).save(tmp_path / f"one.{kind}")
+    source = open_source(SourceSpec(format="images", images=tmp_path))
+    assert [source.paths[i] for i in range(len(source))] == [f"one.{kind}" for kind in kinds]
+    assert all(source.image(i).size == (16, 16) for i in range(len(source)))
 
 
 def test_a_list_selects_images(tmp_path, images):

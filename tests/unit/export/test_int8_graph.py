@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from clipress.artifact import save_artifact
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import SourceSpec
-from clipress.errors import ExportError
+from clipress.errors import DataError, ExportError
 from clipress.export import int8_form, parity, static_int8
 from clipress.export import int8_graph as int8
 from clipress.export.extra_models import extra_models_from_export
@@ -224,6 +224,41 @@ def test_scales_of_a_static_file_come_from_the_calibration_images(artifacts, set
         patch.setattr(parity, "check", lambda *_: {})  # Scales from digits do not fit scenes.
         onnx_from_artifact(artifacts["convolutional"], files[1].parent, settings, sets, calibration)
     assert seen and files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_a_damaged_calibration_image_is_replaced_by_another(artifacts, sets, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(parity, "check", lambda *_: {})
+    settings = OnnxSettings(exporter="torchscript", int8="static")
+    files = []
+    for lost, others in ((3, ()), (None, (3,))):
+        (one,) = evalsets([SourceSpec(format="digits", split="train", limit=20)])
+        one.source = ImageLost(one.source, lost, others)
+        folder = tmp_path / str(lost)
+        onnx_from_artifact(artifacts["convolutional"], folder, settings, sets, lambda one=one: [one])
+        files.append(folder / "image.onnx")
+    assert "replaced record 3 of source 'digits': image 3 is lost" in caplog.text
+    numbers = [[item.SerializeToString() for item in onnx.load(file).graph.initializer] for file in files]
+    assert numbers[0] == numbers[1]
+
+
+class ImageLost:
+    """A source of which one image cannot be read, or of which some are those that replace them."""
+
+    def __init__(self, source, lost, replaced):
+        self.source, self.lost, self.replaced = source, lost, replaced
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def image(self, index):
+        if index == self.lost:
+            raise DataError(f"image {index} is lost")
+        if index in self.replaced:
+            index = int(np.random.default_rng([index, 1]).integers(len(self)))
+        return self.source.image(index)
 
 
 @pytest.mark.parametrize(

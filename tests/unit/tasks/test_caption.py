@@ -19,7 +19,7 @@ from clipress.compress.settings import Runtime, Training
 from clipress.compress.train import train
 from clipress.data.eval_sets import evalsets
 from clipress.data.spec import BeamSearch, DataSpec, SourceSpec
-from clipress.errors import RecipeError
+from clipress.errors import DataError, RecipeError
 from clipress.metrics.outcomes import percent
 from clipress.tasks import evaluate_model, runs_of, task_named
 from clipress.tasks.blip import pieces_of
@@ -148,3 +148,28 @@ def test_data_without_texts_is_refused(trained, context):
         train(trained.copy(), Training(steps=1, batch_size=4), ("lm",), replace(context, data=data))
     with pytest.raises(RecipeError, match="shapes has no captions"):
         evaluate_model(trained, evalsets([SourceSpec(format="shapes", split="val", limit=4)]))
+
+
+def test_an_image_whose_captions_cannot_be_read_is_left_out_of_an_evaluation():
+    (one,) = evalsets([SourceSpec(format="scenes", split="val", limit=12, beam_search=SEARCH)])
+    one.source = CaptionLost(one.source, 3)
+    scores = evaluate_model(TASK.student_from(STUDENT, None, 0), [one])
+    assert len(scores["scenes/cider"].values) == 11 and one.unread == ("caption 3 is lost",)
+
+
+class CaptionLost:
+    """A source of which the captions of one image cannot be read."""
+
+    def __init__(self, source, lost):
+        self.source, self.lost = source, lost
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def captions(self, index):
+        if index == self.lost:
+            raise DataError(f"caption {index} is lost")
+        return self.source.captions(index)
