@@ -58,7 +58,6 @@ if TYPE_CHECKING:
 
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-SAMPLES = {"float32": {"random_data": True}, "int64": {"zero_data": True}}  # random ids would exceed the vocabulary
 CACHE = "text_cache_mb"  # stored in the configuration because the server needs an option for it
 
 
@@ -146,7 +145,7 @@ def _encoder(served: Served, graph: Graph) -> ModelConfig:
     if size.preferred_batch is not None and size.preferred_batch < largest:
         config.dynamic_batching.preferred_batch_size.append(size.preferred_batch)
     _cache_texts(config, served, graph)
-    samples = {one.name: {"dims": one.shape, **SAMPLES[one.dtype]} for one in graph.inputs}
+    samples = {one.name: {"dims": one.shape, "zero_data": True} for one in graph.inputs}  # random numbers may be NaN
     for batch in sorted({1, largest}):  # both ends of memory use, before the first client comes
         add_warm_up(config, f"batch_{batch}", batch, samples)
     set_parameters(

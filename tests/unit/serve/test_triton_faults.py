@@ -165,6 +165,13 @@ def text(content):
     return {"text": lines(content)[:, None]}
 
 
+def pixels(value):
+    """Return the pixels of two images; a single one of the second is not a number."""
+    rows = np.zeros((2, 3, 32, 32), np.float32)
+    rows[1, 2, 5, 7] = value
+    return {"pixel_values": rows}
+
+
 def classes(labels, images=(IMAGES[0],), **more):
     return {"image": lines(*images), "labels": lines(*labels), **more}
 
@@ -203,7 +210,15 @@ REFUSED = {
     "one input too many": ("embed_text", {**text(b"cat"), "more": EMPTY}, 400, "expected 1 inputs but got 2"),
     "a missing required input": ("classify", {"labels": lines(b"cat")}, 400, "missing required input(s) ['image']"),
     "an unknown model": ("embed_audio", text(b"cat"), 404, "unknown model: 'embed_audio'"),
-    "a word outside the vocabulary": ("text_encoder", {"input_ids": None}, 400, "out of data bounds"),
+    "a word outside the vocabulary": ("text_encoder", {"input_ids": 10**9}, 400, "out of data bounds"),
+    "a negative token id": (
+        "text_encoder",
+        {"input_ids": -1},
+        400,
+        "input_ids: expected numbers of 0 or more, found -1",
+    ),
+    "pixels that are NaN": ("image_encoder", pixels(np.nan), 400, "pixel_values: expected finite numbers, found nan"),
+    "infinite pixels": ("image_encoder", pixels(-np.inf), 400, "pixel_values: expected finite numbers, found -inf"),
 }
 KINDS = {"O": "BYTES", "f": "FP32", "u": "UINT8", "i": "INT64"}
 
@@ -212,7 +227,7 @@ KINDS = {"O": "BYTES", "f": "FP32", "u": "UINT8", "i": "INT64"}
 def test_an_invalid_request_is_refused_with_a_reason(served, client, http, local, happened, fault):
     model, inputs, status, words = REFUSED[fault]
     if "input_ids" in inputs:
-        inputs = {"input_ids": np.full((1, local.exported.tokenizer.context_length), 10**9)}
+        inputs = {"input_ids": np.full((1, local.exported.tokenizer.context_length), inputs["input_ids"])}
     before = memory(served)
     # Sent twice: a cached error must not become an empty answer.
     for library, one in ((triton_grpc, client), (triton_http, http)) * 2:

@@ -174,10 +174,11 @@ def test_a_bad_request_is_refused_and_the_next_one_answered(client, images, labe
     assert classify(client, IMAGES, ["cat", "dog"]).shape == (len(IMAGES), 2)
 
 
-def test_bad_ids_in_a_batch_fail_only_their_own_request(client, exports):
+@pytest.mark.parametrize(("number", "words"), [(10**9, "out of data bounds"), (-1, "expected numbers of 0 or more")])
+def test_bad_ids_in_a_batch_fail_only_their_own_request(client, exports, number, words):
     exported = read_export(exports[1])
     good = [exported.tokenize()([text]) for text in TEXTS]
-    bad = np.full_like(good[0], 10**9)
+    bad = np.full_like(good[0], number)
 
     def encode(ids):
         try:
@@ -189,8 +190,20 @@ def test_bad_ids_in_a_batch_fail_only_their_own_request(client, exports):
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         first, *found, last = pool.map(encode, [bad, *good * 2, bad])
     for error in (first, last):
-        assert error.status() == "StatusCode.INVALID_ARGUMENT" and "out of data bounds" in str(error)
+        assert error.status() == "StatusCode.INVALID_ARGUMENT" and words in str(error)
     np.testing.assert_allclose(found, [embeds_of(exported, "text", ids) for ids in good * 2], atol=1e-6)
+
+
+def test_a_configuration_that_warms_up_with_random_numbers_is_still_served(triton, exports, tmp_path):
+    """As earlier releases wrote it: there are NaN among the numbers."""
+    (repository,) = triton_repo_from_export(exports[0], tmp_path, SETTINGS)
+    config = repository / "image_encoder" / "config.pbtxt"
+    written = config.read_text()
+    config.write_text(written.replace("zero_data: true", "random_data: true"))
+    assert config.read_text() != written
+    with TritonServer(repository, triton=triton) as server, triton_grpc.InferenceServerClient(server.grpc) as client:
+        pixels = tensor(triton_grpc, "pixel_values", np.zeros((1, 3, 32, 32), np.float32), "FP32")
+        assert np.isfinite(client.infer("image_encoder", [pixels]).as_numpy("image_embeds")).all()
 
 
 def test_more_rows_than_a_batch_are_refused(client):

@@ -146,9 +146,9 @@ def test_the_image_encoder_is_described_as_triton_expects(export, tmp_path):
         dynamic_batching { }
         model_warmup [
           { name: "batch_1" batch_size: 1
-            inputs { key: "pixel_values" value { data_type: TYPE_FP32 dims: [ 3, 2, 2 ] random_data: true } } },
+            inputs { key: "pixel_values" value { data_type: TYPE_FP32 dims: [ 3, 2, 2 ] zero_data: true } } },
           { name: "batch_16" batch_size: 16
-            inputs { key: "pixel_values" value { data_type: TYPE_FP32 dims: [ 3, 2, 2 ] random_data: true } } }
+            inputs { key: "pixel_values" value { data_type: TYPE_FP32 dims: [ 3, 2, 2 ] zero_data: true } } }
         ]
     """
     assert config == text_format.Parse(expected, ModelConfig())
@@ -844,9 +844,9 @@ def test_a_classifier_has_no_models_for_texts(tmp_path, small):
         dynamic_batching { }
         model_warmup [
           { name: "batch_1" batch_size: 1
-            inputs { key: "pixel_values" value { data_type: TYPE_FP32 dims: [ 3, 2, 2 ] random_data: true } } },
+            inputs { key: "pixel_values" value { data_type: TYPE_FP32 dims: [ 3, 2, 2 ] zero_data: true } } },
           { name: "batch_8" batch_size: 8
-            inputs { key: "pixel_values" value { data_type: TYPE_FP32 dims: [ 3, 2, 2 ] random_data: true } } }
+            inputs { key: "pixel_values" value { data_type: TYPE_FP32 dims: [ 3, 2, 2 ] zero_data: true } } }
         ]
     """
     assert config == text_format.Parse(expected, ModelConfig())
