@@ -80,7 +80,12 @@ def triton(run: Path, stage: str | None, **listen: Any) -> None:
     type=click.Choice(["flat", "ivf", "hnsw"]),
     help="flat is exact, the others are approximate.  [default: flat up to a million images, then ivf]",
 )
-@click.option("--add", is_flag=True, help="Add the images to an existing index.")
+@click.option("--add", is_flag=True, help="Add new images to an existing index, and replace those that have changed.")
+@click.option(
+    "--check",
+    type=click.Choice(["stat", "content"]),
+    help="How --add will notice changed images: by size and time of their files, or by their bytes.  [default: stat]",
+)
 @click.option("--remove", multiple=True, metavar="KEY", help="Remove an entry; repeatable.")
 @click.option(
     "--threads", type=click.IntRange(0), default=0, show_default=True, help="Number of threads; 0: one per core."
@@ -93,6 +98,7 @@ def index(
     model: Path | None,
     kind: str | None,
     add: bool,
+    check: str | None,
     remove: tuple[str, ...],
     threads: int,
 ) -> None:
@@ -104,7 +110,7 @@ def index(
     from clipress.workflow.index import IndexRequest, index_images, remove_from_index
 
     if remove:
-        if images or add or kind or run or model:
+        if images or add or kind or check or run or model:
             raise click.UsageError("--remove takes no other option but --out.")
         left = remove_from_index(out, remove)
         click.echo(f"Removed {len(remove)} entries, {left.count:,} left: {out}")
@@ -113,14 +119,14 @@ def index(
         raise click.UsageError("IMAGES is required: a folder of images, or shards.")
     if (run is None) == (model is None):
         raise click.UsageError("Set exactly one of --run and --model.")
-    if add and kind:
-        raise click.UsageError("--kind cannot be changed: --add keeps the kind of the index.")
+    if add and (kind or check):
+        raise click.UsageError("--kind and --check cannot be changed: --add keeps those of the index.")
     if run is not None:
         from clipress.workflow.kept import choose_artifact
         from clipress.workflow.outline import read_outline
 
         say = partial(click.echo, err=True)
         model = run / choose_artifact(run, read_outline(run), stage, say, "Indexing with", "onnxruntime").stage
-    request = IndexRequest(images, model, kind, threads, add)
+    request = IndexRequest(images, model, kind, threads, add, check or "stat")
     made = index_images(request, out, lambda line: click.echo(line, err=True))
     click.echo(f"Index of {made.count:,} images, {made.dim} dimensions, {made.kind}: {out}")

@@ -55,7 +55,7 @@ from clipress.recipe import Recipe, checked
 from clipress.tasks import task_named
 
 TEXTS = 2048  # items of a batch whose captions are tokenized to find their length
-VIEW_BYTES, CAPTION_BYTES, ITEM_BYTES = 28, 8, 9  # of a teacher cache beside the embeddings, see data/cache_files.py
+VIEW_BYTES, CAPTION_BYTES, ITEM_BYTES = 28, 8, 25  # of a teacher cache beside the embeddings, see data/cache_files.py
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,12 @@ from clipress.data.cache_files import (
     Dtype,
     Manifest,
     Rows,
-    finished_shards,
     row_from_view,
+    unfinished_shards,
     write_manifest,
     write_shard,
 )
+from clipress.data.file_states import Check, image_states
 from clipress.data.padding import without_padding
 from clipress.data.prefetch import prefetched
 from clipress.data.sources import Source, open_source, readable_captions
@@ -71,6 +72,7 @@ def build_cache(
     say: Say,
     dtype: Dtype = "fp16",
     precision: Precision = "auto",
+    check: Check = "stat",
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
@@ -80,15 +82,23 @@ def build_cache(
 ) -> TeacherCache:
     """Embed a source with a teacher, unless the cache already exists, and open the cache.
 
-    Each of `world` processes writes every world-th shard and then waits at `barrier`. `workers` processes decode images; 0
-    uses a thread of this process. The cache has its own folder under `home`. If another command is building the same
-    cache, raises ArtifactError, or with `wait` passes a message to it and waits.
+    Shards of images that were replaced since are embedded again; `check` says how that is noticed. Each of `world` processes
+    writes every world-th shard and then waits at `barrier`. `workers` processes decode images; 0 uses a thread of this
+    process. The cache has its own folder under `home`. If another command is building the same cache, raises ArtifactError,
+    or with `wait` passes a message to it and waits.
     """
-    manifest = manifest_of(model, source, augment, views, teacher_hash, dtype, precision)
+    manifest = manifest_of(model, source, augment, views, teacher_hash, dtype, precision, check)
     folder = home / manifest.key
-    to_do = len(finished_shards(folder, manifest)) < manifest.shards
+    shards = range(rank, manifest.shards, world if rank else 1)  # the first process looks at all, since it locks
+    to_do, changed = unfinished_shards(folder, manifest, source, shards)
+    if changed:
+        since = f"since teacher {teacher_hash} embedded them, the first is item {changed[0]}"
+        say(f"{source.name}: {len(changed):,} of {len(source):,} images changed {since}")
+    elif not to_do:
+        say(f"{source.name}: using the cached embeddings of teacher {teacher_hash} in {folder}")
     with locked(folder, wait) if to_do and rank == 0 else nullcontext():
-        write_shards(model, source, manifest, home, say, rank, world, workers, batch)
+        if to_do:
+            write_shards(model, source, manifest, home, say, rank, world, workers, batch)
         barrier()
     cache = TeacherCache.open(folder)
     if rank == 0:
@@ -97,7 +107,14 @@ def build_cache(
 
 
 def manifest_of(
-    model: Model, source: Source, augment: Augment, views: int, teacher_hash: str, dtype: Dtype, precision: Precision
+    model: Model,
+    source: Source,
+    augment: Augment,
+    views: int,
+    teacher_hash: str,
+    dtype: Dtype,
+    precision: Precision,
+    check: Check = "stat",
 ) -> Manifest:
     """Describe a cache before it is built; the folder name is derived from the description."""
     if not augment.is_view:
@@ -126,6 +143,7 @@ def manifest_of(
         dim=output.shape[0],
         dtype=dtype,
         precision="bf16" if uses_bf16(precision, device.type) else "fp32",
+        check=check,
         made_with={
             "clipress": __version__,
             "torch": torch.__version__,
@@ -149,10 +167,8 @@ def write_shards(
 ) -> Path:
     """Write this process's missing shards. Returns the cache's folder."""
     folder = write_manifest(home, manifest)
-    mine = range(rank, manifest.shards, world)
-    missing = sorted(set(mine) - finished_shards(folder, manifest))
+    missing, _ = unfinished_shards(folder, manifest, source, range(rank, manifest.shards, world))
     if not missing:
-        say(f"{source.name}: using the cached embeddings of teacher {manifest.teacher} in {folder}")
         return folder
     todo = sum(len(manifest.items_of(shard)) for shard in missing)
     say(f"{source.name}: embedding {todo:,} of {len(source):,} items, {manifest.views} view(s) each -> {folder}")
@@ -197,6 +213,8 @@ class _Load(NamedTuple):
     ids: Tensor | None = None
     views: Tensor | None = None
     """int32 [B, 7]: rows of views.npy."""
+    states: Tensor | None = None
+    """int64 [B, 2]: rows of states.npy."""
     errors: Sequence[str] = ()
     """Per item, the reason it could not be read, or an empty string."""
 
@@ -208,6 +226,7 @@ class _Encoded:
     image: list[Tensor]
     text: list[Tensor]
     views: list[Tensor]
+    states: list[Tensor]
     errors: list[str]
 
 
@@ -250,6 +269,7 @@ class _Loads(Dataset):
             ids = without_padding(self.tokenize(job.texts).astype(np.int64), self.ends)
             return _Load(job.shard, ids=torch.from_numpy(ids))
         images, views, errors = [], [], []
+        states = torch.from_numpy(image_states(self.source, job.items, self.manifest.check))  # before they are read
         for item in job.items:
             try:
                 image = self.source.image(item)
@@ -266,7 +286,7 @@ class _Loads(Dataset):
                 images.append(viewed(image, self.manifest.preprocess, views[-1]))
         pixels = normalised(np.stack(images), self.manifest.preprocess)
         rows = np.asarray([row_from_view(view) for view in views], np.int32)
-        return _Load(job.shard, pixels=torch.from_numpy(pixels), views=torch.from_numpy(rows), errors=errors)
+        return _Load(job.shard, torch.from_numpy(pixels), None, torch.from_numpy(rows), states, errors)
 
 
 def _unchanged(load: _Load) -> _Load:
@@ -276,13 +296,14 @@ def _unchanged(load: _Load) -> _Load:
 def _encode(model: Model, loads: Iterable[_Load], precision: str, advance: Callable[[int], Any]) -> _Encoded:
     """Run the model on a shard's batches; calls `advance` with the number of items in each."""
     model.module.eval()
-    done = _Encoded([], [], [], [])
+    done = _Encoded([], [], [], [], [])
     for load in loads:
         if load.ids is not None:
             done.text.append(_raw(model, "ids", load.ids, precision))
             continue
         done.image.append(_raw(model, "pixels", load.pixels, precision))
         done.views.append(load.views)
+        done.states.append(load.states)
         done.errors.extend(load.errors)
         advance(len(load.errors))
     return done
@@ -308,11 +329,12 @@ def _finish(folder: Path, shard: int, source: Source, manifest: Manifest, encode
         "image": torch.zeros(0, manifest.dim),
         "text": torch.zeros(0, manifest.dim),
         "views": torch.zeros(0, 7, dtype=torch.int32),
+        "states": torch.zeros(0 if manifest.views else len(ok), 2, dtype=torch.int64),
     }
-    image, text, views = (
+    image, text, views, states = (
         torch.cat([*(rows.cpu() for rows in getattr(encoded, name)), empty]).numpy() for name, empty in no_rows.items()
     )
-    write_shard(folder, shard, manifest, Rows(image, text, captions, offsets, views, ok))
+    write_shard(folder, shard, manifest, Rows(image, text, captions, offsets, views, ok, states))
 
 
 def check_cache(cache: TeacherCache, model: Model, source: Source, count: int = 32) -> None:
@@ -367,12 +389,13 @@ def caches_of(
             say=say,
             dtype=settings.dtype,
             precision=plan.runtime.precision,
+            check=settings.check,
             rank=fabric.global_rank,
             world=fabric.world_size,
             workers=workers,
             barrier=fabric.barrier,
             wait=wait,
         )
-        check_cache(cache, teacher.model, source, 8)  # a source's fingerprint does not cover the bytes of its images
+        check_cache(cache, teacher.model, source, 8)  # neither names nor sizes and times cover the bytes of images
         caches.append(cache)
     return caches

@@ -13,6 +13,10 @@ image that cannot be read keeps its row, so rows never shift.
                       /offsets.npy        int64 [items + 1]: where an item's captions begin
                       /views.npy          int32 [items * views, 7]: left, top, right, bottom (0: no crop), down, right, flip
                       /ok.npy             bool [items]
+                      /states.npy         int64 [items, 2]: what the image files were, see file_states.py
+
+A shard whose images have been replaced since is written again as a whole: batches never cross shards, so it then has the
+bytes that a new cache would have.
 
 Nothing here needs torch. `teacher_cache.py` reads caches, `compress/teacher_cache.py` builds them.
 """
@@ -20,24 +24,29 @@ Nothing here needs torch. `teacher_cache.py` reads caches, `compress/teacher_cac
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeInt
 
+from clipress.data.file_states import Check, image_states
 from clipress.data.transforms import Augment, Preprocess, View
 from clipress.errors import ClipressError, first_line
 from clipress.recipe import Section, digest
 from clipress.storage import sha256, write_text_whole, write_whole
 
-SCHEMA_VERSION = 1
+if TYPE_CHECKING:
+    from clipress.data.sources import Source
+
+SCHEMA_VERSION = 2
 MANIFEST, SHARD = "manifest.json", "shard.json"
 MISSING = "missing"  # the problem of a shard that does not exist
 ITEMS_PER_SHARD = 4096  # the most a killed build loses, per process
 MAX_ITEMS, MAX_SHARDS = 1 << 40, 1 << 20
-ARRAYS = ("image", "image_norm", "text", "text_norm", "captions", "offsets", "views", "ok")
+ARRAYS = ("image", "image_norm", "text", "text_norm", "captions", "offsets", "views", "ok", "states")
 _NOT_IN_KEY = {"source", "logit_scale", "logit_bias", "made_with"}  # implied by the other fields, or without effect
 
 Dtype = Literal["fp16", "bf16"]
@@ -50,6 +59,9 @@ class CacheSettings(Section):
     """Augmented views stored per image; training samples from them."""
     dtype: Dtype = "fp16"
     """Type of the stored unit rows. fp16 is more accurate: 1 - cosine is about 2e-7, against 2e-6 for bf16."""
+    check: Check = "stat"
+    """How replaced images are noticed when the cache is opened; they are then embedded again. stat: by the sizes and modification
+    times of their files, or of their tar shards. content: by their bytes, which reads all of them."""
 
 
 class Manifest(Section):
@@ -77,6 +89,7 @@ class Manifest(Section):
     dtype: Dtype
     precision: Literal["fp32", "bf16"]
     """Precision of the teacher's forward pass."""
+    check: Check = "stat"
     items_per_shard: int = Field(ITEMS_PER_SHARD, ge=1)
     made_with: dict[str, str]
 
@@ -129,6 +142,8 @@ class Rows:
     """int32 [N * views, 7]"""
     ok: np.ndarray
     """bool [N]"""
+    states: np.ndarray
+    """int64 [N, 2], taken before the images were read"""
 
 
 def row_from_view(view: View) -> tuple[int, ...]:
@@ -194,9 +209,33 @@ def as_float32(stored: np.ndarray) -> np.ndarray:
     return (stored.astype(np.uint32) << 16).view(np.float32)
 
 
-def finished_shards(folder: Path, manifest: Manifest) -> set[int]:
-    """Return the shards of a cache that exist with all files in full size."""
-    return {number for number in range(manifest.shards) if not shard_problem(folder, number, manifest)}
+def unfinished_shards(
+    folder: Path, manifest: Manifest, source: Source, shards: Iterable[int]
+) -> tuple[list[int], list[int]]:
+    """Return which of some shards must be written, and the items that are among them because their images changed.
+
+    A finished shard has all files in full size, and its images are still the ones it was made from.
+    """
+    unfinished, changed = [], []
+    for number in shards:
+        if shard_problem(folder, number, manifest):
+            unfinished.append(number)
+        elif found := _changed_items(folder, number, manifest, source):
+            unfinished.append(number)
+            changed += found
+    return unfinished, changed
+
+
+def _changed_items(folder: Path, number: int, manifest: Manifest, source: Source) -> list[int]:
+    items = manifest.items_of(number)
+    states = image_states(source, items, manifest.check)
+    try:
+        known = np.load(shard_folder(folder, number) / "states.npy")
+    except (OSError, ValueError, EOFError):
+        return list(items)
+    if known.shape != states.shape:
+        return list(items)
+    return [items[at] for at in np.flatnonzero((known != states).any(1))]
 
 
 def shard_folder(folder: Path, number: int) -> Path:

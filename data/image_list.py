@@ -13,14 +13,14 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from clipress.data.file_states import Check
 from clipress.data.formats import images
 from clipress.data.formats.files import SUFFIXES, Files, Strings, images_under, report_skipped
-from clipress.data.formats.index_files import bytes_at, state_of
-from clipress.data.formats.webdataset import index_of, names_of, shard_paths
+from clipress.data.formats.index_files import bytes_at
+from clipress.data.formats.webdataset import index_of, names_of, record_states, shard_paths
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import open_image
 from clipress.errors import DataError
-from clipress.recipe import digest
 
 
 class ImageList(Protocol):
@@ -31,7 +31,7 @@ class ImageList(Protocol):
     def __len__(self) -> int: ...
     def image(self, index: int) -> Image.Image: ...
     def name(self, index: int) -> str: ...
-    def stamp(self, items: range) -> str: ...  # a hash of the items' names, sizes and modification times
+    def states(self, check: Check) -> np.ndarray: ...  # int64 [N, 2], of all images, see file_states.py
 
 
 def open_images(where: str) -> ImageList:
@@ -65,8 +65,8 @@ class _Folder:
     def name(self, index: int) -> str:
         return str(Path(self.where) / self.files.paths[index])
 
-    def stamp(self, items: range) -> str:
-        return digest([(self.name(item), state_of(self.files.root / self.files.paths[item])) for item in items])
+    def states(self, check: Check) -> np.ndarray:
+        return self.files.states(range(len(self)), check)
 
 
 def _in_folder(folder: Path) -> _Folder:
@@ -98,9 +98,8 @@ class _Shards:
     def name(self, index: int) -> str:
         return f"{self._shard(index)}/{self.names[index]}"
 
-    def stamp(self, items: range) -> str:
-        shards = {self._shard(item): None for item in items}
-        return digest([self.name(item) for item in items], [state_of(shard) for shard in shards])
+    def states(self, check: Check) -> np.ndarray:
+        return record_states(self.paths, self.first, self.places, range(len(self)), check)
 
     def _shard(self, index: int) -> Path:
         return self.paths[int(np.searchsorted(self.first, index, side="right")) - 1]

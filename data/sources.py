@@ -26,6 +26,7 @@ class Source(Protocol):
 
     has_masks: the label of every pixel, `mask(index)` uint8 [H, W], of which 255 does not count, and classes.
     has_pairs: another image, `other_image(index)`; the caption is a statement about both, and `label(index)` is 1 if it is true, else 0.
+    states(items, check): int64 [N, 2], tells whether image files were replaced by others of the same names, see file_states.py.
     has_answers: the caption is a question about the image; `answers(index)` are what people said, mostly ten of them,
       `answer_weights(index)` those that differ with their weights in training, and `candidates` the answers to choose from, or None.
     """

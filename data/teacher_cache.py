@@ -186,6 +186,7 @@ class TeacherCache:
         rows = shard.items * self.manifest.views
         for name, dtype, shape in (
             ("ok", np.bool_, (shard.items,)),
+            ("states", np.int64, (shard.items, 2)),
             ("views", np.int32, (rows, 7)),
             ("image_norm", np.float32, (rows,)),
             ("text_norm", np.float32, (shard.texts,)),

@@ -1,8 +1,9 @@
 """An embedding index that finds the images nearest to a text, by inner product, with faiss.
 
-    <folder>/index.json               its description, with sizes and SHA-256 of the two files it names
+    <folder>/index.json               its description, with sizes and SHA-256 of the files it names
             /index-<hash>.faiss       the vectors; mapped into memory when opened, not loaded
             /keys-<hash>.jsonl        one JSON string per line: line i is the key of row i of the vectors
+            /states-<hash>.npy        int64 [N, 2]: what the files of the images were, see data/file_states.py
 
 The files of an index are never changed: new ones are written beside them, and index.json is then replaced in one step.
 So a kill at any moment leaves the old index or the new one, and processes that have the old one open can keep using it.
@@ -15,15 +16,18 @@ build, and is rebuilt when entries are removed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
+from clipress.data.file_states import Check
 from clipress.errors import ArtifactError, DataError, import_extra, nearest
 from clipress.recipe import Section, read_typed
 from clipress.serve.index_files import Blocks, write_filled
@@ -41,7 +45,7 @@ Kind = Literal["flat", "ivf", "hnsw"]
 
 
 class File(Section):
-    """One of the two files, and what it must contain."""
+    """One of the files, and what it must contain."""
 
     file: str = Field(pattern=r"^[^/\\]+$")
     bytes: int
@@ -69,7 +73,16 @@ class Description(Section):
     encoder: Encoder
     vectors: File
     keys: File
+    states: File | None = None
+    """None in an index of a version that did not write them."""
+    check: Check = "stat"
+    """What the states compare."""
     made_with: dict[str, str]
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """All files."""
+        return tuple(file for file in (self.vectors, self.keys, self.states) if file is not None)
 
 
 class Index:
@@ -98,6 +111,12 @@ class Index:
         """Return the key of a row."""
         start = int(self._ends[row - 1]) + 1 if row else 0
         return json.loads(self._keys[start : int(self._ends[row])].tobytes())
+
+    def states(self) -> np.ndarray:
+        """Return what the files of the images were, int64 [N, 2]; zeros if that is not known."""
+        if (known := self.description.states) is None:
+            return np.zeros((len(self), 2), np.int64)
+        return np.load(self.folder / known.file)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, list[list[str]]]:
         """Return inner products float32 [N, k] and keys [N][k] of the entries nearest to queries [N, D], nearest first.
@@ -133,7 +152,7 @@ def open_index(folder: str | Path, lineage: str | None = None, verify: bool = Tr
 
     Args:
         lineage: hash of the encoder that queries come from; it must be the index's.
-        verify: also compare checksums, which reads both files; sizes are always compared.
+        verify: also compare checksums, which reads all files; sizes are always compared.
 
     Raises ArtifactError if the index is damaged or of another encoder, and BackendMissing without faiss.
     """
@@ -176,7 +195,7 @@ def check_encoder(folder: Path, description: Description, lineage: str | None) -
 
 
 def _find_damage(folder: Path, description: Description, verify: bool) -> str | None:
-    for file in (description.vectors, description.keys):
+    for file in description.files:
         path = folder / file.file
         size = path.stat().st_size if path.is_file() else None
         if size != file.bytes:
@@ -200,15 +219,25 @@ def kind_for(count: int) -> Kind:
     return "flat" if count <= EXACT_UP_TO else "ivf"
 
 
-def write_index(folder: Path, kind: Kind, blocks: Blocks, keys: Sequence[str], encoder: Encoder) -> Description:
+def write_index(
+    folder: Path,
+    kind: Kind,
+    blocks: Blocks,
+    keys: Sequence[str],
+    encoder: Encoder,
+    states: np.ndarray | None = None,
+    check: Check = "stat",
+) -> Description:
     """Make an index of vectors and replace the folder's index with it. Only a graph is held in memory meanwhile.
 
     Args:
         blocks: yields the vectors, float32 [n, D] each; it may be called more than once.
         keys: names of all vectors, in order.
+        states: what the files of the images were, int64 [N, 2] by `check`; None if that is not known.
 
     The caller holds the folder's lock.
     """
+    states = _known(states, len(keys))
     faiss = import_extra("faiss")
     dim = next(iter(blocks())).shape[1]
     if kind == "hnsw":
@@ -216,7 +245,7 @@ def write_index(folder: Path, kind: Kind, blocks: Blocks, keys: Sequence[str], e
         vectors.hnsw.efConstruction = BUILD_BREADTH
         for block in blocks():
             vectors.add(block)
-        return _write(folder, kind, vectors, keys, encoder)
+        return _write(folder, kind, vectors, keys, encoder, states, check)
     if kind == "flat":
         vectors = faiss.IndexFlatIP(dim)
     else:
@@ -224,7 +253,11 @@ def write_index(folder: Path, kind: Kind, blocks: Blocks, keys: Sequence[str], e
         vectors = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
         vectors.nprobe = max(lists // 16, min(lists, 8))
         vectors.train(_sample(blocks(), len(keys), lists * TRAINED_ON, dim))
-    return _write(folder, kind, vectors, keys, encoder, blocks)
+    return _write(folder, kind, vectors, keys, encoder, states, check, blocks)
+
+
+def _known(states: np.ndarray | None, count: int) -> np.ndarray:
+    return np.zeros((count, 2), np.int64) if states is None else states
 
 
 def _sample(blocks: Iterable[np.ndarray], count: int, wanted: int, dim: int) -> np.ndarray:
@@ -243,11 +276,12 @@ def change_index(
     remove: Iterable[str] = (),
     blocks: Iterable[np.ndarray] = (),
     keys: Sequence[str] = (),
+    states: np.ndarray | None = None,
 ) -> Description:
     """Remove entries from an index, then add others. Its kind, and the centres of an `ivf`, do not change.
 
-    A new entry replaces an old one of the same key. All vectors are held in memory meanwhile. The caller holds the folder's
-    lock. Raises DataError for keys to remove that the index does not have, and if nothing would be left.
+    A new entry replaces an old one of the same key; `states` as in `write_index`. All vectors are held in memory meanwhile.
+    The caller holds the folder's lock. Raises DataError for keys to remove that the index does not have, and if nothing would be left.
     """
     index = open_index(folder)
     old = [index.key(row) for row in range(len(index))]
@@ -264,7 +298,9 @@ def change_index(
     for block in blocks:
         vectors.add(block)
     names = [key for key, one in zip(old, kept, strict=True) if one] + list(keys)
-    return _write(folder, index.description.kind, vectors, names, index.description.encoder)
+    states = np.concatenate([index.states()[kept], _known(states, len(keys))])
+    known = index.description
+    return _write(folder, known.kind, vectors, names, known.encoder, states, known.check)
 
 
 def remove_entries(folder: Path, keys: Sequence[str]) -> Description:
@@ -288,9 +324,16 @@ def _keep_rows(vectors: Any, kept: np.ndarray) -> None:
 
 
 def _write(
-    folder: Path, kind: Kind, vectors: Any, keys: Sequence[str], encoder: Encoder, blocks: Blocks | None = None
+    folder: Path,
+    kind: Kind,
+    vectors: Any,
+    keys: Sequence[str],
+    encoder: Encoder,
+    states: np.ndarray,
+    check: Check,
+    blocks: Blocks | None = None,
 ) -> Description:
-    """Write both files beside the old ones, replace index.json, then remove the files it no longer names.
+    """Write the files beside the old ones, replace index.json, then remove the files it no longer names.
 
     Without `blocks`, faiss's index `vectors` holds the vectors already.
     """
@@ -310,25 +353,33 @@ def _write(
         raise ArtifactError(f"{folder} could not be written: {error}. The old index is kept.") from error
     finally:
         aside.unlink(missing_ok=True)
-    lines = folder / f".keys.{os.getpid()}.new"
-    write_bytes_whole(lines, "".join(json.dumps(key) + "\n" for key in keys).encode("ascii"))
-    found = sha256(lines)
-    keys_file = File(file=f"keys-{found[:12]}.jsonl", bytes=lines.stat().st_size, sha256=found)
-    lines.replace(folder / keys_file.file)
+    lines, array = "".join(json.dumps(key) + "\n" for key in keys), BytesIO()
+    np.save(array, np.ascontiguousarray(states, np.int64))
     description = Description(
         kind=kind,
         count=len(keys),
         dim=vectors.d,
         encoder=encoder,
         vectors=vectors_file,
-        keys=keys_file,
+        keys=_written(folder, "keys-{}.jsonl", lines.encode("ascii")),
+        states=_written(folder, "states-{}.npy", array.getvalue()),
+        check=check,
         made_with={"clipress": __version__, "faiss": faiss.__version__},
     )
-    flush(folder)  # both files must be on disk before index.json names them
+    flush(folder)  # all files must be on disk before index.json names them
     write_text_whole(folder / DESCRIPTION, json.dumps(description.model_dump(), indent=1) + "\n")
     flush(folder)
-    for pattern in ("index-*.faiss", "keys-*.jsonl", ".*.tmp", ".keys.*.new"):
+    named = {file.file for file in description.files}
+    for pattern in ("index-*.faiss", "keys-*.jsonl", "states-*.npy", ".*.tmp"):
         for path in folder.glob(pattern):
-            if path.name not in (vectors_file.file, keys_file.file):
+            if path.name not in named:
                 path.unlink(missing_ok=True)
     return description
+
+
+def _written(folder: Path, name: str, content: bytes) -> File:
+    """Write a file under a name with its hash in it."""
+    found = hashlib.sha256(content).hexdigest()
+    file = File(file=name.format(found[:12]), bytes=len(content), sha256=found)
+    write_bytes_whole(folder / file.file, content)
+    return file

@@ -2,9 +2,10 @@
 
     <index>/.parts/<hash of the encoder>/00000-<stamp>.npz    embeddings of 4096 images; removed when the index is complete
 
-The stamp is a hash of the images' names, sizes and times of change, so that a part is reused only while its images are the
-same. Batches never cross parts: a resumed index holds the same numbers. Images that cannot be read are skipped, counted,
-and named in <index>/skipped.tsv.
+The stamp is a hash of the images' names and states (size and time, or content, see data/file_states.py), so that a part is
+reused only while its images are the same. Batches never cross parts: a resumed index holds the same numbers. The index keeps
+the states, and images that it has are embedded again only if theirs have changed. Images that cannot be read are skipped,
+counted, and named in <index>/skipped.tsv.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain, islice
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from clipress.data.bad_records import FEW, SHOWN, refuse_too_many
+from clipress.data.file_states import Check, State
 from clipress.data.image_list import ImageList, open_images
 from clipress.data.prefetch import map_ahead
 from clipress.data.transforms import fitted, normalised
@@ -37,10 +39,12 @@ from clipress.serve.index import (
     DESCRIPTION,
     Description,
     Encoder,
+    Index,
     Kind,
     change_index,
     check_encoder,
     kind_for,
+    open_index,
     read_description,
     write_index,
 )
@@ -88,7 +92,14 @@ class Part:
 
 
 def index_images(
-    where: str, export: Path, out: Path, kind: Kind | None = None, threads: int = 0, add: bool = False, say: Say = print
+    where: str,
+    export: Path,
+    out: Path,
+    kind: Kind | None = None,
+    threads: int = 0,
+    add: bool = False,
+    say: Say = print,
+    check: Check = "stat",
 ) -> Description:
     """Embed images and write an index of them, or add them to an existing one.
 
@@ -96,7 +107,8 @@ def index_images(
         where: a folder of images, or shards; see data/image_list.py.
         kind: default: exact up to a million images, then ivf.
         threads: threads of decoding, of ONNX Runtime and of faiss; 0 uses one per core.
-        add: keep the entries of the index; images that it already has are embedded again and replaced.
+        add: keep the entries of the index; images that it already has are embedded again only if they have changed.
+        check: how a changed image is noticed; with `add` it is the index's own.
 
     Raises DataError if there are no images or more than a fifth cannot be read, ArtifactError if the index or the export is
     missing, damaged, or of another encoder, or if another process writes this index, and ExportError if the export has no
@@ -112,31 +124,59 @@ def index_images(
         faiss.omp_set_num_threads(threads)
     images = open_images(where)
     with locked(out):
-        return _embed_and_write(images, ImageEncoder(exported, threads), out, kind, threads, add, say)
+        return _embed_and_write(images, ImageEncoder(exported, threads), out, kind, threads, add, check, say)
 
 
 def _embed_and_write(
-    images: ImageList, encoder: ImageEncoder, out: Path, kind: Kind | None, threads: int, add: bool, say: Say
+    images: ImageList,
+    encoder: ImageEncoder,
+    out: Path,
+    kind: Kind | None,
+    threads: int,
+    add: bool,
+    check: Check,
+    say: Say,
 ) -> Description:
     """Do what `index_images` does, in a folder that is locked."""
+    index = open_index(out) if add else None
+    states = images.states(check if index is None else index.description.check)
+    items, known = _to_embed(images, states, index)
     home = out / PARTS / digest(encoder.description.sha256, encoder.exported.preprocess.model_dump(), PART, BATCH)
-    paths = _embed_parts(images, encoder, home, threads, say)
-    names, rows_of_parts, skipped = _choose(images, paths)
-    if not names:
-        raise DataError(f"{images.where}: none of its {len(images)} images can be read (first: {skipped[0][1]}).")
+    if changed := sum(images.name(item) in known for item in items):
+        say(f"{images.where}: {changed:,} images changed since they were indexed, and are embedded again")
+    paths = _embed_parts(images, items, states, encoder, home, threads, say)
+    chosen, rows_of_parts, skipped = _choose(images, paths)
+    if not chosen and len(items) == len(images):
+        raise DataError(f"{images.where}: none of its {len(items)} images can be read (first: {skipped[0][1]}).")
     _report_skipped(out, skipped, len(images), say)
+    if gone := {name for name, _ in skipped if name in known} - chosen.keys():
+        say(f"{len(gone):,} images that can no longer be read leave the index")
 
     def blocks() -> Iterator[np.ndarray]:
         for path, rows in zip(paths, rows_of_parts, strict=True):
             if len(rows):
                 yield _read(path).embeds[rows]
 
-    if add:
-        made = change_index(out, (), blocks(), names)
+    names, states = list(chosen), states[list(chosen.values())]
+    if index is None:
+        made = write_index(out, kind or kind_for(len(names)), blocks, names, encoder.description, states, check)
+    elif chosen or gone:
+        made = change_index(out, gone, blocks(), names, states)
     else:
-        made = write_index(out, kind or kind_for(len(names)), blocks, names, encoder.description)
+        made = index.description
     shutil.rmtree(out / PARTS, ignore_errors=True)
     return made
+
+
+def _to_embed(images: ImageList, states: np.ndarray, index: Index | None) -> tuple[Sequence[int], dict[str, State]]:
+    """Return the images that an index does not have as they are now, and the states of all that it has."""
+    if index is None:
+        return range(len(images)), {}
+    known = {index.key(row): (size, mark) for row, (size, mark) in enumerate(index.states().tolist())}
+    found: dict[str, State] = {}
+    for item, (size, mark) in enumerate(states.tolist()):
+        found.setdefault(images.name(item), (size, mark))  # of a name that occurs twice, the first one counts
+    return [item for item in range(len(images)) if known.get(name := images.name(item)) != found[name]], known
 
 
 def _check_free(out: Path) -> None:
@@ -145,11 +185,20 @@ def _check_free(out: Path) -> None:
         raise ArtifactError(f"{out} exists and is not an index. Nothing was changed: choose another folder with --out.")
 
 
-def _embed_parts(images: ImageList, encoder: ImageEncoder, home: Path, threads: int, say: Say) -> list[Path]:
-    """Embed the images that are not embedded yet; return the files of all parts in order."""
-    ranges = [range(start, min(start + PART, len(images))) for start in range(0, len(images), PART)]
-    paths = [home / f"{number:05}-{images.stamp(items)}.npz" for number, items in enumerate(ranges)]
-    missing, unread, done = [], [], 0
+def _embed_parts(
+    images: ImageList,
+    items: Sequence[int],
+    states: np.ndarray,
+    encoder: ImageEncoder,
+    home: Path,
+    threads: int,
+    say: Say,
+) -> list[Path]:
+    """Embed those of some images that are in no part yet; return the files of all parts in order."""
+    ranges = [items[start : start + PART] for start in range(0, len(items), PART)]
+    stamps = [digest([images.name(item) for item in part], states[part].tolist()) for part in ranges]
+    paths = [home / f"{number:05}-{stamp}.npz" for number, stamp in enumerate(stamps)]
+    missing, unread, done = [], [], len(images) - len(items)
     for number, path in enumerate(paths):
         if (part := _read(path)) is None:
             missing.append(number)
@@ -184,7 +233,7 @@ def _decoded(
 
 
 def _embed(
-    encoder: ImageEncoder, items: range, decoded: Iterator[np.ndarray | str], advance: Callable[[int], object]
+    encoder: ImageEncoder, items: Sequence[int], decoded: Iterator[np.ndarray | str], advance: Callable[[int], object]
 ) -> Part:
     """Embed the next `items` of the decoded images, batch by batch."""
     embeds, kept, unread = [np.empty((0, encoder.exported.embed_dim), np.float32)], [], {}
@@ -216,9 +265,9 @@ def _read(path: Path) -> Part | None:
         return None
 
 
-def _choose(images: ImageList, paths: list[Path]) -> tuple[list[str], list[np.ndarray], list[tuple[str, str]]]:
-    """Return the names to index, their rows in each part, and (name, reason) of every skipped image."""
-    seen: dict[str, None] = {}
+def _choose(images: ImageList, paths: list[Path]) -> tuple[dict[str, int], list[np.ndarray], list[tuple[str, str]]]:
+    """Return the images to index by name, their rows in each part, and (name, reason) of every skipped image."""
+    seen: dict[str, int] = {}
     rows, skipped = [], []
     for path in paths:
         part = _read(path)
@@ -228,11 +277,11 @@ def _choose(images: ImageList, paths: list[Path]) -> tuple[list[str], list[np.nd
             if name in seen:
                 skipped.append((name, f"{name} occurs twice; the first one is used."))
             else:
-                seen[name] = None
+                seen[name] = item
                 taken.append(row)
         rows.append(np.asarray(taken, np.int64))
         skipped += [(images.name(item), reason) for item, reason in part.unread.items()]
-    return list(seen), rows, skipped
+    return seen, rows, skipped
 
 
 def _report_skipped(out: Path, skipped: list[tuple[str, str]], total: int, say: Say) -> None:

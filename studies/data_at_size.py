@@ -140,10 +140,9 @@ def _cache(home: Path) -> None:
             shutil.copytree(shard_folder(folder, 0), shard_folder(folder, shard))
             continue
         raw = (rng.standard_normal((size, CACHED_DIM), np.float32) for _ in range(2))
-        views = np.zeros((size, 7), np.int32)
-        write_shard(
-            folder, shard, manifest, Rows(*raw, np.arange(size), np.arange(size + 1), views, np.ones(size, bool))
-        )
+        views, states = np.zeros((size, 7), np.int32), np.zeros((size, 2), np.int64)
+        rows = Rows(*raw, np.arange(size), np.arange(size + 1), views, np.ones(size, bool), states)
+        write_shard(folder, shard, manifest, rows)
 
 
 @case("teacher-cache", f"teacher cache of {CACHED:,} images and texts of {CACHED_DIM}, float16", _cache)

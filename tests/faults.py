@@ -993,7 +993,8 @@ def cache(folder: Path, **changes: Any) -> Path:
     for number in range(2):
         count = len(manifest.items_of(number))
         rows = Rows(np.ones((count, 4), np.float32), np.ones((count, 4), np.float32), np.arange(count),
-                    np.arange(count + 1), np.zeros((count, 7), np.int32), np.ones(count, bool))  # fmt: skip
+                    np.arange(count + 1), np.zeros((count, 7), np.int32), np.ones(count, bool),
+                    np.zeros((count, 2), np.int64))  # fmt: skip
         write_shard(home, number, manifest, rows)
     if changes:
         found = json.loads((home / "manifest.json").read_text()) | changes

@@ -49,7 +49,8 @@ def embed(recipe: Recipe, options: EmbedOptions, say: Say) -> list[Path]:
     folders = []
     for spec in specs:
         known = spec.cache or default
-        settings = CacheSettings(views=options.views or known.views, dtype=options.dtype or known.dtype)
+        changes = {"views": options.views, "dtype": options.dtype}
+        settings = known.model_copy(update={name: value for name, value in changes.items() if value is not None})
         caches = caches_of(pipeline.load_teacher(spec, recipe.task, say), settings, plan, fabric, say, options.home)
         folders += [cache.folder for cache in caches]
     return folders

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipress.data.file_states import Check
 from clipress.progress import Say
 from clipress.serve.index import Description, Kind, remove_entries
 from clipress.serve.indexing import index_images as embed_and_index
@@ -24,12 +25,14 @@ class IndexRequest:
     threads: int = 0
     add: bool = False
     """Add to the entries of the index."""
+    check: Check = "stat"
+    """How changed images are noticed when the index is added to."""
 
 
 def index_images(request: IndexRequest, out: Path, say: Say) -> Description:
     """Embed images with an exported image encoder and write an index of them."""
     export = find_export(request.model)
-    return embed_and_index(request.images, export, out, request.kind, request.threads, request.add, say)
+    return embed_and_index(request.images, export, out, request.kind, request.threads, request.add, say, request.check)
 
 
 def remove_from_index(index: Path, keys: Sequence[str]) -> Description:

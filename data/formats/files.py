@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 
 from clipress.data.bad_records import MAX_SKIPPED_OF, refuse_too_many
+from clipress.data.file_states import Check, file_states
 from clipress.data.formats.text import NORMALISERS
 from clipress.data.sources import Classes
 from clipress.data.spec import MAX_SKIPPED, SourceSpec
@@ -234,6 +236,10 @@ class Files:
         if not self.has_images:
             raise DataError(f"data: source '{self.name}' has texts only, no images.")
         return open_image(self.root / self.paths[index])
+
+    def states(self, items: Sequence[int], check: Check) -> np.ndarray:
+        """Return what tells whether images were replaced, see file_states.py: int64 [N, 2]."""
+        return file_states([self.root / self.paths[item] for item in items], check)
 
     def captions(self, index: int) -> Sequence[str]:
         if self.classes is not None:

@@ -15,15 +15,6 @@ from clipress.errors import DataError
 from clipress.storage import cache_folder
 
 
-def state_of(path: Path) -> tuple[int, int]:
-    """Return a file's size and modification time; zeros if it is missing, which reading it will report."""
-    try:
-        known = path.stat()
-    except (OSError, ValueError):
-        return 0, 0
-    return known.st_size, known.st_mtime_ns
-
-
 def bytes_at(path: Path, offset: int, size: int) -> bytes:
     """Read a range of bytes from an indexed file."""
     try:

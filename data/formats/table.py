@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from clipress.data.file_states import Check, file_states, state_of
 from clipress.data.formats import files
 from clipress.data.formats.files import Files, exists, lines_from, lines_of
-from clipress.data.formats.index_files import keep_index, kept_index, state_of
+from clipress.data.formats.index_files import keep_index, kept_index
 from clipress.data.spec import SourceSpec
 from clipress.data.transforms import open_image
 from clipress.errors import DataError
@@ -142,6 +143,10 @@ class Table(Files):
         if column is None:
             raise DataError(f"data: source '{self.name}' has texts only, no images.")
         return open_image(self.root / next(self._cells(self._rows_of(index)))[column])
+
+    def states(self, items: Sequence[int], check: Check) -> np.ndarray:
+        rows = self._cells([self._rows_of(item)[0] for item in items])  # opens the table once
+        return file_states([self.root / cells[self.columns[0]] for cells in rows], check)
 
     def captions(self, index: int) -> Sequence[str]:
         return tuple(self.normalised(cells[self.columns[1]]) for cells in self._cells(self._rows_of(index)))

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from clipress.data.file_states import UNKNOWN, Check, content_state, file_states
 from clipress.data.formats.files import decoded, report_skipped
 from clipress.data.formats.index_files import bytes_at, keep_index, kept_index
 from clipress.data.formats.text import NORMALISERS
@@ -156,6 +157,10 @@ class Shards:
         except DataError as error:
             raise DataError(f"{self._name_of(index)}: {error}") from None
 
+    def states(self, items: Sequence[int], check: Check) -> np.ndarray:
+        """Return what tells whether images were replaced, as `record_states` does."""
+        return record_states(self.paths, self._first, self._images, items, check)
+
     def captions(self, index: int) -> Sequence[str]:
         if self.classes is not None:
             return self.classes.prompts(self.group(index))
@@ -194,6 +199,27 @@ class Shards:
         except tarfile.TarError:
             return f"{shard}, which was modified after it was indexed"
         return f"{shard}, {header.name}"
+
+
+def record_states(
+    paths: Sequence[Path], first: np.ndarray, places: np.ndarray, items: Sequence[int], check: Check
+) -> np.ndarray:
+    """Return what tells whether records were replaced, see file_states.py: int64 [N, 2].
+
+    Their shard's size and time stand for theirs. `first` is the first record of each shard, `places` as in `index_of`.
+    """
+    shards = np.searchsorted(first, items, side="right") - 1
+    if check == "stat":
+        distinct, shard = np.unique(shards, return_inverse=True)
+        return file_states([paths[number] for number in distinct], check)[shard]
+
+    def state(number: int, item: int) -> tuple[int, int]:
+        try:
+            return content_state(bytes_at(paths[number], *places[item].tolist()))
+        except DataError:
+            return UNKNOWN
+
+    return np.asarray(list(map(state, shards.tolist(), items)), np.int64).reshape(-1, 2)
 
 
 def captions_in(content: bytes, key: str) -> list[str]:

@@ -116,7 +116,7 @@ SIDECAR = {
     "profile": {"min": [1, 3], "opt": [1, 3], "max": [2, 3]}, "sparse_layers": {}, "model": {}, "parity": {}, "clipress": "1",
 }  # fmt: skip
 MANIFEST = {
-    "schema_version": 1, "teacher": "t", "logit_scale": 1.0, "preprocess": {"size": 8}, "tokenizer": {}, "source": "s",
+    "schema_version": 2, "teacher": "t", "logit_scale": 1.0, "preprocess": {"size": 8}, "tokenizer": {}, "source": "s",
     "fingerprint": "f", "items": 3, "augment": {}, "views": 1, "dim": 8, "dtype": "fp16", "precision": "fp32",
     "items_per_shard": 2, "made_with": {},
 }  # fmt: skip

@@ -1,5 +1,7 @@
 """Building teacher caches: they hold the teacher's embeddings, and builds can be killed, shared and repeated."""
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from helpers import clipress, write_recipe
 from PIL import Image
 
 from clipress.artifact import save_artifact
+from clipress.compress import teacher_cache
 from clipress.compress.teacher_cache import build_cache, check_cache, manifest_of, write_shards
 from clipress.data.dataset import TrainingSet
 from clipress.data.eval_sets import EvalSet
@@ -18,7 +21,7 @@ from clipress.data.sampler import Draw
 from clipress.data.sources import open_source
 from clipress.data.spec import SourceSpec
 from clipress.data.teacher_cache import TeacherCache, read_manifest
-from clipress.data.transforms import Augment, normalised
+from clipress.data.transforms import Augment, View, normalised, viewed
 from clipress.errors import ArtifactError, ClipressError, DataError, RecipeError
 from clipress.models.load import artifact_from_model, new_model
 from clipress.models.tiny import tiny_architecture
@@ -272,6 +275,83 @@ def test_changed_images_or_another_teacher_are_detected_with_a_few_samples(model
         Image.new("RGB", (50, 40)).save(tmp_path / "images" / str(number) / "a.png")
     with pytest.raises(ArtifactError, match="pixels of item"):
         check_cache(cache, model, images)
+
+
+def noise(number):
+    return np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+
+
+def save(path, number, time=1000):
+    """Save an image as if at a time in seconds; all have one size in bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise(number)).save(path, compress_level=0)
+    os.utime(path, (time, time))
+
+
+@pytest.fixture
+def twelve(tmp_path, monkeypatch):
+    """Twelve images in shards of six: a function that returns their cache, what was read for it and what was said."""
+    described = teacher_cache.manifest_of
+    small = {"items_per_shard": 6}
+    monkeypatch.setattr(teacher_cache, "manifest_of", lambda *given: described(*given).model_copy(update=small))
+    for number in range(12):
+        save(tmp_path / "twelve" / f"{number:02}.png", number)
+
+    def build(model, check="stat", folder="twelve"):
+        counted, said = Counted(open_source(SourceSpec(format="images", images=tmp_path / folder))), []
+        arguments = {"teacher_hash": "hash", "say": said.append, "check": check}
+        cache = build_cache(model, counted, Augment(), 1, tmp_path / "home", **arguments)
+        return cache, sorted(counted.reads), said[0]
+
+    return build
+
+
+def of_now(model, folder):
+    """Embed the images of a folder without a cache."""
+    pixels = [viewed(Image.open(path).convert("RGB"), model.preprocess, View()) for path in sorted(folder.iterdir())]
+    return encoders(model, "Test")[0](normalised(np.stack(pixels), model.preprocess))
+
+
+@pytest.mark.parametrize(
+    ("check", "time", "noticed"), [("stat", 2000, True), ("content", 1000, True), ("stat", 1000, False)]
+)
+def test_the_shard_of_a_replaced_image_is_embedded_again(model, twelve, tmp_path, check, time, noticed):
+    """By the time of its file, or by its content."""
+    twelve(model, check)
+    save(tmp_path / "twelve" / "05.png", 77, time)
+    cache, read, said = twelve(model, check)
+    assert read == ([0, 1, 2, 3, 4, 5] if noticed else [])
+    assert ("images: 1 of 12 images changed since teacher hash embedded them, the first is item 5" in said) == noticed
+    is_right = np.abs(cache.images(range(12)) - of_now(model, tmp_path / "twelve")).max(1) < 5e-4
+    assert is_right.tolist() == [item != 5 or noticed for item in range(12)]
+    cache, read, said = twelve(model, check)
+    assert not read and "using the cached embeddings" in said
+    TeacherCache.open(cache.folder, verify=True)
+
+
+@pytest.mark.parametrize(("check", "read"), [("stat", list(range(12))), ("content", [])])
+def test_a_touched_image_is_embedded_again_unless_contents_are_compared(model, twelve, tmp_path, check, read):
+    twelve(model, check)
+    for path in (tmp_path / "twelve").iterdir():
+        os.utime(path, (2000, 2000))
+    assert twelve(model, check)[1] == read
+
+
+@pytest.mark.parametrize(("check", "count"), [("stat", 12), ("content", 0)])
+def test_a_copy_of_the_images_without_their_times_has_the_same_cache(model, twelve, tmp_path, check, count):
+    first, _, _ = twelve(model, check)
+    shutil.copytree(tmp_path / "twelve", tmp_path / "copy", copy_function=shutil.copyfile)
+    second, read, _ = twelve(model, check, "copy")
+    assert second.folder == first.folder and len(read) == count
+    np.testing.assert_array_equal(second.images(range(12)), first.images(range(12)))
+
+
+def test_an_image_that_could_be_read_only_later_is_embedded_then(model, twelve, tmp_path):
+    (tmp_path / "twelve" / "09.png").write_bytes(b"no image")
+    assert not twelve(model)[0].ok(9)
+    save(tmp_path / "twelve" / "09.png", 9)
+    cache, read, _ = twelve(model)
+    assert cache.ok(9) and read == [6, 7, 8, 9, 10, 11]
 
 
 def test_embeddings_that_are_not_finite_are_reported_and_not_saved(digits, tmp_path):

@@ -103,7 +103,8 @@ def make(home, dtype="fp16", items=11, views=2, dim=8, per_shard=4, source=None,
         raw = (5 * rng.standard_normal((n, dim)).astype(np.float32) for n in (shape[0] * shape[1], 5))
         ok = np.asarray([i not in failed for i in part])
         offsets = np.cumsum([0, *each])
-        rows = Rows(*raw, captions, offsets, np.asarray(list(map(row_from_view, views_of)), np.int32), ok)
+        views_of_rows = np.asarray(list(map(row_from_view, views_of)), np.int32)
+        rows = Rows(*raw, captions, offsets, views_of_rows, ok, np.zeros((len(part), 2), np.int64))
         write_shard(folder, shard, manifest, rows)
         image.append(rows.image * np.repeat(ok, manifest.views)[:, None])
         text.append(rows.text[captions])
@@ -181,7 +182,7 @@ def test_invalid_embeddings_are_not_stored(tmp_path, poison):
     manifest = TeacherCache.open(make(tmp_path)[0]).manifest
     rows = Rows(
         np.ones((8, 8), np.float32), np.ones((1, 8), np.float32), np.zeros(4, int), np.arange(5), np.zeros((8, 7)),
-        np.ones(4, bool),
+        np.ones(4, bool), np.zeros((4, 2), int),
     )  # fmt: skip
     rows.image[3] = poison
     with pytest.raises(ClipressError, match="not finite, or zero"):
@@ -225,7 +226,7 @@ DAMAGE = {
     ),
     r"text\.npy: expected norm 1 in row 4, found 0": changed_array("text", lambda a: a[4].fill(0)),
     r"describes cache \w+, but its folder is \w+: one of them was changed": changed_manifest(teacher="another"),
-    r"schema_version 7; this version of clipress reads 1": changed_manifest(schema_version=7),
+    r"schema_version 7; this version of clipress reads 2": changed_manifest(schema_version=7),
     r"is damaged: views: ": changed_manifest(views="many"),
     r"unreadable shard\.json": lambda folder: (folder / "00001" / "shard.json").write_text("{"),
     r"not readable JSON": lambda folder: (folder / "manifest.json").write_text("[1"),

@@ -1,6 +1,8 @@
 """Embedding images into an index: which ones, which are skipped, and how a killed run is resumed."""
 
 import io
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -218,6 +220,93 @@ def test_new_images_are_added_and_known_ones_replaced(tmp_path, export, images):
     assert keys == [[str(changed)]] and scores[0, 0] == pytest.approx(1, abs=1e-5)
 
 
+@pytest.fixture
+def embedded(monkeypatch):
+    """The numbers of images that are embedded at once, in a list that grows."""
+    counts, embed = [], indexing.ImageEncoder.__call__
+    monkeypatch.setattr(
+        indexing.ImageEncoder, "__call__", lambda self, views: counts.append(len(views)) or embed(self, views)
+    )
+    return counts
+
+
+def update(images, export, out, embedded):
+    """Add images to an index; return how many were embedded, and what was said."""
+    embedded.clear()
+    said = []
+    indexing.index_images(str(images), export, out, threads=1, say=said.append, add=True)
+    return sum(embedded), "\n".join(said)
+
+
+def test_an_update_embeds_what_is_new_or_has_changed(tmp_path, export, images, embedded):
+    out, paths = tmp_path / "index", sorted(images.rglob("*.png"))
+    indexed(images, export, out)
+    before = content(out)
+    assert update(images, export, out, embedded)[0] == 0 and content(out) == before
+    for number, path in enumerate(paths[3:5]):
+        path.write_bytes(small_image(50 + number)[1])
+    new = images / "a" / "new.png"
+    new.write_bytes(small_image(60)[1])
+    count, said = update(images, export, out, embedded)
+    assert count == 3 and f"{images}: 2 images changed since they were indexed, and are embedded again" in said
+    every = list(map(str, [*paths, new]))
+    scores, keys = open_index(out).search(LoadedModel(export, threads=1).encode_image(every), 1)
+    assert keys == [[path] for path in every] and len(keys_of(out)) == len(every)
+    np.testing.assert_allclose(scores, 1, atol=1e-5)
+    assert update(images, export, out, embedded)[0] == 0
+
+
+@pytest.mark.parametrize(("check", "counts"), [("stat", (20, 0)), ("content", (0, 1))])
+def test_an_index_compares_times_or_contents(tmp_path, export, images, embedded, check, counts):
+    """All images are touched; then one is replaced by another of its size and time."""
+    out, path = tmp_path / "index", images / "a" / "00.png"
+    size = max(len(small_image(number)[1]) for number in (0, 50))
+    path.write_bytes(small_image(0)[1].ljust(size))
+    indexed(images, export, out, check=check)
+    for one in images.rglob("*.png"):
+        os.utime(one, (2000, 2000))
+    assert update(images, export, out, embedded)[0] == counts[0]
+    path.write_bytes(small_image(50)[1].ljust(size))
+    os.utime(path, (2000, 2000))
+    assert update(images, export, out, embedded)[0] == counts[1]
+
+
+def test_a_shard_that_changed_is_embedded_again(tmp_path, export, embedded):
+    home = tmp_path / "shards"
+    home.mkdir()
+    for number in range(2):
+        shard(home / f"{number}.tar", [(f"{name}.png", small_image(number)[1]) for name in "abc"])
+    indexed(home, export, tmp_path / "index")
+    os.utime(home / "1.tar", (2000, 2000))
+    count, said = update(home, export, tmp_path / "index", embedded)
+    assert count == 3 and "3 images changed since they were indexed" in said
+
+
+def test_an_image_that_can_no_longer_be_read_leaves_the_index(tmp_path, export, images, embedded):
+    out = tmp_path / "index"
+    indexed(images, export, out)
+    (images / "a" / "00.png").write_bytes(b"no image")
+    said = update(images, export, out, embedded)[1]
+    assert str(images / "a" / "00.png") not in keys_of(out) and len(keys_of(out)) == 19
+    assert "1 images changed" in said and "1 images that can no longer be read leave the index" in said
+    before = content(out)
+    update(images, export, out, embedded)
+    assert content(out) == before
+
+
+def test_an_index_that_does_not_say_what_its_files_were_is_updated_as_a_whole(tmp_path, export, images, embedded):
+    """As those of earlier versions."""
+    out = tmp_path / "index"
+    indexed(images, export, out)
+    path = out / "index.json"
+    known = json.loads(path.read_text())
+    (out / known.pop("states")["file"]).unlink()
+    del known["check"]
+    path.write_text(json.dumps(known))
+    assert update(images, export, out, embedded)[0] == 20
+    assert update(images, export, out, embedded)[0] == 0
+
+
 def test_images_by_another_encoder_are_not_added(tmp_path, export, images):
     indexed(images, export, tmp_path / "index")
     describe(export, lineage_hash="another")
@@ -276,7 +365,7 @@ def test_an_index_is_made_where_a_stopped_run_left_only_its_lock(tmp_path, expor
         (["IMAGES"], "Set exactly one of --run and --model"),
         (["--model", "x"], "IMAGES is required"),
         (["IMAGES", "--remove", "key"], "--remove takes no other option but --out"),
-        (["IMAGES", "--model", "x", "--add", "--kind", "ivf"], "--add keeps the kind"),
+        (["IMAGES", "--model", "x", "--add", "--kind", "ivf"], "--add keeps those of the index"),
         (["IMAGES", "--model", "x"], "no export.json"),
         (["IMAGES", "--run", "x"], "x is not a run folder: no such folder"),
     ],
