@@ -20,6 +20,8 @@ from clipress.errors import DataError
 BLOCK = 1024  # rows compared at once
 EXACT_UP_TO = 200_000  # images, a minute on two cores; near-duplicates among more are found by faiss, if installed
 LISTS_SEARCHED, TRAINED_ON = 32, 40  # inverted lists looked at, vectors per list for k-means
+DIRECTIONS, SAMPLED = 64, 10_000  # principal directions that images are compared in first, of so many images
+SLACK = 1e-3  # more than rounding takes from a bound
 
 Encoder = Callable[[np.ndarray], np.ndarray]
 
@@ -82,11 +84,11 @@ def nearest_to_prompts(
     scores, which = _largest_cosine(images, prompts)
     order = np.argsort(-scores, kind="stable")
     kept: list[int] = []
-    best = None if near_duplicates is None else _nearest_kept(images, kept)
+    is_near = None if near_duplicates is None else _near_to_kept(images, kept, near_duplicates)
     for start in range(0, len(order), BLOCK):
         block = order[start : start + BLOCK]
-        if best is not None:
-            block = block[_without_near(images[block], best(images[block]), near_duplicates)]
+        if is_near is not None:
+            block = block[_without_near(images[block], is_near(block), near_duplicates)]
         kept += block.tolist()
         if len(kept) >= count:
             break
@@ -103,41 +105,59 @@ def _largest_cosine(images: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray
     return scores, which
 
 
-def _nearest_kept(images: np.ndarray, kept: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function: rows [B, D] -> their largest cosine [B] with any of `kept`, which grows between calls."""
+def _near_to_kept(images: np.ndarray, kept: Sequence[int], threshold: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function: indices [B] -> whether these images are near to any of `kept`, which grows between calls."""
     try:
         import faiss
     except ImportError:
         faiss = None
     if faiss is None or len(images) <= EXACT_UP_TO:
-        return lambda rows: _largest(rows, images, kept)
+        bounds = _bounds(images)
+        return lambda block: _is_near(images, bounds, block, kept, threshold)
     lists = round(4 * len(images) ** 0.5)  # a fixed number of vectors per list would make the training quadratic
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(images.shape[1]), images.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
     index.nprobe, index.cp.min_points_per_centroid = LISTS_SEARCHED, 1
     sample = np.random.default_rng(0).permutation(len(images))[: lists * TRAINED_ON]
     index.train(np.ascontiguousarray(images[np.sort(sample)]))
 
-    def nearest(rows: np.ndarray) -> np.ndarray:
+    def is_near(block: np.ndarray) -> np.ndarray:
         if index.ntotal < len(kept):
             index.add(np.ascontiguousarray(images[kept[index.ntotal :]]))
-        return index.search(np.ascontiguousarray(rows), 1)[0][:, 0]
+        return index.search(np.ascontiguousarray(images[block]), 1)[0][:, 0] >= threshold
 
-    return nearest
+    return is_near
 
 
-def _largest(rows: np.ndarray, images: np.ndarray, kept: Sequence[int]) -> np.ndarray:
-    largest = np.full(len(rows), -np.inf, np.float32)
+def _bounds(images: np.ndarray) -> np.ndarray:
+    """Return vectors float32 [N, K] whose inner products are upper bounds of those of images [N, D].
+
+    They are an image's coordinates in the principal directions and the length of what remains: by Cauchy and Schwarz,
+    the inner product of two remainders is at most the product of their lengths.
+    """
+    sample = images[:: max(len(images) // SAMPLED, 1)]
+    inside = images @ np.linalg.eigh(sample.T @ sample)[1][:, -DIRECTIONS:]
+    remainder = np.einsum("nd,nd->n", images, images) - np.einsum("nd,nd->n", inside, inside)
+    return np.column_stack([inside, np.sqrt(np.maximum(remainder, 0))])
+
+
+def _is_near(
+    images: np.ndarray, bounds: np.ndarray, block: np.ndarray, kept: Sequence[int], threshold: float
+) -> np.ndarray:
+    near, rows = np.zeros(len(block), bool), bounds[block]
     for start in range(0, len(kept), BLOCK):
-        np.maximum(largest, (rows @ images[kept[start : start + BLOCK]].T).max(1), out=largest)
-    return largest
+        others = kept[start : start + BLOCK]
+        maybe = np.flatnonzero((rows @ bounds[others].T >= threshold - SLACK).any(1) & ~near)
+        if len(maybe):  # of most blocks no image is
+            near[maybe] = (images[block[maybe]] @ images[others].T >= threshold).any(1)
+    return near
 
 
-def _without_near(block: np.ndarray, nearest: np.ndarray, threshold: float) -> np.ndarray:
+def _without_near(block: np.ndarray, is_near: np.ndarray, threshold: float) -> np.ndarray:
     """Return which rows of a block [B, D], best first, are near to no row kept before or ahead of them in the block.
 
-    nearest: their largest cosine [B] with the rows kept before.
+    is_near: whether they are near to a row kept before.
     """
-    free = nearest < threshold
+    free = ~is_near
     alike = block @ block.T >= threshold
     for row in range(len(block)):
         if free[row]:

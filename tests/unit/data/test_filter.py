@@ -30,8 +30,10 @@ def slowly(images, prompts, count, threshold):
 
 @pytest.mark.parametrize("threshold", [None, 0.3, 0.8])
 @pytest.mark.parametrize("block", [1, 7, 1024])
-def test_the_selection_matches_a_slow_loop(threshold, block, monkeypatch):
+@pytest.mark.parametrize("directions", [1, 3, 64])
+def test_the_selection_matches_a_slow_loop(threshold, block, directions, monkeypatch):
     monkeypatch.setattr(choose, "BLOCK", block)
+    monkeypatch.setattr(choose, "DIRECTIONS", directions)
     rng = np.random.default_rng(0)
     images, prompts = units(rng, 60, 6), units(rng, 4, 6)
     chosen = nearest_to_prompts(images, prompts, 12, threshold)
@@ -91,6 +93,6 @@ def test_near_duplicates_among_many_images_are_found_by_faiss(monkeypatch):
     exact = nearest_to_prompts(images, prompts, 900, 0.98)
     monkeypatch.setattr(choose, "EXACT_UP_TO", 100)
     monkeypatch.setattr(choose, "LISTS_SEARCHED", 12)  # of 120
-    monkeypatch.setattr(choose, "_largest", None)  # the exact comparison is not used
+    monkeypatch.setattr(choose, "_bounds", None)  # the exact comparison is not used
     assert nearest_to_prompts(images, prompts, 900, 0.98) == exact
     assert 250 < len(exact) <= 300
