@@ -16,7 +16,8 @@ image that cannot be read keeps its row, so rows never shift.
                       /states.npy         int64 [items, 2]: what the image files were, see file_states.py
 
 A shard whose images have been replaced since is written again as a whole: batches never cross shards, so it then has the
-bytes that a new cache would have.
+bytes that a new cache would have. States are compared when a cache is opened to train with, and are not part of its key: a
+source is opened without looking at its files, and one touched image must not cost a whole cache.
 
 Nothing here needs torch. `teacher_cache.py` reads caches, `compress/teacher_cache.py` builds them.
 """

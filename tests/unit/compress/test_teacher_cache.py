@@ -379,13 +379,14 @@ def with_artifact(recipe, model, tmp_path):
 
 
 def test_the_command_embeds_every_training_source_once(with_artifact, tmp_path):
-    with_artifact["teacher"]["cache"] = {"views": 2, "dtype": "bf16"}
+    with_artifact["teacher"]["cache"] = {"views": 2, "dtype": "bf16", "check": "content"}
     path, home = write_recipe(with_artifact, tmp_path), tmp_path / "home"
     first = clipress("embed", path, "--out", home)
     assert first.exit_code == 0, first.output
     caches = [TeacherCache.open(folder, verify=True) for folder in home.iterdir()]
     assert {cache.manifest.source for cache in caches} == {"digits", "scenes"}
-    assert {(c.manifest.views, c.manifest.dtype, c.manifest.teacher) for c in caches} == {(2, "bf16", "0123")}
+    manifests = [cache.manifest for cache in caches]
+    assert {(m.views, m.dtype, m.check, m.teacher) for m in manifests} == {(2, "bf16", "content", "0123")}
     assert clipress("embed", path, "--out", home).output.count("using the cached embeddings of teacher") == 2
     again = clipress("embed", path, "--out", home, "--views", 3, "--dtype", "fp16")
     assert "3 view(s)" in again.output and len(list(home.iterdir())) == 4
