@@ -89,14 +89,15 @@ def build_cache(
     """
     manifest = manifest_of(model, source, augment, views, teacher_hash, dtype, precision, check)
     folder = home / manifest.key
-    shards = range(rank, manifest.shards, world if rank else 1)  # the first process looks at all, since it locks
+    shards = range(rank, manifest.shards, world)
     to_do, changed = unfinished_shards(folder, manifest, source, shards)
     if changed:
+        checked = sum(len(manifest.items_of(shard)) for shard in shards)
         since = f"since teacher {teacher_hash} embedded them, the first is item {changed[0]}"
-        say(f"{source.name}: {len(changed):,} of {len(source):,} images changed {since}")
+        say(f"{source.name}: {len(changed):,} of {checked:,} images changed {since}")
     elif not to_do:
         say(f"{source.name}: using the cached embeddings of teacher {teacher_hash} in {folder}")
-    with locked(folder, wait) if to_do and rank == 0 else nullcontext():
+    with locked(folder, wait) if rank == 0 and (to_do or world > 1) else nullcontext():  # others may have some to do
         if to_do:
             write_shards(model, source, manifest, home, say, rank, world, workers, batch)
         barrier()
@@ -326,8 +327,7 @@ def _finish(folder: Path, shard: int, source: Source, manifest: Manifest, encode
     ok = np.ones(len(offsets) - 1, bool)
     ok[: len(encoded.errors)] = [not error for error in encoded.errors]
     no_rows = {
-        "image": torch.zeros(0, manifest.dim),
-        "text": torch.zeros(0, manifest.dim),
+        **dict.fromkeys(("image", "text"), torch.zeros(0, manifest.dim)),
         "views": torch.zeros(0, 7, dtype=torch.int32),
         "states": torch.zeros(0 if manifest.views else len(ok), 2, dtype=torch.int64),
     }

@@ -287,7 +287,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Data at size",
         "",
-        f"`{COMMAND}`, two cores. Memory at its peak, beyond imports and inputs.",
+        f"`{COMMAND}`, two cores. Memory at its peak, beyond imports and inputs. `load`: how many others wanted the cores, which",
+        "lengthens seconds by the clock, and CPU seconds too where cores share what is in them; rows without it had the cores alone.",
         "",
         "| | records | seconds | CPU seconds | memory (MB) | more | measured |",
         "|---|---|---|---|---|---|---|",
@@ -311,8 +312,9 @@ def main(*names: str) -> None:
             CASES[name][1](Path(folder))
             run = [sys.executable, __file__, "--measure", name, folder]
             alone = {**os.environ, "CLIPRESS_CACHE": str(Path(folder) / ".cache")}
+            load = round(os.getloadavg()[0], 1)
             done = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True, env=alone)
-            where = {"date": date.today().isoformat(), "processor": str(processor())}
+            where = {"load": load, "date": date.today().isoformat(), "processor": str(processor())}
             rows[name] = {"case": name, "what": CASES[name][0], **json.loads(done.stdout.splitlines()[-1]), **where}
             sys.stderr.write(f"{rows[name]}\n")
     ordered = [rows[name] for name in CASES if name in rows]
