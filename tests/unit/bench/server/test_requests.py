@@ -202,3 +202,15 @@ def test_a_blip_is_measured_under_load_and_a_request_is_answered_as_local_infere
             assert result.exit_code == 0, result.output
             (row,) = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))["rows"]
             assert row["errors"] == 0 < row["requests"] and row["triton"][model]["requests"] > 0
+
+
+def test_a_damaged_image_is_not_among_the_requests(tiny_run, tmp_path):
+    for number in range(3):
+        Image.effect_noise((40, 40), 20 + number).convert("RGB").save(tmp_path / f"{number}.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:200])
+    exported, sets = (
+        read_export(tiny_run[0] / "export" / "int8"),
+        evalsets([SourceSpec(format="images", images=tmp_path)]),
+    )
+    content = request_templates(exported, sets)["embed_image"].inputs["image"].content
+    assert content(0) == content(2) != content(1)
