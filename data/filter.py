@@ -18,7 +18,7 @@ from clipress.data.transforms import Preprocess, fitted, normalised
 from clipress.errors import DataError
 
 BLOCK = 1024  # rows compared at once
-EXACT_UP_TO = 200_000  # images, a minute on two cores; near-duplicates among more are found by faiss, if installed
+EXACT_UP_TO = 200_000  # images, a minute on one core; near-duplicates among more are found by faiss, if installed
 LISTS_SEARCHED, TRAINED_ON = 32, 40  # inverted lists looked at, vectors per list for k-means
 DIRECTIONS, SAMPLED = 64, 10_000  # principal directions that images are compared in first, of so many images
 SLACK = 1e-3  # more than rounding takes from a bound

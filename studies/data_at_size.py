@@ -288,7 +288,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "# Data at size",
         "",
         f"`{COMMAND}`, two cores. Memory at its peak, beyond imports and inputs. `load`: how many others wanted the cores, which",
-        "lengthens seconds by the clock, and CPU seconds too where cores share what is in them; rows without it had the cores alone.",
+        "lengthens seconds by the clock, and CPU seconds too; rows without it had the cores alone. `threads`: OMP_NUM_THREADS.",
         "",
         "| | records | seconds | CPU seconds | memory (MB) | more | measured |",
         "|---|---|---|---|---|---|---|",
@@ -314,7 +314,12 @@ def main(*names: str) -> None:
             alone = {**os.environ, "CLIPRESS_CACHE": str(Path(folder) / ".cache")}
             load = round(os.getloadavg()[0], 1)
             done = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True, env=alone)
-            where = {"load": load, "date": date.today().isoformat(), "processor": str(processor())}
+            where = {
+                "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+                "load": load,
+                "date": date.today().isoformat(),
+                "processor": str(processor()),
+            }
             rows[name] = {"case": name, "what": CASES[name][0], **json.loads(done.stdout.splitlines()[-1]), **where}
             sys.stderr.write(f"{rows[name]}\n")
     ordered = [rows[name] for name in CASES if name in rows]
