@@ -288,7 +288,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "# Data at size",
         "",
         f"`{COMMAND}`, two cores. Memory at its peak, beyond imports and inputs. `load`: how many others wanted the cores, which",
-        "lengthens seconds by the clock, and CPU seconds too; rows without it had the cores alone. `threads`: OMP_NUM_THREADS.",
+        "lengthens seconds by the clock, and CPU seconds too; earlier rows do not tell it. `threads`: OMP_NUM_THREADS.",
         "",
         "| | records | seconds | CPU seconds | memory (MB) | more | measured |",
         "|---|---|---|---|---|---|---|",
