@@ -34,6 +34,8 @@ def fit_position_tables(state: dict[str, Tensor], model: nn.Module) -> None:
 def _resizable(name: str, found: Tensor, wanted: Tensor) -> bool:
     if found.ndim != 2 or wanted.ndim != 2 or found.shape[1] != wanted.shape[1] or not found.is_floating_point():
         return False
+    is_image = name.startswith("visual.")
     grid = len(found) - 1  # beside the class token
-    square = not name.startswith("visual.") or (grid > 0 and math.isqrt(grid) ** 2 == grid)
-    return square and wanted.numel() <= MAX_POSITIONS
+    square = not is_image or (grid > 0 and math.isqrt(grid) ** 2 == grid)
+    has_room = len(wanted) > is_image  # an image smaller than a patch has none
+    return square and has_room and wanted.numel() <= MAX_POSITIONS

@@ -927,6 +927,15 @@ def test_a_table_that_is_no_grid_of_this_model_is_named(table, name, tmp_path):
         model_from_open_clip(name, str(tmp_path / "odd.pt"))
 
 
+def test_a_config_whose_images_are_smaller_than_a_patch_is_one_message(folder):
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["vision_cfg"]["image_size"] = 4
+    path.write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"visual\.positional_embedding: expected .*\[1, "):
+        import_checkpoint(folder)
+
+
 def test_a_teacher_in_a_folder_needs_no_checkpoint(tmp_path):
     saved = new_model({"embed_dim": 64, "vision_cfg": VIT, "text_cfg": TEXT, "quick_gelu": True}, 0)
     folder, wanted = tmp_path / "hub", outputs(saved.module.eval())
