@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,10 +81,15 @@ def _scalars(module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def shut_down_distributed() -> None:
-    """Destroy the process group: no collectives may follow. Without this call the processes may abort on exit."""
+    """Destroy the process group: no collectives may follow. Without this call the processes may abort on exit.
+
+    What DDP wrapped is garbage that holds the group, whose threads live as long. One that is busy when the interpreter ends
+    may abort the process, and torchrun then stops the others.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        gc.collect()
 
 
 def compile_in_place(module: nn.Module) -> None:

@@ -6,12 +6,14 @@ Cases: each process scores its own rows or all of them; the student as wide as i
 pairs have labels, an unequal number of them on two processes; groups repeat; the second teacher has a width of its own.
 """
 
+import os
 import sys
+from pathlib import Path
 
 import torch
 
 from clipress.compress.context import Context
-from clipress.compress.fabric import start_fabric
+from clipress.compress.fabric import shut_down_distributed, start_fabric
 from clipress.compress.learner import Learner
 from clipress.compress.loader import batches
 from clipress.compress.losses import LOSSES, needs_of, terms_from
@@ -27,7 +29,8 @@ COMPARABLE_WEIGHTS = {"feature": 100.0, "masked-feature": 100.0, "gradient": 0.1
 STEP = 3  # By then the EMA model contributes to the loss.
 torch.set_num_threads(1)
 accelerator = sys.argv[3] if len(sys.argv) > 3 else "cpu"
-fabric = start_fabric(Runtime(strategy=sys.argv[1], accelerator=accelerator, precision="fp32"))
+strategy = sys.argv[1]
+fabric = start_fabric(Runtime(strategy=strategy, accelerator=accelerator, precision="fp32"))
 several = fabric.world_size > 1
 data = DataSpec(
     train=(SourceSpec(format="scenes", limit=64, weight=9), SourceSpec(format="digits", limit=64, weight=7))
@@ -86,6 +89,9 @@ def case(local, embed_dim):
 seen = {(local, width): case(local, width) for local in (True, False) for width in (32, 16)}
 if fabric.is_global_zero:
     torch.save(seen, sys.argv[2])
-fabric.barrier()
-if several:
-    torch.distributed.destroy_process_group()
+shut_down_distributed()
+if strategy == "ddp":
+    left = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in left), f"threads of the process group are left: {left}"
+sys.stderr.flush()
+os._exit(0)  # DTensor's caches keep FSDP2's groups, whose threads may abort a process that ends in the ordinary way.
