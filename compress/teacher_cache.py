@@ -358,7 +358,7 @@ def check_cache(cache: TeacherCache, model: Model, source: Source, count: int = 
         if not cosines.min() > 0.999:
             worst = items[int(cosines.argmin())]
             raise ArtifactError(
-                f"{cache.folder}: expected cosine 1 between the teacher's output for {name} of item {worst} and the cached one, "
+                f"{cache.folder}: expected cosine 1 between the teacher's output for the {name} of item {worst} and the cached one, "
                 f"found {cosines.min():.4f}: {source.name} or the teacher changed. Remove the folder and run: clipress embed RECIPE"
             )
 
