@@ -30,7 +30,7 @@ def test_bases_and_packages_are_pinned(path):
     assert len(installs) == 1
     for word in installs[0].split("pip install")[1].split():
         if not word.startswith(("-", "/")):
-            assert re.fullmatch(r"[\w-]+==[\w.]+|'/opt/clipress\[serve\]'", word), word
+            assert re.fullmatch(r"[\w-]+==[\w.]+|'/opt/clipress\[index\]'", word), word
     assert "--constraint" in installs[0] and "constraints.txt" in installs[0]
 
 
