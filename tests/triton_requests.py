@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -72,10 +73,14 @@ def embeds_of(exported, graph, rows):
     return open_session(exported.onnx(graph), 1).run(None, {takes.name: rows})[0]
 
 
-def executions(client, model):
-    """Return how often a model ran, and for how many rows."""
-    (counted,) = client.get_inference_statistics(model, as_json=True)["model_stats"]
-    return int(counted.get("execution_count", 0)), int(counted.get("inference_count", 0))
+def executions(client, model, rows=0):
+    """Return how often a model ran, and for how many rows; wait until `rows` are counted, which is after they are answered."""
+    deadline = time.monotonic() + 60
+    while True:
+        (counted,) = client.get_inference_statistics(model, as_json=True)["model_stats"]
+        found = int(counted.get("inference_count", 0))
+        if found >= rows or time.monotonic() > deadline:
+            return int(counted.get("execution_count", 0)), found
 
 
 def write_latencies(path, lineage_hash="0123456789abcdef", **item_ms):
