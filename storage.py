@@ -203,12 +203,13 @@ def cache_folder() -> Path:
 
 def sha256(path: Path) -> str:
     """Return a file's SHA-256 in hexadecimal."""
+    return hash_of_file(path, hashlib.sha256)
+
+
+def hash_of_file(path: Path, new: Callable[[], Any]) -> str:
+    """Return the hash of a file's content in hexadecimal; `new` makes an empty one, such as `hashlib.sha256`."""
+    state = new()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
-    state = hashlib.sha256()
-    while block := file.read(1 << 20):
-        state.update(block)
+        while block := file.read(1 << 20):
+            state.update(block)
     return state.hexdigest()

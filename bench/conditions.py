@@ -12,7 +12,7 @@ from typing import Any
 from clipress.bench.latency import RENEWING, turn_ms
 from clipress.bench.results import UNREAD, Conditions
 from clipress.bench.settings import BenchSettings
-from clipress.data.eval_sets import EvalSet, unread_in
+from clipress.data.eval_sets import EvalSet
 from clipress.runtime.cpu import processor
 from clipress.version import __version__
 
@@ -25,7 +25,6 @@ def conditions(
     about: Mapping[str, Any],
 ) -> Conditions:
     """Record the conditions. `cpus` are those the measurement was pinned to; `about` has what the caller knows."""
-    unread = unread_in(sets)
     return Conditions(
         **about,
         **time_and_machine(),
@@ -48,7 +47,7 @@ def conditions(
         clock="host, from the call to the result (perf_counter)",
         transfers="none: inputs and outputs stay where the model runs",
         ratios="Hodges-Lehmann over rounds of the log ratio of medians, 95 % interval of Wilcoxon's signed ranks",
-        data={s.name: _described(s, unread.get(s.name)) for s in sets},
+        data={s.name: _described(s) for s in sets},
         protocol="text_rK: text for an image, any own caption counts; image_rK: image for a text; ties count as wrong; "
         "standard errors count an image and its captions as one",
     )
@@ -64,8 +63,8 @@ def time_and_machine() -> dict[str, Any]:
     }
 
 
-def _described(one: EvalSet, unread: int | None) -> dict[str, Any]:
-    left_out = {} if unread is None else {UNREAD: unread}
+def _described(one: EvalSet) -> dict[str, Any]:
+    left_out = {UNREAD: len(one.unread)} if one.unread else {}
     return {"items": len(one.source), **left_out, "fingerprint": one.source.fingerprint}
 
 

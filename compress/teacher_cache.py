@@ -99,7 +99,7 @@ def build_cache(
         say(f"{source.name}: using the cached embeddings of teacher {teacher_hash} in {folder}")
     with locked(folder, wait) if rank == 0 and (to_do or world > 1) else nullcontext():  # others may have some to do
         if to_do:
-            write_shards(model, source, manifest, home, say, rank, world, workers, batch)
+            write_shards(model, source, manifest, home, say, to_do, rank, workers, batch)
         barrier()
     cache = TeacherCache.open(folder)
     if rank == 0:
@@ -161,14 +161,14 @@ def write_shards(
     manifest: Manifest,
     home: Path,
     say: Say,
+    shards: Iterable[int],
     rank: int = 0,
-    world: int = 1,
     workers: int = 0,
     batch: int = BATCH,
 ) -> Path:
-    """Write this process's missing shards. Returns the cache's folder."""
+    """Write those of some shards that are still unfinished. Returns the cache's folder."""
     folder = write_manifest(home, manifest)
-    missing, _ = unfinished_shards(folder, manifest, source, range(rank, manifest.shards, world))
+    missing, _ = unfinished_shards(folder, manifest, source, shards)
     if not missing:
         return folder
     todo = sum(len(manifest.items_of(shard)) for shard in missing)

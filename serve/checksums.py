@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipress.errors import ArtifactError
 from clipress.serve.triton_config import config_from, config_text
 from clipress.serve.triton_files import Files
+from clipress.storage import hash_of_file
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -82,11 +84,5 @@ def _read_sums(repository: Path) -> dict[str, str]:
 
 
 def _md5(content: bytes | Path) -> str:
-    state = hashlib.md5(usedforsecurity=False)
-    if isinstance(content, bytes):
-        state.update(content)
-    else:
-        with content.open("rb") as file:
-            while block := file.read(1 << 20):
-                state.update(block)
-    return state.hexdigest()
+    new = partial(hashlib.md5, usedforsecurity=False)
+    return new(content).hexdigest() if isinstance(content, bytes) else hash_of_file(content, new)

@@ -272,19 +272,18 @@ def _sample(blocks: Iterable[np.ndarray], count: int, wanted: int, dim: int) -> 
 
 
 def change_index(
-    folder: Path,
+    index: Index,
     remove: Iterable[str] = (),
     blocks: Iterable[np.ndarray] = (),
     keys: Sequence[str] = (),
     states: np.ndarray | None = None,
 ) -> Description:
-    """Remove entries from an index, then add others. Its kind, and the centres of an `ivf`, do not change.
+    """Remove entries from an open index, then add others. Its kind, and the centres of an `ivf`, do not change.
 
     A new entry replaces an old one of the same key; `states` as in `write_index`. All vectors are held in memory meanwhile.
     The caller holds the folder's lock. Raises DataError for keys to remove that the index does not have, and if nothing would be left.
     """
-    index = open_index(folder)
-    old = [index.key(row) for row in range(len(index))]
+    folder, old = index.folder, [index.key(row) for row in range(len(index))]
     removed = set(remove)
     if missing := sorted(removed.difference(old)):
         raise DataError(f"{folder} has no entry '{missing[0]}'.{nearest(missing[0], old) if len(old) < 10_000 else ''}")
@@ -307,7 +306,7 @@ def remove_entries(folder: Path, keys: Sequence[str]) -> Description:
     """Remove entries from an index. Raises what `change_index` does, and ArtifactError if another process writes this index."""
     read_description(folder)  # A folder without an index is not locked, which would write into it.
     with locked(folder):
-        return change_index(folder, keys)
+        return change_index(open_index(folder), keys)
 
 
 def _keep_rows(vectors: Any, kept: np.ndarray) -> None:

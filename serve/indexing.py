@@ -161,7 +161,7 @@ def _embed_and_write(
     if index is None:
         made = write_index(out, kind or kind_for(len(names)), blocks, names, encoder.description, states, check)
     elif chosen or gone:
-        made = change_index(out, gone, blocks(), names, states)
+        made = change_index(index, gone, blocks(), names, states)
     else:
         made = index.description
     shutil.rmtree(out / PARTS, ignore_errors=True)

@@ -124,6 +124,19 @@ def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
+class SourceAround:
+    """Another source, for tests to override some of it."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+
 def clipress(*arguments: object) -> Result:
     """Run a command in this process."""
     from clipress.cli import main

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import clipress, write_recipe
+from helpers import SourceAround, clipress, write_recipe
 from PIL import Image
 
 from clipress.artifact import save_artifact
@@ -47,24 +47,19 @@ def say(_):
 def in_small_shards(model, source, home, rank=0, world=1, workers=0):
     """Embed with 8 items per shard; returns the folder."""
     manifest = manifest_of(model, source, BOTH, 2, "hash", "fp16", "auto").model_copy(update={"items_per_shard": 8})
-    return write_shards(model, source, manifest, home, say, rank, world, workers, batch=6)
+    return write_shards(model, source, manifest, home, say, range(rank, manifest.shards, world), rank, workers, batch=6)
 
 
 def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-class Counted:
+class Counted(SourceAround):
     """A source that records which images were read."""
 
     def __init__(self, source):
-        self.source, self.reads = source, []
-
-    def __getattr__(self, name):
-        return getattr(self.source, name)
-
-    def __len__(self):
-        return len(self.source)
+        super().__init__(source)
+        self.reads = []
 
     def image(self, index):
         self.reads.append(index)
@@ -125,7 +120,7 @@ cache_files.write_whole = write_whole
 clip, source = new_model(tiny_architecture(layers=1), 0), open_source(SourceSpec(format="digits", limit=40))
 manifest = manifest_of(clip, source, Augment(shift=1, crop_scale=(0.5, 1)), 2, "hash", "fp16", "auto")
 manifest = manifest.model_copy(update={"items_per_shard": 8})
-write_shards(clip, source, manifest, Path(sys.argv[1]), lambda _: None, batch=6)
+write_shards(clip, source, manifest, Path(sys.argv[1]), lambda _: None, range(manifest.shards), batch=6)
 """
 
 

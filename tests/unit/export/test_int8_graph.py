@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from helpers import SourceAround
 from int8_models import CONVOLUTIONAL, quantized
 from onnx import TensorProto, helper, numpy_helper
 
@@ -241,17 +242,12 @@ def test_a_damaged_calibration_image_is_replaced_by_another(artifacts, sets, tmp
     assert numbers[0] == numbers[1]
 
 
-class ImageLost:
+class ImageLost(SourceAround):
     """A source of which one image cannot be read, or of which some are those that replace them."""
 
     def __init__(self, source, lost, replaced):
-        self.source, self.lost, self.replaced = source, lost, replaced
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getattr__(self, name):
-        return getattr(self.source, name)
+        super().__init__(source)
+        self.lost, self.replaced = lost, replaced
 
     def image(self, index):
         if index == self.lost:

@@ -118,9 +118,9 @@ def test_vectors_are_mapped_and_not_loaded(tmp_path, kind):
 def test_added_entries_are_found_and_removed_ones_are_not(tmp_path, kind):
     folder, rows, more = tmp_path / "index", vectors(400), vectors(100, seed=2)
     made(folder, rows, kind=kind)
-    change_index(folder, blocks=[more[:60], more[60:]], keys=names(100, start=400))
+    change_index(open_index(folder), blocks=[more[:60], more[60:]], keys=names(100, start=400))
     gone = names(400)[::3]
-    change_index(folder, remove=gone)
+    change_index(open_index(folder), remove=gone)
     index = open_index(folder)
     every = dict(zip(names(500), np.concatenate([rows, more]), strict=True))
     left = {key: row for key, row in every.items() if key not in gone}
@@ -135,7 +135,7 @@ def test_added_entries_are_found_and_removed_ones_are_not(tmp_path, kind):
 def test_a_repeated_key_has_the_new_vector(tmp_path):
     folder, rows = tmp_path / "index", vectors(50)
     made(folder, rows)
-    change_index(folder, blocks=[-rows[:1]], keys=["images/0.jpg"])
+    change_index(open_index(folder), blocks=[-rows[:1]], keys=["images/0.jpg"])
     index = open_index(folder)
     assert len(index) == 50
     scores, (found,) = index.search(-rows[:1], 1)
@@ -151,14 +151,14 @@ def test_keys_may_be_any_file_name(tmp_path):
 def test_removing_an_unknown_key_changes_nothing(tmp_path):
     made(tmp_path / "index", vectors(20))
     with pytest.raises(DataError, match=r"no entry 'images/21.jpg'. Did you mean"):
-        change_index(tmp_path / "index", remove=["images/3.jpg", "images/21.jpg"])
+        change_index(open_index(tmp_path / "index"), remove=["images/3.jpg", "images/21.jpg"])
     assert len(open_index(tmp_path / "index")) == 20
 
 
 def test_the_last_entries_are_not_removed(tmp_path):
     made(tmp_path / "index", vectors(3))
     with pytest.raises(DataError, match="nothing would be left"):
-        change_index(tmp_path / "index", remove=names(3))
+        change_index(open_index(tmp_path / "index"), remove=names(3))
 
 
 @pytest.mark.parametrize("queries", [np.zeros((1, DIM + 1)), np.zeros(DIM), np.full((1, DIM), np.nan)])
@@ -243,7 +243,7 @@ def test_a_kill_at_any_moment_leaves_the_old_index_or_the_new_one(tmp_path, monk
         try:
             with monkeypatch.context() as patched:
                 patched.setattr(os, call, counted)
-                change_index(folder, blocks=[extra], keys=["new"])
+                change_index(open_index(folder), blocks=[extra], keys=["new"])
         except Killed:
             found = len(open_index(folder))
             assert found in (30, 31)
@@ -263,9 +263,9 @@ def test_files_left_by_a_kill_are_removed_by_the_next_change(tmp_path, monkeypat
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr("clipress.serve.index.write_text_whole", killed)
-        change_index(folder, remove=["images/1.jpg"])
+        change_index(open_index(folder), remove=["images/1.jpg"])
     assert len(list(folder.iterdir())) == 7
-    change_index(folder, remove=["images/1.jpg"])
+    change_index(open_index(folder), remove=["images/1.jpg"])
     named = {file.file for file in read_description(folder).files}
     assert len(named) == 3 and {path.name for path in folder.iterdir()} == {"index.json", *named}
 

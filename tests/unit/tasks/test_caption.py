@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blip_stages import CUT, CUT_BY_UPOP, exported
+from helpers import SourceAround
 
 from clipress.compress.context import Context
 from clipress.compress.fabric import start_fabric
@@ -157,17 +158,12 @@ def test_an_image_whose_captions_cannot_be_read_is_left_out_of_an_evaluation():
     assert len(scores["scenes/cider"].values) == 11 and one.unread == ("caption 3 is lost",)
 
 
-class CaptionLost:
+class CaptionLost(SourceAround):
     """A source of which the captions of one image cannot be read."""
 
     def __init__(self, source, lost):
-        self.source, self.lost = source, lost
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getattr__(self, name):
-        return getattr(self.source, name)
+        super().__init__(source)
+        self.lost = lost
 
     def captions(self, index):
         if index == self.lost:
